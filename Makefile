@@ -1,0 +1,32 @@
+# make demo test test-slow check bench: the same commands for people and for CI.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow check format clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed  ## a whole backfill on real images, in minutes
+	$(BIN)/fastfill demo
+
+test: $(VENV)/installed  ## the default suite: under ten minutes on two cores
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(VENV)/installed  ## what takes minutes: kills, whole CIFAR-100 runs
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/installed  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf runs .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -1,0 +1,35 @@
+"""`fastfill audit`: prove that a run is whole."""
+
+from __future__ import annotations
+
+import sys
+
+from jobs.options import command, console, load, print_json
+
+
+@command("audit")
+def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Check every id, checksum, segment, commit and tag of a run; exit code 1 where something is wrong."""
+    from dataclasses import asdict
+
+    from pipeline.audit import audit
+    from pipeline.run import Run, read_settings
+
+    config = load(config_path, overrides)
+    read_settings(Run(config.run))
+    report = audit(config.run)
+    if as_json:
+        print_json(asdict(report))
+    else:
+        out = console()
+        for problem in report.problems:
+            out.print(
+                f"[red]{problem.kind}[/] {problem.where}\n  expected: {problem.expected}\n  found: {problem.found}"
+            )
+        checked = ", ".join(f"{count:,} {what}" for what, count in report.checked.items())
+        out.print(f"{'[green]whole' if report.ok else '[bold red]not whole'}[/]: checked {checked}")
+    sys.exit(0 if report.ok else 1)
+
+
+if __name__ == "__main__":
+    main()

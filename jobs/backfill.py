@@ -1,0 +1,110 @@
+"""`fastfill backfill`: everything that is not done yet, up to the last wave and the report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from jobs.options import command, console, load, print_json, start_ray
+
+if TYPE_CHECKING:
+    from jobs.bars import Bars
+    from pipeline.config import Config
+    from pipeline.plan import Plan
+    from pipeline.progress import Progress
+    from pipeline.run import Run
+
+
+@command("backfill")
+@click.option("--retry-rejects", is_flag=True, help="Embed again what was rejected in waves not yet published.")
+def main(config_path: str, overrides: tuple[str, ...], as_json: bool, retry_rejects: bool) -> None:
+    """Do everything that is not done yet: fit, plan, embed and publish wave by wave, write the report.
+
+    Safe to run again at any time, after any failure, with the same config.
+    """
+    from jobs.bars import Bars
+    from jobs.status import is_complete
+
+    config = load(config_path, overrides)
+    if is_complete(config):
+        console().print(f"Nothing to do: every wave of {config.run} is published.")
+    else:
+        start_ray()
+        with Bars(console()) as bars:
+            run_all(config, bars, retry_rejects)
+    finish(config, as_json)
+
+
+def run_all(config: Config, bars: Bars, retry_rejects: bool = False) -> Progress:
+    """Every step that is missing, in order; Ray is started by the caller."""
+    from jobs.prepare import ensure_embeddings, ensure_fit, ensure_plan, open_run
+    from pipeline import telemetry
+    from pipeline.backfill import backfill
+
+    bars.console.print(f"run: {config.run}   metrics: {telemetry.serve(config.telemetry)}", soft_wrap=True)
+    run = open_run(config, bars)
+    ensure_embeddings(config, run, bars)
+    ensure_fit(config, run, bars)
+    plan = ensure_plan(config, run, bars)
+    if retry_rejects:
+        _retry_rejects(run, plan)
+
+    def show(progress: Progress) -> None:
+        done = progress.durable + progress.rejected
+        rate = f"{progress.images_per_second:,.0f} images/s, " if progress.images_per_second else ""
+        bars.images("backfill", done, progress.gallery, f"{rate}wave {progress.wave} of {progress.waves} published")
+
+    progress = backfill(config, run, plan, show)
+    write_report(config, run, plan, bars)
+    return progress
+
+
+def write_report(config: Config, run: Run, plan: Plan, bars: Bars) -> None:
+    """Measure the curve where the gallery has labels, and write the report page."""
+    from pipeline import report
+    from pipeline.curve import curve, has_labels
+    from pipeline.errors import DataError
+
+    if plan.num_gallery > config.evaluate.max_images:
+        limit = f"evaluate.max_images is {config.evaluate.max_images:,}"
+        bars.console.print(f"no curve: the gallery has {plan.num_gallery:,} images, {limit}", soft_wrap=True)
+    elif has_labels(run):
+        try:
+            curve(config, run, on_progress=lambda done, total: bars.images("evaluate", done, total))
+        except DataError as error:
+            bars.console.print(f"no curve: {error}", soft_wrap=True)
+    with bars.step("report"):
+        report.write_report(config, run)
+
+
+def finish(config: Config, as_json: bool) -> None:
+    """Print the result of a finished backfill: its curve's figures and where the report is."""
+    from jobs.evaluate import show_curve
+    from jobs.status import read_status
+    from pipeline import storage
+    from pipeline.curve import read_curve
+    from pipeline.run import Run
+
+    if as_json:
+        print_json(read_status(config.run))
+        return
+    run = Run(config.run)
+    found = read_curve(run)
+    if found is not None:
+        show_curve(found)
+    console().print(f"report: {storage.join(run.reports, 'report.html')}", soft_wrap=True)
+
+
+def _retry_rejects(run: Run, plan: Plan) -> None:
+    """Forget the units with rejects in waves that are not published; they are embedded again."""
+    from pipeline import snapshot, vector_log
+
+    candidate = snapshot.read_tag(run, snapshot.CANDIDATE)
+    published = (candidate.commit or 0) if candidate else 0
+    count = vector_log.forget_rejects(plan.log(run), after_wave=published)
+    console().print(f"{count} units with rejects will be embedded again")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""`fastfill`: every command under one name. The modules it lists import nothing heavy."""
+
+from __future__ import annotations
+
+import click
+
+from jobs import audit, backfill, demo, evaluate, fit, plan, promote, rollback, search, status
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="fastfill")
+def main() -> None:
+    """Move an image-retrieval gallery to a new embedding model, most uncertain images first.
+
+    `backfill` does everything; the other commands are its steps, and what you do with the result.
+    """
+
+
+for module in (demo, fit, plan, backfill, status, search, evaluate, promote, rollback, audit):
+    main.add_command(module.main)
+
+
+if __name__ == "__main__":
+    main()

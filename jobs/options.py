@@ -1,0 +1,150 @@
+"""What every command shares: its options, its errors and exit codes, and where it prints.
+
+People read stderr; with `--json` a program reads one JSON document from stdout. Exit codes: 0 done,
+1 failed, 2 bad config or input, 3 refused. Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from pipeline.errors import FastfillError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.config import Config
+
+
+def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
+    """A click command with `--config`, `--set` and `--json`; its docstring is its help."""
+    options = [
+        click.option("--config", "config_path", required=True, metavar="FILE", help="The run's YAML file."),
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting: a.b=value."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document on stdout."),
+    ]
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        wrapped = with_errors(function)
+        for option in reversed(options):
+            wrapped = option(wrapped)
+        return click.command(name, context_settings={"help_option_names": ["-h", "--help"]})(wrapped)
+
+    return decorate
+
+
+def with_errors(function: Callable[..., None]) -> Callable[..., None]:
+    """Turn the project's errors into a clear message and their exit code, wherever they were raised."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:  # Any: click decides what a command is called with
+        try:
+            function(*args, **kwargs)
+        except KeyboardInterrupt:
+            click.secho("stopped; what is durable is kept, the same command goes on from there", err=True)
+            sys.exit(130)
+        except Exception as error:  # noqa: BLE001 (not swallowed: what is not ours is raised again)
+            fail(error)
+
+    return run
+
+
+def fail(error: Exception) -> NoReturn:
+    """Print one of the project's errors and exit with its code; anything else is a bug and keeps its trace.
+
+    Raises:
+        Exception: the error itself, where it is not ours.
+    """
+    ours = find_cause(error)
+    if ours is None:
+        raise error
+    text = str(ours)
+    summary, *details = text.splitlines()
+    click.secho(f"error: {summary}", fg="red", bold=True, err=True)
+    for line in details:
+        click.echo(line, err=True)
+    sys.exit(ours.exit_code)
+
+
+def find_cause(error: BaseException | None) -> FastfillError | None:
+    """The error of ours behind what Ray wrapped it in, or None."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        item = waiting.pop()
+        if item is None or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, FastfillError) and type(item).__module__ == "pipeline.errors":
+            return item
+        waiting += [getattr(item, "cause", None), item.__cause__, item.__context__]
+    return None
+
+
+def load(config_path: str, overrides: tuple[str, ...]) -> Config:
+    """The config, with the overrides."""
+    from pipeline.config import load_config
+
+    return load_config(config_path, overrides)
+
+
+def console() -> Console:
+    """Where people read: stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def print_json(document: object) -> None:
+    """Where programs read: one JSON document on stdout."""
+    click.echo(json.dumps(document, indent=1))
+
+
+def start_ray() -> None:
+    """Connect to the cluster that RAY_ADDRESS names (a submitted job has it), or start Ray on this machine."""
+    import logging
+
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the other processes
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ log repeats what is handled (ray#53727)
+    import ray
+    import ray.data
+
+    if ray.is_initialized():
+        return
+    for name in ("ray", "ray._private.authentication"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for handler in logging.getLogger("ray.data").handlers:
+        if "Session" not in type(handler).__name__:  # the session's log file keeps everything
+            handler.setLevel(logging.ERROR)
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        return
+    with _quiet():
+        ray.init(
+            address="local",
+            num_cpus=max(2, os.cpu_count() or 2),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep native code's start-up chatter off the user's terminal; errors come as exceptions all the same."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

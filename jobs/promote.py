@@ -1,0 +1,35 @@
+"""`fastfill promote`: move `prod` to a snapshot."""
+
+from __future__ import annotations
+
+import click
+
+from jobs.options import command, console, load, print_json
+
+
+@command("promote")
+@click.option("--commit", type=int, help="The snapshot to serve; the latest one where none is given.")
+@click.option("--force", is_flag=True, help="Serve it although its quality gate fails.")
+def main(config_path: str, overrides: tuple[str, ...], as_json: bool, commit: int | None, force: bool) -> None:
+    """Move prod to a snapshot, and let later ones follow again after a rollback.
+
+    Refused (exit code 3) where the transformed gallery is worse than the old one on held-out pairs and
+    the snapshot still serves transformed vectors.
+    """
+    from pipeline import snapshot
+    from pipeline.gate import blockers
+    from pipeline.run import Run, read_settings
+
+    run = Run(load(config_path, overrides).run)
+    read_settings(run)
+    candidate = snapshot.read_tag(run, snapshot.CANDIDATE)
+    number = commit if commit is not None or candidate is None else candidate.commit
+    reasons = [] if number is None else blockers(run, snapshot.read_commit(run, number))
+    tag = snapshot.promote(run, number, blockers=reasons, force=force)
+    print_json({"prod": tag.commit, "previous": tag.previous}) if as_json else console().print(
+        f"prod now serves commit {tag.commit} (before: {'none' if tag.previous is None else tag.previous})"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""`fastfill rollback`: move `prod` back."""
+
+from __future__ import annotations
+
+import click
+
+from jobs.options import command, console, load, print_json
+
+
+@command("rollback")
+@click.option("--to", type=int, help="The commit to go back to; the one that prod served before where none is given.")
+def main(config_path: str, overrides: tuple[str, ...], as_json: bool, to: int | None) -> None:
+    """Move prod back to an earlier snapshot, and keep it there until the next `promote`.
+
+    A running backfill goes on publishing; prod just does not follow.
+    """
+    from pipeline import snapshot
+    from pipeline.run import Run, read_settings
+
+    run = Run(load(config_path, overrides).run)
+    read_settings(run)
+    tag = snapshot.rollback(run, to)
+    print_json({"prod": tag.commit, "pinned": tag.pinned}) if as_json else console().print(
+        f"prod now serves commit {tag.commit}, and stays there until `fastfill promote`"
+    )
+
+
+if __name__ == "__main__":
+    main()

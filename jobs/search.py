@@ -1,0 +1,157 @@
+"""`fastfill search`: queries, as embeddings or as images, against a tag or a commit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from jobs.options import command, console, load, print_json
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from pipeline.config import Config
+    from pipeline.run import Run
+    from pipeline.schema import Float32
+
+
+@command("search")
+@click.argument("queries", nargs=-1, required=True)
+@click.option("--column", metavar="NAME", help="The column of a Parquet file: embeddings, or images as bytes.")
+@click.option("-k", default=10, show_default=True, type=click.IntRange(min=1), help="Neighbours per query.")
+@click.option("--tag", default="prod", show_default=True, help="The tag to answer from.")
+@click.option("--commit", type=int, help="Answer from this commit instead of a tag.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first queries of the file.")
+def main(
+    config_path: str,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    queries: tuple[str, ...],
+    column: str | None,
+    k: int,
+    tag: str,
+    commit: int | None,
+    limit: int | None,
+) -> None:
+    """Search for the nearest gallery images of QUERIES.
+
+    QUERIES are image files; or one Parquet file (with --column) or .npy file of new-model embeddings
+    (float32), or one Parquet file of images. Images are embedded by the new encoder, here.
+    """
+    from pipeline.run import Run
+    from pipeline.search import Searcher
+
+    config = load(config_path, overrides)
+    vectors = _read_queries(config, queries, column, limit)
+    with Searcher(config.run, tag=tag, commit=commit) as searcher:
+        result = searcher.search(vectors, k)
+    keys = _keys(Run(config.run), result.ids.ravel().tolist())
+    names = [[keys.get(item, item) for item in row] for row in result.ids.tolist()]
+    if as_json:
+        print_json({"commit": result.commit, "ids": names, "distances": result.distances.tolist()})
+        return
+    _show(result.commit, names, result.distances.tolist())
+
+
+def _show(commit: int, names: list[list[int | str]], distances: list[list[float]]) -> None:
+    from rich.table import Table
+
+    table = Table("query", "rank", "id", "distance", title=f"commit {commit}", title_justify="left")
+    for query, (row, values) in enumerate(zip(names, distances, strict=True)):
+        for rank, (name, value) in enumerate(zip(row, values, strict=True), start=1):
+            table.add_row(str(query) if rank == 1 else "", str(rank), str(name), f"{value:.4f}")
+    console().print(table)
+
+
+def _read_queries(config: Config, paths: tuple[str, ...], column: str | None, limit: int | None) -> Float32:
+    """(Q, d_new) float32 embeddings of the queries.
+
+    Raises:
+        DataError: a file is missing or not what it should be, or an image cannot be embedded.
+    """
+    import numpy as np
+
+    from pipeline import storage
+    from pipeline.errors import DataError
+    from pipeline.schema import vectors_from_arrow
+
+    try:
+        if paths[0].endswith(".npy"):
+            with storage.open_input(_absolute(paths[0])) as file:
+                vectors: Float32 = np.load(file, allow_pickle=False)[:limit].astype(np.float32)
+                return vectors
+        if not paths[0].endswith(".parquet"):
+            return _embed(config, [storage.read_bytes(_absolute(path)) for path in paths[:limit]], list(paths))
+    except (OSError, ValueError) as error:
+        raise DataError("cannot read a query", found=error, where=paths) from error
+    table = storage.read_parquet(_absolute(paths[0]))
+    if column is None or column not in table.schema.names:
+        raise DataError("say which column holds the queries", expected=table.schema.names, found=column, where=paths[0])
+    values = table[column].slice(0, limit)
+    if _is_binary(values.type):
+        return _embed(config, values.to_pylist(), [f"{paths[0]}: row {row}" for row in range(len(values))])
+    try:
+        return vectors_from_arrow(values)
+    except (AttributeError, ValueError) as error:
+        raise DataError(
+            "the column holds neither images nor embeddings",
+            expected="binary, or fixed-size lists of floats",
+            found=values.type,
+            where=f"{paths[0]}: column {column}",
+        ) from error
+
+
+def _embed(config: Config, images: list[bytes], names: list[str]) -> Float32:
+    import numpy as np
+
+    from pipeline.embed import Embedder
+    from pipeline.errors import DataError
+    from pipeline.images import Limits, Reject, decode_image
+
+    backfill, encoder = config.backfill, config.encoders.new
+    limits = Limits(backfill.max_image_pixels, backfill.max_image_bytes)
+    pixels = []
+    for data, name in zip(images, names, strict=False):
+        try:
+            pixels.append(decode_image(data or b"", encoder.preprocess, limits))
+        except Reject as reject:
+            raise DataError("a query image cannot be embedded", found=reject, where=name) from None
+    return Embedder(encoder, config.device, backfill.batch_size, backfill.threads_per_actor).embed(np.stack(pixels))
+
+
+def _keys(run: Run, ids: list[int]) -> dict[int, str]:
+    """The user's own string ids of these rows; empty where ids are int64 already."""
+    import pyarrow as pa
+
+    from pipeline import storage
+
+    found: dict[int, str] = {}
+    wanted = pa.array(sorted(set(ids)), pa.int64())
+    for uri in storage.list_files(run.path("gallery"), ".parquet"):
+        if "/gallery/part-" in uri:
+            rows = _matching(storage.read_parquet(uri, ["id", "key"]), wanted)
+            found.update((row["id"], row["key"]) for row in rows.to_pylist() if row["key"] is not None)
+    return found
+
+
+def _matching(rows: pa.Table, wanted: pa.Array) -> pa.Table:
+    import pyarrow.compute as pc
+
+    return rows.filter(pc.is_in(rows["id"], value_set=wanted))
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _absolute(path: str) -> str:
+    import os
+
+    return path if "://" in path else os.path.abspath(path)
+
+
+if __name__ == "__main__":
+    main()

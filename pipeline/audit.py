@@ -1,0 +1,216 @@
+"""Prove that a run is whole, from storage alone: every commit, tag, file, checksum, id and vector.
+
+The last step; read-only, and safe at any time. Guarantee: a report without problems means that every
+published commit can be opened whole, holds each id of the gallery exactly once, and says truly what the
+vector log holds. It believes no earlier step; what the gallery is it takes from `transformed/`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pipeline import snapshot, storage
+from pipeline.codebook import Codebook
+from pipeline.evidence import NO_IDS, Cell, Evidence, Notes, Problem, filled, unit_files
+from pipeline.index import Segment, decode
+from pipeline.run import Run, read_settings
+from pipeline.schema import Int64, shard_of
+from pipeline.segments import check_digest
+from pipeline.snapshot import CANDIDATE, Commit, SegmentRef
+
+_TAG_FILE = re.compile(r"/([^/]+)\.json$")
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """What was found: `ok` without problems; `checked` counts what was looked at, by kind."""
+
+    ok: bool
+    problems: list[Problem]
+    checked: dict[str, int]
+
+
+def audit(run_uri: str) -> AuditReport:
+    """Check a whole run; it holds the ids of one shard and the vectors of one (shard, wave) at a time.
+
+    Raises:
+        DataError: there is no run there.
+    """
+    run, notes = Run(run_uri), Notes()
+    read_settings(run)
+    commits = _commits(run, notes)
+    _check_tags(run, notes, commits)
+    _check_steps(run, notes, commits)
+    published = max(commits, default=0)
+    if commits:
+        evidence = Evidence.gather(run, notes, published)
+        _check_gallery(evidence, notes, _Files(run, notes), list(commits.values()))
+    _check_unpublished(run, notes, published)
+    return AuditReport(not notes.problems, notes.problems, dict(notes.checked))
+
+
+def _commits(run: Run, notes: Notes) -> dict[int, Commit]:
+    """The published commits that can be read, by number; the others are problems."""
+    candidate = notes.attempt("tag", run.tag(CANDIDATE), snapshot.read_tag, run, CANDIDATE)
+    found = {}
+    for number in range(candidate.commit + 1) if candidate and candidate.commit is not None else ():
+        commit = notes.attempt("commit", run.commit(number), snapshot.read_commit, run, number)
+        if commit is not None:
+            found[number] = commit
+            notes.checked["commits"] += 1
+    return found
+
+
+def _check_tags(run: Run, notes: Notes, commits: dict[int, Commit]) -> None:
+    """Every tag points to a published commit."""
+    for uri in storage.list_files(run.path("index", "tags"), ".json"):
+        name = _TAG_FILE.search(uri)
+        tag = notes.attempt("tag", uri, snapshot.read_tag, run, name[1]) if name else None
+        notes.checked["tags"] += 1
+        if tag is not None and tag.commit is not None and tag.commit not in commits:
+            notes.problem("tag", uri, f"one of the commits {sorted(commits)}", tag.commit)
+
+
+def _check_steps(run: Run, notes: Notes, commits: dict[int, Commit]) -> None:
+    """Commit n is its parent with other segments in wave n, and nothing else."""
+    for number, commit in commits.items():
+        parent = commits.get(number - 1)
+        if parent is None:
+            continue
+        changed = {ref for ref in parent.segments if ref.wave != number}
+        changed ^= {ref for ref in commit.segments if ref.wave != number}
+        same = ("codebook_sha256", "metric", "dim", "num_waves", "num_shards")
+        others = [name for name in same if getattr(commit, name) != getattr(parent, name)]
+        if commit.counts.gallery != parent.counts.gallery:
+            others.append("counts.gallery")
+        if changed or others:
+            others += [f"segment (shard {ref.shard}, wave {ref.wave})" for ref in changed]
+            found = f"other: {', '.join(others[:5])}"
+            notes.problem("commit", run.commit(number), f"commit {number - 1} but for wave {number}", found)
+
+
+def _check_gallery(evidence: Evidence, notes: Notes, files: _Files, commits: list[Commit]) -> None:
+    """Every segment of every commit holds exactly what the plan and the log say."""
+    last = commits[-1]
+    codebook = files.codebook(last)
+    segments = _segments(commits)
+    _check_plan(evidence, notes, last)
+    for shard in range(last.num_shards):
+        cells = []
+        for wave in range(1, last.num_waves + 1):
+            rejected = evidence.rejects.get(wave, NO_IDS)
+            cells.append(evidence.cell(shard, wave, rejected[shard_of(rejected, last.num_shards) == shard]))
+        _check_shard(evidence, notes, shard, np.concatenate([cell.ids for cell in cells]), last.num_shards)
+        for cell in cells:
+            if cell.wave <= last.number:
+                where = f"{evidence.run.path('embedded', f'wave-{cell.wave:03d}')}, shard {shard}"
+                notes.compare("log", where, cell.ids, np.concatenate([cell.embedded, cell.rejected]))
+            for ref in segments[shard, cell.wave]:
+                _check_sidecar(notes, files, ref, cell)
+                if codebook is not None:
+                    _check_segment(evidence, files, ref, cell, codebook)
+
+
+def _check_plan(evidence: Evidence, notes: Notes, commit: Commit) -> None:
+    """No image lies outside the waves and shards of the run."""
+    highest = (commit.num_waves, commit.num_shards - 1)
+    for part in evidence.plan:
+        keys = filled(part)
+        outside = keys[((keys < (1, 0)) | (keys > highest)).any(axis=1)]
+        if len(outside):
+            notes.problem("plan", part.uri, f"(wave, shard) from (1, 0) to {highest}", outside[:3].tolist())
+
+
+def _check_shard(evidence: Evidence, notes: Notes, shard: int, ids: Int64, num_shards: int) -> None:
+    """The images of a shard belong there, and each is in one wave."""
+    where = f"{evidence.run.path('transformed')}, shard {shard}"
+    astray = ids[shard_of(ids, num_shards) != shard]
+    if len(astray):
+        notes.problem("shard", where, f"only ids of shard {shard}", f"{len(astray)} others, such as {astray[0]}")
+    notes.compare("plan", where, np.unique(ids), ids)
+    notes.checked["ids"] += len(ids)
+
+
+def _check_sidecar(notes: Notes, files: _Files, ref: SegmentRef, cell: Cell) -> None:
+    """A sidecar lists the ids of its (shard, wave), and calls embedded those that the log holds."""
+    where = files.run.path(ref.sidecar_path)
+    if not files.intact("sidecar", ref.sidecar_path, ref.sidecar_sha256):
+        return
+    table = notes.attempt("sidecar", where, storage.read_parquet, where, ["id", "kind"])
+    if table is None:
+        return
+    ids, is_embedded = table["id"].to_numpy(), table["kind"].to_numpy() == "embedded"
+    notes.compare("sidecar", where, cell.ids, ids)
+    notes.compare("kind", where, cell.embedded if ref.kind == "embedded" else NO_IDS, ids[is_embedded])
+    rejected = int((~is_embedded).sum()) if ref.kind == "embedded" else 0
+    if (len(ids), rejected) != (ref.vectors, ref.rejected):
+        found = f"{len(ids)} vectors, {rejected} rejected"
+        notes.problem("count", where, f"{ref.vectors} vectors, {ref.rejected} rejected", found)
+
+
+def _check_segment(evidence: Evidence, files: _Files, ref: SegmentRef, cell: Cell, codebook: Codebook) -> None:
+    """A segment holds the ids of its (shard, wave), and where the codec is exact their very vectors."""
+    notes, where = evidence.notes, files.run.path(ref.path)
+    if not files.intact("segment", ref.path, ref.sha256):
+        return
+    segment = notes.attempt("segment", where, Segment.open, files.run, codebook, ref, verify=False)
+    if segment is None:
+        return
+    ids, vectors = decode(codebook, segment)
+    if not notes.compare("segment", where, cell.ids, ids) or not codebook.exact or not len(ids):
+        return
+    expected = evidence.vectors(cell, embedded=ref.kind == "embedded")
+    if expected is None:
+        return
+    wrong = ids[(vectors != expected).any(axis=1)]
+    notes.checked["vectors"] += len(ids)
+    if len(wrong):
+        found = f"{len(wrong)} of {len(ids)} are others, such as that of id {wrong[0]}"
+        notes.problem("vector", where, "the vectors of the log, or the transformed ones", found)
+
+
+def _check_unpublished(run: Run, notes: Notes, published: int) -> None:
+    """What the log holds of later waves can be read."""
+    for folder, kind in (("embedded", "log_part"), ("rejects", "reject_part")):
+        for wave, uris in unit_files(run.path(folder)).items():
+            for uri in uris if wave > published else ():
+                notes.attempt(kind, uri, storage.read_parquet, uri)
+                notes.checked[f"{kind}s"] += 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Checks the bytes of each file once, however many commits name it."""
+
+    run: Run
+    notes: Notes
+    seen: dict[tuple[str, str], bool] = field(default_factory=dict)
+
+    def intact(self, kind: str, path: str, sha256: str) -> bool:
+        """Whether a file is there with its sha256; else it is a problem."""
+        if (path, sha256) not in self.seen:
+            before = len(self.notes.problems)
+            self.notes.attempt(kind, self.run.path(path), check_digest, self.run.path(path), sha256)
+            self.seen[path, sha256] = len(self.notes.problems) == before
+            self.notes.checked[f"{kind}s"] += 1
+        return self.seen[path, sha256]
+
+    def codebook(self, commit: Commit) -> Codebook | None:
+        """The codebook, where it can be opened."""
+        path, sha256 = commit.codebook_path, commit.codebook_sha256
+        if not self.intact("codebook", path, sha256):
+            return None
+        return self.notes.attempt("codebook", self.run.path(path), Codebook.open, self.run, path, sha256, verify=False)
+
+
+def _segments(commits: Iterable[Commit]) -> dict[tuple[int, int], list[SegmentRef]]:
+    """The segments that any commit names for each (shard, wave), each once."""
+    found: dict[tuple[int, int], dict[SegmentRef, None]] = {}
+    for commit in commits:
+        for ref in commit.segments:
+            found.setdefault((ref.shard, ref.wave), {})[ref] = None
+    return {cell: list(refs) for cell, refs in found.items()}

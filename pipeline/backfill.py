@@ -1,0 +1,59 @@
+"""The backfill: stream the units that are not durable yet, and publish each wave once it is whole.
+
+Read this first. The vector log says what is done, the plan says what there is; the difference is
+embedded, in one stream over all waves. Waves are sealed and published by a thread of the driver while
+later waves are already being embedded, strictly in order. Killed anywhere, it goes on from storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pipeline import telemetry
+from pipeline.config import Config
+from pipeline.plan import Plan
+from pipeline.progress import Progress, Tracker
+from pipeline.publish import Publisher
+from pipeline.run import Run
+from pipeline.stream import Work, embed_stream
+
+
+def backfill(config: Config, run: Run, plan: Plan, on_progress: Callable[[Progress], None]) -> Progress:
+    """Do everything that is not done yet, up to the last wave; safe to run again at any time.
+
+    Args:
+        config: the run's config.
+        run: the run, with its transformation in place.
+        plan: the run's plan.
+        on_progress: told the figures after every unit.
+
+    Returns:
+        the figures at the end.
+
+    Raises:
+        DataError: a wave has more rejects than `max_reject_fraction`; it is not published.
+        SnapshotConflict: another driver took the run over.
+    """
+    log = plan.log(run)
+    tracker = Tracker(plan, log, config.backfill.max_reject_fraction)
+
+    def report() -> Progress:
+        progress = tracker.progress(publisher.published)
+        telemetry.observe_progress(progress)
+        on_progress(progress)
+        return progress
+
+    with Publisher(config, run, plan) as publisher:
+        publisher.submit(0).result()  # the whole gallery is served in the new space before an image is read
+        report()
+        for wave in tracker.whole_waves():
+            publisher.submit(wave)
+        work = Work(config.encoders.new, log, tracker.pending(run))
+        for _, ack in embed_stream([work], config.backfill, config.device):
+            telemetry.observe_unit(ack)
+            tracker.add(ack)
+            for wave in tracker.whole_waves():
+                publisher.submit(wave)
+            publisher.check()
+            report()
+    return report()

@@ -1,0 +1,208 @@
+"""What a snapshot of the index consists of: the commit file, its content, its checks, its JSON.
+
+Commit n names every segment of the snapshot in which waves 1..n are embedded and the others transformed.
+Guarantee: what is written and what is read back names exactly one segment per (shard, wave), and its counts
+add up. Knows nothing of tags and writers (`snapshot`), nor of what is inside a segment (`index`).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline import storage
+from pipeline.config import Metric
+from pipeline.errors import DataError
+from pipeline.run import Run
+from pipeline.schema import FORMAT_VERSION
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Kind = Literal["transformed", "embedded"]
+T = TypeVar("T")
+
+_WHO_PUBLISHED = {"attempt_id", "epoch", "created_unix_seconds"}
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRef:
+    """One segment as a commit names it; paths are relative to the run.
+
+    Attributes:
+        kind: what the wave holds; in an embedded one, `rejected` of the `vectors` are still transformed.
+        bytes: size of the file.
+    """
+
+    shard: int
+    wave: int
+    kind: Kind
+    path: str
+    sha256: str
+    bytes: int
+    vectors: int
+    sidecar_path: str
+    sidecar_sha256: str
+    rejected: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Images of a snapshot: transformed + embedded = gallery, and the rejected are among the transformed."""
+
+    gallery: int
+    transformed: int
+    embedded: int
+    rejected: int
+
+    @classmethod
+    def of(cls, segments: Sequence[SegmentRef]) -> Self:
+        """The counts that a snapshot of these segments has."""
+        gallery = sum(segment.vectors for segment in segments)
+        rejected = sum(segment.rejected for segment in segments)
+        embedded = sum(segment.vectors for segment in segments if segment.kind == "embedded") - rejected
+        return cls(gallery, gallery - embedded, embedded, rejected)
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """One snapshot: waves 1..number are embedded, the others transformed.
+
+    The last three fields say who published it and when; `Writer.publish` fills them in.
+
+    Attributes:
+        parent: number - 1, or None for commit 0.
+        metric: what the index measures; with `nprobe`, `dim` and the codebook all a query needs to know.
+        segments: exactly one per (shard, wave).
+        quality: figures of the probe set, by name.
+    """
+
+    number: int
+    parent: int | None
+    codebook_path: str
+    codebook_sha256: str
+    metric: Metric
+    nprobe: int
+    dim: int
+    num_waves: int
+    num_shards: int
+    segments: tuple[SegmentRef, ...]
+    counts: Counts
+    quality: dict[str, float] = field(default_factory=dict)
+    attempt_id: str = ""
+    epoch: int = 0
+    created_unix_seconds: float = 0.0
+
+    def content(self) -> dict[str, object]:
+        """Everything but who published it and when: equal for two attempts at the same snapshot."""
+        return {key: value for key, value in asdict(self).items() if key not in _WHO_PUBLISHED}
+
+
+def read_commit(run: Run, number: int) -> Commit:
+    """A commit, checked to name a whole snapshot.
+
+    Raises:
+        DataError: it is missing, damaged, of another format, or its segments or counts do not add up.
+    """
+    where = run.commit(number)
+    try:
+        commit = from_json(Commit, storage.read_bytes(where), where)
+    except FileNotFoundError:
+        raise DataError("there is no such commit", found=number, where=where) from None
+    if commit.number != number:
+        raise DataError("the commit file holds another commit", expected=number, found=commit.number, where=where)
+    check_commit(commit, where)
+    return commit
+
+
+def check_commit(commit: Commit, where: str) -> None:
+    """Check that a commit names a whole snapshot.
+
+    Raises:
+        DataError: it does not, naming `where`.
+    """
+    parent = commit.number - 1 if commit.number else None
+    if not 0 <= commit.number <= commit.num_waves or commit.parent != parent:
+        raise DataError(
+            "the number of a commit does not fit its parent or its waves",
+            expected=f"0..{commit.num_waves}, with parent {parent}",
+            found=f"{commit.number}, with parent {commit.parent}",
+            where=where,
+        )
+    cells = sorted((segment.wave, segment.shard) for segment in commit.segments)
+    planned = list(product(range(1, commit.num_waves + 1), range(commit.num_shards)))
+    if cells != planned:
+        raise DataError(
+            "a commit does not name exactly one segment per (wave, shard)",
+            expected=f"{commit.num_waves} waves x {commit.num_shards} shards",
+            found=f"{len(cells)} segments; missing {sorted(set(planned) - set(cells))[:3]}",
+            where=where,
+        )
+    for segment in commit.segments:
+        _check_segment(segment, commit.number, where)
+    counts = Counts.of(commit.segments)
+    if counts != commit.counts:
+        raise DataError("the counts of a commit do not add up", expected=counts, found=commit.counts, where=where)
+    if not all(map(math.isfinite, commit.quality.values())):
+        raise DataError("a quality figure is not a number", expected="finite", found=commit.quality, where=where)
+
+
+def to_json(item: DataclassInstance) -> bytes:
+    """A commit or a tag as the bytes of its file: with the format version, and a digest of all the rest."""
+    tree = {"format_version": FORMAT_VERSION} | asdict(item)
+    return json.dumps(tree | {"sha256": _digest(tree)}, indent=1).encode()
+
+
+def from_json(kind: type[T], data: bytes, where: str) -> T:
+    """The inverse of `to_json`; every field has to be there with its type.
+
+    Raises:
+        DataError: it is not such a file, was changed after it was written, or is of another format.
+    """
+    try:
+        tree = json.loads(data)
+    except ValueError as error:
+        raise DataError("not a JSON file", found=error, where=where) from error
+    version = tree.get("format_version") if isinstance(tree, dict) else None
+    if version != FORMAT_VERSION:
+        raise DataError("the file has another format", expected=FORMAT_VERSION, found=version, where=where)
+    digest = tree.pop("sha256", None)
+    if digest != _digest(tree):
+        raise DataError("the file was changed", expected=f"sha256 {_digest(tree)}", found=digest, where=where)
+    try:
+        item = _adapter(kind).validate_json(data, strict=True)  # type: ignore[arg-type]  # a class is hashable
+    except ValidationError as error:
+        problem = error.errors()[0]
+        found = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+        raise DataError(f"not a {kind.__name__.lower()} file", found=found, where=where) from error
+    assert isinstance(item, kind)
+    return item
+
+
+@functools.cache  # making one takes milliseconds
+def _adapter(kind: type[object]) -> TypeAdapter[object]:
+    return TypeAdapter(kind)
+
+
+def _digest(tree: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _check_segment(segment: SegmentRef, number: int, where: str) -> None:
+    kind = "embedded" if segment.wave <= number else "transformed"
+    most = segment.vectors if kind == "embedded" else 0
+    if segment.kind != kind or segment.vectors < 0 or not 0 <= segment.rejected <= most:
+        raise DataError(
+            f"segment (shard {segment.shard}, wave {segment.wave}) does not belong into commit {number}",
+            expected=f"{kind}, of which 0..{most} rejected",
+            found=f"{segment.kind}, {segment.rejected} of {segment.vectors} rejected",
+            where=where,
+        )

@@ -1,0 +1,265 @@
+"""The backfilling curve of a run: simulated from its known embeddings, and as its commits published it.
+
+After evaluate; between its arrays and the run's files. Guarantee: the result has the shape of DESIGN
+section 5, and is stored as `reports/curve.json` beside what it was computed from, so that it is computed
+once. Queries are the new embeddings of all gallery images, without their self-match.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import cast
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.config import Config
+from pipeline.errors import DataError
+from pipeline.evaluate import (
+    METRICS,
+    Metrics,
+    OrderCurve,
+    Simulation,
+    by_group,
+    evaluate,
+    negative_flips,
+    oracle_order,
+    order_by_priority,
+    random_order,
+    share_of_gap,
+    simulate_curve,
+)
+from pipeline.gallery import GalleryArrays as GalleryArrays
+from pipeline.gallery import has_labels as has_labels
+from pipeline.gallery import load_gallery as load_gallery
+from pipeline.gallery import query_rows
+from pipeline.points import SLOTS
+from pipeline.ranking import Float64, Progress
+from pipeline.run import Run
+from pipeline.schema import Int64
+
+Json = dict[str, object]
+Point = dict[str, int | float]
+
+MIN_GROUP_QUERIES = 10  # below, a group's top-1 moves by more than 10 points with one query
+_VERSION = 1  # of the result; a stored one of another version is computed again
+
+
+def curve(config: Config, run: Run, *, published: bool = True, on_progress: Progress | None = None) -> Json:
+    """The whole curve of a run, as `evaluate --curve --json` prints it.
+
+    Args:
+        config: the run's; `evaluate`, `plan.policy`, `gallery.metric` and `seed` count.
+        run: with every image embedded or rejected.
+        published: measure the run's own commits as well.
+        on_progress: called with (steps done, steps).
+
+    Raises:
+        DataError: the gallery has no labels, or images are neither embedded nor rejected yet.
+    """
+    key = _cache_key(config, run, published)
+    stored = _read(run)
+    if stored is not None and stored["key"] == key:
+        return cast(Json, stored["curve"])
+    gallery = load_gallery(run)
+    _check_finished(gallery, run)
+    result = _simulate(config, gallery, _portion(on_progress, 0, 0.5 if published else 1))
+    if published:
+        result["published"] = {"points": published_points(run, gallery, _portion(on_progress, 0.5, 1))}
+    text = json.dumps({"key": key, "curve": result}, allow_nan=False)
+    storage.put(run.path("reports", "curve.json"), text.encode())
+    return result
+
+
+def read_curve(run: Run) -> Json | None:
+    """The curve that was computed last, or None."""
+    stored = _read(run)
+    return None if stored is None else cast(Json, stored["curve"])
+
+
+def published_points(
+    run: Run, gallery: GalleryArrays | None = None, on_progress: Progress | None = None
+) -> list[Point]:
+    """As `published.published_points`, which is imported late because it brings FAISS along."""
+    from pipeline import published
+
+    return published.published_points(run, gallery, on_progress)
+
+
+def published_point(run: Run, commit: int | None = None) -> Point:
+    """As `published.published_point`, imported late as well."""
+    from pipeline import published
+
+    return published.published_point(run, commit)
+
+
+def _simulate(config: Config, gallery: GalleryArrays, on_progress: Progress | None) -> Json:
+    rows = query_rows(gallery)
+    orders = _orders(config, gallery)
+    chosen = config.plan.policy
+    old = evaluate(
+        gallery.old[rows],
+        gallery.old,
+        gallery.labels[rows],
+        gallery.labels,
+        metric=config.gallery.metric,
+        query_ids=gallery.ids[rows],
+        gallery_ids=gallery.ids,
+    )
+    simulation = simulate_curve(
+        gallery.transformed,
+        gallery.embedded,
+        gallery.embedded[rows],
+        gallery.labels[rows],
+        gallery.labels,
+        orders,
+        points=config.evaluate.points,
+        metric=config.gallery.metric,
+        query_ids=gallery.ids[rows],
+        gallery_ids=gallery.ids,
+        embeddable=~gallery.rejected,
+        detail=chosen,
+        progress=on_progress,
+    )
+    return {
+        "old_old": old.as_dict(),
+        "new_new": simulation.end.as_dict(),
+        "num_queries": old.num_queries,
+        "num_unmatched": old.num_unmatched,
+        "num_gallery": old.num_gallery,
+        "distance": config.gallery.metric,
+        "orders": {name: _order(order, simulation.fractions) for name, order in simulation.orders.items()},
+        "share_of_gap": {name: _share(order.area, old, simulation.end) for name, order in simulation.orders.items()},
+        **_details(chosen, simulation, old),
+        "groups": _groups(gallery, rows, chosen, simulation, old),
+    }
+
+
+def _orders(config: Config, gallery: GalleryArrays) -> dict[str, list[Int64]]:
+    """The orders to compare; the run's own under its policy's name, where that is another one."""
+    ids, seed = gallery.ids, config.seed
+    orders = {
+        "uncertainty": [order_by_priority(gallery.uncertainty, ids, seed)],
+        "random": [random_order(ids, seed + offset) for offset in range(config.evaluate.random_seeds)],
+        "oracle": [oracle_order(gallery.transformed, gallery.embedded)],
+    }
+    own = {config.plan.policy: [order_by_priority(gallery.priority, ids, seed)]}
+    return own | orders
+
+
+def _order(order: OrderCurve, fractions: Float64) -> Json:
+    values = zip(fractions.tolist(), order.values, strict=True)
+    result: Json = {
+        "points": [{"fraction": fraction, **_figures(figures)} for fraction, figures in values],
+        "area": _figures(order.area),
+        "area_trapezoid": _figures(order.area_trapezoid),
+    }
+    return result | ({"area_std": _figures(order.area_std)} if order.num_permutations > 1 else {})
+
+
+def _details(chosen: str, simulation: Simulation, old: Metrics) -> Json:
+    """What one order costs on the way: lost answers, and whether one kind of vector crowds out the other."""
+    assert simulation.detail is not None
+    fractions = simulation.fractions.tolist()
+    flips = negative_flips(old.first_rank, simulation.detail.first_rank).tolist()
+    shares = simulation.detail.slot_share.tolist()
+    return {
+        "negative_flips": {
+            "order": chosen,
+            "points": [{"fraction": x, "percent": flip} for x, flip in zip(fractions, flips, strict=True)],
+        },
+        "slot_share": {
+            "order": chosen,
+            "slots": SLOTS,
+            "points": [{"fraction": x, "share": _number(share)} for x, share in zip(fractions, shares, strict=True)],
+        },
+    }
+
+
+def _groups(gallery: GalleryArrays, rows: Int64, chosen: str, simulation: Simulation, old: Metrics) -> Json | None:
+    """Each group's figures at both ends, and the gap from best to worst at each point; None without two groups."""
+    assert simulation.detail is not None
+    groups, num = gallery.groups[rows], len(gallery.group_names)
+    counts = np.bincount(groups[(groups >= 0) & (old.first_rank > 0)], minlength=num)
+    kept = np.flatnonzero(counts >= MIN_GROUP_QUERIES)
+    if len(kept) < 2:
+        return None
+    values = by_group(simulation.detail.first_rank, simulation.detail.average_precision, groups, num)[kept]
+    before = by_group(old.first_rank[None], old.average_precision[None], groups, num)[kept, 0]
+    best, worst = values.max(axis=0), values.min(axis=0)
+    return {
+        "order": chosen,
+        "min_queries": MIN_GROUP_QUERIES,
+        "old_old": _gap(before.max(axis=0), before.min(axis=0)),
+        "points": [
+            {"fraction": fraction, **_gap(best[point], worst[point])}
+            for point, fraction in enumerate(simulation.fractions.tolist())
+        ],
+        "members": [
+            {
+                "group": gallery.group_names[group],
+                "queries": int(counts[group]),
+                "old_old": _figures(before[row]),
+                "start": _figures(values[row, 0]),
+                "end": _figures(values[row, -1]),
+            }
+            for row, group in enumerate(kept)
+        ],
+    }
+
+
+def _gap(best: Float64, worst: Float64) -> Json:
+    return {"gap": _figures(best - worst), "best": _figures(best), "worst": _figures(worst)}
+
+
+def _share(area: Float64, old: Metrics, new: Metrics) -> Json:
+    ends = zip(METRICS, area.tolist(), old.as_dict().values(), new.as_dict().values(), strict=True)
+    return {name: _number(share_of_gap(value, before, after)) for name, value, before, after in ends}
+
+
+def _figures(values: Float64) -> dict[str, float]:
+    return dict(zip(METRICS, values.tolist(), strict=True))
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _check_finished(gallery: GalleryArrays, run: Run) -> None:
+    missing = int((~gallery.embedded_mask & ~gallery.rejected).sum())
+    if missing:
+        done = 1 - missing / len(gallery.ids)
+        raise DataError(
+            "the curve needs the new embedding of every image",
+            expected=f"{len(gallery.ids)} images embedded or rejected",
+            found=f"{100 * done:.1f} per cent of them ({missing} are missing)",
+            where=run.path("embedded"),
+            remedy="`fastfill backfill` completes it",
+        )
+
+
+def _cache_key(config: Config, run: Run, published: bool) -> Json:
+    from pipeline.snapshot import list_commits
+
+    return {
+        "version": _VERSION,
+        "commit": max(list_commits(run), default=None) if published else "none asked for",
+        "parts": len(storage.list_files(run.path("embedded"), ".parquet")),
+        "evaluate": config.evaluate.model_dump(mode="json"),
+        "policy": config.plan.policy,
+        "metric": config.gallery.metric,
+        "seed": config.seed,
+    }
+
+
+def _read(run: Run) -> Json | None:
+    found = storage.read_versioned(run.path("reports", "curve.json"))
+    return cast(Json, json.loads(found[0])) if found else None
+
+
+def _portion(progress: Progress | None, start: float, end: float) -> Progress | None:
+    """Where a part of the work stands, in thousandths of the whole."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(round(1000 * (start + (end - start) * done / total)), 1000)

@@ -1,0 +1,123 @@
+"""Exact cut points of a ranking by histograms of its bits; pure, nothing is ever sorted as a whole.
+
+An image's place in the order is its rank: (priority descending, stable hash of the id ascending). As
+one 96-bit key of six 16-bit digits, smallest first, the rank-r key is found digit by digit: each pass
+counts one digit among the keys that still agree with some cut, part by part, and adds the counts up.
+Priorities without ties need two passes; the hash is a bijection of the id, so six always suffice.
+
+Legend: N images of a part, C cuts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.schema import Float32, Int64, splitmix64
+
+NUM_DIGITS = 6
+_DIGIT_BITS = 16
+_RADIX = 1 << _DIGIT_BITS
+
+Digits = NDArray[np.uint32]
+Codes = NDArray[np.int64]
+
+
+def digits(priority: Float32, ids: Int64, seed: int) -> Digits:
+    """The keys of N images as (6, N) uint32 digits, most significant first."""
+    bits = (np.asarray(priority, dtype=np.float32) + np.float32(0.0)).view(np.uint32)  # -0.0 becomes 0.0
+    ascending = np.where(bits >> np.uint32(31), ~bits, bits | np.uint32(1 << 31))
+    first = ~ascending  # descending priority
+    hashes = splitmix64(ids, seed)
+    mask = np.uint64(_RADIX - 1)
+    tail = [((hashes >> np.uint64(shift)) & mask).astype(np.uint32) for shift in (48, 32, 16, 0)]
+    return np.stack([first >> np.uint32(_DIGIT_BITS), first & np.uint32(_RADIX - 1), *tail])
+
+
+@dataclass(slots=True)
+class CutSearch:
+    """The state of the search between passes.
+
+    Attributes:
+        ranks: (C,) int64, ascending: how many images lie before each cut.
+        levels: per pass done, the sorted codes of the prefixes that still hold a cut; a code is
+            (index of the prefix in the level before) * 65536 + digit.
+        cuts: (6, C) digits; a cut is the last key before it, digits not yet known are 65535.
+    """
+
+    ranks: Int64
+    levels: list[Codes] = field(default_factory=list)
+    cuts: Digits = field(init=False)
+    _remaining: Int64 = field(init=False)
+    _parents: Int64 = field(init=False)
+    _open: NDArray[np.bool_] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cuts = np.full((NUM_DIGITS, len(self.ranks)), _RADIX - 1, dtype=np.uint32)
+        self._remaining = self.ranks.copy()
+        self._parents = np.zeros(len(self.ranks), dtype=np.int64)
+        self._open = np.ones(len(self.ranks), dtype=bool)
+
+    @property
+    def done(self) -> bool:
+        """Whether every cut is known."""
+        return not self._open.any()
+
+    def advance(self, codes: Codes, counts: Int64) -> None:
+        """Take one pass's counts over all parts: unique `codes`, ascending, and how often each occurs."""
+        depth = len(self.levels)
+        before = np.cumsum(counts) - counts
+        kept: dict[int, list[int]] = {}
+        for cut in np.flatnonzero(self._open):
+            siblings = slice(*np.searchsorted(codes, [self._parents[cut] * _RADIX, (self._parents[cut] + 1) * _RADIX]))
+            start = before[siblings][0]
+            place = siblings.start + int(
+                np.searchsorted(before[siblings] - start + counts[siblings], self._remaining[cut])
+            )
+            self.cuts[depth, cut] = codes[place] % _RADIX
+            self._remaining[cut] -= before[place] - start
+            if self._remaining[cut] == counts[place]:
+                self._open[cut] = False  # the cut falls between two prefixes: the digits that follow do not matter
+            else:
+                kept.setdefault(int(codes[place]), []).append(int(cut))
+        self.levels.append(np.array(sorted(kept), dtype=np.int64))
+        for index, code in enumerate(sorted(kept)):
+            self._parents[kept[code]] = index
+
+
+def count_digit(keys: Digits, levels: list[Codes]) -> tuple[Codes, Int64]:
+    """One part's share of a pass: unique codes among its keys that agree with `levels`, and their counts."""
+    codes = np.zeros(keys.shape[1], dtype=np.int64)
+    for depth, level in enumerate(levels):
+        codes = codes * _RADIX + keys[depth]
+        index = np.minimum(np.searchsorted(level, codes), max(len(level) - 1, 0))
+        agrees = level[index] == codes if len(level) else np.zeros(len(codes), dtype=bool)
+        keys, codes = keys[:, agrees], index[agrees]
+    return unique_counts(codes * _RADIX + keys[len(levels)], np.ones(keys.shape[1], dtype=np.int64))
+
+
+def unique_counts(codes: Codes, counts: Int64) -> tuple[Codes, Int64]:
+    """Add the counts of equal codes up; the codes come back unique and ascending."""
+    unique, inverse = np.unique(codes, return_inverse=True)
+    return unique, np.bincount(inverse, weights=counts, minlength=len(unique)).astype(np.int64)
+
+
+def bucket(keys: Digits, cuts: Digits) -> NDArray[np.int32]:
+    """How many cuts lie before each key, (N,) int32 in [0, C]: the wave of each image, counted from 0."""
+    words = _words(keys)
+    found = np.zeros(keys.shape[1], dtype=np.int32)
+    for cut in _words(cuts).T:
+        found += (words[0] > cut[0]) | ((words[0] == cut[0]) & (words[1] > cut[1]))
+    return found
+
+
+def _words(keys: Digits) -> NDArray[np.uint64]:
+    """(6, N) digits as (2, N) uint64: the priority's 32 bits, the hash's 64 bits."""
+    wide = keys.astype(np.uint64)
+    shift = np.uint64(_DIGIT_BITS)
+    tail = wide[2]
+    for digit in wide[3:]:
+        tail = (tail << shift) | digit
+    return np.stack([(wide[0] << shift) | wide[1], tail])

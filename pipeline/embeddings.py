@@ -1,0 +1,107 @@
+"""The embeddings of a normalised manifest: those that came with it, or else embedded from its images.
+
+The embedding stream of the backfill makes what is missing, once, into a vector log beside the parts
+(the part's number stands for the wave). It does not know what the embeddings are used for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import manifest, storage, vector_log
+from pipeline.config import Config, Encoder
+from pipeline.errors import ConfigError
+from pipeline.manifest import Manifest
+from pipeline.run import Run
+from pipeline.schema import Float32, Unit, vectors_from_arrow
+from pipeline.stream import Work, embed_stream
+from pipeline.vector_log import VectorLog
+
+OnUnits = Callable[[str, int, int], None]
+"""Told (what, images done, images in all) as images are embedded."""
+
+
+def embed_missing(config: Config, run: Run, folders: Sequence[str], on_units: OnUnits) -> None:
+    """Embed the images of normalised manifests where their embeddings did not come with them, in one stream.
+
+    The gallery needs its old embeddings, the pairs need both.
+
+    Args:
+        config: the run's config.
+        run: the run, with these manifests normalised.
+        folders: of `gallery` and `pairs`.
+        on_units: told of progress.
+
+    Raises:
+        ConfigError: there is no encoder for what is missing.
+    """
+    names, work, done, total = [], [], [], []
+    for folder in folders:
+        rows = manifest.read_manifest(run, folder)
+        assert rows is not None, f"the {folder} manifest is normalised before its images are embedded"
+        for role in _missing(folder, rows):
+            units = _pending(run, folder, rows, embedding_log(config, run, folder, role))
+            names.append(f"{folder}: {role} embeddings")
+            work.append(Work(_encoder(config, folder, role), embedding_log(config, run, folder, role), units))
+            total.append(rows.num_rows)
+            done.append(rows.num_rows - sum(unit.images for unit in units))
+            if units:
+                on_units(names[-1], done[-1], total[-1])
+    for index, ack in embed_stream(work, config.backfill, config.device):
+        done[index] += ack.embedded + ack.rejected
+        on_units(names[index], done[index], total[index])
+
+
+def embedding_log(config: Config, run: Run, folder: str, role: str) -> VectorLog:
+    """Where embeddings are kept that had to be computed from a manifest's images; `role` is old or new."""
+    encoder = getattr(config.encoders, role)
+    dim = encoder.dim if encoder is not None else 1
+    return VectorLog(run.path(folder, role), run.path(folder, f"{role}-rejects"), dim, num_shards=1)
+
+
+def _missing(folder: str, rows: Manifest) -> list[str]:
+    roles = ("old",) if folder == "gallery" else ("old", "new")
+    return [role for role in roles if f"{role}_embedding" not in rows.dims]
+
+
+def _encoder(config: Config, folder: str, role: str) -> Encoder:
+    encoder: Encoder | None = getattr(config.encoders, role)
+    if encoder is None:
+        raise ConfigError(
+            f"the {folder}'s {role} embeddings are not given, and neither is the encoder to compute them",
+            where=f"{folder}.columns.{role}_embedding, encoders.{role}",
+        )
+    return encoder
+
+
+def _pending(run: Run, folder: str, rows: Manifest, log: VectorLog) -> list[Unit]:
+    finished = {(wave, unit) for wave, units in vector_log.finished_units(log).items() for unit in units}
+    return [unit for unit in manifest.units(run, folder, rows) if (unit.wave, unit.unit) not in finished]
+
+
+def read_embeddings(run: Run, folder: str, part: int, role: str, log: VectorLog) -> tuple[pa.Table, Float32]:
+    """The rows of a normalised part that have an embedding, and these embeddings.
+
+    Args:
+        run: the run.
+        folder: the normalised manifest's folder.
+        part: the part's number.
+        role: the embedding's column, where it came with the manifest.
+        log: where it is otherwise.
+
+    Returns:
+        the part's rows (n), and (n, d) float32; row i belongs to row i.
+    """
+    rows = storage.read_parquet(run.part(folder, part))
+    if role in rows.schema.names:
+        return rows.drop_columns([role]), vectors_from_arrow(rows[role])
+    ids, vectors = vector_log.read_wave(log, part)
+    if not len(ids):
+        return rows.slice(0, 0), vectors
+    wanted = rows["id"].to_numpy()
+    places = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
+    there = ids[places] == wanted
+    return rows.filter(pa.array(there)), vectors[places[there]]

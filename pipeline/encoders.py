@@ -1,0 +1,215 @@
+"""An encoder: preprocess values and a torch module, from a spec in the config.
+
+Guarantee: a loaded encoder maps uint8 images to float32 embeddings of the width that the config says,
+on any device, and its weights came without pickle. It does not know where images come from.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from torch import nn
+
+from pipeline import config as settings
+from pipeline import storage
+from pipeline.errors import ConfigError, DataError
+
+_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_PICKLED = ("custom_obj", "opaque_obj", "aotinductor", "serialized_")  # the last: the format before torch 2.8
+_UNREADABLE = (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
+
+
+class EmbeddingModel(nn.Module):
+    """Pixels to embeddings: scale, normalise, encode, flatten."""
+
+    def __init__(self, network: nn.Module, spec: settings.Encoder) -> None:
+        super().__init__()
+        self.network = network
+        self.dim = spec.dim
+        preprocess = spec.preprocess
+        self.scale = preprocess.pixel_range / 255.0
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
+        self.register_buffer("mean", torch.tensor(preprocess.mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(preprocess.std, dtype=torch.float32).view(1, -1, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) uint8 to (B, dim) float32."""
+        pixels = images.to(torch.float32)
+        if self.scale != 1.0:
+            pixels = pixels * self.scale
+        embeddings = self.network((pixels - self.mean) / self.std)
+        return cast(torch.Tensor, embeddings).flatten(1).to(torch.float32)
+
+
+def load_encoder(spec: settings.Encoder, device: torch.device) -> EmbeddingModel:
+    """Load an encoder and check one forward pass against the config.
+
+    Args:
+        spec: which weights, and how images are preprocessed for them.
+        device: where it runs.
+
+    Raises:
+        ConfigError: the model name, the layer or the function does not exist, or the width is not `dim`.
+        DataError: the weights are missing or do not fit.
+    """
+    if spec.export is not None:
+        network = _from_export(spec.export)
+    elif spec.torchvision is not None:
+        network = _from_torchvision(spec.torchvision)
+    else:
+        network = _from_function(cast(str, spec.function))
+    if not isinstance(network, torch.fx.GraphModule):  # an exported module is frozen already and refuses eval()
+        network.eval()
+    model = EmbeddingModel(network, spec).to(device)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+    _check_width(model, spec, device)
+    return model
+
+
+def load_tensors(uri: str) -> dict[str, torch.Tensor]:
+    """Named tensors of a safetensors file, or of a torch checkpoint read with weights_only.
+
+    Raises:
+        DataError: the file is missing, or neither.
+    """
+    try:
+        if uri.endswith(".safetensors"):
+            return load_safetensors(storage.read_bytes(uri))
+        with storage.open_input(uri) as file:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise DataError("a weights file is missing", where=uri) from error
+    except (SafetensorError, *_UNREADABLE) as error:
+        raise DataError("a weights file cannot be read", found=_first_line(error), where=uri) from error
+    if not isinstance(tensors, dict):
+        raise DataError("not a state dict", expected="names and tensors", found=type(tensors).__name__, where=uri)
+    return cast(dict[str, torch.Tensor], tensors)
+
+
+def _from_export(uri: str) -> nn.Module:
+    try:
+        with _without_code(storage.local_copy(uri)) as path:
+            return torch.export.load(path).module()
+    except FileNotFoundError as error:
+        raise DataError("the encoder's file is missing", where=uri) from error
+    except (AssertionError, *_UNREADABLE) as error:
+        raise DataError(
+            "the encoder is not a readable torch.export archive", found=_first_line(error), where=uri
+        ) from error
+
+
+@contextmanager
+def _without_code(path: Path) -> Iterator[Path]:
+    """Hold torch.export.load to weights_only: by itself it unpickles what the archive asks for (torch 2.14).
+
+    An archive's graph can still name any function of torch: load only archives that you trust.
+    """
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    pickled = [name for name in names if any(word in name.lower() for word in _PICKLED)]
+    if pickled:
+        raise ValueError(f"it holds pickled or compiled objects: {pickled[:3]}")
+    before = os.environ.get(_WEIGHTS_ONLY)
+    os.environ[_WEIGHTS_ONLY] = "1"
+    try:
+        yield path
+    finally:
+        if before is None:
+            del os.environ[_WEIGHTS_ONLY]
+        else:
+            os.environ[_WEIGHTS_ONLY] = before
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to load it all the same
+        return "a damaged pickle, or one that holds more than tensors"
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _from_torchvision(spec: settings.Torchvision) -> nn.Module:
+    import torchvision  # here: it takes seconds, and an exported encoder does not need it
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    try:
+        model = torchvision.models.get_model(spec.model, weights=None)
+    except ValueError as error:
+        raise ConfigError(
+            "torchvision has no such model", found=spec.model, where="encoders.*.torchvision.model"
+        ) from error
+    if spec.cut_at is not None:
+        try:
+            model = create_feature_extractor(model.eval(), {spec.cut_at: "embedding"})
+        except ValueError as error:
+            raise ConfigError(
+                "the model has no such layer to cut at", found=spec.cut_at, where=spec.model, remedy=str(error)
+            ) from error
+    tensors = load_tensors(spec.state_dict)
+    wanted = model.state_dict()
+    wrong = [name for name, value in wanted.items() if name not in tensors or tensors[name].shape != value.shape]
+    extra = [name for name in tensors if name not in wanted] if spec.cut_at is None else []
+    if wrong or extra:
+        raise DataError(
+            f"the weights do not fit {spec.model}",
+            expected=f"a tensor of the right shape for each of {len(wanted)} names",
+            found=f"missing or misshapen: {wrong[:5]}, unknown: {extra[:5]}",
+            where=spec.state_dict,
+        )
+    model.load_state_dict({name: tensors[name] for name in wanted})
+    return _Cut(model) if spec.cut_at is not None else model
+
+
+class _Cut(nn.Module):
+    """A feature extractor's one output."""
+
+    def __init__(self, extractor: nn.Module) -> None:
+        super().__init__()
+        self.extractor = extractor
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self.extractor(pixels)["embedding"])
+
+
+def _from_function(name: str) -> nn.Module:
+    module_name, _, function_name = name.partition(":")
+    try:
+        network = getattr(importlib.import_module(module_name), function_name)()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError("the encoder's function cannot be found", found=error, where=name) from error
+    if not isinstance(network, nn.Module):
+        raise ConfigError("the encoder's function must return a torch module", found=type(network), where=name)
+    return network
+
+
+def _check_width(model: EmbeddingModel, spec: settings.Encoder, device: torch.device) -> None:
+    height, width = cast(tuple[int, int], spec.preprocess.image_size)
+    blank = torch.zeros((2, spec.preprocess.channels, height, width), dtype=torch.uint8, device=device)
+    where = spec.export or spec.function or (spec.torchvision.state_dict if spec.torchvision else None)
+    try:
+        with torch.inference_mode():
+            shapes = [tuple(model(blank[:batch]).shape) for batch in (1, 2)]  # an archive may be of one batch size
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            "the encoder does not take images of the configured shape",
+            expected=f"(B, {spec.preprocess.channels}, {height}, {width})",
+            found=_first_line(error),
+            where=where,
+            remedy="set the encoder's preprocess to the shape it was made for, and export it for any batch size",
+        ) from error
+    if shapes != [(1, spec.dim), (2, spec.dim)]:
+        raise ConfigError(
+            "the encoder's embedding has another width", expected=f"dim {spec.dim}", found=shapes[1][1:], where=where
+        )

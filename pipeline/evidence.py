@@ -1,0 +1,224 @@
+"""What the plan and the vector log say, as the audit reads it: by (shard, wave), trusting no earlier step.
+
+Guarantee: what cannot be read becomes a problem in the notes and never an exception, so that one bad file
+does not hide the others. Row groups are found by their statistics, not by where they should be. Does not
+know commits or segments.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline import storage
+from pipeline.errors import FastfillError
+from pipeline.run import Run
+from pipeline.schema import Float32, Int64, vectors_from_arrow
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_WAVE = re.compile(r"/wave-(\d+)/[^/]+$")
+_EMPTY = -1  # the key of a row group without rows
+NO_IDS: Int64 = np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is not as it has to be."""
+
+    kind: str
+    where: str
+    expected: str
+    found: str
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """What an audit has found, and how much of what it has looked at."""
+
+    problems: list[Problem] = field(default_factory=list)
+    checked: Counter[str] = field(default_factory=Counter)
+
+    def problem(self, kind: str, where: str, expected: object, found: object) -> None:
+        """Note one."""
+        self.problems.append(Problem(kind, where, str(expected), str(found)))
+
+    def attempt(self, kind: str, where: str, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """What `read` gives, or None and a problem."""
+        try:
+            return read(*args, **kwargs)
+        except FastfillError as error:
+            expected = error.details["expected"] or "a whole file"
+            found = error.details["found"]
+            self.problem(kind, where, expected, error.summary if found is None else f"{error.summary}: {found}")
+        except (OSError, pa.ArrowException, ValueError) as error:
+            self.problem(kind, where, "a readable file", error)
+        return None
+
+    def compare(self, kind: str, where: str, expected: Int64, found: Int64) -> bool:
+        """Whether the ids `found`, in any order, are those `expected`, which are sorted; else a problem."""
+        found = np.sort(found)
+        if np.array_equal(expected, found):
+            return True
+        missing, unknown = np.setdiff1d(expected, found), np.setdiff1d(found, expected)
+        repeated = found[1:][found[1:] == found[:-1]]
+        counts = [
+            f"{len(ids)} {what}, such as {ids[0]}"
+            for ids, what in ((missing, "missing"), (unknown, "unknown"), (repeated, "repeated"))
+            if len(ids)
+        ]
+        self.problem(kind, where, f"{len(expected)} ids, each once", "; ".join(counts))
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A Parquet file, and the one value that each key column has in each of its row groups."""
+
+    uri: str
+    keys: NDArray[np.int64]  # (row groups, key columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What a (shard, wave) has to hold: all ids are sorted, and no vector is read before it is asked for.
+
+    Attributes:
+        ids: its images, by the plan.
+        embedded: those that the log holds.
+        rejected: those in the rejects.
+    """
+
+    shard: int
+    wave: int
+    ids: Int64
+    embedded: Int64
+    rejected: Int64
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """The parts of the plan, and those of the log by wave."""
+
+    run: Run
+    notes: Notes
+    plan: list[Part]
+    log: dict[int, list[Part]]
+    rejects: dict[int, Int64]
+
+    @classmethod
+    def gather(cls, run: Run, notes: Notes, published: int) -> Evidence:
+        """Read the footers of the plan, and those of the log up to wave `published`."""
+        plan = storage.list_files(run.path("transformed"), ".parquet")
+        log = {wave: uris for wave, uris in unit_files(run.path("embedded")).items() if wave <= published}
+        rejects = {wave: uris for wave, uris in unit_files(run.path("rejects")).items() if wave <= published}
+        return cls(
+            run,
+            notes,
+            _parts(notes, "plan_part", plan, ["wave", "shard"]),
+            {wave: _parts(notes, "log_part", uris, ["shard"]) for wave, uris in log.items()},
+            {wave: _ids(notes, "reject_part", uris) for wave, uris in rejects.items()},
+        )
+
+    def cell(self, shard: int, wave: int, rejected: Int64) -> Cell:
+        """Read the ids of a (shard, wave); `rejected` are its own."""
+        ids = self._rows(self.plan, [wave, shard], ["id"])
+        embedded = self._rows(self.log.get(wave, []), [shard], ["id"])
+        return Cell(
+            shard,
+            wave,
+            NO_IDS if ids is None else np.sort(ids["id"].to_numpy()),
+            NO_IDS if embedded is None else np.sort(embedded["id"].to_numpy()),
+            np.sort(rejected),
+        )
+
+    def vectors(self, cell: Cell, embedded: bool) -> Float32 | None:
+        """The vectors of `cell.ids`, (n, d) in their order: transformed, or where there are any the embedded ones.
+
+        None where a part cannot be read, or where plan and log do not fit together.
+        """
+        rows = self._rows(self.plan, [cell.wave, cell.shard], ["id", "vector"])
+        if rows is None:
+            return None
+        vectors = vectors_from_arrow(rows.sort_by("id")["vector"])
+        if not embedded or not len(cell.embedded):
+            return vectors
+        logged = self._rows(self.log[cell.wave], [cell.shard], ["id", "vector"])
+        if logged is None or not np.isin(cell.embedded, cell.ids).all():
+            return None
+        vectors = vectors.copy()
+        vectors[np.searchsorted(cell.ids, cell.embedded)] = vectors_from_arrow(logged.sort_by("id")["vector"])
+        return vectors
+
+    def _rows(self, parts: list[Part], key: list[int], columns: list[str]) -> pa.Table | None:
+        """The rows of all row groups of a key; None where there are none, or one cannot be read."""
+        tables = []
+        for part in parts:
+            groups = np.flatnonzero((part.keys == key).all(axis=1)).tolist()
+            if groups:
+                tables.append(self.notes.attempt("part", part.uri, storage.read_parquet, part.uri, columns, groups))
+        whole = [table for table in tables if table is not None]
+        return pa.concat_tables(whole) if whole and len(whole) == len(tables) else None
+
+
+def unit_files(folder: str) -> dict[int, list[str]]:
+    """The unit files below a folder of the log, by wave."""
+    found: dict[int, list[str]] = {}
+    for uri in storage.list_files(folder, ".parquet"):
+        if match := _WAVE.search(uri):
+            found.setdefault(int(match[1]), []).append(uri)
+    return found
+
+
+def filled(part: Part) -> NDArray[np.int64]:
+    """The keys of the row groups that have rows."""
+    keys: NDArray[np.int64] = part.keys[part.keys[:, 0] != _EMPTY]
+    return keys
+
+
+def _parts(notes: Notes, kind: str, uris: list[str], columns: list[str]) -> list[Part]:
+    found = []
+    for uri in uris:
+        keys = notes.attempt(kind, uri, _row_group_keys, uri, columns)
+        notes.checked[f"{kind}s"] += 1
+        if keys is not None:
+            found.append(Part(uri, keys))
+    return found
+
+
+def _ids(notes: Notes, kind: str, uris: list[str]) -> Int64:
+    found: list[Int64] = [NO_IDS]
+    for uri in uris:
+        table = notes.attempt(kind, uri, storage.read_parquet, uri, ["id"])
+        notes.checked[f"{kind}s"] += 1
+        if table is not None:
+            found.append(table["id"].to_numpy())
+    ids: Int64 = np.concatenate(found)
+    return ids
+
+
+def _row_group_keys(uri: str, columns: list[str]) -> NDArray[np.int64]:
+    """The value of each key column in each row group, from the statistics in the footer.
+
+    Raises:
+        ValueError: a row group has more than one, or a column is missing.
+    """
+    with storage.open_parquet(uri) as file:
+        metadata = file.metadata
+        names = [file.schema.column(position).path for position in range(metadata.num_columns)]
+        keys = np.full((metadata.num_row_groups, len(columns)), _EMPTY, dtype=np.int64)
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            for place, column in enumerate(columns if group.num_rows else []):
+                values = group.column(names.index(column)).statistics
+                if values is None or values.null_count or values.min is None or values.min != values.max:
+                    raise ValueError(f"row group {number} is not of one {column}")
+                keys[number, place] = values.min
+    return keys

@@ -1,0 +1,206 @@
+"""All that a run knows of its gallery, as arrays sorted by id; what the measurements are made on.
+
+After the vector log, before evaluate and curve. Guarantee: row i of every array is the same image. It
+holds the whole gallery in memory, so it is for measuring, not for the backfill. It does not know any
+metric.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline import storage
+from pipeline.errors import DataError
+from pipeline.run import Run
+from pipeline.schema import Float32, Int64, vectors_from_arrow
+
+Bools = NDArray[np.bool_]
+
+_COLUMNS = ["id", "wave", "priority", "uncertainty", "label", "group", "vector"]
+
+
+@dataclass(frozen=True, slots=True)
+class GalleryArrays:
+    """N images, sorted by id.
+
+    Attributes:
+        ids: (N,) int64, unique.
+        labels: (N,) int64, an index into `label_names`, or -1 for none.
+        groups: (N,) int64, an index into `group_names`, or -1 for none.
+        label_names: sorted.
+        group_names: sorted.
+        old: (N, d_old) float32.
+        transformed: (N, d_new) float32.
+        embedded: (N, d_new) float32; the transformed vector where there is no embedded one.
+        embedded_mask: (N,) bool, whether the new embedding is known.
+        rejected: (N,) bool, whether the image could not be embedded.
+        uncertainty: (N,) float32.
+        priority: (N,) float32, the run's policy; the highest is embedded first.
+        wave: (N,) int32, from 1.
+    """
+
+    ids: Int64
+    labels: Int64
+    groups: Int64
+    label_names: tuple[str, ...]
+    group_names: tuple[str, ...]
+    old: Float32
+    transformed: Float32
+    embedded: Float32
+    embedded_mask: Bools
+    rejected: Bools
+    uncertainty: Float32
+    priority: Float32
+    wave: NDArray[np.int32]
+
+
+def load_gallery(run: Run) -> GalleryArrays:
+    """Read `transformed/`, the old embeddings and the vector log of a run.
+
+    Raises:
+        DataError: the gallery is not transformed yet, an id is there twice, or an old embedding is missing.
+    """
+    table = _sorted(transformed_table(run, _COLUMNS), run.path("transformed"))
+    ids = table["id"].to_numpy()
+    labels, label_names = _codes(table["label"])
+    groups, group_names = _codes(table["group"])
+    transformed = vectors_from_arrow(table["vector"])
+    embedded, embedded_mask = transformed.copy(), np.zeros(len(ids), np.bool_)
+    log = _read_vectors(storage.list_files(run.path("embedded"), ".parquet"), "vector", run.path("embedded"))
+    if log is not None:
+        rows = find_rows(ids, log[0], run.path("embedded"))
+        embedded[rows], embedded_mask[rows] = log[1], True
+    return GalleryArrays(
+        ids=ids,
+        labels=labels,
+        groups=groups,
+        label_names=label_names,
+        group_names=group_names,
+        old=_old_embeddings(run, ids),
+        transformed=transformed,
+        embedded=embedded,
+        embedded_mask=embedded_mask,
+        rejected=np.isin(ids, _rejected_ids(run)) & ~embedded_mask,
+        uncertainty=table["uncertainty"].to_numpy(),
+        priority=table["priority"].to_numpy(),
+        wave=table["wave"].to_numpy(),
+    )
+
+
+def transformed_table(run: Run, columns: list[str]) -> pa.Table:
+    """Columns of the scored gallery, in no order.
+
+    Raises:
+        DataError: there is none yet.
+    """
+    parts = storage.list_files(run.path("transformed"), ".parquet")
+    if not parts:
+        raise DataError(
+            "the gallery is not transformed yet", where=run.path("transformed"), remedy="run `fastfill backfill`"
+        )
+    return pa.concat_tables([storage.read_parquet(part, columns) for part in parts])
+
+
+def has_labels(run: Run) -> bool:
+    """Whether quality can be measured: two images of one part share a label."""
+    for part in storage.list_files(run.path("transformed"), ".parquet"):
+        labels = storage.read_parquet(part, ["label"])["label"].drop_null()
+        if len(labels.unique()) < len(labels):
+            return True
+    return False
+
+
+def query_rows(gallery: GalleryArrays) -> Int64:
+    """The rows that can be asked for, (Q,) int64: new embedding and label are known.
+
+    Raises:
+        DataError: there are none.
+    """
+    rows = np.flatnonzero(gallery.embedded_mask & (gallery.labels >= 0))
+    if not len(rows):
+        raise DataError(
+            "the quality cannot be measured",
+            expected="embedded images with a label",
+            found=f"{int(gallery.embedded_mask.sum())} embedded, {int((gallery.labels >= 0).sum())} with a label",
+            remedy="name the label column in gallery.columns.label, and run `fastfill backfill`",
+        )
+    return rows
+
+
+def find_rows(ids: Int64, wanted: Int64, where: str) -> Int64:
+    """The row of each wanted id in the sorted `ids`, (n,) int64.
+
+    Raises:
+        DataError: one is not there.
+    """
+    rows = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
+    strangers = wanted[ids[rows] != wanted]
+    if len(strangers):
+        found = f"{len(strangers)} that are not, such as {strangers[:3].tolist()}"
+        raise DataError("an id is not in the gallery", expected="ids of transformed images", found=found, where=where)
+    return rows
+
+
+def _old_embeddings(run: Run, ids: Int64) -> Float32:
+    """(N, d_old): from the manifest where they came with it, else from the log of those computed."""
+    folder = run.path("gallery")
+    files = storage.list_files(folder, ".parquet")
+    parts = [uri for uri in files if uri.startswith(storage.join(folder, "part-"))]
+    log = [uri for uri in files if uri.startswith(storage.join(folder, "old/"))]
+    found = None if log else _read_vectors(parts, "old_embedding", folder)
+    found = found or _read_vectors(log, "vector", folder)
+    missing = np.setdiff1d(ids, found[0]) if found else ids
+    if found is None or len(missing):
+        raise DataError(
+            "old embeddings are missing",
+            expected=f"one for each of {len(ids)} images",
+            found=f"none for {len(missing)}, such as {missing[:3].tolist()}",
+            where=folder,
+        )
+    return found[1][np.searchsorted(found[0], ids)]
+
+
+def _read_vectors(uris: list[str], column: str, where: str) -> tuple[Int64, Float32] | None:
+    """Ids, sorted, and their vectors, from all files; None where there is no such column."""
+    tables = []
+    for uri in uris:
+        with storage.open_parquet(uri) as file:
+            if column not in file.schema_arrow.names:
+                return None
+            tables.append(file.read(columns=["id", column]))
+    if not tables:
+        return None
+    table = _sorted(pa.concat_tables(tables), where)
+    return table["id"].to_numpy(), vectors_from_arrow(table[column])
+
+
+def _rejected_ids(run: Run) -> Int64:
+    parts = storage.list_files(run.path("rejects"), ".parquet")
+    return np.concatenate([np.empty(0, np.int64), *(storage.read_parquet(uri, ["id"])["id"] for uri in parts)])
+
+
+def _sorted(table: pa.Table, where: str) -> pa.Table:
+    ids = table["id"].to_numpy()
+    order = np.argsort(ids, kind="stable")
+    twice = np.flatnonzero(np.diff(ids[order]) == 0)
+    if len(twice):
+        found = f"{len(twice)} repeated, such as {ids[order][twice[:3]].tolist()}"
+        raise DataError("an id is there more than once", expected="each id once", found=found, where=where)
+    return table.take(order).combine_chunks()
+
+
+def _codes(column: pa.ChunkedArray[pa.StringScalar]) -> tuple[Int64, tuple[str, ...]]:
+    """(N,) int64 and the sorted names; -1 for null."""
+    encoded = column.combine_chunks().dictionary_encode()
+    names = encoded.dictionary.to_numpy(zero_copy_only=False).astype(np.str_)
+    rank = np.empty(len(names), np.int64)
+    order = np.argsort(names)
+    rank[order] = np.arange(len(names))
+    codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    known = codes >= 0
+    codes[known] = rank[codes[known]]
+    return codes, tuple(str(name) for name in names[order])

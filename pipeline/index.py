@@ -1,0 +1,247 @@
+"""Segments: the FAISS index in pieces, one per (shard, wave).
+
+After the codebook, before the snapshot; with the codebook the only importer of faiss. A segment is
+inverted lists with explicit ids, and borrows the codebook's quantizer.
+Guarantee: the same rows give the same segment bytes in whatever order they come, and searching segments
+gives what one index of all their vectors would give. Knows nothing of commits, plans or images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import storage
+from pipeline.codebook import READ_FLAGS, Codebook, parts
+from pipeline.commits import Kind, SegmentRef
+from pipeline.errors import DataError
+from pipeline.run import Run
+from pipeline.schema import Float32, Int64
+from pipeline.segments import Rows, check_digest, store_segment
+
+_QUERIES_AT_ONCE = 1024
+_COLUMNS_AT_ONCE = 8192
+
+
+def build_segment(codebook: Codebook, ids: Int64, vectors: Float32) -> bytes:
+    """A segment as FAISS writes it: the same for the same rows, whatever their order.
+
+    Args:
+        codebook: the run's.
+        ids: (n,) int64, unique, not negative.
+        vectors: (n, d) float32, row i belongs to ids[i]; n may be 0.
+
+    Raises:
+        DataError: an id comes twice or is negative, the shape is wrong, or a number is not finite.
+    """
+    order = np.argsort(ids, kind="stable")
+    ids = np.ascontiguousarray(ids[order], dtype=np.int64)
+    _check_ids(ids, len(vectors))
+    prepared = codebook.prepare(vectors[order])
+    segment = codebook.new_segment()
+    if len(ids):
+        lists = np.ascontiguousarray(codebook.assign(prepared, 1)[0].reshape(-1))
+        segment.add_core(len(ids), faiss.swig_ptr(prepared), faiss.swig_ptr(ids), faiss.swig_ptr(lists))
+    return codebook.serialize(segment).tobytes()
+
+
+class Segment:
+    """One segment, opened with mmap and never changed.
+
+    Attributes:
+        ivf: the FAISS index.
+        num_vectors: vectors in it.
+    """
+
+    def __init__(self, codebook: Codebook, path: str) -> None:
+        """Open a local file.
+
+        Raises:
+            DataError: FAISS cannot read it, or it was built for another kind of codebook.
+        """
+        try:
+            ivf = parts(faiss.read_index(path, READ_FLAGS | faiss.IO_FLAG_MMAP))[0]
+        except (RuntimeError, TypeError) as error:
+            raise DataError("not a readable segment", found=error, where=path) from error
+        kinds = [(type(item).__name__, item.d, item.nlist, item.code_size) for item in (codebook.ivf, ivf)]
+        if kinds[0] != kinds[1]:
+            raise DataError("the segment has another codec", expected=kinds[0], found=kinds[1], where=path)
+        self.ivf = codebook.borrow(ivf)
+        self.num_vectors = self.ivf.ntotal
+        self._codebook = codebook  # owns the quantizer that the index points to
+
+    @classmethod
+    def open(cls, run: Run, codebook: Codebook, ref: SegmentRef, verify: bool = True) -> Segment:
+        """Open a segment of a commit after checking its bytes against the commit.
+
+        Raises:
+            DataError: it is missing, its bytes are not those that were committed, or it does not hold
+                as many vectors.
+        """
+        path = str(storage.local_copy(run.path(ref.path)))
+        if verify:
+            check_digest(path, ref.sha256)
+        segment = cls(codebook, path)
+        if segment.num_vectors != ref.vectors:
+            raise DataError("a segment has another size", expected=ref.vectors, found=segment.num_vectors, where=path)
+        return segment
+
+
+def search(
+    codebook: Codebook, segments: Sequence[Segment], queries: Float32, k: int, nprobe: int
+) -> tuple[Float32, Int64]:
+    """The k nearest vectors of all segments: as one index of them would answer, equal distances by smaller id.
+
+    Args:
+        codebook: the one that the segments were built with.
+        segments: any number of them.
+        queries: (Q, d) float32.
+        k: neighbours per query.
+        nprobe: inverted lists to visit per query.
+
+    Returns:
+        distances (Q, k) float32 and ids (Q, k) int64, best first: squared Euclidean ascending for l2,
+        similarity descending for ip and cosine. Where fewer than k were found: id -1, distance inf or -inf.
+
+    Raises:
+        DataError: the queries have another width, or are not finite.
+    """
+    prepared = codebook.prepare(queries)
+    keys = np.empty((len(prepared), k), dtype=np.float32)
+    ids = np.empty((len(prepared), k), dtype=np.int64)
+    for start in range(0, len(prepared), _QUERIES_AT_ONCE):
+        rows = slice(start, start + _QUERIES_AT_ONCE)
+        probe = _Probe(prepared[rows], *codebook.assign(prepared[rows], nprobe))
+        keys[rows], ids[rows] = _nearest(segments, probe, k, width=k + 1)
+    return keys * _sign(codebook.ivf), ids
+
+
+def decode(codebook: Codebook, segment: Segment) -> tuple[Int64, Float32]:
+    """What a segment stores: ids (n,) int64, sorted, and the decoded vectors (n, d) float32.
+
+    The vectors are those that were added where `codebook.exact`, else what the codec made of them.
+    """
+    lists = segment.ivf.invlists
+    assert lists is not None
+    sizes = {number: size for number in range(codebook.num_lists) if (size := lists.list_size(number))}
+    width = segment.ivf.code_size
+    codes = [faiss.rev_swig_ptr(lists.get_codes(number), size * width) for number, size in sizes.items()]
+    ids = [faiss.rev_swig_ptr(lists.get_ids(number), size) for number, size in sizes.items()]
+    vectors = np.empty((segment.num_vectors, segment.ivf.d), dtype=np.float32)
+    if not sizes:
+        return np.empty(0, dtype=np.int64), np.empty((0, codebook.dim), dtype=np.float32)
+    numbers = np.repeat(np.array(list(sizes), dtype=np.int64), list(sizes.values()))
+    all_codes = np.concatenate(codes)
+    segment.ivf.decode_vectors(
+        len(vectors), faiss.swig_ptr(all_codes), faiss.swig_ptr(numbers), faiss.swig_ptr(vectors)
+    )
+    all_ids = np.concatenate(ids)
+    order = np.argsort(all_ids)
+    return all_ids[order], codebook.restore(vectors[order])
+
+
+def write_segment(run: Run, codebook: Codebook, rows: Rows, shard: int, wave: int, kind: Kind) -> SegmentRef:
+    """Build and store the segment of a (shard, wave); doing it again writes nothing new.
+
+    Args:
+        run: where to.
+        codebook: the run's.
+        rows: all that belongs to the (shard, wave).
+        shard: from 0.
+        wave: from 1.
+        kind: what the wave is; in an embedded one the rejected rows are still transformed.
+
+    Raises:
+        DataError: as `build_segment`; or an embedded row in a transformed segment.
+    """
+    return store_segment(run, build_segment(codebook, rows.ids, rows.vectors), rows, shard, wave, kind)
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """Prepared queries (q, d'), and the lists to visit with their distances, (q, nprobe)."""
+
+    queries: Float32
+    lists: Int64
+    coarse: Float32
+
+    def of(self, rows: NDArray[np.intp]) -> _Probe:
+        return _Probe(self.queries[rows], self.lists[rows], self.coarse[rows])
+
+
+def _nearest(segments: Sequence[Segment], probe: _Probe, k: int, width: int) -> tuple[Float32, Int64]:
+    """The k smallest (key, id) of each query, from the `width` > k best of each segment.
+
+    FAISS picks among equal distances by its own order, so a segment's last result may have equals that it
+    left out. Where such a one ties with the k-th of all, the query is asked again for more.
+    """
+    rows = len(probe.queries)
+    best = [(np.full((rows, k), np.inf, np.float32), np.full((rows, k), -1, np.int64))]
+    edge = np.full(rows, np.inf, dtype=np.float32)
+    for segment in segments:
+        asked = min(width, segment.num_vectors)
+        if not asked:
+            continue
+        best.append(_scan(segment.ivf, probe, asked))
+        if asked < segment.num_vectors:
+            edge = np.minimum(edge, best[-1][0][:, -1])
+        if sum(keys.shape[1] for keys, _ in best) > _COLUMNS_AT_ONCE:
+            best = [_merge(best, k)]
+    keys, ids = _merge(best, k)
+    tied = np.flatnonzero(np.isfinite(edge) & (edge <= keys[:, -1]))
+    if len(tied):
+        keys[tied], ids[tied] = _nearest(segments, probe.of(tied), k, 4 * width)
+    return keys, ids
+
+
+def _scan(ivf: faiss.IndexIVF, probe: _Probe, k: int) -> tuple[Float32, Int64]:
+    """The k nearest of one segment as keys (smaller is better, inf where there is none) and ids."""
+    rows, nprobe = probe.lists.shape
+    distances = np.empty((rows, k), dtype=np.float32)
+    ids = np.empty((rows, k), dtype=np.int64)
+    parameters = faiss.SearchParametersIVF()
+    parameters.nprobe = nprobe
+    # The C form, because the wrapped one takes nprobe from the index, which other threads search too.
+    ivf.search_preassigned_c(  # type: ignore[attr-defined]  # not in the stubs
+        rows,
+        faiss.swig_ptr(probe.queries),
+        k,
+        faiss.swig_ptr(probe.lists),
+        faiss.swig_ptr(probe.coarse),
+        faiss.swig_ptr(distances),
+        faiss.swig_ptr(ids),
+        False,
+        parameters,
+    )
+    return np.where(ids < 0, np.float32(np.inf), distances * _sign(ivf)), ids
+
+
+def _merge(parts: list[tuple[Float32, Int64]], k: int) -> tuple[Float32, Int64]:
+    """The k smallest (key, id) of each row of all parts, sorted; all equals of the k-th are looked at."""
+    keys = np.concatenate([part[0] for part in parts], axis=1)
+    ids = np.concatenate([part[1] for part in parts], axis=1)
+    kth = np.partition(keys, k - 1, axis=1)[:, k - 1 : k]
+    kept = int((keys <= kth).sum(axis=1).max(initial=k))
+    if kept < keys.shape[1]:
+        nearest = np.argpartition(keys, kept - 1, axis=1)[:, :kept]
+        keys, ids = np.take_along_axis(keys, nearest, axis=1), np.take_along_axis(ids, nearest, axis=1)
+    order = np.lexsort((ids, keys), axis=1)[:, :k]
+    return np.take_along_axis(keys, order, axis=1), np.take_along_axis(ids, order, axis=1)
+
+
+def _sign(ivf: faiss.IndexIVF) -> np.float32:
+    return np.float32(1 if ivf.metric_type == faiss.METRIC_L2 else -1)
+
+
+def _check_ids(ids: Int64, num_vectors: int) -> None:
+    """`ids` are sorted."""
+    if ids.shape != (num_vectors,):
+        raise DataError("a segment has one id per vector", expected=(num_vectors,), found=ids.shape)
+    repeated = ids[1:][ids[1:] == ids[:-1]]
+    if len(repeated) or (len(ids) and ids[0] < 0):
+        found = f"{len(repeated)} repeated, such as {repeated[:3].tolist()}; the smallest is {ids[0]}"
+        raise DataError("ids of a segment are unique and not negative", expected="each id once", found=found)

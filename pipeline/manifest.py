@@ -1,0 +1,268 @@
+"""A user's manifest, checked and brought into our own form: `<folder>/part-*.parquet`.
+
+A manifest (of the gallery, or of the training pairs) is any set of Parquet files. It is cut into
+partitions of whole row groups; one Ray task per partition checks its rows and writes one part: id,
+where the image is, label, group, and the embeddings that came with it. `<folder>/manifest.json` is
+written last and says that all parts are there.
+
+Guarantee: after `normalise`, ids are int64 and unique, every row says where its image is or has its
+embeddings, and these are finite and of one width. It does not know what the embeddings are for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+
+from pipeline import config as settings
+from pipeline import storage
+from pipeline.errors import DataError
+from pipeline.partition import EMBEDDINGS, Partition, write_part
+from pipeline.run import Run
+from pipeline.schema import Unit, splitmix64
+
+_PARTITION_ROWS = 131_072
+_HASHED_BYTES = 2**30  # a second of reading
+_BUCKET_IDS = 50_000_000  # ids sorted in memory at once when looking for duplicates
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What was written: the number of parts and rows, and the embeddings that came with them.
+
+    Attributes:
+        rows: rows of each part.
+        unit_rows: rows per row group of a part; a row group is a unit for the embedding stream.
+        dims: embedding column -> width.
+        digest: of the sources; changes with their content, not with their place.
+    """
+
+    rows: list[int]
+    unit_rows: int
+    dims: dict[str, int]
+    digest: str
+
+    @property
+    def num_rows(self) -> int:
+        """Rows over all parts."""
+        return sum(self.rows)
+
+
+def scan(source: settings.Manifest, dims: dict[str, int]) -> list[Partition]:
+    """Cut a manifest into partitions, reading footers only.
+
+    Args:
+        source: the files and their columns.
+        dims: the width that an embedding column must have, for those where it is known.
+
+    Raises:
+        DataError: a file is missing or not Parquet, a column is missing or of a wrong type or width, or
+            there are no rows.
+    """
+    partitions: list[Partition] = []
+    first_row = 0
+    for uri in _files(source):
+        with storage.open_parquet(uri) as file:
+            _check_columns(file.schema_arrow, source.columns, dims, uri)
+            found = _cut(file.metadata, uri, first_row)
+        partitions += found
+        first_row += sum(part.num_rows for part in found)
+    if not partitions:
+        raise DataError("the manifest has no rows", where=source.manifest)
+    return partitions
+
+
+def digest(source: settings.Manifest) -> str:
+    """A digest of the manifest's content: of every byte where it is small, else of the Parquet footers.
+
+    A footer has the sizes and the statistics of every column; in a manifest above 1 GiB a change that
+    keeps all of these is not seen.
+    """
+    uris = _files(source)
+    sizes = [storage.stat(uri).size_bytes for uri in uris]
+    if sum(sizes) <= _HASHED_BYTES:
+        return hashlib.sha256("".join(storage.sha256(uri) for uri in uris).encode()).hexdigest()
+    footers: list[object] = [sizes]
+    for uri in uris:
+        with storage.open_parquet(uri) as file:
+            groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
+            columns = [repr(column.to_dict()) for group in groups for column in _columns(group)]
+            footers.append([file.schema_arrow.to_string(), [group.num_rows for group in groups], columns])
+    return hashlib.sha256(json.dumps(footers).encode()).hexdigest()
+
+
+def normalise(run: Run, folder: str, source: settings.Manifest, dims: dict[str, int], unit_rows: int) -> Manifest:
+    """Check a manifest and write it as `<folder>/part-*.parquet`, over Ray; nothing is done where it is done.
+
+    Raises:
+        DataError: see `scan`; or a row without an image and embeddings, a null, an embedding of a wrong
+            width or with a NaN, an id twice. The message names the file and the row.
+    """
+    done = read_manifest(run, folder)
+    content = digest(source)
+    if done is not None and (done.digest, done.unit_rows) == (content, unit_rows):
+        return done
+    partitions = scan(source, dims)
+    task = ray.remote(num_cpus=0.5)(write_part)
+    results = ray.get(
+        [task.remote(run, folder, number, part, source, unit_rows) for number, part in enumerate(partitions)]
+    )
+    widths = results[0][1]
+    expected = widths | {role: dims[role] for role in widths if role in dims}
+    for part, (_, found) in zip(partitions, results, strict=True):
+        if found != expected:
+            raise DataError("an embedding has a wrong width", expected=expected, found=found, where=part.uri)
+    rows = [count for count, _ in results]
+    _check_unique(run, folder, len(rows), sum(rows), source)
+    manifest = Manifest(rows, unit_rows, widths, content)
+    storage.put(_marker(run, folder), json.dumps(asdict(manifest)).encode())
+    return manifest
+
+
+def read_manifest(run: Run, folder: str) -> Manifest | None:
+    """What `normalise` wrote, or None where it has not finished."""
+    found = storage.read_versioned(_marker(run, folder))
+    return Manifest(**json.loads(found[0])) if found else None
+
+
+def units(run: Run, folder: str, manifest: Manifest) -> list[Unit]:
+    """The row groups of all parts as units of the embedding stream; the part's number stands for the wave."""
+    found = []
+    for number, rows in enumerate(manifest.rows):
+        for row_group, start in enumerate(range(0, rows, manifest.unit_rows)):
+            images = min(manifest.unit_rows, rows - start)
+            found.append(Unit(number, row_group, run.part(folder, number), row_group, images))
+    return found
+
+
+def _files(source: settings.Manifest) -> list[str]:
+    patterns = (source.manifest,) if isinstance(source.manifest, str) else source.manifest
+    found = []
+    for pattern in patterns:
+        files = storage.expand(pattern, ".parquet")
+        if not files:
+            raise DataError("no manifest file is there", expected="Parquet files", where=pattern)
+        found += files
+    return found
+
+
+def _check_columns(schema: pa.Schema, columns: settings.Columns, dims: dict[str, int], uri: str) -> None:
+    for role, name in columns.model_dump().items():
+        if name is None:
+            continue
+        if name not in schema.names:
+            raise DataError(
+                f"the manifest has no column for {role}", expected=repr(name), found=schema.names, where=uri
+            )
+        kind = schema.field(name).type
+        if not _fits(role, kind):
+            raise DataError(
+                f"the manifest's {role} column has a wrong type",
+                expected=_EXPECTED.get(role, "anything"),
+                found=kind,
+                where=f"{uri}: column {name}",
+            )
+        if role in dims and pa.types.is_fixed_size_list(kind) and kind.list_size != dims[role]:
+            raise DataError(
+                f"the manifest's {role} has a wrong width",
+                expected=f"{dims[role]}, the encoder's dim",
+                found=kind.list_size,
+                where=f"{uri}: column {name}",
+            )
+    if (
+        columns.image is None
+        and columns.uri is None
+        and columns.old_embedding is None
+        and columns.new_embedding is None
+    ):
+        raise DataError(
+            "the manifest names neither images nor embeddings", expected="image, uri or *_embedding", where=uri
+        )
+
+
+_TEXT = (pa.types.is_string, pa.types.is_large_string)
+_EXPECTED = {
+    "id": "int64, or strings",
+    "image": "binary",
+    "uri": "string",
+    "offset": "an integer",
+    "length": "an integer",
+    **dict.fromkeys(EMBEDDINGS, "a list of float32 or float16, fixed in size"),
+}
+
+
+def _fits(role: str, kind: pa.DataType) -> bool:
+    types = pa.types
+    checks = {
+        "id": (types.is_integer, *_TEXT),
+        "image": (types.is_binary, types.is_large_binary),
+        "uri": _TEXT,
+        "offset": (types.is_integer,),
+        "length": (types.is_integer,),
+        **dict.fromkeys(EMBEDDINGS, (_is_vector,)),
+    }
+    return role not in checks or any(check(kind) for check in checks[role])
+
+
+def _is_vector(kind: pa.DataType) -> bool:
+    lists = (pa.types.is_fixed_size_list, pa.types.is_list, pa.types.is_large_list)
+    return any(check(kind) for check in lists) and bool(pa.types.is_floating(kind.value_type))
+
+
+def _columns(group: pq.RowGroupMetaData) -> list[pq.ColumnChunkMetaData]:
+    return [group.column(index) for index in range(group.num_columns)]
+
+
+def _cut(metadata: pq.FileMetaData, uri: str, first_row: int) -> list[Partition]:
+    partitions: list[Partition] = []
+    groups: list[int] = []
+    rows = start = 0
+    for group in range(metadata.num_row_groups):
+        groups.append(group)
+        rows += metadata.row_group(group).num_rows
+        if rows >= _PARTITION_ROWS or group == metadata.num_row_groups - 1:
+            if rows:
+                partitions.append(Partition(uri, groups, first_row + start, start, rows))
+            start += rows
+            groups, rows = [], 0
+    return partitions
+
+
+def _check_unique(run: Run, folder: str, num_parts: int, num_rows: int, source: settings.Manifest) -> None:
+    if source.columns.id is None:
+        return  # row numbers
+    task = ray.remote(num_cpus=0.5)(_first_duplicate)
+    buckets = -(-num_rows // _BUCKET_IDS)
+    for bucket in range(buckets):
+        found = ray.get(task.remote(run, folder, num_parts, bucket, buckets))
+        if found is not None:
+            raise DataError(
+                "an id is there more than once",
+                expected="unique ids",
+                found=found,
+                where=f"{source.manifest}: column {source.columns.id}",
+            )
+
+
+def _first_duplicate(run: Run, folder: str, num_parts: int, bucket: int, buckets: int) -> str | None:
+    parts = [storage.read_parquet(run.part(folder, number), ["id", "key"]) for number in range(num_parts)]
+    table = pa.concat_tables(parts)
+    if table["key"].null_count < len(table):
+        counts = table["key"].value_counts()
+        twice = counts.filter(pc.greater(counts.field("counts"), 1))
+        return str(twice[0]["values"].as_py()) if len(twice) else None
+    ids = table["id"].to_numpy()
+    mine = np.sort(ids[splitmix64(ids, seed=1) % np.uint64(buckets) == bucket])
+    same = np.flatnonzero(mine[1:] == mine[:-1])
+    return str(mine[same[0]]) if len(same) else None
+
+
+def _marker(run: Run, folder: str) -> str:
+    return run.path(folder, "manifest.json")

@@ -1,0 +1,137 @@
+"""One partition of a user's manifest: its rows, checked and brought into our own form as one part.
+
+Runs as a Ray task of `manifest`, which cuts the partitions. Guarantee: a part's rows have an int64 id,
+say where their image is, and their embeddings are finite and of one width; a row that is not so is
+named by its file and number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import config as settings
+from pipeline import storage
+from pipeline.errors import DataError
+from pipeline.run import Run
+from pipeline.schema import Int64, manifest_schema, vectors_from_arrow, vectors_to_arrow
+
+EMBEDDINGS = ("old_embedding", "new_embedding", "side")
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """Some neighbouring row groups of one manifest file; `first_row` counts over the whole manifest."""
+
+    uri: str
+    row_groups: list[int]
+    first_row: int
+    first_row_in_file: int
+    num_rows: int
+
+
+def write_part(
+    run: Run, folder: str, number: int, part: Partition, source: settings.Manifest, unit_rows: int
+) -> tuple[int, dict[str, int]]:
+    """Check the rows of a partition and write them as a part.
+
+    Returns:
+        the number of its rows, and the width of each embedding that came with them.
+
+    Raises:
+        DataError: a null, an embedding of a wrong width, or a number that is not finite; with file and row.
+    """
+    names = source.columns
+    wanted = [value for role, value in names.model_dump().items() if value is not None and role != "image"]
+    table = storage.read_parquet(part.uri, sorted(set(wanted)), part.row_groups)
+    count = part.num_rows
+    numbers = np.arange(count, dtype=np.int64)
+    ids, keys = _ids(table, names.id, part, numbers)
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {"id": ids, "key": keys, **_location(table, names, part, numbers)}
+    for role in ("label", "group"):
+        name = getattr(names, role)
+        columns[role] = table[name].cast(pa.string()) if name else pa.nulls(count, pa.string())
+    dims = {}
+    for role in EMBEDDINGS:
+        name = getattr(names, role)
+        if name is not None:
+            columns[role], dims[role] = _embedding(table[name], part, name)
+    rows = pa.table(columns)
+    schema = manifest_schema(dims)
+    groups = (rows.slice(start, unit_rows) for start in range(0, count, unit_rows))
+    storage.put(run.part(folder, number), storage.parquet_bytes(schema, groups))
+    return count, dims
+
+
+def _ids(table: pa.Table, name: str | None, part: Partition, numbers: Int64) -> tuple[pa.Array, pa.Array]:
+    """int64 ids: the user's own, or the row's number where these are strings (kept as keys) or missing."""
+    rows = pa.array(numbers + part.first_row)
+    if name is None:
+        return rows, pa.nulls(len(rows), pa.string())
+    column = table[name].combine_chunks()
+    if column.null_count:
+        row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
+        raise DataError("an id is null", where=_where(part, row, name))
+    if pa.types.is_integer(column.type):
+        if pc.max(column).as_py() >= 2**63:
+            raise DataError("an id does not fit int64", found=pc.max(column), where=f"{part.uri}: column {name}")
+        return column.cast(pa.int64()), pa.nulls(len(rows), pa.string())
+    return rows, column.cast(pa.string())
+
+
+def _location(
+    table: pa.Table, names: settings.Columns, part: Partition, numbers: Int64
+) -> dict[str, pa.Array | pa.ChunkedArray]:
+    nothing = pa.nulls(len(numbers), pa.int64())
+    if names.image is not None:
+        uri = pa.array([f"{part.uri}#{names.image}"]).dictionary_encode()
+        uris = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(numbers), dtype=np.int32)), uri.dictionary)
+        rows = pa.array(numbers + part.first_row_in_file)
+        return {"uri": uris.cast(pa.string()), "offset": nothing, "length": nothing, "row": rows}
+    if names.uri is None:
+        return {"uri": pa.nulls(len(numbers), pa.string()), "offset": nothing, "length": nothing, "row": nothing}
+    uris = table[names.uri].cast(pa.string())
+    if uris.null_count:
+        row = int(np.flatnonzero(uris.is_null().to_numpy())[0])
+        raise DataError("an image's uri is null", where=_where(part, row, names.uri))
+    offset = table[names.offset].cast(pa.int64()) if names.offset else nothing
+    length = table[names.length].cast(pa.int64()) if names.length else nothing
+    return {"uri": uris, "offset": offset, "length": length, "row": nothing}
+
+
+def _embedding(column: pa.ChunkedArray, part: Partition, name: str) -> tuple[pa.Array, int]:
+    """A checked embedding column as fixed-size float32 lists, and its width."""
+    array = column.combine_chunks()
+    if array.null_count:
+        row = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
+        raise DataError("an embedding is null", where=_where(part, row, name))
+    if not pa.types.is_fixed_size_list(array.type):
+        widths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
+        width = max(int(widths[0]), 1)
+        wrong = np.flatnonzero(widths != width)
+        if len(wrong):
+            row = int(wrong[0])
+            raise DataError(
+                "an embedding has a wrong width",
+                expected=width,
+                found=int(widths[row]),
+                where=_where(part, row, name),
+            )
+        array = pa.FixedSizeListArray.from_arrays(array.flatten(), width)
+    vectors = vectors_from_arrow(array)
+    wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(wrong):
+        raise DataError(
+            "an embedding is not finite",
+            expected="finite numbers",
+            found=f"{len(wrong)} row(s) with NaN or infinity",
+            where=_where(part, int(wrong[0]), name),
+        )
+    return vectors_to_arrow(vectors), vectors.shape[1]
+
+
+def _where(part: Partition, row: int, column: str) -> str:
+    return f"{part.uri}: row {part.first_row_in_file + row}, column {column}"

@@ -1,0 +1,147 @@
+"""Make the plan: score the gallery, find the cut points, lay the gallery out by wave. Ray tasks per part.
+
+    gallery/part-* -> score (h, policy) -> scored/part-* -> cut points -> transformed/part-*, plan/wave-*/
+
+Guarantee: the driver sees one small row per part and per wave, never an image; nothing is sorted as a
+whole. `plan/plan.json` is written last: until then the plan is made again from the start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from pipeline import cuts, storage
+from pipeline.config import Config, unit_images
+from pipeline.cuts import CutSearch, Digits
+from pipeline.plan import SCORED, Plan, Wave, read_plan, wave_sizes
+from pipeline.run import Run
+from pipeline.schema import UNITS, Float32, Int64, shard_of, transformed_schema
+
+_TASK_CPUS = 0.5
+
+
+def make_plan(config: Config, run: Run, on_step: Callable[[str], None] = lambda step: None) -> Plan:
+    """Transform and score the gallery, find the cut points, write the waves; nothing where it is done.
+
+    Args:
+        config: the run's config.
+        run: the run, with its gallery and its transformation in place.
+        on_step: told the name of each step as it starts.
+
+    Raises:
+        DataError: the gallery does not fit the transformation, or the policy gave a NaN.
+    """
+    done = read_plan(run)
+    if done is not None:
+        return done
+    from pipeline.score import score_gallery  # here: the tasks of this module must not wait for torch
+
+    on_step("transform")
+    counts = score_gallery(config, run)
+    sizes = wave_sizes(config.plan.waves, sum(counts))
+    on_step("cut")
+    found = find_cuts(
+        np.cumsum(sizes)[:-1], len(counts), lambda search: _count_parts(run, len(counts), search, config.seed)
+    )
+    on_step("lay out")
+    _lay_out(run, len(counts), found, config)
+    units = _cut_units(run, len(counts), len(sizes), config.index.shards, unit_images(config))
+    plan = _describe(config, run, counts, sizes, units, found)
+    storage.put_if_absent(run.plan, json.dumps(asdict(plan), indent=1).encode())
+    storage.delete(run.path(SCORED))
+    return plan
+
+
+def find_cuts(ranks: Int64, num_parts: int, count: Callable[[CutSearch], Iterable[tuple[cuts.Codes, Int64]]]) -> Digits:
+    """The keys at the given ranks, (6, C); `count` gives each part's share of a pass."""
+    search = CutSearch(np.asarray(ranks, dtype=np.int64))
+    while not search.done:
+        codes, counts = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        for more_codes, more_counts in count(search):
+            codes, counts = cuts.unique_counts(
+                np.concatenate([codes, more_codes]), np.concatenate([counts, more_counts])
+            )
+        search.advance(codes, counts)
+    return search.cuts
+
+
+def _count_parts(run: Run, num_parts: int, search: CutSearch, seed: int) -> Iterable[tuple[cuts.Codes, Int64]]:
+    task = ray.remote(num_cpus=_TASK_CPUS)(_count_part)
+    levels = ray.put(search.levels)
+    waiting = [task.remote(run, part, levels, seed) for part in range(num_parts)]
+    while waiting:
+        ready, waiting = ray.wait(waiting)
+        yield ray.get(ready[0])
+
+
+def _count_part(run: Run, part: int, levels: list[cuts.Codes], seed: int) -> tuple[cuts.Codes, Int64]:
+    return cuts.count_digit(_keys(storage.read_parquet(run.part(SCORED, part), ["id", "priority"]), seed), levels)
+
+
+def _keys(rows: pa.Table, seed: int) -> Digits:
+    priority: Float32 = rows["priority"].to_numpy()
+    return cuts.digits(priority, rows["id"].to_numpy(), seed)
+
+
+def _lay_out(run: Run, num_parts: int, found: Digits, config: Config) -> None:
+    task = ray.remote(num_cpus=_TASK_CPUS)(_lay_out_part)
+    ray.get([task.remote(run, part, found, config) for part in range(num_parts)])
+
+
+def _lay_out_part(run: Run, part: int, found: Digits, config: Config) -> None:
+    """Rewrite a scored part with one row group per (wave, shard), rows sorted by id."""
+    rows = storage.read_parquet(run.part(SCORED, part))
+    ids = rows["id"].to_numpy()
+    num_waves, num_shards = found.shape[1] + 1, config.index.shards
+    waves = cuts.bucket(_keys(rows, config.seed), found)
+    shards = shard_of(ids, num_shards)
+    groups = waves.astype(np.int64) * num_shards + shards
+    order = np.lexsort((ids, groups))
+    starts = np.searchsorted(groups[order], np.arange(num_waves * num_shards + 1))
+    rows = rows.append_column("wave", pa.array(waves + 1)).append_column("shard", pa.array(shards)).take(order)
+    schema = transformed_schema(rows.schema.field("vector").type.list_size)
+    row_groups = (rows.slice(start, end - start) for start, end in itertools.pairwise(starts))
+    storage.put(run.part("transformed", part), storage.parquet_bytes(schema, row_groups))
+
+
+def _cut_units(run: Run, num_parts: int, num_waves: int, num_shards: int, unit_images: int) -> list[int]:
+    task = ray.remote(num_cpus=_TASK_CPUS)(_cut_wave)
+    return ray.get([task.remote(run, num_parts, wave + 1, num_shards, unit_images) for wave in range(num_waves)])
+
+
+def _cut_wave(run: Run, num_parts: int, wave: int, num_shards: int, unit_images: int) -> int:
+    """Write the units file of a wave in locality order: by object, then by offset or row in it."""
+    groups = list(range((wave - 1) * num_shards, wave * num_shards))
+    parts = (run.part("transformed", part) for part in range(num_parts))
+    rows = pa.concat_tables([storage.read_parquet(part, UNITS.names, groups) for part in parts])
+    rows = rows.sort_by([(name, "ascending") for name in ("uri", "offset", "row", "id")])
+    units = [rows.slice(start, unit_images) for start in range(0, rows.num_rows, unit_images)]
+    storage.put(run.wave_units(wave), storage.parquet_bytes(UNITS, units))
+    return len(units)
+
+
+def _describe(config: Config, run: Run, counts: list[int], sizes: list[int], units: list[int], found: Digits) -> Plan:
+    with storage.open_parquet(run.part("transformed", 0)) as file:
+        dim = file.schema_arrow.field("vector").type.list_size
+    waves = tuple(Wave(i + 1, size, count) for i, (size, count) in enumerate(zip(sizes, units, strict=True)))
+    plan = Plan(
+        policy=config.plan.policy,
+        seed=config.seed,
+        num_gallery=sum(counts),
+        num_parts=len(counts),
+        num_shards=config.index.shards,
+        dim=dim,
+        unit_images=unit_images(config),
+        waves=waves,
+        fingerprint=hashlib.sha256(found.tobytes()).hexdigest(),
+    )
+    digest = hashlib.sha256(json.dumps(asdict(plan)).encode()).hexdigest()
+    return Plan(**{name: getattr(plan, name) for name in Plan.__slots__} | {"fingerprint": digest})

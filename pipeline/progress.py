@@ -1,0 +1,164 @@
+"""What is done and what is left: units counted against the plan. Pure but for reading the log's listing.
+
+The driver counts acknowledgements, `status` counts what storage holds; both come to the same `Progress`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from pipeline import vector_log
+from pipeline.errors import DataError
+from pipeline.plan import Plan
+from pipeline.run import Run
+from pipeline.schema import Unit, UnitAck
+from pipeline.vector_log import VectorLog
+
+_RATE_WINDOW_SECONDS = 60.0
+_LOG_WINDOW_SECONDS = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a backfill stands.
+
+    Attributes:
+        gallery: images in the plan.
+        durable: images whose new embedding is in the vector log.
+        rejected: images that could not be embedded.
+        published: images whose new embedding is in the latest commit.
+        wave: the last wave that is published, 0 before the first.
+        waves: waves in the plan.
+        images_per_second: over the last minute of work, None where there was none.
+    """
+
+    gallery: int
+    durable: int
+    rejected: int
+    published: int
+    wave: int
+    waves: int
+    images_per_second: float | None
+
+    @property
+    def left(self) -> int:
+        """Images that are neither durable nor rejected."""
+        return self.gallery - self.durable - self.rejected
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds until no image is left, at the present rate; None without a rate."""
+        if self.left == 0:
+            return 0.0
+        return self.left / self.images_per_second if self.images_per_second else None
+
+
+class Tracker:
+    """Which units are durable, and which waves have become whole."""
+
+    def __init__(self, plan: Plan, log: VectorLog, max_reject_fraction: float) -> None:
+        """Takes what the log holds as done."""
+        self._plan = plan
+        self._max_reject_fraction = max_reject_fraction
+        self._log = log
+        finished = vector_log.finished_units(log)
+        self._done = {wave.wave: set(finished.get(wave.wave, ())) for wave in plan.waves}
+        counts = vector_log.count_rejects(log)
+        self._rejected = {wave.wave: counts.get(wave.wave, 0) for wave in plan.waves}
+        self._next_wave = 1
+        self._recent: deque[tuple[float, int]] = deque()
+
+    def pending(self, run: Run) -> list[Unit]:
+        """The units that are not durable, in plan order."""
+        return [unit for unit in self._plan.units(run) if unit.unit not in self._done[unit.wave]]
+
+    def add(self, ack: UnitAck) -> None:
+        """Count a unit, once however often it is acknowledged.
+
+        Raises:
+            DataError: its wave has too many rejects.
+        """
+        if ack.unit in self._done[ack.wave]:
+            return
+        self._done[ack.wave].add(ack.unit)
+        self._rejected[ack.wave] += ack.rejected
+        self._recent.append((time.monotonic(), ack.embedded + ack.rejected))
+        self._check_rejects(ack.wave)
+
+    def whole_waves(self) -> list[int]:
+        """The waves that have become whole since the last call, in order and without gaps.
+
+        Raises:
+            DataError: one of them has too many rejects.
+        """
+        found = []
+        while self._next_wave <= len(self._plan.waves):
+            wave = self._plan.waves[self._next_wave - 1]
+            if len(self._done[wave.wave]) < wave.units:
+                break
+            self._check_rejects(wave.wave)
+            found.append(wave.wave)
+            self._next_wave += 1
+        return found
+
+    def progress(self, published_wave: int) -> Progress:
+        """The figures of now, given the last wave that is published."""
+        rejected = sum(self._rejected.values())
+        accounted = sum(self._accounted(wave.wave) for wave in self._plan.waves)
+        published = [wave for wave in self._plan.waves if wave.wave <= published_wave]
+        return Progress(
+            gallery=self._plan.num_gallery,
+            durable=accounted - rejected,
+            rejected=rejected,
+            published=sum(wave.images - self._rejected[wave.wave] for wave in published),
+            wave=published_wave,
+            waves=len(self._plan.waves),
+            images_per_second=self._rate(),
+        )
+
+    def _accounted(self, number: int) -> int:
+        wave = self._plan.waves[number - 1]
+        full, last = len(self._done[number]), wave.units - 1
+        short = wave.units * self._plan.unit_images - wave.images if last in self._done[number] else 0
+        return full * self._plan.unit_images - short
+
+    def _rate(self) -> float | None:
+        now = time.monotonic()
+        while self._recent and now - self._recent[0][0] > _RATE_WINDOW_SECONDS:
+            self._recent.popleft()
+        if len(self._recent) < 2:
+            return None
+        first_seconds = self._recent[0][0]  # its own images came before that moment
+        images = sum(count for _, count in self._recent) - self._recent[0][1]
+        return images / max(now - first_seconds, 1e-6)
+
+    def _check_rejects(self, number: int) -> None:
+        wave = self._plan.waves[number - 1]
+        rejected = self._rejected[number]
+        if rejected <= self._max_reject_fraction * wave.images:
+            return
+        raise DataError(
+            f"too many images of wave {number} cannot be embedded; the wave is not published",
+            expected=f"at most {self._max_reject_fraction:.2%} of {wave.images} images",
+            found=f"{rejected} rejects ({rejected / wave.images:.2%})",
+            where=self._log.rejects_uri,
+            remedy="read the reasons with `fastfill status`; mend the images and run `fastfill backfill "
+            "--retry-rejects`, or raise backfill.max_reject_fraction",
+        )
+
+
+def recent_rate(plan: Plan, log: VectorLog) -> float | None:
+    """Images per second over the last ten minutes of the log, from the times its parts were written."""
+    parts = vector_log.part_times(log)
+    if len(parts) < 2:
+        return None
+    newest = max(parts.values())
+    recent = {unit: seconds for unit, seconds in parts.items() if newest - seconds <= _LOG_WINDOW_SECONDS}
+    oldest = min(recent.values())
+    if newest - oldest <= 0:
+        return None
+    sizes = {(unit.wave, unit.unit): unit.images for unit in plan.units(Run(""))}
+    images = sum(sizes[unit] for unit, seconds in recent.items() if seconds > oldest)
+    return images / (newest - oldest)

@@ -1,0 +1,135 @@
+"""Publish waves while the stream goes on: seal, commit, move `prod`; one at a time, strictly in order.
+
+Guarantee: commit n holds waves 1..n embedded and all others transformed, whatever order images were
+embedded in. A wave that is committed is never committed again. It does not know how images are read.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from pipeline import snapshot, storage, telemetry
+from pipeline.codebook import train_codebook, write_codebook
+from pipeline.config import Config
+from pipeline.gate import blockers
+from pipeline.plan import Plan
+from pipeline.run import Run
+from pipeline.schema import Float32, vectors_from_arrow
+from pipeline.seal import Sealer
+from pipeline.snapshot import Commit, Counts, SegmentRef, Writer
+
+logger = logging.getLogger(__name__)
+
+
+class Publisher:
+    """The run's one writer of snapshots, and the thread it works in."""
+
+    def __init__(self, config: Config, run: Run, plan: Plan) -> None:
+        """Takes the run over from whoever wrote to it before."""
+        self._config, self._run, self._plan = config, run, plan
+        self._writer = Writer.acquire(run)
+        self._commit = snapshot.read_commit(run, latest) if (latest := self._writer.latest) is not None else None
+        self._sealer = self._make_sealer()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._futures: list[Future[None]] = []
+        self._warned = False
+
+    @property
+    def published(self) -> int:
+        """The last wave that is published; 0 also before the first commit."""
+        return self._commit.number if self._commit else 0
+
+    def submit(self, wave: int) -> Future[None]:
+        """Publish a wave (0: everything as transformed) after those submitted before it."""
+        self._futures.append(self._pool.submit(self._publish, wave))
+        return self._futures[-1]
+
+    def check(self) -> None:
+        """Raise what went wrong in the thread, if anything did."""
+        while self._futures and self._futures[0].done():
+            self._futures.pop(0).result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=error is not None)
+        if error is None:
+            for future in self._futures:
+                future.result()
+
+    def _publish(self, wave: int) -> None:
+        if self._commit is not None and wave <= self._commit.number:
+            return
+        start = time.perf_counter()
+        if self._commit is None:
+            segments = self._sealer.transformed([item.wave for item in self._plan.waves])
+        else:
+            kept = [segment for segment in self._commit.segments if segment.wave != wave]
+            segments = kept + self._sealer.embedded(wave)
+        sealed = time.perf_counter()
+        self._commit = self._writer.publish(self._draft(wave, segments))
+        telemetry.STAGE_SECONDS.labels("seal").observe(sealed - start)
+        telemetry.STAGE_SECONDS.labels("publish").observe(time.perf_counter() - sealed)
+        telemetry.PUBLISHED_AT.set_to_current_time()
+        if self._config.publish.promote == "auto":
+            self._promote(self._commit)
+
+    def _promote(self, commit: Commit) -> None:
+        reasons = blockers(self._run, commit)
+        snapshot.auto_promote(self._run, commit.number, reasons)
+        if reasons and not self._warned:
+            self._warned = True
+            logger.warning("prod is not moved to commit %d: %s", commit.number, "; ".join(reasons))
+
+    def _draft(self, wave: int, segments: list[SegmentRef]) -> Commit:
+        return Commit(
+            number=wave,
+            parent=wave - 1 if wave else None,
+            codebook_path=self._sealer.codebook_path,
+            codebook_sha256=self._sealer.codebook_sha256,
+            metric=self._config.gallery.metric,
+            nprobe=self._config.index.nprobe,
+            dim=self._plan.dim,
+            num_waves=len(self._plan.waves),
+            num_shards=self._plan.num_shards,
+            segments=tuple(segments),
+            counts=Counts.of(segments),
+        )
+
+    def _make_sealer(self) -> Sealer:
+        if self._commit is not None:
+            path, sha256 = self._commit.codebook_path, self._commit.codebook_sha256
+        else:
+            path, sha256 = self._train_codebook()
+        return Sealer(self._run, self._plan, path, sha256)
+
+    def _train_codebook(self) -> tuple[str, str]:
+        index = self._config.index
+        data = train_codebook(
+            _training_vectors(self._run, index.train_vectors),
+            index,
+            self._config.gallery.metric,
+            self._plan.num_gallery,
+            device=self._config.device,
+            seed=self._config.seed,
+        )
+        return write_codebook(self._run, data)
+
+
+def _training_vectors(run: Run, wanted: int) -> Float32:
+    """New-space vectors of the training pairs; the pairs' parts are stripes, so the first ones are a sample."""
+    found: list[Float32] = []
+    for uri in storage.list_files(run.path("pairs", "train"), ".parquet"):
+        found.append(vectors_from_arrow(storage.read_parquet(uri, ["new"])["new"]))
+        if sum(map(len, found)) >= wanted:
+            break
+    return np.concatenate(found)[:wanted]

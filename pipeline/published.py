@@ -1,0 +1,125 @@
+"""The quality of a run's own snapshots, measured on the vectors that their segments really hold.
+
+After snapshot and index, beside the simulated curve. Guarantee: each stored segment is decoded once,
+for only one wave changes from one commit to the next. Distances are exact over the decoded vectors, so
+this measures the codec and the rejects, and not what `nprobe` leaves out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pipeline.codebook import Codebook
+from pipeline.commits import Commit
+from pipeline.errors import DataError
+from pipeline.evaluate import evaluate
+from pipeline.gallery import GalleryArrays, find_rows, load_gallery, query_rows
+from pipeline.index import Segment, decode
+from pipeline.run import Run
+from pipeline.schema import Float32, Int64
+from pipeline.snapshot import PROD, list_commits, read_commit, read_tag
+
+Point = dict[str, int | float]
+
+
+def published_points(
+    run: Run, gallery: GalleryArrays | None = None, on_progress: Callable[[int, int], None] | None = None
+) -> list[Point]:
+    """`{"commit":, "fraction":, "top1":, "top5":, "map":}` of each published commit, ascending.
+
+    Args:
+        run: with a finished vector log: queries are the new embeddings of all images.
+        gallery: the run's, where it is loaded already.
+        on_progress: called with (commits done, commits).
+
+    Raises:
+        DataError: a segment is missing or damaged, or no image is embedded and labelled.
+    """
+    gallery = gallery or load_gallery(run)
+    snapshots = _Snapshots(run, gallery.ids, np.empty_like(gallery.transformed))
+    numbers = list_commits(run)
+    points = []
+    for number in numbers:
+        points.append(_measure(snapshots, gallery, read_commit(run, number)))
+        if on_progress is not None:
+            on_progress(len(points), len(numbers))
+    return points
+
+
+def published_point(run: Run, commit: int | None = None) -> Point:
+    """The point of one commit; that which `prod` serves, else the last one, where none is given.
+
+    Raises:
+        DataError: there is no such commit, or as `published_points`.
+    """
+    if commit is None:
+        tag = read_tag(run, PROD)
+        commit = tag.commit if tag is not None else max(list_commits(run), default=None)
+    if commit is None:
+        raise DataError("nothing is published yet", where=run.path("index"), remedy="run `fastfill backfill`")
+    gallery = load_gallery(run)
+    snapshots = _Snapshots(run, gallery.ids, np.empty_like(gallery.transformed))
+    return _measure(snapshots, gallery, read_commit(run, commit))
+
+
+def _measure(snapshots: _Snapshots, gallery: GalleryArrays, commit: Commit) -> Point:
+    rows = query_rows(gallery)
+    metrics = evaluate(
+        gallery.embedded[rows],
+        snapshots.vectors_of(commit),
+        gallery.labels[rows],
+        gallery.labels,
+        metric=commit.metric,
+        query_ids=gallery.ids[rows],
+        gallery_ids=gallery.ids,
+    )
+    counts = commit.counts
+    fraction = (counts.embedded + counts.rejected) / counts.gallery  # rejects are done, as in the simulated orders
+    return {"commit": commit.number, "fraction": fraction, **metrics.as_dict()}
+
+
+@dataclass(slots=True)
+class _Snapshots:
+    """The vectors of one commit after the other, in the rows of `ids`.
+
+    Attributes:
+        applied: by (shard, wave), the sha256 of the segment whose vectors are in place.
+    """
+
+    run: Run
+    ids: Int64
+    vectors: Float32
+    applied: dict[tuple[int, int], str] = field(default_factory=dict)
+    codebooks: dict[str, Codebook] = field(default_factory=dict)
+
+    def vectors_of(self, commit: Commit) -> Float32:
+        """(N, d_new) float32 as the commit's segments hold them; overwritten by the next call.
+
+        Raises:
+            DataError: the commit does not hold exactly the gallery.
+        """
+        codebook = self._codebook(commit)
+        count = 0
+        for ref in commit.segments:
+            count += ref.vectors
+            if self.applied.get((ref.shard, ref.wave)) != ref.sha256:
+                ids, vectors = decode(codebook, Segment.open(self.run, codebook, ref))
+                self.vectors[find_rows(self.ids, ids, self.run.path(ref.path))] = vectors
+                self.applied[ref.shard, ref.wave] = ref.sha256
+        if count != len(self.ids):
+            raise DataError(
+                "a commit does not hold the gallery",
+                expected=f"{len(self.ids)} vectors",
+                found=count,
+                where=self.run.commit(commit.number),
+            )
+        return self.vectors
+
+    def _codebook(self, commit: Commit) -> Codebook:
+        sha256 = commit.codebook_sha256
+        if sha256 not in self.codebooks:
+            self.codebooks[sha256] = Codebook.open(self.run, commit.codebook_path, sha256)
+        return self.codebooks[sha256]

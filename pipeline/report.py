@@ -1,0 +1,247 @@
+"""The report of a run: one self-contained HTML page, and the same figures as JSON.
+
+The last step. Guarantee: it reads what the run has and changes nothing but `reports/`; it can be
+written at any time, and a section without data says why. The page loads nothing from anywhere. It does
+not measure anything itself: the curve is curve.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import yaml
+from jinja2 import Environment
+
+from pipeline import curve as curves
+from pipeline import plots, snapshot, storage, vector_log
+from pipeline.config import Config
+from pipeline.errors import DataError
+from pipeline.plan import Plan, read_plan
+from pipeline.progress import Progress, Tracker
+from pipeline.run import Run
+
+Tree = dict[str, Any]  # Any: JSON
+
+_BINS = 60
+_PARTS_PER_BIN = 4
+_COLUMNS = [("top1", "top-1"), ("top5", "top-5"), ("map", "mAP")]
+
+
+@dataclass(frozen=True, slots=True)
+class ReportData:
+    """All that the page shows, ready for JSON; None where the run has no such thing yet.
+
+    Attributes:
+        run: its URI.
+        created: when this was collected, UTC.
+        policy: the order of the plan.
+        progress: the fields of `progress.Progress`.
+        prod: the commit that is served.
+        commits: number, when it was created (UTC), and its counts.
+        curve: as `evaluate --curve --json` prints it.
+        no_curve: why there is none.
+        uncertainty: `edges` (B + 1) and `counts` (waves x B).
+        throughput: `edges_seconds` (B + 1), `rates` (B) in images per second, `seconds` and `images` in all.
+        rejects: stage, reason and images, the most frequent first.
+        transformation: its description with the held-out figures.
+        config: the run's settings.
+    """
+
+    run: str
+    created: str
+    policy: str
+    progress: Tree | None
+    prod: int | None
+    commits: list[Tree]
+    curve: Tree | None
+    no_curve: str
+    uncertainty: Tree | None
+    throughput: Tree | None
+    rejects: list[Tree]
+    transformation: Tree | None
+    config: Tree
+
+
+def collect(config: Config, run: Run) -> ReportData:
+    """Gather what the run has so far; the curve is computed where it can be and was not yet.
+
+    Raises:
+        DataError: a file of the run is damaged.
+    """
+    plan = read_plan(run)
+    prod = snapshot.read_tag(run, snapshot.PROD)
+    commits = [_commit(run, number) for number in snapshot.list_commits(run)]
+    progress = _progress(run, plan, len(commits))
+    curve, no_curve = _curve(config, run, progress)
+    marker = storage.read_versioned(storage.join(run.transformation, "transformation.json"))
+    return ReportData(
+        run=run.uri,
+        created=_utc(time.time()),
+        policy=config.plan.policy,
+        progress=None if progress is None else asdict(progress),
+        prod=prod.commit if prod else None,
+        commits=commits,
+        curve=curve,
+        no_curve=no_curve,
+        uncertainty=_uncertainty(run, plan),
+        throughput=_throughput(run, plan),
+        rejects=_rejects(run, plan),
+        transformation=json.loads(marker[0]) if marker else None,
+        config=config.model_dump(mode="json", exclude_none=True),
+    )
+
+
+def render(data: ReportData) -> str:
+    """The page as HTML."""
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # fonts are the browser's
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = lambda value: f"{value:,.0f}"
+    environment.filters["figure"] = lambda value, digits=1: "-" if value is None else f"{value:.{digits}f}"
+    template = resources.files("pipeline").joinpath("report.html.jinja").read_text()
+    return environment.from_string(template).render(
+        data=data,
+        columns=_COLUMNS,
+        rows=headline(data),
+        charts=_charts(data),
+        config=yaml.safe_dump(data.config, sort_keys=False, allow_unicode=True),
+    )
+
+
+def write_report(config: Config, run: Run) -> str:
+    """Write `reports/report.html` and `report.json` beside it; gives the URI of the page."""
+    data = collect(config, run)
+    uri = run.path("reports", "report.html")
+    storage.put(run.path("reports", "report.json"), json.dumps(asdict(data), indent=1, allow_nan=False).encode())
+    storage.put(uri, render(data).encode())
+    return uri
+
+
+def headline(data: ReportData) -> list[Tree]:
+    """The rows of the headline table: before, at once, on the way per order, after."""
+    if data.curve is None:
+        return []
+    curve, orders = data.curve, data.curve["orders"]
+    start = next(iter(orders.values()))["points"][0]
+    rows: list[Tree] = [
+        {"title": "old / old", "note": "the gallery before", "figures": curve["old_old"]},
+        {"title": "fraction 0", "note": "transformed, no image touched", "figures": start},
+    ]
+    for name in sorted(orders, key=lambda name: (name == "oracle", name == data.policy, name != "random")):
+        notes = {"random": "the plain alternative", "oracle": "knows the answer; a bound"}
+        rows.append(
+            {
+                "title": f"area, {name}",
+                "note": "this run's order" if name == data.policy else notes.get(name, ""),
+                "figures": orders[name]["area"],
+                "spread": orders[name].get("area_std"),
+                "share": curve["share_of_gap"][name],
+                "chosen": name == data.policy,
+                "colour": plots.css_variable(plots.colour_of(name, data.policy)),
+            }
+        )
+    return [*rows, {"title": "new / new", "note": "everything re-embedded", "figures": curve["new_new"]}]
+
+
+def _charts(data: ReportData) -> dict[str, str]:
+    """SVG by name, for what there is data for."""
+    charts = {}
+    if data.curve is not None:
+        for metric, _ in _COLUMNS:
+            charts[metric] = plots.curve_plot(data.curve, metric, data.policy)
+        flips, slots, groups = (data.curve[name] for name in ("negative_flips", "slot_share", "groups"))
+        charts["flips"] = plots.share_plot(flips["points"], "percent")
+        served = [point for point in slots["points"] if point["fraction"] < 1]  # at 1 only rejects are left: noise
+        charts["slots"] = plots.share_plot(served, "share", level=1.0)
+        if groups is not None:
+            charts |= {f"gap_{metric}": plots.gap_plot(groups, metric) for metric in ("top1", "map")}
+    if data.uncertainty is not None:
+        edges, counts = np.array(data.uncertainty["edges"]), np.array(data.uncertainty["counts"])
+        charts["uncertainty"] = plots.histogram_plot(edges, counts)
+    if data.throughput is not None:
+        edges, rates = np.array(data.throughput["edges_seconds"]), np.array(data.throughput["rates"])
+        charts["throughput"] = plots.throughput_plot(edges, rates)
+    return charts
+
+
+def _curve(config: Config, run: Run, progress: Progress | None) -> tuple[Tree | None, str]:
+    """The curve, computed now where it is not stored, or the reason why there is none."""
+    if progress is None:
+        return None, "The gallery is not planned yet."
+    if progress.left:
+        done = 1 - progress.left / progress.gallery
+        return None, f"It needs the new embedding of every image; {100 * done:.1f} per cent are there so far."
+    if not curves.has_labels(run):
+        return None, "The gallery has no labels to measure it with (gallery.columns.label)."
+    try:
+        return curves.curve(config, run), ""
+    except DataError as error:
+        return None, f"It cannot be measured: {error.summary}."
+
+
+def _progress(run: Run, plan: Plan | None, num_commits: int) -> Progress | None:
+    if plan is None:
+        return None
+    return Tracker(plan, plan.log(run), max_reject_fraction=1.0).progress(max(0, num_commits - 1))
+
+
+def _commit(run: Run, number: int) -> Tree:
+    commit = snapshot.read_commit(run, number)
+    return {"commit": number, "created": _utc(commit.created_unix_seconds), **asdict(commit.counts)}
+
+
+def _uncertainty(run: Run, plan: Plan | None) -> Tree | None:
+    """The histogram of s by wave, part by part, so that the gallery need not fit into memory."""
+    uris = storage.list_files(run.path("transformed"), ".parquet")
+    if plan is None or not uris:
+        return None
+    low, high = np.inf, -np.inf
+    for uri in uris:
+        values = storage.read_parquet(uri, ["uncertainty"])["uncertainty"].to_numpy()
+        low, high = values.min(initial=low), values.max(initial=high)
+    edges = np.linspace(low, max(high, low + 1e-6), _BINS + 1)
+    counts = np.zeros((len(plan.waves), _BINS), np.int64)
+    for uri in uris:
+        part = storage.read_parquet(uri, ["uncertainty", "wave"])
+        bins = np.digitize(part["uncertainty"].to_numpy(), edges[1:-1])
+        np.add.at(counts, (part["wave"].to_numpy() - 1, bins), 1)
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+def _throughput(run: Run, plan: Plan | None) -> Tree | None:
+    """Images per second between the times at which parts were written; None for fewer than two parts."""
+    if plan is None:
+        return None
+    written = vector_log.part_times(plan.log(run))
+    sizes = {(unit.wave, unit.unit): unit.images for unit in plan.units(run)}
+    parts = sorted((seconds, sizes[unit]) for unit, seconds in written.items())
+    if len(parts) < 2 or parts[-1][0] <= parts[0][0]:
+        return None
+    seconds = np.array([moment - parts[0][0] for moment, _ in parts[1:]])
+    images = np.array([count for _, count in parts[1:]])  # those of the first part came before its time
+    edges = np.linspace(0, seconds[-1], int(np.clip(len(seconds) // _PARTS_PER_BIN, 1, _BINS)) + 1)
+    rates = np.histogram(seconds, edges, weights=images)[0] / np.diff(edges)
+    return {
+        "edges_seconds": edges.tolist(),
+        "rates": rates.tolist(),
+        "seconds": float(seconds[-1]),
+        "images": int(images.sum()),
+    }
+
+
+def _rejects(run: Run, plan: Plan | None) -> list[Tree]:
+    if plan is None:
+        return []
+    counts = vector_log.read_rejects(plan.log(run)).group_by(["stage", "reason"]).aggregate([("id", "count")])
+    rows = counts.rename_columns({"id_count": "images"}).sort_by([("images", "descending"), ("reason", "ascending")])
+    found: list[Tree] = rows.to_pylist()
+    return found
+
+
+def _utc(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))

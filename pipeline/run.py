@@ -1,0 +1,198 @@
+"""A run: where each of its files lies, and whether a config may continue it.
+
+`run.json` is written once, when the run starts, and holds the resolved config and the fingerprints of
+its inputs. A later start with another config is refused with the names of what differs; settings that
+only say how the work is done (RUNTIME) may change at any time.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from pipeline import storage
+from pipeline.config import Config, Encoder
+from pipeline.errors import DataError, IncompatibleRun
+from pipeline.schema import FORMAT_VERSION
+
+# Settings that decide how, where or how fast, and not what comes out. Input paths are here as well:
+# what lies there is compared by its fingerprint, so that a copy of the data continues the run.
+RUNTIME = {
+    "run",
+    "data_root",
+    "device",
+    "backfill",
+    "evaluate",
+    "publish",
+    "telemetry",
+    "fit.num_workers",
+    "fit.max_failures",
+    "fit.classifier.path",
+    "index.nprobe",
+    "encoders.old.export",
+    "encoders.old.torchvision.state_dict",
+    "encoders.new.export",
+    "encoders.new.torchvision.state_dict",
+    "gallery.manifest",
+    "pairs.manifest",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The files of a run, as DESIGN section 3 lays them out."""
+
+    uri: str
+
+    def path(self, *parts: str) -> str:
+        """Any file of the run by its path inside it."""
+        return storage.join(self.uri, *parts)
+
+    @property
+    def settings(self) -> str:
+        """run.json"""
+        return self.path("run.json")
+
+    @property
+    def transformation(self) -> str:
+        """The folder of the fitted transformation."""
+        return self.path("transformation")
+
+    @property
+    def plan(self) -> str:
+        """plan.json; the plan counts as made once this is there."""
+        return self.path("plan", "plan.json")
+
+    def wave_units(self, wave: int) -> str:
+        """The units file of a wave: one row group per unit, in locality order."""
+        return self.path("plan", f"wave-{wave:03d}", "units.parquet")
+
+    def part(self, folder: str, number: int) -> str:
+        """Part `number` of a folder of Parquet files."""
+        return self.path(folder, f"part-{number:05d}.parquet")
+
+    def commit(self, number: int) -> str:
+        """The commit file of snapshot `number`."""
+        return self.path("index", "commits", f"{number:020d}.json")
+
+    def tag(self, name: str) -> str:
+        """The file of a tag, such as prod or candidate."""
+        return self.path("index", "tags", f"{name}.json")
+
+    @property
+    def reports(self) -> str:
+        """The folder of the report."""
+        return self.path("reports")
+
+
+def start(config: Config, fingerprints: dict[str, str]) -> Run:
+    """Create `run.json`, or check that this config may continue the run that is there.
+
+    Raises:
+        IncompatibleRun: the run was started with another config, other weights or another gallery.
+    """
+    run = Run(config.run)
+    settings = _settings(config, fingerprints)
+    try:
+        storage.put_if_absent(run.settings, json.dumps(settings, indent=1).encode())
+    except storage.AlreadyExists:
+        check_resumable(config, fingerprints)
+    return run
+
+
+def check_resumable(config: Config, fingerprints: dict[str, str]) -> None:
+    """Refuse a config that would not continue the run under its URI; a run that is not there is no refusal.
+
+    Raises:
+        IncompatibleRun: with one line per setting or input that differs.
+    """
+    run = Run(config.run)
+    if not storage.exists(run.settings):
+        return
+    changes = _changes(_identity(read_settings(run)), _identity(_settings(config, fingerprints)))
+    if changes:
+        raise IncompatibleRun(
+            "this run was started with other inputs or settings:\n" + "\n".join(f"  - {line}" for line in changes),
+            where=run.settings,
+            remedy="put the settings back, or give another --set run=... to start beside it",
+        )
+
+
+def read_settings(run: Run) -> dict[str, object]:
+    """The content of `run.json`.
+
+    Raises:
+        DataError: there is no run, or it was written by a program of another format.
+    """
+    try:
+        settings = json.loads(storage.read_bytes(run.settings))
+    except FileNotFoundError:
+        raise DataError(
+            "there is no run here", where=run.uri, remedy="start one with `fastfill backfill --config ...`"
+        ) from None
+    if settings["format_version"] != FORMAT_VERSION:
+        raise DataError(
+            "this run has another format",
+            expected=FORMAT_VERSION,
+            found=settings["format_version"],
+            where=run.settings,
+        )
+    result: dict[str, object] = settings
+    return result
+
+
+def weight_fingerprints(config: Config) -> dict[str, str]:
+    """What the encoders and the classifier contain: a sha256 of each file.
+
+    Raises:
+        DataError: one of them is missing.
+    """
+    found = {}
+    for name, encoder in (("old", config.encoders.old), ("new", config.encoders.new)):
+        path = _weights(encoder)
+        if path is not None:
+            found[f"encoders.{name}"] = _digest(path, f"encoders.{name}")
+    if config.fit.classifier is not None:
+        found["fit.classifier"] = _digest(config.fit.classifier.path, "fit.classifier.path")
+    return found
+
+
+def _settings(config: Config, fingerprints: dict[str, str]) -> dict[str, object]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "config": config.model_dump(mode="json"),
+        "fingerprints": fingerprints,
+    }
+
+
+def _weights(encoder: Encoder | None) -> str | None:
+    if encoder is None or encoder.function is not None:
+        return None
+    return encoder.export or (encoder.torchvision.state_dict if encoder.torchvision else None)
+
+
+def _digest(path: str, key: str) -> str:
+    try:
+        return storage.sha256(path)
+    except OSError as error:
+        raise DataError("an input file cannot be read", found=error.strerror, where=f"{key}: {path}") from error
+
+
+def _identity(settings: dict[str, object]) -> dict[str, object]:
+    flat = {key: value for key, value in _flatten(settings["config"], "") if not _is_runtime(key)}
+    return flat | {f"content of {key}": value for key, value in _flatten(settings["fingerprints"], "")}
+
+
+def _is_runtime(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in RUNTIME)
+
+
+def _flatten(value: object, prefix: str) -> list[tuple[str, object]]:
+    if not isinstance(value, dict):
+        return [(prefix, value)]
+    return [pair for key, item in value.items() for pair in _flatten(item, f"{prefix}.{key}" if prefix else key)]
+
+
+def _changes(started: dict[str, object], now: dict[str, object]) -> list[str]:
+    keys = [key for key in started | now if started.get(key) != now.get(key)]
+    return [f"{key}: the run has {started.get(key)!r}, you gave {now.get(key)!r}" for key in keys]

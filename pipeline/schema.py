@@ -1,0 +1,155 @@
+"""Column names, Arrow schemas and the format version of every file in a run.
+
+Waves count from 1 to W: commit w is the snapshot in which waves 1..w are embedded, commit 0 the one in
+which everything is transformed. Units count from 0 inside their wave, shards from 0 to S-1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+FORMAT_VERSION = 1
+
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+
+LOCATION = [
+    pa.field("uri", pa.string()),  # the image's object, or the container it lies in
+    pa.field("offset", pa.int64()),  # bytes into the container; null where the object is the image
+    pa.field("length", pa.int64()),
+    pa.field("row", pa.int64()),  # row of a Parquet container's image column; null for any other place
+]
+
+MANIFEST = [
+    pa.field("id", pa.int64(), nullable=False),
+    pa.field("key", pa.string()),  # the user's own id where that is a string
+    *LOCATION,
+    pa.field("label", pa.string()),
+    pa.field("group", pa.string()),
+]
+
+UNITS = pa.schema([pa.field("id", pa.int64()), *LOCATION])
+
+REJECTS = pa.schema(
+    [pa.field("id", pa.int64()), *LOCATION, pa.field("stage", pa.string()), pa.field("reason", pa.string())]
+)
+
+SIDECAR = pa.schema(
+    [
+        pa.field("id", pa.int64()),
+        pa.field("kind", pa.string()),  # transformed | embedded
+        pa.field("uncertainty", pa.float32()),
+        pa.field("group", pa.string()),
+    ]
+)
+
+
+def vector_type(dim: int) -> pa.DataType:
+    """The Arrow type of a float32 vector of `dim` numbers."""
+    return pa.list_(pa.float32(), dim)
+
+
+def manifest_schema(dims: dict[str, int]) -> pa.Schema:
+    """A normalised manifest: MANIFEST and one vector column per entry of `dims` (column name -> width)."""
+    return pa.schema([*MANIFEST, *(pa.field(name, vector_type(dim)) for name, dim in dims.items())])
+
+
+def transformed_schema(dim: int) -> pa.Schema:
+    """The scored gallery: one row per image, with its wave once the cut points are known."""
+    return pa.schema(
+        [
+            pa.field("id", pa.int64()),
+            pa.field("wave", pa.int32()),
+            pa.field("shard", pa.int32()),
+            pa.field("priority", pa.float32()),
+            pa.field("uncertainty", pa.float32()),
+            *LOCATION,
+            pa.field("label", pa.string()),
+            pa.field("group", pa.string()),
+            pa.field("vector", vector_type(dim)),
+        ]
+    )
+
+
+def embedded_schema(dim: int) -> pa.Schema:
+    """The vector log: the new encoder's output for each image of a unit."""
+    return pa.schema(
+        [
+            pa.field("id", pa.int64()),
+            pa.field("shard", pa.int32()),
+            pa.field("source_etag", pa.string()),
+            pa.field("vector", vector_type(dim)),
+        ]
+    )
+
+
+def vectors_to_arrow(vectors: Float32) -> pa.FixedSizeListArray:
+    """(N, d) float32 as an Arrow column, without a copy where the rows are contiguous."""
+    flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float32).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+
+
+def vectors_from_arrow(column: pa.ChunkedArray | pa.Array) -> Float32:
+    """A fixed-size-list column as (N, d) float32; the inverse of `vectors_to_arrow`, float16 widened.
+
+    Raises:
+        ValueError: a vector is null.
+    """
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if array.null_count:
+        raise ValueError(f"{array.null_count} of {len(array)} vectors are null")
+    flat = array.flatten().to_numpy(zero_copy_only=False)
+    vectors: Float32 = flat.astype(np.float32, copy=False).reshape(len(array), array.type.list_size)
+    return vectors
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One piece of work: row group `row_group` of the units file `rows_uri`.
+
+    `wave` and `unit` name its part in the vector log; `images` is the number of its rows.
+    """
+
+    wave: int
+    unit: int
+    rows_uri: str
+    row_group: int
+    images: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnitAck:
+    """What is left of a unit once it is durable; the only thing the driver sees of it.
+
+    The seconds are those of one task each: reading and decoding, the encoder, writing the part.
+    """
+
+    wave: int
+    unit: int
+    embedded: int
+    rejected: int
+    part_bytes: int
+    load_seconds: float
+    embed_seconds: float
+    write_seconds: float
+
+
+def splitmix64(values: Int64, seed: int) -> NDArray[np.uint64]:
+    """A bijective 64-bit hash of each id, (N,) uint64: stable over machines, versions and time.
+
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014).
+    """
+    with np.errstate(over="ignore"):
+        z = values.astype(np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def shard_of(ids: Int64, num_shards: int) -> NDArray[np.int32]:
+    """The shard of each id, (N,) int32 in [0, num_shards): independent of the run's seed."""
+    return (splitmix64(ids, seed=0x5A4D) % np.uint64(num_shards)).astype(np.int32)

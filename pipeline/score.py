@@ -1,0 +1,98 @@
+"""Transform the gallery and score it: `gallery/part-*` in, `scored/part-*` out, a Ray Data map over parts.
+
+Guarantee: part k holds, for each image of gallery part k that has an old embedding, the transformed
+embedding, its uncertainty, and the policy's priority. No image is touched. A part that is there is
+not made again. The scored gallery is laid out by wave once the plan is known, and deleted then.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+from ray.data import ActorPoolStrategy
+
+from pipeline import manifest, policy, storage
+from pipeline.config import Config
+from pipeline.embeddings import embedding_log, read_embeddings
+from pipeline.errors import DataError
+from pipeline.manifest import Manifest
+from pipeline.plan import SCORED
+from pipeline.policy import Scored
+from pipeline.run import Run
+from pipeline.schema import Float32, transformed_schema, vectors_from_arrow, vectors_to_arrow
+from pipeline.transformation import apply, load_transformation, resolve_device
+
+_APPLY_BATCH = 8192
+
+
+def score_gallery(config: Config, run: Run) -> list[int]:
+    """Transform and score every part of the gallery.
+
+    Returns:
+        the number of images of each part.
+
+    Raises:
+        DataError: the old embeddings do not fit the transformation, or the policy gave a NaN.
+    """
+    gallery = manifest.read_manifest(run, "gallery")
+    assert gallery is not None, "the gallery is normalised before it is scored"
+    policy.load_policy(config.plan.policy, config.seed)  # a typing error shows here, before any work
+    parts = len(gallery.rows)
+    gpus = ray.cluster_resources().get("GPU", 0) if config.device != "cpu" else 0
+    counts = (
+        ray.data.range(parts, override_num_blocks=parts)
+        .map_batches(
+            _Scorer,
+            fn_constructor_args=(config, run, gallery),
+            batch_size=1,
+            batch_format="numpy",
+            compute=ActorPoolStrategy(min_size=1, max_size=config.backfill.max_actors),
+            num_cpus=0 if gpus else config.backfill.cpus_per_actor,
+            num_gpus=min(1, gpus) or None,
+        )
+        .take_all()
+    )
+    return [row["images"] for row in sorted(counts, key=lambda row: row["part"])]
+
+
+class _Scorer:
+    """The actor: holds h, writes one scored part a call."""
+
+    def __init__(self, config: Config, run: Run, gallery: Manifest) -> None:
+        self._config, self._run, self._gallery = config, run, gallery
+        self._device = resolve_device(config.device)
+        self._network, self._info = load_transformation(run, self._device)
+        self._policy = policy.load_policy(config.plan.policy, config.seed)
+
+    def __call__(self, batch: dict[str, np.typing.NDArray[np.int64]]) -> dict[str, list[int]]:
+        part = int(batch["id"][0])
+        uri = self._run.part(SCORED, part)
+        if storage.exists(uri):
+            return {"part": [part], "images": [storage.read_parquet(uri, ["id"]).num_rows]}
+        return {"part": [part], "images": [self._score(part, uri)]}
+
+    def _score(self, part: int, uri: str) -> int:
+        log = embedding_log(self._config, self._run, "gallery", "old")
+        rows, old = read_embeddings(self._run, "gallery", part, "old_embedding", log)
+        if old.shape[1] != self._info.d_old:
+            raise DataError(
+                "the gallery's old embeddings do not fit the transformation",
+                expected=f"width {self._info.d_old}",
+                found=f"width {old.shape[1]}",
+                where=self._run.part("gallery", part),
+            )
+        transformed, uncertainty = apply(self._network, old, _side(rows), self._device, _APPLY_BATCH)
+        columns = {name: rows[name].to_numpy() for name in ("id", "label", "group")}
+        scored = Scored(columns["id"], uncertainty, transformed, old, columns["label"], columns["group"])
+        priority = policy.prioritise(self._policy, scored, where=f"plan.policy: {self._config.plan.policy}")
+        table = rows.append_column("uncertainty", pa.array(uncertainty))
+        table = table.append_column("priority", pa.array(priority))
+        table = table.append_column("vector", vectors_to_arrow(transformed))
+        schema = pa.schema([f for f in transformed_schema(transformed.shape[1]) if f.name not in ("wave", "shard")])
+        storage.put(uri, storage.parquet_bytes(schema, [table]))
+        return int(rows.num_rows)
+
+
+def _side(rows: pa.Table) -> Float32 | None:
+    return vectors_from_arrow(rows["side"]) if "side" in rows.schema.names else None

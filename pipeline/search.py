@@ -1,0 +1,176 @@
+"""Answer queries from a snapshot: open a commit whole, or follow a tag from commit to commit.
+
+After publishing; all it knows of a run are its tags, commits and segments. Guarantee: every call answers
+from exactly one published commit, whose files were checked against it; a commit that cannot be opened
+whole is never switched to. Does not embed images, and does not know the users' own keys.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from pipeline import index, snapshot
+from pipeline.codebook import Codebook
+from pipeline.errors import DataError
+from pipeline.index import Segment
+from pipeline.run import Run
+from pipeline.schema import Float32, Int64
+from pipeline.snapshot import PROD, Commit, SegmentRef
+
+_OPEN_THREADS = 8  # hashing releases the GIL, and remote segments are fetched meanwhile
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """The answer to a batch of queries.
+
+    Attributes:
+        commit: the commit that gave it.
+        distances: (Q, k) float32, best first: squared Euclidean for l2, similarity for ip and cosine;
+            inf or -inf where fewer than k were found.
+        ids: (Q, k) int64; -1 where fewer than k were found.
+    """
+
+    commit: int
+    distances: Float32
+    ids: Int64
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """A commit with everything it names, opened."""
+
+    commit: Commit
+    codebook: Codebook
+    segments: dict[str, Segment]  # by sha256: segments without a vector may be the same file
+
+
+class Searcher:
+    """Searches a commit; one object may be used from many threads."""
+
+    def __init__(self, run_uri: str, tag: str = PROD, commit: int | None = None, verify: bool = True) -> None:
+        """Open a snapshot.
+
+        Args:
+            run_uri: the run.
+            tag: the tag that `refresh` follows, where no commit is given.
+            commit: stay at this commit.
+            verify: check every byte against the commit before serving it; without it a damaged file is
+                noticed only where FAISS cannot read it.
+
+        Raises:
+            DataError: there is no such tag or commit, or one of its files is missing or damaged.
+        """
+        self._run = Run(run_uri)
+        self._tag = tag if commit is None else None
+        self._verify = verify
+        self._refreshing = threading.Lock()
+        self._opened: _Snapshot | None = self._open(self._wanted() if commit is None else commit, None)
+
+    @property
+    def commit(self) -> Commit:
+        """The commit that the next call answers from."""
+        return self._pinned().commit
+
+    @property
+    def num_vectors(self) -> int:
+        """The number of vectors it holds: the whole gallery."""
+        return self.commit.counts.gallery
+
+    def search(self, queries: ArrayLike, k: int) -> SearchResult:
+        """The k nearest images of each query, all from one commit.
+
+        Args:
+            queries: (Q, d) numbers, the new encoder's embeddings.
+            k: neighbours per query, at least 1.
+
+        Raises:
+            DataError: the queries have another shape, are not finite numbers, or k is below 1.
+        """
+        opened = self._pinned()
+        if k < 1:
+            raise DataError("k is out of range", expected="at least 1", found=k)
+        try:
+            vectors = np.asarray(queries, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise DataError("queries are not an array of numbers", found=error) from error
+        segments = list(opened.segments.values())
+        distances, ids = index.search(opened.codebook, segments, vectors, k, opened.commit.nprobe)
+        return SearchResult(opened.commit.number, distances, ids)
+
+    def refresh(self) -> bool:
+        """Go to the commit that the tag points to now; whatever goes wrong, the present one stays.
+
+        Returns:
+            whether it is another commit than before.
+
+        Raises:
+            DataError: the new commit, or one of its files, is missing or damaged.
+        """
+        with self._refreshing:
+            opened = self._pinned()
+            if self._tag is None or (number := self._wanted()) == opened.commit.number:
+                return False
+            self._opened = self._open(number, opened)
+            return True
+
+    def close(self) -> None:
+        """Let the segments go, once the calls that use them have returned."""
+        self._opened = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _pinned(self) -> _Snapshot:
+        opened = self._opened
+        if opened is None:
+            raise ValueError("this Searcher is closed")
+        return opened
+
+    def _wanted(self) -> int:
+        assert self._tag is not None
+        tag = snapshot.read_tag(self._run, self._tag)
+        if tag is None or tag.commit is None:
+            raise DataError(
+                "there is nothing to search yet",
+                expected=f"a commit that {self._tag!r} points to",
+                found=tag,
+                where=self._run.tag(self._tag),
+                remedy="wait for the first commit, promote one, or name one of those that are there: "
+                f"{snapshot.list_commits(self._run)}",
+            )
+        return tag.commit
+
+    def _open(self, number: int, before: _Snapshot | None) -> _Snapshot:
+        commit = snapshot.read_commit(self._run, number)
+        if before is not None and before.commit.codebook_sha256 == commit.codebook_sha256:
+            codebook, known = before.codebook, before.segments
+        else:
+            codebook = Codebook.open(self._run, commit.codebook_path, commit.codebook_sha256, self._verify)
+            known = {}
+        if (codebook.dim, codebook.metric) != (commit.dim, commit.metric):
+            raise DataError(
+                "the codebook is not the commit's",
+                expected=f"{commit.dim} dimensions, {commit.metric}",
+                found=f"{codebook.dim} dimensions, {codebook.metric}",
+                where=self._run.path(commit.codebook_path),
+            )
+
+        def open_segment(ref: SegmentRef) -> Segment:
+            return known.get(ref.sha256) or Segment.open(self._run, codebook, ref, self._verify)
+
+        refs = {ref.sha256: ref for ref in commit.segments}
+        with ThreadPoolExecutor(_OPEN_THREADS) as pool:
+            return _Snapshot(commit, codebook, dict(zip(refs, pool.map(open_segment, refs.values()), strict=True)))

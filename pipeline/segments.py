@@ -1,0 +1,111 @@
+"""What is stored of a segment: its file and its sidecar, both named by their content.
+
+Between the index, which makes the bytes, and the commit, which names them. Guarantee: storing the same rows
+again, from anywhere, writes nothing new; two segments never share a name. Does not look into a segment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline import storage
+from pipeline.commits import Kind, SegmentRef
+from pipeline.errors import DataError
+from pipeline.run import Run
+from pipeline.schema import SIDECAR, Float32, Int64
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of one segment, in any order.
+
+    Attributes:
+        ids: (n,) int64, unique.
+        vectors: (n, d) float32.
+        kinds: (n,) of `transformed` or `embedded`.
+        uncertainties: (n,) float32.
+        groups: (n,) strings or nulls.
+    """
+
+    ids: Int64
+    vectors: Float32
+    kinds: NDArray[np.str_]
+    uncertainties: Float32
+    groups: pa.Array[pa.StringScalar] | pa.ChunkedArray[pa.StringScalar]
+
+
+def sidecar_bytes(
+    ids: Int64,
+    kinds: NDArray[np.str_],
+    uncertainties: Float32,
+    groups: pa.Array[pa.StringScalar] | pa.ChunkedArray[pa.StringScalar],
+) -> bytes:
+    """What the vectors of a segment are, as a SIDECAR Parquet file sorted by id; all arguments are (n,)."""
+    columns = [pa.array(ids), pa.array(kinds, pa.string()), pa.array(uncertainties, pa.float32()), groups]
+    return storage.parquet_bytes(SIDECAR, [pa.table(columns, names=SIDECAR.names).sort_by("id")])
+
+
+def store_segment(run: Run, data: bytes, rows: Rows, shard: int, wave: int, kind: Kind) -> SegmentRef:
+    """Store what `index.build_segment` made of `rows`, and its sidecar.
+
+    Raises:
+        DataError: a row is embedded in a transformed segment, or of no known kind.
+    """
+    if not np.isin(rows.kinds, ["transformed", kind]).all():
+        raise DataError(
+            "a row does not belong into this segment",
+            expected=f"transformed or {kind}",
+            found=sorted(set(rows.kinds.tolist())),
+            where=f"shard {shard}, wave {wave}",
+        )
+    sidecar = sidecar_bytes(rows.ids, rows.kinds, rows.uncertainties, rows.groups)
+    path, sha256 = put_by_content(run, "index/segments/{}.faiss", data)
+    sidecar_path, sidecar_sha256 = put_by_content(run, "index/segments/{}.parquet", sidecar)
+    return SegmentRef(
+        shard=shard,
+        wave=wave,
+        kind=kind,
+        path=path,
+        sha256=sha256,
+        bytes=len(data),
+        vectors=len(rows.ids),
+        sidecar_path=sidecar_path,
+        sidecar_sha256=sidecar_sha256,
+        rejected=int((rows.kinds == "transformed").sum()) if kind == "embedded" else 0,
+    )
+
+
+def put_by_content(run: Run, pattern: str, data: bytes) -> tuple[str, str]:
+    """Store bytes under a name made of their sha256; returns the path inside the run, and the sha256."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    path = pattern.format(sha256)
+    with contextlib.suppress(storage.AlreadyExists):  # then the same bytes are there
+        storage.put_if_absent(run.path(path), data)
+    return path, sha256
+
+
+def check_digest(uri: str, sha256: str) -> None:
+    """Check an object's bytes against what was committed.
+
+    Raises:
+        DataError: they differ, or the object is missing.
+    """
+    remedy = "restore the file, or seal its wave again; `audit` lists all such files"
+    try:
+        found = storage.sha256(uri)
+    except FileNotFoundError:
+        raise DataError("a file of the index is missing", where=uri, remedy=remedy) from None
+    if found != sha256:
+        raise DataError(
+            "a file of the index is not what was committed",
+            expected=f"sha256 {sha256}",
+            found=f"sha256 {found}",
+            where=uri,
+            remedy=remedy,
+        )

@@ -1,0 +1,283 @@
+"""Snapshots of the index: immutable numbered commits, and tags that point to them.
+
+After the segments, before search. Commit n names every segment of the snapshot in which waves 1..n are
+embedded. Guarantee: a commit is created whole or not at all, once; one writer at a time publishes, in
+order; `prod` only ever points to a commit that was published. The `candidate` tag is the writer's: it
+holds the last published commit and the epoch of whoever may publish the next. Knows nothing of what is
+inside a segment.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+from pipeline import storage
+from pipeline.commits import Commit as Commit
+from pipeline.commits import Counts as Counts
+from pipeline.commits import Kind as Kind
+from pipeline.commits import SegmentRef as SegmentRef
+from pipeline.commits import check_commit, from_json, to_json
+from pipeline.commits import read_commit as read_commit
+from pipeline.errors import DataError, GateRefused, Refused, SnapshotConflict
+from pipeline.run import Run
+
+CANDIDATE = "candidate"
+PROD = "prod"
+_TRIES = 16
+_COMMIT_FILE = re.compile(r"/(\d{20})\.json$")
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """Where a tag points.
+
+    Attributes:
+        commit: the commit's number; None in a candidate tag before the first commit.
+        epoch: of the writer that owns the run; only in the candidate tag.
+        previous: the commit that the tag pointed to before, which `rollback` goes back to.
+        pinned: set by `rollback`: `auto_promote` leaves the tag alone until the next `promote`.
+    """
+
+    commit: int | None
+    epoch: int | None = None
+    previous: int | None = None
+    pinned: bool = False
+
+
+@dataclass(slots=True)
+class Writer:
+    """The run's one publisher, until another one acquires the run.
+
+    Attributes:
+        latest: the last published commit, or None.
+    """
+
+    run: Run
+    epoch: int
+    latest: int | None
+
+    @classmethod
+    def acquire(cls, run: Run) -> Self:
+        """Take the run over: from now on whoever wrote to it before is refused.
+
+        A commit that a predecessor created but did not announce before it died becomes the latest.
+
+        Raises:
+            SnapshotConflict: other writers kept taking the run at the same time.
+        """
+
+        def take(tag: Tag | None) -> Tag:
+            latest = _after_orphans(run, tag.commit if tag else None)
+            return Tag(latest, (tag.epoch or 0) + 1 if tag else 1)
+
+        tag = _change_tag(run, CANDIDATE, take)
+        return cls(run, tag.epoch or 0, tag.commit)
+
+    def publish(self, draft: Commit) -> Commit:
+        """Create the next commit, then announce it as the candidate.
+
+        Safe to call again with the same content after any failure.
+
+        Returns:
+            the commit as it is stored; that of an earlier attempt where there was one.
+
+        Raises:
+            DataError: the segments or counts do not make a whole snapshot.
+            SnapshotConflict: another writer took the run over, or published something else, or the
+                number is not the next one. Nothing has moved.
+        """
+        where = self.run.commit(draft.number)
+        commit = replace(
+            draft,
+            segments=tuple(sorted(draft.segments, key=lambda segment: (segment.wave, segment.shard))),
+            attempt_id=uuid.uuid4().hex,
+            epoch=self.epoch,
+            created_unix_seconds=time.time(),
+        )
+        check_commit(commit, where)
+        expected = 0 if self.latest is None else self.latest + 1
+        if draft.number != expected:
+            raise SnapshotConflict("commits are published in order", expected=expected, found=draft.number, where=where)
+        version = self._version_while_ours(draft.number)
+        commit = _create(self.run, commit)
+        self._announce(commit.number, version)
+        self.latest = commit.number
+        return commit
+
+    def _version_while_ours(self, number: int) -> str:
+        found = _read_versioned(self.run, CANDIDATE)
+        if found is None or found[0].epoch != self.epoch or found[0].commit not in (self.latest, number):
+            raise self._taken_over(found[0] if found else None)
+        return found[1]
+
+    def _announce(self, number: int, version: str) -> None:
+        tag = Tag(number, self.epoch)
+        try:
+            storage.compare_and_swap(self.run.tag(CANDIDATE), to_json(tag), version)
+        except storage.Changed:
+            now = read_tag(self.run, CANDIDATE)
+            if now != tag:  # it is ours where only the answer to an earlier try was lost
+                raise self._taken_over(now) from None
+
+    def _taken_over(self, found: Tag | None) -> SnapshotConflict:
+        return SnapshotConflict(
+            "another driver took this run over",
+            expected=f"epoch {self.epoch} at commit {self.latest}",
+            found=found,
+            where=self.run.tag(CANDIDATE),
+            remedy="let the other driver go on, or stop it and start this one again",
+        )
+
+
+def list_commits(run: Run) -> list[int]:
+    """The numbers of the published commits that are stored, ascending."""
+    tag = read_tag(run, CANDIDATE)
+    if tag is None or tag.commit is None:
+        return []
+    names = map(_COMMIT_FILE.search, storage.list_files(run.path("index", "commits"), ".json"))
+    return sorted(number for name in names if name and (number := int(name[1])) <= tag.commit)
+
+
+def read_tag(run: Run, name: str) -> Tag | None:
+    """Where a tag points; None where there is no such tag.
+
+    Raises:
+        DataError: the tag's file is damaged or of another format.
+    """
+    found = _read_versioned(run, name)
+    return found[0] if found else None
+
+
+def promote(run: Run, number: int | None, *, blockers: Sequence[str], force: bool = False) -> Tag:
+    """Let `prod` point to a commit (None: the candidate's), and let later commits follow again.
+
+    Raises:
+        GateRefused: there are blockers, and no force.
+        DataError: there is no such commit, or it is not whole.
+        SnapshotConflict: others kept moving the tag at the same time.
+    """
+    number = _published(run, number)
+    if blockers and not force:
+        raise GateRefused(
+            f"commit {number} is not promoted:\n" + "\n".join(f"  - {line}" for line in blockers),
+            where=run.commit(number),
+            remedy="see the report, or promote with force",
+        )
+    return _change_tag(run, PROD, lambda now: Tag(number, previous=_before(now, number)))
+
+
+def auto_promote(run: Run, number: int, blockers: Sequence[str] = ()) -> bool:
+    """Move `prod` forward to a commit, unless it is pinned, blocked, or that far already.
+
+    Returns:
+        whether `prod` points to the commit now.
+
+    Raises:
+        DataError: there is no such commit, or it is not whole.
+        SnapshotConflict: others kept moving the tag at the same time.
+    """
+    _published(run, number)
+    if blockers:
+        return False
+
+    def forward(now: Tag | None) -> Tag:
+        if now and (now.pinned or (now.commit is not None and now.commit >= number)):
+            return now
+        return Tag(number, previous=_before(now, number))
+
+    return _change_tag(run, PROD, forward).commit == number
+
+
+def rollback(run: Run, to: int | None = None) -> Tag:
+    """Point `prod` back to the commit before (or to `to`), and pin it there until the next `promote`.
+
+    Raises:
+        Refused: there is no commit to go back to, or `to` is not an earlier one.
+        DataError: the commit is not there any more, or it is not whole.
+        SnapshotConflict: others kept moving the tag at the same time.
+    """
+    now = read_tag(run, PROD)
+    number = to if to is not None or now is None else now.previous
+    if now is None or now.commit is None or number is None or number >= now.commit:
+        raise Refused(
+            "there is nothing to roll back to",
+            expected=f"a commit before {now.commit if now else None}",
+            found=number,
+            where=run.tag(PROD),
+            remedy=f"name one of the commits {list_commits(run)}; `promote` goes forward",
+        )
+    number = _published(run, number)
+    return _change_tag(run, PROD, lambda _: Tag(number, pinned=True))
+
+
+def _create(run: Run, commit: Commit) -> Commit:
+    """Create the commit file; where it exists, it has to be ours or to hold the same snapshot."""
+    where = run.commit(commit.number)
+    try:
+        storage.put_if_absent(where, to_json(commit))
+        return commit
+    except storage.AlreadyExists:
+        existing = read_commit(run, commit.number)
+    if existing.content() != commit.content():
+        differs = [key for key, value in existing.content().items() if value != commit.content()[key]]
+        raise SnapshotConflict(
+            "another writer created this commit with other content",
+            expected=f"attempt {commit.attempt_id}",
+            found=f"attempt {existing.attempt_id}, which differs in {', '.join(differs)}",
+            where=where,
+            remedy="start again: the commit that is there becomes the latest, and the run goes on from it",
+        )
+    return existing
+
+
+def _after_orphans(run: Run, latest: int | None) -> int | None:
+    """The last of the commits after `latest` that were created but not announced."""
+    following = 0 if latest is None else latest + 1
+    while storage.exists(run.commit(following)):
+        latest = read_commit(run, following).number
+        following += 1
+    return latest
+
+
+def _published(run: Run, number: int | None) -> int:
+    """The number of a published commit that can be read; None stands for the candidate's."""
+    candidate = read_tag(run, CANDIDATE)
+    last = candidate.commit if candidate else None
+    if last is None or (number is not None and not 0 <= number <= last):
+        expected = "none yet" if last is None else f"0..{last}"
+        raise DataError("there is no such commit", expected=expected, found=number, where=run.path("index/commits"))
+    return read_commit(run, last if number is None else number).number
+
+
+def _before(now: Tag | None, number: int) -> int | None:
+    if now is None:
+        return None
+    return now.previous if now.commit == number else now.commit
+
+
+def _change_tag(run: Run, name: str, decide: Callable[[Tag | None], Tag]) -> Tag:
+    """Replace a tag by what `decide` makes of it, again where others moved it meanwhile."""
+    for _ in range(_TRIES):
+        now, version = _read_versioned(run, name) or (None, None)
+        wanted = decide(now)
+        if wanted == now:
+            return wanted
+        try:
+            storage.compare_and_swap(run.tag(name), to_json(wanted), version)
+            return wanted
+        except storage.Changed:
+            continue
+    raise SnapshotConflict("others keep moving this tag", where=run.tag(name), remedy="try again")
+
+
+def _read_versioned(run: Run, name: str) -> tuple[Tag, str] | None:
+    where = run.tag(name)
+    found = storage.read_versioned(where)
+    if found is None:
+        return None
+    return from_json(Tag, found[0], where), found[1]

@@ -1,0 +1,181 @@
+"""The embedding stream: units in, durable parts out, one Ray Data execution for all of them.
+
+    units -> load (tasks: fetch, decode, preprocess) -> embed (actors) -> write (tasks) -> UnitAck
+
+Guarantee: a unit is acknowledged once its part is durable. Batches are cut inside a unit, so the same
+unit gives the same vectors whatever Ray does around it. Acknowledgements come in any order. It does
+not know waves, plans or snapshots; the backfill, the training pairs and missing old embeddings all
+come through here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy
+
+from pipeline import config as settings
+from pipeline import images, vector_log
+from pipeline.errors import ConfigError
+from pipeline.images import Limits, LoadedUnit
+from pipeline.schema import Unit, UnitAck, vectors_from_arrow
+from pipeline.vector_log import EmbeddedUnit, VectorLog
+
+_LOAD_CPUS = 0.5
+_WRITE_CPUS = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Units that go through one encoder into one log."""
+
+    encoder: settings.Encoder
+    log: VectorLog
+    units: list[Unit]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What the tasks of a stream need to know; `units` says for each number which work and unit it is."""
+
+    targets: list[tuple[settings.Encoder, VectorLog]]
+    backfill: settings.Backfill
+    units: ray.ObjectRef[pa.Table]
+
+    def unit(self, number: int) -> tuple[int, Unit]:
+        row = ray.get(self.units).slice(number, 1).to_pylist()[0]
+        return row.pop("work"), Unit(**row)
+
+
+def embed_stream(work: list[Work], backfill: settings.Backfill, device: str) -> Iterator[tuple[int, UnitAck]]:
+    """Embed units in about their order, all in one stream.
+
+    Args:
+        work: what to embed, one after the other.
+        backfill: resources and limits.
+        device: where the encoders run.
+
+    Yields:
+        the index into `work`, and a unit's acknowledgement, once the unit is durable.
+
+    Raises:
+        ConfigError: the cluster cannot hold the smallest actor pool and a task beside it.
+    """
+    count = sum(len(item.units) for item in work)
+    if not count:
+        return
+    from pipeline.embed import EmbedStage  # here: the tasks of this module must not wait for torch
+
+    gpus = _gpus_per_actor(backfill, device)
+    _check_room(backfill, gpus)
+    context = ray.data.DataContext.get_current()
+    context.target_max_block_size = None  # a block is a unit: never split, never merged
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    job = _Job([(item.encoder, item.log) for item in work], backfill, ray.put(_units_table(work)))
+    pool = ActorPoolStrategy(
+        min_size=backfill.min_actors, max_size=backfill.max_actors, max_tasks_in_flight_per_actor=4
+    )
+    acks = (
+        ray.data.range(count, override_num_blocks=count)
+        .map_batches(partial(_load, job=job), batch_size=None, batch_format="numpy", num_cpus=_LOAD_CPUS)
+        .map_batches(
+            EmbedStage,
+            fn_constructor_args=([item.encoder for item in work], backfill, device),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=pool,
+            num_cpus=0 if gpus else backfill.cpus_per_actor,
+            num_gpus=gpus or None,
+        )
+        .map_batches(partial(_write, job=job), batch_size=None, batch_format="pyarrow", num_cpus=_WRITE_CPUS)
+    )
+    batches: Iterable[pa.Table] = acks.iter_batches(batch_size=None, batch_format="pyarrow")
+    for batch in batches:
+        for row in batch.to_pylist():
+            yield row.pop("work"), UnitAck(**row)
+
+
+def _load(batch: Any, job: _Job) -> pa.Table:  # Any: Ray's batch of numpy columns
+    start = time.perf_counter()
+    number = int(batch["id"][0])
+    work, unit = job.unit(number)
+    limits = Limits(job.backfill.max_image_pixels, job.backfill.max_image_bytes)
+    loaded = images.load_unit(unit, job.targets[work][0].preprocess, limits, job.backfill.fetch_threads)
+    count = len(loaded.ids)
+    return pa.table(
+        {
+            "number": np.full(count, number, dtype=np.int64),
+            "work": np.full(count, work, dtype=np.int64),
+            "id": loaded.ids,
+            "etag": pa.array(loaded.etags, pa.string()),
+            "stage": pa.array(_texts(loaded, "stage"), pa.string()),
+            "reason": pa.array(_texts(loaded, "reason"), pa.string()),
+            "load_seconds": np.full(count, time.perf_counter() - start),
+            "pixels": pa.FixedSizeListArray.from_arrays(
+                pa.array(loaded.pixels.reshape(-1)), int(np.prod(loaded.pixels.shape[1:]))
+            ),
+        }
+    )
+
+
+def _write(block: Any, job: _Job) -> pa.Table:  # Any: Ray's batch as an Arrow table
+    start = time.perf_counter()
+    work, unit = job.unit(block["number"][0].as_py())
+    embedded = EmbeddedUnit(
+        ids=block["id"].to_numpy(),
+        vectors=vectors_from_arrow(block["vector"]),
+        etags=block["etag"].combine_chunks(),
+        reject_stages=block["stage"].combine_chunks(),
+        reject_reasons=block["reason"].combine_chunks(),
+    )
+    part_bytes, rejected = vector_log.write_unit(job.targets[work][1], unit, embedded)
+    ack = UnitAck(
+        wave=unit.wave,
+        unit=unit.unit,
+        embedded=len(embedded.ids) - rejected,
+        rejected=rejected,
+        part_bytes=part_bytes,
+        load_seconds=block["load_seconds"][0].as_py(),
+        embed_seconds=block["embed_seconds"][0].as_py(),
+        write_seconds=time.perf_counter() - start,
+    )
+    return pa.table({"work": [work]} | {name: [getattr(ack, name)] for name in UnitAck.__slots__})
+
+
+def _units_table(work: list[Work]) -> pa.Table:
+    units = [unit for item in work for unit in item.units]
+    columns = {name: [getattr(unit, name) for unit in units] for name in Unit.__slots__}
+    return pa.table({"work": np.repeat(np.arange(len(work)), [len(item.units) for item in work])} | columns)
+
+
+def _texts(loaded: LoadedUnit, field: str) -> list[str]:
+    return [getattr(loaded.rejects[row], field) if row in loaded.rejects else "" for row in range(len(loaded.ids))]
+
+
+def _gpus_per_actor(backfill: settings.Backfill, device: str) -> float:
+    if backfill.gpus_per_actor is not None:
+        return backfill.gpus_per_actor
+    return 1.0 if device != "cpu" and ray.cluster_resources().get("GPU", 0) else 0.0
+
+
+def _check_room(backfill: settings.Backfill, gpus: float) -> None:
+    """Actors that hold every CPU leave none for the tasks that feed them, and the stream would hang."""
+    cpus = ray.cluster_resources().get("CPU", 0)
+    actors = 0 if gpus else backfill.min_actors * backfill.cpus_per_actor
+    if cpus < actors + _LOAD_CPUS + _WRITE_CPUS:
+        raise ConfigError(
+            "the cluster is too small for the embedding stream",
+            expected=f"{actors + _LOAD_CPUS + _WRITE_CPUS:g} CPUs: {actors:g} for actors, the rest for tasks",
+            found=f"{cpus:g} CPUs",
+            where="backfill.min_actors, backfill.cpus_per_actor",
+            remedy="start fewer actors, give each less CPU, or add nodes",
+        )

@@ -1,0 +1,272 @@
+"""The transformation: h maps an old embedding into the new space and s says how uncertain that is.
+
+Guarantee: what `load_transformation` returns is the network that `save_transformation` was given, bit
+for bit, and what `apply` returns is finite. It does not know how the network was fitted; `training`
+does that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline import storage
+from pipeline.errors import ConfigError, DataError, SnapshotConflict
+from pipeline.run import Run
+from pipeline.schema import FORMAT_VERSION, Float32
+
+_WEIGHTS = "model.safetensors"
+_MARKER = "transformation.json"
+
+Figures = dict[str, float | dict[str, float]]
+
+
+class TransformationNetwork(nn.Module):
+    """FastFill's network (arXiv 2303.04766): two branches, a trunk, z, and s as a linear function of z.
+
+    With `normalize` (the gallery's metric is cosine) the inputs and z have unit length; s is computed
+    before z is normalised, where its length still says something. With `uncertainty_shapes_z` off, the
+    gradient of s stops at its own head.
+    """
+
+    def __init__(
+        self, d_old: int, d_new: int, inner_width: int = 2048, d_side: int | None = None, normalize: bool = False
+    ) -> None:
+        super().__init__()
+        self.d_old, self.d_new, self.inner_width, self.d_side = d_old, d_new, inner_width, d_side
+        self.normalize = normalize
+        self.uncertainty_shapes_z = True
+        self.old_branch = _branch(d_old, d_new)
+        self.side_branch = _branch(d_old if d_side is None else d_side, d_new)
+        self.trunk = nn.Sequential(_block(4 * d_new, inner_width), _block(inner_width, inner_width))
+        self.embedding = nn.Linear(inner_width, d_new)
+        self.uncertainty = nn.Linear(d_new, 1)
+
+    def forward(self, old: Tensor, side: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Transform a batch.
+
+        Args:
+            old: (B, d_old) float32.
+            side: (B, d_side) float32 where the network was made with side information, else None.
+
+        Returns:
+            z (B, d_new) and s = log sigma^2 (B,), both float32 outside of autocast.
+        """
+        if self.normalize:
+            old = functional.normalize(old, dim=1)
+            side = None if side is None else functional.normalize(side, dim=1)
+        branches = [self.old_branch(old), self.side_branch(old if side is None else side)]
+        z = self.embedding(self.trunk(torch.cat(branches, dim=1)))
+        s = self.uncertainty(z if self.uncertainty_shapes_z else z.detach()).squeeze(1)
+        return functional.normalize(z, dim=1) if self.normalize else z, s
+
+
+@dataclass(frozen=True, slots=True)
+class TransformationInfo:
+    """What a fitted transformation is and how good it is on pairs it has not seen.
+
+    `held_out` holds `alignment` (mean squared error per dimension), `spearman` (rank correlation of s
+    with that error), `num_pairs`, and for each of `transformed`, `old_old` and `new_new` the retrieval
+    figures in per cent: `top1`, `top5`, `map`, or `agreement10` where there are no labels.
+    """
+
+    d_old: int
+    d_new: int
+    d_side: int | None
+    inner_width: int
+    normalize: bool
+    loss: str
+    seed: int
+    epochs: int
+    num_train: int
+    num_held_out: int
+    better_than_old: bool
+    held_out: Figures = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def network(self) -> TransformationNetwork:
+        """An untrained network of this shape."""
+        return TransformationNetwork(self.d_old, self.d_new, self.inner_width, self.d_side, self.normalize)
+
+    def to_json(self) -> str:
+        """The fields as one JSON object."""
+        return json.dumps(asdict(self), indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "transformation") -> TransformationInfo:
+        """The inverse of `to_json`; keys that are not fields are left to the caller.
+
+        Raises:
+            DataError: not JSON, another format version, or a field is missing.
+        """
+        try:
+            values = json.loads(text)
+            version = values["format_version"]
+            if version == FORMAT_VERSION:
+                return cls(**{item.name: values[item.name] for item in fields(cls)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError("not a description of a transformation", found=repr(error), where=where) from error
+        raise DataError(
+            "this transformation was written in another format", expected=FORMAT_VERSION, found=version, where=where
+        )
+
+
+def resolve_device(setting: str) -> torch.device:
+    """The device that `auto`, `cpu`, `cuda` or `cuda:<index>` means on this machine.
+
+    Raises:
+        ConfigError: a GPU is asked for that is not there.
+    """
+    available = torch.cuda.device_count()
+    if setting == "auto":
+        return torch.device("cuda" if available else "cpu")
+    device = torch.device(setting)
+    if device.type == "cuda" and (device.index or 0) >= available:
+        raise ConfigError(
+            "the GPU is not there",
+            expected=setting,
+            found=f"{available} GPU(s) that torch {torch.__version__} can use",
+            where="device",
+            remedy="set device to auto or cpu, or run where there is a GPU",
+        )
+    return device
+
+
+def has_transformation(run: Run) -> bool:
+    """Whether the run has a whole transformation."""
+    return storage.exists(storage.join(run.transformation, _MARKER))
+
+
+def save_transformation(run: Run, network: TransformationNetwork, info: TransformationInfo) -> None:
+    """Write the weights, then the marker that names their digest; the transformation exists from then on.
+
+    Raises:
+        SnapshotConflict: the run has a transformation already.
+    """
+    marker = storage.join(run.transformation, _MARKER)
+    if storage.exists(marker):
+        raise _conflict(marker)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    weights = save_safetensors(tensors)
+    storage.put(storage.join(run.transformation, _WEIGHTS), weights)
+    document = json.loads(info.to_json()) | {"weights_sha256": hashlib.sha256(weights).hexdigest()}
+    try:
+        storage.put_if_absent(marker, json.dumps(document, indent=1).encode())
+    except storage.AlreadyExists:
+        raise _conflict(marker) from None
+
+
+def read_info(run: Run) -> TransformationInfo:
+    """The description of the run's transformation.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+    """
+    where, text = _read_marker(run)
+    return TransformationInfo.from_json(text, where)
+
+
+def load_transformation(run: Run, device: torch.device) -> tuple[TransformationNetwork, TransformationInfo]:
+    """The network on `device`, in eval mode, and its description.
+
+    Raises:
+        DataError: there is none, or the weights are missing, damaged or of another shape.
+    """
+    where, text = _read_marker(run)
+    info = TransformationInfo.from_json(text, where)
+    path = storage.join(run.transformation, _WEIGHTS)
+    remedy = f"delete {run.transformation} and run `fastfill fit` again"
+    try:
+        weights = storage.read_bytes(path)
+    except FileNotFoundError:
+        raise DataError("the transformation's weights are missing", where=path, remedy=remedy) from None
+    expected, found = json.loads(text).get("weights_sha256"), hashlib.sha256(weights).hexdigest()
+    if found != expected:
+        raise DataError(
+            "the transformation's weights are damaged", expected=expected, found=found, where=path, remedy=remedy
+        )
+    network = info.network()
+    try:
+        network.load_state_dict(load_safetensors(weights))
+    except (SafetensorError, RuntimeError) as error:
+        raise DataError("the weights do not fit the network", found=error, where=path, remedy=remedy) from error
+    return network.to(device).eval(), info
+
+
+def apply(
+    network: TransformationNetwork, old: Float32, side: Float32 | None, device: torch.device, batch_size: int
+) -> tuple[Float32, Float32]:
+    """Transform N old embeddings; the same bits for the same `batch_size`, device and number of threads.
+
+    Args:
+        network: on `device`, in eval mode.
+        old: (N, d_old) float32.
+        side: (N, d_side) float32 where the network wants it, else None.
+        device: where the network is.
+        batch_size: rows per forward pass.
+
+    Returns:
+        z (N, d_new) float32 and s (N,) float32; row i belongs to `old[i]`.
+
+    Raises:
+        DataError: the inputs have another shape than the network was fitted on, or the result is not finite.
+    """
+    _check_shape("old", old, (len(old), network.d_old))
+    if (side is None) != (network.d_side is None):
+        raise DataError(
+            "side information does not fit the transformation",
+            expected="none" if network.d_side is None else f"vectors of width {network.d_side}",
+            found="none" if side is None else f"shape {side.shape}",
+        )
+    if side is not None:
+        _check_shape("side", side, (len(old), network.d_side))
+    z = np.empty((len(old), network.d_new), dtype=np.float32)
+    s = np.empty(len(old), dtype=np.float32)
+    with torch.inference_mode():
+        for start in range(0, len(old), batch_size):
+            rows = slice(start, start + batch_size)
+            batch = [torch.tensor(item[rows], device=device) for item in (old, side) if item is not None]
+            z_batch, s_batch = network(*batch)
+            z[rows], s[rows] = z_batch.cpu().numpy(), s_batch.cpu().numpy()
+    broken = int((~(np.isfinite(z).all(axis=1) & np.isfinite(s))).sum())
+    if broken:
+        raise DataError("the transformation's output is not finite", expected="numbers", found=f"{broken} bad rows")
+    return z, s
+
+
+def _block(d_in: int, d_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(d_in, d_out, bias=False), nn.BatchNorm1d(d_out), nn.ReLU())
+
+
+def _branch(d_in: int, d_new: int) -> nn.Sequential:
+    return nn.Sequential(_block(d_in, 2 * d_in), _block(2 * d_in, 2 * d_new))
+
+
+def _check_shape(name: str, values: Float32, expected: tuple[int, int | None]) -> None:
+    if values.shape != expected:
+        raise DataError(f"the {name} embeddings have another shape", expected=expected, found=values.shape)
+
+
+def _read_marker(run: Run) -> tuple[str, str]:
+    where = storage.join(run.transformation, _MARKER)
+    try:
+        return where, storage.read_bytes(where).decode()
+    except FileNotFoundError:
+        raise DataError(
+            "the run has no transformation", expected=where, where=run.uri, remedy="run `fastfill fit` first"
+        ) from None
+
+
+def _conflict(marker: str) -> SnapshotConflict:
+    return SnapshotConflict(
+        "the run has a transformation already", where=marker, remedy="use it, or start another run for another fit"
+    )

@@ -1,0 +1,181 @@
+"""Whole small backfills through the commands that a user types, against plain re-embedding."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from jobs.cli import main
+from pipeline import snapshot, storage, vector_log
+from pipeline.config import Config, load_config
+from pipeline.encoders import load_encoder
+from pipeline.gallery import GalleryArrays, load_gallery
+from pipeline.images import Limits, decode_image
+from pipeline.plan import read_plan
+from pipeline.run import Run
+from pipeline.search import Searcher
+from tests.galleries import digits, write_config
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def fastfill(*arguments: str) -> Result:
+    """Run a command as the user would; stdout and stderr apart."""
+    return CliRunner().invoke(main, list(arguments), catch_exceptions=False)
+
+
+def read_json(*arguments: str) -> Any:
+    result = fastfill(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module", params=["Flat", "IVF8,Flat"])
+def finished(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, make_run: Callable[..., str]
+) -> Config:
+    path = make_run(tmp_path_factory.mktemp("run"), index__factory=request.param, index__nprobe=3)
+    result = fastfill("backfill", "--config", path)
+    assert result.exit_code == 0, result.output
+    return load_config(path)
+
+
+def plain_reembedding(config: Config) -> np.ndarray[Any, Any]:
+    """Every gallery image through the new encoder, in a plain loop; row i is image i of the manifest."""
+    limits = Limits(10**6, 10**6)
+    encoder = load_encoder(config.encoders.new, torch.device("cpu"))
+    pixels = [decode_image(data, config.encoders.new.preprocess, limits) for data in digits(300)[0]]
+    with torch.inference_mode():
+        embeddings: np.ndarray[Any, Any] = encoder(torch.from_numpy(np.stack(pixels))).numpy()
+    return embeddings
+
+
+def logical_state(config: Config, gallery: GalleryArrays, commit: int) -> np.ndarray[Any, Any]:
+    """What the snapshot must hold: waves up to `commit` embedded, all others transformed."""
+    return np.where((gallery.wave <= commit)[:, None], gallery.embedded, gallery.transformed)
+
+
+def test_last_snapshot_answers_as_one_faiss_index_of_a_plain_reembedding(finished: Config) -> None:
+    vectors = plain_reembedding(finished)
+    queries = vectors[:50] + np.float32(0.01)
+    with Searcher(finished.run) as searcher:
+        result = searcher.search(queries, 10)
+        commit = snapshot.read_commit(Run(finished.run), searcher.commit.number)
+    plain = faiss.deserialize_index(np.fromfile(Run(finished.run).path(commit.codebook_path), dtype=np.uint8))
+    plain.add_with_ids(vectors, np.arange(len(vectors)))
+    plain.nprobe = finished.index.nprobe
+    distances, ids = plain.search(queries, 10)
+    np.testing.assert_array_equal(result.ids, ids)
+    np.testing.assert_allclose(result.distances, distances, atol=1e-5, rtol=1e-5)
+
+
+def test_every_snapshot_answers_as_a_search_over_its_logical_state(finished: Config) -> None:
+    run = Run(finished.run)
+    gallery = load_gallery(run)
+    codebook = faiss.read_index(run.path(snapshot.read_commit(run, 0).codebook_path))
+    queries = gallery.embedded[::7]
+    for number in snapshot.list_commits(run):
+        plain = faiss.clone_index(codebook)
+        plain.add_with_ids(logical_state(finished, gallery, number), gallery.ids)
+        plain.nprobe = finished.index.nprobe
+        distances, ids = plain.search(queries, 10)
+        with Searcher(finished.run, commit=number) as searcher:
+            result = searcher.search(queries, 10)
+        assert result.commit == number
+        np.testing.assert_array_equal(result.ids, ids)
+        there = ids >= 0  # three lists may hold fewer than ten images
+        np.testing.assert_allclose(result.distances[there], distances[there], atol=1e-5, rtol=1e-5)
+
+
+def test_each_commit_serves_the_whole_gallery_with_one_more_wave_embedded(finished: Config) -> None:
+    run = Run(finished.run)
+    plan = read_plan(run)
+    assert plan is not None
+    embedded = 0
+    for number in snapshot.list_commits(run):
+        embedded += plan.waves[number - 1].images if number else 0
+        counts = snapshot.read_commit(run, number).counts
+        assert (counts.gallery, counts.embedded, counts.rejected) == (300, embedded, 0)
+    assert embedded == 300
+
+
+def test_audit_finds_a_finished_run_whole(finished: Config) -> None:
+    path = str(Path(finished.run).parent / "run.yaml")
+    report = read_json("audit", "--config", path)
+    assert report["ok"]
+    assert report["problems"] == []
+
+
+def test_running_again_does_nothing_and_says_so(finished: Config) -> None:
+    path = str(Path(finished.run).parent / "run.yaml")
+    before = {uri: storage.stat(uri).etag for uri in storage.list_files(finished.run)}
+    start = time.monotonic()
+    result = fastfill("backfill", "--config", path)
+    assert time.monotonic() - start < 15
+    assert result.exit_code == 0
+    assert "Nothing to do" in result.stderr
+    assert {uri: storage.stat(uri).etag for uri in storage.list_files(finished.run)} == before
+
+
+def test_status_and_curve_and_search_speak_the_documented_json(finished: Config) -> None:
+    path = str(Path(finished.run).parent / "run.yaml")
+    status = read_json("status", "--config", path)
+    assert list(status) == [
+        "run", "gallery", "embedded", "durable", "published", "rejected", "wave", "waves", "fraction",
+        "images_per_second", "eta_seconds", "commit", "prod",
+    ]  # fmt: skip
+    assert (status["gallery"], status["published"], status["commit"], status["prod"]) == (300, 300, 5, 5)
+    curve = read_json("evaluate", "--config", path, "--curve")
+    assert {"old_old", "new_new", "num_queries", "num_gallery", "distance", "orders", "published"} <= set(curve)
+    assert curve["orders"]["uncertainty"]["points"][-1]["top1"] == curve["new_new"]["top1"]
+    assert curve["published"]["points"][-1]["map"] == pytest.approx(curve["new_new"]["map"], abs=1e-6)
+    found = read_json(
+        "search", str(Path(finished.run).parent / "data" / "gallery.parquet"),
+        "--column", "image", "--limit", "2", "-k", "3", "--config", path,
+    )  # fmt: skip
+    assert [row[0] for row in found["ids"]] == ["gallery-0", "gallery-1"]
+
+
+def test_backfill_resumed_from_half_a_log_publishes_the_same_bytes(finished: Config, tmp_path: Path) -> None:
+    run = Run(finished.run)
+    plan = read_plan(run)
+    assert plan is not None
+    half = write_config(tmp_path, index__factory=finished.index.factory, index__nprobe=3)
+    copy = Run(load_config(half).run)
+    lost = {run.commit(number) for number in (3, 4, 5)} | {run.tag("prod"), run.tag("candidate")}
+    lost |= {plan.log(run).part(wave, 0) for wave in (4, 5)}
+    for uri in set(storage.list_files(run.uri)) - lost:
+        content = storage.read_bytes(uri).replace(run.uri.encode(), copy.uri.encode())  # units files name the parts
+        storage.put(uri.replace(run.uri, copy.uri), content)
+    result = fastfill("backfill", "--config", half)
+    assert result.exit_code == 0, result.output
+    for number in snapshot.list_commits(run):
+        assert snapshot.read_commit(copy, number).content() == snapshot.read_commit(run, number).content()
+
+
+def test_promote_and_rollback_move_prod_alone(finished: Config) -> None:
+    path = str(Path(finished.run).parent / "run.yaml")
+    assert read_json("rollback", "--config", path, "--to", "2") == {"prod": 2, "pinned": True}
+    with Searcher(finished.run) as searcher:
+        assert searcher.search(np.zeros((1, 20), dtype=np.float32), 1).commit == 2
+        assert read_json("promote", "--config", path)["prod"] == 5
+        assert searcher.search(np.zeros((1, 20), dtype=np.float32), 1).commit == 2
+        assert searcher.refresh()
+        assert searcher.search(np.zeros((1, 20), dtype=np.float32), 1).commit == 5
+
+
+def test_log_holds_each_image_once(finished: Config) -> None:
+    run = Run(finished.run)
+    plan = read_plan(run)
+    assert plan is not None
+    ids = np.concatenate([vector_log.read_wave(plan.log(run), wave.wave)[0] for wave in plan.waves])
+    assert sorted(ids.tolist()) == list(range(300))

@@ -1,0 +1,295 @@
+"""A run's files, written without running it: known embeddings in, the layout of DESIGN section 3 out.
+
+It stands in for fit, plan and backfill, which need minutes and Ray; what it writes goes through the
+same schemas, plan cuts, segments and commits as theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import codebook as codebooks
+from pipeline import index, segments, snapshot, storage
+from pipeline.config import Config, Gallery, Index, validate
+from pipeline.evaluate import order_by_priority
+from pipeline.plan import Plan, Wave, wave_sizes
+from pipeline.run import Run
+from pipeline.schema import (
+    REJECTS,
+    Float32,
+    Int64,
+    embedded_schema,
+    manifest_schema,
+    shard_of,
+    transformed_schema,
+    vectors_to_arrow,
+)
+from pipeline.transformation import TransformationInfo
+
+CONTAINER = "/data/images.parquet#image"
+
+
+@dataclass(frozen=True)
+class Known:
+    """The embeddings that a synthetic run is made of; row i is one image."""
+
+    ids: Int64
+    labels: list[str] | None
+    groups: list[str] | None
+    old: Float32
+    transformed: Float32
+    embedded: Float32
+    uncertainty: Float32
+
+
+def known(num: int = 300, num_labels: int = 12, seed: int = 0) -> Known:
+    """Random clusters: the old space is poor, the transformed one better, the embedded one good."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, num_labels, num)
+    embedded = rng.normal(size=(num_labels, 16))[labels] + 1.5 * rng.normal(size=(num, 16))
+    noise = rng.uniform(0.1, 2.0, (num, 1))
+    transformed = embedded + noise * rng.normal(size=(num, 16))
+    old = embedded[:, :8] + 2 * rng.normal(size=(num, 8))
+    return Known(
+        ids=rng.permutation(10 * num)[:num].astype(np.int64),
+        labels=[f"label {label}" for label in labels],
+        groups=[f"group {label % 3}" for label in labels],
+        old=old.astype(np.float32),
+        transformed=transformed.astype(np.float32),
+        embedded=embedded.astype(np.float32),
+        uncertainty=(np.log(noise[:, 0]) + 0.3 * rng.normal(size=num)).astype(np.float32),
+    )
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the run is like; `embedded_waves` None means all of them, `rejects` are spread over the gallery."""
+
+    waves: int = 4
+    shards: int = 2
+    unit_images: int = 40
+    embedded_waves: int | None = None
+    rejects: int = 0
+    old_in_log: bool = False
+    policy: str = "uncertainty"
+    metric: str = "l2"
+    commits: bool = True
+    transformation: bool = True
+    seconds_per_unit: float = 2.0
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where each image goes: its wave (N,) from 1, and whether it is rejected (N,)."""
+
+    run: Run
+    images: Known
+    options: Options
+    waves: Int64
+    rejected: np.ndarray
+
+    @property
+    def done(self) -> int:
+        """The last wave that is embedded."""
+        return self.options.waves if self.options.embedded_waves is None else self.options.embedded_waves
+
+
+def make_run(folder: Path, images: Known, options: Options | None = None) -> tuple[Config, Run]:
+    """Write a run below `folder`; gives the config it was made with."""
+    options = options or Options()
+    config = _config(folder, images, options)
+    run = Run(config.run)
+    settings = {"format_version": 1, "config": config.model_dump(mode="json"), "fingerprints": {}}
+    storage.put(run.settings, json.dumps(settings).encode())
+    rejected = np.isin(np.arange(len(images.ids)), np.arange(options.rejects) * 7)
+    layout = _Layout(run, images, options, _waves(images, options, config.seed), rejected)
+    _write_gallery(layout)
+    for wave in range(1, layout.done + 1):
+        _write_wave(layout, wave)
+    _write_plan(layout)
+    if options.transformation:
+        _write_transformation(run, images)
+    if options.commits:
+        _publish(layout)
+    return config, run
+
+
+def _config(folder: Path, images: Known, options: Options) -> Config:
+    tree = {
+        "run": str(folder),
+        "encoders": {"new": {"function": "my:encoder", "dim": images.embedded.shape[1], "preprocess": {"size": 32}}},
+        "gallery": {"manifest": "gallery.parquet", "metric": options.metric, "columns": {"label": "label"}},
+        "pairs": {"manifest": "pairs.parquet", "columns": {}},
+        "plan": {"policy": options.policy, "waves": options.waves, "unit_images": options.unit_images},
+        "evaluate": {"points": 6, "random_seeds": 2},
+    }
+    return validate(tree, "synthetic run")
+
+
+def _waves(images: Known, options: Options, seed: int) -> Int64:
+    """(N,) the wave of each image, from 1."""
+    priority = _priority(images, options)
+    sizes = wave_sizes(options.waves, len(images.ids))
+    waves = np.empty(len(images.ids), np.int64)
+    waves[order_by_priority(priority, images.ids, seed)] = np.repeat(np.arange(1, options.waves + 1), sizes)
+    return waves
+
+
+def _priority(images: Known, options: Options) -> Float32:
+    return images.uncertainty if options.policy == "uncertainty" else images.old[:, 0]
+
+
+def _location(num: int) -> dict[str, pa.Array]:
+    nothing = pa.nulls(num, pa.int64())
+    return {"uri": pa.array([CONTAINER] * num), "offset": nothing, "length": nothing, "row": pa.array(np.arange(num))}
+
+
+def _write_gallery(layout: _Layout) -> None:
+    """Two parts of the manifest and of the scored gallery, in another order than the ids."""
+    run, images, options = layout.run, layout.images, layout.options
+    num = len(images.ids)
+    names = {
+        "label": pa.array(images.labels or [None] * num, pa.string()),
+        "group": pa.array(images.groups or [None] * num, pa.string()),
+    }
+    place = {"id": images.ids, "key": pa.nulls(num, pa.string()), **_location(num), **names}
+    dims = {} if options.old_in_log else {"old_embedding": images.old.shape[1]}
+    manifest = pa.table({**place, "old_embedding": vectors_to_arrow(images.old)})
+    scored = pa.table(
+        {
+            **{name: column for name, column in place.items() if name != "key"},
+            "wave": pa.array(layout.waves, pa.int32()),
+            "shard": shard_of(images.ids, options.shards),
+            "priority": _priority(images, options),
+            "uncertainty": images.uncertainty,
+            "vector": vectors_to_arrow(images.transformed),
+        }
+    )
+    halves = [slice(0, num // 2), slice(num // 2, num)]
+    for part, half in enumerate(halves):
+        rows = np.arange(num)[half]
+        data = storage.parquet_bytes(manifest_schema(dims), [manifest.take(rows)])
+        storage.put(run.part("gallery", part), data)
+        shuffled = rows[::-1].copy()
+        schema = transformed_schema(images.transformed.shape[1])
+        storage.put(run.part("transformed", part), storage.parquet_bytes(schema, [scored.take(shuffled)]))
+        if options.old_in_log:
+            old = _log_rows(images.ids[half], images.old[half], options.shards)
+            storage.put(run.path("gallery", "old", f"wave-{part:03d}", "unit-00000.parquet"), old)
+
+
+def _log_rows(ids: Int64, vectors: Float32, shards: int) -> bytes:
+    columns = {"id": ids, "shard": shard_of(ids, shards), "source_etag": pa.nulls(len(ids), pa.string())}
+    table = pa.table({**columns, "vector": vectors_to_arrow(vectors)})
+    return storage.parquet_bytes(embedded_schema(vectors.shape[1]), [table])
+
+
+def _write_wave(layout: _Layout, wave: int) -> None:
+    """The units of a wave, as if one became durable every `seconds_per_unit`."""
+    run, images, options, rejected = layout.run, layout.images, layout.options, layout.rejected
+    rows = np.flatnonzero(layout.waves == wave)
+    before = sum(-(-int((layout.waves == earlier).sum()) // options.unit_images) for earlier in range(1, wave))
+    for unit, start in enumerate(range(0, len(rows), options.unit_images)):
+        members = rows[start : start + options.unit_images]
+        name = f"unit-{unit:05d}.parquet"
+        good, bad = members[~rejected[members]], members[rejected[members]]
+        uri = run.path("embedded", f"wave-{wave:03d}", name)
+        storage.put(uri, _log_rows(images.ids[good], images.embedded[good], options.shards))
+        moment = 1_700_000_000 + (before + unit) * options.seconds_per_unit
+        os.utime(uri, (moment, moment))
+        if len(bad):
+            reasons = {"stage": ["decode"] * len(bad), "reason": ["truncated: 812 of 2,048 bytes"] * len(bad)}
+            table = pa.table({"id": images.ids[bad], **_location(len(bad)), **reasons})
+            storage.put(run.path("rejects", f"wave-{wave:03d}", name), storage.parquet_bytes(REJECTS, [table]))
+
+
+def _write_plan(layout: _Layout) -> None:
+    images, options = layout.images, layout.options
+    sizes = wave_sizes(options.waves, len(images.ids))
+    plan = Plan(
+        policy=options.policy,
+        seed=0,
+        num_gallery=len(images.ids),
+        num_parts=2,
+        num_shards=options.shards,
+        dim=images.transformed.shape[1],
+        unit_images=options.unit_images,
+        waves=tuple(Wave(wave + 1, size, -(-size // options.unit_images)) for wave, size in enumerate(sizes)),
+        fingerprint="synthetic",
+    )
+    storage.put(layout.run.plan, json.dumps(asdict(plan)).encode())
+
+
+def _write_transformation(run: Run, images: Known) -> None:
+    figures = {"top1": 41.2, "top5": 70.9, "map": 22.1}
+    info = TransformationInfo(
+        d_old=images.old.shape[1],
+        d_new=images.embedded.shape[1],
+        d_side=None,
+        inner_width=512,
+        normalize=False,
+        loss="alignment+uncertainty",
+        seed=0,
+        epochs=80,
+        num_train=45_000,
+        num_held_out=5_000,
+        better_than_old=True,
+        held_out={
+            "alignment": 0.193,
+            "spearman": 0.61,
+            "transformed": figures,
+            "old_old": {"top1": 28.3, "top5": 55.0, "map": 12.9},
+            "new_new": {"top1": 52.6, "top5": 75.8, "map": 30.2},
+        },
+    )
+    storage.put(storage.join(run.transformation, "transformation.json"), info.to_json().encode())
+
+
+def _publish(layout: _Layout) -> None:
+    """Commits 0..done with real segments, the last one in `prod`."""
+    run, images, options = layout.run, layout.images, layout.options
+    metric = Gallery.model_validate({"manifest": "x", "metric": options.metric, "columns": {}}).metric
+    settings = Index(factory="Flat", shards=options.shards)
+    data = codebooks.train_codebook(images.embedded, settings, metric, len(images.ids), device="cpu", seed=0)
+    path, sha256 = codebooks.write_codebook(run, data)
+    codebook = codebooks.Codebook.open(run, path, sha256)
+    writer = snapshot.Writer.acquire(run)
+    cells = [(wave, shard) for wave in range(1, options.waves + 1) for shard in range(options.shards)]
+    for number in range(layout.done + 1):
+        refs = tuple(_segment(layout, codebook, number, wave, shard) for wave, shard in cells)
+        commit = snapshot.Commit(
+            number=number,
+            parent=number - 1 if number else None,
+            codebook_path=path,
+            codebook_sha256=sha256,
+            metric=metric,
+            nprobe=1,
+            dim=images.embedded.shape[1],
+            num_waves=options.waves,
+            num_shards=options.shards,
+            segments=refs,
+            counts=snapshot.Counts.of(refs),
+        )
+        writer.publish(commit)
+        snapshot.auto_promote(run, number)
+
+
+def _segment(layout: _Layout, codebook: codebooks.Codebook, number: int, wave: int, shard: int) -> snapshot.SegmentRef:
+    images = layout.images
+    rows = np.flatnonzero((layout.waves == wave) & (shard_of(images.ids, layout.options.shards) == shard))
+    is_embedded = ~layout.rejected[rows] & (wave <= number)
+    members = segments.Rows(
+        ids=images.ids[rows],
+        vectors=np.where(is_embedded[:, None], images.embedded[rows], images.transformed[rows]),
+        kinds=np.where(is_embedded, "embedded", "transformed"),
+        uncertainties=images.uncertainty[rows],
+        groups=pa.array([images.groups[row] if images.groups else None for row in rows], pa.string()),
+    )
+    kind: snapshot.Kind = "embedded" if wave <= number else "transformed"
+    return index.write_segment(layout.run, codebook, members, shard, wave, kind)

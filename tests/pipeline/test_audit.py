@@ -1,0 +1,274 @@
+"""The audit finds each thing that can be wrong with a run, names it, and finds nothing in a whole one."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import index, snapshot, storage
+from pipeline.audit import audit
+from pipeline.config import Metric
+from pipeline.errors import DataError
+from pipeline.run import Run
+from pipeline.snapshot import Counts, SegmentRef
+from tests.pipeline.whole_run import WholeRun
+
+LAST = 2
+
+
+def make(tmp_path: Path, metric: Metric = "l2", factory: str = "IVF4,Flat") -> WholeRun:
+    """Waves 1 and 2 of 3 are published; the log of wave 3 is there already."""
+    return template(metric, factory).copy_to(tmp_path)
+
+
+@cache
+def template(metric: Metric, factory: str) -> WholeRun:
+    whole = WholeRun(Run(tempfile.mkdtemp()), metric=metric, factory=factory).write_inputs()
+    whole.publish(LAST)
+    snapshot.promote(whole.run, 1, blockers=[])
+    atexit.register(shutil.rmtree, whole.run.uri)
+    return whole
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "IVF4,SQ8"])
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_a_whole_run_has_no_problems(tmp_path: Path, factory: str, metric: Metric) -> None:
+    whole = make(tmp_path, metric, factory)
+    report = audit(whole.run.uri)
+    assert report.problems == []
+    assert report.ok
+    segments = (whole.num_waves + LAST) * whole.num_shards  # each once, and not once per commit
+    assert report.checked == {
+        "commits": LAST + 1,
+        "tags": 2,
+        "codebooks": 1,
+        "plan_parts": 2,
+        "log_parts": 6,
+        "reject_parts": 3,
+        "segments": segments,
+        "sidecars": segments,
+        "ids": whole.num,
+    } | ({"vectors": whole.num + whole.num * LAST // whole.num_waves} if whole.codebook.exact else {})
+
+
+def test_a_run_without_commits_and_a_folder_without_a_run(tmp_path: Path) -> None:
+    whole = WholeRun(Run(str(tmp_path / "run"))).write_inputs()
+    assert audit(whole.run.uri).ok
+    with pytest.raises(DataError, match="no run"):
+        audit(str(tmp_path / "nothing"))
+
+
+def test_empty_shards_are_fine(tmp_path: Path) -> None:
+    whole = WholeRun(Run(str(tmp_path)), num=24, num_waves=2, num_shards=8).write_inputs()
+    whole.publish(1)
+    assert any(ref.vectors == 0 for ref in snapshot.read_commit(whole.run, 1).segments)
+    assert audit(whole.run.uri).problems == []
+
+
+def flip(uri: str) -> None:
+    data = bytearray(Path(uri).read_bytes())
+    data[len(data) // 2] ^= 4
+    Path(uri).write_bytes(data)
+
+
+def rewrite(uri: str, change: Callable[[int, dict[str, list[object]]], None]) -> None:
+    """Change the rows of each row group of a Parquet file, as Python lists by column."""
+    file = pq.ParquetFile(uri)
+    schema, groups = file.schema_arrow, []
+    for number in range(file.num_row_groups):
+        columns = file.read_row_group(number).to_pydict()
+        change(number, columns)
+        groups.append(columns)
+    tables = [pa.table(columns, schema=schema) for columns in groups]
+    storage.put(uri, storage.parquet_bytes(schema, tables))
+
+
+def republish(whole: WholeRun, number: int, replacement: SegmentRef) -> None:
+    """Rewrite a commit with another segment, so that it is whole in itself."""
+    commit = snapshot.read_commit(whole.run, number)
+    segments = tuple(
+        replacement if (ref.shard, ref.wave) == (replacement.shard, replacement.wave) else ref
+        for ref in commit.segments
+    )
+    changed = replace(commit, segments=segments, counts=Counts.of(segments))
+    storage.put(whole.run.commit(number), snapshot.to_json(changed))
+
+
+def assert_found(whole: WholeRun, kind: str, where: str, found: str = "") -> None:
+    report = audit(whole.run.uri)
+    assert not report.ok
+    matching = [item for item in report.problems if item.kind == kind and where in item.where]
+    assert matching, report.problems
+    assert found in matching[0].found
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "swapped"])
+@pytest.mark.parametrize("kind", ["segment", "sidecar", "codebook"])
+def test_damaged_files_of_the_index_are_named(tmp_path: Path, how: str, kind: str) -> None:
+    whole = make(tmp_path)
+    ref, other = whole.segment(1, 1, "transformed"), whole.segment(0, 1, "transformed")
+    path = {"segment": ref.path, "sidecar": ref.sidecar_path, "codebook": whole.codebook_path}[kind]
+    uri = whole.run.path(path)
+    if how == "flipped":
+        flip(uri)
+    elif how == "truncated":
+        Path(uri).write_bytes(Path(uri).read_bytes()[:-5])
+    elif how == "missing":
+        Path(uri).unlink()
+    else:
+        Path(uri).write_bytes(storage.read_bytes(whole.run.path(other.path)))
+    assert_found(whole, kind, path, "missing" if how == "missing" else "sha256")
+    problems = audit(whole.run.uri).problems
+    assert len(problems) == 1, problems
+
+
+def test_a_segment_of_the_wrong_place_is_found_though_its_checksum_is_right(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    stranger = replace(whole.segment(0, 3, "transformed"), wave=1, kind="embedded", rejected=0)
+    republish(whole, 2, stranger)
+    assert_found(whole, "segment", stranger.path, "missing")
+    assert_found(whole, "sidecar", stranger.sidecar_path, "unknown")
+    assert_found(whole, "commit", whole.run.commit(2), "segment (shard 0, wave 1)")
+
+
+def test_a_sidecar_that_calls_a_transformed_vector_embedded_is_found(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    rows = whole.rows(1, 2, "embedded")
+    assert (rows.kinds == "transformed").any()
+    lying = replace(rows, kinds=np.full(len(rows.ids), "embedded"))
+    ref = index.write_segment(whole.run, whole.codebook, lying, 1, 2, "embedded")
+    republish(whole, 2, ref)
+    assert_found(whole, "kind", ref.sidecar_path, "1 unknown")
+
+
+def test_a_count_that_is_not_what_the_files_hold_is_found(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    ref = replace(whole.segment(0, 3, "transformed"), vectors=1)
+    for number in range(LAST + 1):
+        republish(whole, number, ref)
+    assert_found(whole, "count", ref.sidecar_path)
+    assert_found(whole, "segment", ref.path)
+
+
+def test_vectors_that_are_not_those_of_the_log_are_found(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    rows = whole.rows(0, 2, "embedded")
+    at = int(np.flatnonzero(rows.kinds == "embedded")[0])
+    rows.vectors[at, 3] += 0.5
+    ref = index.write_segment(whole.run, whole.codebook, rows, 0, 2, "embedded")
+    republish(whole, 2, ref)
+    assert_found(whole, "vector", ref.path, f"1 of {len(rows.ids)} are others, such as that of id {rows.ids[at]}")
+
+
+@pytest.mark.parametrize(("edit", "found"), [("drop", "1 missing"), ("repeat", "1 repeated"), ("invent", "1 unknown")])
+def test_the_log_has_to_account_for_every_image_of_a_published_wave(tmp_path: Path, edit: str, found: str) -> None:
+    whole = make(tmp_path)
+    uri = whole.run.path("embedded", "wave-002", "unit-00001.parquet")
+
+    def change(number: int, columns: dict[str, list[object]]) -> None:
+        if number != 1:
+            return
+        for name, values in columns.items():
+            if edit == "drop":
+                values.pop()
+            else:
+                values.append(99_999 if edit == "invent" and name == "id" else values[0])
+
+    rewrite(uri, change)
+    assert_found(whole, "log", "wave-002, shard 1", found)
+
+
+def test_an_image_both_embedded_and_rejected_is_found(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    embedded = pq.read_table(whole.run.path("embedded", "wave-002", "unit-00000.parquet"))["id"][0].as_py()
+    uri = next(iter(storage.list_files(whole.run.path("rejects", "wave-002"), ".parquet")))
+
+    def change(_: int, columns: dict[str, list[object]]) -> None:
+        for values in columns.values():
+            values.append(values[0])
+        columns["id"][-1] = embedded
+
+    rewrite(uri, change)
+    assert_found(whole, "log", "wave-002", "1 repeated")
+
+
+def test_rejects_that_are_gone_are_found(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    storage.delete(whole.run.path("rejects"))
+    assert_found(whole, "log", "wave-002", "missing")
+
+
+@pytest.mark.parametrize("folder", ["transformed", "embedded/wave-001", "embedded/wave-003", "rejects/wave-001"])
+def test_unreadable_parts_are_named(tmp_path: Path, folder: str) -> None:
+    whole = make(tmp_path)
+    storage.put(whole.run.path("rejects", "wave-001", "unit-00009.parquet"), b"")
+    uri = storage.list_files(whole.run.path(folder), ".parquet")[-1]
+    storage.put(uri, b"PAR1 and then nothing PAR1")
+    kind = {"t": "plan_part", "e": "log_part", "r": "reject_part"}[folder[0]]
+    assert_found(whole, kind, uri)
+
+
+def test_an_id_in_two_waves_and_one_in_the_wrong_shard_are_found(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    uri = whole.run.part("transformed", 0)
+    twice = int(pq.ParquetFile(uri).read_row_group(0)["id"][0].as_py())
+    astray = int(whole.ids[whole.shards == 1][0])
+
+    def change(number: int, columns: dict[str, list[object]]) -> None:
+        if number in (2, 4):  # shard 0 of waves 2 and 3
+            for values in columns.values():
+                values.append(values[0])
+            columns["id"][-1] = twice if number == 2 else astray
+
+    rewrite(uri, change)
+    assert_found(whole, "plan", "transformed, shard 0", "1 repeated, such as " + str(twice))
+    assert_found(whole, "shard", "transformed, shard 0", str(astray))
+
+
+def test_rows_outside_the_waves_and_mixed_row_groups_are_found(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+
+    def outside(number: int, columns: dict[str, list[object]]) -> None:
+        if number == 0:
+            columns["wave"] = [9] * len(columns["wave"])
+
+    def mixed(number: int, columns: dict[str, list[object]]) -> None:
+        if number == 0:
+            columns["wave"][0] = 2
+
+    rewrite(whole.run.part("transformed", 0), outside)
+    rewrite(whole.run.part("transformed", 1), mixed)
+    assert_found(whole, "plan", whole.run.part("transformed", 0), "[[9, 0]]")
+    assert_found(whole, "plan_part", whole.run.part("transformed", 1), "not of one wave")
+
+
+def test_damaged_commits_and_tags_without_a_commit_are_found(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    flip(whole.run.commit(0))
+    Path(whole.run.commit(1)).unlink()
+    report = audit(whole.run.uri)
+    assert [item.where for item in report.problems if item.kind == "commit"] == [
+        whole.run.commit(0),
+        whole.run.commit(1),
+    ]
+    assert_found(whole, "tag", whole.run.tag("prod"), "1")
+    storage.put(whole.run.tag("candidate"), b"{}")
+    assert_found(whole, "tag", whole.run.tag("candidate"))
+
+
+def test_the_report_is_plain_text_and_small(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    storage.delete(whole.run.path("embedded"))
+    report = audit(whole.run.uri)
+    assert all(isinstance(value, str) for item in report.problems for value in (item.where, item.expected, item.found))
+    assert max(len(item.found) for item in report.problems) < 200

@@ -1,0 +1,248 @@
+"""The config: what is refused and how it is said, what may be overridden, and where paths start."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from pipeline.config import Config, load_config, resolve, unit_images, validate
+from pipeline.errors import ConfigError
+
+SHIPPED = Path(__file__).resolve().parents[2] / "jobs" / "configs" / "cifar100.yaml"
+
+
+def tree(**changes: Any) -> dict[str, Any]:
+    """The smallest valid config; changes replace whole sections."""
+    encoder = {"export": "new.pt2", "dim": 4, "preprocess": {"size": 8}}
+    manifest = {"manifest": "gallery.parquet", "columns": {"old_embedding": "old"}}
+    return {"run": "run", "encoders": {"new": encoder}, "gallery": manifest, "pairs": dict(manifest)} | changes
+
+
+def write(folder: Path, content: dict[str, Any]) -> str:
+    """The config as a YAML file."""
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def refusal(content: dict[str, Any]) -> str:
+    """The message with which a tree is refused."""
+    with pytest.raises(ConfigError) as caught:
+        validate(content, where="run.yaml")
+    return str(caught.value)
+
+
+def test_the_smallest_config_is_enough_and_the_rest_has_defaults() -> None:
+    config = validate(tree(), where="here")
+    assert config.fit.loss == "fastfill"
+    assert config.plan.waves == 20
+    assert config.telemetry.host == "127.0.0.1"
+
+
+@pytest.mark.parametrize("section", ["run", "encoders", "gallery", "pairs"])
+def test_what_is_required_has_no_default(section: str) -> None:
+    content = tree()
+    del content[section]
+    assert f"{section}: required, and not given" in refusal(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (tree(galery={}), "galery: unknown key; did you mean 'gallery'?"),
+        (tree(fit={"lamda_disc": 1}), "fit.lamda_disc: unknown key; did you mean 'lambda_disc'?"),
+        (tree(backfill={"batchsize": 1}), "backfill.batchsize: unknown key; did you mean 'batch_size'?"),
+        (
+            tree(encoders={"new": {"exports": "a", "dim": 1, "preprocess": {"size": 8}}}),
+            "encoders.new.exports: unknown key; did you mean 'export'?",
+        ),
+        (
+            tree(encoders={"new": {"export": "a", "dim": 1, "preprocess": {"size": 8, "centre_crop": 3}}}),
+            "encoders.new.preprocess.centre_crop: unknown key; did you mean 'center_crop'?",
+        ),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_name_of_its_section(content: dict[str, Any], said: str) -> None:
+    assert said in refusal(content)
+
+
+def test_an_unknown_key_like_no_other_is_refused_with_all_names_of_its_section() -> None:
+    message = refusal(tree(publish={"zzz": 1}))
+    assert "publish.zzz: unknown key; valid here: promote" in message
+
+
+def test_all_problems_are_listed_at_once_each_with_its_key() -> None:
+    message = refusal(tree(seed=-1, fit={"epochs": 0, "loss": "mse"}, publish={"zzz": 1}, index={"shards": "many"}))
+    assert "5 problem(s)" in message
+    for key in ("seed: ", "fit.epochs: ", "fit.loss: ", "publish.zzz: ", "index.shards: "):
+        assert f"  - {key}" in message
+
+
+@pytest.mark.parametrize("waves", [[0.5, 0.4], [0.5, 0.6], [1.0, 0.0], [1.5, -0.5], 0, []])
+def test_waves_that_do_not_make_up_the_gallery_are_refused(waves: object) -> None:
+    assert re.search(r"\bwaves\b", refusal(tree(plan={"waves": waves})))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=60))
+def test_any_fractions_that_add_up_to_one_are_taken(parts: list[int]) -> None:
+    fractions = [part / sum(parts) for part in parts]
+    assert validate(tree(plan={"waves": fractions}), where="").plan.waves == tuple(fractions)
+
+
+@given(st.integers(1, 4000), st.integers(1, 4000), st.sampled_from([1, 3]))
+def test_by_default_a_unit_is_as_many_images_as_fill_64_mib(height: int, width: int, channels: int) -> None:
+    preprocess = {"size": [height, width], "channels": channels}
+    config = validate(tree(encoders={"new": {"export": "a", "dim": 4, "preprocess": preprocess}}), where="")
+    images, each = unit_images(config), height * width * channels
+    assert images == 2048 or images * each <= 2**26 < 2 * images * each
+    assert images & (images - 1) == 0
+
+
+def test_a_configured_unit_is_taken_as_it_is() -> None:
+    assert unit_images(validate(tree(plan={"unit_images": 77}), where="")) == 77
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (tree(encoders={"new": {"dim": 4, "preprocess": {"size": 8}}}), "give exactly one of export"),
+        (
+            tree(encoders={"new": {"export": "a", "function": "a:b", "dim": 4, "preprocess": {"size": 8}}}),
+            "give exactly one of export",
+        ),
+        (tree(encoders={"new": {"function": "a.b", "dim": 4, "preprocess": {"size": 8}}}), "module:function"),
+        (tree(encoders={"new": {"export": "a", "dim": 4, "preprocess": {"resize": 8}}}), "the input shape is open"),
+        (
+            tree(encoders={"new": {"export": "a", "dim": 4, "preprocess": {"size": 8, "mean": [1, 2]}}}),
+            "mean has 2 values",
+        ),
+        (tree(plan={"policy": "best"}), "uncertainty, random or module:function"),
+        (tree(backfill={"min_actors": 3, "max_actors": 2}), "max_actors (2) must be at least min_actors (3)"),
+        (tree(gallery={"manifest": "a", "columns": {"uri": "u", "offset": "o"}}), "offset and length go together"),
+        (tree(gallery={"manifest": "a", "columns": {"uri": "u", "image": "i"}}), "not both"),
+        (tree(device="tpu"), "device: "),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(content: dict[str, Any], said: str) -> None:
+    assert said in refusal(content)
+
+
+def test_an_override_reaches_any_depth_and_reads_its_value_as_yaml(tmp_path: Path) -> None:
+    config = load_config(
+        write(tmp_path, tree()),
+        (
+            "fit.lr=1e-3",
+            "plan.waves=[0.25, 0.75]",
+            "encoders.new.preprocess.size=[6, 7]",
+            "fit.classifier.path=/w.safetensors",
+            "device=cpu",
+        ),
+    )
+    assert config.fit.lr == 1e-3
+    assert config.plan.waves == (0.25, 0.75)
+    assert config.device == "cpu"
+    assert config.encoders.new.preprocess.image_size == (6, 7)
+    assert config.fit.classifier is not None
+    assert config.fit.classifier.path == "/w.safetensors"
+
+
+def test_an_override_wins_over_the_file_and_the_last_one_over_the_first(tmp_path: Path) -> None:
+    path = write(tmp_path, tree(seed=1))
+    assert load_config(path, ("seed=2",)).seed == 2
+    assert load_config(path, ("seed=2", "seed=3")).seed == 3
+
+
+def test_an_override_with_an_empty_value_unsets_a_key(tmp_path: Path) -> None:
+    path = write(tmp_path, tree(fit={"classifier": {"path": "w.safetensors"}}))
+    assert load_config(path, ("fit.classifier=",)).fit.classifier is None
+
+
+@pytest.mark.parametrize("item", ["seed", "=3", "run.deeper=1", "fit.lr=[1, ", ""])
+def test_a_bad_override_is_refused(tmp_path: Path, item: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config(write(tmp_path, tree()), (item,))
+
+
+def test_an_override_of_an_unknown_key_is_refused_like_one_in_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"plan\.wave: unknown key; did you mean 'waves'\?"):
+        load_config(write(tmp_path, tree()), ("plan.wave=3",))
+
+
+@pytest.mark.parametrize("content", ["- a list", "a: [1", "just text", ""])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path))
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_is_refused_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        load_config(str(tmp_path / "nowhere.yaml"))
+
+
+def test_relative_inputs_start_at_data_root_and_the_run_at_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    vision = {"torchvision": {"model": "resnet18", "state_dict": "old.pt"}, "dim": 4, "preprocess": {"size": 8}}
+    content = tree(
+        data_root="data",
+        fit={"classifier": {"path": "w.safetensors"}},
+        pairs={"manifest": ["/absolute/a.parquet", "s3://bucket/b", "c/*.parquet"], "columns": {}},
+    )
+    content["encoders"] = {"old": vision, **content["encoders"]}
+    config = load_config(write(tmp_path, content))
+    root = str(tmp_path / "data")
+    assert config.run == str(tmp_path / "run")
+    assert config.data_root == root
+    assert config.encoders.new.export == f"{root}/new.pt2"
+    assert config.encoders.old is not None
+    assert config.encoders.old.torchvision is not None
+    assert config.encoders.old.torchvision.state_dict == f"{root}/old.pt"
+    assert config.fit.classifier is not None
+    assert config.fit.classifier.path == f"{root}/w.safetensors"
+    assert config.gallery.manifest == (f"{root}/gallery.parquet",)
+    assert config.pairs.manifest == ("/absolute/a.parquet", "s3://bucket/b", f"{root}/c/*.parquet")
+
+
+def test_relative_inputs_start_at_a_data_root_in_a_bucket() -> None:
+    config = resolve(validate(tree(data_root="s3://bucket/data/"), where=""))
+    assert config.encoders.new.export == "s3://bucket/data/new.pt2"
+    assert config.gallery.manifest == ("s3://bucket/data/gallery.parquet",)
+
+
+def test_resolving_twice_changes_nothing() -> None:
+    once = resolve(validate(tree(data_root="data"), where=""))
+    assert resolve(once) == once
+
+
+def test_a_resolved_config_survives_json() -> None:
+    config = resolve(validate(tree(plan={"waves": [0.3, 0.7]}), where=""))
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = validate(tree(), where="")
+    for section, name in ((config, "seed"), (config.fit, "lr"), (config.encoders.new.preprocess, "size")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, name, 1)
+
+
+def test_the_shipped_config_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(SHIPPED.parents[2])
+    config = load_config(str(SHIPPED))
+    assert config.encoders.new.dim == 128
+    assert config.index.shards == 4
+    assert config.run == os.path.abspath("runs/cifar100")
+    assert config.gallery.manifest == (os.path.abspath("../shared/data/cifar100/test.parquet"),)

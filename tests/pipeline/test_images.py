@@ -1,0 +1,322 @@
+"""Images: found in three kinds of places, decoded as torchvision does, and a bad one is never more than a reject."""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+import struct
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import v2 as transforms
+
+from pipeline import storage
+from pipeline.config import Preprocess
+from pipeline.errors import DataError
+from pipeline.images import Limits, LoadedUnit, Pixels, Reject, decode_image, load_unit
+from pipeline.schema import UNITS, Unit
+
+SIDE = 8
+PREPROCESS = Preprocess(size=SIDE)
+LIMITS = Limits(max_pixels=64_000_000, max_bytes=100_000)
+
+
+def picture(seed: int = 0, height: int = SIDE, width: int = SIDE, channels: int = 3) -> Pixels:
+    """(H, W, C) or (H, W) random pixels."""
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def encode(pixels: np.ndarray[Any, Any], kind: str = "PNG") -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, kind)
+    return sink.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A small PNG that claims to be large; its stream is valid and far too short."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    stream = zlib.compress(bytes(10**6))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", stream) + chunk(b"IEND", b"")
+
+
+def load(
+    folder: Path, places: list[dict[str, Any]], preprocess: Preprocess = PREPROCESS, limits: Limits = LIMITS
+) -> LoadedUnit:
+    """Load one unit whose images lie at `places`; ids count down from 100."""
+    nothing = {"uri": None, "offset": None, "length": None, "row": None}
+    rows = [{"id": 100 - number, **nothing, **place} for number, place in enumerate(places)]
+    units = str(folder / "units.parquet")
+    table = pa.Table.from_pylist(rows, UNITS)
+    storage.put(units, storage.parquet_bytes(UNITS, [table.slice(0, 0), table]))  # the unit is row group 1
+    return load_unit(Unit(1, 1, units, 1, len(rows)), preprocess, limits, fetch_threads=3)
+
+
+def write(path: Path, data: bytes) -> dict[str, Any]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return {"uri": str(path)}
+
+
+def container(path: Path, parts: list[bytes]) -> list[dict[str, Any]]:
+    """Parts in one file, with something between them."""
+    content, places = b"", []
+    for part in parts:
+        content += b"padding"
+        places.append({"uri": str(path), "offset": len(content), "length": len(part)})
+        content += part
+    path.write_bytes(content)
+    return places
+
+
+def parquet(path: Path, parts: list[bytes | None], row_group_size: int = 3) -> list[dict[str, Any]]:
+    pq.write_table(pa.table({"picture": pa.array(parts, pa.binary())}), path, row_group_size=row_group_size)
+    return [{"uri": f"{path}#picture", "row": row} for row in range(len(parts))]
+
+
+def said(loaded: LoadedUnit) -> dict[int, str]:
+    return {row: f"{reject.stage}: {reject.reason}" for row, reject in loaded.rejects.items()}
+
+
+def chw(pixels: Pixels) -> Pixels:
+    return pixels.transpose(2, 0, 1)
+
+
+def test_the_three_places_and_their_mixture_give_the_same_pixels_in_order(tmp_path: Path) -> None:
+    pictures = [picture(seed) for seed in range(8)]
+    data = [encode(item) for item in pictures]
+    objects = [write(tmp_path / f"{number}.png", item) for number, item in enumerate(data)]
+    ranges, rows = container(tmp_path / "all.tar", data), parquet(tmp_path / "all.parquet", [*data])
+    mixed = [(objects, ranges, rows)[number % 3][number] for number in range(len(data))]
+    wanted = np.stack([chw(item) for item in pictures])
+    for places in (objects, ranges, rows, mixed):
+        for step in (1, -1):
+            loaded = load(tmp_path, places[::step])
+            assert loaded.rejects == {}
+            assert loaded.ids.tolist() == [100 - number for number in range(len(data))]
+            assert np.array_equal(loaded.pixels, wanted[::step])
+
+
+def test_rows_of_several_parquet_files_in_any_order_and_twice_are_each_found(tmp_path: Path) -> None:
+    pictures = [picture(seed) for seed in range(10)]
+    one = parquet(tmp_path / "one.parquet", [encode(item) for item in pictures[:5]], row_group_size=2)
+    two = parquet(tmp_path / "two.parquet", [encode(item) for item in pictures[5:]], row_group_size=2)
+    order = [7, 1, 9, 1, 0, 5, 4]
+    loaded = load(tmp_path, [(one + two)[number] for number in order])
+    assert np.array_equal(loaded.pixels, np.stack([chw(pictures[number]) for number in order]))
+
+
+def test_etags_say_which_version_of_an_object_was_read(tmp_path: Path) -> None:
+    good = write(tmp_path / "a.png", encode(picture()))
+    gone = {"uri": str(tmp_path / "gone.png")}
+    row = parquet(tmp_path / "b.parquet", [encode(picture())])[0]
+    wanted = [storage.stat(str(tmp_path / name)).etag for name in ("a.png", "b.parquet")]
+    assert load(tmp_path, [good, gone, row]).etags == [wanted[0], None, wanted[1]]
+    write(tmp_path / "a.png", encode(picture(1)))
+    assert load(tmp_path, [good]).etags != wanted[:1]
+
+
+def test_every_kind_of_bad_image_is_a_reject_and_its_neighbours_are_loaded(tmp_path: Path) -> None:
+    whole = encode(picture())
+    (tmp_path / "folder.png").mkdir()
+    cases: list[tuple[dict[str, Any], str]] = [
+        (write(tmp_path / "truncated.png", whole[: len(whole) // 2]), "decode: truncated"),
+        (write(tmp_path / "text.png", b"This is a text.\n"), "decode: not an image"),
+        (write(tmp_path / "bomb.png", png_header(30_000, 30_000)), "decode: too large: more than 64000000 pixels"),
+        (write(tmp_path / "empty.png", b""), "decode: empty"),
+        ({"uri": str(tmp_path / "missing.png")}, "fetch: missing"),
+        ({"uri": str(tmp_path / "text.png" / "below.png")}, "fetch: missing"),
+        ({"uri": str(tmp_path / "folder.png")}, "fetch: missing: a folder"),
+        ({"uri": f"{tmp_path}/{'x' * 300}.png"}, "fetch: missing: "),
+        ({"uri": f"{tmp_path}/nul\0.png"}, "fetch: missing: "),
+        (write(tmp_path / "huge.png", whole + bytes(LIMITS.max_bytes)), "fetch: too large: "),
+        (write(tmp_path / "tall.png", encode(picture(height=9))), "preprocess: wrong shape: 9x8, expected 8x8"),
+        (write(tmp_path / "postscript.png", encode(picture(), "EPS")), "decode: not an image"),
+        ({"uri": str(tmp_path / "good.png"), "offset": 0, "length": 9999}, f"fetch: truncated: {len(whole)} of 9999"),
+        ({"uri": str(tmp_path / "good.png"), "offset": 9999, "length": 10}, "fetch: truncated: 0 of 10"),
+        ({"uri": str(tmp_path / "good.png"), "offset": -1, "length": 10}, "fetch: missing: offset"),
+        ({"uri": str(tmp_path / "good.png"), "offset": 0, "length": -1}, "fetch: missing: offset"),
+        ({"uri": str(tmp_path / "good.png"), "offset": 0, "length": 10**6}, "fetch: too large: 1000000 bytes"),
+        ({"uri": f"{tmp_path}/rows.parquet#picture", "row": 0}, "decode: empty"),
+        ({"uri": f"{tmp_path}/rows.parquet#picture", "row": 1}, "decode: not an image"),
+        ({"uri": f"{tmp_path}/rows.parquet#picture", "row": 2}, "fetch: too large: "),
+        ({"uri": f"{tmp_path}/rows.parquet#picture", "row": 3}, "fetch: missing"),
+        ({"uri": f"{tmp_path}/gone.parquet#picture", "row": 0}, "fetch: missing"),
+        ({"uri": f"{tmp_path}/text.png#picture", "row": 0}, "fetch: damaged: not a readable Parquet file"),
+    ]
+    good = write(tmp_path / "good.png", whole)
+    parquet(tmp_path / "rows.parquet", [None, b"text", bytes(LIMITS.max_bytes + 1)])
+    loaded = load(tmp_path, [item for place, _ in cases for item in (place, good)])
+    assert sorted(loaded.rejects) == list(range(0, 2 * len(cases), 2))
+    for number, (_, wanted) in enumerate(cases):
+        assert said(loaded)[2 * number].startswith(wanted)
+        assert not loaded.pixels[2 * number].any()
+    assert (loaded.pixels[1::2] == chw(picture())).all()
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Not root, who may read everything."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_an_image_that_may_not_be_read_is_a_reject() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others than root
+        folder = Path(name)
+        places = [write(folder / "good.png", encode(picture())), write(folder / "closed.png", encode(picture()))]
+        places += parquet(folder / "closed.parquet", [encode(picture())])
+        nothing = {"offset": None, "length": None, "row": None}
+        table = pa.Table.from_pylist([{"id": 1, **nothing, **place} for place in places], UNITS)
+        pq.write_table(table, folder / "units.parquet")
+        folder.chmod(0o755)
+        for closed in ("closed.png", "closed.parquet"):
+            (folder / closed).chmod(0)
+        with nobody():
+            loaded = load_unit(Unit(1, 0, f"{folder}/units.parquet", 0, 3), PREPROCESS, LIMITS, 1)
+    assert said(loaded) == {1: "fetch: forbidden", 2: "fetch: forbidden"}
+
+
+def test_a_unit_of_rejects_only_has_zeros_for_pixels(tmp_path: Path) -> None:
+    loaded = load(tmp_path, [{"uri": f"{tmp_path}/{number}.png"} for number in range(3)])
+    assert loaded.pixels.shape == (3, 3, SIDE, SIDE)
+    assert len(loaded.rejects) == 3
+
+
+def test_a_missing_units_file_is_an_error_and_no_reject(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="missing"):
+        load_unit(Unit(1, 0, str(tmp_path / "nowhere.parquet"), 0, 1), PREPROCESS, LIMITS, 1)
+
+
+@contextmanager
+def little_memory(megabytes: int) -> Iterator[None]:
+    """Let this process grow by so much and no more."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + megabytes * 2**20, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize(
+    ("data", "preprocess", "wanted"),
+    [
+        (png_header(30_000, 30_000), PREPROCESS, "decode: too large: more than 64000000 pixels"),
+        (png_header(9_000, 9_000), PREPROCESS, "decode: too large: 9000x9000, at most 64000000 pixels"),
+        (png_header(60_000_000, 1), Preprocess(resize=256, center_crop=224), "preprocess: too large when resized"),
+    ],
+)
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(data: bytes, preprocess: Preprocess, wanted: str) -> None:
+    start = time.perf_counter()
+    with little_memory(megabytes=50), pytest.raises(Reject) as caught:
+        decode_image(data, preprocess, LIMITS)
+    assert str(caught.value).startswith(wanted)
+    assert len(data) < 2000
+    assert time.perf_counter() - start < 5
+
+
+def test_the_limit_on_pixels_is_exact() -> None:
+    decode_image(encode(picture()), PREPROCESS, Limits(SIDE * SIDE, 10**6))
+    with pytest.raises(Reject, match="8x8, at most 63 pixels"):
+        decode_image(encode(picture()), PREPROCESS, Limits(SIDE * SIDE - 1, 10**6))
+
+
+FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@settings(max_examples=300, deadline=None)
+@given(
+    kind=st.sampled_from(FORMATS),
+    cut=st.integers(0, 2000),
+    changes=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6),
+)
+def test_whatever_is_done_to_an_image_it_is_decoded_or_rejected(
+    kind: str, cut: int, changes: list[tuple[int, int]]
+) -> None:
+    data = bytearray(encode(picture(), kind)[:cut])
+    for place, value in changes:
+        if place < len(data):
+            data[place] = value
+    with suppress(Reject):  # no other exception may come out
+        assert decode_image(bytes(data), PREPROCESS, LIMITS).shape == (3, SIDE, SIDE)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.binary(max_size=200))
+def test_bytes_that_are_no_image_are_rejected(data: bytes) -> None:
+    with pytest.raises(Reject):
+        decode_image(data, PREPROCESS, LIMITS)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    height=st.integers(1, 60),
+    width=st.integers(1, 60),
+    resize=st.one_of(st.integers(1, 40), st.tuples(st.integers(1, 40), st.integers(1, 40))),
+    crop=st.one_of(st.integers(1, 40), st.tuples(st.integers(1, 40), st.integers(1, 40))),
+    interpolation=st.sampled_from(["nearest", "bilinear", "bicubic"]),
+)
+def test_resize_and_crop_give_what_torchvision_gives(
+    height: int, width: int, resize: Any, crop: Any, interpolation: Any
+) -> None:
+    pixels = picture(height * width, height, width)
+    found = decode_image(
+        encode(pixels), Preprocess(resize=resize, center_crop=crop, interpolation=interpolation), LIMITS
+    )
+    steps = transforms.Compose(
+        [transforms.Resize(resize, InterpolationMode(interpolation)), transforms.CenterCrop(crop)]
+    )
+    assert np.array_equal(found, chw(np.asarray(steps(Image.fromarray(pixels)))))
+
+
+def test_an_image_of_the_right_shape_is_not_touched() -> None:
+    assert np.array_equal(decode_image(encode(picture()), PREPROCESS, LIMITS), chw(picture()))
+
+
+def test_grey_and_colour_become_what_the_encoder_takes() -> None:
+    grey, colour = picture(channels=1), picture()
+    as_grey, as_colour = Preprocess(size=SIDE, channels=1), PREPROCESS
+    assert np.array_equal(decode_image(encode(grey), as_grey, LIMITS), grey[None])
+    assert np.array_equal(decode_image(encode(grey), as_colour, LIMITS), np.stack([grey] * 3))
+    luma = np.asarray(Image.fromarray(colour).convert("L"))
+    assert np.array_equal(decode_image(encode(colour), as_grey, LIMITS), luma[None])
+    transparent = np.dstack([colour, picture(1, channels=1)])
+    assert np.array_equal(decode_image(encode(transparent), as_colour, LIMITS), chw(colour))
+
+
+def test_grey_of_16_bits_keeps_its_upper_8_and_is_not_clipped_to_white() -> None:
+    deep = np.random.default_rng(0).integers(0, 2**16, (SIDE, SIDE), np.uint16)
+    found = decode_image(encode(deep), Preprocess(size=SIDE, channels=1), LIMITS)
+    assert np.array_equal(found, (deep >> 8).astype(np.uint8)[None])
+
+
+def test_floating_point_pixels_are_rejected() -> None:
+    with pytest.raises(Reject, match="not 8 or 16 bits a channel"):
+        decode_image(encode(picture(channels=1).astype(np.float32), "TIFF"), PREPROCESS, LIMITS)

@@ -1,0 +1,329 @@
+"""A user's manifest: what is taken, in which form it comes out, and what is refused with its file and row."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import manifest, storage
+from pipeline.config import Columns
+from pipeline.config import Manifest as Source
+from pipeline.errors import DataError
+from pipeline.manifest import Manifest, digest, normalise, read_manifest, scan, units
+from pipeline.run import Run
+from pipeline.schema import manifest_schema, vectors_from_arrow
+
+DIM = 3
+COLUMNS = {"id": "id", "old_embedding": "old"}
+VECTORS = np.arange(60, dtype=np.float32).reshape(20, DIM)
+
+
+def fixed(values: np.ndarray[Any, Any]) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+
+
+def table(count: int = 20, first: int = 0, **changes: Any) -> pa.Table:
+    columns = {"id": pa.array(range(first, first + count), pa.int64()), "old": fixed(VECTORS[:count])}
+    return pa.table(columns | changes)
+
+
+def write(path: Path, content: pa.Table, row_group_size: int = 6) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(content, path, row_group_size=row_group_size)
+    return str(path)
+
+
+def source(manifest: str | tuple[str, ...], /, **columns: str) -> Source:
+    return Source(manifest=manifest, columns=Columns.model_validate(columns or COLUMNS))
+
+
+def brought_in(folder: Path, given: Source, dims: dict[str, int] | None = None, unit_rows: int = 4) -> pa.Table:
+    """The manifest in our own form, its parts read back in order."""
+    run = Run(str(folder / "run"))
+    found = normalise(run, "gallery", given, dims or {}, unit_rows)
+    parts = [storage.read_parquet(run.part("gallery", number)) for number in range(len(found.rows))]
+    assert [part.num_rows for part in parts] == found.rows
+    assert all(part.schema.equals(manifest_schema(found.dims)) for part in parts)
+    return pa.concat_tables(parts)
+
+
+@pytest.fixture
+def small_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A patched size, because a partition is otherwise 131,072 rows, and a file of several is no small test.
+    monkeypatch.setattr(manifest, "_PARTITION_ROWS", 10)
+
+
+# What is read from footers alone; no Ray.
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=4), group=st.integers(1, 15))
+def test_partitions_hold_every_row_once_in_order(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], group: int
+) -> None:
+    folder = tmp_path_factory.mktemp("scan")
+    for number, size in enumerate(sizes):
+        ids = pa.array(range(size), pa.int64())
+        write(folder / f"{number}.parquet", pa.table({"id": ids, "uri": pa.array(["a"] * size, pa.string())}), group)
+    given_source = source(str(folder), id="id", uri="uri")
+    if not sum(sizes):
+        with pytest.raises(DataError, match="the manifest has no rows"):
+            scan(given_source, {})
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest, "_PARTITION_ROWS", 10)
+        partitions = scan(given_source, {})
+    assert [part.first_row for part in partitions] == np.cumsum([0, *(part.num_rows for part in partitions)])[
+        :-1
+    ].tolist()
+    assert sum(part.num_rows for part in partitions) == sum(sizes)
+    for part in partitions:
+        rows = storage.read_parquet(part.uri, row_groups=part.row_groups)["id"].to_pylist()
+        assert rows == list(range(part.first_row_in_file, part.first_row_in_file + part.num_rows))
+        assert 1 <= part.num_rows < 10 + group
+
+
+@pytest.mark.parametrize(
+    ("columns", "dims", "said"),
+    [
+        ({"id": "identity", "old_embedding": "old"}, {}, r"no column for id\n  expected: 'identity'"),
+        ({"id": "id", "label": "kind", "old_embedding": "old"}, {}, "no column for label"),
+        ({"id": "old", "old_embedding": "old"}, {}, "id column has a wrong type"),
+        ({"id": "id", "old_embedding": "id"}, {}, "old_embedding column has a wrong type"),
+        ({"id": "id", "image": "id"}, {}, r"image column has a wrong type\n  expected: binary"),
+        ({"id": "id", "uri": "old"}, {}, r"uri column has a wrong type\n  expected: string"),
+        (COLUMNS, {"old_embedding": 4}, r"wrong width\n  expected: 4, the encoder's dim\n  found: 3"),
+        ({"id": "id"}, {}, "names neither images nor embeddings"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused_from_the_footer_with_their_file(
+    tmp_path: Path, columns: dict[str, str], dims: dict[str, int], said: str
+) -> None:
+    uri = write(tmp_path / "a.parquet", table())
+    with pytest.raises(DataError, match=f"{said}(.|\n)*a.parquet"):
+        scan(source(uri, **columns), dims)
+
+
+def test_one_bad_file_among_good_ones_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", table())
+    write(tmp_path / "b.parquet", table().drop_columns(["old"]))
+    with pytest.raises(DataError, match=r"b\.parquet"):
+        scan(source(str(tmp_path)), {})
+    (tmp_path / "b.parquet").write_bytes(b"text")
+    with pytest.raises(DataError, match=r"not a readable Parquet file(.|\n)*b\.parquet"):
+        scan(source(str(tmp_path)), {})
+
+
+def test_a_manifest_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no manifest file is there(.|\n)*nowhere"):
+        scan(source((str(tmp_path / "nowhere"),)), {})
+
+
+@pytest.mark.parametrize("hashed_bytes", [2**30, 0])
+def test_the_digest_does_not_depend_on_the_place_and_changes_with_the_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashed_bytes: int
+) -> None:
+    # A patched bound, because only above 1 GiB are the footers all that is looked at.
+    monkeypatch.setattr(manifest, "_HASHED_BYTES", hashed_bytes)
+    write(tmp_path / "here" / "a.parquet", table())
+    write(tmp_path / "here" / "b.parquet", table(5, first=20))
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    wanted = digest(source(str(tmp_path / "here")))
+    assert digest(source(str(tmp_path / "there"))) == wanted
+    changed = VECTORS.copy()
+    changed[0, 0] -= 1
+    changes = [table(old=fixed(changed)), table(first=1), table(19), table(label=["x"] * 20)]
+    seen = {wanted}
+    for change in changes:
+        write(tmp_path / "there" / "a.parquet", change)
+        seen.add(digest(source(str(tmp_path / "there"))))
+    write(tmp_path / "there" / "a.parquet", table(), row_group_size=7)
+    seen.add(digest(source(str(tmp_path / "there"))))
+    assert len(seen) == len(changes) + 2
+
+
+def test_the_digest_of_a_small_manifest_sees_two_rows_that_change_places(tmp_path: Path) -> None:
+    mixed = [0, 2, 1, *range(3, 20)]  # the same sizes and the same statistics
+    one = write(tmp_path / "one.parquet", table())
+    two = write(tmp_path / "two.parquet", table(id=pa.array(mixed, pa.int64())))
+    assert digest(source(one)) != digest(source(two))
+
+
+def test_units_are_the_row_groups_of_the_parts() -> None:
+    run, found = Run("run"), Manifest(rows=[10, 3, 8], unit_rows=4, dims={}, digest="")
+    listed = units(run, "pairs", found)
+    assert [(unit.wave, unit.unit, unit.row_group, unit.images) for unit in listed] == [
+        (0, 0, 0, 4),
+        (0, 1, 1, 4),
+        (0, 2, 2, 2),
+        (1, 0, 0, 3),
+        (2, 0, 0, 4),
+        (2, 1, 1, 4),
+    ]
+    assert {unit.rows_uri for unit in listed if unit.wave == 2} == {run.part("pairs", 2)}
+
+
+# What reads the rows; over Ray.
+
+
+@pytest.mark.usefixtures("ray_cluster", "small_partitions")
+def test_several_files_come_out_row_by_row_in_order_with_units_as_row_groups(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.parquet", table(label=[f"kind {row % 3}" for row in range(20)], group=["g"] * 20))
+    write(tmp_path / "in" / "b.parquet", table(13, first=500, label=pa.nulls(13, pa.string()), group=["h"] * 13))
+    given_source = source(str(tmp_path / "in"), **COLUMNS, label="label", group="group")
+    rows = brought_in(tmp_path, given_source, {"old_embedding": DIM})
+    assert rows["id"].to_pylist() == [*range(20), *range(500, 513)]
+    assert rows["label"].to_pylist() == [f"kind {row % 3}" for row in range(20)] + [None] * 13
+    assert rows["group"].to_pylist() == ["g"] * 20 + ["h"] * 13
+    assert np.array_equal(vectors_from_arrow(rows["old_embedding"]), np.concatenate([VECTORS, VECTORS[:13]]))
+    assert rows["key"].null_count == len(rows)
+    run = Run(str(tmp_path / "run"))
+    found = read_manifest(run, "gallery")
+    assert found is not None
+    assert (found.num_rows, found.dims, len(found.rows)) == (33, {"old_embedding": DIM}, 4)
+    for unit in units(run, "gallery", found):
+        assert storage.read_parquet(unit.rows_uri, row_groups=[unit.row_group]).num_rows == unit.images
+
+
+@pytest.mark.usefixtures("ray_cluster", "small_partitions")
+def test_strings_as_ids_become_row_numbers_and_are_kept_as_keys(tmp_path: Path) -> None:
+    names = [f"image-{row}" for row in range(20)]
+    write(tmp_path / "in" / "a.parquet", table(id=names[::-1]))
+    write(tmp_path / "in" / "b.parquet", table(3, id=["x", "y", "z"]))
+    rows = brought_in(tmp_path, source(str(tmp_path / "in")))
+    assert rows["id"].to_pylist() == list(range(23))
+    assert rows["key"].to_pylist() == [*names[::-1], "x", "y", "z"]
+
+
+@pytest.mark.usefixtures("ray_cluster", "small_partitions")
+def test_images_in_the_manifest_are_found_by_file_column_and_row(tmp_path: Path) -> None:
+    pictures = pa.array([b"%d" % row for row in range(25)], pa.binary())
+    for name, first in (("a", 0), ("b", 25)):
+        write(tmp_path / "in" / f"{name}.parquet", pa.table({"n": range(first, first + 25), "bytes": pictures}))
+    rows = brought_in(tmp_path, source(str(tmp_path / "in"), image="bytes"))
+    assert rows["id"].to_pylist() == list(range(50))
+    assert rows["row"].to_pylist() == [*range(25), *range(25)]
+    wanted = [f"{tmp_path}/in/{name}.parquet#bytes" for name in "ab" for _ in range(25)]
+    assert rows["uri"].to_pylist() == wanted
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_places_of_images_are_kept(tmp_path: Path) -> None:
+    places = {"where": [f"s3://b/{row}.tar" for row in range(4)], "start": [0, 512, None, 9], "size": [5, 6, None, 7]}
+    content = pa.table({"id": pa.array([3, 1, 2, 0], pa.uint32()), **places})
+    given_source = source(write(tmp_path / "a.parquet", content), id="id", uri="where", offset="start", length="size")
+    rows = brought_in(tmp_path, given_source)
+    assert rows["id"].to_pylist() == [3, 1, 2, 0]
+    assert rows["uri"].to_pylist() == places["where"]
+    assert rows["offset"].to_pylist() == places["start"]
+    assert rows["length"].to_pylist() == places["size"]
+    assert rows["row"].null_count == 4
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    "kind",
+    [pa.list_(pa.float32(), DIM), pa.list_(pa.float16(), DIM), pa.list_(pa.float64()), pa.large_list(pa.float32())],
+)
+def test_embeddings_of_any_list_type_come_out_alike(tmp_path: Path, kind: pa.DataType) -> None:
+    values = pa.array(VECTORS.astype(kind.value_type.to_pandas_dtype()).tolist(), kind)
+    rows = brought_in(tmp_path, source(write(tmp_path / "a.parquet", table(old=values))))
+    assert np.array_equal(vectors_from_arrow(rows["old_embedding"]), VECTORS)
+
+
+def with_value(value: float | None, row: int = 13) -> list[list[float | None]]:
+    vectors: list[list[float | None]] = VECTORS.tolist()
+    vectors[row][1] = value
+    return vectors
+
+
+WIDTHS = VECTORS.tolist()
+WIDTHS[15] = [1.0, 2.0]
+NULLED = [*VECTORS.tolist()[:17], None, *VECTORS.tolist()[18:]]
+FIXED, VARIABLE = pa.list_(pa.float32(), DIM), pa.list_(pa.float32())
+
+
+@pytest.mark.usefixtures("ray_cluster", "small_partitions")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"id": pa.array([*range(19), 4])}, r"an id is there more than once\n  expected: unique ids\n  found: 4\n"),
+        ({"id": [*"abcdefghijklmnopqrs", "e"]}, r"more than once\n  expected: unique ids\n  found: e\n"),
+        ({"id": pa.array([*range(13), None, *range(14, 20)])}, "an id is null\n.*a.parquet: row 13, column id"),
+        ({"id": pa.array([2**63, *range(19)], pa.uint64())}, "does not fit int64\n  found: 9223372036854775808"),
+        ({"old": pa.array(with_value(np.nan), FIXED)}, "not finite(.|\n)*a.parquet: row 13, column old"),
+        ({"old": pa.array(with_value(-np.inf), VARIABLE)}, "not finite(.|\n)*a.parquet: row 13, column old"),
+        ({"old": pa.array(with_value(None), FIXED)}, "not finite(.|\n)*a.parquet: row 13, column old"),
+        ({"old": pa.array(with_value(1e300), pa.list_(pa.float64()))}, "not finite(.|\n)*row 13"),
+        (
+            {"old": pa.array(WIDTHS, VARIABLE)},
+            "wrong width\n  expected: 3\n  found: 2\n.*a.parquet: row 15, column old",
+        ),
+        ({"old": pa.array([[]] * 20, VARIABLE)}, "wrong width\n  expected: 1\n  found: 0\n.*row (0|12),"),
+        ({"old": pa.array(NULLED, FIXED)}, "an embedding is null\n.*a.parquet: row 17, column old"),
+        ({"old": pa.array(NULLED, VARIABLE)}, "an embedding is null\n.*a.parquet: row 17, column old"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_bad_row_is_refused_by_its_file_and_row(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    uri = write(tmp_path / "in" / "a.parquet", table(**changes))
+    run = Run(str(tmp_path / "run"))
+    with pytest.raises(DataError, match=said):
+        normalise(run, "gallery", source(uri), {}, 4)
+    assert read_manifest(run, "gallery") is None
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_null_uri_is_refused_by_its_row(tmp_path: Path) -> None:
+    uri = write(tmp_path / "a.parquet", pa.table({"id": [1, 2, 3], "uri": ["a", None, "c"]}))
+    with pytest.raises(DataError, match=r"uri is null\n.*row 1, column uri"):
+        brought_in(tmp_path, source(uri, id="id", uri="uri"))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_id_in_two_files_is_refused_and_so_is_one_in_two_buckets_of_sorting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A patched size, because a bucket is otherwise 50 million ids.
+    monkeypatch.setattr(manifest, "_BUCKET_IDS", 7)
+    write(tmp_path / "in" / "a.parquet", table(20))
+    write(tmp_path / "in" / "b.parquet", table(5, first=19))
+    with pytest.raises(DataError, match="found: 19\n"):
+        brought_in(tmp_path, source(str(tmp_path / "in")))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_files_whose_embeddings_differ_in_width_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.parquet", table(old=pa.array(VECTORS.tolist(), VARIABLE)))
+    write(tmp_path / "in" / "b.parquet", table(20, first=20, old=pa.array(VECTORS[:, :2].tolist(), VARIABLE)))
+    with pytest.raises(
+        DataError, match=r"wrong width(.|\n)*'old_embedding': 3(.|\n)*'old_embedding': 2(.|\n)*b\.parquet"
+    ):
+        brought_in(tmp_path, source(str(tmp_path / "in")))
+    with pytest.raises(DataError, match=r"wrong width(.|\n)*'old_embedding': 4(.|\n)*'old_embedding': 3"):
+        brought_in(tmp_path, source(str(tmp_path / "in" / "a.parquet")), {"old_embedding": 4})
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_manifest_is_brought_in_once_and_again_only_when_it_changes(tmp_path: Path) -> None:
+    run, uri = Run(str(tmp_path / "run")), write(tmp_path / "a.parquet", table())
+    first = normalise(run, "gallery", source(uri), {}, 4)
+    etag = storage.stat(run.part("gallery", 0)).etag
+    assert normalise(run, "gallery", source(uri), {}, 4) == first
+    assert storage.stat(run.part("gallery", 0)).etag == etag
+    write(tmp_path / "a.parquet", table(19))
+    assert normalise(run, "gallery", source(uri), {}, 4).num_rows == 19
+    assert normalise(run, "gallery", source(uri), {}, 5).unit_rows == 5
+    found = read_manifest(run, "gallery")
+    assert json.loads(storage.read_bytes(run.path("gallery", "manifest.json")))["unit_rows"] == 5
+    assert found is not None
+    assert found.num_rows == 19

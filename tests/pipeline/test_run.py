@@ -1,0 +1,200 @@
+"""A run's identity: which starts continue it, and which are refused, saying why."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import run as runs
+from pipeline import storage
+from pipeline.config import Config, resolve, validate
+from pipeline.errors import DataError, IncompatibleRun
+from pipeline.run import RUNTIME, Run, check_resumable, read_settings, start, weight_fingerprints
+
+GALLERY = {"gallery": "0123"}
+
+
+def config(folder: Path, data: str = "data", **changes: Any) -> Config:
+    """A config whose weights are there; changes are `section__key=value`."""
+    inputs = folder / data
+    if not inputs.exists():
+        inputs.mkdir()
+        for name in ("old.pt2", "new.pt2", "classifier.safetensors"):
+            (inputs / name).write_bytes(name.encode())
+    preprocess = {"size": 8}
+    manifest = {"manifest": "a.parquet", "columns": {"id": "id", "image": "image"}}
+    tree: dict[str, Any] = {
+        "run": str(folder / "run"),
+        "data_root": str(inputs),
+        "encoders": {
+            "old": {"export": "old.pt2", "dim": 3, "preprocess": dict(preprocess)},
+            "new": {"export": "new.pt2", "dim": 4, "preprocess": dict(preprocess)},
+        },
+        "gallery": copy.deepcopy(manifest),
+        "pairs": copy.deepcopy(manifest),
+        "fit": {"classifier": {"path": "classifier.safetensors"}},
+    }
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return resolve(validate(tree, where="test"))
+
+
+def fingerprints(item: Config) -> dict[str, str]:
+    return GALLERY | weight_fingerprints(item)
+
+
+def begin(item: Config) -> Run:
+    return start(item, fingerprints(item))
+
+
+def test_the_same_config_continues_its_run_and_leaves_its_settings_alone(tmp_path: Path) -> None:
+    run = begin(config(tmp_path))
+    written = storage.read_bytes(run.settings)
+    assert begin(config(tmp_path)) == run
+    assert storage.read_bytes(run.settings) == written
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"device": "cpu"},
+        {"backfill__batch_size": 7, "backfill__max_actors": 9, "backfill__max_reject_fraction": 1.0},
+        {"evaluate__points": 5},
+        {"publish__promote": "manual"},
+        {"telemetry__port": 1234},
+        {"fit__num_workers": 4, "fit__max_failures": 0},
+        {"index__nprobe": 3},
+    ],
+)
+def test_settings_that_only_say_how_may_change_at_any_time(tmp_path: Path, change: dict[str, Any]) -> None:
+    begin(config(tmp_path))
+    begin(config(tmp_path, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"plan__waves": 3}, "plan.waves"),
+        ({"plan__policy": "random"}, "plan.policy"),
+        ({"fit__epochs": 1}, "fit.epochs"),
+        ({"index__shards": 2}, "index.shards"),
+        ({"index__factory": "Flat"}, "index.factory"),
+        ({"gallery__metric": "ip"}, "gallery.metric"),
+        ({"gallery__columns__label": "label"}, "gallery.columns.label"),
+        ({"encoders__new__dim": 5}, "encoders.new.dim"),
+        ({"encoders__new__preprocess__mean": (1.0,)}, "encoders.new.preprocess.mean"),
+        ({"pairs__held_out_fraction": 0.2}, "pairs.held_out_fraction"),
+    ],
+)
+def test_any_other_setting_is_refused_by_its_name_with_both_values(
+    tmp_path: Path, change: dict[str, Any], key: str
+) -> None:
+    begin(config(tmp_path))
+    with pytest.raises(IncompatibleRun) as caught:
+        begin(config(tmp_path, **change))
+    lines = [line for line in str(caught.value).splitlines() if line.startswith("  - ")]
+    assert [line.split(":")[0] for line in lines] == [f"  - {key}"]
+    assert "the run has" in lines[0]
+    assert "you gave" in lines[0]
+
+
+def test_all_that_differs_is_named_at_once(tmp_path: Path) -> None:
+    begin(config(tmp_path))
+    with pytest.raises(IncompatibleRun) as caught:
+        begin(config(tmp_path, seed=1, plan__waves=3, fit__lr=1.0, device="cpu"))
+    assert all(key in str(caught.value) for key in ("seed", "plan.waves", "fit.lr"))
+    assert "device" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("old.pt2", "encoders.old"), ("new.pt2", "encoders.new"), ("classifier.safetensors", "fit.classifier")],
+)
+def test_changed_weights_under_the_same_name_are_refused(tmp_path: Path, name: str, key: str) -> None:
+    begin(config(tmp_path))
+    (tmp_path / "data" / name).write_bytes(b"others")
+    with pytest.raises(IncompatibleRun, match=f"content of {key}: "):
+        begin(config(tmp_path))
+
+
+def test_another_gallery_is_refused(tmp_path: Path) -> None:
+    begin(config(tmp_path))
+    with pytest.raises(IncompatibleRun, match="content of gallery: the run has '0123', you gave '4567'"):
+        start(config(tmp_path), weight_fingerprints(config(tmp_path)) | {"gallery": "4567"})
+
+
+def test_a_copy_of_the_same_data_elsewhere_continues_the_run(tmp_path: Path) -> None:
+    begin(config(tmp_path))
+    shutil.copytree(tmp_path / "data", tmp_path / "moved")
+    begin(config(tmp_path, data="moved"))
+
+
+@pytest.mark.parametrize("missing", ["fit__classifier", "encoders__old"])
+def test_an_input_that_comes_or_goes_is_refused(tmp_path: Path, missing: str) -> None:
+    without = config(tmp_path, **{missing: None})
+    begin(without)
+    with pytest.raises(IncompatibleRun, match="content of"):
+        begin(config(tmp_path))
+
+
+def test_a_refused_start_changes_nothing(tmp_path: Path) -> None:
+    run = begin(config(tmp_path))
+    written = storage.read_bytes(run.settings)
+    with pytest.raises(IncompatibleRun):
+        begin(config(tmp_path, seed=1))
+    assert storage.read_bytes(run.settings) == written
+    assert storage.list_files(run.uri) == [run.settings]
+
+
+def test_a_run_that_is_not_there_refuses_nothing(tmp_path: Path) -> None:
+    item = config(tmp_path)
+    check_resumable(item, fingerprints(item))
+    assert not storage.exists(item.run)
+
+
+def test_every_runtime_setting_is_a_setting(tmp_path: Path) -> None:
+    keys = {key for key, _ in runs._flatten(config(tmp_path).model_dump(), "")}
+    keys |= {key.replace(".export", ".torchvision.state_dict") for key in keys}
+    for name in RUNTIME:
+        assert any(key == name or key.startswith(f"{name}.") for key in keys), name
+
+
+def test_settings_keep_the_resolved_config_and_the_fingerprints(tmp_path: Path) -> None:
+    item = config(tmp_path)
+    settings = read_settings(begin(item))
+    assert Config.model_validate(settings["config"]) == item
+    assert settings["fingerprints"] == fingerprints(item)
+
+
+def test_a_missing_run_and_another_format_are_named(tmp_path: Path) -> None:
+    run = Run(str(tmp_path / "run"))
+    with pytest.raises(DataError, match="there is no run here"):
+        read_settings(run)
+    storage.put(run.settings, b'{"format_version": 99}')
+    with pytest.raises(DataError, match="found: 99"):
+        read_settings(run)
+
+
+def test_missing_weights_are_named_by_their_key(tmp_path: Path) -> None:
+    item = config(tmp_path)
+    (tmp_path / "data" / "new.pt2").unlink()
+    with pytest.raises(DataError, match=r"encoders\.new: .*new\.pt2"):
+        weight_fingerprints(item)
+
+
+def test_every_file_of_a_run_lies_below_it_under_its_own_name() -> None:
+    run = Run("s3://bucket/run")
+    paths = [run.settings, run.transformation, run.plan, run.reports, run.wave_units(1), run.wave_units(1000)]
+    paths += [run.part("a", 1), run.part("b", 1), run.commit(0), run.commit(10**19), run.tag("prod")]
+    assert len(set(paths)) == len(paths)
+    assert all(path.startswith("s3://bucket/run/") for path in paths)
+    assert sorted([run.commit(9), run.commit(10)]) == [run.commit(9), run.commit(10)]

@@ -1,0 +1,231 @@
+"""Readers: one commit per call, a new one only whole, the old one on any error."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+import threading
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import snapshot, storage
+from pipeline.config import Metric
+from pipeline.errors import DataError
+from pipeline.run import Run
+from pipeline.search import Searcher
+from pipeline.snapshot import Writer
+from tests.pipeline.whole_run import DIM, WholeRun
+
+
+def make(tmp_path: Path, metric: Metric = "l2") -> WholeRun:
+    """Commit 0 is published and promoted."""
+    return template(metric).copy_to(tmp_path)
+
+
+@cache
+def template(metric: Metric) -> WholeRun:
+    whole = WholeRun(Run(tempfile.mkdtemp()), metric=metric, num=120)
+    whole.publish(0)
+    snapshot.promote(whole.run, 0, blockers=[])
+    atexit.register(shutil.rmtree, whole.run.uri)
+    return whole
+
+
+def publish_next(whole: WholeRun) -> int:
+    writer = Writer.acquire(whole.run)
+    assert writer.latest is not None
+    number = writer.publish(whole.draft(writer.latest + 1)).number
+    snapshot.auto_promote(whole.run, number)
+    return number
+
+
+def exact_order(whole: WholeRun, number: int, queries: np.ndarray) -> np.ndarray:
+    vectors = whole.vectors(number).astype(np.float64)
+    if whole.metric == "l2":
+        scores = ((queries[:, None] - vectors[None]) ** 2).sum(-1)
+    else:
+        scores = -(queries @ (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).T)
+    return whole.ids[np.argsort(scores, axis=1)]
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_every_commit_is_searched_whole(tmp_path: Path, metric: Metric) -> None:
+    whole = make(tmp_path, metric)
+    queries = np.random.default_rng(1).standard_normal((7, DIM))
+    with Searcher(whole.run.uri) as searcher:
+        for number in range(whole.num_waves + 1):
+            assert searcher.commit.number == number
+            assert searcher.num_vectors == whole.num
+            result = searcher.search(queries, whole.num)
+            assert result.commit == number
+            np.testing.assert_array_equal(result.ids, exact_order(whole, number, queries))
+            if number < whole.num_waves:
+                assert not searcher.refresh()
+                publish_next(whole)
+                assert searcher.refresh()
+
+
+def test_a_given_commit_stays_and_another_tag_is_followed(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    fixed, candidate = Searcher(whole.run.uri, commit=0), Searcher(whole.run.uri, tag="candidate")
+    writer = Writer.acquire(whole.run)
+    writer.publish(whole.draft(1))
+    assert not fixed.refresh()
+    assert not Searcher(whole.run.uri).refresh()
+    assert candidate.refresh()
+    assert [item.search(np.zeros((1, DIM)), 1).commit for item in (fixed, candidate)] == [0, 1]
+
+
+def test_a_rollback_is_followed(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    publish_next(whole)
+    searcher = Searcher(whole.run.uri)
+    snapshot.rollback(whole.run)
+    assert searcher.refresh()
+    assert searcher.commit.number == 0
+
+
+def test_segments_that_stay_are_not_opened_again(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    searcher = Searcher(whole.run.uri)
+    before = searcher._pinned().segments
+    publish_next(whole)
+    searcher.refresh()
+    after = searcher._pinned().segments
+    assert sum(after[sha256] is before.get(sha256) for sha256 in after) == (whole.num_waves - 1) * whole.num_shards
+
+
+def damage(uri: str, how: str, other: str) -> None:
+    data = bytearray(Path(uri).read_bytes())
+    if how == "flipped bit":
+        data[-3] ^= 1
+    elif how == "truncated":
+        del data[-8:]
+    elif how == "swapped":
+        data[:] = Path(other).read_bytes()
+    if how == "missing":
+        Path(uri).unlink()
+    else:
+        Path(uri).write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["flipped bit", "truncated", "swapped", "missing"])
+def test_a_damaged_segment_is_named_and_the_old_commit_stays(tmp_path: Path, how: str) -> None:
+    whole = make(tmp_path)
+    queries = np.ones((2, DIM))
+    searcher = Searcher(whole.run.uri)
+    before = searcher.search(queries, 5)
+    publish_next(whole)
+    bad, other = (whole.run.path(whole.segment(shard, 1, "embedded").path) for shard in (0, 1))
+    good = Path(bad).read_bytes()
+    damage(bad, how, other)
+
+    for _ in range(2):
+        with pytest.raises(DataError) as caught:
+            searcher.refresh()
+        assert bad in str(caught.value)
+        np.testing.assert_array_equal(searcher.search(queries, 5).ids, before.ids)
+        assert searcher.commit.number == 0
+    with pytest.raises(DataError):
+        Searcher(whole.run.uri)
+
+    Path(bad).write_bytes(good)
+    assert searcher.refresh()
+    assert searcher.commit.number == 1
+
+
+def test_damaged_codebook_commit_or_tag_is_refused(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    publish_next(whole)
+    for uri in (whole.run.path(whole.codebook_path), whole.run.commit(1), whole.run.tag("prod")):
+        good = Path(uri).read_bytes()
+        damage(uri, "truncated", uri)
+        with pytest.raises(DataError) as caught:
+            Searcher(whole.run.uri)
+        assert uri in str(caught.value)
+        Path(uri).write_bytes(good)
+    assert Searcher(whole.run.uri).commit.number == 1
+
+
+def test_nothing_to_search_yet(tmp_path: Path) -> None:
+    whole = WholeRun(Run(str(tmp_path)), num=60)
+    with pytest.raises(DataError, match="nothing to search"):
+        Searcher(whole.run.uri)
+    whole.publish(0)
+    with pytest.raises(DataError, match=r"\[0\]"):
+        Searcher(whole.run.uri)
+    with pytest.raises(DataError, match="no such commit"):
+        Searcher(whole.run.uri, commit=1)
+
+
+@pytest.mark.parametrize(
+    ("queries", "found"),
+    [
+        (np.zeros((2, DIM + 1)), f"(2, {DIM + 1})"),
+        (np.zeros(DIM), f"({DIM},)"),
+        (np.full((1, DIM), np.nan), "1 bad rows"),
+        (np.full((1, DIM), 1e300), "1 bad rows"),
+        ([["a"] * DIM], "could not convert"),
+        ([[1.0], [1.0, 2.0]], "inhomogeneous"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_bad_queries_are_refused(tmp_path: Path, queries: object, found: str) -> None:
+    with Searcher(make(tmp_path).run.uri) as searcher, pytest.raises(DataError) as caught:
+        searcher.search(queries, 3)  # type: ignore[arg-type]
+    assert found in str(caught.value)
+
+
+def test_k_is_checked_and_may_exceed_the_gallery(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    searcher = Searcher(whole.run.uri)
+    with pytest.raises(DataError, match="at least 1"):
+        searcher.search(np.zeros((1, DIM)), 0)
+    result = searcher.search(np.zeros((1, DIM)), whole.num + 2)
+    assert result.ids[0, -2:].tolist() == [-1, -1]
+    assert searcher.search(np.zeros((0, DIM)), 4).ids.shape == (0, 4)
+    searcher.close()
+    with pytest.raises(ValueError, match="closed"):
+        searcher.search(np.zeros((1, DIM)), 1)
+
+
+def test_readers_see_one_whole_commit_while_it_is_switched(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    queries = np.random.default_rng(2).standard_normal((3, DIM))
+    expected = {number: exact_order(whole, number, queries) for number in range(whole.num_waves + 1)}
+    searcher = Searcher(whole.run.uri)
+    done, wrong, seen = threading.Event(), [], set()
+
+    def read() -> None:
+        while not done.is_set():
+            result = searcher.search(queries, whole.num)
+            seen.add(result.commit)
+            if not np.array_equal(result.ids, expected[result.commit]):
+                wrong.append(result.commit)
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(whole.num_waves):
+            publish_next(whole)
+            searcher.refresh()
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+    assert max(seen) > 0
+
+
+def test_a_codebook_of_another_metric_is_refused(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    commit = replace(snapshot.read_commit(whole.run, 0), metric="ip")
+    storage.put(whole.run.commit(0), snapshot.to_json(commit))
+    with pytest.raises(DataError, match="codebook is not the commit's"):
+        Searcher(whole.run.uri)

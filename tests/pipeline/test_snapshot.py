@@ -1,0 +1,464 @@
+"""The commit protocol: commits are whole, published once and in order, whoever dies or wakes up when."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from pipeline import commits, snapshot, storage
+from pipeline.errors import DataError, GateRefused, Refused, SnapshotConflict
+from pipeline.run import Run
+from pipeline.snapshot import (
+    Commit,
+    Counts,
+    SegmentRef,
+    Tag,
+    Writer,
+    auto_promote,
+    list_commits,
+    promote,
+    read_commit,
+    read_tag,
+    rollback,
+)
+
+WAVES, SHARDS = 4, 2
+
+
+def draft(number: int, salt: str = "", waves: int = WAVES) -> Commit:
+    """A whole commit whose segments exist only by name: nothing here opens them."""
+    segments = tuple(
+        SegmentRef(
+            shard=shard,
+            wave=wave,
+            kind="embedded" if wave <= number else "transformed",
+            path=f"index/segments/{wave}-{shard}{salt}.faiss",
+            sha256=f"{wave}-{shard}{salt}",
+            bytes=10,
+            vectors=5 + wave,
+            sidecar_path=f"index/segments/{wave}-{shard}.parquet",
+            sidecar_sha256="side",
+            rejected=int(wave <= number and shard == 0),
+        )
+        for wave, shard in product(range(1, waves + 1), range(SHARDS))
+    )
+    return Commit(
+        number=number,
+        parent=number - 1 if number else None,
+        codebook_path="index/codebook-abc.faiss",
+        codebook_sha256="abc",
+        metric="l2",
+        nprobe=4,
+        dim=8,
+        num_waves=waves,
+        num_shards=SHARDS,
+        segments=segments,
+        counts=Counts.of(segments),
+        quality={"top1": 0.5},
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(str(tmp_path))
+
+
+def published(run: Run, last: int) -> Writer:
+    writer = Writer.acquire(run)
+    for number in range(last + 1):
+        writer.publish(draft(number))
+    return writer
+
+
+def test_commits_are_numbered_and_counted(run: Run) -> None:
+    writer = Writer.acquire(run)
+    assert writer.latest is None
+    assert list_commits(run) == []
+    for number in range(WAVES + 1):
+        commit = writer.publish(draft(number))
+        assert read_commit(run, number) == commit
+        assert commit.content() == draft(number).content()
+        assert read_tag(run, "candidate") == Tag(number, epoch=1)
+    assert list_commits(run) == list(range(WAVES + 1))
+    counts = read_commit(run, 2).counts
+    assert counts == Counts(gallery=60, transformed=36, embedded=24, rejected=2)
+    assert counts.transformed + counts.embedded == counts.gallery
+
+
+def test_a_commit_file_says_nothing_of_the_machine_and_has_its_format(run: Run) -> None:
+    published(run, 0)
+    tree = json.loads(storage.read_bytes(run.commit(0)))
+    assert tree["format_version"] == 1
+    assert run.uri not in json.dumps(tree)
+
+
+def test_publishing_out_of_order_or_twice_is_refused(run: Run) -> None:
+    writer = published(run, 1)
+    for number in (0, 1, 3):
+        with pytest.raises(SnapshotConflict, match="in order"):
+            writer.publish(draft(number))
+    assert list_commits(run) == [0, 1]
+
+
+def test_the_last_to_acquire_is_the_only_writer(run: Run) -> None:
+    old = published(run, 1)
+    new = Writer.acquire(run)
+    assert (new.epoch, new.latest) == (old.epoch + 1, 1)
+    with pytest.raises(SnapshotConflict, match="took this run over"):
+        old.publish(draft(2))
+    assert not storage.exists(run.commit(2))
+    new.publish(draft(2))
+    with pytest.raises(SnapshotConflict, match="took this run over") as caught:
+        old.publish(draft(2))
+    assert isinstance(pickle.loads(pickle.dumps(caught.value)), SnapshotConflict)  # noqa: S301  # our own bytes
+
+
+def test_a_commit_that_was_created_but_not_announced_is_adopted(run: Run) -> None:
+    published(run, 1)
+    orphan = replace(draft(2), attempt_id="dead", epoch=1)
+    storage.put_if_absent(run.commit(2), snapshot.to_json(orphan))
+    assert list_commits(run) == [0, 1]
+    with pytest.raises(DataError, match="no such commit"):
+        promote(run, 2, blockers=[])
+
+    writer = Writer.acquire(run)
+
+    assert writer.latest == 2
+    assert list_commits(run) == [0, 1, 2]
+    assert read_commit(run, 2).attempt_id == "dead"
+
+
+def test_an_orphan_that_appears_later_is_adopted_where_it_is_the_same(run: Run) -> None:
+    writer = published(run, 1)
+    storage.put_if_absent(run.commit(2), snapshot.to_json(replace(draft(2), attempt_id="zombie")))
+    assert writer.publish(draft(2)).attempt_id == "zombie"
+    storage.put_if_absent(run.commit(3), snapshot.to_json(replace(draft(3, salt="x"), attempt_id="zombie")))
+    with pytest.raises(SnapshotConflict, match="other content"):
+        writer.publish(draft(3))
+    assert read_tag(run, "candidate") == Tag(2, epoch=1)
+    assert Writer.acquire(run).latest == 3
+
+
+class LostAnswers:
+    """A store that does what it is told and then loses the answer, as a retried request sees it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.lost = 0
+        put, swap = storage.put_if_absent, storage.compare_and_swap
+
+        def lossy_put(uri: str, data: bytes) -> None:
+            put(uri, data)
+            self.lost += 1
+            raise storage.AlreadyExists(uri)
+
+        def lossy_swap(uri: str, data: bytes, version: str | None) -> str:
+            swap(uri, data, version)
+            self.lost += 1
+            raise storage.Changed(uri)
+
+        self.put, self.swap = lossy_put, lossy_swap
+        self._patch = monkeypatch
+
+    def break_store(self, *names: str) -> None:
+        for name in names:
+            self._patch.setattr(storage, name, self.put if name == "put_if_absent" else self.swap)
+
+
+def test_lost_answers_do_not_look_like_another_writer(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = Writer.acquire(run)
+    store = LostAnswers(monkeypatch)
+    store.break_store("put_if_absent", "compare_and_swap")
+    commit = writer.publish(draft(0))
+    assert store.lost == 2
+    assert commit.epoch == writer.epoch
+    assert read_tag(run, "candidate") == Tag(0, epoch=writer.epoch)
+
+
+def test_publishing_again_after_a_failure_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = Writer.acquire(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "compare_and_swap", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+        with pytest.raises(OSError, match="gone"):
+            writer.publish(draft(0))
+    assert writer.latest is None
+    first = read_commit(run, 0)
+    assert writer.publish(draft(0)) == first
+    assert writer.publish(draft(1)).number == 1
+
+
+BROKEN = {
+    "a segment is missing": lambda c: replace(c, segments=c.segments[1:]),
+    "a segment comes twice": lambda c: replace(c, segments=(*c.segments[1:], c.segments[1])),
+    "counts": lambda c: replace(c, counts=replace(c.counts, embedded=c.counts.embedded + 1)),
+    "gallery": lambda c: replace(c, counts=replace(c.counts, gallery=c.counts.gallery + 1)),
+    "parent": lambda c: replace(c, parent=0),
+    "beyond the last wave": lambda c: replace(c, num_waves=1),
+    "kind": lambda c: replace(c, segments=(replace(c.segments[0], kind="transformed"), *c.segments[1:])),
+    "rejects": lambda c: replace(c, segments=(replace(c.segments[0], rejected=99), *c.segments[1:])),
+    "quality": lambda c: replace(c, quality={"top1": float("nan")}),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_commit_that_is_not_whole_is_neither_written_nor_read(run: Run, name: str) -> None:
+    writer = published(run, 1)
+    broken = BROKEN[name](draft(2))
+    with pytest.raises(DataError) as caught:
+        writer.publish(broken)
+    assert run.commit(2) in str(caught.value)
+    assert not storage.exists(run.commit(2))
+    storage.put(run.commit(2), snapshot.to_json(broken))
+    with pytest.raises(DataError) as caught:
+        read_commit(run, 2)
+    assert run.commit(2) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "another format"),
+        ({"nprobe": "4"}, "nprobe"),
+        ({"dim": None}, "dim"),
+        ({"metric": "l3"}, "metric"),
+        ({"segments": [{"shard": 0}]}, "segments.0.wave"),
+        ({"number": 2, "parent": 1}, "another commit"),
+    ],
+)
+def test_a_commit_file_of_another_program_is_refused(run: Run, changes: dict[str, object], message: str) -> None:
+    published(run, 1)
+    tree = json.loads(storage.read_bytes(run.commit(1))) | changes
+    del tree["sha256"]
+    tree["sha256"] = commits._digest(tree)
+    storage.put(run.commit(1), json.dumps(tree).encode())
+    with pytest.raises(DataError, match=message) as caught:
+        read_commit(run, 1)
+    assert run.commit(1) in str(caught.value)
+    assert read_commit(run, 0).number == 0
+
+
+def json_or_none(data: bytes) -> object:
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("what", ["commit", "tag"])
+def test_any_flipped_bit_and_any_truncation_is_noticed(run: Run, what: str) -> None:
+    writer = Writer.acquire(run)
+    writer.publish(draft(0, waves=1))
+    uri = run.commit(0) if what == "commit" else run.tag("candidate")
+    good = storage.read_bytes(uri)
+
+    def read() -> object:
+        return read_commit(run, 0) if what == "commit" else read_tag(run, "candidate")
+
+    expected = read()
+    for position in range(0, len(good), 23):
+        for bad in (good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :], good[:position]):
+            Path(uri).write_bytes(bad)
+            if json_or_none(bad) == json.loads(good):  # only white space was hit
+                assert read() == expected
+            else:
+                with pytest.raises(DataError, match=uri):
+                    read()
+
+
+def test_promote_moves_prod_and_remembers_where_it_was(run: Run) -> None:
+    with pytest.raises(DataError, match="no such commit"):
+        promote(run, None, blockers=[])
+    published(run, 3)
+    assert promote(run, 1, blockers=[]) == Tag(1)
+    assert promote(run, None, blockers=[]) == Tag(3, previous=1)
+    assert promote(run, 3, blockers=[]) == Tag(3, previous=1)
+    with pytest.raises(DataError, match="no such commit"):
+        promote(run, 4, blockers=[])
+
+
+def test_blockers_refuse_a_promotion_unless_forced(run: Run) -> None:
+    published(run, 2)
+    promote(run, 1, blockers=[])
+    with pytest.raises(GateRefused, match="worse than before"):
+        promote(run, 2, blockers=["it is worse than before"])
+    assert not auto_promote(run, 2, blockers=["it is worse than before"])
+    assert read_tag(run, "prod") == Tag(1)
+    assert promote(run, 2, blockers=["it is worse than before"], force=True) == Tag(2, previous=1)
+
+
+def test_rollback_pins_prod_until_the_next_promote(run: Run) -> None:
+    with pytest.raises(Refused):
+        rollback(run)
+    writer = published(run, 0)
+    for number in (1, 2):
+        writer.publish(draft(number))
+        assert auto_promote(run, number)
+    assert rollback(run) == Tag(1, pinned=True)
+    writer.publish(draft(3))
+    assert not auto_promote(run, 3)
+    assert read_tag(run, "prod") == Tag(1, pinned=True)
+    with pytest.raises(Refused, match=r"\[0, 1, 2, 3\]"):
+        rollback(run)
+    assert rollback(run, to=0) == Tag(0, pinned=True)
+    for to in (0, 3):
+        with pytest.raises(Refused):
+            rollback(run, to=to)
+    assert promote(run, 2, blockers=[]) == Tag(2, previous=0)
+    assert auto_promote(run, 3)
+
+
+def test_auto_promote_never_goes_back(run: Run) -> None:
+    published(run, 2)
+    assert auto_promote(run, 2)
+    assert not auto_promote(run, 1)
+    assert read_tag(run, "prod") == Tag(2)
+
+
+def test_prod_never_points_to_a_commit_that_cannot_be_read(run: Run) -> None:
+    published(run, 2)
+    promote(run, 1, blockers=[])
+    storage.put(run.commit(2), b"{}")
+    for move in (lambda: promote(run, 2, blockers=[]), lambda: auto_promote(run, 2)):
+        with pytest.raises(DataError):
+            move()
+    assert read_tag(run, "prod") == Tag(1)
+
+
+class Crash(BaseException):
+    """The process is gone; nothing may catch it."""
+
+
+class TwoWriters(RuleBasedStateMachine):
+    """Two drivers publish the same run, take it over, stall between any two steps and die.
+
+    Contents may differ between them (two GPUs do not round alike). Whatever they do: commits never
+    change once announced, the candidate never goes back, no number is skipped, prod is always readable,
+    and a driver that starts on its own afterwards finishes the run.
+    """
+
+    @initialize()
+    def start(self) -> None:
+        # In memory where that can be: this is about the order of steps, and each one waits for the disk.
+        self.folder = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        self.run = Run(self.folder)
+        self.writers: dict[str, Writer] = {}
+        self.owner = ""  # whoever acquired the run last
+        self.announced: dict[int, bytes] = {}
+        self.candidate = Tag(None, epoch=0)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "run"):
+            return
+        writer = Writer.acquire(self.run)
+        for number in range(0 if writer.latest is None else writer.latest + 1, WAVES + 1):
+            writer.publish(draft(number, salt="last"))
+        assert list_commits(self.run) == list(range(WAVES + 1))
+        shutil.rmtree(self.folder)
+
+    @rule(name=st.sampled_from("ab"))
+    def acquire(self, name: str) -> None:
+        self.writers[name] = Writer.acquire(self.run)
+        self.owner = name
+
+    @rule(name=st.sampled_from("ab"), salt=st.sampled_from(["", "other"]), ahead=st.sampled_from([1, 1, 1, 2]))
+    def publish(self, name: str, salt: str, ahead: int) -> None:
+        self._publish(name, salt, ahead)
+
+    @rule(name=st.sampled_from("ab"), salt=st.sampled_from(["", "other"]), step=st.sampled_from(["put", "swap"]))
+    def die_after(self, name: str, salt: str, step: str) -> None:
+        """The driver's last act is to create the commit, or to announce it."""
+        called = {"put": "put_if_absent", "swap": "compare_and_swap"}[step]
+        real = getattr(storage, called)
+
+        def last_act(*arguments: object) -> None:
+            real(*arguments)
+            raise Crash
+
+        setattr(storage, called, last_act)
+        try:
+            self._publish(name, salt, 1)
+        except Crash:
+            del self.writers[name]
+        finally:
+            setattr(storage, called, real)
+
+    @rule(name=st.sampled_from("ab"), salt=st.sampled_from(["", "other"]), step=st.sampled_from(["put", "swap"]))
+    def stall_before(self, name: str, salt: str, step: str) -> None:
+        """The other driver takes over, and maybe publishes, just before a step of this one."""
+        other = "b" if name == "a" else "a"
+        called = {"put": "put_if_absent", "swap": "compare_and_swap"}[step]
+        real = getattr(storage, called)
+
+        def stalled(*arguments: object) -> object:
+            setattr(storage, called, real)
+            self.acquire(other)
+            self._publish(other, "other", 1)
+            return real(*arguments)
+
+        setattr(storage, called, stalled)
+        try:
+            self._publish(name, salt, 1)
+        finally:
+            setattr(storage, called, real)
+
+    @rule(number=st.none() | st.integers(0, WAVES), how=st.sampled_from(["promote", "auto", "rollback"]))
+    def move_prod(self, number: int | None, how: str) -> None:
+        try:
+            if how == "promote":
+                promote(self.run, number, blockers=[])
+            elif how == "auto":
+                auto_promote(self.run, number or 0)
+            else:
+                rollback(self.run, number)
+        except (DataError, Refused):
+            pass
+
+    @invariant()
+    def nothing_announced_ever_changes(self) -> None:
+        if not hasattr(self, "run"):
+            return
+        tag = read_tag(self.run, "candidate") or self.candidate
+        before = -1 if self.candidate.commit is None else self.candidate.commit
+        now = -1 if tag.commit is None else tag.commit
+        assert now >= before
+        assert (tag.epoch or 0) >= (self.candidate.epoch or 0)
+        self.candidate = tag
+        assert list_commits(self.run) == list(range(now + 1))
+        for number in range(now + 1):
+            assert read_commit(self.run, number).number == number
+            data = storage.read_bytes(self.run.commit(number))
+            assert self.announced.setdefault(number, data) == data
+        prod = read_tag(self.run, "prod")
+        assert prod is None or (prod.commit is not None and prod.commit <= now)
+
+    def _publish(self, name: str, salt: str, ahead: int) -> None:
+        writer = self.writers.get(name)
+        if writer is None:
+            return
+        number = (-1 if writer.latest is None else writer.latest) + ahead
+        if number > WAVES:
+            return
+        try:
+            commit = writer.publish(draft(number, salt))
+        except SnapshotConflict:
+            del self.writers[name]  # as a driver does: it stops
+        else:
+            assert self.owner == name
+            assert read_tag(self.run, "candidate") == Tag(number, epoch=writer.epoch)
+            assert ahead == 1
+            assert commit.content() == draft(number, salt).content()
+            assert writer.latest == number
+
+
+TwoWriters.TestCase.settings = settings(max_examples=40, stateful_step_count=16, deadline=None)
+TestTwoWriters = TwoWriters.TestCase

@@ -1,0 +1,234 @@
+"""The vector log: a unit is durable once and for all, with every image in its part or in its rejects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import storage
+from pipeline.schema import UNITS, Float32, Int64, Unit, embedded_schema, shard_of
+from pipeline.vector_log import (
+    EmbeddedUnit,
+    VectorLog,
+    count_rejects,
+    finished_units,
+    forget_rejects,
+    part_times,
+    read_rejects,
+    read_shard,
+    read_wave,
+    write_unit,
+)
+
+DIM, SHARDS = 3, 4
+
+
+def make_log(folder: Path) -> VectorLog:
+    return VectorLog(str(folder / "embedded"), str(folder / "rejects"), DIM, SHARDS)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> VectorLog:
+    return make_log(tmp_path)
+
+
+def vectors_of(ids: Int64) -> Float32:
+    """The vector that each id stands for."""
+    return np.stack([ids % 1000, ids % 7, -ids % 11], axis=1).astype(np.float32)
+
+
+def write_plan(folder: Path, units: list[list[int]], wave: int = 1) -> list[Unit]:
+    """The units file of a wave, whose units have these ids."""
+    uri = str(folder / f"wave-{wave}.parquet")
+    groups = []
+    for ids in units:
+        columns = {"id": ids, "uri": [f"{number}.png" for number in ids]}
+        columns |= {name: pa.nulls(len(ids), pa.int64()) for name in ("offset", "length", "row")}
+        groups.append(pa.table(columns).cast(UNITS))
+    storage.put(uri, storage.parquet_bytes(UNITS, groups))
+    return [Unit(wave, number, uri, number, len(ids)) for number, ids in enumerate(units)]
+
+
+def embed(ids: list[int], bad: tuple[int, ...] = (), shift: float = 0.0) -> EmbeddedUnit:
+    """An embedded unit in the order of `ids`; those in `bad` are rejected, and their vectors are rubbish."""
+    array = np.array(ids, np.int64)
+    vectors = vectors_of(array) + np.float32(shift)
+    vectors[np.isin(array, bad)] = np.nan
+    return EmbeddedUnit(
+        ids=array,
+        vectors=vectors,
+        etags=pa.array([f"etag-{number}" for number in ids], pa.string()),
+        reject_stages=pa.array(["decode" if number in bad else "" for number in ids]),
+        reject_reasons=pa.array(["empty" if number in bad else "" for number in ids]),
+    )
+
+
+def files(log: VectorLog) -> dict[str, bytes]:
+    uris = storage.list_files(log.parts_uri) + storage.list_files(log.rejects_uri)
+    return {uri: storage.read_bytes(uri) for uri in uris}
+
+
+def test_a_unit_is_durable_whole_and_sorted_by_shard_and_id(tmp_path: Path, log: VectorLog) -> None:
+    ids = [50, 3, 999, 12, 7, 8]
+    (unit,) = write_plan(tmp_path, [ids])
+    size, rejected = write_unit(log, unit, embed(ids))
+    assert (size, rejected) == (len(storage.read_bytes(log.part(1, 0))), 0)
+    part = storage.read_parquet(log.part(1, 0))
+    assert part.schema.equals(embedded_schema(DIM))
+    found = part["id"].to_numpy()
+    assert sorted(found.tolist()) == sorted(ids)
+    assert part["shard"].to_pylist() == shard_of(found, SHARDS).tolist()
+    assert part["source_etag"].to_pylist() == [f"etag-{number}" for number in found]
+    for shard in range(SHARDS):
+        group = storage.read_parquet(log.part(1, 0), row_groups=[shard])
+        assert set(group["shard"].to_pylist()) <= {shard}
+        assert group["id"].to_pylist() == sorted(group["id"].to_pylist())
+
+
+def test_a_unit_written_twice_keeps_the_first_parts_bytes_and_says_what_they_hold(
+    tmp_path: Path, log: VectorLog
+) -> None:
+    ids = list(range(20))
+    (unit,) = write_plan(tmp_path, [ids])
+    first = write_unit(log, unit, embed(ids, bad=(4, 5)))
+    before = files(log)
+    assert write_unit(log, unit, embed(ids, bad=(6,), shift=1.0)) == first
+    assert files(log) == before
+
+
+def test_the_same_unit_in_another_order_gives_the_same_bytes(tmp_path: Path) -> None:
+    ids = list(range(40))
+    written = []
+    for name, order in (("a", ids), ("b", ids[::-1])):
+        log = make_log(tmp_path / name)
+        (unit,) = write_plan(tmp_path / name, [order])
+        write_unit(log, unit, embed(order))
+        written.append(storage.read_bytes(log.part(1, 0)))
+    assert written[0] == written[1]
+
+
+def test_rejects_keep_their_place_stage_and_reason_and_are_in_no_part(tmp_path: Path, log: VectorLog) -> None:
+    ids = [9, 4, 6, 1]
+    (unit,) = write_plan(tmp_path, [ids])
+    assert write_unit(log, unit, embed(ids, bad=(4, 1)))[1] == 2
+    nothing = {"offset": None, "length": None, "row": None, "stage": "decode", "reason": "empty"}
+    assert read_rejects(log).to_pylist() == [{"id": number, "uri": f"{number}.png", **nothing} for number in (4, 1)]
+    assert read_wave(log, 1)[0].tolist() == [6, 9]
+
+
+def test_a_unit_of_rejects_only_is_done(tmp_path: Path, log: VectorLog) -> None:
+    (unit,) = write_plan(tmp_path, [[1, 2]])
+    assert write_unit(log, unit, embed([1, 2], bad=(1, 2)))[1] == 2
+    assert finished_units(log) == {1: [0]}
+    ids, vectors = read_wave(log, 1)
+    assert (ids.shape, vectors.shape) == ((0,), (0, DIM))
+
+
+def test_a_unit_without_rejects_has_no_file_of_rejects(tmp_path: Path, log: VectorLog) -> None:
+    (unit,) = write_plan(tmp_path, [[1, 2]])
+    write_unit(log, unit, embed([1, 2]))
+    assert storage.list_files(log.rejects_uri) == []
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    ids=st.lists(st.integers(0, 10**15), min_size=1, max_size=60, unique=True),
+    bad=st.sets(st.integers(0, 59)),
+    size=st.integers(1, 25),
+)
+def test_shards_of_a_wave_are_the_wave_filtered(
+    tmp_path_factory: pytest.TempPathFactory, ids: list[int], bad: set[int], size: int
+) -> None:
+    folder = tmp_path_factory.mktemp("log")
+    log = make_log(folder)
+    rejected = tuple(number for place, number in enumerate(ids) if place in bad)
+    cut = [ids[start : start + size] for start in range(0, len(ids), size)]
+    for unit, rows in zip(write_plan(folder, cut), cut, strict=True):
+        write_unit(log, unit, embed(rows, rejected))
+    found, vectors = read_wave(log, 1)
+    assert found.tolist() == sorted(set(ids) - set(rejected))
+    assert np.array_equal(vectors, vectors_of(found))
+    for shard in range(SHARDS):
+        mine = shard_of(found, SHARDS) == shard
+        ids_of_shard, vectors_of_shard = read_shard(log, 1, shard)
+        assert np.array_equal(ids_of_shard, found[mine])
+        assert np.array_equal(vectors_of_shard, vectors[mine])
+
+
+def test_a_wave_that_is_not_begun_is_empty(log: VectorLog) -> None:
+    assert read_wave(log, 1)[1].shape == read_shard(log, 1, 0)[1].shape == (0, DIM)
+    assert finished_units(log) == count_rejects(log) == part_times(log) == {}
+    assert read_rejects(log).num_rows == 0
+
+
+def test_units_and_rejects_are_counted_by_wave(tmp_path: Path, log: VectorLog) -> None:
+    cut = [[1, 2, 3], [4, 5], [6]]
+    for wave in (1, 12):
+        units = write_plan(tmp_path, cut, wave)
+        for number in (2, 0):
+            write_unit(log, units[number], embed(cut[number], bad=(1, 2) if wave == 12 else ()))
+    assert finished_units(log) == {1: [0, 2], 12: [0, 2]}
+    assert sorted(part_times(log)) == [(1, 0), (1, 2), (12, 0), (12, 2)]
+    assert count_rejects(log) == {12: 2}
+    assert read_rejects(log, 1).num_rows == 0
+    assert read_rejects(log, 12)["id"].to_pylist() == [1, 2]
+
+
+class Died(Exception):
+    """Stands for the end of the process."""
+
+
+def write_rejects_and_die(log: VectorLog, unit: Unit, embedded: EmbeddedUnit, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A patch, because a kill from outside cannot be timed to fall between the two files.
+    def die(uri: str, data: bytes) -> None:
+        raise Died
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "put_if_absent", die)
+        with pytest.raises(Died):
+            write_unit(log, unit, embedded)
+
+
+@pytest.mark.parametrize("bad_again", [(), (2,), (1, 2), (3,), (2, 3)])
+def test_a_unit_that_died_before_its_part_is_done_again_as_if_it_had_never_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad_again: tuple[int, ...]
+) -> None:
+    ids, written = [1, 2, 3, 4], []
+    for dies in (False, True):
+        log = make_log(tmp_path / str(dies))
+        (unit,) = write_plan(tmp_path / "plan", [ids])
+        if dies:
+            write_rejects_and_die(log, unit, embed(ids, bad=(2,)), monkeypatch)
+            assert finished_units(log) == {}
+            assert count_rejects(log) == {}  # they are counted with the unit, once it is done
+        assert write_unit(log, unit, embed(ids, bad_again))[1] == len(bad_again)
+        embedded, rejected = read_wave(log, 1)[0].tolist(), read_rejects(log)["id"].to_pylist()
+        assert sorted(embedded + rejected) == ids
+        assert count_rejects(log).get(1, 0) == len(bad_again)
+        written.append(list(files(log).values()))
+    assert written[0] == written[1]
+
+
+def test_forgetting_rejects_undoes_their_units_of_later_waves_only(tmp_path: Path, log: VectorLog) -> None:
+    cut = [[1, 2, 3], [4, 5], [6]]
+    for wave in (1, 2, 3):
+        for unit, rows in zip(write_plan(tmp_path, cut, wave), cut, strict=True):
+            write_unit(log, unit, embed(rows, bad=(2, 6)))
+    assert forget_rejects(log, after_wave=1) == 4
+    assert finished_units(log) == {1: [0, 1, 2], 2: [1], 3: [1]}
+    assert count_rejects(log) == {1: 2}
+    assert forget_rejects(log, after_wave=1) == 0
+
+
+def test_a_forgotten_unit_can_be_embedded_without_its_rejects(tmp_path: Path, log: VectorLog) -> None:
+    (unit,) = write_plan(tmp_path, [[1, 2, 3]])
+    write_unit(log, unit, embed([1, 2, 3], bad=(2,)))
+    forget_rejects(log, after_wave=0)
+    assert write_unit(log, unit, embed([1, 2, 3]))[1] == 0
+    assert read_wave(log, 1)[0].tolist() == [1, 2, 3]
+    assert read_rejects(log).num_rows == 0

@@ -1,0 +1,171 @@
+"""A small run on disk, made without Ray: plan, vector log, segments; for the tests of what comes after them."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline import codebook as codebooks
+from pipeline import index, storage
+from pipeline.codebook import Codebook
+from pipeline.config import Index, Metric
+from pipeline.run import Run
+from pipeline.schema import (
+    REJECTS,
+    Float32,
+    Int64,
+    embedded_schema,
+    shard_of,
+    transformed_schema,
+    vectors_to_arrow,
+)
+from pipeline.segments import Rows
+from pipeline.snapshot import Commit, Counts, Kind, SegmentRef, Writer
+
+DIM = 8
+UNITS = 2
+
+
+@dataclass
+class WholeRun:
+    """A gallery in `num_waves` waves; every 50th image is a reject."""
+
+    run: Run
+    metric: Metric = "l2"
+    factory: str = "IVF4,Flat"
+    num: int = 240
+    num_waves: int = 3
+    num_shards: int = 2
+    seed: int = 0
+    refs: dict[tuple[int, int, Kind], SegmentRef] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(self.seed)
+        self.ids: Int64 = rng.permutation(self.num * 7)[: self.num].astype(np.int64)
+        self.waves = np.arange(self.num) % self.num_waves + 1
+        self.shards = shard_of(self.ids, self.num_shards)
+        self.transformed: Float32 = rng.standard_normal((self.num, DIM)).astype(np.float32)
+        self.embedded: Float32 = self.transformed + rng.standard_normal((self.num, DIM)).astype(np.float32) / 4
+        self.rejected = np.arange(self.num) % 50 == 1
+        settings = Index(factory=self.factory)
+        data = codebooks.train_codebook(self.embedded, settings, self.metric, self.num, device="cpu", seed=0)
+        self.codebook = Codebook(data)
+        self.codebook_path, self.codebook_sha256 = codebooks.write_codebook(self.run, data)
+
+    def copy_to(self, folder: Path) -> WholeRun:
+        """The same run elsewhere: cheaper than making it again."""
+        shutil.copytree(self.run.uri, folder, dirs_exist_ok=True)
+        other = copy.copy(self)
+        other.run, other.refs = Run(str(folder)), dict(self.refs)
+        return other
+
+    def write_inputs(self) -> WholeRun:
+        """run.json, the transformed gallery in two parts, and the whole vector log."""
+        storage.put(self.run.settings, b'{"format_version": 1}')
+        for part in range(2):
+            rows = np.flatnonzero(np.arange(self.num) // 2 % 2 == part)
+            cells = [(wave, shard) for wave in range(1, self.num_waves + 1) for shard in range(self.num_shards)]
+            groups = (
+                self._plan_rows(rows[(self.waves[rows] == wave) & (self.shards[rows] == shard)])
+                for wave, shard in cells
+            )
+            uri = self.run.part("transformed", part)
+            storage.put(uri, storage.parquet_bytes(transformed_schema(DIM), groups))
+        for wave in range(1, self.num_waves + 1):
+            self.write_log(wave)
+        return self
+
+    def write_log(self, wave: int) -> None:
+        """The units of a wave and their rejects."""
+        for unit in range(UNITS):
+            rows = np.flatnonzero((self.waves == wave) & (np.arange(self.num) // self.num_waves % UNITS == unit))
+            good, bad = rows[~self.rejected[rows]], rows[self.rejected[rows]]
+            groups = (self._log_rows(good[self.shards[good] == shard]) for shard in range(self.num_shards))
+            name = f"wave-{wave:03d}/unit-{unit:05d}.parquet"
+            storage.put(self.run.path("embedded", name), storage.parquet_bytes(embedded_schema(DIM), groups))
+            if len(bad):
+                columns = {"id": pa.array(self.ids[bad])} | {
+                    name: pa.nulls(len(bad), REJECTS.field(name).type) for name in REJECTS.names[1:]
+                }
+                storage.put(self.run.path("rejects", name), storage.parquet_bytes(REJECTS, [pa.table(columns)]))
+
+    def _plan_rows(self, at: NDArray[np.intp]) -> pa.Table:
+        schema = transformed_schema(DIM)
+        known = {
+            "id": pa.array(self.ids[at]),
+            "wave": pa.array(self.waves[at]),
+            "shard": pa.array(self.shards[at]),
+            "vector": vectors_to_arrow(self.transformed[at]),
+        }
+        return pa.table({name: known.get(name, pa.nulls(len(at), schema.field(name).type)) for name in schema.names})
+
+    def _log_rows(self, at: NDArray[np.intp]) -> pa.Table:
+        at = at[np.argsort(self.ids[at])]
+        return pa.table(
+            {
+                "id": self.ids[at],
+                "shard": self.shards[at],
+                "source_etag": pa.nulls(len(at), pa.string()),
+                "vector": vectors_to_arrow(self.embedded[at]),
+            }
+        )
+
+    def rows(self, shard: int, wave: int, kind: Kind) -> Rows:
+        """What the segment of a (shard, wave) has to hold."""
+        at = np.flatnonzero((self.shards == shard) & (self.waves == wave))
+        new = ~self.rejected[at] & (kind == "embedded")
+        return Rows(
+            self.ids[at],
+            np.where(new[:, None], self.embedded[at], self.transformed[at]),
+            np.where(new, "embedded", "transformed"),
+            np.zeros(len(at), dtype=np.float32),
+            pa.nulls(len(at), pa.string()),
+        )
+
+    def segment(self, shard: int, wave: int, kind: Kind) -> SegmentRef:
+        """Written when first asked for."""
+        key = (shard, wave, kind)
+        if key not in self.refs:
+            self.refs[key] = index.write_segment(
+                self.run, self.codebook, self.rows(shard, wave, kind), shard, wave, kind
+            )
+        return self.refs[key]
+
+    def draft(self, number: int) -> Commit:
+        """Commit `number`, not published."""
+        segments = tuple(
+            self.segment(shard, wave, "embedded" if wave <= number else "transformed")
+            for wave in range(1, self.num_waves + 1)
+            for shard in range(self.num_shards)
+        )
+        return Commit(
+            number=number,
+            parent=number - 1 if number else None,
+            codebook_path=self.codebook_path,
+            codebook_sha256=self.codebook_sha256,
+            metric=self.metric,
+            nprobe=4,
+            dim=DIM,
+            num_waves=self.num_waves,
+            num_shards=self.num_shards,
+            segments=segments,
+            counts=Counts.of(segments),
+        )
+
+    def publish(self, last: int) -> Writer:
+        """Publish the commits up to `last`."""
+        writer = Writer.acquire(self.run)
+        for number in range(0 if writer.latest is None else writer.latest + 1, last + 1):
+            writer.publish(self.draft(number))
+        return writer
+
+    def vectors(self, number: int) -> Float32:
+        """The vectors of commit `number`, row i that of ids[i]."""
+        new = ~self.rejected & (self.waves <= number)
+        return np.where(new[:, None], self.embedded, self.transformed)

@@ -1,0 +1,309 @@
+"""The fit: schedule, determinism, recovery, and what it says about itself. Synthetic pairs, small networks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch import nn
+
+from pipeline import storage
+from pipeline.config import Config, LossMode, validate
+from pipeline.errors import ConfigError, DataError, TransientError
+from pipeline.run import Run
+from pipeline.schema import Float32, Int64, vectors_to_arrow
+from pipeline.transformation import TransformationNetwork, load_transformation
+from training import fit as fitting
+from training.fit import fit, make_job
+from training.learner import Epoch, FitData, Job, Learner, PairArrays, make_arrays
+from training.measure import measure, spearman
+
+CPU = torch.device("cpu")
+D_OLD, D_NEW, CLASSES, PARTS = 8, 12, 5, 4
+MODES: list[LossMode] = ["alignment", "alignment+uncertainty", "alignment+discriminative", "fastfill"]
+
+
+def _config(folder: Path, metric: str = "l2", **fit_settings: object) -> Config:
+    small = {"inner_width": 32, "epochs": 6, "batch_size": 64, "warmup_epochs": 2, "lr": 5e-3}
+    tree: dict[str, object] = {
+        "run": str(folder / "run"),
+        "device": "cpu",
+        "encoders": {"new": {"export": "new.pt2", "dim": D_NEW, "preprocess": {"size": 4}}},
+        "gallery": {"manifest": "gallery", "columns": {}, "metric": metric},
+        "pairs": {"manifest": "pairs", "columns": {}},
+        "fit": small | fit_settings,
+    }
+    return validate(tree, where="test")
+
+
+def _arrays(num: int, labelled: bool = True) -> tuple[Float32, Float32, Int64]:
+    """Old embeddings are a bent and noisy view of new ones, which are noisier in the higher classes."""
+    random = np.random.default_rng(0)
+    labels = random.integers(0, CLASSES, num)
+    centres = random.normal(size=(CLASSES, D_NEW))
+    new = centres[labels] + (0.2 + 0.2 * labels[:, None]) * random.normal(size=(num, D_NEW))
+    old = np.tanh(new @ random.normal(size=(D_NEW, D_OLD)) / 3) + 0.2 * random.normal(size=(num, D_OLD))
+    return old.astype(np.float32), new.astype(np.float32), labels
+
+
+def _data(folder: Path, num: int = 640, labelled: bool = True) -> FitData:
+    old, new, labels = _arrays(num)
+    parts = []
+    for part in range(PARTS + 1):
+        rows = np.arange(num)[::-1][part :: PARTS + 1]
+        table = pa.table(
+            {
+                "index": rows,
+                "label": pa.array(labels[rows].astype(np.int32), mask=np.full(len(rows), not labelled)),
+                "old": vectors_to_arrow(old[rows]),
+                "new": vectors_to_arrow(new[rows]),
+            }
+        )
+        parts.append(str(folder / "pairs" / f"part-{part}.parquet"))
+        storage.put(parts[-1], storage.parquet_bytes(table.schema, [table]))
+    num_train = num * PARTS // (PARTS + 1)
+    return FitData(parts[:-1], parts[-1:], num_train, CLASSES if labelled else None, D_OLD, D_NEW)
+
+
+def _read(parts: list[str], job: Job) -> PairArrays:
+    return make_arrays(pa.concat_tables([storage.read_parquet(uri) for uri in parts]), job)
+
+
+def _same(module: nn.Module) -> nn.Module:
+    return module
+
+
+def _learner(job: Job, rank: int = 0) -> Learner:
+    parts = job.data.train_parts[rank :: job.fit.num_workers]
+    learner = Learner(job, _read(parts, job), rank, CPU, _same)
+    learner.prepare()
+    return learner
+
+
+def _fit_here(job: Job) -> TransformationNetwork:
+    """The same fit as a plain loop in this process, with as many threads as a worker has: sums depend on them."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    learner = _learner(job)
+    for _ in range(job.fit.epochs):
+        learner.run_epoch()
+    return learner.network
+
+
+def _assert_same_weights(found: TransformationNetwork, expected: TransformationNetwork) -> None:
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
+
+
+def test_the_learning_rate_warms_up_and_ends_in_a_cosine(tmp_path: Path) -> None:
+    job = make_job(_config(tmp_path, epochs=80, warmup_epochs=5, lr=5e-4), _data(tmp_path))
+    rates = [job.lr(epoch) for epoch in range(80)]
+    assert rates[:6] == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4, 5e-4, 5e-4])
+    assert rates[42] == pytest.approx(5e-4 * 0.5 * (1 + np.cos(np.pi * 37 / 75)))
+    assert 0 < rates[79] < 1e-6
+    assert all(np.diff(rates[5:]) < 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_mode_aligns_and_ranks_by_error(tmp_path: Path, mode: LossMode) -> None:
+    config = _config(tmp_path, loss=mode, epochs=30)
+    job = make_job(config, _data(tmp_path))
+    pairs = _read(job.data.held_out_parts, job)
+    before, after = (measure(config, job, network, pairs) for network in (job.network(), _fit_here(job)))
+    assert isinstance(after.held_out["alignment"], float)
+    assert isinstance(after.held_out["spearman"], float)
+    assert after.held_out["alignment"] < 0.7 * before.held_out["alignment"]  # type: ignore[operator]  # a float too
+    assert after.held_out["spearman"] > 0.4
+    assert after.loss == mode
+    assert after.better_than_old
+
+
+@pytest.mark.parametrize("mode", ["alignment", "alignment+uncertainty"])
+def test_the_modes_for_foundation_models_fit_without_labels(tmp_path: Path, mode: LossMode) -> None:
+    config = _config(tmp_path, loss=mode)
+    job = make_job(config, _data(tmp_path, labelled=False))
+    info = measure(config, job, _fit_here(job), _read(job.data.held_out_parts, job))
+    assert info.held_out["new_new"] == {"agreement10": 100.0}
+    assert set(info.held_out) == {"alignment", "spearman", "transformed", "old_old", "new_new"}
+
+
+@pytest.mark.parametrize("mode", ["alignment+discriminative", "fastfill"])
+def test_a_loss_that_needs_labels_is_refused_without_them(tmp_path: Path, mode: LossMode) -> None:
+    with pytest.raises(ConfigError, match=r"alignment\+uncertainty"):
+        fit(_config(tmp_path, loss=mode), Run(str(tmp_path / "run")), _data(tmp_path, labelled=False))
+
+
+def test_cosine_fits_unit_vectors(tmp_path: Path) -> None:
+    config = _config(tmp_path, metric="cosine", loss="alignment+uncertainty", epochs=30)
+    job = make_job(config, _data(tmp_path))
+    pairs = _read(job.data.held_out_parts, job)
+    np.testing.assert_allclose(np.linalg.norm(pairs.new, axis=1), 1, rtol=1e-5)
+    info = measure(config, job, _fit_here(job), pairs)
+    assert info.normalize
+    assert info.better_than_old
+
+
+def test_bfloat16_fits_too(tmp_path: Path) -> None:
+    config = _config(tmp_path, precision="bfloat16", epochs=20)
+    job = make_job(config, _data(tmp_path))
+    info = measure(config, job, _fit_here(job), _read(job.data.held_out_parts, job))
+    assert info.better_than_old
+
+
+def test_pairs_without_a_label_are_fitted_by_alignment_alone(tmp_path: Path) -> None:
+    job = make_job(_config(tmp_path), _data(tmp_path))
+    pairs = _read(job.data.train_parts, job)
+    assert pairs.labels is not None
+    labels = np.where(np.arange(len(pairs.labels)) % 3 == 0, -1, pairs.labels)
+    learner = Learner(job, PairArrays(pairs.old, pairs.new, None, labels), 0, CPU, _same)
+    learner.prepare()
+    assert np.isfinite(learner.run_epoch()["loss"])
+
+
+def test_a_given_classifier_is_used_as_it_is(tmp_path: Path) -> None:
+    data = _data(tmp_path)
+    weight, bias = np.zeros((CLASSES, D_NEW), np.float32), np.arange(CLASSES, dtype=np.float32)
+    job = make_job(_config(tmp_path), replace(data, classifier=(weight, bias)))
+    known = _learner(job).state()["classifier"]
+    assert isinstance(known, tuple)
+    np.testing.assert_array_equal(known[0], weight)
+    np.testing.assert_array_equal(known[1], bias)
+
+
+def test_batchnorm_statistics_stand_still_from_half_of_the_epochs_on(tmp_path: Path) -> None:
+    learner = _learner(make_job(_config(tmp_path, epochs=4), _data(tmp_path)))
+    means = []
+    for _ in range(4):
+        learner.run_epoch()
+        means.append(learner.network.state_dict()["trunk.0.1.running_mean"].clone())
+    assert not torch.equal(means[0], means[1])
+    assert torch.equal(means[1], means[2])
+    assert torch.equal(means[2], means[3])
+
+
+@pytest.mark.parametrize("stopped_after", [2, 4])
+@pytest.mark.parametrize("mode", ["alignment+uncertainty", "fastfill"])
+def test_going_on_from_a_state_equals_never_stopping(tmp_path: Path, mode: LossMode, stopped_after: int) -> None:
+    job = make_job(_config(tmp_path, loss=mode), _data(tmp_path))
+    learner = _learner(job)
+    for _ in range(stopped_after):
+        learner.run_epoch()
+    torch.save(learner.state(), tmp_path / "state.pt")
+    resumed = Learner(job, _read(job.data.train_parts, job), 0, CPU, _same)
+    resumed.restore(torch.load(tmp_path / "state.pt", weights_only=True))
+    resumed.prepare()
+    while resumed.epoch < job.fit.epochs:
+        resumed.run_epoch()
+    _assert_same_weights(resumed.network, _fit_here(job))
+
+
+def test_the_order_of_rows_and_parts_does_not_matter(tmp_path: Path) -> None:
+    job = make_job(_config(tmp_path), _data(tmp_path))
+    forwards, backwards = _read(job.data.train_parts, job), _read(job.data.train_parts[::-1], job)
+    np.testing.assert_array_equal(forwards.old, backwards.old)
+    np.testing.assert_array_equal(forwards.labels, backwards.labels)
+
+
+def test_ranks_share_steps_and_split_the_batch(tmp_path: Path) -> None:
+    data = _data(tmp_path)
+    jobs = [make_job(_config(tmp_path, num_workers=workers), data) for workers in (1, 2)]
+    assert [(job.steps, job.rank_batch) for job in jobs] == [(8, 64), (8, 32)]
+    with pytest.raises(ConfigError, match="fewer parts"):
+        make_job(_config(tmp_path, num_workers=PARTS + 1), data)
+    with pytest.raises(ConfigError, match="batch does not fit"):
+        make_job(_config(tmp_path, batch_size=513), data)
+
+
+def test_a_classifier_of_another_shape_is_refused(tmp_path: Path) -> None:
+    data = replace(_data(tmp_path), classifier=(np.zeros((CLASSES, D_OLD), np.float32), None))
+    with pytest.raises(DataError, match="classifier does not fit"):
+        make_job(_config(tmp_path), data)
+
+
+def test_pairs_that_break_their_contract_are_refused(tmp_path: Path) -> None:
+    data = _data(tmp_path)
+    for wrong, message in ((replace(data, num_classes=3), "labels out of range"), (replace(data, d_old=9), "width")):
+        with pytest.raises(DataError, match=message):
+            _read(data.train_parts, make_job(_config(tmp_path), wrong))
+
+
+def test_a_loss_that_is_not_finite_stops_the_fit(tmp_path: Path) -> None:
+    job = make_job(_config(tmp_path), _data(tmp_path))
+    pairs = _read(job.data.train_parts, job)
+    learner = Learner(job, replace(pairs, new=np.full_like(pairs.new, np.inf)), 0, CPU, _same)
+    learner.prepare()
+    with pytest.raises(DataError, match="not finite"):
+        learner.run_epoch()
+
+
+def test_a_transformation_worse_than_the_old_model_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = _config(tmp_path)
+    job = make_job(config, _data(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        info = measure(config, job, job.network(), _read(job.data.held_out_parts, job))
+    assert not info.better_than_old
+    assert "worse than the old model" in caplog.text
+
+
+def test_rank_correlation_knows_ties_and_constants() -> None:
+    a = np.array([1, 2, 2, 3], np.float32)
+    assert spearman(a, 10 * a) == pytest.approx(1)
+    assert spearman(a, -a) == pytest.approx(-1)
+    assert spearman(a, np.array([1, 2, 3, 4], np.float32)) == pytest.approx(0.9486833)
+    assert spearman(a, np.ones(4, np.float32)) == 0
+
+
+def test_a_snapshot_cut_short_by_a_crash_is_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    storage.put(str(tmp_path / "checkpoint_manager_snapshot.json"), b'{"checkpoint_results": [')
+    with caplog.at_level(logging.WARNING):
+        fitting._drop_broken_snapshot(str(tmp_path))
+    assert not tmp_path.exists()
+    assert "from the first epoch" in caplog.text
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_killed_workers_and_a_second_start_change_nothing(tmp_path: Path) -> None:
+    config, run, data = _config(tmp_path, epochs=14, max_failures=1), Run(str(tmp_path / "run")), _data(tmp_path)
+    first: list[Epoch] = []
+    with pytest.raises(TransientError, match="run the same command again"):
+        fit(config, run, data, on_epoch=lambda figures: _kill(figures, first, at=(2, 7)))
+    assert (
+        len({figures["pid"] for figures in first}) == 2
+    )  # Ray Train replaced the first one, and gave up at the second
+    second: list[Epoch] = []
+    info = fit(config, run, data, on_epoch=second.append)
+    assert [figures["epoch"] for figures in first + second] == list(range(14))
+    network, stored = load_transformation(run, CPU)
+    assert stored == info
+    _assert_same_weights(network, _fit_here(make_job(config, data)))
+    assert not storage.exists(storage.join(run.transformation, "training"))
+    assert fit(config, run, data, on_epoch=lambda figures: pytest.fail("fitted again")) == info
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_workers_fit_as_well_as_one(tmp_path: Path) -> None:
+    data = _data(tmp_path)
+    info = fit(_config(tmp_path, epochs=20, num_workers=2), Run(str(tmp_path / "run")), data)
+    config = _config(tmp_path, epochs=20)
+    job = make_job(config, data)
+    alone = measure(config, job, _fit_here(job), _read(data.held_out_parts, job))
+    assert info.held_out["alignment"] == pytest.approx(alone.held_out["alignment"], rel=0.1)
+    assert info.better_than_old
+
+
+def _kill(figures: Epoch, seen: list[Epoch], at: tuple[int, int]) -> None:
+    """Kill -9 the first process that reports as soon as it has reached epoch `at[0]`, and the second at `at[1]`."""
+    seen.append(figures)
+    pids = list(dict.fromkeys(item["pid"] for item in seen))
+    if figures["epoch"] >= at[len(pids) - 1]:
+        with suppress(ProcessLookupError):  # what it had reported before it died comes after
+            os.kill(int(figures["pid"]), signal.SIGKILL)

@@ -1,0 +1,327 @@
+"""Fit the transformation on training pairs with Ray Train: data-parallel, checkpointed every epoch.
+
+Guarantee: the weights are a function of the pairs, the settings and the number of workers, whatever
+Ray does in between: a fit that lost a worker or its driver and went on gives the same weights as one
+that did not. Rank r reads the parts r, r + n, ... once into memory and shuffles them itself. What comes
+out is measured on pairs that were held out. This module does not know where the pairs come from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.train
+import torch
+from ray.data import DataContext
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    DataConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    UserCallback,
+)
+from ray.train.torch import TorchTrainer, get_device, prepare_model
+from ray.util.queue import Queue
+
+from pipeline import storage
+from pipeline.config import Config, Fit
+from pipeline.errors import ConfigError, DataError, FastfillError, TransientError
+from pipeline.run import Run
+from pipeline.transformation import (
+    TransformationInfo,
+    TransformationNetwork,
+    has_transformation,
+    read_info,
+    save_transformation,
+)
+from training.learner import Epoch, FitData, Job, Learner, make_arrays
+from training.losses import needs_labels
+from training.measure import measure
+
+_LOG = logging.getLogger(__name__)
+_STATE = "state.pt"
+_READ_CPUS = 0.25
+_POLL_SECONDS = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+
+
+def fit(config: Config, run: Run, data: FitData, on_epoch: Callable[[Epoch], None] | None = None) -> TransformationInfo:
+    """Fit, measure and save the run's transformation; one that is there already is left as it is.
+
+    A fit that was stopped goes on after its last whole epoch. With the gallery metric `cosine` the
+    targets are normalised as well, and a given classifier is applied to unit vectors.
+
+    Args:
+        on_epoch: called from a thread of this process after each epoch with `epoch` (from 0), `epochs`,
+            `loss`, `alignment`, `lr`, `images_per_second` and `pid` (of rank 0's process).
+
+    Raises:
+        ConfigError: the settings do not fit the data: no labels for the loss, too few parts or pairs.
+        DataError: the pairs break their contract, or the loss became infinite.
+        TransientError: workers failed more than `fit.max_failures` times.
+    """
+    if has_transformation(run):
+        return read_info(run)
+    job = make_job(config, data)
+    network = _train(config, run, job, on_epoch)
+    held_out = pa.concat_tables([storage.read_parquet(uri) for uri in data.held_out_parts])
+    info = measure(config, job, network, make_arrays(held_out, job))
+    save_transformation(run, network, info)
+    storage.delete(_training_folder(run))
+    return info
+
+
+def make_job(config: Config, data: FitData) -> Job:
+    """Check the settings against the data, and cut the work.
+
+    Raises:
+        ConfigError, DataError: as `fit`.
+    """
+    fit, workers = config.fit, config.fit.num_workers
+    if needs_labels(fit.loss):
+        _check_classes(fit, data)
+    if len(data.train_parts) < workers:
+        raise ConfigError(
+            "there are fewer parts of training pairs than workers",
+            expected=f"at most {len(data.train_parts)} workers",
+            found=workers,
+            where="fit.num_workers",
+        )
+    rows = []
+    for uri in data.train_parts:
+        with storage.open_parquet(uri) as file:
+            rows.append(file.metadata.num_rows)
+    smallest, rank_batch = min(sum(rows[rank::workers]) for rank in range(workers)), fit.batch_size // workers
+    if rank_batch < 2 or smallest < rank_batch:
+        raise ConfigError(
+            "the batch does not fit the training pairs",
+            expected=f"2 to {smallest} pairs per worker and batch, the smallest of {workers} shares",
+            found=f"{rank_batch} ({fit.batch_size} over {workers} workers)",
+            where="fit.batch_size",
+        )
+    return Job(fit, data, config.seed, config.gallery.metric == "cosine", smallest // rank_batch, rank_batch)
+
+
+def _train(config: Config, run: Run, job: Job, on_epoch: Callable[[Epoch], None] | None) -> TransformationNetwork:
+    """Run Ray Train to the last epoch, and load the last checkpoint."""
+    folder = _training_folder(run)
+    _drop_broken_snapshot(storage.join(folder, _fingerprint(job)))
+    os.environ.setdefault(_POLL_SECONDS, "0.2")  # each epoch waits for the controller's next look, 2 s by default
+    with _quiet_data(), _reporting(on_epoch) as callbacks:
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"job": job},
+            scaling_config=_scaling(config),
+            run_config=_run_config(job, folder, callbacks),
+            datasets={f"train-{rank}": _share(job, rank) for rank in range(job.fit.num_workers)},
+            dataset_config=DataConfig(datasets_to_split=[]),
+        )
+        checkpoint = _run_trainer(trainer)
+    network = job.network()
+    network.load_state_dict(_read_checkpoint(checkpoint, torch.device("cpu"))["network"])
+    return network
+
+
+def _worker(config: dict[str, Job]) -> None:
+    """The loop of one Ray Train worker."""
+    job, context, device = config["job"], ray.train.get_context(), get_device()
+    rank = context.get_world_rank()
+    torch.set_num_threads(max(1, _node_cpus() // context.get_local_world_size()))
+    share = ray.train.get_dataset_shard(f"train-{rank}")
+    tables = list(share.iter_batches(batch_size=None, batch_format="pyarrow"))
+    learner = Learner(job, make_arrays(pa.concat_tables(tables), job), rank, device, prepare_model)
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        learner.restore(_read_checkpoint(checkpoint, device))
+    learner.prepare()
+    while learner.epoch < job.fit.epochs:
+        figures = learner.run_epoch()
+        with tempfile.TemporaryDirectory() as folder:
+            if rank == 0:
+                torch.save(learner.state(), Path(folder, _STATE))
+            saved = Checkpoint.from_directory(folder) if rank == 0 else None
+            ray.train.report({**figures, "pid": os.getpid()}, checkpoint=saved)
+
+
+def _run_trainer(trainer: TorchTrainer) -> Checkpoint:
+    """Run it; Ctrl-C raises KeyboardInterrupt as anywhere else, and still does so afterwards."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        checkpoint: Checkpoint | None = trainer.fit().checkpoint
+    except SystemExit as stopped:  # Ray Train's handler of Ctrl-C would end the program with exit code 0
+        raise KeyboardInterrupt from stopped
+    except TrainingFailedError as error:
+        raise _cause(error) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
+    assert checkpoint is not None, "a finished fit has a checkpoint"
+    return checkpoint
+
+
+def _cause(error: TrainingFailedError) -> FastfillError:
+    """The worker's own error where it is one of ours."""
+    failures: dict[int, object] = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        inner = getattr(failure, "_base_exc", failure)
+        if isinstance(inner, FastfillError):
+            return inner
+    remedy = "run the same command again: it goes on after the last whole epoch"
+    return TransientError("the fit failed", found=error, where="Ray Train", remedy=remedy)
+
+
+@contextmanager
+def _quiet_data() -> Iterator[None]:
+    """Ray Data without progress bars and log lines in the user's terminal."""
+    context, logger = DataContext.get_current().copy(), logging.getLogger("ray.data")
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.use_datasource_v2 = False  # (m) a first read of 4 small parts takes 1.5 s instead of 5
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with DataContext.current(context):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+class _EpochCallback(UserCallback):
+    """Runs in Ray Train's controller and hands each epoch's figures to the driver."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+
+    def after_report(self, run_context: object, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        self._queue.put_nowait(metrics[0])
+
+
+@contextmanager
+def _reporting(on_epoch: Callable[[Epoch], None] | None) -> Iterator[list[UserCallback]]:
+    """Ray Train callbacks that have `on_epoch` called in this process, from a thread."""
+    if on_epoch is None:
+        yield []
+        return
+    queue = Queue(actor_options={"num_cpus": 0})
+
+    def listen() -> None:
+        while (figures := queue.get()) is not None:
+            on_epoch(figures)
+
+    listener = threading.Thread(target=listen, name="fit-epochs", daemon=True)
+    listener.start()
+    try:
+        yield [_EpochCallback(queue)]
+    finally:
+        queue.put(None)
+        listener.join()
+        queue.shutdown()
+
+
+def _run_config(job: Job, folder: str, callbacks: list[UserCallback]) -> RunConfig:
+    """A fixed name and folder: Ray Train goes on from the last checkpoint that it finds there."""
+    return RunConfig(  # type: ignore[call-arg]  # mypy sees the class of Ray Train v1
+        name=_fingerprint(job),
+        storage_path=folder,
+        failure_config=FailureConfig(max_failures=job.fit.max_failures),
+        checkpoint_config=CheckpointConfig(num_to_keep=2),
+        callbacks=callbacks,  # type: ignore[arg-type]  # the same
+        worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
+        logging_config=LoggingConfig(log_level="ERROR"),
+    )
+
+
+def _share(job: Job, rank: int) -> ray.data.Dataset:
+    """The pairs of one rank: each n-th part."""
+    columns = ["index", "old", "new"]
+    columns += ["label"] if job.data.num_classes is not None else []
+    columns += ["side"] if job.data.d_side is not None else []
+    parts = job.data.train_parts[rank :: job.fit.num_workers]
+    return ray.data.read_parquet(parts, columns=columns, partitioning=None, num_cpus=_READ_CPUS)
+
+
+def _scaling(config: Config) -> ScalingConfig:
+    """Workers that leave CPUs for Ray Data: with all of them taken, the first read would wait for ever."""
+    resources: dict[str, float] = ray.cluster_resources()
+    gpus, workers = resources.get("GPU", 0), config.fit.num_workers
+    if config.device.startswith("cuda") and gpus < workers:
+        raise ConfigError(
+            "there are fewer GPUs than workers", expected=f"{workers} GPUs", found=gpus, where="device, fit.num_workers"
+        )
+    cpus = min(1.0, resources.get("CPU", 0) / 2 / workers) or 1.0
+    use_gpu = config.device != "cpu" and gpus >= workers
+    return ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus})
+
+
+def _node_cpus() -> int:
+    """Cores of this node, or fewer where Ray was started with fewer."""
+    here = ray.get_runtime_context().get_node_id()
+    nodes: list[dict[str, Any]] = ray.nodes()
+    resources = next(node["Resources"] for node in nodes if node["NodeID"] == here)
+    return int(min(os.cpu_count() or 1, resources.get("CPU", 1)))
+
+
+def _fingerprint(job: Job) -> str:
+    """Names the training folder, so that another job starts afresh and not from a foreign checkpoint."""
+    data = job.data
+    settings = job.fit.model_dump(mode="json", exclude={"classifier", "max_failures"})
+    shape = [job.seed, job.normalize, data.num_train, data.num_classes, data.d_old, data.d_new, data.d_side]
+    return "fit-" + hashlib.sha256(json.dumps([settings, shape]).encode()).hexdigest()[:16]
+
+
+def _training_folder(run: Run) -> str:
+    return storage.join(run.transformation, "training")
+
+
+def _drop_broken_snapshot(folder: str) -> None:
+    """Start afresh where a driver died while Ray Train wrote its snapshot, which it does in place."""
+    try:
+        json.loads(storage.read_bytes(storage.join(folder, "checkpoint_manager_snapshot.json")))
+    except FileNotFoundError:
+        return
+    except ValueError:
+        _LOG.warning("the record of the interrupted fit in %s is damaged: fitting from the first epoch", folder)
+        storage.delete(folder)
+
+
+def _read_checkpoint(checkpoint: Checkpoint, device: torch.device) -> dict[str, Any]:
+    with checkpoint.as_directory() as folder:
+        state: dict[str, Any] = torch.load(Path(folder, _STATE), map_location=device, weights_only=True)
+    return state
+
+
+def _check_classes(fit: Fit, data: FitData) -> None:
+    if data.num_classes is None:
+        raise ConfigError(
+            f"the loss {fit.loss!r} needs labels",
+            expected="pairs.columns.label",
+            found="training pairs without labels",
+            where="fit.loss",
+            remedy="set fit.loss to alignment+uncertainty, which needs neither labels nor a classifier",
+        )
+    if data.classifier is None:
+        return
+    weight, bias = data.classifier
+    fits = weight.shape[0] >= data.num_classes and weight.shape[1] == data.d_new
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+        raise DataError(
+            "the classifier does not fit the pairs",
+            expected=f"weight ({data.num_classes}, {data.d_new}), bias ({data.num_classes},)",
+            found=f"weight {weight.shape}, bias {None if bias is None else bias.shape}",
+            where="fit.classifier",
+        )

@@ -1,0 +1,113 @@
+"""What a fitted transformation is worth, on pairs that it has not seen.
+
+Guarantee: the same network and pairs give the same figures. It does not know how the network was fitted.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from pipeline.config import Config
+from pipeline.evaluate import evaluate, recall
+from pipeline.schema import Float32, Int64
+from pipeline.transformation import Figures, TransformationInfo, TransformationNetwork, apply, resolve_device
+from training.learner import Job, PairArrays
+from training.losses import NO_LABEL
+
+_LOG = logging.getLogger(__name__)
+_MEASURED_PAIRS = 10_000
+_APPLY_BATCH = 8192
+_NEIGHBOURS = 10
+
+
+def measure(config: Config, job: Job, network: TransformationNetwork, pairs: PairArrays) -> TransformationInfo:
+    """Measure a fitted network on pairs it has not seen, and warn if it is worse than doing nothing.
+
+    Alignment and rank correlation are over all pairs, retrieval over at most 10,000 of them, which are
+    the gallery and the queries at once. Without labels, retrieval is the share of the 10 nearest of
+    new/new that are found.
+
+    Args:
+        network: on the CPU; it is moved to where `config.device` says and back.
+        pairs: the held-out pairs.
+    """
+    device = torch.device("cpu") if config.device == "cpu" else resolve_device("auto")
+    z, s = apply(network.to(device).eval(), pairs.old, pairs.side, device, _APPLY_BATCH)
+    network.cpu()
+    error = np.square(pairs.new - z).mean(axis=1)
+    found = _retrieval(pairs, z, config.gallery.metric)
+    new, old = found["transformed"], found["old_old"]
+    better = all(new[name] >= old[name] for name in old if name != "top5")
+    if not better:
+        _LOG.warning(
+            "The transformation is worse than the old model on held-out pairs (%s against %s): a gallery that is "
+            "served through it answers worse than today's. Try another fit.loss, more pairs, or more epochs.",
+            new,
+            old,
+        )
+    figures: Figures = {"alignment": float(error.mean()), "spearman": spearman(s, error), **found}
+    data, fit = job.data, job.fit
+    return TransformationInfo(
+        d_old=data.d_old,
+        d_new=data.d_new,
+        d_side=data.d_side,
+        inner_width=fit.inner_width,
+        normalize=job.normalize,
+        loss=fit.loss,
+        seed=job.seed,
+        epochs=fit.epochs,
+        num_train=data.num_train,
+        num_held_out=len(error),
+        better_than_old=better,
+        held_out=figures,
+    )
+
+
+def spearman(a: Float32, b: Float32) -> float:
+    """Spearman's rank correlation of two (N,) arrays, ties by their mean rank; 0 where one is constant."""
+    ranks_a, ranks_b = _ranks(a), _ranks(b)
+    if ranks_a.std() == 0 or ranks_b.std() == 0:
+        return 0.0
+    return float(np.corrcoef(ranks_a, ranks_b)[0, 1])
+
+
+def _ranks(values: Float32) -> NDArray[np.float64]:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: NDArray[np.float64] = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    return ranks
+
+
+def _retrieval(pairs: PairArrays, z: Float32, metric: str) -> dict[str, dict[str, float]]:
+    """Per kind of (queries, gallery): top1, top5, map; or agreement10 where labels say nothing; in per cent."""
+    rows = np.arange(len(z)) if pairs.labels is None else np.flatnonzero(pairs.labels != NO_LABEL)
+    labels = None if pairs.labels is None else pairs.labels[rows]
+    if labels is None or len(np.unique(labels)) == len(labels):
+        rows, labels = np.arange(len(z)), None
+    rows = rows[np.unique(np.linspace(0, len(rows) - 1, _MEASURED_PAIRS).astype(np.int64))]
+    old, new, z = pairs.old[rows], pairs.new[rows], z[rows]
+    kinds = {"transformed": (new, z), "old_old": (old, old), "new_new": (new, new)}
+    if labels is None or pairs.labels is None:
+        nearest = {kind: _nearest(*sides, metric) for kind, sides in kinds.items()}
+        return {kind: {"agreement10": recall(rows, nearest["new_new"])} for kind, rows in nearest.items()}
+    names = pairs.labels[rows]
+    return {kind: evaluate(*kinds[kind], names, names, metric=metric, self_match=True).as_dict() for kind in kinds}
+
+
+def _nearest(queries: Float32, gallery: Float32, metric: str) -> Int64:
+    """Each query's 10 nearest rows but its own, (Q, 10) int64, or fewer where there are fewer."""
+    query_qd, base_nd = torch.from_numpy(queries), torch.from_numpy(gallery)
+    if metric == "cosine":
+        query_qd, base_nd = functional.normalize(query_qd, dim=1), functional.normalize(base_nd, dim=1)
+    offset_n = base_nd.square().sum(dim=1) / 2 if metric == "l2" else torch.zeros(len(base_nd))
+    found = []
+    for start in range(0, len(query_qd), 1024):
+        scores_bn = query_qd[start : start + 1024] @ base_nd.T - offset_n
+        own = torch.arange(len(scores_bn))
+        scores_bn[own, start + own] = -torch.inf
+        found.append(scores_bn.topk(min(_NEIGHBOURS, len(base_nd) - 1), dim=1).indices)
+    return torch.cat(found).numpy()

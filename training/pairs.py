@@ -1,0 +1,187 @@
+"""Training pairs: old and new embeddings of the same images, cached as Parquet and split once.
+
+    pairs/part-* (normalised manifest) -> pairs/old, pairs/new (the embedding stream, where images are
+    given) -> pairs/train/part-*, pairs/held_out/part-*
+
+Guarantee: a held-out pair never trains; the split is stratified by label and a function of ids, labels
+and seed alone. Training parts are stripes, so any of them is a sample. `pairs/pairs.json` is last.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipeline import manifest, storage
+from pipeline.config import Classifier, Config
+from pipeline.embeddings import OnUnits, embed_missing, embedding_log, read_embeddings
+from pipeline.encoders import load_tensors
+from pipeline.errors import DataError
+from pipeline.run import Run
+from pipeline.schema import Float32, Int64, splitmix64, vectors_from_arrow, vectors_to_arrow
+from pipeline.vector_log import VectorLog
+from training.learner import FitData
+
+NUM_STRIPES = 16
+_MOST_ROWS = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """What is there to train on.
+
+    Attributes:
+        num_train, num_held_out: pairs of either part.
+        d_old, d_new: widths; d_side is None without side information.
+        num_classes: of the labels, None without labels.
+        rejected: images that could not be embedded by both encoders.
+    """
+
+    num_train: int
+    num_held_out: int
+    d_old: int
+    d_new: int
+    d_side: int | None
+    num_classes: int | None
+    rejected: int
+
+
+def build_pairs(config: Config, run: Run, on_units: OnUnits = lambda what, done, total: None) -> Pairs:
+    """Embed what is missing, join, split and cache the training pairs; nothing where it is done.
+
+    Raises:
+        ConfigError: old embeddings must be computed and there is no old encoder.
+        DataError: too few pairs.
+    """
+    done = storage.read_versioned(_marker(run))
+    if done is not None:
+        return Pairs(**json.loads(done[0]))
+    rows = manifest.read_manifest(run, "pairs")
+    assert rows is not None, "the pairs are normalised before they are embedded"
+    embed_missing(config, run, ["pairs"], on_units)
+    logs = {role: embedding_log(config, run, "pairs", role) for role in ("old", "new")}
+    table = pa.concat_tables([_join(run, part, logs) for part in range(len(rows.rows))])
+    if table.num_rows < 2 * NUM_STRIPES:
+        raise DataError("too few training pairs", expected=f"at least {2 * NUM_STRIPES}", found=table.num_rows)
+    labels, num_classes = _codes(table["label"])
+    ids = table["index"].to_numpy()
+    held_out = split(ids, labels, config.pairs.held_out_fraction, config.seed)
+    table = table.set_column(table.schema.get_field_index("label"), "label", pa.array(labels, mask=labels < 0))
+    stripes = (splitmix64(ids, config.seed + 2) % np.uint64(NUM_STRIPES)).astype(np.int64)
+    for stripe in range(NUM_STRIPES):
+        mine = pa.array((stripes == stripe) & ~held_out)
+        storage.put(run.part("pairs/train", stripe), storage.parquet_bytes(table.schema, [table.filter(mine)]))
+    rest = table.filter(pa.array(held_out))
+    storage.put(run.part("pairs/held_out", 0), storage.parquet_bytes(table.schema, [rest]))
+    widths = {name: _width(table, name) for name in ("old", "new", "side")}
+    pairs = Pairs(
+        num_train=table.num_rows - rest.num_rows,
+        num_held_out=rest.num_rows,
+        d_old=widths["old"] or 0,
+        d_new=widths["new"] or 0,
+        d_side=widths["side"],
+        num_classes=num_classes,
+        rejected=rows.num_rows - table.num_rows,
+    )
+    storage.put(_marker(run), json.dumps(asdict(pairs)).encode())
+    return pairs
+
+
+def fit_data(config: Config, run: Run, pairs: Pairs) -> FitData:
+    """What the fit reads: the cached parts, and the new encoder's classifier where the config names one.
+
+    Raises:
+        DataError: the classifier's file is missing, or has no weight of the new encoder's width.
+    """
+    return FitData(
+        train_parts=storage.list_files(run.path("pairs", "train"), ".parquet"),
+        held_out_parts=storage.list_files(run.path("pairs", "held_out"), ".parquet"),
+        num_train=pairs.num_train,
+        num_classes=pairs.num_classes,
+        d_old=pairs.d_old,
+        d_new=pairs.d_new,
+        d_side=pairs.d_side,
+        classifier=_classifier(config.fit.classifier, pairs.d_new),
+    )
+
+
+def split(ids: Int64, labels: NDArray[np.int32], fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Which pairs are held out, (N,) bool: every (1 / fraction)-th by label, and by hash within a label.
+
+    So the fraction holds over all pairs, and within each label to one pair, however few it has. At least
+    one pair is held out.
+    """
+    order = np.lexsort((splitmix64(ids, seed + 1), labels))
+    due = np.floor(np.arange(len(ids) + 1) * fraction + 0.5)
+    held_out = np.zeros(len(ids), dtype=bool)
+    held_out[order] = np.diff(due) > 0
+    if not held_out.any():
+        held_out[order[0]] = True
+    return held_out
+
+
+def _join(run: Run, part: int, logs: dict[str, VectorLog]) -> pa.Table:
+    """One part's pairs: index, label, old, new, and side where it is given; rows without both are left out."""
+    rows, old = read_embeddings(run, "pairs", part, "old_embedding", logs["old"])
+    other, new = read_embeddings(run, "pairs", part, "new_embedding", logs["new"])
+    both = np.intersect1d(rows["id"].to_numpy(), other["id"].to_numpy())
+    left, right = _places(rows, both), _places(other, both)
+    columns = {
+        "index": pa.array(both),
+        "label": rows["label"].take(pa.array(left)),
+        "old": vectors_to_arrow(old[left]),
+        "new": vectors_to_arrow(new[right]),
+    }
+    if "side" in rows.schema.names:
+        columns["side"] = vectors_to_arrow(vectors_from_arrow(rows["side"])[left])
+    return pa.table(columns)
+
+
+def _places(rows: pa.Table, ids: Int64) -> Int64:
+    there = rows["id"].to_numpy()
+    order = np.argsort(there, kind="stable")
+    return order[np.searchsorted(there[order], ids)]
+
+
+def _codes(labels: pa.ChunkedArray) -> tuple[NDArray[np.int32], int | None]:
+    """Labels as class numbers, -1 where there is none: a classifier's rows as they are, else in sorted order.
+
+    Integers from _MOST_ROWS on are names (of products, say) and no classifier's rows.
+    """
+    names = [name for name in pc.unique(labels).to_pylist() if name is not None]
+    if not names:
+        return np.full(len(labels), -1, dtype=np.int32), None
+    if all(name.isdecimal() and int(name) < _MOST_ROWS for name in names):
+        codes = {name: int(name) for name in names}
+    else:
+        codes = {name: code for code, name in enumerate(sorted(names))}
+    lookup = np.array([codes.get(name, -1) for name in labels.to_pylist()], dtype=np.int32)
+    return lookup, max(codes.values()) + 1
+
+
+def _width(table: pa.Table, name: str) -> int | None:
+    return table.schema.field(name).type.list_size if name in table.schema.names else None
+
+
+def _classifier(spec: Classifier | None, d_new: int) -> tuple[Float32, Float32 | None] | None:
+    if spec is None:
+        return None
+    tensors = load_tensors(spec.path)
+    weight, bias = tensors.get("weight"), tensors.get("bias")
+    if weight is None or weight.ndim != 2 or weight.shape[1] != d_new:
+        raise DataError(
+            "the classifier does not fit the new encoder",
+            expected=f"a tensor `weight` of shape (num_classes, {d_new})",
+            found={name: tuple(value.shape) for name, value in tensors.items()},
+            where=spec.path,
+        )
+    return weight.float().numpy(), None if bias is None else bias.float().numpy()
+
+
+def _marker(run: Run) -> str:
+    return run.path("pairs", "pairs.json")
