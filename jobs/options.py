@@ -90,10 +90,13 @@ def find_cause(error: BaseException | None) -> FastfillError | None:
 
 
 def load(config_path: str, overrides: tuple[str, ...]) -> Config:
-    """The config, with the overrides."""
-    from pipeline.config import load_config
+    """The config, with the overrides; object storage is used by its settings from now on."""
+    from pipeline import storage
+    from pipeline.config_file import load_config
 
-    return load_config(config_path, overrides)
+    config = load_config(config_path, overrides)
+    storage.configure(config.storage)
+    return config
 
 
 def console() -> Console:

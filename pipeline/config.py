@@ -1,23 +1,15 @@
-"""The run's settings: one pydantic tree, read from one YAML file and `--set a.b=value` overrides.
+"""The run's settings: one pydantic tree, a section per step.
 
-Unknown keys are refused with the nearest valid name; what is required has no default. Relative input
-paths start at `data_root`, and `data_root` and `run` start at the working directory. The resolved
-tree is stored with the run (`run.json`). This module knows nothing about storage or about what the
-files contain.
+Unknown keys are refused; what is required has no default. Reading the tree from a file is `config_file`'s.
+This module knows nothing about storage or about what the files contain.
 """
 
 from __future__ import annotations
 
-import difflib
-import os
 import re
-from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from pipeline.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Metric = Literal["l2", "ip", "cosine"]
 LossMode = Literal["alignment", "alignment+uncertainty", "alignment+discriminative", "fastfill"]
@@ -114,6 +106,7 @@ class Columns(Section):
     uri: str | None = None
     offset: str | None = None
     length: str | None = None
+    etag: str | None = None
     old_embedding: str | None = None
     new_embedding: str | None = None
     side: str | None = None
@@ -252,6 +245,21 @@ class Telemetry(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 0
 
 
+class Storage(Section):
+    """How object storage is talked to; credentials come from the environment or the machine's role.
+
+    A failing request is repeated for `retry_seconds`, with pauses that grow up to `max_pause_seconds`.
+    """
+
+    endpoint_url: str | None = None
+    region: str | None = None
+    connections: Count = 64
+    connect_timeout_seconds: Annotated[float, Field(gt=0)] = 10.0
+    read_timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
+    retry_seconds: Annotated[float, Field(ge=0)] = 300.0
+    max_pause_seconds: Annotated[float, Field(gt=0)] = 10.0
+
+
 class Config(Section):
     """Everything that decides what a run makes, and with which resources."""
 
@@ -269,6 +277,7 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     publish: Publish = Publish()
     telemetry: Telemetry = Telemetry()
+    storage: Storage = Storage()
 
 
 def unit_images(config: Config) -> int:
@@ -279,132 +288,6 @@ def unit_images(config: Config) -> int:
     height, width = preprocess.image_size or (1, 1)
     fitting = _UNIT_BYTES // (height * width * preprocess.channels)
     return min(_MAX_UNIT_IMAGES, 1 << max(0, fitting.bit_length() - 1))
-
-
-def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
-    """Read, override, validate and resolve a config file.
-
-    Args:
-        path: the YAML file.
-        overrides: `a.b=value` items; the value is read as YAML.
-
-    Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown, a value is out of its range.
-    """
-    try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError("cannot read the config file", found=error.strerror, where=path) from error
-    except yaml.YAMLError as error:
-        raise ConfigError("the config file is not valid YAML", found=error, where=path) from error
-    if not isinstance(tree, dict):
-        raise ConfigError("the config file is not a mapping", expected="keys and values", found=tree, where=path)
-    for item in overrides:
-        _override(tree, item)
-    return resolve(validate(tree, where=path))
-
-
-def validate(tree: dict[str, object], where: str) -> Config:
-    """Validate a raw tree; every problem is listed with its key, and unknown keys with the nearest name.
-
-    Raises:
-        ConfigError: with one line per problem.
-    """
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        problems = [_explain(item["loc"], item["type"], item["msg"]) for item in error.errors()]
-        raise ConfigError(
-            f"{len(problems)} problem(s) in the config:\n" + "\n".join(f"  - {line}" for line in problems),
-            where=where,
-            remedy="fix the keys above; docs and jobs/configs/cifar100.yaml show every section",
-        ) from error
-
-
-def resolve(config: Config) -> Config:
-    """The same config with `run` and every input path absolute."""
-    root = _absolute(config.data_root, os.getcwd())
-
-    def rooted(path: str) -> str:
-        return _absolute(path, root)
-
-    def encoder(item: Encoder | None) -> Encoder | None:
-        if item is None or item.function is not None:
-            return item
-        if item.export is not None:
-            return item.model_copy(update={"export": rooted(item.export)})
-        assert item.torchvision is not None
-        vision = item.torchvision.model_copy(update={"state_dict": rooted(item.torchvision.state_dict)})
-        return item.model_copy(update={"torchvision": vision})
-
-    def manifest(item: AnyManifest) -> AnyManifest:
-        paths = (item.manifest,) if isinstance(item.manifest, str) else item.manifest
-        return item.model_copy(update={"manifest": tuple(rooted(path) for path in paths)})
-
-    fit = config.fit
-    if fit.classifier is not None:
-        fit = fit.model_copy(update={"classifier": Classifier(path=rooted(fit.classifier.path))})
-    encoders = Encoders.model_construct(old=encoder(config.encoders.old), new=encoder(config.encoders.new))
-    return config.model_copy(
-        update={
-            "run": _absolute(config.run, os.getcwd()),
-            "data_root": root,
-            "encoders": encoders,
-            "gallery": manifest(config.gallery),
-            "pairs": manifest(config.pairs),
-            "fit": fit,
-        }
-    )
-
-
-def _absolute(path: str, root: str) -> str:
-    if "://" in path or path.startswith("/"):
-        return path.rstrip("/") or "/"
-    if "://" in root:
-        return f"{root.rstrip('/')}/{path}"
-    return os.path.abspath(os.path.join(root, os.path.expanduser(path)))
-
-
-def _override(tree: dict[str, object], item: str) -> None:
-    key, equals, text = item.partition("=")
-    if not equals or not key:
-        raise ConfigError("--set takes key=value", expected="a.b=value", found=item)
-    node: dict[str, object] = tree
-    *parents, last = key.split(".")
-    for name in parents:
-        child = node.setdefault(name, {})
-        if child is None:
-            child = node[name] = {}
-        if not isinstance(child, dict):
-            raise ConfigError("--set goes through a key that holds a value", found=child, where=f"{item}: {name}")
-        node = child
-    try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError("the value of --set is not valid YAML", found=text, where=key) from error
-
-
-def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:
-    where = ".".join(str(part) for part in location)
-    if kind == "missing":
-        return f"{where}: required, and not given"
-    if kind != "extra_forbidden":
-        return f"{where}: {message.removeprefix('Value error, ')}" if where else message
-    names = _names_beside(location)
-    near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(names)}"
-    return f"{where}: unknown key; {hint}"
-
-
-def _names_beside(location: tuple[int | str, ...]) -> list[str]:
-    """The valid names of the section in which `location` lies."""
-    model: type[BaseModel] = Config
-    for part in location[:-1]:
-        field = model.model_fields.get(str(part))
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        sections = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
-        model = sections[0] if sections else model
-    return list(model.model_fields)
 
 
 def _pair(side: Side) -> tuple[int, int]:

@@ -102,7 +102,7 @@ def load_tensors(uri: str) -> dict[str, torch.Tensor]:
 
 def _from_export(uri: str) -> nn.Module:
     try:
-        with _without_code(storage.local_copy(uri)) as path:
+        with storage.local_file(uri) as copy, _without_code(copy) as path:
             return torch.export.load(path).module()
     except FileNotFoundError as error:
         raise DataError("the encoder's file is missing", where=uri) from error

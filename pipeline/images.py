@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from pipeline import storage
 from pipeline.config import Preprocess
 from pipeline.errors import DataError
-from pipeline.schema import Int64, Unit
+from pipeline.schema import UNITS, Int64, Unit
 
 Pixels = NDArray[np.uint8]
 
@@ -40,12 +40,16 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one image lies: an object, a byte range of one, or a row of a Parquet file's image column."""
+    """Where one image lies: an object, a byte range of one, or a row of a Parquet file's image column.
+
+    `etag` is the object's when the manifest was made, where that is known.
+    """
 
     uri: str
     offset: int | None
     length: int | None
     row: int | None
+    etag: str | None = None
 
 
 class Reject(Exception):
@@ -80,7 +84,7 @@ def load_unit(unit: Unit, preprocess: Preprocess, limits: Limits, fetch_threads:
     Raises:
         DataError: the units file is missing or damaged.
     """
-    rows = storage.read_parquet(unit.rows_uri, ["id", "uri", "offset", "length", "row"], [unit.row_group])
+    rows = storage.read_parquet(unit.rows_uri, UNITS.names, [unit.row_group])
     places = [Place(**row) for row in rows.drop_columns(["id"]).to_pylist()]
     assert preprocess.image_size is not None
     pixels = np.zeros((len(places), preprocess.channels, *preprocess.image_size), dtype=np.uint8)

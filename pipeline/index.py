@@ -15,13 +15,12 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import storage
 from pipeline.codebook import READ_FLAGS, Codebook, parts
 from pipeline.commits import Kind, SegmentRef
 from pipeline.errors import DataError
 from pipeline.run import Run
 from pipeline.schema import Float32, Int64
-from pipeline.segments import Rows, check_digest, store_segment
+from pipeline.segments import Rows, check_digest, local_segment, store_segment
 
 _QUERIES_AT_ONCE = 1024
 _COLUMNS_AT_ONCE = 8192
@@ -82,12 +81,13 @@ class Segment:
             DataError: it is missing, its bytes are not those that were committed, or it does not hold
                 as many vectors.
         """
-        path = str(storage.local_copy(run.path(ref.path)))
-        if verify:
-            check_digest(path, ref.sha256)
-        segment = cls(codebook, path)
+        where = run.path(ref.path)
+        with local_segment(where) as path:
+            if verify:
+                check_digest(str(path), ref.sha256, where)
+            segment = cls(codebook, str(path))
         if segment.num_vectors != ref.vectors:
-            raise DataError("a segment has another size", expected=ref.vectors, found=segment.num_vectors, where=path)
+            raise DataError("a segment has another size", expected=ref.vectors, found=segment.num_vectors, where=where)
         return segment
 
 

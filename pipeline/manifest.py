@@ -194,6 +194,7 @@ _EXPECTED = {
     "uri": "string",
     "offset": "an integer",
     "length": "an integer",
+    "etag": "string",
     **dict.fromkeys(EMBEDDINGS, "a list of float32 or float16, fixed in size"),
 }
 
@@ -206,6 +207,7 @@ def _fits(role: str, kind: pa.DataType) -> bool:
         "uri": _TEXT,
         "offset": (types.is_integer,),
         "length": (types.is_integer,),
+        "etag": _TEXT,
         **dict.fromkeys(EMBEDDINGS, (_is_vector,)),
     }
     return role not in checks or any(check(kind) for check in checks[role])

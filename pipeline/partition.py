@@ -86,20 +86,21 @@ def _location(
     table: pa.Table, names: settings.Columns, part: Partition, numbers: Int64
 ) -> dict[str, pa.Array | pa.ChunkedArray]:
     nothing = pa.nulls(len(numbers), pa.int64())
+    etag = {"etag": table[names.etag].cast(pa.string()) if names.etag else pa.nulls(len(numbers), pa.string())}
     if names.image is not None:
         uri = pa.array([f"{part.uri}#{names.image}"]).dictionary_encode()
         uris = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(numbers), dtype=np.int32)), uri.dictionary)
         rows = pa.array(numbers + part.first_row_in_file)
-        return {"uri": uris.cast(pa.string()), "offset": nothing, "length": nothing, "row": rows}
+        return {"uri": uris.cast(pa.string()), "offset": nothing, "length": nothing, "row": rows} | etag
     if names.uri is None:
-        return {"uri": pa.nulls(len(numbers), pa.string()), "offset": nothing, "length": nothing, "row": nothing}
+        return {"uri": pa.nulls(len(numbers), pa.string()), "offset": nothing, "length": nothing, "row": nothing} | etag
     uris = table[names.uri].cast(pa.string())
     if uris.null_count:
         row = int(np.flatnonzero(uris.is_null().to_numpy())[0])
         raise DataError("an image's uri is null", where=_where(part, row, names.uri))
     offset = table[names.offset].cast(pa.int64()) if names.offset else nothing
     length = table[names.length].cast(pa.int64()) if names.length else nothing
-    return {"uri": uris, "offset": offset, "length": length, "row": nothing}
+    return {"uri": uris, "offset": offset, "length": length, "row": nothing} | etag
 
 
 def _embedding(column: pa.ChunkedArray, part: Partition, name: str) -> tuple[pa.Array, int]:

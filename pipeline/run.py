@@ -25,6 +25,7 @@ RUNTIME = {
     "evaluate",
     "publish",
     "telemetry",
+    "storage",
     "fit.num_workers",
     "fit.max_failures",
     "fit.classifier.path",

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -90,22 +92,44 @@ def put_by_content(run: Run, pattern: str, data: bytes) -> tuple[str, str]:
     return path, sha256
 
 
-def check_digest(uri: str, sha256: str) -> None:
+_REMEDY = "restore the file, or seal its wave again; `audit` lists all such files"
+
+
+@contextlib.contextmanager
+def local_segment(uri: str) -> Iterator[Path]:
+    """A segment's file on this machine, for the length of a `with`.
+
+    Raises:
+        DataError: it is missing.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            path = stack.enter_context(storage.local_file(uri))
+        except FileNotFoundError:
+            raise DataError("a file of the index is missing", where=uri, remedy=_REMEDY) from None
+        yield path
+
+
+def check_digest(uri: str, sha256: str, where: str | None = None) -> None:
     """Check an object's bytes against what was committed.
+
+    Args:
+        uri: the object, or a copy of it.
+        sha256: what was committed.
+        where: the object's name in messages, where `uri` is a copy.
 
     Raises:
         DataError: they differ, or the object is missing.
     """
-    remedy = "restore the file, or seal its wave again; `audit` lists all such files"
     try:
         found = storage.sha256(uri)
     except FileNotFoundError:
-        raise DataError("a file of the index is missing", where=uri, remedy=remedy) from None
+        raise DataError("a file of the index is missing", where=where or uri, remedy=_REMEDY) from None
     if found != sha256:
         raise DataError(
             "a file of the index is not what was committed",
             expected=f"sha256 {sha256}",
             found=f"sha256 {found}",
-            where=uri,
-            remedy=remedy,
+            where=where or uri,
+            remedy=_REMEDY,
         )

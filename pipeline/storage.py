@@ -1,48 +1,64 @@
-"""Every byte in and out, and the two ways to publish: `put_if_absent` and `compare_and_swap`.
+"""Every byte in and out, local paths and s3:// alike, and the two ways to publish.
 
-The only module that opens files for the run. Guarantee: what exists under a name is whole; a reader
-never sees half of it, and what is written is on disk before the call returns. It does not know what
-the bytes mean.
-
-Local paths only so far: a URI is an absolute path, or `file://` and one.
+The only module that the run's files go through; by the URI's scheme it turns to a local or an object
+store. Guarantee: what exists under a name is whole; a reader never sees half of it, and what is written is
+durable before the call returns; `put_if_absent` and `compare_and_swap` have exactly one winner. It does
+not know what the bytes mean.
 """
 
 from __future__ import annotations
 
-import fcntl
+import fnmatch
+import functools
 import hashlib
 import io
 import os
-import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline import config
 from pipeline.errors import ConfigError, DataError
+from pipeline.local_store import LocalStore
+from pipeline.object_store import COUNTS, ObjectStore, Retry
+from pipeline.store import AlreadyExists as AlreadyExists
+from pipeline.store import Changed as Changed
+from pipeline.store import Stat as Stat
+from pipeline.store import Store
 
-_TEMPORARY = ".tmp-"
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+_SETTINGS = "FASTFILL_STORAGE"  # the settings, as JSON: worker processes inherit them
+_WILD = "*?["
 
 
-class AlreadyExists(Exception):
-    """`put_if_absent` lost: the name is taken."""
+def configure(settings: config.Storage) -> dict[str, str]:
+    """Use these settings from now on; returns the environment that gives them to other processes."""
+    os.environ[_SETTINGS] = settings.model_dump_json()
+    return {_SETTINGS: os.environ[_SETTINGS]}
 
 
-class Changed(Exception):
-    """`compare_and_swap` lost: the object is no longer the one that was read."""
+def counts() -> Counter[str]:
+    """What this process has asked of object stores so far: see `object_store.COUNTS`."""
+    return COUNTS.snapshot()
 
 
-@dataclass(frozen=True, slots=True)
-class Stat:
-    """Size in bytes, modification time in seconds since the epoch, and an etag that changes with the content."""
+def check(uri: str) -> None:
+    """Prove that a run can live under a URI: it can be written, and conditional writes are honoured.
 
-    size_bytes: int
-    modified_seconds: float
-    etag: str
+    Raises:
+        ConfigError: the store ignores conditional writes, or there is no such store.
+        DataError: the bucket or folder is missing, or may not be written.
+    """
+    store, name = _locate(uri)
+    store.check(name)
 
 
 def join(uri: str, *parts: str) -> str:
@@ -50,61 +66,92 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *parts])
 
 
+def is_local(uri: str) -> bool:
+    """Whether the object lies on a file system of this machine."""
+    return _scheme(uri) == "file"
+
+
 def exists(uri: str) -> bool:
-    """Whether an object or a folder of that name is there."""
-    return _path(uri).exists()
+    """Whether an object of that name is there."""
+    store, name = _locate(uri)
+    return store.exists(name)
 
 
 def stat(uri: str) -> Stat:
     """Raises FileNotFoundError where there is no such object."""
-    result = _path(uri).stat()
-    return Stat(result.st_size, result.st_mtime, f"{result.st_mtime_ns:x}-{result.st_size:x}")
+    store, name = _locate(uri)
+    return store.stat(name)
+
+
+def list_stats(prefix: str, suffix: str = "") -> list[tuple[str, Stat]]:
+    """The URIs and stats of all whole objects below a folder, sorted; empty where the folder is missing."""
+    store, name = _locate(prefix)
+    lead = "" if is_local(prefix) else "s3://"
+    return sorted((f"{lead}{found}", info) for found, info in store.listing(name) if found.endswith(suffix))
 
 
 def list_files(prefix: str, suffix: str = "") -> list[str]:
     """The URIs of all whole objects below a folder, sorted; empty where the folder is missing."""
-    root = _path(prefix)
-    found = (
-        os.path.join(folder, name)
-        for folder, _, names in os.walk(root)
-        for name in names
-        if not name.startswith(".") and name.endswith(suffix)
-    )
-    return sorted(found)
+    return [uri for uri, _ in list_stats(prefix, suffix)]
 
 
 def expand(pattern: str, suffix: str) -> list[str]:
     """The files that a file name, a folder or a glob stands for, sorted."""
-    path = _path(pattern)
-    if path.is_dir():
+    if exists(pattern):
+        return [pattern.removeprefix("file://")]
+    if not any(mark in pattern for mark in _WILD):
         return list_files(pattern, suffix)
-    if path.exists():
-        return [str(path)]
-    found = Path("/").glob(str(path).lstrip("/")) if any(mark in pattern for mark in "*?[") else ()
-    return sorted(str(file) for file in found if not file.name.startswith(".") and file.is_file())
+    name = _locate(pattern)[1]
+    if is_local(pattern):
+        files = (file for file in Path("/").glob(name.lstrip("/")) if file.is_file())
+        return sorted(str(file) for file in files if not file.name.startswith("."))
+    folder = name[: min(name.index(mark) for mark in _WILD if mark in name)].rpartition("/")[0]
+    return [uri for uri in list_files(f"s3://{folder}") if _matches(uri.split("/"), pattern.split("/"))]
 
 
 def read_bytes(uri: str, offset: int | None = None, length: int | None = None) -> bytes:
-    """A whole object, or `length` bytes from `offset`.
+    """A whole object, or `length` bytes from `offset`; fewer where it ends before.
 
     Raises:
-        FileNotFoundError, PermissionError: as the file system says.
+        FileNotFoundError, PermissionError: as the store says.
+        TransientError: the store kept failing.
     """
-    with open_input(uri) as file:
-        if offset is None:
-            return file.read()
-        file.seek(offset)
-        return file.read(-1 if length is None else length)
+    return read_with_etag(uri, offset, length)[0]
+
+
+def read_with_etag(uri: str, offset: int | None = None, length: int | None = None) -> tuple[bytes, str]:
+    """As `read_bytes`, and the object's etag at that moment."""
+    store, name = _locate(uri)
+    return store.read(name, offset, length)
 
 
 def open_input(uri: str) -> BufferedReader:
     """An object as a seekable binary file."""
-    return open(_path(uri), "rb")
+    store, name = _locate(uri)
+    return store.open(name)
 
 
-def local_copy(uri: str) -> Path:
-    """A path on this machine that holds the object, for libraries that want a file name."""
-    return _path(uri)
+@contextmanager
+def local_file(uri: str) -> Iterator[Path]:
+    """A path on this machine that holds the object, for libraries that want a file name.
+
+    It may be gone after the `with`: what was mapped or opened by then stays readable.
+    """
+    store, name = _locate(uri)
+    with store.local_file(name) as path:
+        yield path
+
+
+def arrow_filesystem(uri: str) -> tuple[FileSystem, str]:
+    """The same store for libraries that take a pyarrow file system (Ray Train), and the path in it."""
+    from pyarrow import fs
+
+    if is_local(uri):
+        return fs.LocalFileSystem(), _locate(uri)[1]
+    settings = _settings()
+    endpoint = settings.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    options = {"endpoint_override": endpoint, "region": settings.region or os.environ.get("AWS_REGION")}
+    return fs.S3FileSystem(**{key: value for key, value in options.items() if value}), _locate(uri)[1]
 
 
 def sha256(uri: str) -> str:
@@ -115,61 +162,49 @@ def sha256(uri: str) -> str:
 
 def read_versioned(uri: str) -> tuple[bytes, str] | None:
     """An object's bytes and the version to give to `compare_and_swap`; None where it is missing."""
-    try:
-        data = read_bytes(uri)
-    except FileNotFoundError:
-        return None
-    return data, hashlib.sha256(data).hexdigest()
+    store, name = _locate(uri)
+    return store.read_versioned(name)
 
 
 def put_if_absent(uri: str, data: bytes) -> None:
     """Create an object, whole or not at all.
 
     Raises:
-        AlreadyExists: the name is taken; what is there is untouched.
+        AlreadyExists: the name is taken; what is there is untouched. (An object store does not tell
+            equal bytes from an earlier try of the same call.)
     """
-    path = _path(uri)
-    with _temporary(path, data) as temporary:
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            raise AlreadyExists(uri) from None
-    _sync_folder(path.parent)
+    store, name = _locate(uri)
+    store.put_if_absent(name, data)
 
 
 def compare_and_swap(uri: str, data: bytes, version: str | None) -> str:
     """Replace an object that is still at `version` (None: still missing), and return the new version.
 
+    `data` holds an attempt id where others might write the same: see `object_store`.
+
     Raises:
         Changed: it is not; what is there is untouched.
     """
-    path = _path(uri)
-    with _temporary(path, data) as temporary, _locked(path):
-        current = read_versioned(uri)
-        if (current[1] if current else None) != version:
-            raise Changed(uri)
-        os.rename(temporary, path)
-    _sync_folder(path.parent)
-    return hashlib.sha256(data).hexdigest()
+    store, name = _locate(uri)
+    return store.compare_and_swap(name, data, version)
 
 
 def put(uri: str, data: bytes) -> None:
     """Write or replace an object; for what is derived and may be made again (reports), never to publish."""
-    path = _path(uri)
-    with _temporary(path, data) as temporary:
-        os.rename(temporary, path)
-    _sync_folder(path.parent)
+    store, name = _locate(uri)
+    store.put(name, data)
 
 
 def delete(uri: str) -> None:
     """Remove an object, or a folder with all that is below it; nothing happens where there is none."""
-    path = _path(uri)
-    if path.is_dir():
-        for name in sorted(path.rglob("*"), reverse=True):
-            name.rmdir() if name.is_dir() else name.unlink(missing_ok=True)
-        path.rmdir()
-    else:
-        path.unlink(missing_ok=True)
+    store, name = _locate(uri)
+    store.delete_folder(name)
+
+
+def delete_files(uris: list[str]) -> None:
+    """Remove objects of one store, in few requests."""
+    if uris:
+        _locate(uris[0])[0].delete([_locate(uri)[1] for uri in uris])
 
 
 def parquet_bytes(schema: pa.Schema, row_groups: Iterable[pa.Table]) -> bytes:
@@ -206,40 +241,33 @@ def read_parquet(uri: str, columns: list[str] | None = None, row_groups: list[in
         return file.read_row_groups(row_groups, columns=columns)
 
 
-def _path(uri: str) -> Path:
-    if uri.startswith("file://"):
-        return Path(uri.removeprefix("file://"))
-    if "://" in uri:
-        raise ConfigError(
-            "this store is not supported yet", expected="a local path", found=uri.split("://")[0] + "://", where=uri
-        )
-    return Path(uri)
+def _locate(uri: str) -> tuple[Store, str]:
+    """The store that a URI belongs to, and the object's name there."""
+    scheme = _scheme(uri)
+    name = uri.partition("://")[2] if "://" in uri else uri
+    return _store(scheme, os.environ.get(_SETTINGS, "")), name
 
 
-@contextmanager
-def _temporary(path: Path, data: bytes) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
+def _scheme(uri: str) -> str:
+    return uri.partition("://")[0] if "://" in uri else "file"
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path.parent / f".lock-{path.name}", "wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+@functools.lru_cache(maxsize=8)  # by the settings too: a process may be configured anew
+def _store(scheme: str, settings: str) -> Store:
+    if scheme == "file":
+        return LocalStore()
+    if scheme == "s3":
+        from pipeline.s3_client import S3Client  # here: local runs need not wait for its half a second
+
+        found = _settings()
+        return ObjectStore(S3Client(found), Retry(found.retry_seconds, found.max_pause_seconds))
+    raise ConfigError("there is no such store", expected="a local path or s3://", found=f"{scheme}://")
 
 
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _settings() -> config.Storage:
+    text = os.environ.get(_SETTINGS)
+    return config.Storage.model_validate_json(text) if text else config.Storage()
+
+
+def _matches(parts: list[str], pattern: list[str]) -> bool:
+    return len(parts) == len(pattern) and all(map(fnmatch.fnmatchcase, parts, pattern))

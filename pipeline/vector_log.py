@@ -17,6 +17,7 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.schema import (
     REJECTS,
+    UNITS,
     Float32,
     Int64,
     Unit,
@@ -85,7 +86,7 @@ def write_unit(log: VectorLog, unit: Unit, embedded: EmbeddedUnit) -> tuple[int,
     good = np.array([not stage for stage in embedded.reject_stages.to_pylist()], dtype=bool)
     rejects = log.rejects(unit.wave, unit.unit)
     if good.all():
-        storage.delete(rejects)  # of an attempt that died before its part, when an image could not be had
+        storage.delete_files([rejects])  # of an attempt that died before its part, when an image could not be had
     else:
         storage.put(rejects, storage.parquet_bytes(REJECTS, [_reject_rows(unit, embedded, ~good)]))
     order = np.argsort(embedded.ids[good], kind="stable")
@@ -117,7 +118,7 @@ def finished_units(log: VectorLog) -> dict[int, list[int]]:
 
 def part_times(log: VectorLog) -> dict[tuple[int, int], float]:
     """When each unit (wave, unit) became durable, in seconds since the epoch."""
-    return {_parse(uri): storage.stat(uri).modified_seconds for uri in storage.list_files(log.parts_uri, ".parquet")}
+    return {_parse(uri): stat.modified_seconds for uri, stat in storage.list_stats(log.parts_uri, ".parquet")}
 
 
 def read_shard(log: VectorLog, wave: int, shard: int) -> tuple[Int64, Float32]:
@@ -159,8 +160,8 @@ def forget_rejects(log: VectorLog, after_wave: int) -> int:
     """
     uris = [uri for uri in storage.list_files(log.rejects_uri, ".parquet") if _parse(uri)[0] > after_wave]
     for uri in uris:
-        storage.delete(log.part(*_parse(uri)))  # the part first: without it the unit is not done
-        storage.delete(uri)
+        storage.delete_files([log.part(*_parse(uri))])  # the part first: without it the unit is not done
+        storage.delete_files([uri])
     return len(uris)
 
 
@@ -192,7 +193,7 @@ def _put_once(uri: str, data: bytes) -> None:
 
 
 def _reject_rows(unit: Unit, embedded: EmbeddedUnit, bad: np.typing.NDArray[np.bool_]) -> pa.Table:
-    places = storage.read_parquet(unit.rows_uri, ["id", "uri", "offset", "length", "row"], [unit.row_group])
+    places = storage.read_parquet(unit.rows_uri, UNITS.names, [unit.row_group])
     rows = places.append_column("stage", embedded.reject_stages).append_column("reason", embedded.reject_reasons)
     return rows.filter(pa.array(bad))
 

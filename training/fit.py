@@ -235,9 +235,11 @@ def _reporting(on_epoch: Callable[[Epoch], None] | None) -> Iterator[list[UserCa
 
 def _run_config(job: Job, folder: str, callbacks: list[UserCallback]) -> RunConfig:
     """A fixed name and folder: Ray Train goes on from the last checkpoint that it finds there."""
+    filesystem, path = storage.arrow_filesystem(folder)
     return RunConfig(  # type: ignore[call-arg]  # mypy sees the class of Ray Train v1
         name=_fingerprint(job),
-        storage_path=folder,
+        storage_path=path,
+        storage_filesystem=filesystem,
         failure_config=FailureConfig(max_failures=job.fit.max_failures),
         checkpoint_config=CheckpointConfig(num_to_keep=2),
         callbacks=callbacks,  # type: ignore[arg-type]  # the same
@@ -252,7 +254,9 @@ def _share(job: Job, rank: int) -> ray.data.Dataset:
     columns += ["label"] if job.data.num_classes is not None else []
     columns += ["side"] if job.data.d_side is not None else []
     parts = job.data.train_parts[rank :: job.fit.num_workers]
-    return ray.data.read_parquet(parts, columns=columns, partitioning=None, num_cpus=_READ_CPUS)
+    filesystem, _ = storage.arrow_filesystem(parts[0])
+    paths = [storage.arrow_filesystem(part)[1] for part in parts]
+    return ray.data.read_parquet(paths, filesystem=filesystem, columns=columns, partitioning=None, num_cpus=_READ_CPUS)
 
 
 def _scaling(config: Config) -> ScalingConfig:

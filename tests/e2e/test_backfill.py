@@ -16,7 +16,8 @@ from click.testing import CliRunner, Result
 
 from jobs.cli import main
 from pipeline import snapshot, storage, vector_log
-from pipeline.config import Config, load_config
+from pipeline.config import Config
+from pipeline.config_file import load_config
 from pipeline.encoders import load_encoder
 from pipeline.gallery import GalleryArrays, load_gallery
 from pipeline.images import Limits, decode_image

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 
 from jobs.cli import main
 from pipeline import snapshot, vector_log
-from pipeline.config import load_config
+from pipeline.config_file import load_config
 from pipeline.plan import read_plan
 from pipeline.run import Run
 from pipeline.search import Searcher

@@ -18,7 +18,8 @@ import torch
 from pipeline import curve as curves
 from pipeline import snapshot
 from pipeline.audit import audit
-from pipeline.config import Config, load_config
+from pipeline.config import Config
+from pipeline.config_file import load_config
 from pipeline.encoders import load_encoder
 from pipeline.gallery import load_gallery
 from pipeline.images import Limits, decode_image

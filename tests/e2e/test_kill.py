@@ -15,7 +15,7 @@ import pytest
 
 from pipeline import snapshot, storage
 from pipeline.audit import audit
-from pipeline.config import load_config
+from pipeline.config_file import load_config
 from pipeline.run import Run
 from tests.galleries import write_config
 

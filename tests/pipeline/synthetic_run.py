@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from pipeline import codebook as codebooks
 from pipeline import index, segments, snapshot, storage
-from pipeline.config import Config, Gallery, Index, validate
+from pipeline.config import Config, Gallery, Index
+from pipeline.config_file import validate
 from pipeline.evaluate import order_by_priority
 from pipeline.plan import Plan, Wave, wave_sizes
 from pipeline.run import Run
@@ -147,7 +148,13 @@ def _priority(images: Known, options: Options) -> Float32:
 
 def _location(num: int) -> dict[str, pa.Array]:
     nothing = pa.nulls(num, pa.int64())
-    return {"uri": pa.array([CONTAINER] * num), "offset": nothing, "length": nothing, "row": pa.array(np.arange(num))}
+    return {
+        "uri": pa.array([CONTAINER] * num),
+        "offset": nothing,
+        "length": nothing,
+        "row": pa.array(np.arange(num)),
+        "etag": pa.nulls(num, pa.string()),
+    }
 
 
 def _write_gallery(layout: _Layout) -> None:

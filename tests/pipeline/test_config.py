@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.config import Config, load_config, resolve, unit_images, validate
+from pipeline.config import Config, unit_images
+from pipeline.config_file import load_config, resolve, validate
 from pipeline.errors import ConfigError
 
 SHIPPED = Path(__file__).resolve().parents[2] / "jobs" / "configs" / "cifar100.yaml"

@@ -62,7 +62,7 @@ def load(
     folder: Path, places: list[dict[str, Any]], preprocess: Preprocess = PREPROCESS, limits: Limits = LIMITS
 ) -> LoadedUnit:
     """Load one unit whose images lie at `places`; ids count down from 100."""
-    nothing = {"uri": None, "offset": None, "length": None, "row": None}
+    nothing = {"uri": None, "offset": None, "length": None, "row": None, "etag": None}
     rows = [{"id": 100 - number, **nothing, **place} for number, place in enumerate(places)]
     units = str(folder / "units.parquet")
     table = pa.Table.from_pylist(rows, UNITS)
@@ -190,7 +190,7 @@ def test_an_image_that_may_not_be_read_is_a_reject() -> None:
         folder = Path(name)
         places = [write(folder / "good.png", encode(picture())), write(folder / "closed.png", encode(picture()))]
         places += parquet(folder / "closed.parquet", [encode(picture())])
-        nothing = {"offset": None, "length": None, "row": None}
+        nothing = {"offset": None, "length": None, "row": None, "etag": None}
         table = pa.Table.from_pylist([{"id": 1, **nothing, **place} for place in places], UNITS)
         pq.write_table(table, folder / "units.parquet")
         folder.chmod(0o755)

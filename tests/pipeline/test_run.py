@@ -11,7 +11,8 @@ import pytest
 
 from pipeline import run as runs
 from pipeline import storage
-from pipeline.config import Config, resolve, validate
+from pipeline.config import Config
+from pipeline.config_file import resolve, validate
 from pipeline.errors import DataError, IncompatibleRun
 from pipeline.run import RUNTIME, Run, check_resumable, read_settings, start, weight_fingerprints
 

@@ -49,6 +49,7 @@ def write_plan(folder: Path, units: list[list[int]], wave: int = 1) -> list[Unit
     for ids in units:
         columns = {"id": ids, "uri": [f"{number}.png" for number in ids]}
         columns |= {name: pa.nulls(len(ids), pa.int64()) for name in ("offset", "length", "row")}
+        columns["etag"] = pa.nulls(len(ids), pa.string())
         groups.append(pa.table(columns).cast(UNITS))
     storage.put(uri, storage.parquet_bytes(UNITS, groups))
     return [Unit(wave, number, uri, number, len(ids)) for number, ids in enumerate(units)]
@@ -116,7 +117,7 @@ def test_rejects_keep_their_place_stage_and_reason_and_are_in_no_part(tmp_path: 
     ids = [9, 4, 6, 1]
     (unit,) = write_plan(tmp_path, [ids])
     assert write_unit(log, unit, embed(ids, bad=(4, 1)))[1] == 2
-    nothing = {"offset": None, "length": None, "row": None, "stage": "decode", "reason": "empty"}
+    nothing = {"offset": None, "length": None, "row": None, "etag": None, "stage": "decode", "reason": "empty"}
     assert read_rejects(log).to_pylist() == [{"id": number, "uri": f"{number}.png", **nothing} for number in (4, 1)]
     assert read_wave(log, 1)[0].tolist() == [6, 9]
 

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from pipeline import storage
-from pipeline.config import Config, LossMode, validate
+from pipeline.config import Config, LossMode
+from pipeline.config_file import validate
 from pipeline.errors import ConfigError, DataError, TransientError
 from pipeline.run import Run
 from pipeline.schema import Float32, Int64, vectors_to_arrow

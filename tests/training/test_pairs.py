@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from pipeline import manifest, storage
-from pipeline.config import Classifier, validate
+from pipeline.config import Classifier
+from pipeline.config_file import validate
 from pipeline.errors import DataError
 from pipeline.run import Run
 from pipeline.schema import Int64, vectors_from_arrow

@@ -1,0 +1,145 @@
+"""Read the settings: one YAML file and `--set a.b=value` overrides, validated and resolved.
+
+Unknown keys are refused with the nearest valid name. Relative input paths start at `data_root`, and
+`data_root` and `run` start at the working directory; all of them may be `s3://`. The resolved tree is
+stored with the run (`run.json`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline import storage
+from pipeline.config import AnyManifest, Classifier, Config, Encoder, Encoders
+from pipeline.errors import ConfigError
+
+
+def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
+    """Read, override, validate and resolve a config file.
+
+    Args:
+        path: the YAML file.
+        overrides: `a.b=value` items; the value is read as YAML.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown, a value is out of its range.
+    """
+    try:
+        tree = yaml.safe_load(storage.read_bytes(path).decode() if "://" in path else Path(path).read_text())
+    except OSError as error:
+        raise ConfigError("cannot read the config file", found=error.strerror, where=path) from error
+    except yaml.YAMLError as error:
+        raise ConfigError("the config file is not valid YAML", found=error, where=path) from error
+    if not isinstance(tree, dict):
+        raise ConfigError("the config file is not a mapping", expected="keys and values", found=tree, where=path)
+    for item in overrides:
+        _override(tree, item)
+    return resolve(validate(tree, where=path))
+
+
+def validate(tree: dict[str, object], where: str) -> Config:
+    """Validate a raw tree; every problem is listed with its key, and unknown keys with the nearest name.
+
+    Raises:
+        ConfigError: with one line per problem.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(item["loc"], item["type"], item["msg"]) for item in error.errors()]
+        raise ConfigError(
+            f"{len(problems)} problem(s) in the config:\n" + "\n".join(f"  - {line}" for line in problems),
+            where=where,
+            remedy="fix the keys above; docs and jobs/configs/cifar100.yaml show every section",
+        ) from error
+
+
+def resolve(config: Config) -> Config:
+    """The same config with `run` and every input path absolute."""
+    root = _absolute(config.data_root, os.getcwd())
+
+    def rooted(path: str) -> str:
+        return _absolute(path, root)
+
+    def encoder(item: Encoder | None) -> Encoder | None:
+        if item is None or item.function is not None:
+            return item
+        if item.export is not None:
+            return item.model_copy(update={"export": rooted(item.export)})
+        assert item.torchvision is not None
+        vision = item.torchvision.model_copy(update={"state_dict": rooted(item.torchvision.state_dict)})
+        return item.model_copy(update={"torchvision": vision})
+
+    def manifest(item: AnyManifest) -> AnyManifest:
+        paths = (item.manifest,) if isinstance(item.manifest, str) else item.manifest
+        return item.model_copy(update={"manifest": tuple(rooted(path) for path in paths)})
+
+    fit = config.fit
+    if fit.classifier is not None:
+        fit = fit.model_copy(update={"classifier": Classifier(path=rooted(fit.classifier.path))})
+    encoders = Encoders.model_construct(old=encoder(config.encoders.old), new=encoder(config.encoders.new))
+    return config.model_copy(
+        update={
+            "run": _absolute(config.run, os.getcwd()),
+            "data_root": root,
+            "encoders": encoders,
+            "gallery": manifest(config.gallery),
+            "pairs": manifest(config.pairs),
+            "fit": fit,
+        }
+    )
+
+
+def _absolute(path: str, root: str) -> str:
+    if "://" in path or path.startswith("/"):
+        return path.rstrip("/") or "/"
+    if "://" in root:
+        return f"{root.rstrip('/')}/{path}"
+    return os.path.abspath(os.path.join(root, os.path.expanduser(path)))
+
+
+def _override(tree: dict[str, object], item: str) -> None:
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise ConfigError("--set takes key=value", expected="a.b=value", found=item)
+    node: dict[str, object] = tree
+    *parents, last = key.split(".")
+    for name in parents:
+        child = node.setdefault(name, {})
+        if child is None:
+            child = node[name] = {}
+        if not isinstance(child, dict):
+            raise ConfigError("--set goes through a key that holds a value", found=child, where=f"{item}: {name}")
+        node = child
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError("the value of --set is not valid YAML", found=text, where=key) from error
+
+
+def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:
+    where = ".".join(str(part) for part in location)
+    if kind == "missing":
+        return f"{where}: required, and not given"
+    if kind != "extra_forbidden":
+        return f"{where}: {message.removeprefix('Value error, ')}" if where else message
+    names = _names_beside(location)
+    near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(names)}"
+    return f"{where}: unknown key; {hint}"
+
+
+def _names_beside(location: tuple[int | str, ...]) -> list[str]:
+    """The valid names of the section in which `location` lies."""
+    model: type[BaseModel] = Config
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        sections = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
+        model = sections[0] if sections else model
+    return list(model.model_fields)

@@ -1,0 +1,152 @@
+"""The local file system as a store of whole, durable objects.
+
+Below `storage`, beside `object_store`. Guarantee: an object appears whole or not at all, and is on disk
+before a call returns: written beside its name, synced, then linked or renamed. It does not know URIs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.errors import DataError
+from pipeline.store import AlreadyExists, Changed, Stat
+
+_TEMPORARY = ".tmp-"
+
+
+class LocalStore:
+    """Names are absolute paths; a version is the sha256 of the content."""
+
+    def exists(self, name: str) -> bool:
+        """Whether an object of that name is there."""
+        return Path(name).is_file()
+
+    def stat(self, name: str) -> Stat:
+        """Size, time and etag; raises FileNotFoundError."""
+        return _stat(os.stat(name))
+
+    def listing(self, prefix: str) -> Iterator[tuple[str, Stat]]:
+        """All whole objects below a folder."""
+        for folder, _, names in os.walk(prefix):
+            for name in names:
+                path = os.path.join(folder, name)
+                if not name.startswith(".") and os.path.isfile(path):
+                    yield path, _stat(os.stat(path))
+
+    def read(self, name: str, offset: int | None, length: int | None) -> tuple[bytes, str]:
+        """Bytes, and the etag of the object."""
+        with open(name, "rb") as file:
+            if offset is not None:
+                file.seek(offset)
+            return file.read(-1 if length is None else length), _stat(os.fstat(file.fileno())).etag
+
+    def open(self, name: str) -> io.BufferedReader:
+        """A seekable file."""
+        return open(name, "rb")
+
+    @contextmanager
+    def local_file(self, name: str) -> Iterator[Path]:
+        """The object as a file on this machine, which it is already."""
+        yield Path(name)
+
+    def read_versioned(self, name: str) -> tuple[bytes, str] | None:
+        """Bytes and version; None where there is no such object."""
+        try:
+            data, _ = self.read(name, None, None)
+        except FileNotFoundError:
+            return None
+        return data, hashlib.sha256(data).hexdigest()
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write or replace."""
+        path = Path(name)
+        with _temporary(path, data) as temporary:
+            os.rename(temporary, path)
+        _sync_folder(path.parent)
+
+    def put_if_absent(self, name: str, data: bytes) -> None:
+        """Link or fail."""
+        path = Path(name)
+        with _temporary(path, data) as temporary:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                raise AlreadyExists(name) from None
+        _sync_folder(path.parent)
+
+    def compare_and_swap(self, name: str, data: bytes, version: str | None) -> str:
+        """Rename under a lock."""
+        path = Path(name)
+        with _temporary(path, data) as temporary, _locked(path):
+            current = self.read_versioned(name)
+            if (current[1] if current else None) != version:
+                raise Changed(name)
+            os.rename(temporary, path)
+        _sync_folder(path.parent)
+        return hashlib.sha256(data).hexdigest()
+
+    def delete(self, names: list[str]) -> None:
+        """Remove objects; those that are not there are no error."""
+        for name in names:
+            Path(name).unlink(missing_ok=True)
+
+    def delete_folder(self, prefix: str) -> None:
+        """Remove a folder and what is below it, or an object."""
+        path = Path(prefix)
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+            return
+        for name in sorted(path.rglob("*"), reverse=True):
+            name.rmdir() if name.is_dir() and not name.is_symlink() else name.unlink(missing_ok=True)
+        path.rmdir()
+
+    def check(self, prefix: str) -> None:
+        """Whether objects can be created below a folder; raises DataError."""
+        probe = Path(prefix) / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        try:
+            self.put_if_absent(str(probe), b"probe")
+            probe.unlink()
+        except OSError as error:
+            raise DataError(
+                "the run's folder cannot be written", found=error.strerror, where=prefix, remedy="give another `run`"
+            ) from error
+
+
+def _stat(result: os.stat_result) -> Stat:
+    return Stat(result.st_size, result.st_mtime, f"{result.st_mtime_ns:x}-{result.st_size:x}")
+
+
+@contextmanager
+def _temporary(path: Path, data: bytes) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path.parent / f".lock-{path.name}", "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,70 @@
+"""What a store of objects can do, and how it says no; the ground that `storage` and its stores stand on."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+class AlreadyExists(Exception):
+    """`put_if_absent` lost: the name is taken."""
+
+
+class Changed(Exception):
+    """`compare_and_swap` lost: the object is no longer the one that was read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """Size in bytes, modification time in seconds since the epoch, and an etag that changes with the content."""
+
+    size_bytes: int
+    modified_seconds: float
+    etag: str
+
+
+class Store(Protocol):
+    """Whole objects under names. Missing and forbidden ones are FileNotFoundError and PermissionError."""
+
+    def exists(self, name: str) -> bool:
+        """Whether an object of that name is there."""
+
+    def stat(self, name: str) -> Stat:
+        """Its size, time and etag."""
+
+    def listing(self, prefix: str) -> Iterator[tuple[str, Stat]]:
+        """All objects below a folder, in any order."""
+
+    def read(self, name: str, offset: int | None, length: int | None) -> tuple[bytes, str]:
+        """A whole object or `length` bytes from `offset`, and the object's etag; fewer bytes at its end."""
+
+    def open(self, name: str) -> io.BufferedReader:
+        """A seekable binary file."""
+
+    def local_file(self, name: str) -> AbstractContextManager[Path]:
+        """A file on this machine with the object's bytes, for the length of a `with`."""
+
+    def read_versioned(self, name: str) -> tuple[bytes, str] | None:
+        """Bytes, and the version for `compare_and_swap`; None where there is no such object."""
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write or replace, whole or not at all."""
+
+    def put_if_absent(self, name: str, data: bytes) -> None:
+        """Create, whole or not at all; raises AlreadyExists."""
+
+    def compare_and_swap(self, name: str, data: bytes, version: str | None) -> str:
+        """Replace what is still at `version` (None: missing); returns the new version, raises Changed."""
+
+    def delete(self, names: list[str]) -> None:
+        """Remove objects; those that are not there are no error."""
+
+    def delete_folder(self, prefix: str) -> None:
+        """Remove an object of that name, and all objects below it."""
+
+    def check(self, prefix: str) -> None:
+        """Prove that a run can live here; raises ConfigError or DataError."""
