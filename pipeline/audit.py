@@ -41,13 +41,13 @@ def audit(run_uri: str) -> AuditReport:
         DataError: there is no run there.
     """
     run, notes = Run(run_uri), Notes()
-    read_settings(run)
+    settings = read_settings(run)
     commits = _commits(run, notes)
     _check_tags(run, notes, commits)
     _check_steps(run, notes, commits)
     published = max(commits, default=0)
     if commits:
-        evidence = Evidence.gather(run, notes, published)
+        evidence = Evidence.gather(run, notes, published, _drops_deleted(settings))
         _check_gallery(evidence, notes, _Files(run, notes), list(commits.values()))
     _check_unpublished(run, notes, published)
     return AuditReport(not notes.problems, notes.problems, dict(notes.checked))
@@ -63,6 +63,12 @@ def _commits(run: Run, notes: Notes) -> dict[int, Commit]:
             found[number] = commit
             notes.checked["commits"] += 1
     return found
+
+
+def _drops_deleted(settings: dict[str, object]) -> bool:
+    config = settings.get("config")
+    plan = config.get("plan") if isinstance(config, dict) else None
+    return isinstance(plan, dict) and plan.get("deleted_images") == "drop"
 
 
 def _check_tags(run: Run, notes: Notes, commits: dict[int, Commit]) -> None:
@@ -144,12 +150,13 @@ def _check_sidecar(notes: Notes, files: _Files, ref: SegmentRef, cell: Cell) -> 
     if table is None:
         return
     ids, is_embedded = table["id"].to_numpy(), table["kind"].to_numpy() == "embedded"
-    notes.compare("sidecar", where, cell.ids, ids)
+    notes.compare("sidecar", where, cell.held(ref.kind == "embedded"), ids)
     notes.compare("kind", where, cell.embedded if ref.kind == "embedded" else NO_IDS, ids[is_embedded])
     rejected = int((~is_embedded).sum()) if ref.kind == "embedded" else 0
-    if (len(ids), rejected) != (ref.vectors, ref.rejected):
-        found = f"{len(ids)} vectors, {rejected} rejected"
-        notes.problem("count", where, f"{ref.vectors} vectors, {ref.rejected} rejected", found)
+    deleted = len(cell.dropped) if ref.kind == "embedded" else 0
+    if (len(ids), rejected, deleted) != (ref.vectors, ref.rejected, ref.deleted):
+        expected = f"{ref.vectors} vectors, {ref.rejected} rejected, {ref.deleted} deleted"
+        notes.problem("count", where, expected, f"{len(ids)} vectors, {rejected} rejected, {deleted} deleted")
 
 
 def _check_segment(evidence: Evidence, files: _Files, ref: SegmentRef, cell: Cell, codebook: Codebook) -> None:
@@ -161,7 +168,8 @@ def _check_segment(evidence: Evidence, files: _Files, ref: SegmentRef, cell: Cel
     if segment is None:
         return
     ids, vectors = decode(codebook, segment)
-    if not notes.compare("segment", where, cell.ids, ids) or not codebook.exact or not len(ids):
+    held = cell.held(ref.kind == "embedded")
+    if not notes.compare("segment", where, held, ids) or not codebook.exact or not len(ids):
         return
     expected = evidence.vectors(cell, embedded=ref.kind == "embedded")
     if expected is None:

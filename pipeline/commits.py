@@ -39,6 +39,7 @@ class SegmentRef:
 
     Attributes:
         kind: what the wave holds; in an embedded one, `rejected` of the `vectors` are still transformed.
+        deleted: images of the (shard, wave) that are in no segment any more: they are gone, and were to be dropped.
         bytes: size of the file.
     """
 
@@ -52,24 +53,32 @@ class SegmentRef:
     sidecar_path: str
     sidecar_sha256: str
     rejected: int = 0
+    deleted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Images of a snapshot: transformed + embedded = gallery, and the rejected are among the transformed."""
+    """Images of a snapshot: transformed + embedded + deleted = gallery; the rejected are among the transformed."""
 
     gallery: int
     transformed: int
     embedded: int
     rejected: int
+    deleted: int = 0
+
+    @property
+    def vectors(self) -> int:
+        """What the index holds."""
+        return self.transformed + self.embedded
 
     @classmethod
     def of(cls, segments: Sequence[SegmentRef]) -> Self:
         """The counts that a snapshot of these segments has."""
-        gallery = sum(segment.vectors for segment in segments)
+        vectors = sum(segment.vectors for segment in segments)
+        deleted = sum(segment.deleted for segment in segments)
         rejected = sum(segment.rejected for segment in segments)
         embedded = sum(segment.vectors for segment in segments if segment.kind == "embedded") - rejected
-        return cls(gallery, gallery - embedded, embedded, rejected)
+        return cls(vectors + deleted, vectors - embedded, embedded, rejected, deleted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,10 +208,11 @@ def _digest(tree: dict[str, object]) -> str:
 def _check_segment(segment: SegmentRef, number: int, where: str) -> None:
     kind = "embedded" if segment.wave <= number else "transformed"
     most = segment.vectors if kind == "embedded" else 0
-    if segment.kind != kind or segment.vectors < 0 or not 0 <= segment.rejected <= most:
+    deleted = segment.deleted < 0 or (segment.deleted > 0 and kind == "transformed")
+    if segment.kind != kind or segment.vectors < 0 or deleted or not 0 <= segment.rejected <= most:
         raise DataError(
             f"segment (shard {segment.shard}, wave {segment.wave}) does not belong into commit {number}",
             expected=f"{kind}, of which 0..{most} rejected",
-            found=f"{segment.kind}, {segment.rejected} of {segment.vectors} rejected",
+            found=f"{segment.kind}, {segment.rejected} of {segment.vectors} rejected, {segment.deleted} deleted",
             where=where,
         )

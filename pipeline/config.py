@@ -174,12 +174,14 @@ class Plan(Section):
 
     `waves` is a count (fine at the start, coarser later) or the fractions of the gallery, which
     add up to 1. A unit is the piece of a wave that one task embeds and writes; by default as many
-    images as fill 64 MiB once decoded, 2,048 at most.
+    images as fill 64 MiB once decoded, 2,048 at most. An image that was deleted since the manifest was
+    made is a reject; with `deleted_images: drop` its vector also leaves the index when its wave is published.
     """
 
     policy: str = "uncertainty"
     waves: Count | tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = 20
     unit_images: Count | None = None
+    deleted_images: Literal["keep", "drop"] = "keep"
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

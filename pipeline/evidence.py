@@ -15,12 +15,13 @@ from typing import ParamSpec, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.errors import FastfillError
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64, vectors_from_arrow
+from pipeline.schema import DELETED, Float32, Int64, vectors_from_arrow
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -94,6 +95,7 @@ class Cell:
         ids: its images, by the plan.
         embedded: those that the log holds.
         rejected: those in the rejects.
+        dropped: those of the rejected that are in no embedded segment: deleted, and to be dropped.
     """
 
     shard: int
@@ -101,6 +103,11 @@ class Cell:
     ids: Int64
     embedded: Int64
     rejected: Int64
+    dropped: Int64
+
+    def held(self, embedded: bool) -> Int64:
+        """The ids that a segment of this (shard, wave) has to hold, sorted."""
+        return np.setdiff1d(self.ids, self.dropped, assume_unique=True) if embedded else self.ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +119,10 @@ class Evidence:
     plan: list[Part]
     log: dict[int, list[Part]]
     rejects: dict[int, Int64]
+    dropped: Int64
 
     @classmethod
-    def gather(cls, run: Run, notes: Notes, published: int) -> Evidence:
+    def gather(cls, run: Run, notes: Notes, published: int, drops_deleted: bool) -> Evidence:
         """Read the footers of the plan, and those of the log up to wave `published`."""
         plan = storage.list_files(run.path("transformed"), ".parquet")
         log = {wave: uris for wave, uris in unit_files(run.path("embedded")).items() if wave <= published}
@@ -125,6 +133,7 @@ class Evidence:
             _parts(notes, "plan_part", plan, ["wave", "shard"]),
             {wave: _parts(notes, "log_part", uris, ["shard"]) for wave, uris in log.items()},
             {wave: _ids(notes, "reject_part", uris) for wave, uris in rejects.items()},
+            _deleted([uri for uris in rejects.values() for uri in uris]) if drops_deleted else NO_IDS,
         )
 
     def cell(self, shard: int, wave: int, rejected: Int64) -> Cell:
@@ -137,10 +146,11 @@ class Evidence:
             NO_IDS if ids is None else np.sort(ids["id"].to_numpy()),
             NO_IDS if embedded is None else np.sort(embedded["id"].to_numpy()),
             np.sort(rejected),
+            np.intersect1d(rejected, self.dropped),
         )
 
     def vectors(self, cell: Cell, embedded: bool) -> Float32 | None:
-        """The vectors of `cell.ids`, (n, d) in their order: transformed, or where there are any the embedded ones.
+        """The vectors of `cell.held(embedded)` in order, (n, d): transformed, or where there are any the embedded ones.
 
         None where a part cannot be read, or where plan and log do not fit together.
         """
@@ -148,14 +158,16 @@ class Evidence:
         if rows is None:
             return None
         vectors = vectors_from_arrow(rows.sort_by("id")["vector"])
-        if not embedded or not len(cell.embedded):
+        if not embedded:
             return vectors
+        if not len(cell.embedded):
+            return vectors[~np.isin(cell.ids, cell.dropped)]
         logged = self._rows(self.log[cell.wave], [cell.shard], ["id", "vector"])
         if logged is None or not np.isin(cell.embedded, cell.ids).all():
             return None
         vectors = vectors.copy()
         vectors[np.searchsorted(cell.ids, cell.embedded)] = vectors_from_arrow(logged.sort_by("id")["vector"])
-        return vectors
+        return vectors[~np.isin(cell.ids, cell.dropped)]
 
     def _rows(self, parts: list[Part], key: list[int], columns: list[str]) -> pa.Table | None:
         """The rows of all row groups of a key; None where there are none, or one cannot be read."""
@@ -202,6 +214,18 @@ def _ids(notes: Notes, kind: str, uris: list[str]) -> Int64:
             found.append(table["id"].to_numpy())
     ids: Int64 = np.concatenate(found)
     return ids
+
+
+def _deleted(uris: list[str]) -> Int64:
+    """The ids of deleted images among rejects that could be read before."""
+    found: list[Int64] = [NO_IDS]
+    for uri in uris:
+        try:
+            table = storage.read_parquet(uri, ["id", "reason"])
+        except (FastfillError, OSError, pa.ArrowException, ValueError):
+            continue  # a problem already
+        found.append(table.filter(pc.starts_with(table["reason"], DELETED))["id"].to_numpy())
+    return np.concatenate(found)
 
 
 def _row_group_keys(uri: str, columns: list[str]) -> NDArray[np.int64]:

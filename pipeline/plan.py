@@ -45,6 +45,7 @@ class Plan:
         dim: width of the new space.
         unit_images: images per unit, but for the last unit of a wave.
         waves: in order.
+        deleted_images: `keep` or `drop`, as `config.Plan` says.
         fingerprint: a digest of the cut points and all of the above.
     """
 
@@ -57,6 +58,7 @@ class Plan:
     unit_images: int
     waves: tuple[Wave, ...]
     fingerprint: str
+    deleted_images: str = "keep"
 
     def log(self, run: Run) -> VectorLog:
         """The vector log of the backfill."""

@@ -142,6 +142,7 @@ def _describe(config: Config, run: Run, counts: list[int], sizes: list[int], uni
         unit_images=unit_images(config),
         waves=waves,
         fingerprint=hashlib.sha256(found.tobytes()).hexdigest(),
+        deleted_images=config.plan.deleted_images,
     )
     digest = hashlib.sha256(json.dumps(asdict(plan)).encode()).hexdigest()
     return Plan(**{name: getattr(plan, name) for name in Plan.__slots__} | {"fingerprint": digest})

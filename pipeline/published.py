@@ -39,7 +39,7 @@ def published_points(
         DataError: a segment is missing or damaged, or no image is embedded and labelled.
     """
     gallery = gallery or load_gallery(run)
-    snapshots = _Snapshots(run, gallery.ids, np.empty_like(gallery.transformed))
+    snapshots = _Snapshots(run, gallery)
     numbers = list_commits(run)
     points = []
     for number in numbers:
@@ -61,62 +61,69 @@ def published_point(run: Run, commit: int | None = None) -> Point:
     if commit is None:
         raise DataError("nothing is published yet", where=run.path("index"), remedy="run `fastfill backfill`")
     gallery = load_gallery(run)
-    snapshots = _Snapshots(run, gallery.ids, np.empty_like(gallery.transformed))
+    snapshots = _Snapshots(run, gallery)
     return _measure(snapshots, gallery, read_commit(run, commit))
 
 
 def _measure(snapshots: _Snapshots, gallery: GalleryArrays, commit: Commit) -> Point:
     rows = query_rows(gallery)
+    vectors, held = snapshots.vectors_of(commit)
     metrics = evaluate(
         gallery.embedded[rows],
-        snapshots.vectors_of(commit),
+        vectors[held],
         gallery.labels[rows],
-        gallery.labels,
+        gallery.labels[held],
         metric=commit.metric,
         query_ids=gallery.ids[rows],
-        gallery_ids=gallery.ids,
+        gallery_ids=gallery.ids[held],
     )
-    counts = commit.counts
-    fraction = (counts.embedded + counts.rejected) / counts.gallery  # rejects are done, as in the simulated orders
+    counts = commit.counts  # rejects and deleted images are done, as in the simulated orders
+    fraction = (counts.embedded + counts.rejected + counts.deleted) / counts.gallery
     return {"commit": commit.number, "fraction": fraction, **metrics.as_dict()}
 
 
 @dataclass(slots=True)
 class _Snapshots:
-    """The vectors of one commit after the other, in the rows of `ids`.
+    """The vectors of one commit after the other, in the rows of the gallery.
 
     Attributes:
         applied: by (shard, wave), the sha256 of the segment whose vectors are in place.
+        rows: by (shard, wave), the rows of these vectors.
     """
 
     run: Run
-    ids: Int64
-    vectors: Float32
+    gallery: GalleryArrays
+    vectors: Float32 = field(init=False)
     applied: dict[tuple[int, int], str] = field(default_factory=dict)
+    rows: dict[tuple[int, int], Int64] = field(default_factory=dict)
     codebooks: dict[str, Codebook] = field(default_factory=dict)
 
-    def vectors_of(self, commit: Commit) -> Float32:
-        """(N, d_new) float32 as the commit's segments hold them; overwritten by the next call.
+    def __post_init__(self) -> None:
+        self.vectors = np.empty_like(self.gallery.transformed)
+
+    def vectors_of(self, commit: Commit) -> tuple[Float32, Int64]:
+        """(N, d_new) float32 as the commit's segments hold them, overwritten by the next call; and which rows are held.
 
         Raises:
-            DataError: the commit does not hold exactly the gallery.
+            DataError: the commit does not hold exactly the gallery, but for deleted images.
         """
         codebook = self._codebook(commit)
-        count = 0
         for ref in commit.segments:
-            count += ref.vectors
-            if self.applied.get((ref.shard, ref.wave)) != ref.sha256:
+            cell = (ref.shard, ref.wave)
+            if self.applied.get(cell) != ref.sha256:
                 ids, vectors = decode(codebook, Segment.open(self.run, codebook, ref))
-                self.vectors[find_rows(self.ids, ids, self.run.path(ref.path))] = vectors
-                self.applied[ref.shard, ref.wave] = ref.sha256
-        if count != len(self.ids):
+                self.rows[cell] = find_rows(self.gallery.ids, ids, self.run.path(ref.path))
+                self.vectors[self.rows[cell]] = vectors
+                self.applied[cell] = ref.sha256
+        held = np.unique(np.concatenate(list(self.rows.values())))
+        if len(held) != len(self.gallery.ids) - commit.counts.deleted:
             raise DataError(
                 "a commit does not hold the gallery",
-                expected=f"{len(self.ids)} vectors",
-                found=count,
+                expected=f"{len(self.gallery.ids) - commit.counts.deleted} vectors",
+                found=len(held),
                 where=self.run.commit(commit.number),
             )
-        return self.vectors
+        return self.vectors, held
 
     def _codebook(self, commit: Commit) -> Codebook:
         sha256 = commit.codebook_sha256

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 FORMAT_VERSION = 1
 
+DELETED = "deleted"
+"""How the reason of a reject begins whose image was there when the manifest was made, and is no more."""
+
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 

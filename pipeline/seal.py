@@ -82,7 +82,11 @@ def _seal_embedded(sealer: Sealer, wave: int, shard: int) -> SegmentRef:
     vectors[is_embedded] = embedded_vectors  # both sides are sorted by id
     kinds = np.where(is_embedded, "embedded", "transformed")
     sealed = replace(rows, vectors=vectors, kinds=kinds)
-    return write_segment(sealer.run, sealer.codebook(), sealed, shard, wave, "embedded")
+    if sealer.plan.deleted_images == "keep":
+        return write_segment(sealer.run, sealer.codebook(), sealed, shard, wave, "embedded")
+    kept = ~np.isin(rows.ids, vector_log.read_deleted(log, wave))
+    ref = write_segment(sealer.run, sealer.codebook(), sealed.take(kept), shard, wave, "embedded")
+    return replace(ref, deleted=int((~kept).sum()))
 
 
 def _transformed(sealer: Sealer, wave: int, shard: int) -> Rows:

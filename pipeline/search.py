@@ -81,8 +81,8 @@ class Searcher:
 
     @property
     def num_vectors(self) -> int:
-        """The number of vectors it holds: the whole gallery."""
-        return self.commit.counts.gallery
+        """The number of vectors it holds: the whole gallery, but for images that are deleted and dropped."""
+        return self.commit.counts.vectors
 
     def search(self, queries: ArrayLike, k: int) -> SearchResult:
         """The k nearest images of each query, all from one commit.

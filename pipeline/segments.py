@@ -41,6 +41,13 @@ class Rows:
     uncertainties: Float32
     groups: pa.Array[pa.StringScalar] | pa.ChunkedArray[pa.StringScalar]
 
+    def take(self, mask: NDArray[np.bool_]) -> Rows:
+        """The rows where `mask` (n,) is True."""
+        chosen = pa.array(mask)
+        return Rows(
+            self.ids[mask], self.vectors[mask], self.kinds[mask], self.uncertainties[mask], self.groups.filter(chosen)
+        )
+
 
 def sidecar_bytes(
     ids: Int64,

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import storage
 from pipeline.schema import (
+    DELETED,
     REJECTS,
     UNITS,
     Float32,
@@ -139,6 +141,13 @@ def read_rejects(log: VectorLog, wave: int | None = None) -> pa.Table:
     folder = log.rejects_uri if wave is None else storage.join(log.rejects_uri, f"wave-{wave:03d}")
     tables = [storage.read_parquet(uri) for uri in storage.list_files(folder, ".parquet")]
     return pa.concat_tables([REJECTS.empty_table(), *tables])
+
+
+def read_deleted(log: VectorLog, wave: int) -> Int64:
+    """The ids of a wave whose images were deleted since the manifest was made, (n,) int64."""
+    rejects = read_rejects(log, wave)
+    ids: Int64 = rejects.filter(pc.starts_with(rejects["reason"], DELETED))["id"].to_numpy()
+    return ids
 
 
 def count_rejects(log: VectorLog) -> dict[int, int]:
