@@ -18,15 +18,20 @@ if TYPE_CHECKING:
 
 @command("backfill")
 @click.option("--retry-rejects", is_flag=True, help="Embed again what was rejected in waves not yet published.")
-def main(config_path: str, overrides: tuple[str, ...], as_json: bool, retry_rejects: bool) -> None:
+@click.option("--new-run", is_flag=True, help="Start a run beside the one that is there, under RUN-2, RUN-3, ...")
+def main(config_path: str, overrides: tuple[str, ...], as_json: bool, retry_rejects: bool, new_run: bool) -> None:
     """Do everything that is not done yet: fit, plan, embed and publish wave by wave, write the report.
 
     Safe to run again at any time, after any failure, with the same config.
     """
     from jobs.bars import Bars
     from jobs.status import is_complete
+    from pipeline.run import free_uri
 
     config = load(config_path, overrides)
+    if new_run:
+        config = config.model_copy(update={"run": free_uri(config.run)})
+        console().print(f"A new run; every other command finds it with --set run={config.run}", soft_wrap=True)
     if is_complete(config):
         console().print(f"Nothing to do: every wave of {config.run} is published.")
     else:

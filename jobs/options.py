@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pipeline.config import Config
+
+
+_STDOUT = "jobs.stdout"
 
 
 def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
@@ -46,8 +49,10 @@ def with_errors(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:  # Any: click decides what a command is called with
+        click.get_current_context().meta[_STDOUT] = sys.stdout
         try:
-            function(*args, **kwargs)
+            with redirect_stdout(sys.stderr):  # Ray prints warnings to stdout, which is for one JSON document
+                function(*args, **kwargs)
         except KeyboardInterrupt:
             click.secho("stopped; what is durable is kept, the same command goes on from there", err=True)
             sys.exit(130)
@@ -108,7 +113,7 @@ def console() -> Console:
 
 def print_json(document: object) -> None:
     """Where programs read: one JSON document on stdout."""
-    click.echo(json.dumps(document, indent=1))
+    click.echo(json.dumps(document, indent=1), file=click.get_current_context().meta[_STDOUT])
 
 
 def start_ray() -> None:

@@ -7,6 +7,7 @@ only say how the work is done (RUNTIME) may change at any time.
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 
@@ -115,8 +116,14 @@ def check_resumable(config: Config, fingerprints: dict[str, str]) -> None:
         raise IncompatibleRun(
             "this run was started with other inputs or settings:\n" + "\n".join(f"  - {line}" for line in changes),
             where=run.settings,
-            remedy="put the settings back, or give another --set run=... to start beside it",
+            remedy="put the settings back, or start beside it with `fastfill backfill --new-run`",
         )
+
+
+def free_uri(uri: str) -> str:
+    """The first of `uri-2`, `uri-3`, ... under which there is no run yet; `uri` itself where it is free."""
+    numbered = itertools.chain([uri], (f"{uri}-{number}" for number in itertools.count(2)))
+    return next(item for item in numbered if not storage.exists(Run(item).settings))
 
 
 def read_settings(run: Run) -> dict[str, object]:

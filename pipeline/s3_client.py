@@ -21,8 +21,8 @@ from botocore.exceptions import (
     IncompleteReadError,
     NoCredentialsError,
     PartialCredentialsError,
-    ResponseParserError,
 )
+from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync
 
 from pipeline.config import Storage

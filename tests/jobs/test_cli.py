@@ -21,7 +21,7 @@ COMMANDS = {
     "demo": {"--folder", "--json", "--help", "-h"},
     "fit": SHARED,
     "plan": SHARED,
-    "backfill": SHARED | {"--retry-rejects"},
+    "backfill": SHARED | {"--retry-rejects", "--new-run"},
     "status": SHARED,
     "search": SHARED | {"--column", "-k", "--tag", "--commit", "--limit"},
     "evaluate": SHARED | {"--curve", "--commit"},
