@@ -32,13 +32,19 @@ class LocalStore:
         """Size, time and etag; raises FileNotFoundError."""
         return _stat(os.stat(name))
 
-    def listing(self, prefix: str) -> Iterator[tuple[str, Stat]]:
-        """All whole objects below a folder."""
-        for folder, _, names in os.walk(prefix):
-            for name in names:
+    def listing(self, prefix: str, deep: bool = True) -> Iterator[tuple[str, Stat]]:
+        """All whole objects below a folder, or only those right in it."""
+        for folder, folders, names in os.walk(prefix):
+            folders[:] = sorted(folders) if deep else []  # os.walk goes by what is left here
+            for name in sorted(names):
                 path = os.path.join(folder, name)
                 if not name.startswith(".") and os.path.isfile(path):
                     yield path, _stat(os.stat(path))
+
+    def folders(self, prefix: str) -> list[str]:
+        """The folders right in a folder; links to folders are not followed, as in a listing."""
+        with os.scandir(prefix) as entries:
+            return sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
 
     def read(self, name: str, offset: int | None, length: int | None) -> tuple[bytes, str]:
         """Bytes, and the etag of the object."""

@@ -19,7 +19,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -54,10 +54,11 @@ class Blob:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Some of a listing, and the token for the next page, if there is one."""
+    """Some of a listing, the token for the next page if there is one, and the folders where it is not deep."""
 
     objects: list[tuple[str, Stat]]
     token: str | None
+    folders: list[str] = field(default_factory=list)
 
 
 class Client(Protocol):
@@ -72,8 +73,8 @@ class Client(Protocol):
     def put(self, name: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         """Write under a condition; returns the etag."""
 
-    def listing(self, prefix: str, token: str | None) -> Page:
-        """One page of the objects whose names begin with `prefix`."""
+    def listing(self, prefix: str, token: str | None, deep: bool = True) -> Page:
+        """One page of the objects whose names begin with `prefix`; else only those without a further "/"."""
 
     def delete(self, names: list[str]) -> None:
         """Remove; a missing object is no error."""
@@ -152,15 +153,19 @@ class ObjectStore:
         """HEAD."""
         return self._call("head", name, lambda: self._client.head(name))
 
-    def listing(self, prefix: str) -> Iterator[tuple[str, Stat]]:
-        """All objects below a folder, page by page, sorted by name."""
-        folder, token = f"{prefix.rstrip('/')}/", None
-        while True:
-            page = self._call("list", folder, functools.partial(self._client.listing, folder, token))
+    def listing(self, prefix: str, deep: bool = True) -> Iterator[tuple[str, Stat]]:
+        """All objects below a folder, or only those right in it, page by page, sorted by name."""
+        for page in self._pages(prefix, deep):
             yield from page.objects
-            token = page.token
-            if token is None:
-                return
+
+    def folders(self, prefix: str) -> list[str]:
+        """The folders right in a folder; none where a page of 1,000 names shows none, for it may be one of many."""
+        found: list[str] = []
+        for page in self._pages(prefix, deep=False):
+            if page.token is not None and not page.folders:
+                return []
+            found += page.folders
+        return found
 
     def read(self, name: str, offset: int | None, length: int | None) -> tuple[bytes, str]:
         """GET."""
@@ -272,6 +277,15 @@ class ObjectStore:
     def _forget(self, name: str) -> None:
         with contextlib.suppress(OSError, Again):  # the probe did not get in, or stays as a few bytes of litter
             self._client.delete([name])
+
+    def _pages(self, prefix: str, deep: bool) -> Iterator[Page]:
+        folder, token = f"{prefix.rstrip('/')}/", None
+        while True:
+            page = self._call("list", folder, functools.partial(self._client.listing, folder, token, deep))
+            yield page
+            token = page.token
+            if token is None:
+                return
 
     def _get(self, name: str, start: int | None, stop: int | None, if_match: str | None = None) -> Blob:
         try:

@@ -85,9 +85,10 @@ class S3Client:
 
         return self._run(name, call)
 
-    def listing(self, prefix: str, token: str | None) -> Page:
-        """One page of the objects whose names begin with `prefix`."""
+    def listing(self, prefix: str, token: str | None, deep: bool = True) -> Page:
+        """One page of the objects whose names begin with `prefix`; else only those without a further "/"."""
         more = {"ContinuationToken": token} if token is not None else {}
+        more |= {} if deep else {"Delimiter": "/"}
         bucket, _, key = prefix.partition("/")
 
         async def call(s3: Any, **_: str) -> Page:
@@ -96,7 +97,8 @@ class S3Client:
                 (f"{bucket}/{item['Key']}", Stat(item["Size"], item["LastModified"].timestamp(), item["ETag"]))
                 for item in found.get("Contents", ())
             ]
-            return Page(objects, found.get("NextContinuationToken") if found.get("IsTruncated") else None)
+            folders = [f"{bucket}/{item['Prefix'].rstrip('/')}" for item in found.get("CommonPrefixes", ())]
+            return Page(objects, found.get("NextContinuationToken") if found.get("IsTruncated") else None, folders)
 
         return self._run(prefix, call)
 

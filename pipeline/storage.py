@@ -90,6 +90,28 @@ def list_stats(prefix: str, suffix: str = "") -> list[tuple[str, Stat]]:
     return sorted((f"{lead}{found}", info) for found, info in store.listing(name) if found.endswith(suffix))
 
 
+def iter_stats(prefix: str, deep: bool = True) -> Iterator[tuple[str, Stat]]:
+    """As `list_stats`, one by one as the store lists them: for folders too large to hold.
+
+    Args:
+        prefix: the folder.
+        deep: False for the objects right in the folder, without those in folders below it.
+    """
+    store, name = _locate(prefix)
+    lead = "" if is_local(prefix) else "s3://"
+    return ((f"{lead}{found}", info) for found, info in store.listing(name, deep))
+
+
+def folders(prefix: str) -> list[str]:
+    """The URIs of the folders right in a folder, sorted, to share a listing among workers.
+
+    None also where an object store's folder holds so many objects that finding them would be half the listing.
+    """
+    store, name = _locate(prefix)
+    lead = "" if is_local(prefix) else "s3://"
+    return [f"{lead}{found}" for found in store.folders(name)]
+
+
 def list_files(prefix: str, suffix: str = "") -> list[str]:
     """The URIs of all whole objects below a folder, sorted; empty where the folder is missing."""
     return [uri for uri, _ in list_stats(prefix, suffix)]

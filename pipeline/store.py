@@ -36,8 +36,11 @@ class Store(Protocol):
     def stat(self, name: str) -> Stat:
         """Its size, time and etag."""
 
-    def listing(self, prefix: str) -> Iterator[tuple[str, Stat]]:
-        """All objects below a folder, in any order."""
+    def listing(self, prefix: str, deep: bool = True) -> Iterator[tuple[str, Stat]]:
+        """All objects below a folder, or only those right in it; in an order that stays the same."""
+
+    def folders(self, prefix: str) -> list[str]:
+        """The folders right in a folder, sorted; none where it holds so many objects that this is a long search."""
 
     def read(self, name: str, offset: int | None, length: int | None) -> tuple[bytes, str]:
         """A whole object or `length` bytes from `offset`, and the object's etag; fewer bytes at its end."""

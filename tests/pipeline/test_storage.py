@@ -316,3 +316,21 @@ def test_the_same_rows_give_the_same_bytes_however_they_lie_in_memory() -> None:
 def test_the_same_rows_give_the_same_bytes_in_another_process(processes: ProcessPoolExecutor) -> None:
     other = processes.submit(storage.parquet_bytes, rows(50).schema, [rows(50)]).result()
     assert other == storage.parquet_bytes(rows(50).schema, [rows(50)])
+
+
+def test_a_folder_is_listed_deep_or_not_in_an_order_that_stays(tmp_path: Path) -> None:
+    for name in ("b/2", "b/1", "a/c/3", "z", "y"):
+        storage.put(str(tmp_path / name), b"x")
+    deep = [uri.removeprefix(f"{tmp_path}/") for uri, _ in storage.iter_stats(str(tmp_path))]
+    assert deep == ["y", "z", "a/c/3", "b/1", "b/2"]
+    assert [uri for uri, _ in storage.iter_stats(str(tmp_path), deep=False)] == [f"{tmp_path}/y", f"{tmp_path}/z"]
+    assert storage.folders(str(tmp_path)) == [f"{tmp_path}/a", f"{tmp_path}/b"]
+
+
+def test_an_s3_folder_is_listed_deep_or_not(bucket: str) -> None:
+    for name in ("b/2", "b/1", "a/c/3", "z"):
+        storage.put(f"{bucket}/top/{name}", b"x")
+    deep = [uri.removeprefix(f"{bucket}/top/") for uri, _ in storage.iter_stats(f"{bucket}/top")]
+    assert deep == ["a/c/3", "b/1", "b/2", "z"]
+    assert [uri for uri, _ in storage.iter_stats(f"{bucket}/top/", deep=False)] == [f"{bucket}/top/z"]
+    assert storage.folders(f"{bucket}/top") == [f"{bucket}/top/a", f"{bucket}/top/b"]
