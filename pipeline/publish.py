@@ -26,6 +26,9 @@ from pipeline.snapshot import Commit, Counts, SegmentRef, Writer
 
 logger = logging.getLogger(__name__)
 
+_CHECK_SECONDS = 10.0
+"""How long a driver that was taken over may go on embedding before it looks; each look is one small GET."""
+
 
 class Publisher:
     """The run's one writer of snapshots, and the thread it works in."""
@@ -39,6 +42,7 @@ class Publisher:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._futures: list[Future[None]] = []
         self._warned = False
+        self._checked = time.monotonic()
 
     @property
     def published(self) -> int:
@@ -51,9 +55,16 @@ class Publisher:
         return self._futures[-1]
 
     def check(self) -> None:
-        """Raise what went wrong in the thread, if anything did."""
+        """Raise what went wrong in the thread, if anything did; and, now and then, that the run is another's.
+
+        Raises:
+            SnapshotConflict: another driver took the run over.
+        """
         while self._futures and self._futures[0].done():
             self._futures.pop(0).result()
+        if time.monotonic() - self._checked >= _CHECK_SECONDS:
+            self._writer.check()
+            self._checked = time.monotonic()
 
     def __enter__(self) -> Self:
         return self

@@ -2,9 +2,13 @@
 
 After the segments, before search. Commit n names every segment of the snapshot in which waves 1..n are
 embedded. Guarantee: a commit is created whole or not at all, once; one writer at a time publishes, in
-order; `prod` only ever points to a commit that was published. The `candidate` tag is the writer's: it
-holds the last published commit and the epoch of whoever may publish the next. Knows nothing of what is
-inside a segment.
+order; `prod` only ever points to a commit that was published, and goes back by `rollback` alone. The
+`candidate` tag is the writer's: it holds the last published commit and the epoch of whoever may publish
+the next. Knows nothing of what is inside a segment.
+
+An object store settles a write whose answer was lost by reading back, and takes equal bytes for its own
+(`object_store`). So no two writes of a tag or a commit are ever equal: each has an `attempt_id`. That also
+keeps the version of a tag, which may be a digest of its content, from ever coming back.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from pipeline import storage
@@ -41,12 +45,14 @@ class Tag:
         epoch: of the writer that owns the run; only in the candidate tag.
         previous: the commit that the tag pointed to before, which `rollback` goes back to.
         pinned: set by `rollback`: `auto_promote` leaves the tag alone until the next `promote`.
+        attempt_id: of the one write that put the tag there; two tags that say the same are equal without it.
     """
 
     commit: int | None
     epoch: int | None = None
     previous: int | None = None
     pinned: bool = False
+    attempt_id: str = field(default="", compare=False)
 
 
 @dataclass(slots=True)
@@ -83,6 +89,14 @@ class Writer:
 
         Safe to call again with the same content after any failure.
 
+        A writer that was taken over is stopped by the first step, which reads the tag, or by the last one,
+        which replaces the very tag that was read. Between them it may be suspended for any time, and then
+        create a commit file that is no longer its to create. That is harmless, whenever it happens: it has
+        the number after a commit that is announced, so the new writer either created that file before (and
+        this one's create fails), or finds it when it acquires the run or creates its own. It adopts the
+        file where the content is the same; else it stops with a conflict and, started again, goes on from
+        that file: a whole commit of the same plan and log. No reader sees the file until it is announced.
+
         Returns:
             the commit as it is stored; that of an earlier attempt where there was one.
 
@@ -109,6 +123,16 @@ class Writer:
         self.latest = commit.number
         return commit
 
+    def check(self) -> None:
+        """Notice early that another writer took the run over; `publish` would do so in any case.
+
+        Raises:
+            SnapshotConflict: another one did.
+        """
+        found = read_tag(self.run, CANDIDATE)
+        if found is None or found.epoch != self.epoch:
+            raise self._taken_over(found)
+
     def _version_while_ours(self, number: int) -> str:
         found = _read_versioned(self.run, CANDIDATE)
         if found is None or found[0].epoch != self.epoch or found[0].commit not in (self.latest, number):
@@ -116,12 +140,12 @@ class Writer:
         return found[1]
 
     def _announce(self, number: int, version: str) -> None:
-        tag = Tag(number, self.epoch)
+        tag = Tag(number, self.epoch, attempt_id=uuid.uuid4().hex)
         try:
             storage.compare_and_swap(self.run.tag(CANDIDATE), to_json(tag), version)
         except storage.Changed:
             now = read_tag(self.run, CANDIDATE)
-            if now != tag:  # it is ours where only the answer to an earlier try was lost
+            if now is None or now.attempt_id != tag.attempt_id:  # it is ours where only an answer was lost
                 raise self._taken_over(now) from None
 
     def _taken_over(self, found: Tag | None) -> SnapshotConflict:
@@ -158,17 +182,30 @@ def promote(run: Run, number: int | None, *, blockers: Sequence[str], force: boo
 
     Raises:
         GateRefused: there are blockers, and no force.
+        Refused: `prod` points to a later commit; that way leads only `rollback`, which also stays there.
         DataError: there is no such commit, or it is not whole.
         SnapshotConflict: others kept moving the tag at the same time.
     """
-    number = _published(run, number)
+    wanted = _published(run, number)
     if blockers and not force:
         raise GateRefused(
-            f"commit {number} is not promoted:\n" + "\n".join(f"  - {line}" for line in blockers),
-            where=run.commit(number),
+            f"commit {wanted} is not promoted:\n" + "\n".join(f"  - {line}" for line in blockers),
+            where=run.commit(wanted),
             remedy="see the report, or promote with force",
         )
-    return _change_tag(run, PROD, lambda now: Tag(number, previous=_before(now, number)))
+
+    def forward(now: Tag | None) -> Tag:
+        if now and now.commit is not None and now.commit > wanted:
+            raise Refused(
+                "prod serves a later commit",
+                expected=f"commit {now.commit} or a later one",
+                found=wanted,
+                where=run.tag(PROD),
+                remedy=f"to go back to it, `fastfill rollback --to {wanted}`",
+            )
+        return Tag(wanted, previous=_before(now, wanted))
+
+    return _change_tag(run, PROD, forward)
 
 
 def auto_promote(run: Run, number: int, blockers: Sequence[str] = ()) -> bool:
@@ -201,18 +238,20 @@ def rollback(run: Run, to: int | None = None) -> Tag:
         DataError: the commit is not there any more, or it is not whole.
         SnapshotConflict: others kept moving the tag at the same time.
     """
-    now = read_tag(run, PROD)
-    number = to if to is not None or now is None else now.previous
-    if now is None or now.commit is None or number is None or number >= now.commit:
-        raise Refused(
-            "there is nothing to roll back to",
-            expected=f"a commit before {now.commit if now else None}",
-            found=number,
-            where=run.tag(PROD),
-            remedy=f"name one of the commits {list_commits(run)}; `promote` goes forward",
-        )
-    number = _published(run, number)
-    return _change_tag(run, PROD, lambda _: Tag(number, pinned=True))
+
+    def back(now: Tag | None) -> Tag:  # by the tag that it replaces: others may have moved it meanwhile
+        number = to if to is not None or now is None else now.previous
+        if now is None or now.commit is None or number is None or number >= now.commit:
+            raise Refused(
+                "there is nothing to roll back to",
+                expected=f"a commit before {now.commit if now else None}",
+                found=number,
+                where=run.tag(PROD),
+                remedy=f"name one of the commits {list_commits(run)}; `promote` goes forward",
+            )
+        return Tag(_published(run, number), pinned=True)
+
+    return _change_tag(run, PROD, back)
 
 
 def _create(run: Run, commit: Commit) -> Commit:
@@ -261,12 +300,17 @@ def _before(now: Tag | None, number: int) -> int | None:
 
 
 def _change_tag(run: Run, name: str, decide: Callable[[Tag | None], Tag]) -> Tag:
-    """Replace a tag by what `decide` makes of it, again where others moved it meanwhile."""
+    """Replace a tag by what `decide` makes of it, again where others moved it meanwhile.
+
+    Two that want the same at the same time (the next epoch) are told apart by their attempt ids: one of them
+    loses, and decides again by what the other one wrote.
+    """
     for _ in range(_TRIES):
         now, version = _read_versioned(run, name) or (None, None)
         wanted = decide(now)
         if wanted == now:
             return wanted
+        wanted = replace(wanted, attempt_id=uuid.uuid4().hex)
         try:
             storage.compare_and_swap(run.tag(name), to_json(wanted), version)
             return wanted

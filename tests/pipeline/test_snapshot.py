@@ -124,6 +124,33 @@ def test_the_last_to_acquire_is_the_only_writer(run: Run) -> None:
     assert isinstance(pickle.loads(pickle.dumps(caught.value)), SnapshotConflict)  # noqa: S301  # our own bytes
 
 
+def test_a_writer_notices_that_it_was_taken_over_before_it_publishes(run: Run) -> None:
+    old = published(run, 1)
+    old.check()
+    new = Writer.acquire(run)
+    new.check()
+    with pytest.raises(SnapshotConflict, match="took this run over"):
+        old.check()
+    new.publish(draft(2))
+    new.check()
+
+
+def test_no_two_writes_of_a_tag_are_equal_and_tags_that_say_the_same_are(run: Run) -> None:
+    published(run, 2)
+    seen = set()
+    for number in (1, 2):
+        promote(run, number, blockers=[])
+        seen.add(storage.read_bytes(run.tag("prod")))
+    rollback(run, to=1)
+    promote(run, 2, blockers=[])  # prod says again what it said before
+    seen.add(storage.read_bytes(run.tag("prod")))
+    assert len(seen) == 3
+    tag = read_tag(run, "prod")
+    assert tag == Tag(2, previous=1)
+    assert promote(run, 2, blockers=[]) == tag  # nothing to move: nothing is written
+    assert storage.read_bytes(run.tag("prod")) in seen
+
+
 def test_a_commit_that_was_created_but_not_announced_is_adopted(run: Run) -> None:
     published(run, 1)
     orphan = replace(draft(2), attempt_id="dead", epoch=1)
@@ -284,6 +311,9 @@ def test_promote_moves_prod_and_remembers_where_it_was(run: Run) -> None:
     assert promote(run, 3, blockers=[]) == Tag(3, previous=1)
     with pytest.raises(DataError, match="no such commit"):
         promote(run, 4, blockers=[])
+    with pytest.raises(Refused, match="rollback --to 2"):
+        promote(run, 2, blockers=[])
+    assert read_tag(run, "prod") == Tag(3, previous=1)
 
 
 def test_blockers_refuse_a_promotion_unless_forced(run: Run) -> None:
