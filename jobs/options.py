@@ -125,6 +125,8 @@ def start_ray() -> None:
     import ray
     import ray.data
 
+    from pipeline import storage
+
     if ray.is_initialized():
         return
     for name in ("ray", "ray._private.authentication"):
@@ -133,7 +135,7 @@ def start_ray() -> None:
         if "Session" not in type(handler).__name__:  # the session's log file keeps everything
             handler.setLevel(logging.ERROR)
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": storage.environment()})
         return
     with _quiet():
         ray.init(

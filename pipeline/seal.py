@@ -24,6 +24,7 @@ from pipeline.segments import Rows
 from pipeline.snapshot import SegmentRef
 
 _TASK_CPUS = 0.25
+_FOREVER = -1  # retries where its worker or node dies: sealing again gives the same bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class Sealer:
 
     def transformed(self, waves: list[int]) -> list[SegmentRef]:
         """Seal waves as they are before any image is embedded; one task per wave."""
-        task = ray.remote(num_cpus=_TASK_CPUS)(_seal_transformed)
+        task = ray.remote(num_cpus=_TASK_CPUS, max_retries=_FOREVER)(_seal_transformed)
         return [ref for refs in ray.get([task.remote(self, wave) for wave in waves]) for ref in refs]
 
     def embedded(self, wave: int) -> list[SegmentRef]:
@@ -46,7 +47,7 @@ class Sealer:
         Raises:
             DataError: an image of the wave is neither in the log nor rejected.
         """
-        task = ray.remote(num_cpus=_TASK_CPUS)(_seal_embedded)
+        task = ray.remote(num_cpus=_TASK_CPUS, max_retries=_FOREVER)(_seal_embedded)
         return ray.get([task.remote(self, wave, shard) for shard in range(self.plan.num_shards)])
 
     def codebook(self) -> Codebook:

@@ -39,10 +39,14 @@ _SETTINGS = "FASTFILL_STORAGE"  # the settings, as JSON: worker processes inheri
 _WILD = "*?["
 
 
-def configure(settings: config.Storage) -> dict[str, str]:
-    """Use these settings from now on; returns the environment that gives them to other processes."""
+def configure(settings: config.Storage) -> None:
+    """Use these settings from now on, here and in processes that inherit the environment."""
     os.environ[_SETTINGS] = settings.model_dump_json()
-    return {_SETTINGS: os.environ[_SETTINGS]}
+
+
+def environment() -> dict[str, str]:
+    """What gives the settings to processes that do not inherit the environment; no credentials."""
+    return {_SETTINGS: os.environ[_SETTINGS]} if _SETTINGS in os.environ else {}
 
 
 def counts() -> Counter[str]:
