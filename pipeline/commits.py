@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline import storage
 from pipeline.config import Metric
-from pipeline.errors import DataError
+from pipeline.errors import DataError, Removed
 from pipeline.run import Run
 from pipeline.schema import FORMAT_VERSION
 
@@ -115,16 +115,57 @@ class Commit:
         return {key: value for key, value in asdict(self).items() if key not in _WHO_PUBLISHED}
 
 
+@dataclass(frozen=True, slots=True)
+class Removals:
+    """The commits that gc removes, as `index/collected.json` says; `removals` has the rules.
+
+    Attributes:
+        announced: those that go unless somebody objects; until then they are whole.
+        confirmed: those that are gone, or may be from one moment to the next.
+        files: paths inside the run of what only confirmed commits named, as far as it is not deleted yet.
+        attempt_id: of the one write that put the file there.
+    """
+
+    announced: tuple[int, ...] = ()
+    confirmed: tuple[int, ...] = ()
+    files: tuple[str, ...] = ()
+    attempt_id: str = ""
+
+
+def read_removals(run: Run) -> Removals:
+    """Which commits gc has removed, or is about to.
+
+    Raises:
+        DataError: the file is damaged or of another format.
+    """
+    found = storage.read_versioned(run.collected)
+    return from_json(Removals, found[0], run.collected) if found else Removals()
+
+
+def removed(run: Run, number: int) -> Removed:
+    """The error of whoever asks for a commit that gc has removed."""
+    return Removed(
+        "gc has removed this commit",
+        expected="a commit that is kept",
+        found=number,
+        where=run.commit(number),
+        remedy="take a later one; `gc --keep` keeps more of those to come",
+    )
+
+
 def read_commit(run: Run, number: int) -> Commit:
     """A commit, checked to name a whole snapshot.
 
     Raises:
         DataError: it is missing, damaged, of another format, or its segments or counts do not add up.
+        Removed: it is missing because gc has removed it.
     """
     where = run.commit(number)
     try:
         commit = from_json(Commit, storage.read_bytes(where), where)
     except FileNotFoundError:
+        if number in read_removals(run).confirmed:
+            raise removed(run, number) from None
         raise DataError("there is no such commit", found=number, where=where) from None
     if commit.number != number:
         raise DataError("the commit file holds another commit", expected=number, found=commit.number, where=where)

@@ -7,6 +7,7 @@
     `-- Refused                  exit 3   nothing is broken, but going on would be wrong
         |-- IncompatibleRun               this run was started with something else
         |-- SnapshotConflict              another writer owns the run
+        |-- Removed                       gc has removed this snapshot
         `-- GateRefused                   a snapshot failed its quality gate
 
 Every message says what was expected, what was found, where, and what to do about it. All of them
@@ -73,6 +74,10 @@ class IncompatibleRun(Refused):
 
 class SnapshotConflict(Refused):
     """Another writer published, or took this run over."""
+
+
+class Removed(Refused):
+    """A snapshot that gc has removed is asked for."""
 
 
 class GateRefused(Refused):

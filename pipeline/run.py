@@ -82,6 +82,11 @@ class Run:
         return self.path("index", "tags", f"{name}.json")
 
     @property
+    def collected(self) -> str:
+        """The record of the commits that gc has removed."""
+        return self.path("index", "collected.json")
+
+    @property
     def reports(self) -> str:
         """The folder of the report."""
         return self.path("reports")

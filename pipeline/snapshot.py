@@ -13,6 +13,7 @@ keeps the version of a tag, which may be a digest of its content, from ever comi
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 import uuid
@@ -20,14 +21,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-from pipeline import storage
+from pipeline import removals, storage
 from pipeline.commits import Commit as Commit
 from pipeline.commits import Counts as Counts
 from pipeline.commits import Kind as Kind
 from pipeline.commits import SegmentRef as SegmentRef
-from pipeline.commits import check_commit, from_json, to_json
+from pipeline.commits import check_commit, from_json, read_removals, to_json
 from pipeline.commits import read_commit as read_commit
-from pipeline.errors import DataError, GateRefused, Refused, SnapshotConflict
+from pipeline.errors import DataError, GateRefused, Refused, Removed, SnapshotConflict
 from pipeline.run import Run
 
 CANDIDATE = "candidate"
@@ -159,12 +160,26 @@ class Writer:
 
 
 def list_commits(run: Run) -> list[int]:
-    """The numbers of the published commits that are stored, ascending."""
+    """The numbers of the published commits that are stored and that gc has not removed, ascending."""
     tag = read_tag(run, CANDIDATE)
     if tag is None or tag.commit is None:
         return []
-    names = map(_COMMIT_FILE.search, storage.list_files(run.path("index", "commits"), ".json"))
-    return sorted(number for name in names if name and (number := int(name[1])) <= tag.commit)
+    names = list(map(_COMMIT_FILE.search, storage.list_files(run.path("index", "commits"), ".json")))
+    gone = set(read_removals(run).confirmed)  # after the listing: what is removed meanwhile is in here
+    return sorted(number for name in names if name and (number := int(name[1])) <= tag.commit and number not in gone)
+
+
+def read_commits(run: Run) -> list[Commit]:
+    """The published commits, ascending, without those that gc removes meanwhile.
+
+    Raises:
+        DataError: one is damaged.
+    """
+    found = []
+    for number in list_commits(run):
+        with contextlib.suppress(Removed):
+            found.append(read_commit(run, number))
+    return found
 
 
 def read_tag(run: Run, name: str) -> Tag | None:
@@ -175,6 +190,28 @@ def read_tag(run: Run, name: str) -> Tag | None:
     """
     found = _read_versioned(run, name)
     return found[0] if found else None
+
+
+def touch(run: Run, name: str) -> Tag | None:
+    """Write a tag again as it is, so that whoever read it before can no longer move it, and has to look again.
+
+    Returns:
+        where it points at that moment; None where there is no such tag.
+
+    Raises:
+        SnapshotConflict: others kept moving the tag at the same time.
+    """
+    for _ in range(_TRIES):
+        found = _read_versioned(run, name)
+        if found is None:
+            return None
+        tag = replace(found[0], attempt_id=uuid.uuid4().hex)
+        try:
+            storage.compare_and_swap(run.tag(name), to_json(tag), found[1])
+            return tag
+        except storage.Changed:
+            continue
+    raise SnapshotConflict("others keep moving this tag", where=run.tag(name), remedy="try again")
 
 
 def promote(run: Run, number: int | None, *, blockers: Sequence[str], force: bool = False) -> Tag:
@@ -234,7 +271,7 @@ def rollback(run: Run, to: int | None = None) -> Tag:
     """Point `prod` back to the commit before (or to `to`), and pin it there until the next `promote`.
 
     Raises:
-        Refused: there is no commit to go back to, or `to` is not an earlier one.
+        Refused: there is no commit to go back to, `to` is not an earlier one, or gc has removed it.
         DataError: the commit is not there any more, or it is not whole.
         SnapshotConflict: others kept moving the tag at the same time.
     """
@@ -304,6 +341,10 @@ def _change_tag(run: Run, name: str, decide: Callable[[Tag | None], Tag]) -> Tag
 
     Two that want the same at the same time (the next epoch) are told apart by their attempt ids: one of them
     loses, and decides again by what the other one wrote.
+
+    Raises:
+        Removed: gc has removed the commit that it would point to.
+        SnapshotConflict: others kept moving it.
     """
     for _ in range(_TRIES):
         now, version = _read_versioned(run, name) or (None, None)
@@ -311,6 +352,8 @@ def _change_tag(run: Run, name: str, decide: Callable[[Tag | None], Tag]) -> Tag
         if wanted == now:
             return wanted
         wanted = replace(wanted, attempt_id=uuid.uuid4().hex)
+        if wanted.commit is not None:
+            removals.claim(run, wanted.commit, cancel=True)  # after the tag was read: see `touch`
         try:
             storage.compare_and_swap(run.tag(name), to_json(wanted), version)
             return wanted

@@ -22,6 +22,7 @@ EXIT_CODES = {
     "IncompatibleRun": 3,
     "SnapshotConflict": 3,
     "GateRefused": 3,
+    "Removed": 3,
 }
 
 

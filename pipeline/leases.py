@@ -1,0 +1,151 @@
+"""Reader leases: what gc must leave alone although no tag and no rule keeps it.
+
+Beside the commits. A lease is a small object, `index/leases/<id>.json`, that names one commit; gc keeps that
+commit while the lease is there and not older than its own length, by the store's clock: a reader that dies
+keeps nothing for long. A reader holds its lease for as long as it lives, and not only while it opens: on a
+network file system an unlinked segment breaks whoever has it mapped. Whoever may not write goes without.
+
+Guarantee: of a reader that takes a lease and then asks `removals.claim`, and a gc that announces and then
+looks for leases, at least one sees the other. Does not decide what is removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from pipeline import removals, storage
+from pipeline.commits import from_json, to_json
+from pipeline.errors import DataError, TransientError
+from pipeline.run import Run
+
+logger = logging.getLogger(__name__)
+
+LEASE_SECONDS = 600.0
+_RENEWALS = 3  # in one length: two may fail
+_SLACK_SECONDS = 2.0  # object stores give times in whole seconds
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseFile:
+    """What a lease says. It ends `seconds` after the store wrote it; the last two fields are for people."""
+
+    commit: int
+    seconds: float
+    expires_unix_seconds: float
+    attempt_id: str
+
+
+class Lease:
+    """Keeps a commit from gc until it is released, or nobody refers to it any more."""
+
+    def __init__(self, run: Run, commit: int, seconds: float = LEASE_SECONDS) -> None:
+        """Write the lease, and renew it in a thread from now on.
+
+        Raises:
+            PermissionError, OSError: nothing may be written here.
+        """
+        self.commit = commit
+        self._id, self._seconds = uuid.uuid4().hex, seconds
+        self.uri = run.path("index", "leases", f"{self._id}.json")
+        self._writing, self._released = threading.Lock(), threading.Event()
+        self._renew()
+        weakref.finalize(self, self._released.set).atexit = False
+        arguments = (weakref.ref(self), self._released, seconds / _RENEWALS)
+        threading.Thread(target=_keep_alive, args=arguments, name="lease", daemon=True).start()
+
+    def release(self) -> None:
+        """Give the commit up; what cannot be deleted now expires by itself."""
+        with self._writing:
+            self._released.set()
+            try:
+                storage.delete_files([self.uri])
+            except (OSError, TransientError) as error:
+                logger.warning("a lease is left to expire: %s (%s)", self.uri, error)
+
+    def _renew(self) -> None:
+        with self._writing:
+            if not self._released.is_set():
+                file = LeaseFile(self.commit, self._seconds, time.time() + self._seconds, self._id)
+                storage.put(self.uri, to_json(file))
+
+
+def _keep_alive(lease: weakref.ref[Lease], released: threading.Event, pause_seconds: float) -> None:
+    while not released.wait(pause_seconds):
+        found = lease()
+        if found is None:
+            return
+        try:
+            found._renew()
+        except (OSError, TransientError) as error:
+            logger.warning("a lease is not renewed, the next try follows: %s (%s)", found.uri, error)
+        del found
+
+
+def take(run: Run, commit: int) -> Lease | None:
+    """A lease on a commit that gc has not removed; None where nothing may be written.
+
+    Raises:
+        Removed: gc has removed the commit.
+    """
+    lease = None
+    try:
+        lease = Lease(run, commit)
+    except OSError as error:
+        if not isinstance(error, PermissionError) and error.errno != errno.EROFS:
+            raise
+        logger.info("reading commit %d without a lease: %s cannot be written (%s)", commit, run.uri, error)
+    try:
+        removals.claim(run, commit, cancel=lease is not None)
+    except BaseException:
+        if lease is not None:
+            lease.release()
+        raise
+    return lease
+
+
+@contextmanager
+def hold(run: Run, commit: int) -> Iterator[None]:
+    """Keep a commit from gc for the length of a `with`; raises as `take`."""
+    lease = take(run, commit)
+    try:
+        yield
+    finally:
+        if lease is not None:
+            lease.release()
+
+
+def find_leases(run: Run, now_seconds: float) -> tuple[set[int], list[str]]:
+    """The commits that live leases name, and the URIs of leases that have expired.
+
+    Args:
+        run: whose.
+        now_seconds: the time by the store's clock.
+
+    Raises:
+        DataError: a lease that may be live cannot be read.
+    """
+    pinned, expired = set(), []
+    for uri, stat in storage.list_stats(run.path("index", "leases"), ".json"):
+        age = now_seconds - stat.modified_seconds - _SLACK_SECONDS
+        try:
+            lease = from_json(LeaseFile, storage.read_bytes(uri), uri)
+        except FileNotFoundError:
+            continue  # released just now
+        except DataError:
+            if age <= LEASE_SECONDS:
+                raise
+            expired.append(uri)
+            continue
+        if age > lease.seconds:
+            expired.append(uri)
+        else:
+            pinned.add(lease.commit)
+    return pinned, expired
