@@ -6,6 +6,7 @@ before a call returns: written beside its name, synced, then linked or renamed. 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import io
@@ -39,6 +40,14 @@ class LocalStore:
             for name in sorted(names):
                 path = os.path.join(folder, name)
                 if not name.startswith(".") and os.path.isfile(path):
+                    with contextlib.suppress(FileNotFoundError):  # removed since
+                        yield path, _stat(os.stat(path))
+
+    def leftovers(self, prefix: str) -> Iterator[tuple[str, Stat]]:
+        """Temporary files: of writers at work, and of those that died."""
+        for folder, _, names in os.walk(prefix):
+            for path in (os.path.join(folder, name) for name in names if name.startswith(_TEMPORARY)):
+                with contextlib.suppress(FileNotFoundError):  # its writer is done
                     yield path, _stat(os.stat(path))
 
     def folders(self, prefix: str) -> list[str]:

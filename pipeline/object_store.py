@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 _FIRST_PAUSE_SECONDS = 0.1
 _READ_AHEAD = 2**16
+_PROBES = "probe"
 
 
 class Again(Exception):
@@ -158,6 +159,10 @@ class ObjectStore:
         for page in self._pages(prefix, deep):
             yield from page.objects
 
+    def leftovers(self, prefix: str) -> Iterator[tuple[str, Stat]]:
+        """Probes: of checks at work, and of those that died."""
+        return self.listing(f"{prefix.rstrip('/')}/{_PROBES}")
+
     def folders(self, prefix: str) -> list[str]:
         """The folders right in a folder; none where a page of 1,000 names shows none, for it may be one of many."""
         found: list[str] = []
@@ -226,7 +231,7 @@ class ObjectStore:
 
     def check(self, prefix: str) -> None:
         """Write, conditionally write, swap and delete a probe object."""
-        name = f"{prefix.rstrip('/')}/probe/{uuid.uuid4().hex}"
+        name = f"{prefix.rstrip('/')}/{_PROBES}/{uuid.uuid4().hex}"
         try:
             self._check_conditions(name)
         except FileNotFoundError as error:

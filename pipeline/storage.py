@@ -106,6 +106,13 @@ def iter_stats(prefix: str, deep: bool = True) -> Iterator[tuple[str, Stat]]:
     return ((f"{lead}{found}", info) for found, info in store.listing(name, deep))
 
 
+def list_leftovers(prefix: str) -> list[tuple[str, Stat]]:
+    """The URIs and stats of temporary files and probes below a folder: of writers at work, and of those that died."""
+    store, name = _locate(prefix)
+    lead = "" if is_local(prefix) else "s3://"
+    return sorted((f"{lead}{found}", info) for found, info in store.leftovers(name))
+
+
 def folders(prefix: str) -> list[str]:
     """The URIs of the folders right in a folder, sorted, to share a listing among workers.
 

@@ -39,6 +39,9 @@ class Store(Protocol):
     def listing(self, prefix: str, deep: bool = True) -> Iterator[tuple[str, Stat]]:
         """All objects below a folder, or only those right in it; in an order that stays the same."""
 
+    def leftovers(self, prefix: str) -> Iterator[tuple[str, Stat]]:
+        """What is below a folder beside whole objects: the traces of writers, some of which may have died."""
+
     def folders(self, prefix: str) -> list[str]:
         """The folders right in a folder, sorted; none where it holds so many objects that this is a long search."""
 
