@@ -2,8 +2,8 @@
 
 Server and client share the machine, so absolute figures say little; the clients take turns within each repeat, and
 what counts is their ratio and the client's own CPU per request. Signed requests everywhere; s3fs as it comes and
-pyarrow.fs send a HEAD before each GET, the others do not. Plain HTTP on presigned addresses is the floor: what is left when
-a client does nothing but HTTP.
+pyarrow.fs send a HEAD before each GET, the others do not. Plain HTTP on presigned addresses is the floor: what is left
+when a client does nothing but HTTP.
 
     python -m benchmarks.fetch --objects 1000 --size 3000 --repeats 5
 """
