@@ -9,8 +9,11 @@ a condition, and must be told apart from others who write the same, puts an atte
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
+import itertools
+import logging
 import random
 import tempfile
 import threading
@@ -28,9 +31,15 @@ from pipeline.store import AlreadyExists, Changed, Stat
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 _FIRST_PAUSE_SECONDS = 0.1
+_SAY_AFTER_SECONDS = 10.0
 _READ_AHEAD = 2**16
 _PROBES = "probe"
+_COPY_BYTES = 2**24
+_DELETE_AT_ONCE = 1000
+_MOST_PUT_BYTES = 5 * 2**30  # of one PUT; more would take a multipart upload
 
 
 class Again(Exception):
@@ -78,7 +87,7 @@ class Client(Protocol):
         """One page of the objects whose names begin with `prefix`; else only those without a further "/"."""
 
     def delete(self, names: list[str]) -> None:
-        """Remove; a missing object is no error."""
+        """Remove up to 1,000 objects of one bucket; a missing object is no error."""
 
 
 class Counts:
@@ -100,7 +109,10 @@ class Counts:
 
 
 COUNTS = Counts()
-"""`requests:<kind>`, `bytes:get`, `bytes:put` and `retries:<cause>` of this process."""
+"""`requests:<kind>`, `bytes:get`, `bytes:put` and `retries:<cause>` of this process.
+
+Images are counted by themselves: `requests:image`, `bytes:image`, and `bytes:needed`, those of them that were wanted.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +128,7 @@ class Retry:
         Raises:
             TransientError: it still did when the time was over.
         """
-        deadline = time.monotonic() + self.seconds
+        start, said = time.monotonic(), False
         pause = _FIRST_PAUSE_SECONDS
         while True:
             COUNTS.add(f"requests:{kind}")
@@ -124,7 +136,8 @@ class Retry:
                 return request()
             except Again as error:
                 COUNTS.add(f"retries:{error.cause}")
-                if time.monotonic() >= deadline:
+                waited = time.monotonic() - start
+                if waited >= self.seconds:
                     raise TransientError(
                         "object storage keeps failing",
                         expected=f"an answer within {self.seconds:g} seconds",
@@ -132,6 +145,9 @@ class Retry:
                         where=where,
                         remedy="what is durable is kept; run the same command again when the store is back",
                     ) from error
+                if waited >= _SAY_AFTER_SECONDS and not said:
+                    said = True
+                    logger.warning("%s: %s; trying again for up to %g seconds", where, error, self.seconds)
             time.sleep(random.uniform(0, pause))  # full jitter: many workers must not come back at once
             pause = min(2 * pause, self.most_pause_seconds)
 
@@ -152,12 +168,14 @@ class ObjectStore:
 
     def stat(self, name: str) -> Stat:
         """HEAD."""
+        if name.endswith("/"):  # some stores answer for the folder
+            raise FileNotFoundError(errno.ENOENT, "not an object's name", self._scheme + name)
         return self._call("head", name, lambda: self._client.head(name))
 
     def listing(self, prefix: str, deep: bool = True) -> Iterator[tuple[str, Stat]]:
         """All objects below a folder, or only those right in it, page by page, sorted by name."""
         for page in self._pages(prefix, deep):
-            yield from page.objects
+            yield from (item for item in page.objects if not item[0].endswith("/"))  # those stand for folders
 
     def leftovers(self, prefix: str) -> Iterator[tuple[str, Stat]]:
         """Probes: of checks at work, and of those that died."""
@@ -174,7 +192,10 @@ class ObjectStore:
 
     def read(self, name: str, offset: int | None, length: int | None) -> tuple[bytes, str]:
         """GET."""
-        blob = self._get(name, offset, None if offset is None or length is None else offset + length)
+        if length == 0:  # there is no such range, and a store would send the whole object
+            return b"", self.stat(name).etag
+        start = 0 if offset is None and length is not None else offset
+        blob = self._get(name, start, None if start is None or length is None else start + length)
         return blob.data, blob.etag
 
     def open(self, name: str) -> io.BufferedReader:
@@ -186,7 +207,7 @@ class ObjectStore:
         """A copy, removed at the end: what was opened or mapped until then stays readable."""
         with tempfile.TemporaryDirectory(prefix="fastfill-") as folder:
             path = Path(folder, name.rpartition("/")[2])
-            path.write_bytes(self._get(name, None, None).data)
+            self._copy(name, path)
             yield path
 
     def read_versioned(self, name: str) -> tuple[bytes, str] | None:
@@ -214,70 +235,96 @@ class ObjectStore:
         """PUT with If-Match; equal bytes that are there are taken for an earlier try of ours."""
         try:
             return self._put(name, data, if_absent=version is None, if_match=version)
-        except (Precondition, FileNotFoundError):
+        except (Precondition, FileNotFoundError) as error:
+            if version is None and isinstance(error, FileNotFoundError):
+                raise  # there is no such bucket
             found = self.read_versioned(name)
             if found is None or found[0] != data:
                 raise Changed(f"{self._scheme}{name}") from None
             return found[1]
 
     def delete(self, names: list[str]) -> None:
-        """DELETE."""
-        if names:
-            self._call("delete", names[0], lambda: self._client.delete(names))
+        """DELETE, one request for up to 1,000 names of one bucket."""
+        for _, group in itertools.groupby(names, lambda name: name.partition("/")[0]):
+            while some := list(itertools.islice(group, _DELETE_AT_ONCE)):
+                self._call("delete", some[0], functools.partial(self._client.delete, some))
 
     def delete_folder(self, prefix: str) -> None:
         """DELETE what a listing finds."""
-        self.delete([prefix, *(name for name, _ in self.listing(prefix))])
+        below = (name for page in self._pages(prefix, deep=True) for name, _ in page.objects)
+        self.delete([prefix, *below])
 
     def check(self, prefix: str) -> None:
-        """Write, conditionally write, swap and delete a probe object."""
+        """Write, conditionally write, swap, list and delete a probe object."""
         name = f"{prefix.rstrip('/')}/{_PROBES}/{uuid.uuid4().hex}"
+        where = self._scheme + prefix
         try:
             self._check_conditions(name)
+            self.delete([name])
         except FileNotFoundError as error:
             raise DataError(
-                "the bucket is not there", found=error.strerror, where=self._scheme + prefix, remedy="create it first"
+                "the bucket is not there", found=error.strerror, where=where, remedy="create it first"
             ) from error
         except PermissionError as error:
             raise DataError(
                 "the store refuses these credentials",
                 expected="read, write, list and delete below the run",
                 found=error.strerror,
-                where=self._scheme + prefix,
+                where=where,
                 remedy="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or the machine's role",
+            ) from error
+        except OSError as error:
+            raise DataError(
+                "the store does not do what a run needs",
+                expected="plain and conditional PUT, GET, HEAD, LIST and DELETE",
+                found=error.strerror,
+                where=where,
             ) from error
         finally:
             self._forget(name)
 
     def _check_conditions(self, name: str) -> None:
-        """Exactly the writes whose condition holds must be done."""
-        self.put_if_absent(name, b"first")
-        next(self.listing(name.rpartition("/")[0]), None)
-        try:
-            self.put_if_absent(name, b"second")
-        except AlreadyExists:
-            pass
-        else:
-            raise self._ignores("If-None-Match", name)
-        found = self.read_versioned(name)
-        version = self.compare_and_swap(name, b"third", found[1] if found else None)
-        try:
-            self.compare_and_swap(name, b"fourth", found[1] if found else None)
-        except Changed:
-            pass
-        else:
-            raise self._ignores("If-Match", name)
-        if (now := self.read_versioned(name)) != (b"third", version):
-            raise self._ignores(f"read-after-write: {now}", name)
+        """Exactly the writes whose condition holds must be done, and be seen at once."""
+        folder = name.rpartition("/")[0]
+        next(self._pages(folder, deep=True))  # first: a missing bucket is made by the first PUT on some stores
+        self._expect(True, "If-None-Match", name, lambda: self.put_if_absent(name, b"first"))
+        self._expect(False, "If-None-Match", name, lambda: self.put_if_absent(name, b"second"))
+        _, version = self.read_versioned(name) or (b"", None)
+        self._expect(True, "If-Match", name, lambda: self.compare_and_swap(name, b"third", version))
+        self._expect(False, "If-Match", name, lambda: self.compare_and_swap(name, b"fourth", version))
+        listed = [found for found, _ in self.listing(folder)]
+        data, _ = self.read_versioned(name) or (b"", None)
+        if data != b"third" or name not in listed:
+            raise ConfigError(
+                "this store cannot hold a run: what was written is not seen at once",
+                found=f"an older object or listing: {data!r}, {len(listed)} objects",
+                where=self._scheme + name,
+                remedy="use a store that is strongly consistent (AWS S3 is), or a local path",
+            )
 
-    def _ignores(self, condition: str, name: str) -> ConfigError:
-        return ConfigError(
-            "this store cannot hold a run: it ignores conditional writes",
-            expected="412 where the condition of a PUT does not hold",
-            found=f"{condition} was ignored",
-            where=self._scheme + name,
-            remedy="use a store with conditional writes (AWS S3 has them), or a local path",
-        )
+    def _expect(self, done: bool, condition: str, name: str, write: Callable[[], object]) -> None:
+        found = True
+        try:
+            write()
+        except (AlreadyExists, Changed):
+            found = False
+        if found != done:
+            raise ConfigError(
+                "this store cannot hold a run: it ignores conditional writes",
+                expected="a PUT is done where its condition holds, and else answered with 412",
+                found=f"{condition}: {'done' if found else 'refused'} where it must {'' if done else 'not '}be done",
+                where=self._scheme + name,
+                remedy="use a store with conditional writes (AWS S3 has them), or a local path",
+            )
+
+    def _copy(self, name: str, path: Path) -> None:
+        """Piece by piece, of one version: no request is too long to be repeated."""
+        with path.open("wb") as file:
+            blob = self._get(name, 0, _COPY_BYTES)
+            file.write(blob.data)
+            while len(blob.data) == _COPY_BYTES:
+                blob = self._get(name, file.tell(), file.tell() + _COPY_BYTES, blob.etag)
+                file.write(blob.data)
 
     def _forget(self, name: str) -> None:
         with contextlib.suppress(OSError, Again):  # the probe did not get in, or stays as a few bytes of litter
@@ -295,12 +342,22 @@ class ObjectStore:
     def _get(self, name: str, start: int | None, stop: int | None, if_match: str | None = None) -> Blob:
         try:
             blob = self._call("get", name, lambda: self._client.get(name, start, stop, if_match))
+        except Precondition:
+            raise OSError(errno.ESTALE, "the object was replaced while it was read", self._scheme + name) from None
         except EOFError:  # 416: the range begins at or behind the end
             return Blob(b"", self.stat(name).etag)
         COUNTS.add("bytes:get", len(blob.data))
         return blob
 
     def _put(self, name: str, data: bytes, if_absent: bool = False, if_match: str | None = None) -> str:
+        if len(data) > _MOST_PUT_BYTES:
+            raise DataError(
+                "an object is too large to be written at once",
+                expected=f"at most {_MOST_PUT_BYTES:,} bytes",
+                found=f"{len(data):,} bytes",
+                where=self._scheme + name,
+                remedy="more shards or waves make smaller segments, a smaller batch smaller parts",
+            )
         COUNTS.add("bytes:put", len(data))
         return self._call("put", name, lambda: self._client.put(name, data, if_absent=if_absent, if_match=if_match))
 
@@ -333,10 +390,7 @@ class _ObjectFile(io.RawIOBase):
         stop = min(self._position + len(buffer), self._stat.size_bytes)
         if stop <= self._position:
             return 0
-        try:
-            data = self._store._get(self._name, self._position, stop, self._stat.etag).data
-        except Precondition:
-            raise OSError(f"the object was replaced while it was read: {self._name}") from None
+        data = self._store._get(self._name, self._position, stop, self._stat.etag).data
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)

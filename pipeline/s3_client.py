@@ -14,33 +14,49 @@ from typing import Any, TypeVar
 
 import aiohttp
 import s3fs
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    HTTPClientError,
-    IncompleteReadError,
-    NoCredentialsError,
-    PartialCredentialsError,
-)
+from botocore import exceptions as boto
+from botocore.exceptions import BotoCoreError, ClientError
 from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync
 
 from pipeline.config import Storage
-from pipeline.object_store import Again, Blob, Page, Precondition
+from pipeline.errors import ConfigError
+from pipeline.object_store import Again, Blob, Page
+from pipeline.s3_answers import problem
 from pipeline.store import Stat
 
 T = TypeVar("T")
 
-# Codes that come with a status of 4xx and still go away by themselves.
-_TRANSIENT_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "SlowDown", "Throttling", "ThrottlingException"}
-_DELETE_AT_ONCE = 1000
+# What the client raises by itself. A ConnectionError of botocore's is no HTTPClientError: the endpoint's name is not
+# found, its port is closed, or the connection was not made in time.
+_TRANSIENT: tuple[type[Exception], ...] = (
+    boto.HTTPClientError,
+    boto.ConnectionError,
+    boto.IncompleteReadError,
+    boto.FlexibleChecksumError,
+    boto.CredentialRetrievalError,
+    boto.MetadataRetrievalError,
+    ResponseParserError,
+    aiohttp.ClientError,
+    ConnectionError,
+)
+_NO_CREDENTIALS: tuple[type[Exception], ...] = (
+    boto.NoCredentialsError,
+    boto.PartialCredentialsError,
+    boto.ProfileNotFound,
+    boto.SSOError,
+    boto.TokenRetrievalError,
+)
 
 
 class S3Client:
     """Names are `bucket/key`; an object's version is its etag."""
 
     def __init__(self, settings: Storage) -> None:
-        """Nothing is sent yet; credentials are found as the AWS SDKs find them."""
+        """Nothing is sent yet; credentials are found as the AWS SDKs find them.
+
+        Any number of threads may use one client; a process that was forked needs one of its own.
+        """
         names = {"endpoint_url": settings.endpoint_url, "region_name": settings.region}
         self._fs = s3fs.S3FileSystem(
             client_kwargs={name: value for name, value in names.items() if value is not None},
@@ -103,24 +119,27 @@ class S3Client:
         return self._run(prefix, call)
 
     def delete(self, names: list[str]) -> None:
-        """DELETE, one request for up to 1,000 names of one bucket."""
-        for start in range(0, len(names), _DELETE_AT_ONCE):
-            some = names[start : start + _DELETE_AT_ONCE]
-            keys = [{"Key": name.partition("/")[2]} for name in some]
+        """DELETE of up to 1,000 names of one bucket."""
+        keys = [{"Key": key} for key in (name.partition("/")[2] for name in names) if key]
 
-            async def call(s3: Any, Bucket: str, Key: str, keys: list[dict[str, str]] = keys) -> None:  # noqa: N803
-                found = await s3.delete_objects(Bucket=Bucket, Delete={"Objects": keys, "Quiet": True})
-                for problem in found.get("Errors", ()):
-                    raise ClientError({"Error": problem}, "DeleteObjects")
+        async def call(s3: Any, Bucket: str, **_: str) -> None:  # noqa: N803
+            found = await s3.delete_objects(Bucket=Bucket, Delete={"Objects": keys, "Quiet": True})
+            for item in found.get("Errors", ()):
+                raise ClientError({"Error": item}, "DeleteObjects")
 
-            self._run(some[0], call)
+        if keys:
+            self._run(names[0], call)
 
     def _run(self, name: str, call: Callable[..., Awaitable[T]]) -> T:
         """Wait for `call(client, Bucket=, Key=)`, and turn its errors into ours."""
         bucket, _, key = name.partition("/")
 
         async def connected() -> T:
-            return await call(await self._fs.set_session(), Bucket=bucket, Key=key)
+            try:
+                s3 = await self._fs.set_session()
+            except ValueError as error:  # of the URL, before anything is sent
+                raise ConfigError("not the address of a store", found=error, where="storage.endpoint_url") from error
+            return await call(s3, Bucket=bucket, Key=key)
 
         def run() -> T:
             answer: T = sync(self._fs.loop, connected)
@@ -134,28 +153,22 @@ def _translated(run: Callable[[], T], uri: str) -> T:
         return run()
     except ClientError as error:
         raise _by_status(error, uri) from error
-    except (NoCredentialsError, PartialCredentialsError) as error:
+    except TimeoutError as error:  # fsspec's, in place of the client's
+        cause = error.__cause__ or error
+        raise Again(type(cause).__name__, str(cause)) from error
+    except boto.ParamValidationError as error:
+        raise FileNotFoundError(errno.ENOENT, "not a name that a bucket and an object can have", uri) from error
+    except _NO_CREDENTIALS as error:
         raise PermissionError(errno.EACCES, f"no credentials: {error}", uri) from error
-    except (HTTPClientError, IncompleteReadError, ResponseParserError) as error:
-        raise Again(type(error).__name__, str(error)) from error
-    except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+    except _TRANSIENT as error:
+        if isinstance(getattr(error, "kwargs", {}).get("error"), aiohttp.ClientConnectorCertificateError):
+            raise OSError(errno.EPROTO, str(error), uri) from error  # it will not be trusted the next time either
         raise Again(type(error).__name__, str(error)) from error
     except BotoCoreError as error:
         raise OSError(errno.EIO, str(error), uri) from error
 
 
 def _by_status(error: ClientError, uri: str) -> Exception:
-    code = str(error.response.get("Error", {}).get("Code", ""))
+    found = error.response.get("Error", {})
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    text = f"{code or status}: {error.response.get('Error', {}).get('Message', '')}"
-    if code in _TRANSIENT_CODES or status in (409, 429) or status >= 500:
-        return Again(code or str(status), text)
-    if status == 412 or code == "PreconditionFailed":
-        return Precondition(uri)
-    if status == 404 or code in ("NoSuchKey", "NoSuchBucket"):
-        return FileNotFoundError(errno.ENOENT, text, uri)
-    if status in (401, 403) or code == "AccessDenied":
-        return PermissionError(errno.EACCES, text, uri)
-    if status == 416:
-        return EOFError(uri)
-    return OSError(errno.EIO, text, uri)
+    return problem(status, str(found.get("Code", "")), str(found.get("Message", "")), uri)

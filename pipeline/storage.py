@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _SETTINGS = "FASTFILL_STORAGE"  # the settings, as JSON: worker processes inherit them
 _WILD = "*?["
+_PIECE_BYTES = 2**23
 
 
 def configure(settings: config.Storage) -> None:
@@ -189,8 +190,11 @@ def arrow_filesystem(uri: str) -> tuple[FileSystem, str]:
 
 def sha256(uri: str) -> str:
     """The hex digest of an object's bytes."""
+    digest = hashlib.sha256()
     with open_input(uri) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(_PIECE_BYTES):  # each of them may be a request
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def read_versioned(uri: str) -> tuple[bytes, str] | None:
@@ -278,15 +282,15 @@ def _locate(uri: str) -> tuple[Store, str]:
     """The store that a URI belongs to, and the object's name there."""
     scheme = _scheme(uri)
     name = uri.partition("://")[2] if "://" in uri else uri
-    return _store(scheme, os.environ.get(_SETTINGS, "")), name
+    return _store(scheme, os.environ.get(_SETTINGS, ""), os.getpid()), name
 
 
 def _scheme(uri: str) -> str:
     return uri.partition("://")[0] if "://" in uri else "file"
 
 
-@functools.lru_cache(maxsize=8)  # by the settings too: a process may be configured anew
-def _store(scheme: str, settings: str) -> Store:
+@functools.lru_cache(maxsize=8)  # by the settings and the process too: it may be configured anew, and it may fork
+def _store(scheme: str, settings: str, process: int) -> Store:
     if scheme == "file":
         return LocalStore()
     if scheme == "s3":

@@ -1,0 +1,34 @@
+"""What an answer of S3 that is not a success means to the caller; shared by the clients.
+
+Below `s3_client` and `object_fetch`. It knows statuses and codes, and no client's exceptions.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from pipeline.object_store import Again, Precondition
+
+# Codes that go away by themselves, though they come with a status of 4xx, or for one name of a DELETE of many.
+_TRANSIENT_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "SlowDown", "Throttling", "ThrottlingException"}
+_TRANSIENT_CODES |= {"InternalError", "ServiceUnavailable", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
+_REFUSED_CODES = {"AccessDenied", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"}  # some come with 400
+_NOT_IMPLEMENTED = 501  # the one status from 500 on that stays
+SLOW_DOWN = {"SlowDown", "Throttling", "ThrottlingException", "ServiceUnavailable", "TooManyRequests", "503", "429"}
+"""Causes of `Again` with which a store asks for fewer requests."""
+
+
+def problem(status: int, code: str, message: str, uri: str) -> Exception:
+    """`Again` where the same request may succeed later, else what is wrong with it; the caller raises it."""
+    text = f"{code or status}: {message}"
+    if status in (401, 403) or code in _REFUSED_CODES:
+        return PermissionError(errno.EACCES, text, uri)
+    if code in _TRANSIENT_CODES or status in (409, 429) or (status >= 500 and status != _NOT_IMPLEMENTED):
+        return Again(code or str(status), text)
+    if status == 412 or code == "PreconditionFailed":
+        return Precondition(uri)
+    if status == 404 or code in ("NoSuchKey", "NoSuchBucket"):
+        return FileNotFoundError(errno.ENOENT, text, uri)
+    if status == 416:
+        return EOFError(uri)
+    return OSError(errno.EIO, text, uri)
