@@ -1,8 +1,9 @@
 """Prove that a run is whole, from storage alone: every commit, tag, file, checksum, id and vector.
 
 The last step; read-only, and safe at any time. Guarantee: a report without problems means that every
-published commit can be opened whole, holds each id of the gallery exactly once, and says truly what the
-vector log holds. It believes no earlier step; what the gallery is it takes from `transformed/`.
+published commit that gc has not removed can be opened whole, holds each id of the gallery exactly once, and
+says truly what the vector log holds. It believes no earlier step; what the gallery is it takes from
+`transformed/`.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
 from pipeline import snapshot, storage
 from pipeline.codebook import Codebook
+from pipeline.commits import read_removals
 from pipeline.evidence import NO_IDS, Cell, Evidence, Notes, Problem, filled, unit_files
 from pipeline.index import Segment, decode
 from pipeline.run import Run, read_settings
@@ -22,6 +25,7 @@ from pipeline.schema import Int64, shard_of
 from pipeline.segments import check_digest
 from pipeline.snapshot import CANDIDATE, Commit, SegmentRef
 
+_TRIES = 3
 _TAG_FILE = re.compile(r"/([^/]+)\.json$")
 
 
@@ -40,29 +44,48 @@ def audit(run_uri: str) -> AuditReport:
     Raises:
         DataError: there is no run there.
     """
-    run, notes = Run(run_uri), Notes()
+    run = Run(run_uri)
     settings = read_settings(run)
-    commits = _commits(run, notes)
+    notes = Notes()
+    for _ in range(_TRIES):
+        notes = Notes()
+        commits, removed = _commits(run, notes)
+        _check_all(run, notes, commits, _drops_deleted(settings))
+        if not notes.problems or removed == _removed(run, Notes()):
+            break  # else gc has removed commits while they were looked at
+    return AuditReport(not notes.problems, notes.problems, dict(notes.checked))
+
+
+def _check_all(run: Run, notes: Notes, commits: dict[int, Commit], drops_deleted: bool) -> None:
     _check_tags(run, notes, commits)
     _check_steps(run, notes, commits)
     published = max(commits, default=0)
     if commits:
-        evidence = Evidence.gather(run, notes, published, _drops_deleted(settings))
+        evidence = Evidence.gather(run, notes, published, drops_deleted)
         _check_gallery(evidence, notes, _Files(run, notes), list(commits.values()))
     _check_unpublished(run, notes, published)
-    return AuditReport(not notes.problems, notes.problems, dict(notes.checked))
 
 
-def _commits(run: Run, notes: Notes) -> dict[int, Commit]:
-    """The published commits that can be read, by number; the others are problems."""
+def _commits(run: Run, notes: Notes) -> tuple[dict[int, Commit], set[int]]:
+    """The published commits that can be read, by number, and those that gc has removed; the others are problems."""
     candidate = notes.attempt("tag", run.tag(CANDIDATE), snapshot.read_tag, run, CANDIDATE)
+    numbers = range(candidate.commit + 1) if candidate and candidate.commit is not None else range(0)
+    removed = _removed(run, notes)
     found = {}
-    for number in range(candidate.commit + 1) if candidate and candidate.commit is not None else ():
+    for number in numbers:
+        if number in removed:
+            notes.checked["removed_commits"] += 1
+            continue
         commit = notes.attempt("commit", run.commit(number), snapshot.read_commit, run, number)
         if commit is not None:
             found[number] = commit
             notes.checked["commits"] += 1
-    return found
+    return found, removed
+
+
+def _removed(run: Run, notes: Notes) -> set[int]:
+    record = notes.attempt("removals", run.collected, read_removals, run)
+    return set(record.confirmed) if record else set()
 
 
 def _drops_deleted(settings: dict[str, object]) -> bool:
@@ -82,21 +105,19 @@ def _check_tags(run: Run, notes: Notes, commits: dict[int, Commit]) -> None:
 
 
 def _check_steps(run: Run, notes: Notes, commits: dict[int, Commit]) -> None:
-    """Commit n is its parent with other segments in wave n, and nothing else."""
-    for number, commit in commits.items():
-        parent = commits.get(number - 1)
-        if parent is None:
-            continue
-        changed = {ref for ref in parent.segments if ref.wave != number}
-        changed ^= {ref for ref in commit.segments if ref.wave != number}
+    """Commit n is the one before with other segments in wave n, or since that one's wave, and nothing else."""
+    for (earlier, parent), (number, commit) in pairwise(sorted(commits.items())):
+        waves = range(earlier + 1, number + 1)
+        changed = {ref for ref in parent.segments if ref.wave not in waves}
+        changed ^= {ref for ref in commit.segments if ref.wave not in waves}
         same = ("codebook_sha256", "metric", "dim", "num_waves", "num_shards")
         others = [name for name in same if getattr(commit, name) != getattr(parent, name)]
         if commit.counts.gallery != parent.counts.gallery:
             others.append("counts.gallery")
         if changed or others:
             others += [f"segment (shard {ref.shard}, wave {ref.wave})" for ref in changed]
-            found = f"other: {', '.join(others[:5])}"
-            notes.problem("commit", run.commit(number), f"commit {number - 1} but for wave {number}", found)
+            expected = f"commit {earlier} but for wave{'s' if len(waves) > 1 else ''} {', '.join(map(str, waves))}"
+            notes.problem("commit", run.commit(number), expected, f"other: {', '.join(others[:5])}")
 
 
 def _check_gallery(evidence: Evidence, notes: Notes, files: _Files, commits: list[Commit]) -> None:

@@ -122,30 +122,33 @@ def hold(run: Run, commit: int) -> Iterator[None]:
             lease.release()
 
 
-def find_leases(run: Run, now_seconds: float) -> tuple[set[int], list[str]]:
-    """The commits that live leases name, and the URIs of leases that have expired.
+def find_leases(run: Run, now_seconds: float) -> tuple[set[int], dict[str, float]]:
+    """The commits that live leases name, and for how long each of the others has been over.
 
     Args:
         run: whose.
         now_seconds: the time by the store's clock.
 
+    Returns:
+        the numbers of the commits; and by URI the seconds since a lease expired.
+
     Raises:
         DataError: a lease that may be live cannot be read.
     """
-    pinned, expired = set(), []
+    pinned, expired = set(), {}
     for uri, stat in storage.list_stats(run.path("index", "leases"), ".json"):
         age = now_seconds - stat.modified_seconds - _SLACK_SECONDS
+        commit, seconds = None, LEASE_SECONDS
         try:
             lease = from_json(LeaseFile, storage.read_bytes(uri), uri)
+            commit, seconds = lease.commit, lease.seconds
         except FileNotFoundError:
             continue  # released just now
         except DataError:
-            if age <= LEASE_SECONDS:
+            if age <= seconds:
                 raise
-            expired.append(uri)
-            continue
-        if age > lease.seconds:
-            expired.append(uri)
+        if commit is None or age > seconds:
+            expired[uri] = age - seconds
         else:
-            pinned.add(lease.commit)
+            pinned.add(commit)
     return pinned, expired

@@ -7,20 +7,22 @@ this measures the codec and the rejects, and not what `nprobe` leaves out.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from pipeline import leases
 from pipeline.codebook import Codebook
 from pipeline.commits import Commit
-from pipeline.errors import DataError
+from pipeline.errors import DataError, Removed
 from pipeline.evaluate import evaluate
 from pipeline.gallery import GalleryArrays, find_rows, load_gallery, query_rows
 from pipeline.index import Segment, decode
 from pipeline.run import Run
 from pipeline.schema import Float32, Int64
-from pipeline.snapshot import PROD, list_commits, read_commit, read_tag
+from pipeline.snapshot import PROD, list_commits, read_commit, read_commits, read_tag
 
 Point = dict[str, int | float]
 
@@ -28,7 +30,7 @@ Point = dict[str, int | float]
 def published_points(
     run: Run, gallery: GalleryArrays | None = None, on_progress: Callable[[int, int], None] | None = None
 ) -> list[Point]:
-    """`{"commit":, "fraction":, "top1":, "top5":, "map":}` of each published commit, ascending.
+    """`{"commit":, "fraction":, "top1":, "top5":, "map":}` of each published commit that is left, ascending.
 
     Args:
         run: with a finished vector log: queries are the new embeddings of all images.
@@ -40,12 +42,13 @@ def published_points(
     """
     gallery = gallery or load_gallery(run)
     snapshots = _Snapshots(run, gallery)
-    numbers = list_commits(run)
-    points = []
-    for number in numbers:
-        points.append(_measure(snapshots, gallery, read_commit(run, number)))
+    commits = read_commits(run)
+    points: list[Point] = []
+    for done, commit in enumerate(commits, start=1):
+        with contextlib.suppress(Removed), leases.hold(run, commit.number):
+            points.append(_measure(snapshots, gallery, commit))
         if on_progress is not None:
-            on_progress(len(points), len(numbers))
+            on_progress(done, len(commits))
     return points
 
 
@@ -62,7 +65,9 @@ def published_point(run: Run, commit: int | None = None) -> Point:
         raise DataError("nothing is published yet", where=run.path("index"), remedy="run `fastfill backfill`")
     gallery = load_gallery(run)
     snapshots = _Snapshots(run, gallery)
-    return _measure(snapshots, gallery, read_commit(run, commit))
+    found = read_commit(run, commit)
+    with leases.hold(run, commit):
+        return _measure(snapshots, gallery, found)
 
 
 def _measure(snapshots: _Snapshots, gallery: GalleryArrays, commit: Commit) -> Point:

@@ -42,7 +42,7 @@ def change(run: Run, decide: Callable[[Removals], Removals]) -> Removals:
     """Replace the file by what `decide` makes of it, again where others changed it meanwhile.
 
     Returns:
-        what is stored now.
+        what it says now.
 
     Raises:
         SnapshotConflict: others kept changing it.
@@ -53,21 +53,21 @@ def change(run: Run, decide: Callable[[Removals], Removals]) -> Removals:
         if replace(wanted, attempt_id=now.attempt_id) == now:
             return now
         try:
-            return swap(run, wanted, version)
+            swap(run, wanted, version)
+            return wanted
         except storage.Changed:
             continue
     raise SnapshotConflict("others keep changing this file", where=run.collected, remedy="try again")
 
 
-def swap(run: Run, wanted: Removals, version: str | None) -> Removals:
-    """Store `wanted` where the file is still at `version`.
+def swap(run: Run, wanted: Removals, version: str | None) -> str:
+    """Store `wanted` where the file is still at `version`; returns the new version.
 
     Raises:
         storage.Changed: it is not.
     """
     stored = replace(wanted, attempt_id=uuid.uuid4().hex)  # so that two writers never write the same bytes
-    storage.compare_and_swap(run.collected, to_json(stored), version)
-    return stored
+    return storage.compare_and_swap(run.collected, to_json(stored), version)
 
 
 def read_versioned(run: Run) -> tuple[Removals, str | None]:

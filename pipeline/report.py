@@ -76,8 +76,8 @@ def collect(config: Config, run: Run) -> ReportData:
     """
     plan = read_plan(run)
     prod = snapshot.read_tag(run, snapshot.PROD)
-    commits = [_commit(run, number) for number in snapshot.list_commits(run)]
-    progress = _progress(run, plan, len(commits))
+    commits = [_figures(commit) for commit in snapshot.read_commits(run)]
+    progress = _progress(run, plan, max((commit["commit"] for commit in commits), default=0))
     curve, no_curve = _curve(config, run, progress)
     marker = storage.read_versioned(storage.join(run.transformation, "transformation.json"))
     return ReportData(
@@ -184,15 +184,14 @@ def _curve(config: Config, run: Run, progress: Progress | None) -> tuple[Tree | 
         return None, f"It cannot be measured: {error.summary}."
 
 
-def _progress(run: Run, plan: Plan | None, num_commits: int) -> Progress | None:
+def _progress(run: Run, plan: Plan | None, published: int) -> Progress | None:
     if plan is None:
         return None
-    return Tracker(plan, plan.log(run), max_reject_fraction=1.0).progress(max(0, num_commits - 1))
+    return Tracker(plan, plan.log(run), max_reject_fraction=1.0).progress(published)
 
 
-def _commit(run: Run, number: int) -> Tree:
-    commit = snapshot.read_commit(run, number)
-    return {"commit": number, "created": _utc(commit.created_unix_seconds), **asdict(commit.counts)}
+def _figures(commit: snapshot.Commit) -> Tree:
+    return {"commit": commit.number, "created": _utc(commit.created_unix_seconds), **asdict(commit.counts)}
 
 
 def _uncertainty(run: Run, plan: Plan | None) -> Tree | None:

@@ -2,7 +2,9 @@
 
 After publishing; all it knows of a run are its tags, commits and segments. Guarantee: every call answers
 from exactly one published commit, whose files were checked against it; a commit that cannot be opened
-whole is never switched to. Does not embed images, and does not know the users' own keys.
+whole is never switched to. A lease keeps the commit that is served from gc; who may not write reads without
+one, and where gc is faster than it opens a commit, it opens the one that the tag has moved to meanwhile.
+Does not embed images, and does not know the users' own keys.
 """
 
 from __future__ import annotations
@@ -16,15 +18,17 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pipeline import index, snapshot
+from pipeline import index, leases, snapshot
 from pipeline.codebook import Codebook
-from pipeline.errors import DataError
+from pipeline.errors import DataError, Removed
 from pipeline.index import Segment
+from pipeline.leases import Lease
 from pipeline.run import Run
 from pipeline.schema import Float32, Int64
 from pipeline.snapshot import PROD, Commit, SegmentRef
 
 _OPEN_THREADS = 8  # hashing releases the GIL, and remote segments are fetched meanwhile
+_TRIES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,7 @@ class _Snapshot:
     commit: Commit
     codebook: Codebook
     segments: dict[str, Segment]  # by sha256: segments without a vector may be the same file
+    lease: Lease | None
 
 
 class Searcher:
@@ -67,12 +72,13 @@ class Searcher:
 
         Raises:
             DataError: there is no such tag or commit, or one of its files is missing or damaged.
+            Removed: gc has removed the commit.
         """
         self._run = Run(run_uri)
         self._tag = tag if commit is None else None
         self._verify = verify
         self._refreshing = threading.Lock()
-        self._opened: _Snapshot | None = self._open(self._wanted() if commit is None else commit, None)
+        self._opened: _Snapshot | None = self._open_leased(commit, None) if commit is not None else self._follow(None)
 
     @property
     def commit(self) -> Commit:
@@ -115,15 +121,19 @@ class Searcher:
             DataError: the new commit, or one of its files, is missing or damaged.
         """
         with self._refreshing:
-            opened = self._pinned()
-            if self._tag is None or (number := self._wanted()) == opened.commit.number:
+            before = self._pinned()
+            if self._tag is None or (opened := self._follow(before)) is before:
                 return False
-            self._opened = self._open(number, opened)
+            self._opened = opened
+            _release(before)
             return True
 
     def close(self) -> None:
         """Let the segments go, once the calls that use them have returned."""
-        self._opened = None
+        with self._refreshing:
+            opened, self._opened = self._opened, None
+        if opened is not None:
+            _release(opened)
 
     def __enter__(self) -> Self:
         return self
@@ -153,8 +163,31 @@ class Searcher:
             )
         return tag.commit
 
-    def _open(self, number: int, before: _Snapshot | None) -> _Snapshot:
+    def _follow(self, before: _Snapshot | None) -> _Snapshot:
+        """The commit that the tag points to, opened; again where the tag moves away from one that cannot be."""
+        number = self._wanted()
+        for _ in range(_TRIES):
+            if before is not None and before.commit.number == number:
+                return before
+            try:
+                return self._open_leased(number, before)
+            except (DataError, Removed):
+                failed, number = number, self._wanted()
+                if number == failed:
+                    raise
+        return self._open_leased(number, before)
+
+    def _open_leased(self, number: int, before: _Snapshot | None) -> _Snapshot:
         commit = snapshot.read_commit(self._run, number)
+        lease = leases.take(self._run, number)
+        try:
+            return self._open(commit, before, lease)
+        except BaseException:
+            if lease is not None:
+                lease.release()
+            raise
+
+    def _open(self, commit: Commit, before: _Snapshot | None, lease: Lease | None) -> _Snapshot:
         if before is not None and before.commit.codebook_sha256 == commit.codebook_sha256:
             codebook, known = before.codebook, before.segments
         else:
@@ -173,4 +206,10 @@ class Searcher:
 
         refs = {ref.sha256: ref for ref in commit.segments}
         with ThreadPoolExecutor(_OPEN_THREADS) as pool:
-            return _Snapshot(commit, codebook, dict(zip(refs, pool.map(open_segment, refs.values()), strict=True)))
+            segments = dict(zip(refs, pool.map(open_segment, refs.values()), strict=True))
+        return _Snapshot(commit, codebook, segments, lease)
+
+
+def _release(opened: _Snapshot) -> None:
+    if opened.lease is not None:
+        opened.lease.release()
