@@ -26,7 +26,7 @@ def ray_cluster(s3_environment: dict[str, str]) -> Iterator[None]:
     """
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=512 * 2**20)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=512 * 2**20)
     yield
     ray.shutdown()
 

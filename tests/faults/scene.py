@@ -1,0 +1,209 @@
+"""What the fault tests share: a gallery of real images in a real S3 server, backfilled on a real Ray cluster.
+
+The images and the run lie behind a proxy, so that a test can strike at a precise moment of the run: each
+moment is an S3 request. The cluster has a head without CPUs and two workers, all of them processes of
+their own; the driver is the command that a user types.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from pipeline import snapshot, storage
+from pipeline.run import Run
+from tests.faulty_proxy import FaultyProxy
+from tests.galleries import NEW_DIM, OLD_DIM, PREPROCESS, digits, export_encoder
+from tests.seaweed import SeaweedFS, s3_client
+
+ROOT = Path(__file__).resolve().parents[2]
+BUCKET = "gallery"
+IMAGES = 320
+WAVES = 8
+NODE_CPUS = 3  # logical: one for an actor, the others free, so that a lost node's work finds a place
+
+
+@dataclass
+class Scene:
+    """The server, the proxy in front of it, the data, and the cluster's address."""
+
+    folder: Path
+    server: SeaweedFS
+    proxy: FaultyProxy
+    address: str
+    config: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.config = self.folder / "run.yaml"
+
+    def environment(self, **more: str) -> dict[str, str]:
+        return {**os.environ, **self.server.environment(), "RAY_ADDRESS": self.address, **more}
+
+    def run(self, name: str) -> Run:
+        return Run(f"s3://{BUCKET}/runs/{name}")
+
+    def start(self, name: str, *arguments: str, command: str = "backfill") -> subprocess.Popen[str]:
+        """A command on a run, as a process; what it says comes as one stream."""
+        words = [sys.executable, "-m", f"jobs.{command}", "--config", str(self.config)]
+        words += ["--set", f"run={self.run(name).uri}", *arguments]
+        return subprocess.Popen(
+            words, cwd=ROOT, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def finish(self, name: str, *arguments: str, command: str = "backfill", seconds: float = 240) -> str:
+        """A command on a run that has to end well."""
+        process = self.start(name, *arguments, command=command)
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise AssertionError(f"still running after {seconds} s:\n{process.communicate()[0]}") from None
+        assert process.returncode == 0, output
+        return output
+
+    def write(self) -> None:
+        """Images as objects, a manifest with old embeddings and etags, pairs as embeddings, encoders, config."""
+        client = s3_client(self.server.environment())
+        self.server.make_bucket(BUCKET)
+        images, labels = digits(IMAGES)
+        etags = []
+        for row, image in enumerate(images):
+            etags.append(client.put_object(Bucket=BUCKET, Key=f"images/{row:04d}.png", Body=image)["ETag"])
+        rng = np.random.default_rng(0)
+        table = {
+            "id": np.arange(IMAGES),
+            "uri": [f"s3://{BUCKET}/images/{row:04d}.png" for row in range(IMAGES)],
+            "etag": etags,
+            "digit": labels,
+            "old": _vectors(rng.normal(size=(IMAGES, OLD_DIM))),
+        }
+        pq.write_table(pa.table(table), self.folder / "gallery.parquet")
+        old = rng.normal(size=(200, OLD_DIM))
+        pairs = {"id": np.arange(200), "old": _vectors(old), "new": _vectors(np.tile(old, 2)[:, :NEW_DIM])}
+        pq.write_table(pa.table(pairs), self.folder / "training.parquet")
+        for name in ("gallery", "training"):
+            data = (self.folder / f"{name}.parquet").read_bytes()
+            client.put_object(Bucket=BUCKET, Key=f"manifests/{name}.parquet", Body=data)
+        export_encoder(self.folder / "new.pt2", NEW_DIM, seed=2)
+        client.put_object(Bucket=BUCKET, Key="encoders/new.pt2", Body=(self.folder / "new.pt2").read_bytes())
+        self.config.write_text(yaml.safe_dump(self._tree()))
+
+    def _tree(self) -> dict[str, Any]:
+        return {
+            "run": f"s3://{BUCKET}/runs/unnamed",
+            "data_root": f"s3://{BUCKET}",
+            "device": "cpu",
+            "encoders": {"new": {"export": "encoders/new.pt2", "dim": NEW_DIM, "preprocess": PREPROCESS}},
+            "gallery": {
+                "manifest": "manifests/gallery.parquet",
+                "columns": {"id": "id", "uri": "uri", "etag": "etag", "old_embedding": "old", "label": "digit"},
+            },
+            "pairs": {
+                "manifest": "manifests/training.parquet",
+                "columns": {"id": "id", "old_embedding": "old", "new_embedding": "new"},
+            },
+            "fit": {"loss": "alignment+uncertainty", "inner_width": 32, "epochs": 2, "batch_size": 64},
+            "plan": {"waves": [1 / WAVES] * WAVES, "unit_images": 10},
+            "backfill": {"batch_size": 5, "min_actors": 1, "max_actors": 2},
+            "index": {"factory": "Flat", "shards": 2},
+            "evaluate": {"max_images": 1},
+            "storage": {"endpoint_url": self.proxy.endpoint, "max_pause_seconds": 1.0, "read_timeout_seconds": 10},
+        }
+
+    def prepare(self, name: str, like: str) -> Run:
+        """A run that has everything but its backfill, copied from one that has been finished."""
+        source, run = self.run(like), self.run(name)
+        for uri in storage.list_files(source.uri):
+            inside = uri.removeprefix(source.uri)
+            if not inside.startswith(("/index/", "/embedded/", "/rejects/", "/reports/", "/probe/")):
+                storage.put(run.uri + inside, storage.read_bytes(uri))
+        return run
+
+    def published(self, name: str) -> dict[int, dict[str, object]]:
+        """Each commit's content, by number."""
+        run = self.run(name)
+        return {number: snapshot.read_commit(run, number).content() for number in snapshot.list_commits(run)}
+
+    def audit(self, name: str) -> dict[str, Any]:
+        words = [sys.executable, "-m", "jobs.audit", "--json", "--config", str(self.config)]
+        words += ["--set", f"run={self.run(name).uri}"]
+        done = subprocess.run(words, cwd=ROOT, env=self.environment(), capture_output=True, text=True, check=False)
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+
+def image_reads(log: list[tuple[str, str, int]]) -> Counter[str]:
+    """How often each image was asked for and given, from the proxy's log."""
+    return Counter(
+        path.partition("?")[0].rpartition("/")[2]
+        for method, path, status in log
+        if method == "GET" and "/images/" in path and status in (200, 206)
+    )
+
+
+def processes(title: str) -> list[int]:
+    """The Ray processes of this machine whose title holds these words; Ray sets it to what they run."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            try:
+                name = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue  # it has just ended
+            if name.startswith("ray::") and title in name:
+                found.append(int(folder.name))
+    return found
+
+
+def kill(pids: list[int]) -> int:
+    """SIGKILL each of them; how many there were."""
+    count = 0
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+            count += 1
+        except ProcessLookupError:
+            continue
+    return count
+
+
+@contextmanager
+def ray_nodes(environment: dict[str, str]) -> Iterator[Any]:
+    """A Ray cluster of separate processes: a head without CPUs, and two workers."""
+    from ray.cluster_utils import Cluster
+
+    before = dict(os.environ)
+    os.environ.update(environment)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            add_worker(cluster)
+        yield cluster
+    finally:
+        cluster.shutdown()
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def add_worker(cluster: Any) -> Any:
+    """One more worker node."""
+    return cluster.add_node(num_cpus=NODE_CPUS, object_store_memory=100 * 2**20)
+
+
+def _vectors(values: np.ndarray[Any, Any]) -> pa.FixedSizeListArray:
+    flat = np.ascontiguousarray(values, dtype=np.float32)
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), flat.shape[1])

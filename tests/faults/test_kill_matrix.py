@@ -1,0 +1,174 @@
+"""SIGKILL for every part of the system at every step of a wave: nothing is lost, doubled or half-published.
+
+Each step is known by its S3 request, at which the proxy strikes. One run per victim meets all seven steps, one
+after the other, in the order in which they come.
+"""
+
+from __future__ import annotations
+
+import queue
+import re
+import subprocess
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipeline import snapshot, storage
+from tests.faults.scene import IMAGES, WAVES, Scene, add_worker, image_reads, kill, processes
+from tests.faulty_proxy import FaultyProxy
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+# step -> the request at which it strikes, and whether after it was applied
+STEPS = {
+    "fetch": ("GET", r"/images/\d+\.png", False),
+    "embed": ("GET", r"/images/\d+\.png", True),
+    "log write": ("PUT", r"/embedded/wave-", False),
+    "seal": ("PUT", r"/index/segments/\w+\.faiss", False),
+    "before commit": ("PUT", r"/index/commits/", False),
+    "after commit": ("PUT", r"/index/commits/", True),
+    "before the tag moves": ("PUT", r"/index/tags/candidate", False),
+}
+VICTIMS = ("driver", "embedding actor", "sealing task", "worker node", "S3 server")
+TABLE: dict[tuple[str, str], str] = {}
+
+
+@dataclass
+class Strike:
+    """One kill: the test's main thread does it while the request waits, and says whether the request goes on."""
+
+    step: str
+    struck: threading.Event = field(default_factory=threading.Event)
+    passes: bool = True
+
+
+@dataclass
+class Matrix:
+    """A run in which one kind of victim is killed at each step."""
+
+    scene: Scene
+    cluster: Any
+    victim: str
+    name: str
+    strikes: queue.Queue[Strike] = field(default_factory=queue.Queue)
+    driver: subprocess.Popen[str] | None = None
+    lost: set[str] = field(default_factory=set)  # images fetched, and not durable at the moment of a kill
+    nodes: list[Any] = field(default_factory=list)
+
+    def arm(self, step: str) -> None:
+        """Wait for the next step's request."""
+        method, path, after = STEPS[step]
+
+        def act(target: str) -> bool:
+            strike = Strike(step)
+            self.strikes.put(strike)
+            strike.struck.wait(60)
+            return strike.passes
+
+        self.scene.proxy.watch(act, method, f"{path}" if "images" in path else rf"/{self.name}{path}", after=after)
+
+    def play(self) -> None:
+        """Start the run, strike at each step, start again what is the user's to start again, and wait for the end."""
+        self.driver = self.scene.start(self.name)
+        for step in STEPS:
+            self.arm(step)
+            strike = self._next()
+            self.lost |= self._fetched() - self._durable()
+            killed = self._strike(strike)
+            strike.struck.set()
+            TABLE[self.victim, step] = killed
+            if self.victim == "driver":
+                self.driver.communicate(timeout=60)
+                self.driver = self.scene.start(self.name)
+        output, _ = self.driver.communicate(timeout=240)
+        assert self.driver.returncode == 0, output
+
+    def _next(self) -> Strike:
+        try:
+            return self.strikes.get(timeout=120)
+        except queue.Empty:
+            assert self.driver is not None
+            self.driver.kill()
+            raise AssertionError(f"the step never came:\n{self.driver.communicate()[0]}") from None
+
+    def _strike(self, strike: Strike) -> str:
+        """Kill; what came of it in a word."""
+        if self.victim == "driver":
+            assert self.driver is not None
+            self.driver.kill()
+            strike.passes = False
+            return "killed"
+        if self.victim == "S3 server":
+            self.scene.server.kill()
+            self.scene.server.start()
+            strike.passes = False  # its answer died with it; before it, the request did
+            return "killed"
+        if self.victim == "worker node":
+            node = self.nodes.pop(0)
+            self.cluster.remove_node(node, allow_graceful=False)
+            self.nodes.append(add_worker(self.cluster))
+            return "killed"
+        title = {"embedding actor": "EmbedStage", "sealing task": "_seal"}[self.victim]
+        return "killed" if kill(processes(title)) else "-"  # none of them runs at this step
+
+    def _fetched(self) -> set[str]:
+        return set(image_reads(self.scene.proxy.log))
+
+    def _durable(self) -> set[str]:
+        run = self.scene.run(self.name)
+        parts = storage.list_files(run.path("embedded"), ".parquet")
+        ids = [storage.read_parquet(uri, ["id"])["id"] for uri in parts]
+        return {
+            f"{number:04d}.png"
+            for number in pa.chunked_array([c for i in ids for c in i.chunks], pa.int64()).to_pylist()
+        }
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_a_kill_at_every_step_changes_nothing_that_is_published(
+    scene: Scene, cluster: Any, calm: FaultyProxy, victim: str
+) -> None:
+    name = f"kill-{victim.replace(' ', '-').lower()}"
+    run = scene.prepare(name, like="undisturbed")
+    calm.delays[r"/images/"] = 0.5  # so that the run is still going on when its seventh step is struck
+    matrix = Matrix(scene, cluster, victim, name, nodes=list(cluster.worker_nodes))
+    matrix.play()
+    assert scene.published(name) == scene.published("undisturbed")
+    assert set(scene.published(name)) == set(range(WAVES + 1))
+    for number in scene.published("undisturbed"):
+        ours, theirs = (snapshot.read_commit(scene.run(item), number) for item in (name, "undisturbed"))
+        digests = [[(ref.sha256, ref.sidecar_sha256) for ref in commit.segments] for commit in (ours, theirs)]
+        assert digests[0] == digests[1]
+        for ref in ours.segments:
+            assert storage.sha256(run.path(ref.path)) == ref.sha256
+    created = created_commits(calm.log, name)
+    assert all(count == 1 for count in created.values()), "a wave was published twice"
+    again = {image for image, count in image_reads(calm.log).items() if count > 1}
+    assert len(image_reads(calm.log)) == IMAGES
+    assert again <= matrix.lost, "an image was embedded again that was durable at every kill"
+    report = scene.audit(name)
+    assert report["ok"], report["problems"]
+    TABLE[victim, "images read again"] = str(sum(image_reads(calm.log).values()) - IMAGES)
+
+
+def created_commits(log: list[tuple[str, str, int]], name: str) -> Counter[str]:
+    """How often the store said that it created each commit."""
+    commit = re.compile(rf"/{name}/index/commits/(\d+)\.json")
+    return Counter(
+        found[1] for method, path, status in log if method == "PUT" and status == 200 and (found := commit.search(path))
+    )
+
+
+def test_print_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    if not TABLE:
+        pytest.skip("no victim was killed before")
+    columns = [*STEPS, "images read again"]
+    with capsys.disabled():
+        print("\n" + " | ".join(["victim".ljust(16), *columns]))
+        for victim in VICTIMS:
+            cells = [TABLE.get((victim, column), "?").center(len(column)) for column in columns]
+            print(" | ".join([victim.ljust(16), *cells]))
