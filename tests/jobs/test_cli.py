@@ -19,6 +19,10 @@ from pipeline.errors import ConfigError, DataError
 SHARED = {"--config", "--set", "--json", "--help", "-h"}
 COMMANDS = {
     "demo": {"--folder", "--json", "--help", "-h"},
+    "manifest": {
+        *("--to", "--suffix", "--uri-column", "--key-column", "--stat", "--hash", "--replace", "--no-ray"),
+        *("--config", "--print-config", "--json", "--help", "-h"),
+    },
     "fit": SHARED,
     "plan": SHARED,
     "backfill": SHARED | {"--retry-rejects", "--new-run"},

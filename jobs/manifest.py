@@ -1,0 +1,123 @@
+"""`fastfill manifest`: a gallery manifest from prefixes, tars, Parquet and CSV, once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from jobs.options import console, load, print_json, start_ray, with_errors
+
+if TYPE_CHECKING:
+    from collections import Counter
+
+    from pipeline.catalog import Catalog
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm")
+
+
+@click.command("manifest", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("sources", nargs=-1, required=True)
+@click.option("--to", "folder", required=True, metavar="FOLDER", help="Where the manifest is put; may be s3://.")
+@click.option("--suffix", "suffixes", multiple=True, metavar=".EXT", help="Image suffixes, instead of the usual ones.")
+@click.option("--uri-column", default="uri", show_default=True, help="The column that says where an image is.")
+@click.option("--key-column", metavar="NAME", help="The column of ids. [default: key if there is one, or the uri]")
+@click.option("--stat", is_flag=True, help="Look up size and etag of what Parquet and CSV files name.")
+@click.option("--hash", "hashed", is_flag=True, help="Read and hash every image of prefixes and tars.")
+@click.option("--replace", is_flag=True, help="Make anew a manifest that is there from other sources.")
+@click.option("--no-ray", is_flag=True, help="Do everything in this process, however much there is.")
+@click.option("--config", "config_path", metavar="FILE", help="A run's YAML file, for its storage settings.")
+@click.option("--print-config", is_flag=True, help="Print the config section that uses the manifest, on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document on stdout.")
+@with_errors
+def main(
+    sources: tuple[str, ...],
+    folder: str,
+    suffixes: tuple[str, ...],
+    config_path: str | None,
+    replace: bool,
+    no_ray: bool,
+    print_config: bool,
+    as_json: bool,
+    **columns: str | bool | None,
+) -> None:
+    """Make a gallery manifest of SOURCES: where each image lies, its key, size, etag and label.
+
+    SOURCES are folders or s3:// prefixes of images (and of tars with images); tars, WebDataset shards or
+    globs of them; Parquet or CSV files that name images in a column, whose other columns are kept. The
+    same command goes on where it was stopped, and brings a manifest up to date.
+    """
+    from jobs.bars import Bars
+    from pipeline import catalog
+    from pipeline.errors import ConfigError
+    from pipeline.pieces import Options
+
+    if print_config and as_json:
+        raise ConfigError(
+            "stdout is for one of --json and --print-config", remedy="--json has the section as `gallery`"
+        )
+    if config_path is not None:
+        load(config_path, ())
+    options = Options(
+        suffixes=tuple(sorted(f".{suffix.lstrip('.').lower()}" for suffix in suffixes or _SUFFIXES)),
+        uri_column=str(columns["uri_column"]),
+        key_column=str(columns["key_column"]) if columns["key_column"] is not None else None,
+        stat=bool(columns["stat"]),
+        hash=bool(columns["hashed"]),
+    )
+    with Bars(console()) as bars:
+        target = _absolute(folder)
+        if replace:
+            catalog.forget(target)
+        found, pieces = catalog.build(
+            target, [_absolute(item) for item in sources], options, bars.images, None if no_ray else start_ray
+        )
+    _show(found, pieces)
+    if as_json:
+        print_json(document(found, pieces))
+    if print_config:
+        click.echo(section(found), nl=False)
+
+
+def document(catalog: Catalog, pieces: Counter[str]) -> dict[str, object]:
+    """The result as `--json` has it: what is in the manifest, and how many pieces were `made` and `kept`."""
+    from dataclasses import asdict
+
+    return asdict(catalog) | {"pieces": {"made": pieces["made"], "kept": pieces["kept"]}}
+
+
+def section(catalog: Catalog) -> str:
+    """The `gallery:` section of a run's config that uses the manifest, as YAML."""
+    import yaml
+
+    text: str = yaml.safe_dump({"gallery": catalog.gallery}, sort_keys=False, default_flow_style=None, width=110)
+    return text
+
+
+def _show(catalog: Catalog, pieces: Counter[str]) -> None:
+    from rich.table import Table
+
+    table = Table("source", "pieces", "images", "bytes", title=catalog.manifest, title_justify="left")
+    for kind, counts in catalog.sources.items():
+        table.add_row(kind, *(f"{counts[name]:,}" for name in ("pieces", "images", "bytes")))
+    out = console()
+    out.print(table)
+    out.print(f"{catalog.images:,} images, {catalog.bytes:,} bytes, in {catalog.parts:,} parts")
+    out.print(f"{pieces['made']:,} pieces indexed, {pieces['kept']:,} kept from before")
+    if catalog.unknown_sizes:
+        out.print(f"{catalog.unknown_sizes:,} images of unknown size (--stat looks it up)")
+    for name, count in catalog.notes.items():
+        out.print(f"{count:,} {name.replace('_', ' ')}")
+    identical = catalog.identical
+    if identical["images"]:
+        out.print(f"{identical['images']:,} images have the content of another, such as {identical['examples']}")
+
+
+def _absolute(path: str) -> str:
+    import os
+
+    return path.rstrip("/") if "://" in path else os.path.abspath(path)
+
+
+if __name__ == "__main__":
+    main()
