@@ -17,12 +17,13 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
 from pipeline import config as settings
 from pipeline import storage
+from pipeline.catalog import is_incomplete
+from pipeline.duplicates import find_repeats
 from pipeline.errors import DataError
 from pipeline.partition import EMBEDDINGS, Partition, write_part
 from pipeline.run import Run
@@ -146,6 +147,13 @@ def _files(source: settings.Manifest) -> list[str]:
     patterns = (source.manifest,) if isinstance(source.manifest, str) else source.manifest
     found = []
     for pattern in patterns:
+        if is_incomplete(pattern):
+            raise DataError(
+                "the manifest is not complete",
+                expected="the end of `fastfill manifest`",
+                where=pattern,
+                remedy="run that command again: it goes on where it was stopped",
+            )
         files = storage.expand(pattern, ".parquet")
         if not files:
             raise DataError("no manifest file is there", expected="Parquet files", where=pattern)
@@ -240,30 +248,29 @@ def _cut(metadata: pq.FileMetaData, uri: str, first_row: int) -> list[Partition]
 def _check_unique(run: Run, folder: str, num_parts: int, num_rows: int, source: settings.Manifest) -> None:
     if source.columns.id is None:
         return  # row numbers
-    task = ray.remote(num_cpus=0.5)(_first_duplicate)
+    found = ray.get(ray.remote(num_cpus=0.5)(_first_duplicate).remote(run, folder, num_parts, num_rows))
+    if found is not None:
+        raise DataError(
+            "an id is there more than once",
+            expected="unique ids",
+            found=found,
+            where=f"{source.manifest}: column {source.columns.id}",
+        )
+
+
+def _first_duplicate(run: Run, folder: str, num_parts: int, num_rows: int) -> str | None:
+    """Among the ids, a bucket of them at a time, and among the keys that stand for them where they are strings."""
+    parts = [run.part(folder, number) for number in range(num_parts)]
     buckets = -(-num_rows // _BUCKET_IDS)
     for bucket in range(buckets):
-        found = ray.get(task.remote(run, folder, num_parts, bucket, buckets))
-        if found is not None:
-            raise DataError(
-                "an id is there more than once",
-                expected="unique ids",
-                found=found,
-                where=f"{source.manifest}: column {source.columns.id}",
-            )
-
-
-def _first_duplicate(run: Run, folder: str, num_parts: int, bucket: int, buckets: int) -> str | None:
-    parts = [storage.read_parquet(run.part(folder, number), ["id", "key"]) for number in range(num_parts)]
-    table = pa.concat_tables(parts)
-    if table["key"].null_count < len(table):
-        counts = table["key"].value_counts()
-        twice = counts.filter(pc.greater(counts.field("counts"), 1))
-        return str(twice[0]["values"].as_py()) if len(twice) else None
-    ids = table["id"].to_numpy()
-    mine = np.sort(ids[splitmix64(ids, seed=1) % np.uint64(buckets) == bucket])
-    same = np.flatnonzero(mine[1:] == mine[:-1])
-    return str(mine[same[0]]) if len(same) else None
+        ids = (storage.read_parquet(part, ["id"])["id"].to_numpy() for part in parts)
+        mine = np.concatenate([some[splitmix64(some, seed=1) % np.uint64(buckets) == bucket] for some in ids])
+        mine.sort()
+        same = np.flatnonzero(mine[1:] == mine[:-1])
+        if len(same):
+            return str(mine[same[0]])
+    keys = find_repeats(parts, ["key"], [], num_rows)
+    return str(keys.examples[0][0]["key"]) if keys.examples else None
 
 
 def _marker(run: Run, folder: str) -> str:
