@@ -49,7 +49,7 @@ def backfill(config: Config, run: Run, plan: Plan, on_progress: Callable[[Progre
         for wave in tracker.whole_waves():
             publisher.submit(wave)
         work = Work(config.encoders.new, log, tracker.pending(run))
-        for _, ack in embed_stream([work], config.backfill, config.device):
+        for _, ack in embed_stream([work], config):
             telemetry.observe_unit(ack)
             tracker.add(ack)
             for wave in tracker.whole_waves():

@@ -201,7 +201,6 @@ class Backfill(Section):
     cpus_per_actor: Annotated[float, Field(ge=0)] = 1.0
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     threads_per_actor: Count = 1
-    fetch_threads: Count = 8
     max_reject_fraction: Fraction = 0.05
     max_image_pixels: Count = 64_000_000
     max_image_bytes: Count = 64 * 2**20
@@ -211,6 +210,27 @@ class Backfill(Section):
         if self.max_actors < self.min_actors:
             raise ValueError(f"max_actors ({self.max_actors}) must be at least min_actors ({self.min_actors})")
         return self
+
+
+class Fetch(Section):
+    """How images are read; free to change between two starts of a run.
+
+    A load task has `concurrency` requests in flight. Of a container (tar, or any file with `offset` and
+    `length`) neighbouring images come in one request where the gap between them is at most `max_gap_bytes`,
+    up to `max_request_bytes`; so a container that is wanted nearly whole is read in few large requests.
+    A gap pays while its bytes cost less than a request: 128 KiB is about a millisecond of one connection.
+
+    `requests_per_second` is per prefix (bucket and first folder) and per process, and each load task that
+    runs at the same time is a process: S3 gives a prefix about 5,500 GET/s, to all that read it together. A
+    store that answers 503 is left alone for a moment whatever the rate is. A request may take
+    `timeout_seconds`, its body included; `storage.retry_seconds` says for how long it is repeated.
+    """
+
+    concurrency: Count = 32
+    max_gap_bytes: Annotated[int, Field(ge=0)] = 128 * 2**10
+    max_request_bytes: Count = 8 * 2**20
+    requests_per_second: Annotated[float, Field(gt=0)] = 5000.0
+    timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
 
 
 class Index(Section):
@@ -275,6 +295,7 @@ class Config(Section):
     fit: Fit = Fit()
     plan: Plan = Plan()
     backfill: Backfill = Backfill()
+    fetch: Fetch = Fetch()
     index: Index = Index()
     evaluate: Evaluate = Evaluate()
     publish: Publish = Publish()

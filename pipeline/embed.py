@@ -79,7 +79,7 @@ class EmbedStage:
                 "etag": block["etag"],
                 "stage": pa.array(stages, pa.string()),
                 "reason": pa.array(reasons, pa.string()),
-                "load_seconds": block["load_seconds"],
+                "load": block["load"],
                 "embed_seconds": np.full(len(pixels), time.perf_counter() - start),
                 "vector": vectors_to_arrow(vectors),
             }

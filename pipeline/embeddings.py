@@ -50,7 +50,7 @@ def embed_missing(config: Config, run: Run, folders: Sequence[str], on_units: On
             done.append(rows.num_rows - sum(unit.images for unit in units))
             if units:
                 on_units(names[-1], done[-1], total[-1])
-    for index, ack in embed_stream(work, config.backfill, config.device):
+    for index, ack in embed_stream(work, config):
         done[index] += ack.embedded + ack.rejected
         on_units(names[index], done[index], total[index])
 

@@ -1,4 +1,4 @@
-"""Locate, fetch, decode and preprocess the images of one unit.
+"""Decode and preprocess the images of one unit, as `fetch` brings them.
 
 Guarantee: a bad image becomes a reject with a stage and a reason, never an exception; rows keep the
 order of the units file. It does not know which encoder the pixels are for, only their shape.
@@ -6,20 +6,19 @@ order of the units file. It does not know which encoder the pixels are for, only
 
 from __future__ import annotations
 
-import errno
 import io
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from pipeline import storage
-from pipeline.config import Preprocess
-from pipeline.errors import DataError
+from pipeline.config import Fetch, Preprocess
+from pipeline.fetch import Place as Place
+from pipeline.fetch import Reject as Reject
+from pipeline.fetch import fetch
 from pipeline.schema import UNITS, Int64, Unit
 
 Pixels = NDArray[np.uint8]
@@ -27,7 +26,6 @@ Pixels = NDArray[np.uint8]
 # Others are rare, and some of their readers start programs (EPS: Ghostscript).
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 _DAMAGED = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, Image.DecompressionBombError)
-_NO_PLACE = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,29 +37,6 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where one image lies: an object, a byte range of one, or a row of a Parquet file's image column.
-
-    `etag` is the object's when the manifest was made, where that is known.
-    """
-
-    uri: str
-    offset: int | None
-    length: int | None
-    row: int | None
-    etag: str | None = None
-
-
-class Reject(Exception):
-    """One image that cannot be embedded; `reason` is a short word, maybe followed by `: detail`."""
-
-    def __init__(self, stage: str, reason: str) -> None:
-        super().__init__(f"{stage}: {reason}")
-        self.stage = stage
-        self.reason = reason
-
-
-@dataclass(frozen=True, slots=True)
 class LoadedUnit:
     """The images of a unit, in the order of its units file.
 
@@ -70,19 +45,28 @@ class LoadedUnit:
         pixels: (B, C, H, W) uint8; zeros for rejects.
         etags: the etag of each image's object at the time it was read.
         rejects: row -> why that image is rejected.
+        changed: images whose object is another one than when the manifest was made.
+        requests: what reading the images took of a store, or reads of files.
+        bytes_fetched: what those requests brought.
+        bytes_needed: the encoded images themselves.
     """
 
     ids: Int64
     pixels: Pixels
     etags: list[str | None]
     rejects: dict[int, Reject]
+    changed: int
+    requests: int
+    bytes_fetched: int
+    bytes_needed: int
 
 
-def load_unit(unit: Unit, preprocess: Preprocess, limits: Limits, fetch_threads: int) -> LoadedUnit:
+def load_unit(unit: Unit, preprocess: Preprocess, limits: Limits, settings: Fetch) -> LoadedUnit:
     """Read, decode and preprocess a unit's images.
 
     Raises:
-        DataError: the units file is missing or damaged.
+        DataError: the units file is missing or damaged, or a store refuses the credentials.
+        TransientError: a store kept failing.
     """
     rows = storage.read_parquet(unit.rows_uri, UNITS.names, [unit.row_group])
     places = [Place(**row) for row in rows.drop_columns(["id"]).to_pylist()]
@@ -91,7 +75,8 @@ def load_unit(unit: Unit, preprocess: Preprocess, limits: Limits, fetch_threads:
     etags: list[str | None] = [None] * len(places)
     rejects: dict[int, Reject] = {}
     decode = _decoder(preprocess, limits)
-    for row, (data, etag) in enumerate(_fetch(places, limits, fetch_threads)):
+    before = storage.counts()
+    for row, (data, etag) in enumerate(fetch(places, limits.max_bytes, settings)):
         etags[row] = etag
         try:
             if isinstance(data, Reject):
@@ -99,7 +84,17 @@ def load_unit(unit: Unit, preprocess: Preprocess, limits: Limits, fetch_threads:
             pixels[row] = decode(data)
         except Reject as reject:
             rejects[row] = reject
-    return LoadedUnit(rows["id"].to_numpy(), pixels, etags, rejects)
+    spent = storage.counts() - before
+    return LoadedUnit(
+        rows["id"].to_numpy(),
+        pixels,
+        etags,
+        rejects,
+        changed=sum(map(_is_changed, places, etags)),
+        requests=sum(spent[f"requests:{kind}"] for kind in ("image", "get", "head")),
+        bytes_fetched=spent["bytes:image"] + spent["bytes:get"],
+        bytes_needed=spent["bytes:needed"],
+    )
 
 
 def decode_image(data: bytes, preprocess: Preprocess, limits: Limits) -> Pixels:
@@ -109,6 +104,12 @@ def decode_image(data: bytes, preprocess: Preprocess, limits: Limits) -> Pixels:
         Reject: it is empty, not an image, truncated, too large, or of another shape than the encoder's.
     """
     return _decoder(preprocess, limits)(data)
+
+
+def _is_changed(place: Place, etag: str | None) -> bool:
+    if place.etag is None or etag is None:
+        return False
+    return place.etag.strip('"') != etag.strip('"')  # a manifest of the user's may have it without the quotes
 
 
 def _decoder(preprocess: Preprocess, limits: Limits) -> Callable[[bytes], Pixels]:
@@ -183,84 +184,6 @@ def _open(data: bytes, limits: Limits) -> Image.Image:
     if image.width * image.height > limits.max_pixels:
         raise Reject("decode", f"too large: {image.width}x{image.height}, at most {limits.max_pixels} pixels")
     return image
-
-
-def _fetch(places: list[Place], limits: Limits, threads: int) -> Iterator[tuple[bytes | Reject, str | None]]:
-    """The encoded bytes of each place, in order, with the etag of its object."""
-    columns = _ParquetColumns({place.uri for place in places if place.row is not None}, places)
-    if all(place.row is not None for place in places):
-        yield from (columns.get(place, limits) for place in places)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(
-            lambda place: columns.get(place, limits) if place.row is not None else _read(place, limits), places
-        )
-
-
-def _read(place: Place, limits: Limits) -> tuple[bytes | Reject, str | None]:
-    if min(place.offset or 0, place.length or 0) < 0:
-        return Reject("fetch", "missing: offset and length must not be negative"), None
-    try:
-        stat = storage.stat(place.uri)
-        size = stat.size_bytes if place.length is None else place.length
-        if size > limits.max_bytes:
-            return Reject("fetch", f"too large: {size} bytes, at most {limits.max_bytes}"), stat.etag
-        data = storage.read_bytes(place.uri, place.offset, place.length)
-    except (FileNotFoundError, NotADirectoryError):
-        return Reject("fetch", "missing"), None
-    except PermissionError:
-        return Reject("fetch", "forbidden"), None
-    except IsADirectoryError:
-        return Reject("fetch", "missing: a folder has this name"), None
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_PLACE:
-            raise  # the machine's trouble, not the image's
-        return Reject("fetch", f"missing: {error}"), None
-    if place.length is not None and len(data) < place.length:
-        return Reject("fetch", f"truncated: {len(data)} of {place.length} bytes are there"), stat.etag
-    return data, stat.etag
-
-
-class _ParquetColumns:
-    """The wanted rows of Parquet image columns (`file.parquet#column`), read one row group at a time."""
-
-    def __init__(self, uris: set[str], places: list[Place]) -> None:
-        self._images: dict[tuple[str, int], bytes | None] = {}
-        self._etags: dict[str, str] = {}
-        self._failures: dict[str, Reject] = {}
-        for uri in sorted(uris):
-            path, _, column = uri.rpartition("#")
-            wanted = np.unique([place.row for place in places if place.uri == uri])
-            try:
-                self._etags[uri] = storage.stat(path).etag
-                self._images.update(((uri, row), data) for row, data in _parquet_rows(path, column, wanted))
-            except FileNotFoundError:
-                continue
-            except (PermissionError, DataError) as error:
-                forbidden = isinstance(error, PermissionError) or isinstance(error.__cause__, PermissionError)
-                self._failures[uri] = Reject("fetch", "forbidden" if forbidden else f"damaged: {error}".splitlines()[0])
-
-    def get(self, place: Place, limits: Limits) -> tuple[bytes | Reject, str | None]:
-        """The bytes of a row, and the etag of its file."""
-        assert place.row is not None
-        etag = self._etags.get(place.uri)
-        if (place.uri, place.row) not in self._images:
-            return self._failures.get(place.uri, Reject("fetch", "missing")), etag
-        data = self._images[place.uri, place.row] or b""
-        if len(data) > limits.max_bytes:
-            return Reject("fetch", f"too large: {len(data)} bytes, at most {limits.max_bytes}"), etag
-        return data, etag
-
-
-def _parquet_rows(path: str, column: str, wanted: Int64) -> Iterator[tuple[int, bytes | None]]:
-    with storage.open_parquet(path) as file:
-        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        starts = np.concatenate([[0], np.cumsum(sizes)])
-        for group in range(file.num_row_groups):
-            rows = wanted[(wanted >= starts[group]) & (wanted < starts[group + 1])]
-            if len(rows):
-                images = file.read_row_group(group, columns=[column])[column].take(pa.array(rows - starts[group]))
-                yield from zip(rows.tolist(), images.to_pylist(), strict=True)
 
 
 def _text(shape: tuple[int, int] | None) -> str:

@@ -23,6 +23,7 @@ RUNTIME = {
     "data_root",
     "device",
     "backfill",
+    "fetch",
     "evaluate",
     "publish",
     "telemetry",

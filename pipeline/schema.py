@@ -130,6 +130,13 @@ class UnitAck:
     """What is left of a unit once it is durable; the only thing the driver sees of it.
 
     The seconds are those of one task each: reading and decoding, the encoder, writing the part.
+
+    Attributes:
+        requests: for the images, to a store or reads of files; those for the run's own files are not in it.
+        bytes_fetched: what they brought.
+        bytes_needed: the encoded images themselves.
+        retries: requests that failed and were repeated, for images and for the run's own files.
+        changed: images that are others than when the manifest was made.
     """
 
     wave: int
@@ -140,6 +147,11 @@ class UnitAck:
     load_seconds: float
     embed_seconds: float
     write_seconds: float
+    requests: int = 0
+    bytes_fetched: int = 0
+    bytes_needed: int = 0
+    retries: int = 0
+    changed: int = 0
 
 
 def splitmix64(values: Int64, seed: int) -> NDArray[np.uint64]:

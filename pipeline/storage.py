@@ -25,12 +25,13 @@ import pyarrow.parquet as pq
 
 from pipeline import config
 from pipeline.errors import ConfigError, DataError
-from pipeline.local_store import LocalStore
+from pipeline.local_store import LocalReader, LocalStore
 from pipeline.object_store import COUNTS, ObjectStore, Retry
 from pipeline.store import AlreadyExists as AlreadyExists
 from pipeline.store import Changed as Changed
+from pipeline.store import Reader, Store
 from pipeline.store import Stat as Stat
-from pipeline.store import Store
+from pipeline.store import TooLarge as TooLarge
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -176,6 +177,13 @@ def local_file(uri: str) -> Iterator[Path]:
         yield path
 
 
+def image_reader(uri: str, fetch: config.Fetch) -> tuple[Reader, str]:
+    """What reads images from the URI's store, in many small requests, and the object's name there."""
+    scheme, name = _scheme(uri), _locate(uri)[1]
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3", "") + os.environ.get("AWS_ENDPOINT_URL", "")
+    return _reader(scheme, os.environ.get(_SETTINGS, ""), os.getpid(), fetch, endpoint), name
+
+
 def arrow_filesystem(uri: str) -> tuple[FileSystem, str]:
     """The same store for libraries that take a pyarrow file system (Ray Train), and the path in it."""
     from pyarrow import fs
@@ -299,6 +307,15 @@ def _store(scheme: str, settings: str, process: int) -> Store:
         found = _settings()
         return ObjectStore(S3Client(found), Retry(found.retry_seconds, found.max_pause_seconds))
     raise ConfigError("there is no such store", expected="a local path or s3://", found=f"{scheme}://")
+
+
+@functools.lru_cache(maxsize=8)  # by the endpoint too, which it looks up but once
+def _reader(scheme: str, settings: str, process: int, fetch: config.Fetch, endpoint: str) -> Reader:
+    if scheme == "file":
+        return LocalReader()
+    from pipeline.object_fetch import ObjectReader  # here: as above
+
+    return ObjectReader(_settings(), fetch, _store(scheme, settings, process))
 
 
 def _settings() -> config.Storage:

@@ -18,6 +18,14 @@ class Changed(Exception):
     """`compare_and_swap` lost: the object is no longer the one that was read."""
 
 
+class TooLarge(Exception):
+    """A whole object is larger than its reader wants to have."""
+
+    def __init__(self, size_bytes: int, etag: str) -> None:
+        super().__init__(f"{size_bytes} bytes")
+        self.size_bytes, self.etag = size_bytes, etag
+
+
 @dataclass(frozen=True, slots=True)
 class Stat:
     """Size in bytes, modification time in seconds since the epoch, and an etag that changes with the content."""
@@ -74,3 +82,17 @@ class Store(Protocol):
 
     def check(self, prefix: str) -> None:
         """Prove that a run can live here; raises ConfigError or DataError."""
+
+
+Span = tuple[int, int]
+"""Bytes of an object, from the first to before the second."""
+
+
+class Reader(Protocol):
+    """Reads images, from many threads; says no as a `Store` does. Each read counts as `requests:image`."""
+
+    def whole(self, name: str, most_bytes: int) -> tuple[bytes, str]:
+        """An object and its etag; raises TooLarge before its bytes are read."""
+
+    def spans(self, name: str, spans: list[Span]) -> Iterator[tuple[bytes, str]]:
+        """The bytes of each span, fewer where the object ends before, and the etag (empty if none came)."""

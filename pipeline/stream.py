@@ -11,6 +11,7 @@ come through here.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ import ray.data
 from ray.data import ActorPoolStrategy
 
 from pipeline import config as settings
-from pipeline import images, vector_log
+from pipeline import images, storage, vector_log
 from pipeline.errors import ConfigError
 from pipeline.images import Limits, LoadedUnit
 from pipeline.schema import Unit, UnitAck, vectors_from_arrow
@@ -48,6 +49,7 @@ class _Job:
 
     targets: list[tuple[settings.Encoder, VectorLog]]
     backfill: settings.Backfill
+    fetch: settings.Fetch
     units: ray.ObjectRef[pa.Table]
 
     def unit(self, number: int) -> tuple[int, Unit]:
@@ -55,13 +57,12 @@ class _Job:
         return row.pop("work"), Unit(**row)
 
 
-def embed_stream(work: list[Work], backfill: settings.Backfill, device: str) -> Iterator[tuple[int, UnitAck]]:
+def embed_stream(work: list[Work], config: settings.Config) -> Iterator[tuple[int, UnitAck]]:
     """Embed units in about their order, all in one stream.
 
     Args:
         work: what to embed, one after the other.
-        backfill: resources and limits.
-        device: where the encoders run.
+        config: its resources and limits (`backfill`, `fetch`), and where the encoders run.
 
     Yields:
         the index into `work`, and a unit's acknowledgement, once the unit is durable.
@@ -74,13 +75,14 @@ def embed_stream(work: list[Work], backfill: settings.Backfill, device: str) -> 
         return
     from pipeline.embed import EmbedStage  # here: the tasks of this module must not wait for torch
 
-    gpus = _gpus_per_actor(backfill, device)
+    backfill = config.backfill
+    gpus = _gpus_per_actor(backfill, config.device)
     _check_room(backfill, gpus)
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = None  # a block is a unit: never split, never merged
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    job = _Job([(item.encoder, item.log) for item in work], backfill, ray.put(_units_table(work)))
+    job = _Job([(item.encoder, item.log) for item in work], backfill, config.fetch, ray.put(_units_table(work)))
     pool = ActorPoolStrategy(
         min_size=backfill.min_actors, max_size=backfill.max_actors, max_tasks_in_flight_per_actor=4
     )
@@ -89,7 +91,7 @@ def embed_stream(work: list[Work], backfill: settings.Backfill, device: str) -> 
         .map_batches(partial(_load, job=job), batch_size=None, batch_format="numpy", num_cpus=_LOAD_CPUS)
         .map_batches(
             EmbedStage,
-            fn_constructor_args=([item.encoder for item in work], backfill, device),
+            fn_constructor_args=([item.encoder for item in work], backfill, config.device),
             batch_size=None,
             batch_format="pyarrow",
             compute=pool,
@@ -105,12 +107,14 @@ def embed_stream(work: list[Work], backfill: settings.Backfill, device: str) -> 
 
 
 def _load(batch: Any, job: _Job) -> pa.Table:  # Any: Ray's batch of numpy columns
-    start = time.perf_counter()
+    start, before = time.perf_counter(), storage.counts()
     number = int(batch["id"][0])
     work, unit = job.unit(number)
     limits = Limits(job.backfill.max_image_pixels, job.backfill.max_image_bytes)
-    loaded = images.load_unit(unit, job.targets[work][0].preprocess, limits, job.backfill.fetch_threads)
+    loaded = images.load_unit(unit, job.targets[work][0].preprocess, limits, job.fetch)
     count = len(loaded.ids)
+    spent = {name: getattr(loaded, name) for name in ("requests", "bytes_fetched", "bytes_needed", "changed")}
+    spent |= {"retries": _retries(before), "load_seconds": time.perf_counter() - start}
     return pa.table(
         {
             "number": np.full(count, number, dtype=np.int64),
@@ -119,7 +123,7 @@ def _load(batch: Any, job: _Job) -> pa.Table:  # Any: Ray's batch of numpy colum
             "etag": pa.array(loaded.etags, pa.string()),
             "stage": pa.array(_texts(loaded, "stage"), pa.string()),
             "reason": pa.array(_texts(loaded, "reason"), pa.string()),
-            "load_seconds": np.full(count, time.perf_counter() - start),
+            "load": pa.repeat(pa.scalar(spent), count),  # what becomes of it: see _write
             "pixels": pa.FixedSizeListArray.from_arrays(
                 pa.array(loaded.pixels.reshape(-1)), int(np.prod(loaded.pixels.shape[1:]))
             ),
@@ -128,7 +132,7 @@ def _load(batch: Any, job: _Job) -> pa.Table:  # Any: Ray's batch of numpy colum
 
 
 def _write(block: Any, job: _Job) -> pa.Table:  # Any: Ray's batch as an Arrow table
-    start = time.perf_counter()
+    start, before = time.perf_counter(), storage.counts()
     work, unit = job.unit(block["number"][0].as_py())
     embedded = EmbeddedUnit(
         ids=block["id"].to_numpy(),
@@ -138,15 +142,17 @@ def _write(block: Any, job: _Job) -> pa.Table:  # Any: Ray's batch as an Arrow t
         reject_reasons=block["reason"].combine_chunks(),
     )
     part_bytes, rejected = vector_log.write_unit(job.targets[work][1], unit, embedded)
+    spent = block["load"][0].as_py()
     ack = UnitAck(
         wave=unit.wave,
         unit=unit.unit,
         embedded=len(embedded.ids) - rejected,
         rejected=rejected,
         part_bytes=part_bytes,
-        load_seconds=block["load_seconds"][0].as_py(),
         embed_seconds=block["embed_seconds"][0].as_py(),
         write_seconds=time.perf_counter() - start,
+        retries=spent.pop("retries") + _retries(before),
+        **spent,
     )
     return pa.table({"work": [work]} | {name: [getattr(ack, name)] for name in UnitAck.__slots__})
 
@@ -159,6 +165,11 @@ def _units_table(work: list[Work]) -> pa.Table:
 
 def _texts(loaded: LoadedUnit, field: str) -> list[str]:
     return [getattr(loaded.rejects[row], field) if row in loaded.rejects else "" for row in range(len(loaded.ids))]
+
+
+def _retries(before: Counter[str]) -> int:
+    """How many requests this process has repeated since then."""
+    return sum(count for name, count in (storage.counts() - before).items() if name.startswith("retries:"))
 
 
 def _gpus_per_actor(backfill: settings.Backfill, device: str) -> float:

@@ -25,7 +25,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
 
 from pipeline import storage
-from pipeline.config import Preprocess
+from pipeline.config import Fetch, Preprocess
 from pipeline.errors import DataError
 from pipeline.images import Limits, LoadedUnit, Pixels, Reject, decode_image, load_unit
 from pipeline.schema import UNITS, Unit
@@ -33,6 +33,7 @@ from pipeline.schema import UNITS, Unit
 SIDE = 8
 PREPROCESS = Preprocess(size=SIDE)
 LIMITS = Limits(max_pixels=64_000_000, max_bytes=100_000)
+FETCH = Fetch(concurrency=3)
 
 
 def picture(seed: int = 0, height: int = SIDE, width: int = SIDE, channels: int = 3) -> Pixels:
@@ -67,7 +68,7 @@ def load(
     units = str(folder / "units.parquet")
     table = pa.Table.from_pylist(rows, UNITS)
     storage.put(units, storage.parquet_bytes(UNITS, [table.slice(0, 0), table]))  # the unit is row group 1
-    return load_unit(Unit(1, 1, units, 1, len(rows)), preprocess, limits, fetch_threads=3)
+    return load_unit(Unit(1, 1, units, 1, len(rows)), preprocess, limits, FETCH)
 
 
 def write(path: Path, data: bytes) -> dict[str, Any]:
@@ -197,7 +198,7 @@ def test_an_image_that_may_not_be_read_is_a_reject() -> None:
         for closed in ("closed.png", "closed.parquet"):
             (folder / closed).chmod(0)
         with nobody():
-            loaded = load_unit(Unit(1, 0, f"{folder}/units.parquet", 0, 3), PREPROCESS, LIMITS, 1)
+            loaded = load_unit(Unit(1, 0, f"{folder}/units.parquet", 0, 3), PREPROCESS, LIMITS, FETCH)
     assert said(loaded) == {1: "fetch: forbidden", 2: "fetch: forbidden"}
 
 
@@ -209,7 +210,7 @@ def test_a_unit_of_rejects_only_has_zeros_for_pixels(tmp_path: Path) -> None:
 
 def test_a_missing_units_file_is_an_error_and_no_reject(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="missing"):
-        load_unit(Unit(1, 0, str(tmp_path / "nowhere.parquet"), 0, 1), PREPROCESS, LIMITS, 1)
+        load_unit(Unit(1, 0, str(tmp_path / "nowhere.parquet"), 0, 1), PREPROCESS, LIMITS, FETCH)
 
 
 @contextmanager

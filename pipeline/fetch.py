@@ -1,0 +1,266 @@
+"""Fetch the encoded images of a unit, in few requests.
+
+Between `images`, which decodes, and `storage`. Guarantee: the bytes come in the order of the places and are
+those that one read per image would have given, however the requests were cut; an image that cannot be had
+is a reject, and only trouble that is not the image's is raised, `TransientError` when the store keeps
+failing. In memory are at most a unit's encoded images and the requests in flight. It does not know what
+is in the bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.config import Fetch
+from pipeline.errors import DataError
+from pipeline.object_store import COUNTS
+from pipeline.schema import DELETED, Int64
+from pipeline.store import Span
+
+_NO_PLACE = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one image lies: an object, a byte range of one, or a row of a Parquet file's image column.
+
+    `etag` is the object's when the manifest was made, where that is known.
+    """
+
+    uri: str
+    offset: int | None
+    length: int | None
+    row: int | None
+    etag: str | None = None
+
+
+class Reject(Exception):
+    """One image that cannot be embedded; `reason` is a short word, maybe followed by `: detail`."""
+
+    def __init__(self, stage: str, reason: str) -> None:
+        super().__init__(f"{stage}: {reason}")
+        self.stage = stage
+        self.reason = reason
+
+
+Fetched = tuple[bytes | Reject, str | None]
+"""An encoded image or why there is none, and the etag of its object at the time it was read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One request of a container: the bytes of `span`, for the images at these rows of the unit."""
+
+    span: Span
+    rows: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What one thread does in one go: a whole object, or pieces of one."""
+
+    uri: str
+    rows: list[int]
+    pieces: list[Piece] | None
+
+
+def fetch(places: list[Place], max_bytes: int, settings: Fetch) -> Iterator[Fetched]:
+    """The encoded bytes of each place, in order; the requests, bytes and retries go to `storage.counts`.
+
+    Raises:
+        TransientError: a store kept failing.
+        DataError: a store refuses the credentials.
+    """
+    unit = _Unit(places, max_bytes, settings)
+    for row, (data, etag) in enumerate(unit.fetched()):
+        COUNTS.add("bytes:needed", 0 if isinstance(data, Reject) else len(data))
+        yield _deleted(data, places[row]), etag
+
+
+def coalesce(ranges: Iterable[tuple[int, Span]], settings: Fetch) -> list[Piece]:
+    """Requests that cover the ranges, each given as (row, span), of one container.
+
+    Ranges whose gap is at most `max_gap_bytes` share a request of up to `max_request_bytes`. No range is cut,
+    so one that is longer is a request of its own.
+    """
+    pieces: list[Piece] = []
+    for row, (start, stop) in sorted(ranges, key=lambda item: item[1]):
+        if pieces:
+            (first, last), rows = pieces[-1].span, pieces[-1].rows
+            longest = max(last, stop) - first
+            if start - last <= settings.max_gap_bytes and longest <= max(settings.max_request_bytes, last - first):
+                pieces[-1] = Piece((first, max(last, stop)), [*rows, row])
+                continue
+        pieces.append(Piece((start, stop), [row]))
+    return pieces
+
+
+class _Unit:
+    """The images of one unit while they arrive."""
+
+    def __init__(self, places: list[Place], max_bytes: int, settings: Fetch) -> None:
+        self._places, self._max_bytes, self._settings = places, max_bytes, settings
+        self._found: list[Fetched | None] = [None] * len(places)
+
+    def fetched(self) -> Iterator[Fetched]:
+        """Each image in order; what has been given is forgotten."""
+        reads = self._plan()
+        with ThreadPoolExecutor(self._settings.concurrency) as pool:
+            try:
+                waiting: dict[int, Future[None]] = {}
+                for read in reads:
+                    waiting |= dict.fromkeys(read.rows, pool.submit(self._run, read))
+                self._read_columns()
+                for row in range(len(self._places)):
+                    if row in waiting:
+                        waiting.pop(row).result()
+                    found, self._found[row] = self._found[row], None
+                    assert found is not None, f"row {row} was not fetched"
+                    yield found
+            finally:
+                pool.shutdown(cancel_futures=True)  # after an error the rest is not wanted
+
+    def _plan(self) -> list[_Read]:
+        """What to read, in the order in which the images are wanted; rejects what is no place at all."""
+        whole: dict[str, list[int]] = {}
+        ranges: dict[str, list[tuple[int, Span]]] = {}
+        for row, place in enumerate(self._places):
+            if place.row is not None:
+                continue
+            if (bad := self._refused(place)) is not None:
+                self._found[row] = bad, None
+            elif place.length is None and not place.offset:
+                whole.setdefault(place.uri, []).append(row)
+            else:
+                start = place.offset or 0
+                stop = start + (self._max_bytes + 1 if place.length is None else place.length)
+                ranges.setdefault(place.uri, []).append((row, (start, stop)))
+        reads = [_Read(uri, rows, None) for uri, rows in whole.items()]
+        for uri, wanted in ranges.items():
+            pieces = coalesce(wanted, self._settings)
+            together = [pieces] if storage.is_local(uri) else [[piece] for piece in pieces]  # a file is opened once
+            reads += [_Read(uri, [row for piece in some for row in piece.rows], some) for some in together]
+        return sorted(reads, key=lambda read: min(read.rows))
+
+    def _refused(self, place: Place) -> bytes | Reject | None:
+        """What is known of a place without a request."""
+        if min(place.offset or 0, place.length or 0) < 0:
+            return Reject("fetch", "missing: offset and length must not be negative")
+        if (place.length or 0) > self._max_bytes:
+            return self._too_large(place.length or 0)
+        return b"" if place.length == 0 else None
+
+    def _too_large(self, size: int) -> Reject:
+        return Reject("fetch", f"too large: {size} bytes, at most {self._max_bytes}")
+
+    def _run(self, read: _Read) -> None:
+        """Read, and leave each image of it, or its reject, at its row."""
+        try:
+            reader, name = storage.image_reader(read.uri, self._settings)
+            if read.pieces is None:
+                self._leave(read.rows, reader.whole(name, self._max_bytes))
+                return
+            parts = reader.spans(name, [piece.span for piece in read.pieces])
+            for piece, (data, etag) in zip(read.pieces, parts, strict=True):
+                for row in piece.rows:
+                    self._found[row] = self._cut(self._places[row], piece.span[0], data), etag or None
+        except storage.TooLarge as error:
+            self._leave(read.rows, (self._too_large(error.size_bytes), error.etag))
+        except (OSError, ValueError) as error:
+            self._leave(read.rows, (_reject(error), None))
+
+    def _leave(self, rows: list[int], fetched: Fetched) -> None:
+        for row in rows:
+            self._found[row] = fetched
+
+    def _cut(self, place: Place, first: int, data: bytes) -> bytes | Reject:
+        """A copy of an image's bytes: the request's own, with the gaps in it, are not kept."""
+        start = (place.offset or 0) - first
+        if place.length is None:
+            found = data[start:]
+            return found if len(found) <= self._max_bytes else self._too_large(len(found))
+        found = data[start : start + place.length]
+        if len(found) < place.length:
+            return Reject("fetch", f"truncated: {len(found)} of {place.length} bytes are there")
+        return found
+
+    def _read_columns(self) -> None:
+        """The rows of Parquet files, whose bytes are read while the requests are under way."""
+        columns: dict[str, list[int]] = {}
+        for row, place in enumerate(self._places):
+            if place.row is not None:
+                columns.setdefault(place.uri, []).append(row)
+        for uri, rows in columns.items():
+            found, etag = _column(uri, {self._places[row].row or 0 for row in rows})
+            for row in rows:
+                data = found if isinstance(found, Reject) else found.get(self._places[row].row or 0, _MISSING)
+                if isinstance(data, bytes) and len(data) > self._max_bytes:
+                    data = self._too_large(len(data))
+                self._found[row] = data, etag
+
+
+_MISSING = Reject("fetch", "missing")
+
+
+def _reject(error: OSError | ValueError) -> Reject:
+    """What is wrong with an image; raises what is wrong with the machine."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return _MISSING
+    if isinstance(error, PermissionError):
+        return Reject("fetch", "forbidden")
+    if isinstance(error, IsADirectoryError):
+        return Reject("fetch", "missing: a folder has this name")
+    if isinstance(error, OSError) and error.errno not in _NO_PLACE:
+        raise error
+    return Reject("fetch", f"missing: {error}")
+
+
+def _deleted(data: bytes | Reject, place: Place) -> bytes | Reject:
+    if data is _MISSING and place.etag is not None:
+        return Reject("fetch", f"{DELETED}: was there when the manifest was made")
+    return data
+
+
+def _column(uri: str, wanted: set[int]) -> tuple[dict[int, bytes] | Reject, str | None]:
+    """The wanted rows of a Parquet image column (`file.parquet#column`), and the file's etag."""
+    path, _, column = uri.rpartition("#")
+    etag = None
+    try:
+        etag = storage.stat(path).etag
+        return dict(_column_rows(path, column, np.array(sorted(wanted), dtype=np.int64))), etag
+    except FileNotFoundError:
+        return _MISSING, None
+    except (PermissionError, DataError) as error:
+        forbidden = isinstance(error, PermissionError) or isinstance(error.__cause__, PermissionError)
+        return Reject("fetch", "forbidden" if forbidden else f"damaged: {error}".splitlines()[0]), etag
+
+
+def _column_rows(path: str, column: str, wanted: Int64) -> Iterator[tuple[int, bytes]]:
+    """Only of the row groups that hold some."""
+    with storage.open_parquet(path) as file:
+        if column not in file.schema_arrow.names:
+            raise DataError("a Parquet file has no such column", expected=column, where=path)
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        for group in range(file.num_row_groups):
+            rows = wanted[(wanted >= starts[group]) & (wanted < starts[group + 1])]
+            if len(rows):
+                if storage.is_local(path):  # a store's own reads count there
+                    COUNTS.add("requests:image")
+                    COUNTS.add("bytes:image", _column_bytes(file, group, column))
+                images = file.read_row_group(group, columns=[column])[column].take(pa.array(rows - starts[group]))
+                yield from zip(rows.tolist(), (data or b"" for data in images.to_pylist()), strict=True)
+
+
+def _column_bytes(file: pq.ParquetFile, group: int, column: str) -> int:
+    metadata = file.metadata.row_group(group)
+    chunks = (metadata.column(number) for number in range(metadata.num_columns))
+    return sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema == column)
