@@ -146,7 +146,7 @@ class Writer:
             storage.compare_and_swap(self.run.tag(CANDIDATE), to_json(tag), version)
         except storage.Changed:
             now = read_tag(self.run, CANDIDATE)
-            if now is None or now.attempt_id != tag.attempt_id:  # it is ours where only an answer was lost
+            if now != tag:  # what says the same is ours: an answer was lost, or an earlier try came late
                 raise self._taken_over(now) from None
 
     def _taken_over(self, found: Tag | None) -> SnapshotConflict:
