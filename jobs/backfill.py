@@ -58,9 +58,13 @@ def run_all(config: Config, bars: Bars, retry_rejects: bool = False) -> Progress
     def show(progress: Progress) -> None:
         done = progress.durable + progress.rejected
         rate = f"{progress.images_per_second:,.0f} images/s, " if progress.images_per_second else ""
-        bars.images("backfill", done, progress.gallery, f"{rate}wave {progress.wave} of {progress.waves} published")
+        retries = f", {progress.reading.retries:,} retries" if progress.reading.retries else ""
+        text = f"{rate}wave {progress.wave} of {progress.waves} published{retries}"
+        bars.images("backfill", done, progress.gallery, text)
 
     progress = backfill(config, run, plan, show)
+    if progress.reading.images:
+        bars.console.print(f"images read: {progress.reading}", soft_wrap=True)
     write_report(config, run, plan, bars)
     return progress
 

@@ -21,6 +21,43 @@ _LOG_WINDOW_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
+class Reading:
+    """What reading the images has cost this driver so far; the sums of its acknowledgements.
+
+    Attributes:
+        seconds: since the first unit was asked for, whatever else took its time meanwhile.
+    """
+
+    images: int = 0
+    requests: int = 0
+    bytes_fetched: int = 0
+    bytes_needed: int = 0
+    retries: int = 0
+    changed: int = 0
+    seconds: float = 0.0
+
+    def plus(self, ack: UnitAck, seconds: float) -> Reading:
+        """With one more unit."""
+        return Reading(
+            self.images + ack.embedded + ack.rejected,
+            self.requests + ack.requests,
+            self.bytes_fetched + ack.bytes_fetched,
+            self.bytes_needed + ack.bytes_needed,
+            self.retries + ack.retries,
+            self.changed + ack.changed,
+            seconds,
+        )
+
+    def __str__(self) -> str:
+        """One line for people."""
+        over = self.bytes_fetched / self.bytes_needed if self.bytes_needed else 0.0
+        return (
+            f"{self.requests / max(1, self.images):.3g} requests per image, {over:.3g} bytes fetched per byte needed, "
+            f"{self.requests / max(self.seconds, 1e-6):,.0f} GET/s, {self.retries:,} retries, {self.changed:,} changed"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """Where a backfill stands.
 
@@ -32,6 +69,7 @@ class Progress:
         wave: the last wave that is published, 0 before the first.
         waves: waves in the plan.
         images_per_second: over the last minute of work, None where there was none.
+        reading: what this driver's units took to read.
     """
 
     gallery: int
@@ -41,6 +79,7 @@ class Progress:
     wave: int
     waves: int
     images_per_second: float | None
+    reading: Reading = Reading()
 
     @property
     def left(self) -> int:
@@ -69,9 +108,12 @@ class Tracker:
         self._rejected = {wave.wave: counts.get(wave.wave, 0) for wave in plan.waves}
         self._next_wave = 1
         self._recent: deque[tuple[float, int]] = deque()
+        self._reading = Reading()
+        self._start_seconds = time.monotonic()
 
     def pending(self, run: Run) -> list[Unit]:
-        """The units that are not durable, in plan order."""
+        """The units that are not durable, in plan order; from now on they are asked for."""
+        self._start_seconds = time.monotonic()
         return [unit for unit in self._plan.units(run) if unit.unit not in self._done[unit.wave]]
 
     def add(self, ack: UnitAck) -> None:
@@ -80,6 +122,7 @@ class Tracker:
         Raises:
             DataError: its wave has too many rejects.
         """
+        self._reading = self._reading.plus(ack, time.monotonic() - self._start_seconds)
         if ack.unit in self._done[ack.wave]:
             return
         self._done[ack.wave].add(ack.unit)
@@ -116,6 +159,7 @@ class Tracker:
             wave=published_wave,
             waves=len(self._plan.waves),
             images_per_second=self._rate(),
+            reading=self._reading,
         )
 
     def _accounted(self, number: int) -> int:

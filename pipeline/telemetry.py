@@ -35,6 +35,19 @@ PUBLISHED_AT = Gauge(
 RATE = Gauge("fastfill_images_per_second", "Images made durable per second, over the last minute.", registry=REGISTRY)
 ETA = Gauge("fastfill_eta_seconds", "Seconds until the last image is durable, at that rate.", registry=REGISTRY)
 LOG_BYTES = Counter("fastfill_vector_log_bytes", "Bytes written to the vector log by this driver.", registry=REGISTRY)
+FETCH_REQUESTS = Counter(
+    "fastfill_fetch_requests", "Requests for images, to an object store or reads of files.", registry=REGISTRY
+)
+FETCH_BYTES = Counter("fastfill_fetch_bytes", "Bytes that the requests for images brought.", registry=REGISTRY)
+FETCH_BYTES_NEEDED = Counter(
+    "fastfill_fetch_bytes_needed", "Bytes of encoded images among those fetched.", registry=REGISTRY
+)
+RETRIES = Counter(
+    "fastfill_retries", "Requests of the load and write tasks that failed and were repeated.", registry=REGISTRY
+)
+IMAGES_CHANGED = Counter(
+    "fastfill_images_changed", "Images that are others than when the manifest was made.", registry=REGISTRY
+)
 STAGE_SECONDS = Histogram(
     "fastfill_stage_seconds",
     "Seconds a unit or a wave spends in a stage: load, embed, write, seal, publish.",
@@ -60,6 +73,11 @@ def observe_unit(ack: UnitAck) -> None:
     """Count one acknowledged unit."""
     IMAGES_EMBEDDED.inc(ack.embedded)
     LOG_BYTES.inc(ack.part_bytes)
+    FETCH_REQUESTS.inc(ack.requests)
+    FETCH_BYTES.inc(ack.bytes_fetched)
+    FETCH_BYTES_NEEDED.inc(ack.bytes_needed)
+    RETRIES.inc(ack.retries)
+    IMAGES_CHANGED.inc(ack.changed)
     STAGE_SECONDS.labels("load").observe(ack.load_seconds)
     STAGE_SECONDS.labels("embed").observe(ack.embed_seconds)
     STAGE_SECONDS.labels("write").observe(ack.write_seconds)

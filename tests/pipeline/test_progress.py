@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -181,3 +182,17 @@ def test_the_rate_of_the_log_is_its_images_over_the_time_between_its_parts(tmp_p
         os.utime(log.part(unit.wave, unit.unit), (seconds, seconds))
         assert (recent_rate(plan, log) is None) == (number < 2)
     assert recent_rate(plan, log) == pytest.approx((4 + 1) / 10)
+
+
+def test_what_reading_took_adds_up_over_all_acknowledgements(tmp_path: Path) -> None:
+    counting, (first, second, *_) = tracker(tmp_path), units()
+    assert counting.progress(0).reading.images == 0
+    spent = {"requests": 2, "bytes_fetched": 300, "bytes_needed": 200, "retries": 1, "changed": 1}
+    for unit in (first, second, second):  # done twice, paid for twice
+        counting.add(replace(ack(unit), **spent))
+    reading = counting.progress(0).reading
+    images = first.images + 2 * second.images
+    assert (reading.images, reading.requests, reading.retries, reading.changed) == (images, 6, 3, 3)
+    said = str(reading)
+    assert said.startswith(f"{6 / images:.3g} requests per image, 1.5 bytes fetched per byte needed, ")
+    assert said.endswith(" GET/s, 3 retries, 3 changed")

@@ -62,7 +62,7 @@ def test_the_endpoint_gives_the_figures_of_the_run(endpoint: str) -> None:
 def test_units_add_up(endpoint: str) -> None:
     before = scrape(endpoint)
     for wave in (1, 2):
-        telemetry.observe_unit(UnitAck(wave, 0, 30, 2, 1000, 0.5, 2.0, 0.25))
+        telemetry.observe_unit(UnitAck(wave, 0, 30, 2, 1000, 0.5, 2.0, 0.25, 7, 900, 600, 3, 1))
     found = scrape(endpoint)
 
     def grown(name: str) -> float:
@@ -70,6 +70,10 @@ def test_units_add_up(endpoint: str) -> None:
 
     assert grown("fastfill_images_embedded_total") == 60
     assert grown("fastfill_vector_log_bytes_total") == 2000
+    for name, wanted in (("fetch_requests", 14), ("fetch_bytes", 1800), ("fetch_bytes_needed", 1200)):
+        assert grown(f"fastfill_{name}_total") == wanted
+    assert grown("fastfill_retries_total") == 6
+    assert grown("fastfill_images_changed_total") == 2
     for stage, seconds in (("load", 1.0), ("embed", 4.0), ("write", 0.5)):
         assert grown(f"fastfill_stage_seconds_count:{stage}") == 2
         assert grown(f"fastfill_stage_seconds_sum:{stage}") == seconds
