@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from pipeline.errors import FastfillError
+from pipeline.errors import DataError, FastfillError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,6 +56,15 @@ def with_errors(function: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             click.secho("stopped; what is durable is kept, the same command goes on from there", err=True)
             sys.exit(130)
+        except PermissionError as error:
+            fail(
+                DataError(
+                    "access is refused",
+                    found=error.strerror,
+                    where=error.filename,
+                    remedy="check the permissions and, for s3://, the credentials",
+                )
+            )
         except Exception as error:  # noqa: BLE001 (not swallowed: what is not ours is raised again)
             fail(error)
 
@@ -113,7 +122,12 @@ def console() -> Console:
 
 def print_json(document: object) -> None:
     """Where programs read: one JSON document on stdout."""
-    click.echo(json.dumps(document, indent=1), file=click.get_current_context().meta[_STDOUT])
+    print_text(json.dumps(document, indent=1))
+
+
+def print_text(text: str) -> None:
+    """To stdout, which belongs to what was asked for."""
+    click.echo(text, file=click.get_current_context().meta[_STDOUT])
 
 
 def start_ray() -> None:

@@ -21,15 +21,19 @@ if TYPE_CHECKING:
 def open_run(config: Config, bars: Bars) -> Run:
     """Check the inputs and the settings, bring the manifests into our form, and start or resume the run.
 
+    Before all else the store is tried out, also where the run is there: this machine may have other credentials
+    than the one that started it. Commands that only read do not come through here, and need no right to write.
+
     Raises:
-        ConfigError, DataError: an input cannot be used.
+        ConfigError, DataError: an input cannot be used, or a run cannot live where it is to be.
         IncompatibleRun: the run was started with something else.
     """
     from pipeline import manifest
     from pipeline.config import unit_images
     from pipeline.run import Run, check_resumable, start, weight_fingerprints
-    from pipeline.storage import exists
+    from pipeline.storage import check, exists
 
+    check(config.run)
     sources = {"gallery": config.gallery, "pairs": config.pairs}
     fingerprints = weight_fingerprints(config) | {name: manifest.digest(source) for name, source in sources.items()}
     check_resumable(config, fingerprints)

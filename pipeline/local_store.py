@@ -124,9 +124,12 @@ class LocalStore:
         path.rmdir()
 
     def check(self, prefix: str) -> None:
-        """Whether objects can be created below a folder; raises DataError."""
-        probe = Path(prefix) / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        """Whether objects can be created below a folder, which stays missing where it is; raises DataError."""
+        folder = Path(prefix).absolute()
         try:
+            while not folder.exists():
+                folder = folder.parent
+            probe = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
             self.put_if_absent(str(probe), b"probe")
             probe.unlink()
         except OSError as error:
