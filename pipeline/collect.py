@@ -44,6 +44,7 @@ from pipeline.store import Stat
 
 KEEP = 3
 GRACE_SECONDS = 3600.0
+LEFTOVER_SECONDS = 600.0  # whatever the grace time: a temporary file may be that of a writer at work
 
 _TRIES = 16
 _PAUSE_SECONDS = 0.2
@@ -58,7 +59,8 @@ class Rules:
 
     Attributes:
         keep: the last published commits.
-        grace_seconds: a commit that was the latest, a file without a commit, a temporary file: for so long.
+        grace_seconds: a commit that was the latest, a file without a commit, an expired lease: for so long;
+            a temporary file never for less than LEFTOVER_SECONDS.
     """
 
     keep: int = KEEP
@@ -162,7 +164,7 @@ class _Collector:
         if self.dry_run or not (doomed or now.announced):
             return view, self._confirmed(now, view, doomed), kept
         version = removals.swap(self.run, replace(now, announced=tuple(doomed)), version)
-        snapshot.touch(self.run, PROD)
+        snapshot.fence(self.run, PROD)
         kept = needed(view, self.rules, self.now_seconds, self._pins())
         wanted = self._confirmed(now, view, sorted(set(doomed) - kept.keys()))
         removals.swap(self.run, wanted, version)
@@ -222,7 +224,8 @@ def collect(run_uri: str, rules: Rules | None = None, dry_run: bool = False) -> 
     stored = _index_files(run)
     lost = _strays(stored, view, wanted, now_seconds - rules.grace_seconds)
     expired = [uri for uri, over in find_leases(run, now_seconds)[1].items() if over > rules.grace_seconds]
-    leftovers = _older(storage.list_leftovers(run.uri), now_seconds - rules.grace_seconds)
+    leftover_age = max(rules.grace_seconds, LEFTOVER_SECONDS)
+    leftovers = _older(storage.list_leftovers(run.uri), now_seconds - leftover_age)
     if not dry_run:
         collector.delete_commits(view, wanted)
         storage.delete_files([run.path(path) for path in lost])

@@ -192,7 +192,7 @@ def read_tag(run: Run, name: str) -> Tag | None:
     return found[0] if found else None
 
 
-def touch(run: Run, name: str) -> Tag | None:
+def fence(run: Run, name: str) -> Tag | None:
     """Write a tag again as it is, so that whoever read it before can no longer move it, and has to look again.
 
     Returns:
@@ -353,7 +353,7 @@ def _change_tag(run: Run, name: str, decide: Callable[[Tag | None], Tag]) -> Tag
             return wanted
         wanted = replace(wanted, attempt_id=uuid.uuid4().hex)
         if wanted.commit is not None:
-            removals.claim(run, wanted.commit, cancel=True)  # after the tag was read: see `touch`
+            removals.claim(run, wanted.commit, cancel=True)  # after the tag was read: see `fence`
         try:
             storage.compare_and_swap(run.tag(name), to_json(wanted), version)
             return wanted

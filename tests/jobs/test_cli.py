@@ -32,6 +32,7 @@ COMMANDS = {
     "promote": SHARED | {"--commit", "--force"},
     "rollback": SHARED | {"--to"},
     "audit": SHARED,
+    "gc": SHARED | {"--keep", "--grace", "--dry-run"},
 }
 
 
