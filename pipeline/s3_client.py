@@ -2,12 +2,14 @@
 
 Below `object_store`, which retries and settles doubtful writes. Guarantee: a call makes one request, and
 raises `Again` where the same request may well succeed later, `Precondition` where its condition did not
-hold, FileNotFoundError and PermissionError for 404 and 403. It never retries by itself, so that every
-retry is ours, and counted.
+hold, FileNotFoundError and PermissionError for 404 and 403. It does not retry by itself, so that every
+retry is ours, and counted; but where a connection that was kept open turns out to be closed, aiohttp sends
+the request once more over a new one. So a PUT may arrive twice even if no answer was lost on the way.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -26,6 +28,8 @@ from pipeline.s3_answers import problem
 from pipeline.store import Stat
 
 T = TypeVar("T")
+
+_SLOWEST_BYTES_PER_SECOND = 2**18  # of an upload that is not given up
 
 # What the client raises by itself. A ConnectionError of botocore's is no HTTPClientError: the endpoint's name is not
 # found, its port is closed, or the connection was not made in time.
@@ -57,6 +61,7 @@ class S3Client:
 
         Any number of threads may use one client; a process that was forked needs one of its own.
         """
+        self._answer_seconds = settings.connect_timeout_seconds + settings.read_timeout_seconds
         names = {"endpoint_url": settings.endpoint_url, "region_name": settings.region}
         self._fs = s3fs.S3FileSystem(
             client_kwargs={name: value for name, value in names.items() if value is not None},
@@ -96,7 +101,9 @@ class S3Client:
         condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": if_match} if if_match is not None else {}
 
         async def call(s3: Any, **where: str) -> str:
-            found = await s3.put_object(**where, Body=data, **condition)
+            # The client's own time-out begins once the body is sent: it would wait for ever for "100 Continue".
+            async with asyncio.timeout(self._answer_seconds + len(data) / _SLOWEST_BYTES_PER_SECOND):
+                found = await s3.put_object(**where, Body=data, **condition)
             return str(found["ETag"])
 
         return self._run(name, call)
