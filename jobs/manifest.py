@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.options import console, load, print_json, start_ray, with_errors
+from jobs.options import console, load, print_json, print_text, start_ray, with_errors
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -76,7 +76,7 @@ def main(
     if as_json:
         print_json(document(found, pieces))
     if print_config:
-        click.echo(section(found), nl=False)
+        print_text(section(found).rstrip())
 
 
 def document(catalog: Catalog, pieces: Counter[str]) -> dict[str, object]:
