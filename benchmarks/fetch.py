@@ -29,7 +29,11 @@ from typing import Any, Protocol
 import aiohttp
 import pyarrow.fs
 import s3fs
+from obstore.store import S3Store
 
+from pipeline import fetch
+from pipeline.config import Fetch
+from pipeline.fetch import Place
 from tests.seaweed import SeaweedFS, s3_client
 
 IN_FLIGHT = 32
@@ -113,8 +117,6 @@ class ObstoreClient:
     runner: asyncio.Runner
 
     def __post_init__(self) -> None:
-        from obstore.store import S3Store
-
         self.store = S3Store(BUCKET)
 
     async def _fetch_one(self, key: str) -> Sized:
@@ -131,12 +133,20 @@ class ObstoreThreadsClient:
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(IN_FLIGHT))
 
     def __post_init__(self) -> None:
-        from obstore.store import S3Store
-
         self.store = S3Store(BUCKET)
 
     def fetch(self, keys: list[str]) -> int:
         return sum(self.pool.map(lambda key: len(self.store.get(key).bytes()), keys))
+
+
+@dataclass
+class PipelineClient:
+    """What a load task does: `pipeline.fetch`, over obstore in 32 threads, paced and counted."""
+
+    def fetch(self, keys: list[str]) -> int:
+        places = [Place(f"s3://{BUCKET}/{key}", None, None, None) for key in keys]
+        found = fetch.fetch(places, max_bytes=2**30, settings=Fetch(concurrency=IN_FLIGHT, requests_per_second=1e6))
+        return sum(len(data) for data, _ in found if isinstance(data, bytes))
 
 
 @dataclass
@@ -203,8 +213,8 @@ def run(num_objects: int, size: int, repeats: int) -> tuple[float, dict[str, lis
                 "s3fs, no HEAD": S3fsClient(runner, max_concurrency=1),
                 "pyarrow.fs": PyarrowClient(server.endpoint),
             }
-            if importlib.util.find_spec("obstore"):
-                clients |= {"obstore": ObstoreClient(runner), "obstore, threads": ObstoreThreadsClient()}
+            clients |= {"obstore": ObstoreClient(runner), "obstore, threads": ObstoreThreadsClient()}
+            clients["pipeline.fetch"] = PipelineClient()
             clients["plain HTTP"] = HttpClient(runner, addresses)
             keys = list(addresses)
             for client in clients.values():  # connections, credentials, caches

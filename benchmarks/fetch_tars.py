@@ -1,0 +1,112 @@
+"""What images packed into tars cost to read: requests, bytes and time, by the share of a tar that is wanted.
+
+The images of a unit are chosen at random among those of a few tars on a real S3 server, and fetched by
+`pipeline.fetch`: with one request per image, and with gaps of several sizes (128 KiB is the default).
+All take turns within each repeat. Server and client share the machine, without any latency between them: a gap that
+pays here pays more where a request has to wait for an answer from elsewhere.
+
+    python -m benchmarks.fetch_tars --size 12000 --repeats 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.config import Fetch
+from pipeline.fetch import Place, fetch
+from tests.seaweed import SeaweedFS, s3_client
+
+BUCKET = "tars"
+HEADER_BYTES = 512
+FRACTIONS = (0.01, 0.05, 0.25, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    requests: int
+    bytes_fetched: int
+    bytes_needed: int
+    seconds: float
+    cpu_seconds: float
+
+
+def ways() -> dict[str, Fetch]:
+    """The ways to read, by name; the rate limit is out of the way."""
+    gaps = {"one request per image": 0, "gap 32 KiB": 2**15, "gap 128 KiB": 2**17, "gap 1 MiB": 2**20}
+    return {name: Fetch(max_gap_bytes=gap, requests_per_second=1e6) for name, gap in gaps.items()}
+
+
+def places(tars: int, per_tar: int, size: int, fraction: float) -> list[Place]:
+    """Of each tar the same share, in (container, offset) order, as a plan has them."""
+
+    def some() -> Iterator[Place]:
+        random = np.random.default_rng(0)
+        for tar in range(tars):
+            chosen = random.choice(per_tar, max(1, round(fraction * per_tar)), replace=False)
+            for number in np.sort(chosen):
+                yield Place(f"s3://{BUCKET}/{tar}.tar", HEADER_BYTES + int(number) * (size + HEADER_BYTES), size, None)
+
+    return list(some())
+
+
+def measure(wanted: list[Place], settings: Fetch) -> Sample:
+    before, wall, cpu = storage.counts(), time.perf_counter(), time.process_time()
+    found = sum(isinstance(data, bytes) for data, _ in fetch(wanted, 2**30, settings))
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    if found != len(wanted):
+        raise RuntimeError(f"{len(wanted) - found} of {len(wanted)} images were not there")
+    counts = storage.counts() - before
+    return Sample(counts["requests:image"], counts["bytes:image"], counts["bytes:needed"], wall, cpu)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tars", type=int, default=4)
+    parser.add_argument("--per-tar", type=int, default=1000)
+    parser.add_argument("--size", type=int, default=12_000, help="bytes per image")
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    tars, per_tar, size = arguments.tars, arguments.per_tar, arguments.size
+    print(f"{tars} tars of {per_tar} images of {size} bytes; {os.cpu_count()} CPUs, {platform.machine()}")
+    print("\n| wanted | way | requests per image | fetched / needed | images/s | x one per image | CPU ms/image |")
+    print("|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder, SeaweedFS(Path(folder)) as server:
+        os.environ.update(server.environment())
+        client = s3_client(server.environment())
+        client.create_bucket(Bucket=BUCKET)
+        for tar in range(tars):
+            body = os.urandom(per_tar * (size + HEADER_BYTES) + 1024)
+            client.put_object(Bucket=BUCKET, Key=f"{tar}.tar", Body=body)
+        for fraction in FRACTIONS:
+            wanted = places(tars, per_tar, size, fraction)
+            samples: dict[str, list[Sample]] = {name: [] for name in ways()}
+            for repeat in range(arguments.repeats + 1):
+                for name, settings in ways().items():
+                    sample = measure(wanted, settings)
+                    if repeat:  # the first one opens connections
+                        samples[name].append(sample)
+            for name, taken in samples.items():
+                print(line(f"{fraction:.0%}", name, len(wanted), taken, samples["one request per image"]), flush=True)
+
+
+def line(wanted: str, name: str, images: int, taken: list[Sample], base: list[Sample]) -> str:
+    ratio = statistics.median(one.seconds / other.seconds for one, other in zip(base, taken, strict=True))
+    rate = statistics.median(images / sample.seconds for sample in taken)
+    cpu = statistics.median(1000 * sample.cpu_seconds / images for sample in taken)
+    requests, over = taken[0].requests / images, taken[0].bytes_fetched / taken[0].bytes_needed
+    return f"| {wanted} | {name} | {requests:.3f} | {over:.2f} | {rate:,.0f} | {ratio:.2f} | {cpu:.2f} |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The embedding stream: the same vectors wherever the images lie and however they are fetched, and what it took."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline import storage, vector_log
+from pipeline.config import Config
+from pipeline.config_file import load_config
+from pipeline.schema import UNITS, Float32, Unit, UnitAck
+from pipeline.stream import Work, embed_stream
+from pipeline.vector_log import VectorLog
+from tests.galleries import NEW_DIM, digits, write_config
+from tests.seaweed import s3_client
+
+IMAGES = 40
+
+
+def put(uri: str, data: bytes) -> str:
+    """Write an image or a container as a user would, to S3 or to disk; returns its URI."""
+    if storage.is_local(uri):
+        Path(uri).write_bytes(data)
+    else:
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        s3_client(os.environ).put_object(Bucket=bucket, Key=key, Body=data)
+    return uri
+
+
+def rows(uris: list[str], offsets: list[int] | None = None, lengths: list[int] | None = None) -> pa.Table:
+    """A unit's rows; ids count from 0."""
+    nothing = pa.nulls(len(uris), pa.int64())
+    columns = [np.arange(len(uris)), uris, offsets or nothing, lengths or nothing, nothing]
+    return pa.table([*columns, pa.nulls(len(uris), pa.string())], schema=UNITS)
+
+
+def packed(folder: str, images: list[bytes]) -> pa.Table:
+    """Rows of images in one container, with something between them."""
+    offsets, content = [], b""
+    for data in images:
+        content += bytes(512)
+        offsets.append(len(content))
+        content += data
+    return rows([put(f"{folder}/all.tar", content)] * len(images), offsets, [len(data) for data in images])
+
+
+def run(config: Config, folder: str, units: list[pa.Table]) -> tuple[dict[int, UnitAck], VectorLog]:
+    """Embed units into a new log below `folder`."""
+    log = VectorLog(f"{folder}/embedded", f"{folder}/rejects", NEW_DIM, 2)
+    storage.put(f"{folder}/units.parquet", storage.parquet_bytes(UNITS, units))
+    work = [Unit(1, number, f"{folder}/units.parquet", number, len(unit)) for number, unit in enumerate(units)]
+    acks = {ack.unit: ack for _, ack in embed_stream([Work(config.encoders.new, log, work)], config)}
+    return acks, log
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Config:
+    return load_config(write_config(tmp_path_factory.mktemp("stream")))
+
+
+def test_tars_and_objects_on_s3_give_the_vectors_of_local_files(config: Config, bucket: str, tmp_path: Path) -> None:
+    images = digits(IMAGES)[0]
+
+    def embed(folder: str, tables: list[pa.Table], **changes: int) -> tuple[dict[int, UnitAck], list[Float32]]:
+        settings = config.model_copy(update={"fetch": config.fetch.model_copy(update=changes)})
+        acks, log = run(settings, folder, tables)
+        vectors = [storage.read_parquet(log.part(1, unit)).sort_by("id")["vector"] for unit in sorted(acks)]
+        return acks, [np.stack(vector.to_numpy()) for vector in vectors]
+
+    files = rows([put(f"{tmp_path}/{number}.png", data) for number, data in enumerate(images)])
+    objects = rows([put(f"{bucket}/images/{number}.png", data) for number, data in enumerate(images)])
+    local, (expected,) = embed(str(tmp_path), [files])
+    acks, found = embed(f"{bucket}/a", [packed(bucket, images), objects])
+    _, singly = embed(f"{bucket}/b", [packed(bucket, images), objects], max_gap_bytes=0, concurrency=1)
+    for vectors in found + singly:
+        np.testing.assert_array_equal(vectors, expected)
+    needed = sum(map(len, images))
+    assert [local[0].requests, acks[0].requests, acks[1].requests] == [IMAGES, 1, IMAGES]
+    assert [local[0].bytes_fetched, acks[1].bytes_fetched] == [needed, needed]
+    assert acks[0].bytes_fetched == needed + 512 * (IMAGES - 1)
+    assert all(ack.bytes_needed == needed and ack.retries == 0 for ack in [*local.values(), *acks.values()])
+
+
+def test_images_that_changed_or_went_since_the_manifest_was_made_are_told_apart(config: Config, bucket: str) -> None:
+    images = digits(6)[0]
+    uris = [put(f"{bucket}/{number}.png", data) for number, data in enumerate(images[:4])]
+    etags = [storage.stat(uri).etag for uri in uris]
+    unquoted = etags[3].strip('"')
+    table = rows([*uris, f"{bucket}/never.png"]).set_column(5, "etag", pa.array([*etags[:3], unquoted, None]))
+    put(uris[1], images[5])
+    storage.delete_files([uris[2]])
+    acks, log = run(config, f"{bucket}/run", [table])
+    ack = acks[0]
+    assert (ack.embedded, ack.rejected, ack.changed) == (3, 2, 1)
+    rejects = vector_log.read_rejects(log).to_pylist()
+    assert {row["id"]: (row["stage"], row["reason"]) for row in rejects} == {
+        2: ("fetch", "deleted: was there when the manifest was made"),
+        4: ("fetch", "missing"),
+    }
+    part = {row["id"]: row for row in storage.read_parquet(log.part(1, 0)).to_pylist()}
+    assert part[0]["source_etag"] == etags[0]
+    assert part[1]["source_etag"] == storage.stat(uris[1]).etag != etags[1]
