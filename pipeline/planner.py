@@ -21,6 +21,7 @@ import ray
 from pipeline import cuts, storage
 from pipeline.config import Config, unit_images
 from pipeline.cuts import CutSearch, Digits
+from pipeline.errors import SnapshotConflict
 from pipeline.plan import SCORED, Plan, Wave, read_plan, wave_sizes
 from pipeline.run import Run
 from pipeline.schema import UNITS, Float32, Int64, shard_of, transformed_schema
@@ -38,6 +39,7 @@ def make_plan(config: Config, run: Run, on_step: Callable[[str], None] = lambda 
 
     Raises:
         DataError: the gallery does not fit the transformation, or the policy gave a NaN.
+        SnapshotConflict: another driver made another plan at the same time.
     """
     done = read_plan(run)
     if done is not None:
@@ -55,7 +57,14 @@ def make_plan(config: Config, run: Run, on_step: Callable[[str], None] = lambda 
     _lay_out(run, len(counts), found, config)
     units = _cut_units(run, len(counts), len(sizes), config.index.shards, unit_images(config))
     plan = _describe(config, run, counts, sizes, units, found)
-    storage.put_if_absent(run.plan, json.dumps(asdict(plan), indent=1).encode())
+    try:  # equal bytes are the same plan, of a driver that planned at the same time: both may go on, no attempt id
+        storage.put_if_absent(run.plan, json.dumps(asdict(plan), indent=1).encode())
+    except storage.AlreadyExists:
+        raise SnapshotConflict(
+            "another driver planned this run at the same time, and its scores differ from ours",
+            where=run.plan,
+            remedy="start again with `--new-run`, and with one driver: the parts of both plans lie mixed in this run",
+        ) from None
     storage.delete(run.path(SCORED))
     return plan
 

@@ -101,7 +101,7 @@ def start(config: Config, fingerprints: dict[str, str]) -> Run:
     """
     run = Run(config.run)
     settings = _settings(config, fingerprints)
-    try:
+    try:  # equal bytes are the same run, whoever starts it: no attempt id
         storage.put_if_absent(run.settings, json.dumps(settings, indent=1).encode())
     except storage.AlreadyExists:
         check_resumable(config, fingerprints)

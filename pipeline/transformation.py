@@ -24,7 +24,7 @@ from pipeline.errors import ConfigError, DataError, SnapshotConflict
 from pipeline.run import Run
 from pipeline.schema import FORMAT_VERSION, Float32
 
-_WEIGHTS = "model.safetensors"
+_WEIGHTS = "model-{}.safetensors"  # by the sha256: of two fits at once, neither replaces what the other's marker names
 _MARKER = "transformation.json"
 
 Figures = dict[str, float | dict[str, float]]
@@ -157,9 +157,10 @@ def save_transformation(run: Run, network: TransformationNetwork, info: Transfor
         raise _conflict(marker)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     weights = save_safetensors(tensors)
-    storage.put(storage.join(run.transformation, _WEIGHTS), weights)
-    document = json.loads(info.to_json()) | {"weights_sha256": hashlib.sha256(weights).hexdigest()}
-    try:
+    sha256 = hashlib.sha256(weights).hexdigest()
+    storage.put(storage.join(run.transformation, _WEIGHTS.format(sha256)), weights)
+    document = json.loads(info.to_json()) | {"weights_sha256": sha256}
+    try:  # equal bytes are the same transformation, whoever wrote them: no attempt id
         storage.put_if_absent(marker, json.dumps(document, indent=1).encode())
     except storage.AlreadyExists:
         raise _conflict(marker) from None
@@ -183,13 +184,14 @@ def load_transformation(run: Run, device: torch.device) -> tuple[TransformationN
     """
     where, text = _read_marker(run)
     info = TransformationInfo.from_json(text, where)
-    path = storage.join(run.transformation, _WEIGHTS)
+    expected = json.loads(text).get("weights_sha256")
+    path = storage.join(run.transformation, _WEIGHTS.format(expected))
     remedy = f"delete {run.transformation} and run `fastfill fit` again"
     try:
         weights = storage.read_bytes(path)
     except FileNotFoundError:
         raise DataError("the transformation's weights are missing", where=path, remedy=remedy) from None
-    expected, found = json.loads(text).get("weights_sha256"), hashlib.sha256(weights).hexdigest()
+    found = hashlib.sha256(weights).hexdigest()
     if found != expected:
         raise DataError(
             "the transformation's weights are damaged", expected=expected, found=found, where=path, remedy=remedy

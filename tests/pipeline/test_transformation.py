@@ -89,7 +89,7 @@ def test_info_survives_json() -> None:
 
 
 def test_tampered_weights_are_refused(saved: tuple[Run, TransformationNetwork]) -> None:
-    weights = Path(saved[0].transformation, "model.safetensors")
+    (weights,) = Path(saved[0].transformation).glob("*.safetensors")
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
@@ -98,7 +98,8 @@ def test_tampered_weights_are_refused(saved: tuple[Run, TransformationNetwork]) 
 
 
 def test_missing_weights_are_refused(saved: tuple[Run, TransformationNetwork]) -> None:
-    Path(saved[0].transformation, "model.safetensors").unlink()
+    for weights in Path(saved[0].transformation).glob("*.safetensors"):
+        weights.unlink()
     with pytest.raises(DataError, match="missing"):
         load_transformation(saved[0], CPU)
 
@@ -131,10 +132,29 @@ def test_a_run_without_transformation_says_what_to_do(tmp_path: Path) -> None:
 
 def test_weights_without_marker_do_not_count_and_are_replaced(tmp_path: Path) -> None:
     run = Run(str(tmp_path))
-    storage.put(storage.join(run.transformation, "model.safetensors"), b"from a fit that died")
+    storage.put(storage.join(run.transformation, "model-0.safetensors"), b"from a fit that died")
     assert not has_transformation(run)
     save_transformation(run, _trained(_info()), _info())
     assert load_transformation(run, CPU)[1] == _info()
+
+
+def test_of_two_fits_at_once_the_first_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, first, second = Run(str(tmp_path)), _trained(_info()), _trained(_info())
+    with torch.no_grad():
+        next(second.parameters()).add_(1)
+    put = storage.put_if_absent
+
+    def other_first(uri: str, data: bytes) -> None:
+        """Between the weights of the second one and its marker."""
+        monkeypatch.setattr(storage, "put_if_absent", put)
+        save_transformation(run, first, _info())
+        put(uri, data)
+
+    monkeypatch.setattr(storage, "put_if_absent", other_first)
+    with pytest.raises(SnapshotConflict):
+        save_transformation(run, second, _info())
+    loaded, _ = load_transformation(run, CPU)
+    assert torch.equal(next(loaded.parameters()), next(first.parameters()))
 
 
 def test_a_second_transformation_is_refused(saved: tuple[Run, TransformationNetwork]) -> None:
