@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from jobs import audit, backfill, demo, evaluate, fit, gc, manifest, plan, promote, rollback, search, status
+from jobs import audit, backfill, demo, evaluate, export, fit, gc, manifest, plan, promote, rollback, search, status
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -16,7 +16,7 @@ def main() -> None:
     """
 
 
-for module in (demo, manifest, fit, plan, backfill, status, search, evaluate, promote, rollback, audit, gc):
+for module in (demo, manifest, fit, plan, backfill, status, search, evaluate, promote, rollback, export, audit, gc):
     main.add_command(module.main)
 
 

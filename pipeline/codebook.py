@@ -187,6 +187,15 @@ class Codebook:
         """An empty index with this codec, ready for vectors."""
         return self.borrow(parts(faiss.deserialize_index(self._empty_segment, READ_FLAGS))[0])
 
+    def new_index(self) -> faiss.Index:
+        """An empty index that needs nothing else: with the transforms, and a quantizer of its own."""
+        return faiss.deserialize_index(faiss.serialize_index(self._index), READ_FLAGS)
+
+    @property
+    def codec(self) -> str:
+        """What FAISS calls what is done to a vector, in order."""
+        return ", ".join(type(step).__name__ for step in (*self._transforms, self.ivf))
+
     def serialize(self, ivf: faiss.IndexIVF) -> NDArray[np.uint8]:
         """Write an index that uses this codebook's quantizer, with an empty one in its place."""
         ivf.quantizer = placeholder = faiss.IndexFlat(ivf.d, ivf.metric_type)

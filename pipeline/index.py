@@ -8,7 +8,7 @@ gives what one index of all their vectors would give. Knows nothing of commits, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import faiss
@@ -142,6 +142,24 @@ def decode(codebook: Codebook, segment: Segment) -> tuple[Int64, Float32]:
     all_ids = np.concatenate(ids)
     order = np.argsort(all_ids)
     return all_ids[order], codebook.restore(vectors[order])
+
+
+def merge(codebook: Codebook, segments: Iterable[Segment], nprobe: int) -> bytes:
+    """Segments as one index that needs no codebook, as FAISS writes it: `faiss.read_index` opens it.
+
+    Args:
+        codebook: the one that the segments were built with.
+        segments: read one after the other; no id is in two of them.
+        nprobe: what a search of the index is to visit unless it is told otherwise.
+    """
+    whole = codebook.new_index()
+    ivf, _ = parts(whole)
+    ivf.nprobe = nprobe
+    for segment in segments:  # copied: what is opened with mmap must not be emptied, as `merge_from` does
+        everything = faiss.InvertedLists.SUBSET_TYPE_INVLIST  # type: ignore[attr-defined]  # not in the stubs
+        segment.ivf.copy_subset_to(ivf, everything, 0, codebook.num_lists)
+    whole.ntotal = ivf.ntotal
+    return faiss.serialize_index(whole).tobytes()
 
 
 def write_segment(run: Run, codebook: Codebook, rows: Rows, shard: int, wave: int, kind: Kind) -> SegmentRef:

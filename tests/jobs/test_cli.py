@@ -32,6 +32,7 @@ COMMANDS = {
     "promote": SHARED | {"--commit", "--force"},
     "rollback": SHARED | {"--to"},
     "audit": SHARED,
+    "export": SHARED | {"--format", "--tag", "--commit"},
     "gc": SHARED | {"--keep", "--grace", "--dry-run"},
 }
 

@@ -1,0 +1,247 @@
+"""A snapshot for other programs: one plain FAISS index per shard, or Parquet files.
+
+After the snapshots, for those who serve from something else. Guarantee: what has an `export.json` is whole,
+of one commit, and with the checksums that are in it; an export that was interrupted goes on where it
+stopped; nothing that is in the way is overwritten. It holds one shard in memory at a time, and a lease keeps
+the commit from gc until it is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import index, leases, snapshot, storage
+from pipeline.codebook import Codebook
+from pipeline.errors import DataError, Refused
+from pipeline.index import Segment
+from pipeline.run import Run
+from pipeline.schema import FORMAT_VERSION, Int64, vector_type, vectors_to_arrow
+from pipeline.segments import check_digest
+from pipeline.snapshot import PROD, Commit, SegmentRef
+
+Format = Literal["faiss", "parquet"]
+Tree = dict[str, Any]  # Any: what JSON can hold
+
+_MARKER, _STARTED = "export.json", "export.started.json"
+_SUFFIX = {"faiss": "faiss", "parquet": "parquet"}
+
+
+def export(
+    run_uri: str,
+    out_uri: str,
+    form: Format,
+    *,
+    tag: str = PROD,
+    commit: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Tree:
+    """Write a snapshot as files of another format, one per shard.
+
+    `faiss`: each file is an IVF index of its own (behind its transforms, where there are any) with the ids of
+    the gallery; searching it gives what the snapshot gives for that shard. `parquet`: `id`, `key` (the user's
+    own id, where that is a string), `vector` and `kind` (transformed or embedded), one row group per wave.
+
+    Args:
+        run_uri: the run.
+        out_uri: an empty or missing folder, or an export of the same commit and format that was interrupted.
+        form: of the files.
+        tag: which snapshot, where no commit is given.
+        commit: its number.
+        on_progress: called with (shards done, shards).
+
+    Returns:
+        what `export.json` says.
+
+    Raises:
+        DataError: there is no such commit, or one of its files is missing or damaged.
+        Refused: something else is in the folder, or gc has removed the commit.
+    """
+    run = Run(run_uri)
+    found = snapshot.read_commit(run, _number(run, tag) if commit is None else commit)
+    with leases.hold(run, found.number):
+        codebook = Codebook.open(run, found.codebook_path, found.codebook_sha256)
+        writer = _Writer(run, out_uri, form, found, codebook, _parts_with_keys(run) if form == "parquet" else [])
+        finished = writer.begin()
+        if finished is not None:
+            return finished
+        files = []
+        for shard in range(found.num_shards):
+            files.append(writer.write(shard))
+            if on_progress is not None:
+                on_progress(shard + 1, found.num_shards)
+        return writer.finish(files)
+
+
+@dataclass(frozen=True, slots=True)
+class _Writer:
+    """One export."""
+
+    run: Run
+    out_uri: str
+    form: Format
+    commit: Commit
+    codebook: Codebook
+    parts_with_keys: list[str]
+
+    def facts(self) -> Tree:
+        """What an export is of: equal for two attempts at the same."""
+        content = json.dumps(self.commit.content(), sort_keys=True, default=str)
+        return {
+            "format_version": FORMAT_VERSION,
+            "format": self.form,
+            "commit": self.commit.number,
+            "commit_sha256": hashlib.sha256(content.encode()).hexdigest(),
+            "metric": self.commit.metric,
+            "nprobe": self.commit.nprobe,
+            "dim": self.commit.dim,
+            "codec": self.codebook.codec,
+            "vectors": "exact" if self.codebook.exact else "decoded",
+            "counts": asdict(self.commit.counts),
+        }
+
+    def begin(self) -> Tree | None:
+        """Make sure that the folder is ours; returns what the marker says, where the export is finished already."""
+        facts = self.facts()
+        there = {uri.rpartition("/")[2]: uri for uri in storage.list_files(self.out_uri)}
+        for name in (_MARKER, _STARTED):
+            if name in there:
+                known: Tree = _read_json(there[name])
+                if {key: known.get(key) for key in facts} != facts:
+                    raise self._in_the_way(f"an export of {known.get('format')} of commit {known.get('commit')}")
+                if name == _MARKER:
+                    storage.delete_files([storage.join(self.out_uri, _STARTED)])
+                    return known
+        strangers = there.keys() - {_STARTED, *map(self._name, range(self.commit.num_shards))}
+        if there and (_STARTED not in there or strangers):
+            raise self._in_the_way(f"{len(there)} files, such as {min(strangers or there)}")
+        if not there:
+            storage.put(storage.join(self.out_uri, _STARTED), json.dumps(facts, indent=1).encode())
+        return None
+
+    def write(self, shard: int) -> Tree:
+        """Write the file of a shard, unless an earlier attempt has; returns what the marker says of it."""
+        refs = sorted((ref for ref in self.commit.segments if ref.shard == shard), key=lambda ref: ref.wave)
+        uri = storage.join(self.out_uri, self._name(shard))
+        if storage.exists(uri):
+            digest, size = storage.sha256(uri), storage.stat(uri).size_bytes
+        else:
+            data = self._faiss(refs) if self.form == "faiss" else self._parquet(refs, shard)
+            storage.put(uri, data)
+            digest, size = hashlib.sha256(data).hexdigest(), len(data)
+        vectors = sum(ref.vectors for ref in refs)
+        return {"path": self._name(shard), "shard": shard, "vectors": vectors, "bytes": size, "sha256": digest}
+
+    def finish(self, files: list[Tree]) -> Tree:
+        """Write the marker."""
+        marker = self.facts() | {"files": files}
+        storage.put(storage.join(self.out_uri, _MARKER), json.dumps(marker, indent=1).encode())
+        storage.delete_files([storage.join(self.out_uri, _STARTED)])
+        return marker
+
+    def _faiss(self, refs: list[SegmentRef]) -> bytes:
+        segments = (Segment.open(self.run, self.codebook, ref) for ref in refs)
+        return index.merge(self.codebook, segments, self.commit.nprobe)
+
+    def _parquet(self, refs: list[SegmentRef], shard: int) -> bytes:
+        facts = self.facts() | {"shard": shard}
+        schema = pa.schema(
+            [
+                pa.field("id", pa.int64(), nullable=False),
+                pa.field("key", pa.string()),
+                pa.field("vector", vector_type(self.commit.dim)),
+                pa.field("kind", pa.string()),
+            ],
+            metadata={"fastfill": json.dumps(facts)},
+        )
+        return storage.parquet_bytes(schema, self._row_groups(refs))
+
+    def _row_groups(self, refs: list[SegmentRef]) -> Iterator[pa.Table]:
+        sidecars = [_sidecar(self.run, ref) for ref in refs]
+        keys = _keys(self.parts_with_keys, pa.concat_tables(sidecars)["id"].combine_chunks())
+        for ref, sidecar in zip(refs, sidecars, strict=True):
+            ids, vectors = index.decode(self.codebook, Segment.open(self.run, self.codebook, ref))
+            if not pa.array(ids).equals(sidecar["id"].combine_chunks()):
+                raise DataError("segment and sidecar hold other ids", where=self.run.path(ref.sidecar_path))
+            columns = {"id": pa.array(ids), "key": _look_up(keys, ids), "vector": vectors_to_arrow(vectors)}
+            yield pa.table(columns | {"kind": sidecar["kind"]})
+
+    def _name(self, shard: int) -> str:
+        return f"shard-{shard:05d}.{_SUFFIX[self.form]}"
+
+    def _in_the_way(self, found: str) -> Refused:
+        return Refused(
+            "the folder to export to is not empty",
+            expected=f"nothing, or an unfinished export of {self.form} of commit {self.commit.number}",
+            found=found,
+            where=self.out_uri,
+            remedy="give another folder, or empty this one",
+        )
+
+
+def _number(run: Run, tag: str) -> int:
+    found = snapshot.read_tag(run, tag)
+    if found is None or found.commit is None:
+        raise DataError(
+            "there is nothing to export yet",
+            expected=f"a commit that {tag!r} points to",
+            found=found,
+            where=run.tag(tag),
+            remedy="promote a commit, or name one",
+        )
+    return found.commit
+
+
+def _read_json(uri: str) -> Tree:
+    try:
+        tree = json.loads(storage.read_bytes(uri))
+    except ValueError as error:
+        raise DataError("not a JSON file", found=error, where=uri, remedy="give another folder") from error
+    return tree if isinstance(tree, dict) else {}
+
+
+def _sidecar(run: Run, ref: SegmentRef) -> pa.Table:
+    """`id` and `kind` of a segment's rows, sorted by id."""
+    where = run.path(ref.sidecar_path)
+    check_digest(where, ref.sidecar_sha256)
+    return storage.read_parquet(where, ["id", "kind"])
+
+
+def _parts_with_keys(run: Run) -> list[str]:
+    """The parts of the gallery that hold any keys, by their footers: most galleries have int64 ids and none."""
+    folder = run.path("gallery")
+    found = []
+    for uri in storage.list_files(folder, ".parquet"):
+        if uri.startswith(storage.join(folder, "part-")):
+            with storage.open_parquet(uri) as file:
+                column = file.schema_arrow.names.index("key")
+                groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+            nulls = [group.column(column).statistics for group in groups]
+            if any(
+                item is None or item.null_count != group.num_rows for item, group in zip(nulls, groups, strict=True)
+            ):
+                found.append(uri)
+    return found
+
+
+def _keys(uris: list[str], ids: pa.Array[pa.Int64Scalar]) -> pa.Table | None:
+    """`id` and `key` of those of `ids` that have one, in any order; None where there are no keys at all."""
+    if not uris:
+        return None
+    tables = []
+    for uri in uris:
+        rows = storage.read_parquet(uri, ["id", "key"])
+        tables.append(rows.filter(pc.is_in(rows["id"], value_set=ids)))
+    return pa.concat_tables(tables).combine_chunks()
+
+
+def _look_up(keys: pa.Table | None, ids: Int64) -> pa.Array[pa.StringScalar]:
+    if keys is None:
+        return pa.nulls(len(ids), pa.string())
+    return keys["key"].combine_chunks().take(pc.index_in(pa.array(ids), value_set=keys["id"].combine_chunks()))

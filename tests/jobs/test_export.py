@@ -1,0 +1,44 @@
+"""`fastfill export` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from jobs import export
+from jobs.cli import main
+from tests.pipeline.test_collect import LAST, make
+
+
+class Config:
+    """All that export takes from a config."""
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+
+
+def test_it_writes_tells_refuses_and_takes_relative_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make(tmp_path)
+    monkeypatch.setattr(export, "load", lambda *_: Config(whole.run.uri))  # a whole config needs encoders
+    monkeypatch.chdir(tmp_path)
+    arguments = ["export", "--config", "run.yaml", "--format"]
+
+    result = CliRunner().invoke(main, [*arguments, "parquet", "--json", "out"])
+    assert result.exit_code == 0, result.stderr
+    marker = json.loads(result.stdout)
+    assert marker["commit"] == LAST
+    assert json.loads((tmp_path / "out" / "export.json").read_text()) == marker
+
+    result = CliRunner().invoke(main, [*arguments, "faiss", "--commit", "0", str(tmp_path / "faiss")])
+    assert result.exit_code == 0
+    assert "shard 2 of 2" in result.stderr
+    assert "commit 0 is in" in result.stderr
+    assert "100 exact vectors in 2 files" in result.stderr
+
+    result = CliRunner().invoke(main, [*arguments, "faiss", "out"])
+    assert result.exit_code == 3
+    assert "not empty" in result.stderr
+    assert CliRunner().invoke(main, [*arguments, "csv", "out"]).exit_code == 2
