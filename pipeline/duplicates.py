@@ -1,6 +1,6 @@
 """Rows that repeat others, in Parquet files of any size, by sorting hashes of them.
 
-Guarantee: what is reported is equal, not only its hash. Memory: 16 bytes a row of a bucket, and one file. It
+Guarantee: nothing is reported unless rows are really equal, and not only their hashes. Memory: 16 bytes a row of a bucket, and one file. It
 does not know what the columns mean.
 """
 
@@ -28,7 +28,7 @@ class Repeats:
     """Rows that repeat others.
 
     Attributes:
-        num_rows: how many there are, the first of each kind not counted.
+        num_rows: how many there are, the first of each kind not counted; counted by their 64-bit hashes.
         examples: some kinds, each with its first rows.
     """
 
