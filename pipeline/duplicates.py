@@ -1,7 +1,7 @@
 """Rows that repeat others, in Parquet files of any size, by sorting hashes of them.
 
-Guarantee: nothing is reported unless rows are really equal, and not only their hashes. Memory: 16 bytes a row of a bucket, and one file. It
-does not know what the columns mean.
+Guarantee: nothing is reported unless rows are really equal, and not only their hashes. Memory: 16 bytes a row
+of a bucket, and one file. It does not know what the columns mean.
 """
 
 from __future__ import annotations
