@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from jobs.options import command, console, load, print_json
+from jobs.options import command, console, load, open_run_of, print_json
 
 
 @command("evaluate")
@@ -15,19 +15,34 @@ from jobs.options import command, console, load, print_json
 def main(config_path: str, overrides: tuple[str, ...], as_json: bool, whole_curve: bool, commit: int | None) -> None:
     """Measure a snapshot, or the whole backfilling curve, with the gallery as queries (self-match removed).
 
-    Needs labels in the gallery, and a finished backfill: the queries are the new model's embeddings.
+    Needs labels in the gallery, and the new model's embeddings of all labelled images, for these are the
+    queries: a finished backfill, or gallery.columns.new_embedding, which give the curve of a plan before it is run.
     """
     from pipeline.curve import curve, published_point
-    from pipeline.run import Run
 
     config = load(config_path, overrides)
-    run = Run(config.run)
+    run = open_run_of(config)
     if whole_curve:
         result = curve(config, run)
         print_json(result) if as_json else show_curve(result)
         return
     point = published_point(run, commit)
-    print_json(point) if as_json else console().print(point)
+    print_json(point) if as_json else show_point(point)
+
+
+def show_point(point: dict[str, int | float]) -> None:
+    """Print the figures of one snapshot as a table."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"commit {point['commit']}, {point['fraction']:.1%} backfilled, {point['num_queries']:,} queries",
+        title_justify="left",
+    )
+    titles = {"top1": "top-1", "top5": "top-5", "map": "mAP", "recall10": "recall of the 10 nearest"}
+    for title in titles.values():
+        table.add_column(title, justify="right")
+    table.add_row(*(f"{point[name]:.1f}" for name in titles))
+    console().print(table)
 
 
 def show_curve(result: dict[str, Any]) -> None:  # Any: the JSON shape of DESIGN section 5

@@ -6,13 +6,14 @@ People read stderr; with `--json` a program reads one JSON document from stdout.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pipeline.config import Config
+    from pipeline.run import Run
 
 
 _STDOUT = "jobs.stdout"
@@ -49,9 +51,9 @@ def with_errors(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:  # Any: click decides what a command is called with
-        click.get_current_context().meta[_STDOUT] = sys.stdout
         try:
-            with redirect_stdout(sys.stderr):  # Ray prints warnings to stdout, which is for one JSON document
+            with _results_alone() as stdout:
+                click.get_current_context().meta[_STDOUT] = stdout
                 function(*args, **kwargs)
         except KeyboardInterrupt:
             click.secho("stopped; what is durable is kept, the same command goes on from there", err=True)
@@ -120,9 +122,37 @@ def console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+def open_run_of(config: Config, *, to_embed: bool = False) -> Run:
+    """The run that is there, of which this config must be the config; the manifests are not read for that.
+
+    Args:
+        config: what the user gave.
+        to_embed: compare the new encoder's file as well, for its embeddings are to be searched with.
+
+    Raises:
+        DataError: there is no run, or the encoder's file is missing.
+        IncompatibleRun: it was started with other settings, or with other weights.
+    """
+    from pipeline.run import Run, check_resumable, read_settings, weight_fingerprints
+
+    run = Run(config.run)
+    fingerprints = read_settings(run)["fingerprints"]
+    assert isinstance(fingerprints, dict)
+    if to_embed:
+        encoders = config.encoders.model_copy(update={"old": None})
+        fit = config.fit.model_copy(update={"classifier": None})
+        fingerprints |= weight_fingerprints(config.model_copy(update={"encoders": encoders, "fit": fit}))
+    check_resumable(config, fingerprints)
+    return run
+
+
 def print_json(document: object) -> None:
-    """Where programs read: one JSON document on stdout."""
-    print_text(json.dumps(document, indent=1))
+    """Where programs read: one JSON document on stdout.
+
+    Raises:
+        ValueError: a number is not finite, which JSON cannot say; a result says null there.
+    """
+    print_text(json.dumps(document, indent=1, allow_nan=False))
 
 
 def print_text(text: str) -> None:
@@ -141,13 +171,15 @@ def start_ray() -> None:
 
     from pipeline import storage
 
+    # Ray Data's own wrapper loses the error of ours that it wraps, once it is pickled on its way here.
+    ray.data.DataContext.get_current().raise_original_map_exception = True
+    for handler in logging.getLogger("ray.data").handlers:
+        if "Session" not in type(handler).__name__:  # the session's log file keeps everything
+            handler.setLevel(logging.CRITICAL)  # an error comes to the user as an exception, once
     if ray.is_initialized():
         return
     for name in ("ray", "ray._private.authentication"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for handler in logging.getLogger("ray.data").handlers:
-        if "Session" not in type(handler).__name__:  # the session's log file keeps everything
-            handler.setLevel(logging.ERROR)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": storage.environment()})
         return
@@ -159,6 +191,28 @@ def start_ray() -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+
+
+@contextmanager
+def _results_alone() -> Iterator[IO[str]]:
+    """stdout for results; whatever else is written there meanwhile, by native code as well, goes to stderr."""
+    stdout = sys.stdout
+    try:
+        number, stderr = stdout.fileno(), sys.stderr.fileno()
+    except (AttributeError, OSError):  # not a file: a test's buffer, a notebook
+        with redirect_stdout(sys.stderr):
+            yield stdout
+        return
+    stdout.flush()
+    kept = os.dup(number)
+    os.dup2(stderr, number)
+    try:
+        with redirect_stdout(sys.stderr), os.fdopen(os.dup(kept), "w", encoding="utf-8") as results:
+            yield results
+    finally:
+        ctypes.CDLL(None).fflush(None)  # what native code has in its own buffer
+        os.dup2(kept, number)
+        os.close(kept)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.options import command, console, load, print_json
+from jobs.options import command, console, load, open_run_of, print_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.run import Run
     from pipeline.schema import Float32
+
+_TABLES = (".npy", ".parquet")
 
 
 @command("search")
@@ -39,28 +41,36 @@ def main(
     QUERIES are image files; or one Parquet file (with --column) or .npy file of new-model embeddings
     (float32), or one Parquet file of images. Images are embedded by the new encoder, here.
     """
-    from pipeline.run import Run
     from pipeline.search import Searcher
 
     config = load(config_path, overrides)
+    if len(queries) > 1 and any(path.endswith(_TABLES) for path in queries):
+        raise click.UsageError(f"give image files, or one file of queries; these are {len(queries)} files")
+    run = open_run_of(config)
     vectors = _read_queries(config, queries, column, limit)
     with Searcher(config.run, tag=tag, commit=commit) as searcher:
         result = searcher.search(vectors, k)
-    keys = _keys(Run(config.run), result.ids.ravel().tolist())
-    names = [[keys.get(item, item) for item in row] for row in result.ids.tolist()]
+    there = result.ids >= 0  # fewer than k may be found
+    keys = _keys(run, result.ids[there].tolist())
+    names = [[keys.get(item, item) if item >= 0 else None for item in row] for row in result.ids.tolist()]
+    distances = [
+        [value if found else None for value, found in zip(*row, strict=True)]
+        for row in zip(result.distances.tolist(), there.tolist(), strict=True)
+    ]
     if as_json:
-        print_json({"commit": result.commit, "ids": names, "distances": result.distances.tolist()})
+        print_json({"commit": result.commit, "ids": names, "distances": distances})
         return
-    _show(result.commit, names, result.distances.tolist())
+    _show(result.commit, names, distances)
 
 
-def _show(commit: int, names: list[list[int | str]], distances: list[list[float]]) -> None:
+def _show(commit: int, names: list[list[int | str | None]], distances: list[list[float | None]]) -> None:
     from rich.table import Table
 
     table = Table("query", "rank", "id", "distance", title=f"commit {commit}", title_justify="left")
     for query, (row, values) in enumerate(zip(names, distances, strict=True)):
         for rank, (name, value) in enumerate(zip(row, values, strict=True), start=1):
-            table.add_row(str(query) if rank == 1 else "", str(rank), str(name), f"{value:.4f}")
+            if value is not None:
+                table.add_row(str(query) if rank == 1 else "", str(rank), str(name), f"{value:.4f}")
     console().print(table)
 
 
@@ -109,6 +119,7 @@ def _embed(config: Config, images: list[bytes], names: list[str]) -> Float32:
     from pipeline.errors import DataError
     from pipeline.images import Limits, Reject, decode_image
 
+    open_run_of(config, to_embed=True)
     backfill, encoder = config.backfill, config.encoders.new
     limits = Limits(backfill.max_image_pixels, backfill.max_image_bytes)
     pixels = []

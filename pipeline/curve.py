@@ -15,7 +15,6 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.config import Config
-from pipeline.errors import DataError
 from pipeline.evaluate import (
     METRICS,
     Metrics,
@@ -31,9 +30,9 @@ from pipeline.evaluate import (
     simulate_curve,
 )
 from pipeline.gallery import GalleryArrays as GalleryArrays
+from pipeline.gallery import check_known, query_rows
 from pipeline.gallery import has_labels as has_labels
 from pipeline.gallery import load_gallery as load_gallery
-from pipeline.gallery import query_rows
 from pipeline.points import SLOTS
 from pipeline.ranking import Float64, Progress
 from pipeline.run import Run
@@ -43,7 +42,7 @@ Json = dict[str, object]
 Point = dict[str, int | float]
 
 MIN_GROUP_QUERIES = 10  # below, a group's top-1 moves by more than 10 points with one query
-_VERSION = 1  # of the result; a stored one of another version is computed again
+_VERSION = 2  # of the result; a stored one of another version is computed again
 
 
 def curve(config: Config, run: Run, *, published: bool = True, on_progress: Progress | None = None) -> Json:
@@ -51,7 +50,7 @@ def curve(config: Config, run: Run, *, published: bool = True, on_progress: Prog
 
     Args:
         config: the run's; `evaluate`, `plan.policy`, `gallery.metric` and `seed` count.
-        run: with every image embedded or rejected.
+        run: with every image embedded or rejected; or planned, where new embeddings came with the manifest.
         published: measure the run's own commits as well.
         on_progress: called with (steps done, steps).
 
@@ -63,7 +62,7 @@ def curve(config: Config, run: Run, *, published: bool = True, on_progress: Prog
     if stored is not None and stored["key"] == key:
         return cast(Json, stored["curve"])
     gallery = load_gallery(run)
-    _check_finished(gallery, run)
+    check_known(gallery, run)
     result = _simulate(config, gallery, _portion(on_progress, 0, 0.5 if published else 1))
     if published:
         result["published"] = {"points": published_points(run, gallery, _portion(on_progress, 0.5, 1))}
@@ -137,15 +136,15 @@ def _simulate(config: Config, gallery: GalleryArrays, on_progress: Progress | No
 
 
 def _orders(config: Config, gallery: GalleryArrays) -> dict[str, list[Int64]]:
-    """The orders to compare; the run's own under its policy's name, where that is another one."""
-    ids, seed = gallery.ids, config.seed
+    """The orders to compare; first of those under its policy's name is the run's own, from its stored priorities."""
+    ids, seed, policy = gallery.ids, config.seed, config.plan.policy
     orders = {
         "uncertainty": [order_by_priority(gallery.uncertainty, ids, seed)],
         "random": [random_order(ids, seed + offset) for offset in range(config.evaluate.random_seeds)],
         "oracle": [oracle_order(gallery.transformed, gallery.embedded)],
     }
-    own = {config.plan.policy: [order_by_priority(gallery.priority, ids, seed)]}
-    return own | orders
+    own = [order_by_priority(gallery.priority, ids, seed), *orders.get(policy, [])[1:]]
+    return {policy: own} | orders | {policy: own}
 
 
 def _order(order: OrderCurve, fractions: Float64) -> Json:
@@ -224,19 +223,6 @@ def _figures(values: Float64) -> dict[str, float]:
 
 def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _check_finished(gallery: GalleryArrays, run: Run) -> None:
-    missing = int((~gallery.embedded_mask & ~gallery.rejected).sum())
-    if missing:
-        done = 1 - missing / len(gallery.ids)
-        raise DataError(
-            "the curve needs the new embedding of every image",
-            expected=f"{len(gallery.ids)} images embedded or rejected",
-            found=f"{100 * done:.1f} per cent of them ({missing} are missing)",
-            where=run.path("embedded"),
-            remedy="`fastfill backfill` completes it",
-        )
 
 
 def _cache_key(config: Config, run: Run, published: bool) -> Json:

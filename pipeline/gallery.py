@@ -36,7 +36,7 @@ class GalleryArrays:
         old: (N, d_old) float32.
         transformed: (N, d_new) float32.
         embedded: (N, d_new) float32; the transformed vector where there is no embedded one.
-        embedded_mask: (N,) bool, whether the new embedding is known.
+        embedded_mask: (N,) bool, whether the new embedding is known: from the log, or from the manifest.
         rejected: (N,) bool, whether the image could not be embedded.
         uncertainty: (N,) float32.
         priority: (N,) float32, the run's policy; the highest is embedded first.
@@ -61,6 +61,9 @@ class GalleryArrays:
 def load_gallery(run: Run) -> GalleryArrays:
     """Read `transformed/`, the old embeddings and the vector log of a run.
 
+    Where new embeddings came with the manifest (`gallery.columns.new_embedding`), they stand for those that
+    are not in the log yet.
+
     Raises:
         DataError: the gallery is not transformed yet, an id is there twice, or an old embedding is missing.
     """
@@ -74,6 +77,11 @@ def load_gallery(run: Run) -> GalleryArrays:
     if log is not None:
         rows = find_rows(ids, log[0], run.path("embedded"))
         embedded[rows], embedded_mask[rows] = log[1], True
+    rejected = np.isin(ids, _rejected_ids(run)) & ~embedded_mask
+    given = None if embedded_mask.all() else _read_vectors(_manifest_parts(run), "new_embedding", run.path("gallery"))
+    if given is not None:
+        rest = np.flatnonzero(~embedded_mask)
+        embedded[rest], embedded_mask[rest] = given[1][find_rows(given[0], ids[rest], run.path("gallery"))], True
     return GalleryArrays(
         ids=ids,
         labels=labels,
@@ -84,7 +92,7 @@ def load_gallery(run: Run) -> GalleryArrays:
         transformed=transformed,
         embedded=embedded,
         embedded_mask=embedded_mask,
-        rejected=np.isin(ids, _rejected_ids(run)) & ~embedded_mask,
+        rejected=rejected,
         uncertainty=table["uncertainty"].to_numpy(),
         priority=table["priority"].to_numpy(),
         wave=table["wave"].to_numpy(),
@@ -112,6 +120,41 @@ def has_labels(run: Run) -> bool:
         if len(labels.unique()) < len(labels):
             return True
     return False
+
+
+def new_embeddings_given(run: Run) -> bool:
+    """Whether the gallery's manifest came with new embeddings, so that a curve needs no backfill."""
+    parts = _manifest_parts(run)
+    if not parts:
+        return False
+    with storage.open_parquet(parts[0]) as file:
+        return "new_embedding" in file.schema_arrow.names
+
+
+def check_known(gallery: GalleryArrays, run: Run, *, labelled_only: bool = False) -> None:
+    """Refuse to measure with a part of the queries: those embedded so far are the most uncertain ones.
+
+    Args:
+        gallery: the run's.
+        run: the run.
+        labelled_only: only the queries count, not the whole gallery.
+
+    Raises:
+        DataError: images are neither embedded nor rejected yet.
+    """
+    wanted = gallery.labels >= 0 if labelled_only else np.ones(len(gallery.ids), np.bool_)
+    missing = int((wanted & ~gallery.embedded_mask & ~gallery.rejected).sum())
+    if not missing:
+        return
+    count, what = int(wanted.sum()), "labelled image" if labelled_only else "image"
+    raise DataError(
+        f"the quality cannot be measured before the new embedding of every {what} is known",
+        expected=f"{count} images embedded or rejected",
+        found=f"{100 * (1 - missing / count):.1f} per cent of them ({missing} are missing)",
+        where=run.path("embedded"),
+        remedy="`fastfill backfill` completes it; a run whose manifest holds the new embeddings already can name "
+        "them from the start, in gallery.columns.new_embedding",
+    )
 
 
 def query_rows(gallery: GalleryArrays) -> Int64:
@@ -148,10 +191,8 @@ def find_rows(ids: Int64, wanted: Int64, where: str) -> Int64:
 def _old_embeddings(run: Run, ids: Int64) -> Float32:
     """(N, d_old): from the manifest where they came with it, else from the log of those computed."""
     folder = run.path("gallery")
-    files = storage.list_files(folder, ".parquet")
-    parts = [uri for uri in files if uri.startswith(storage.join(folder, "part-"))]
-    log = [uri for uri in files if uri.startswith(storage.join(folder, "old/"))]
-    found = None if log else _read_vectors(parts, "old_embedding", folder)
+    log = storage.list_files(storage.join(folder, "old"), ".parquet")
+    found = None if log else _read_vectors(_manifest_parts(run), "old_embedding", folder)
     found = found or _read_vectors(log, "vector", folder)
     missing = np.setdiff1d(ids, found[0]) if found else ids
     if found is None or len(missing):
@@ -162,6 +203,11 @@ def _old_embeddings(run: Run, ids: Int64) -> Float32:
             where=folder,
         )
     return found[1][np.searchsorted(found[0], ids)]
+
+
+def _manifest_parts(run: Run) -> list[str]:
+    start = run.path("gallery", "part-")
+    return [uri for uri in storage.list_files(run.path("gallery"), ".parquet") if uri.startswith(start)]
 
 
 def _read_vectors(uris: list[str], column: str, where: str) -> tuple[Int64, Float32] | None:

@@ -78,8 +78,11 @@ class Options:
     embedded_waves: int | None = None
     rejects: int = 0
     old_in_log: bool = False
+    new_in_manifest: bool = False
     policy: str = "uncertainty"
     metric: str = "l2"
+    factory: str = "Flat"
+    nprobe: int = 1
     commits: bool = True
     transformation: bool = True
     seconds_per_unit: float = 2.0
@@ -167,7 +170,9 @@ def _write_gallery(layout: _Layout) -> None:
     }
     place = {"id": images.ids, "key": pa.nulls(num, pa.string()), **_location(num), **names}
     dims = {} if options.old_in_log else {"old_embedding": images.old.shape[1]}
-    manifest = pa.table({**place, "old_embedding": vectors_to_arrow(images.old)})
+    dims |= {"new_embedding": images.embedded.shape[1]} if options.new_in_manifest else {}
+    embeddings = {"old_embedding": images.old, "new_embedding": images.embedded}
+    manifest = pa.table({**place, **{name: vectors_to_arrow(values) for name, values in embeddings.items()}})
     scored = pa.table(
         {
             **{name: column for name, column in place.items() if name != "key"},
@@ -262,7 +267,7 @@ def _publish(layout: _Layout) -> None:
     """Commits 0..done with real segments, the last one in `prod`."""
     run, images, options = layout.run, layout.images, layout.options
     metric = Gallery.model_validate({"manifest": "x", "metric": options.metric, "columns": {}}).metric
-    settings = Index(factory="Flat", shards=options.shards)
+    settings = Index(factory=options.factory, shards=options.shards)
     data = codebooks.train_codebook(images.embedded, settings, metric, len(images.ids), device="cpu", seed=0)
     path, sha256 = codebooks.write_codebook(run, data)
     codebook = codebooks.Codebook.open(run, path, sha256)
@@ -276,7 +281,7 @@ def _publish(layout: _Layout) -> None:
             codebook_path=path,
             codebook_sha256=sha256,
             metric=metric,
-            nprobe=1,
+            nprobe=options.nprobe,
             dim=images.embedded.shape[1],
             num_waves=options.waves,
             num_shards=options.shards,

@@ -11,11 +11,15 @@ import pytest
 
 from pipeline import curve as curves
 from pipeline import published, storage
+from pipeline.codebook import Codebook
 from pipeline.curve import curve, has_labels, load_gallery, published_point, published_points, read_curve
 from pipeline.errors import DataError
-from pipeline.evaluate import evaluate
-from pipeline.index import decode
+from pipeline.evaluate import evaluate, order_by_priority
+from pipeline.index import Segment, decode
 from pipeline.plan import wave_sizes
+from pipeline.run import Run
+from pipeline.schema import Float32
+from pipeline.snapshot import list_commits, read_commit
 from tests.pipeline.synthetic_run import Known, Options, known, make_run
 
 METRICS = {"top1", "top5", "map"}
@@ -85,10 +89,84 @@ def test_a_published_point_is_the_evaluation_of_its_gallery_and_the_default_is_w
     gallery = load_gallery(run)
     mixed = np.where((gallery.wave <= 2)[:, None], gallery.embedded, gallery.transformed)
     expected = evaluate(gallery.embedded, mixed, gallery.labels, gallery.labels, self_match=True)
-    assert published_point(run, 2) == {"commit": 2, "fraction": 0.3, **expected.as_dict()}
+    found = published_point(run, 2)
+    assert found == {"commit": 2, "fraction": 0.3, **expected.as_dict(), "num_queries": 300, "recall10": 100.0}
     assert published_point(run)["commit"] == 4
     with pytest.raises(DataError, match="no such commit"):
         published_point(run, 9)
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+def test_recall_is_the_share_of_the_nearest_stored_vectors_that_nprobe_lets_the_index_find(
+    tmp_path: Path, images: Known, metric: str
+) -> None:
+    found = {}
+    for name, nprobe in (("few", 1), ("all", 8)):
+        options = Options(metric=metric, factory="IVF8,SQ8", nprobe=nprobe)
+        _, run = make_run(tmp_path / name, images, options)
+        found[name] = published_point(run)["recall10"]
+    assert found["all"] == 100
+    gallery = load_gallery(run)
+    codebook, vectors = _stored(run)
+    prepared = codebook.prepare(gallery.embedded)
+    lists = codebook.assign(vectors, 1)[0][:, 0]
+    scores = prepared @ vectors.T - (np.square(vectors).sum(axis=1) / 2 if metric == "l2" else 0)
+    nearest = np.argsort(-scores, axis=1)[:, :10]
+    reached = lists[nearest] == codebook.assign(prepared, 1)[0]
+    assert found["few"] == pytest.approx(100 * reached.mean(), abs=0.5)
+    assert 20 < found["few"] < 95
+
+
+def _stored(run: Run) -> tuple[Codebook, Float32]:
+    """The codebook of the last commit, and the vectors that its segments hold, in any order."""
+    commit = read_commit(run, max(list_commits(run)))
+    codebook = Codebook.open(run, commit.codebook_path, commit.codebook_sha256)
+    parts = [decode(codebook, Segment.open(run, codebook, ref))[1] for ref in commit.segments]
+    return codebook, np.concatenate(parts)
+
+
+def test_one_snapshot_of_an_unfinished_run_is_not_measured_with_the_most_uncertain_queries(
+    tmp_path: Path, images: Known
+) -> None:
+    _, run = make_run(tmp_path, images, Options(embedded_waves=2))
+    with pytest.raises(DataError, match=r"every labelled image[\s\S]*30\.0 per cent"):
+        published_point(run, 1)
+
+
+def test_images_without_a_label_need_no_new_embedding_to_measure_a_snapshot(tmp_path: Path, images: Known) -> None:
+    first = set(np.argsort(-images.uncertainty)[:90].tolist())  # the first two waves
+    labels = [label if row in first else None for row, label in enumerate(images.labels or [])]
+    _, run = make_run(tmp_path, replace(images, labels=labels), Options(embedded_waves=2))  # type: ignore[arg-type]
+    assert published_point(run)["num_queries"] == 90
+
+
+def test_new_embeddings_of_the_manifest_give_the_curve_of_a_plan_that_is_not_run(tmp_path: Path, images: Known) -> None:
+    config, run = make_run(tmp_path / "run", images)
+    other, planned = make_run(tmp_path / "plan", images, Options(embedded_waves=0, commits=False, new_in_manifest=True))
+    expected, found = curve(config, run), curve(other, planned)
+    assert found.pop("published") == {"points": []}
+    del expected["published"]
+    assert found == expected
+
+
+def test_an_image_that_is_rejected_stays_transformed_though_its_new_embedding_is_given(
+    tmp_path: Path, images: Known
+) -> None:
+    config, run = make_run(tmp_path, images, Options(rejects=5, new_in_manifest=True))
+    gallery = load_gallery(run)
+    assert (gallery.rejected.sum(), gallery.embedded_mask.all()) == (5, True)
+    result = curve(config, run)
+    assert result["num_queries"] == 300
+    assert result["slot_share"]["points"][-1]["share"] is not None
+
+
+def test_the_random_policys_own_permutation_is_the_first_of_the_random_orders(tmp_path: Path, images: Known) -> None:
+    config, run = make_run(tmp_path, images, Options(policy="random", commits=False))
+    gallery = load_gallery(run)
+    orders = curves._orders(config, gallery)
+    np.testing.assert_array_equal(orders["random"][0], order_by_priority(gallery.priority, gallery.ids, config.seed))
+    assert np.all(np.diff(gallery.wave[orders["random"][0]]) >= 0), "the run's own waves, in order"
+    assert len(orders["random"]) == config.evaluate.random_seeds
 
 
 def test_each_stored_segment_is_decoded_once(tmp_path: Path, images: Known, monkeypatch: pytest.MonkeyPatch) -> None:
