@@ -33,7 +33,8 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, retry_reje
         config = config.model_copy(update={"run": free_uri(config.run)})
         console().print(f"A new run; every other command finds it with --set run={config.run}", soft_wrap=True)
     if is_complete(config):
-        console().print(f"Nothing to do: every wave of {config.run} is published.")
+        console().print(f"Nothing to do: every wave of {config.run} is published.", soft_wrap=True)
+        restore_report(config)
     else:
         start_ray()
         with Bars(console()) as bars:
@@ -69,6 +70,22 @@ def run_all(config: Config, bars: Bars, retry_rejects: bool = False) -> Progress
     return progress
 
 
+def restore_report(config: Config) -> None:
+    """Write the report of a finished run where it is missing, or older than the last commit."""
+    from jobs.bars import Bars
+    from pipeline import report
+    from pipeline.plan import read_plan
+    from pipeline.run import Run
+
+    run = Run(config.run)
+    plan = read_plan(run)
+    if plan is None or report.is_current(run):
+        return
+    console().print("But its report: it is missing, or older than the last commit.")
+    with Bars(console()) as bars:
+        write_report(config, run, plan, bars)
+
+
 def write_report(config: Config, run: Run, plan: Plan, bars: Bars) -> None:
     """Measure the curve where the gallery has labels, and write the report page."""
     from pipeline import report
@@ -91,8 +108,8 @@ def finish(config: Config, as_json: bool) -> None:
     """Print the result of a finished backfill: its curve's figures and where the report is."""
     from jobs.evaluate import show_curve
     from jobs.status import read_status
-    from pipeline import storage
     from pipeline.curve import read_curve
+    from pipeline.report import page_uri
     from pipeline.run import Run
 
     if as_json:
@@ -102,7 +119,7 @@ def finish(config: Config, as_json: bool) -> None:
     found = read_curve(run)
     if found is not None:
         show_curve(found)
-    console().print(f"report: {storage.join(run.reports, 'report.html')}", soft_wrap=True)
+    console().print(f"report: {page_uri(run)}", soft_wrap=True)
 
 
 def _retry_rejects(run: Run, plan: Plan) -> None:

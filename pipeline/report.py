@@ -1,8 +1,9 @@
 """The report of a run: one self-contained HTML page, and the same figures as JSON.
 
 The last step. Guarantee: it reads what the run has and changes nothing but `reports/`; it can be
-written at any time, and a section without data says why. The page loads nothing from anywhere. It does
-not measure anything itself: the curve is curve.py's.
+written at any time, and a section without data says why. The page loads nothing from anywhere. `report.json`
+is written last and says which commit the page knows of. It does not measure anything itself: the curve is
+curve.py's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from importlib import resources
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import yaml
 from jinja2 import Environment
 
@@ -22,14 +24,18 @@ from pipeline import curve as curves
 from pipeline import plots, snapshot, storage, vector_log
 from pipeline.config import Config
 from pipeline.errors import DataError
+from pipeline.gallery import new_embeddings_given
 from pipeline.plan import Plan, read_plan
 from pipeline.progress import Progress, Tracker
+from pipeline.ranking import Float64
 from pipeline.run import Run
 
 Tree = dict[str, Any]  # Any: JSON
 
 _BINS = 60
 _PARTS_PER_BIN = 4
+_IDLE_SECONDS = 30.0  # a pause between two parts that is longer, and far longer than is usual in the run,
+_IDLE_FACTOR = 20  # is a run that was interrupted, not one that is slow
 _COLUMNS = [("top1", "top-1"), ("top5", "top-5"), ("map", "mAP")]
 
 
@@ -47,8 +53,9 @@ class ReportData:
         curve: as `evaluate --curve --json` prints it.
         no_curve: why there is none.
         uncertainty: `edges` (B + 1) and `counts` (waves x B).
-        throughput: `edges_seconds` (B + 1), `rates` (B) in images per second, `seconds` and `images` in all.
-        rejects: stage, reason and images, the most frequent first.
+        throughput: `edges_seconds` (B + 1), `rates` (B) in images per second, `seconds` and `images` in all, and
+            `idle_seconds` of these in which the run was interrupted.
+        rejects: stage, reason (its kind, the word before the colon), images, and an example; the most frequent first.
         transformation: its description with the held-out figures.
         config: the run's settings.
     """
@@ -114,12 +121,28 @@ def render(data: ReportData) -> str:
 
 
 def write_report(config: Config, run: Run) -> str:
-    """Write `reports/report.html` and `report.json` beside it; gives the URI of the page."""
+    """Write `reports/report.html`, then `report.json` beside it; gives the URI of the page."""
     data = collect(config, run)
-    uri = run.path("reports", "report.html")
-    storage.put(run.path("reports", "report.json"), json.dumps(asdict(data), indent=1, allow_nan=False).encode())
-    storage.put(uri, render(data).encode())
-    return uri
+    storage.put(page_uri(run), render(data).encode())
+    storage.put(_figures_uri(run), json.dumps(asdict(data), indent=1, allow_nan=False).encode())
+    return page_uri(run)
+
+
+def page_uri(run: Run) -> str:
+    """Where the page is, or will be."""
+    return run.path("reports", "report.html")
+
+
+def is_current(run: Run) -> bool:
+    """Whether the page is there and knows of the latest commit."""
+    figures = storage.read_versioned(_figures_uri(run))
+    if figures is None or not storage.exists(page_uri(run)):
+        return False
+    try:
+        known = max((commit["commit"] for commit in json.loads(figures[0])["commits"]), default=None)
+    except (ValueError, KeyError, TypeError):  # of another version, or damaged
+        return False
+    return bool(known == max(snapshot.list_commits(run), default=None))
 
 
 def headline(data: ReportData) -> list[Tree]:
@@ -169,11 +192,18 @@ def _charts(data: ReportData) -> dict[str, str]:
     return charts
 
 
+def _figures_uri(run: Run) -> str:
+    return run.path("reports", "report.json")
+
+
 def _curve(config: Config, run: Run, progress: Progress | None) -> tuple[Tree | None, str]:
     """The curve, computed now where it is not stored, or the reason why there is none."""
     if progress is None:
         return None, "The gallery is not planned yet."
-    if progress.left:
+    limit = config.evaluate.max_images
+    if progress.gallery > limit:
+        return None, f"The gallery has {progress.gallery:,} images, and evaluate.max_images is {limit:,}."
+    if progress.left and not new_embeddings_given(run):
         done = 1 - progress.left / progress.gallery
         return None, f"It needs the new embedding of every image; {100 * done:.1f} per cent are there so far."
     if not curves.has_labels(run):
@@ -213,7 +243,11 @@ def _uncertainty(run: Run, plan: Plan | None) -> Tree | None:
 
 
 def _throughput(run: Run, plan: Plan | None) -> Tree | None:
-    """Images per second between the times at which parts were written; None for fewer than two parts."""
+    """Images per second between the times at which parts were written; None for fewer than two parts.
+
+    A part's time is all that storage knows of when its images were embedded, so an interruption is told from
+    work by its length.
+    """
     if plan is None:
         return None
     written = vector_log.part_times(plan.log(run))
@@ -229,17 +263,36 @@ def _throughput(run: Run, plan: Plan | None) -> Tree | None:
         "edges_seconds": edges.tolist(),
         "rates": rates.tolist(),
         "seconds": float(seconds[-1]),
+        "idle_seconds": _idle_seconds(np.diff(seconds, prepend=0.0)),
         "images": int(images.sum()),
     }
 
 
+def _idle_seconds(pauses: Float64) -> float:
+    """How much of the time between parts was none of the run's, beyond the pause that is usual in it."""
+    usual = float(np.median(pauses))
+    idle = pauses[pauses > max(_IDLE_SECONDS, _IDLE_FACTOR * usual)]
+    return float((idle - usual).sum())
+
+
 def _rejects(run: Run, plan: Plan | None) -> list[Tree]:
+    """Rejects by stage and kind of reason, as `status` shows them: what follows the colon differs by image."""
     if plan is None:
         return []
-    counts = vector_log.read_rejects(plan.log(run)).group_by(["stage", "reason"]).aggregate([("id", "count")])
-    rows = counts.rename_columns({"id_count": "images"}).sort_by([("images", "descending"), ("reason", "ascending")])
-    found: list[Tree] = rows.to_pylist()
-    return found
+    rejects = vector_log.read_rejects(plan.log(run))
+    kinds = pc.replace_substring_regex(rejects["reason"], "(?s):.*", "")
+    groups = rejects.append_column("kind", kinds).group_by(["stage", "kind"], use_threads=False)  # "first" has an order
+    counts = groups.aggregate([("id", "count"), ("uri", "first"), ("reason", "first")])
+    rows = counts.sort_by([("id_count", "descending"), ("stage", "ascending"), ("kind", "ascending")]).to_pylist()
+    return [
+        {
+            "stage": row["stage"],
+            "reason": row["kind"],
+            "images": row["id_count"],
+            "example": {"uri": row["uri_first"], "reason": row["reason_first"]},
+        }
+        for row in rows
+    ]
 
 
 def _utc(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 
 from pipeline import curve as curves
-from pipeline import plots, storage
+from pipeline import plots, storage, vector_log
 from pipeline.curve import curve
-from pipeline.report import ReportData, collect, headline, render, write_report
+from pipeline.plan import read_plan
+from pipeline.report import ReportData, collect, headline, is_current, render, write_report
 from pipeline.run import Run
 from tests.pipeline.synthetic_run import Known, Options, known, make_run
 
@@ -160,7 +162,8 @@ def test_counts_add_up_to_the_gallery(finished: ReportData, images: Known) -> No
     assert counts.sum(axis=1).tolist() == [30, 60, 90, 120]
     assert counts.sum() == finished.progress["gallery"] == len(images.ids)
     assert finished.progress["durable"] + finished.progress["rejected"] == len(images.ids)
-    assert finished.rejects == [{"stage": "decode", "reason": "truncated: 812 of 2,048 bytes", "images": 5}]
+    example = {"uri": "/data/images.parquet#image", "reason": "truncated: 812 of 2,048 bytes"}
+    assert finished.rejects == [{"stage": "decode", "reason": "truncated", "images": 5, "example": example}]
     assert [commit["embedded"] + commit["transformed"] for commit in finished.commits] == [300] * 5
 
 
@@ -170,6 +173,57 @@ def test_throughput_is_the_images_between_the_first_and_the_last_part(finished: 
     assert (rates * np.diff(edges)).sum() == pytest.approx(finished.throughput["images"])
     assert finished.throughput["images"] == 300 - 30  # all but those of the first part, a wave of 30
     assert finished.throughput["seconds"] == edges[-1] == 2.0 * 8  # nine parts, two seconds apart
+
+
+def test_the_mean_rate_leaves_out_the_time_in_which_the_run_was_interrupted(tmp_path: Path, images: Known) -> None:
+    config, run = make_run(tmp_path, images, Options(commits=False))
+    plan = read_plan(run)
+    assert plan is not None
+    parts = vector_log.part_times(plan.log(run))
+    for unit, seconds in parts.items():
+        if unit[0] >= 3:  # as if the driver had been killed after the second wave, for an hour
+            os.utime(plan.log(run).part(*unit), (seconds + 3600, seconds + 3600))
+    data = collect(config, run)
+    assert data.throughput is not None
+    assert data.throughput["seconds"] == 2.0 * (len(parts) - 1) + 3600
+    assert data.throughput["idle_seconds"] == 3600
+    assert "60.0 minutes in which the run was interrupted" in Page(render(data)).words
+
+
+def test_the_funnel_has_its_three_stages_and_says_where_two_of_them_coincide(finished: ReportData) -> None:
+    words = Page(render(finished)).words
+    for stage in ("embedded 295", "durable 295", "published 295"):
+        assert stage in words
+    assert "Storage knows of an image as embedded once its vector is durable" in words
+
+
+def test_rejects_are_grouped_by_kind_with_an_example(finished: ReportData) -> None:
+    assert (
+        "truncated such as /data/images.parquet#image (truncated: 812 of 2,048 bytes) 5" in Page(render(finished)).words
+    )
+
+
+def test_a_page_is_current_while_it_knows_of_the_latest_commit(tmp_path: Path, images: Known) -> None:
+    config, run = make_run(tmp_path, images)
+    assert not is_current(run)
+    write_report(config, run)
+    assert is_current(run)
+    figures = json.loads(storage.read_bytes(run.path("reports", "report.json")))
+    older = figures | {"commits": figures["commits"][:-1]}
+    for damaged in (json.dumps(older).encode(), b"{", b"[]"):
+        storage.put(run.path("reports", "report.json"), damaged)
+        assert not is_current(run)
+    write_report(config, run)
+    storage.delete_files([run.path("reports", "report.html")])
+    assert not is_current(run)
+
+
+def test_above_max_images_no_curve_is_computed_and_the_page_says_why(tmp_path: Path, images: Known) -> None:
+    config, run = make_run(tmp_path, images)
+    small = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"max_images": 299})})
+    data = collect(small, run)
+    assert data.curve is None
+    assert "The gallery has 300 images, and evaluate.max_images is 299." in Page(render(data)).words
 
 
 def test_names_of_the_gallery_cannot_inject_markup(tmp_path: Path, images: Known) -> None:
