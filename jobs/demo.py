@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 _SEED = 0
 _TRAINING_IMAGES = 900
+_WRITTEN_BY = "# Written by `fastfill demo`"
 _CONFIG = """\
-# Written by `fastfill demo`; try: fastfill status --config {folder}/demo.yaml
+{written_by}; try: fastfill status --config {folder}/demo.yaml
 run: {folder}/run
 data_root: {folder}/data
 encoders:
@@ -61,12 +62,13 @@ def main(folder: str, as_json: bool) -> None:
     from pipeline import storage
 
     root = Path(folder).resolve()
+    check_ours(str(root))
     storage.delete(str(root / "run"))
     out = console()
     with Bars(out) as bars:
         with bars.step("train two encoders"):
             make_data(root / "data")
-        (root / "demo.yaml").write_text(_CONFIG.format(folder=root))
+        (root / "demo.yaml").write_text(_CONFIG.format(folder=root, written_by=_WRITTEN_BY))
         config = load(str(root / "demo.yaml"), ())
         with bars.step("start Ray"):
             start_ray()
@@ -74,6 +76,36 @@ def main(folder: str, as_json: bool) -> None:
     finish(config, as_json)
     if not as_json:
         out.print(f"Look around: fastfill status --config {root / 'demo.yaml'}", soft_wrap=True)
+
+
+def check_ours(folder: str) -> None:
+    """Refuse a folder in which the demo would delete or overwrite what no demo has made.
+
+    Raises:
+        ConfigError: with the files in the way.
+    """
+    from pipeline import storage
+    from pipeline.errors import ConfigError, DataError
+    from pipeline.run import Run, read_settings
+
+    run = storage.join(folder, "run")
+    config = storage.read_versioned(storage.join(folder, "demo.yaml"))
+    written = config is not None and config[0].startswith(_WRITTEN_BY.encode())
+    started = (storage.join(run, "gallery"), storage.join(run, "pairs"))  # what is there before run.json is
+    strangers = [storage.join(folder, "demo.yaml")] if config is not None and not written else []
+    strangers += [] if written else storage.list_files(storage.join(folder, "data"))
+    try:
+        read_settings(Run(run))
+    except (DataError, ValueError, KeyError, TypeError):  # no run, or not one of ours
+        strangers += [uri for uri in storage.list_files(run) if not (written and uri.startswith(started))]
+    if strangers:
+        raise ConfigError(
+            "the demo would delete or overwrite files that no demo has made",
+            expected="an empty folder, or one of an earlier demo",
+            found=f"{len(strangers)} other files, such as {strangers[0]}",
+            where=folder,
+            remedy="give another --folder",
+        )
 
 
 def make_data(folder: Path) -> None:
