@@ -9,7 +9,7 @@ not know which encoder made the vectors.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -105,7 +105,10 @@ def write_unit(log: VectorLog, unit: Unit, embedded: EmbeddedUnit) -> tuple[int,
     )
     row_groups = (rows.filter(pa.array(shards == shard)) for shard in range(log.num_shards))
     data = storage.parquet_bytes(schema, row_groups)
-    _put_once(part, data)
+    try:
+        storage.put_if_absent(part, data)
+    except storage.AlreadyExists:  # another driver was faster; its part stays, and says what its rejects are
+        return storage.stat(part).size_bytes, _settle_rejects(log, unit, embedded)
     return len(data), int((~good).sum())
 
 
@@ -194,11 +197,24 @@ def _num_rows(uri: str) -> int:
         return int(file.metadata.num_rows)
 
 
-def _put_once(uri: str, data: bytes) -> None:
-    try:
-        storage.put_if_absent(uri, data)
-    except storage.AlreadyExists:
-        return  # the unit was done before, by this driver or another one; the first part stays
+def _settle_rejects(log: VectorLog, unit: Unit, embedded: EmbeddedUnit) -> int:
+    """Make the rejects those that the unit's part leaves out: two drivers may find different images bad."""
+    there = storage.read_parquet(log.part(unit.wave, unit.unit), ["id"])["id"].to_numpy()
+    rejected = ~np.isin(embedded.ids, there)
+    uri = log.rejects(unit.wave, unit.unit)
+    if not rejected.any():
+        storage.delete_files([uri])
+        return 0
+    words = [
+        [text or unknown for text in texts.to_pylist()]
+        for texts, unknown in (
+            (embedded.reject_stages, "fetch"),
+            (embedded.reject_reasons, "rejected by another driver"),
+        )
+    ]
+    settled = replace(embedded, reject_stages=pa.array(words[0]), reject_reasons=pa.array(words[1]))
+    storage.put(uri, storage.parquet_bytes(REJECTS, [_reject_rows(unit, settled, rejected)]))
+    return int(rejected.sum())
 
 
 def _reject_rows(unit: Unit, embedded: EmbeddedUnit, bad: np.typing.NDArray[np.bool_]) -> pa.Table:

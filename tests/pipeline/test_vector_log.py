@@ -102,6 +102,20 @@ def test_a_unit_written_twice_keeps_the_first_parts_bytes_and_says_what_they_hol
     assert files(log) == before
 
 
+@pytest.mark.parametrize(("winner", "loser"), [((4, 5), (6,)), ((), (6,)), ((4, 5), ()), ((4,), (4, 6))])
+def test_of_two_drivers_that_reject_different_images_the_one_whose_part_stays_is_right(
+    tmp_path: Path, log: VectorLog, monkeypatch: pytest.MonkeyPatch, winner: tuple[int, ...], loser: tuple[int, ...]
+) -> None:
+    ids = list(range(20))
+    (unit,) = write_plan(tmp_path, [ids])
+    first = write_unit(log, unit, embed(ids, bad=winner))
+    # Both looked before either had written: no thread can be stopped just there.
+    monkeypatch.setattr(storage, "exists", lambda uri: False)
+    assert write_unit(log, unit, embed(ids, bad=loser, shift=1.0)) == first
+    assert sorted(read_rejects(log)["id"].to_pylist()) == list(winner)
+    assert sorted(read_wave(log, 1)[0].tolist()) == sorted(set(ids) - set(winner))
+
+
 def test_the_same_unit_in_another_order_gives_the_same_bytes(tmp_path: Path) -> None:
     ids = list(range(40))
     written = []
