@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from subprocess import PIPE
 
 import click
 import pytest
 from click.testing import CliRunner
 
 from jobs.cli import main
-from jobs.options import find_cause
+from jobs.demo import check_ours
+from jobs.options import find_cause, print_json, with_errors
 from pipeline.errors import ConfigError, DataError
+from pipeline.schema import FORMAT_VERSION
 
+ROOT = Path(__file__).resolve().parents[2]
 SHARED = {"--config", "--set", "--json", "--help", "-h"}
 COMMANDS = {
     "demo": {"--folder", "--json", "--help", "-h"},
@@ -55,6 +60,18 @@ def test_each_command_has_help_and_is_a_script_of_its_own(name: str) -> None:
     assert importlib.import_module(f"jobs.{name}").main is main.commands[name]  # type: ignore[attr-defined]
 
 
+def test_each_script_runs_as_a_file_from_any_folder(tmp_path: Path) -> None:
+    scripts = {name: ROOT / "jobs" / f"{name}.py" for name in COMMANDS}
+    running = {
+        name: subprocess.Popen([sys.executable, path, "--help"], cwd=tmp_path, stdout=PIPE, stderr=PIPE, text=True)
+        for name, path in scripts.items()
+    }
+    for name, process in running.items():
+        stdout, stderr = process.communicate(timeout=120)
+        assert (process.returncode, stderr) == (0, ""), name
+        assert stdout.startswith("Usage: "), name
+
+
 def test_help_comes_in_a_blink() -> None:
     seconds = []
     for _ in range(3):
@@ -79,3 +96,63 @@ def test_the_error_behind_wrappers_is_found() -> None:
     assert find_cause(wrapped) is ours
     assert find_cause(ValueError("not ours")) is None
     assert find_cause(ConfigError("x")) is not None
+
+
+NOISY = """
+import ctypes, os, click
+from jobs.options import print_json, with_errors
+
+@click.command()
+@with_errors
+def main():
+    ctypes.CDLL(None).puts(b"from native code")
+    print("from Python")
+    os.system("echo from a child")
+    print_json({"a": 1})
+
+main()
+"""
+
+
+def test_stdout_is_the_json_document_whatever_else_writes_there() -> None:
+    result = subprocess.run([sys.executable, "-c", NOISY], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout) == {"a": 1}
+    for words in ("from native code", "from Python", "from a child"):
+        assert words in result.stderr
+
+
+def test_a_number_that_json_cannot_say_is_a_bug_and_not_a_document() -> None:
+    @click.command()
+    @with_errors
+    def command() -> None:
+        print_json({"distance": float("inf")})
+
+    result = CliRunner().invoke(command)
+    assert isinstance(result.exception, ValueError)
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "mine", ["run/thesis.tex", "run/run.json", "run/gallery/part-00000.parquet", "data/gallery.parquet", "demo.yaml"]
+)
+def test_the_demo_refuses_a_folder_with_files_of_the_users(tmp_path: Path, mine: str) -> None:
+    file = tmp_path / mine
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text('{"mine": 1}')
+    result = CliRunner().invoke(main, ["demo", "--folder", str(tmp_path)])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: the demo would delete or overwrite files that no demo has made\n")
+    assert str(file) in result.stderr
+    assert file.read_text() == '{"mine": 1}'
+
+
+def test_the_demo_starts_from_scratch_where_a_demo_was_killed_at_any_moment(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "demo.yaml").write_text("# Written by `fastfill demo`; try: ...")
+    (tmp_path / "data" / "gallery.parquet").write_text("of the demo")
+    (tmp_path / "run" / "gallery").mkdir(parents=True)
+    (tmp_path / "run" / "gallery" / "part-00000.parquet").write_text("before run.json")
+    check_ours(str(tmp_path))
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"format_version": FORMAT_VERSION}))
+    (tmp_path / "run" / "plan.json").write_text("of the run")
+    check_ours(str(tmp_path))
