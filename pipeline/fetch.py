@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.config import Fetch
-from pipeline.errors import DataError
+from pipeline.errors import DataError, TransientError
 from pipeline.object_store import COUNTS
 from pipeline.schema import DELETED, Int64
 from pipeline.store import Span
@@ -229,18 +229,24 @@ def _deleted(data: bytes | Reject, place: Place) -> bytes | Reject:
     return data
 
 
-def _column(uri: str, wanted: set[int]) -> tuple[dict[int, bytes] | Reject, str | None]:
+def _column(uri: str, wanted: set[int], tries: int = 3) -> tuple[dict[int, bytes] | Reject, str | None]:
     """The wanted rows of a Parquet image column (`file.parquet#column`), and the file's etag."""
     path, _, column = uri.rpartition("#")
     etag = None
     try:
         etag = storage.stat(path).etag
         return dict(_column_rows(path, column, np.array(sorted(wanted), dtype=np.int64))), etag
-    except FileNotFoundError:
-        return _MISSING, None
-    except (PermissionError, DataError) as error:
-        forbidden = isinstance(error, PermissionError) or isinstance(error.__cause__, PermissionError)
-        return Reject("fetch", "forbidden" if forbidden else f"damaged: {error}".splitlines()[0]), etag
+    except (OSError, ValueError) as error:
+        return _reject(error), None
+    except DataError as error:
+        cause = error.__cause__
+        if not isinstance(cause, OSError) or cause.errno is None:  # Arrow's own OSErrors have no number
+            return Reject("fetch", f"damaged: {error}".splitlines()[0]), etag
+        if cause.errno != errno.ESTALE:
+            return _reject(cause), etag
+        if tries > 1:  # replaced while it was read: what is there now is wanted
+            return _column(uri, wanted, tries - 1)
+        raise TransientError("a Parquet file keeps changing while it is read", where=path) from error
 
 
 def _column_rows(path: str, column: str, wanted: Int64) -> Iterator[tuple[int, bytes]]:

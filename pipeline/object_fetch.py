@@ -36,13 +36,8 @@ _CODE = re.compile(r"<Code>(\w+)</Code>")
 _MESSAGE = re.compile(r"<Message>(.*?)</Message>", re.DOTALL)
 _HTTP_KIND = re.compile(r"kind: (\w+)")
 # 403 or 400, and nothing to do with one object.
-_BAD_CREDENTIALS = {
-    "InvalidAccessKeyId",
-    "SignatureDoesNotMatch",
-    "ExpiredToken",
-    "InvalidToken",
-    "TokenRefreshRequired",
-}
+_BAD_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+_BAD_CREDENTIALS |= {"TokenRefreshRequired", "RequestTimeTooSkewed"}
 _CREDENTIALS_FOR = timedelta(minutes=5)  # then they are asked for again; botocore renews them well before their end
 
 
@@ -192,6 +187,8 @@ def _translated(error: BaseError, uri: str) -> Exception:
         return ConfigError(
             "the bucket lies in another region", where=uri, remedy="set storage.region or AWS_REGION to its region"
         )
+    if "External AWS credential provider" in text:  # not refused: where they are renewed does not answer
+        return Again("Credentials", _first_line(error))
     status, code, message = _STATUS.search(text), _CODE.search(text), _MESSAGE.search(text)
     if code is not None and code[1] in _BAD_CREDENTIALS:
         return _refused(code[1])

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -366,6 +367,45 @@ def test_a_request_that_fails_is_repeated_and_counted_by_its_cause(
     assert sum(found.values()) == 3
     assert set(found) <= causes
     assert counts["requests:image"] == 6 + 3
+
+
+def test_a_parquet_file_that_is_replaced_while_it_is_read_is_read_as_it_is_then(
+    bucket: str, faulty_s3: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config.Storage(endpoint_url=faulty_s3.endpoint)
+    monkeypatch.setenv("FASTFILL_STORAGE", settings.model_dump_json())
+
+    def write(seed: int) -> str:
+        sink = io.BytesIO()
+        pq.write_table(pa.table({"image": [noise(1000, seed)]}), sink)
+        return put(f"{bucket}/rows.parquet", sink.getvalue())
+
+    place = Place(f"{write(1)}#image", None, None, 0)
+    faulty_s3.watch(lambda _: bool(write(2)), "GET", "rows.parquet")
+    ((data, etag),) = fetch([place], MOST, Fetch())
+    assert data == noise(1000, 2)
+    assert etag == storage.stat(f"{bucket}/rows.parquet").etag
+
+
+def test_credentials_that_cannot_be_renewed_for_a_moment_are_asked_for_again(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fake in botocore's place: no machine here has a role."""
+    uri = put(f"{bucket}/a.png", b"a")
+    answers = iter([RuntimeError("the role's endpoint is busy")])
+
+    class Role:
+        def get_frozen_credentials(self) -> Any:
+            for error in answers:
+                raise error
+            key, secret = os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
+            return SimpleNamespace(access_key=key, secret_key=secret, token=None)
+
+    monkeypatch.setattr("botocore.session.Session.get_credentials", lambda _: Role())
+    before = storage.counts()
+    with fresh_clients():
+        assert get([whole(uri)]) == [b"a"]
+    assert (storage.counts() - before)["retries:Credentials"] == 1
 
 
 def test_a_503_holds_back_the_whole_prefix_and_no_other(bucket: str, faulty_s3: FaultyProxy) -> None:
