@@ -35,7 +35,7 @@ def backfill(config: Config, run: Run, plan: Plan, on_progress: Callable[[Progre
         SnapshotConflict: another driver took the run over.
     """
     log = plan.log(run)
-    tracker = Tracker(plan, log, config.backfill.max_reject_fraction)
+    tracker = Tracker(plan, log, config.backfill.max_reject_fraction, config.backfill.reject_allowance)
 
     def report() -> Progress:
         progress = tracker.progress(publisher.published)

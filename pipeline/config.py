@@ -193,7 +193,12 @@ class Plan(Section):
 
 
 class Backfill(Section):
-    """Resources and limits of the embedding stream; free to change between two starts of a run."""
+    """Resources and limits of the embedding stream; free to change between two starts of a run.
+
+    A wave with more rejects than `max_reject_fraction` of its images is not published, and with more of the
+    gallery's or of the pairs' images than that no transformation is fitted. `reject_allowance` rejects are borne
+    in any case: the first waves have a handful of images, and the strangest ones. With a fraction of 0 none is.
+    """
 
     batch_size: Count = 256
     min_actors: Count = 1
@@ -202,6 +207,7 @@ class Backfill(Section):
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     threads_per_actor: Count = 1
     max_reject_fraction: Fraction = 0.05
+    reject_allowance: Annotated[int, Field(ge=0)] = 5
     max_image_pixels: Count = 64_000_000
     max_image_bytes: Count = 64 * 2**20
 

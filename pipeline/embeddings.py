@@ -6,12 +6,13 @@ The embedding stream of the backfill makes what is missing, once, into a vector 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline import manifest, storage, vector_log
+from pipeline import manifest, rejects, storage, vector_log
 from pipeline.config import Config, Encoder
 from pipeline.errors import ConfigError
 from pipeline.manifest import Manifest
@@ -20,6 +21,8 @@ from pipeline.schema import Float32, Unit, vectors_from_arrow
 from pipeline.stream import Work, embed_stream
 from pipeline.vector_log import VectorLog
 
+logger = logging.getLogger(__name__)
+
 OnUnits = Callable[[str, int, int], None]
 """Told (what, images done, images in all) as images are embedded."""
 
@@ -27,7 +30,8 @@ OnUnits = Callable[[str, int, int], None]
 def embed_missing(config: Config, run: Run, folders: Sequence[str], on_units: OnUnits) -> None:
     """Embed the images of normalised manifests where their embeddings did not come with them, in one stream.
 
-    The gallery needs its old embeddings, the pairs need both.
+    The gallery needs its old embeddings, the pairs need both. An image that cannot be read has none; how many
+    these are, and where their reasons are, is logged as a warning.
 
     Args:
         config: the run's config.
@@ -37,29 +41,48 @@ def embed_missing(config: Config, run: Run, folders: Sequence[str], on_units: On
 
     Raises:
         ConfigError: there is no encoder for what is missing.
+        DataError: more images than `max_reject_fraction` cannot be read.
     """
-    names, work, done, total = [], [], [], []
+    names, work, done, total, rejected = [], [], [], [], []
     for folder in folders:
         rows = manifest.read_manifest(run, folder)
         assert rows is not None, f"the {folder} manifest is normalised before its images are embedded"
         for role in _missing(folder, rows):
-            units = _pending(run, folder, rows, embedding_log(config, run, folder, role))
-            names.append(f"{folder}: {role} embeddings")
-            work.append(Work(_encoder(config, folder, role), embedding_log(config, run, folder, role), units))
+            log = embedding_log(config, run, folder, role)
+            units = _pending(run, folder, rows, log)
+            names.append((folder, role))
+            work.append(Work(_encoder(config, folder, role), log, units))
             total.append(rows.num_rows)
             done.append(rows.num_rows - sum(unit.images for unit in units))
+            rejected.append(sum(vector_log.count_rejects(log).values()))
+            rejects.check_manifest(rejected[-1], total[-1], config.backfill, folder, log.rejects_uri)
             if units:
-                on_units(names[-1], done[-1], total[-1])
+                on_units(f"{folder}: {role} embeddings", done[-1], total[-1])
     for index, ack in embed_stream(work, config):
+        (folder, role), log = names[index], work[index].log
         done[index] += ack.embedded + ack.rejected
-        on_units(names[index], done[index], total[index])
+        rejected[index] += ack.rejected
+        rejects.check_manifest(rejected[index], total[index], config.backfill, folder, log.rejects_uri)
+        on_units(f"{folder}: {role} embeddings", done[index], total[index])
+    for (folder, role), item, bad, images in zip(names, work, rejected, total, strict=True):
+        if bad and item.units:
+            _warn(folder, role, bad, images, item.log)
+
+
+def _warn(folder: str, role: str, rejected: int, images: int, log: VectorLog) -> None:
+    lost = "they have no vector, so they are not served" if folder == "gallery" else "they are left out of the fit"
+    logger.warning(
+        "%d of %d images of the %s cannot be read by the %s encoder: %s. The reasons are in %s; `fastfill status` "
+        "shows them.",
+        *(rejected, images, folder, role, lost, log.rejects_uri),
+    )
 
 
 def embedding_log(config: Config, run: Run, folder: str, role: str) -> VectorLog:
     """Where embeddings are kept that had to be computed from a manifest's images; `role` is old or new."""
     encoder = getattr(config.encoders, role)
     dim = encoder.dim if encoder is not None else 1
-    return VectorLog(run.path(folder, role), run.path(folder, f"{role}-rejects"), dim, num_shards=1)
+    return rejects.manifest_log(run, folder, role, dim)
 
 
 def _missing(folder: str, rows: Manifest) -> list[str]:

@@ -6,12 +6,11 @@ on any device, and its weights came without pickle. It does not know where image
 
 from __future__ import annotations
 
-import importlib
 import os
 import pickle
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -21,7 +20,7 @@ from safetensors.torch import load as load_safetensors
 from torch import nn
 
 from pipeline import config as settings
-from pipeline import storage
+from pipeline import storage, user_code
 from pipeline.errors import ConfigError, DataError
 
 _WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -184,11 +183,9 @@ class _Cut(nn.Module):
 
 
 def _from_function(name: str) -> nn.Module:
-    module_name, _, function_name = name.partition(":")
-    try:
-        network = getattr(importlib.import_module(module_name), function_name)()
-    except (ImportError, AttributeError) as error:
-        raise ConfigError("the encoder's function cannot be found", found=error, where=name) from error
+    function = user_code.load_function(name, "the encoder", f"encoders.*.function: {name}")
+    with user_code.own_code("the encoder's function failed", f"encoders.*.function: {name}"):
+        network = function()
     if not isinstance(network, nn.Module):
         raise ConfigError("the encoder's function must return a torch module", found=type(network), where=name)
     return network
@@ -198,17 +195,18 @@ def _check_width(model: EmbeddingModel, spec: settings.Encoder, device: torch.de
     height, width = cast(tuple[int, int], spec.preprocess.image_size)
     blank = torch.zeros((2, spec.preprocess.channels, height, width), dtype=torch.uint8, device=device)
     where = spec.export or spec.function or (spec.torchvision.state_dict if spec.torchvision else None)
-    try:
-        with torch.inference_mode():
-            shapes = [tuple(model(blank[:batch]).shape) for batch in (1, 2)]  # an archive may be of one batch size
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            "the encoder does not take images of the configured shape",
-            expected=f"(B, {spec.preprocess.channels}, {height}, {width})",
-            found=_first_line(error),
-            where=where,
-            remedy="set the encoder's preprocess to the shape it was made for, and export it for any batch size",
-        ) from error
+    with user_code.own_code("the encoder's module failed", str(where)) if spec.function else nullcontext():
+        try:
+            with torch.inference_mode():
+                shapes = [tuple(model(blank[:batch]).shape) for batch in (1, 2)]  # an archive may be of one batch size
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(
+                "the encoder does not take images of the configured shape",
+                expected=f"(B, {spec.preprocess.channels}, {height}, {width})",
+                found=_first_line(error),
+                where=where,
+                remedy="set the encoder's preprocess to the shape it was made for, and export it for any batch size",
+            ) from error
     if shapes != [(1, spec.dim), (2, spec.dim)]:
         raise ConfigError(
             "the encoder's embedding has another width", expected=f"dim {spec.dim}", found=shapes[1][1:], where=where

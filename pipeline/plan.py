@@ -20,7 +20,7 @@ from pipeline.run import Run
 from pipeline.schema import Unit
 from pipeline.vector_log import VectorLog
 
-SCORED = "scored"  # folder of the scored gallery, which is deleted once it is laid out by wave
+SCORED = "scored"  # folder of the scored gallery, by a digest of the plan's settings; deleted once it is laid out
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,10 @@ class Plan:
         dim: width of the new space.
         unit_images: images per unit, but for the last unit of a wave.
         waves: in order.
+        fingerprint: a digest of the cut points and all of the others.
         deleted_images: `keep` or `drop`, as `config.Plan` says.
-        fingerprint: a digest of the cut points and all of the above.
+        num_rejected: images of the gallery that are not in the plan: the old encoder could not read them, so
+            they have no vector of any kind, and cannot be served.
     """
 
     policy: str
@@ -59,6 +61,7 @@ class Plan:
     waves: tuple[Wave, ...]
     fingerprint: str
     deleted_images: str = "keep"
+    num_rejected: int = 0
 
     def log(self, run: Run) -> VectorLog:
         """The vector log of the backfill."""

@@ -18,12 +18,12 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from pipeline import cuts, storage
+from pipeline import cuts, manifest, rejects, storage
 from pipeline.config import Config, unit_images
 from pipeline.cuts import CutSearch, Digits
-from pipeline.errors import SnapshotConflict
+from pipeline.errors import DataError, SnapshotConflict
 from pipeline.plan import SCORED, Plan, Wave, read_plan, wave_sizes
-from pipeline.run import Run
+from pipeline.run import Run, check_settings_of, fix_settings, settings_digest, stage_settings
 from pipeline.schema import UNITS, Float32, Int64, shard_of, transformed_schema
 
 _TASK_CPUS = 0.5
@@ -38,25 +38,33 @@ def make_plan(config: Config, run: Run, on_step: Callable[[str], None] = lambda 
         on_step: told the name of each step as it starts.
 
     Raises:
-        DataError: the gallery does not fit the transformation, or the policy gave a NaN.
+        ConfigError: a wave would have no image, or the policy raised something.
+        DataError: the gallery does not fit the transformation, the policy gave a NaN, or an image of the
+            manifest is neither scored nor rejected.
+        IncompatibleRun: another driver has laid the gallery out with other settings.
         SnapshotConflict: another driver made another plan at the same time.
     """
+    settings = stage_settings(config, "plan")
     done = read_plan(run)
     if done is not None:
+        check_settings_of(run, "plan", settings)
         return done
     from pipeline.score import score_gallery  # here: the tasks of this module must not wait for torch
 
     on_step("transform")
-    counts = score_gallery(config, run)
+    scored = f"{SCORED}/{settings_digest(settings)}"
+    counts = score_gallery(config, run, scored)
+    rejected = _check_whole(run, counts)
     sizes = wave_sizes(config.plan.waves, sum(counts))
     on_step("cut")
     found = find_cuts(
-        np.cumsum(sizes)[:-1], len(counts), lambda search: _count_parts(run, len(counts), search, config.seed)
+        np.cumsum(sizes)[:-1], len(counts), lambda search: _count_parts(run, scored, len(counts), search, config.seed)
     )
     on_step("lay out")
-    _lay_out(run, len(counts), found, config)
+    fix_settings(run, "plan", settings)
+    _lay_out(run, scored, len(counts), found, config)
     units = _cut_units(run, len(counts), len(sizes), config.index.shards, unit_images(config))
-    plan = _describe(config, run, counts, sizes, units, found)
+    plan = _describe(config, run, counts, rejected, sizes, units, found)
     try:  # equal bytes are the same plan, of a driver that planned at the same time: both may go on, no attempt id
         storage.put_if_absent(run.plan, json.dumps(asdict(plan), indent=1).encode())
     except storage.AlreadyExists:
@@ -67,6 +75,22 @@ def make_plan(config: Config, run: Run, on_step: Callable[[str], None] = lambda 
         ) from None
     storage.delete(run.path(SCORED))
     return plan
+
+
+def _check_whole(run: Run, counts: list[int]) -> int:
+    """The number of images that the old encoder could not read; with those scored they are the whole manifest."""
+    gallery = manifest.read_manifest(run, "gallery")
+    assert gallery is not None, "the gallery is normalised before it is scored"
+    rejected = rejects.count_before_plan(run)
+    if sum(counts) + rejected != gallery.num_rows:
+        raise DataError(
+            "images of the gallery are missing from the plan",
+            expected=f"{gallery.num_rows} images, as the manifest has",
+            found=f"{sum(counts)} with an old embedding, {rejected} rejected",
+            where=run.path("gallery"),
+            remedy="delete this folder's `old` and `old-rejects`, and run the same command again",
+        )
+    return rejected
 
 
 def find_cuts(ranks: Int64, num_parts: int, count: Callable[[CutSearch], Iterable[tuple[cuts.Codes, Int64]]]) -> Digits:
@@ -82,17 +106,19 @@ def find_cuts(ranks: Int64, num_parts: int, count: Callable[[CutSearch], Iterabl
     return search.cuts
 
 
-def _count_parts(run: Run, num_parts: int, search: CutSearch, seed: int) -> Iterable[tuple[cuts.Codes, Int64]]:
+def _count_parts(
+    run: Run, scored: str, num_parts: int, search: CutSearch, seed: int
+) -> Iterable[tuple[cuts.Codes, Int64]]:
     task = ray.remote(num_cpus=_TASK_CPUS)(_count_part)
     levels = ray.put(search.levels)
-    waiting = [task.remote(run, part, levels, seed) for part in range(num_parts)]
+    waiting = [task.remote(run, scored, part, levels, seed) for part in range(num_parts)]
     while waiting:
         ready, waiting = ray.wait(waiting)
         yield ray.get(ready[0])
 
 
-def _count_part(run: Run, part: int, levels: list[cuts.Codes], seed: int) -> tuple[cuts.Codes, Int64]:
-    return cuts.count_digit(_keys(storage.read_parquet(run.part(SCORED, part), ["id", "priority"]), seed), levels)
+def _count_part(run: Run, scored: str, part: int, levels: list[cuts.Codes], seed: int) -> tuple[cuts.Codes, Int64]:
+    return cuts.count_digit(_keys(storage.read_parquet(run.part(scored, part), ["id", "priority"]), seed), levels)
 
 
 def _keys(rows: pa.Table, seed: int) -> Digits:
@@ -100,14 +126,14 @@ def _keys(rows: pa.Table, seed: int) -> Digits:
     return cuts.digits(priority, rows["id"].to_numpy(), seed)
 
 
-def _lay_out(run: Run, num_parts: int, found: Digits, config: Config) -> None:
+def _lay_out(run: Run, scored: str, num_parts: int, found: Digits, config: Config) -> None:
     task = ray.remote(num_cpus=_TASK_CPUS)(_lay_out_part)
-    ray.get([task.remote(run, part, found, config) for part in range(num_parts)])
+    ray.get([task.remote(run, scored, part, found, config) for part in range(num_parts)])
 
 
-def _lay_out_part(run: Run, part: int, found: Digits, config: Config) -> None:
+def _lay_out_part(run: Run, scored: str, part: int, found: Digits, config: Config) -> None:
     """Rewrite a scored part with one row group per (wave, shard), rows sorted by id."""
-    rows = storage.read_parquet(run.part(SCORED, part))
+    rows = storage.read_parquet(run.part(scored, part))
     ids = rows["id"].to_numpy()
     num_waves, num_shards = found.shape[1] + 1, config.index.shards
     waves = cuts.bucket(_keys(rows, config.seed), found)
@@ -137,7 +163,9 @@ def _cut_wave(run: Run, num_parts: int, wave: int, num_shards: int, unit_images:
     return len(units)
 
 
-def _describe(config: Config, run: Run, counts: list[int], sizes: list[int], units: list[int], found: Digits) -> Plan:
+def _describe(
+    config: Config, run: Run, counts: list[int], rejected: int, sizes: list[int], units: list[int], found: Digits
+) -> Plan:
     with storage.open_parquet(run.part("transformed", 0)) as file:
         dim = file.schema_arrow.field("vector").type.list_size
     waves = tuple(Wave(i + 1, size, count) for i, (size, count) in enumerate(zip(sizes, units, strict=True)))
@@ -152,6 +180,7 @@ def _describe(config: Config, run: Run, counts: list[int], sizes: list[int], uni
         waves=waves,
         fingerprint=hashlib.sha256(found.tobytes()).hexdigest(),
         deleted_images=config.plan.deleted_images,
+        num_rejected=rejected,
     )
     digest = hashlib.sha256(json.dumps(asdict(plan)).encode()).hexdigest()
     return Plan(**{name: getattr(plan, name) for name in Plan.__slots__} | {"fingerprint": digest})

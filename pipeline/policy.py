@@ -6,14 +6,14 @@ the gallery at a time, so a priority must not depend on what else is in the part
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import ConfigError, DataError
+from pipeline import user_code
+from pipeline.errors import DataError
 from pipeline.schema import Float32, Int64, splitmix64
 
 
@@ -51,21 +51,18 @@ def load_policy(name: str, seed: int) -> Policy:
         return uncertainty
     if name == "random":
         return lambda scored: random(scored, seed)
-    module_name, _, function_name = name.partition(":")
-    try:
-        function: Policy = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError("the policy's function cannot be found", found=error, where=f"plan.policy: {name}") from error
-    return function
+    return user_code.load_function(name, "the policy", f"plan.policy: {name}")
 
 
 def prioritise(policy: Policy, scored: Scored, where: str) -> Float32:
     """The priorities of a part, (N,) float32, checked.
 
     Raises:
+        ConfigError: the policy raised something.
         DataError: the policy gave another shape, or a NaN.
     """
-    priority = np.asarray(policy(scored), dtype=np.float32)
+    with user_code.own_code("the policy failed", where):
+        priority = np.asarray(policy(scored), dtype=np.float32)
     if priority.shape != scored.ids.shape or np.isnan(priority).any():
         raise DataError(
             "the policy gave unusable priorities",

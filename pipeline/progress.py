@@ -9,8 +9,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from pipeline import vector_log
-from pipeline.errors import DataError
+from pipeline import rejects, vector_log
 from pipeline.plan import Plan
 from pipeline.run import Run
 from pipeline.schema import Unit, UnitAck
@@ -62,9 +61,9 @@ class Progress:
     """Where a backfill stands.
 
     Attributes:
-        gallery: images in the plan.
+        gallery: images in the manifest: those in the plan, and those that the old encoder could not read.
         durable: images whose new embedding is in the vector log.
-        rejected: images that could not be embedded.
+        rejected: images that could not be embedded, by the new encoder or before the plan by the old one.
         published: images whose new embedding is in the latest commit.
         wave: the last wave that is published, 0 before the first.
         waves: waves in the plan.
@@ -97,10 +96,10 @@ class Progress:
 class Tracker:
     """Which units are durable, and which waves have become whole."""
 
-    def __init__(self, plan: Plan, log: VectorLog, max_reject_fraction: float) -> None:
-        """Takes what the log holds as done."""
+    def __init__(self, plan: Plan, log: VectorLog, max_reject_fraction: float, allowance: int = 0) -> None:
+        """Takes what the log holds as done; `allowance` rejects of a wave are borne whatever their fraction."""
         self._plan = plan
-        self._max_reject_fraction = max_reject_fraction
+        self._max_reject_fraction, self._allowance = max_reject_fraction, allowance
         self._log = log
         finished = vector_log.finished_units(log)
         self._done = {wave.wave: set(finished.get(wave.wave, ())) for wave in plan.waves}
@@ -152,9 +151,9 @@ class Tracker:
         accounted = sum(self._accounted(wave.wave) for wave in self._plan.waves)
         published = [wave for wave in self._plan.waves if wave.wave <= published_wave]
         return Progress(
-            gallery=self._plan.num_gallery,
+            gallery=self._plan.num_gallery + self._plan.num_rejected,
             durable=accounted - rejected,
-            rejected=rejected,
+            rejected=rejected + self._plan.num_rejected,
             published=sum(wave.images - self._rejected[wave.wave] for wave in published),
             wave=published_wave,
             waves=len(self._plan.waves),
@@ -180,17 +179,9 @@ class Tracker:
 
     def _check_rejects(self, number: int) -> None:
         wave = self._plan.waves[number - 1]
-        rejected = self._rejected[number]
-        if rejected <= self._max_reject_fraction * wave.images:
-            return
-        raise DataError(
-            f"too many images of wave {number} cannot be embedded; the wave is not published",
-            expected=f"at most {self._max_reject_fraction:.2%} of {wave.images} images",
-            found=f"{rejected} rejects ({rejected / wave.images:.2%})",
-            where=self._log.rejects_uri,
-            remedy="read the reasons with `fastfill status`; mend the images and run `fastfill backfill "
-            "--retry-rejects`, or raise backfill.max_reject_fraction",
-        )
+        summary = f"too many images of wave {number} cannot be embedded; the wave is not published"
+        fraction, where = self._max_reject_fraction, self._log.rejects_uri
+        rejects.check(self._rejected[number], wave.images, fraction, self._allowance, summary, where)
 
 
 def recent_rate(plan: Plan, log: VectorLog) -> float | None:

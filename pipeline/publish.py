@@ -19,7 +19,7 @@ from pipeline.codebook import train_codebook, write_codebook
 from pipeline.config import Config
 from pipeline.gate import blockers
 from pipeline.plan import Plan
-from pipeline.run import Run
+from pipeline.run import Run, fix_settings, stage_settings
 from pipeline.schema import Float32, vectors_from_arrow
 from pipeline.seal import Sealer
 from pipeline.snapshot import Commit, Counts, SegmentRef, Writer
@@ -124,7 +124,7 @@ class Publisher:
         return Sealer(self._run, self._plan, path, sha256)
 
     def _train_codebook(self) -> tuple[str, str]:
-        index = self._config.index
+        index, settings = self._config.index, stage_settings(self._config, "index")
         data = train_codebook(
             _training_vectors(self._run, index.train_vectors),
             index,
@@ -133,6 +133,7 @@ class Publisher:
             device=self._config.device,
             seed=self._config.seed,
         )
+        fix_settings(self._run, "index", settings)
         return write_codebook(self._run, data)
 
 

@@ -2,16 +2,18 @@
 
 `run.json` is written once, when the run starts, and holds the resolved config and the fingerprints of
 its inputs. A later start with another config is refused with the names of what differs; settings that
-only say how the work is done (RUNTIME) may change at any time.
+only say how the work is done (RUNTIME) may change at any time, and those that only one stage uses (STAGES)
+until that stage has made something: a fit that diverged, or a policy that failed, can be mended.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from dataclasses import dataclass
 
-from pipeline import storage
+from pipeline import storage, user_code
 from pipeline.config import Config, Encoder
 from pipeline.errors import DataError, IncompatibleRun
 from pipeline.schema import FORMAT_VERSION
@@ -38,6 +40,44 @@ RUNTIME = {
     "encoders.new.torchvision.state_dict",
     "gallery.manifest",
     "pairs.manifest",
+}
+
+
+Identity = dict[str, object]
+"""Settings and fingerprints by their full name, without RUNTIME."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A step whose own settings are fixed when it has something to keep.
+
+    Attributes:
+        settings: the file that says what the stage's outcome was made with.
+        outcome: a file that is there once the stage is done.
+        keys: its settings and fingerprints: these, and what is below them.
+    """
+
+    settings: str
+    outcome: str
+    keys: tuple[str, ...]
+
+    def of(self, identity: Identity) -> Identity:
+        """The stage's share."""
+        return {key: value for key, value in identity.items() if any(_is_below(key, name) for name in self.keys)}
+
+
+# A stage's settings file is created with a conditional put just before its first file that others will read, and
+# never replaced. So of two drivers with different settings exactly one goes on, on S3 as on a disk, and what is
+# there was made with what the file says. Replacing run.json instead would leave the other driver, which has read
+# the old one, writing into the same places. What a stage tries before that lies apart by a digest of its settings.
+STAGES = {
+    "fit": Stage("transformation/settings.json", "transformation/transformation.json", ("fit", "content of fit")),
+    "plan": Stage(
+        "plan/settings.json",
+        "plan/plan.json",
+        ("plan.policy", "plan.waves", "index.shards", "content of plan.policy"),
+    ),
+    "index": Stage("index/settings.json", f"index/commits/{0:020d}.json", ("index.factory", "index.train_vectors")),
 }
 
 
@@ -117,13 +157,47 @@ def check_resumable(config: Config, fingerprints: dict[str, str]) -> None:
     run = Run(config.run)
     if not storage.exists(run.settings):
         return
-    changes = _changes(_identity(read_settings(run)), _identity(_settings(config, fingerprints)))
-    if changes:
-        raise IncompatibleRun(
-            "this run was started with other inputs or settings:\n" + "\n".join(f"  - {line}" for line in changes),
-            where=run.settings,
-            remedy="put the settings back, or start beside it with `fastfill backfill --new-run`",
-        )
+    started, now = _identity(read_settings(run)), _identity(_settings(config, fingerprints))
+    for stage in STAGES.values():
+        made_with = _made_with(run, stage)
+        if made_with is None:  # nothing is there yet; or it was made before stages had settings of their own
+            made_with = stage.of(started if storage.exists(run.path(stage.outcome)) else now)
+        started = {key: value for key, value in started.items() if key not in stage.of(started)} | made_with
+    _refuse(started, now, run.settings)
+
+
+def stage_settings(config: Config, name: str) -> Identity:
+    """What decides the outcome of a stage, apart from what is fixed when the run starts."""
+    prints = _classifier_fingerprint(config) if name == "fit" else _policy_fingerprint(config)
+    return STAGES[name].of(_identity(_settings(config, prints)))
+
+
+def settings_digest(settings: Identity) -> str:
+    """A short digest: names where a stage keeps what it tries before its settings are fixed."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fix_settings(run: Run, name: str, settings: Identity) -> None:
+    """Say what a stage's outcome is made with, before its first file is written; the first to say so is obeyed.
+
+    Raises:
+        IncompatibleRun: another driver has begun to write it with other settings.
+    """
+    try:
+        storage.put_if_absent(run.path(STAGES[name].settings), json.dumps(settings, indent=1).encode())
+    except storage.AlreadyExists:
+        check_settings_of(run, name, settings)
+
+
+def check_settings_of(run: Run, name: str, settings: Identity) -> None:
+    """Refuse what another driver has made meanwhile with other settings.
+
+    Raises:
+        IncompatibleRun: with one line per setting that differs.
+    """
+    made_with = _made_with(run, STAGES[name])
+    if made_with is not None:
+        _refuse(made_with, settings, run.path(STAGES[name].settings))
 
 
 def free_uri(uri: str) -> str:
@@ -156,7 +230,9 @@ def read_settings(run: Run) -> dict[str, object]:
 
 
 def weight_fingerprints(config: Config) -> dict[str, str]:
-    """What the encoders and the classifier contain: a sha256 of each file.
+    """What the encoders, the classifier and a policy of the user's own contain: a sha256 of each file.
+
+    Of a `module:function` it is the module's source file, where that can be found.
 
     Raises:
         DataError: one of them is missing.
@@ -166,9 +242,9 @@ def weight_fingerprints(config: Config) -> dict[str, str]:
         path = _weights(encoder)
         if path is not None:
             found[f"encoders.{name}"] = _digest(path, f"encoders.{name}")
-    if config.fit.classifier is not None:
-        found["fit.classifier"] = _digest(config.fit.classifier.path, "fit.classifier.path")
-    return found
+        elif encoder is not None and encoder.function is not None:
+            found |= _function_fingerprint(f"encoders.{name}", encoder.function)
+    return found | _classifier_fingerprint(config) | _policy_fingerprint(config)
 
 
 def _settings(config: Config, fingerprints: dict[str, str]) -> dict[str, object]:
@@ -177,6 +253,21 @@ def _settings(config: Config, fingerprints: dict[str, str]) -> dict[str, object]
         "config": config.model_dump(mode="json"),
         "fingerprints": fingerprints,
     }
+
+
+def _classifier_fingerprint(config: Config) -> dict[str, str]:
+    if config.fit.classifier is None:
+        return {}
+    return {"fit.classifier": _digest(config.fit.classifier.path, "fit.classifier.path")}
+
+
+def _policy_fingerprint(config: Config) -> dict[str, str]:
+    return _function_fingerprint("plan.policy", config.plan.policy) if ":" in config.plan.policy else {}
+
+
+def _function_fingerprint(key: str, function: str) -> dict[str, str]:
+    found = user_code.fingerprint(function)
+    return {} if found is None else {key: found}
 
 
 def _weights(encoder: Encoder | None) -> str | None:
@@ -192,13 +283,35 @@ def _digest(path: str, key: str) -> str:
         raise DataError("an input file cannot be read", found=error.strerror, where=f"{key}: {path}") from error
 
 
-def _identity(settings: dict[str, object]) -> dict[str, object]:
+def _made_with(run: Run, stage: Stage) -> Identity | None:
+    found = storage.read_versioned(run.path(stage.settings))
+    if found is None:
+        return None
+    settings: Identity = json.loads(found[0])
+    return settings
+
+
+def _refuse(started: Identity, now: Identity, where: str) -> None:
+    changes = _changes(started, now)
+    if changes:
+        raise IncompatibleRun(
+            "this run was started with other inputs or settings:\n" + "\n".join(f"  - {line}" for line in changes),
+            where=where,
+            remedy="put the settings back, or start beside it with `fastfill backfill --new-run`",
+        )
+
+
+def _identity(settings: dict[str, object]) -> Identity:
     flat = {key: value for key, value in _flatten(settings["config"], "") if not _is_runtime(key)}
     return flat | {f"content of {key}": value for key, value in _flatten(settings["fingerprints"], "")}
 
 
 def _is_runtime(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in RUNTIME)
+    return any(_is_below(key, name) for name in RUNTIME)
+
+
+def _is_below(key: str, name: str) -> bool:
+    return key == name or key.startswith(f"{name}.")
 
 
 def _flatten(value: object, prefix: str) -> list[tuple[str, object]]:
@@ -207,6 +320,6 @@ def _flatten(value: object, prefix: str) -> list[tuple[str, object]]:
     return [pair for key, item in value.items() for pair in _flatten(item, f"{prefix}.{key}" if prefix else key)]
 
 
-def _changes(started: dict[str, object], now: dict[str, object]) -> list[str]:
+def _changes(started: Identity, now: Identity) -> list[str]:
     keys = [key for key in started | now if started.get(key) != now.get(key)]
     return [f"{key}: the run has {started.get(key)!r}, you gave {now.get(key)!r}" for key in keys]

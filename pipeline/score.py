@@ -1,4 +1,4 @@
-"""Transform the gallery and score it: `gallery/part-*` in, `scored/part-*` out, a Ray Data map over parts.
+"""Transform the gallery and score it: `gallery/part-*` in, scored parts out, a Ray Data map over parts.
 
 Guarantee: part k holds, for each image of gallery part k that has an old embedding, the transformed
 embedding, its uncertainty, and the policy's priority. No image is touched. A part that is there is
@@ -16,8 +16,6 @@ from pipeline import manifest, policy, storage
 from pipeline.config import Config
 from pipeline.embeddings import embedding_log, read_embeddings
 from pipeline.errors import DataError
-from pipeline.manifest import Manifest
-from pipeline.plan import SCORED
 from pipeline.policy import Scored
 from pipeline.run import Run
 from pipeline.schema import Float32, transformed_schema, vectors_from_arrow, vectors_to_arrow
@@ -26,13 +24,14 @@ from pipeline.transformation import apply, load_transformation, resolve_device
 _APPLY_BATCH = 8192
 
 
-def score_gallery(config: Config, run: Run) -> list[int]:
-    """Transform and score every part of the gallery.
+def score_gallery(config: Config, run: Run, folder: str) -> list[int]:
+    """Transform and score every part of the gallery into a folder of the run.
 
     Returns:
         the number of images of each part.
 
     Raises:
+        ConfigError: the policy raised something.
         DataError: the old embeddings do not fit the transformation, or the policy gave a NaN.
     """
     gallery = manifest.read_manifest(run, "gallery")
@@ -44,7 +43,7 @@ def score_gallery(config: Config, run: Run) -> list[int]:
         ray.data.range(parts, override_num_blocks=parts)
         .map_batches(
             _Scorer,
-            fn_constructor_args=(config, run, gallery),
+            fn_constructor_args=(config, run, folder),
             batch_size=1,
             batch_format="numpy",
             compute=ActorPoolStrategy(min_size=1, max_size=config.backfill.max_actors),
@@ -59,15 +58,15 @@ def score_gallery(config: Config, run: Run) -> list[int]:
 class _Scorer:
     """The actor: holds h, writes one scored part a call."""
 
-    def __init__(self, config: Config, run: Run, gallery: Manifest) -> None:
-        self._config, self._run, self._gallery = config, run, gallery
+    def __init__(self, config: Config, run: Run, folder: str) -> None:
+        self._config, self._run, self._folder = config, run, folder
         self._device = resolve_device(config.device)
         self._network, self._info = load_transformation(run, self._device)
         self._policy = policy.load_policy(config.plan.policy, config.seed)
 
     def __call__(self, batch: dict[str, np.typing.NDArray[np.int64]]) -> dict[str, list[int]]:
         part = int(batch["id"][0])
-        uri = self._run.part(SCORED, part)
+        uri = self._run.part(self._folder, part)
         if storage.exists(uri):
             return {"part": [part], "images": [storage.read_parquet(uri, ["id"]).num_rows]}
         return {"part": [part], "images": [self._score(part, uri)]}

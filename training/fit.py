@@ -42,7 +42,7 @@ from ray.util.queue import Queue
 from pipeline import storage
 from pipeline.config import Config, Fit
 from pipeline.errors import ConfigError, DataError, FastfillError, TransientError
-from pipeline.run import Run
+from pipeline.run import Run, check_settings_of, fix_settings, stage_settings
 from pipeline.transformation import (
     TransformationInfo,
     TransformationNetwork,
@@ -74,13 +74,17 @@ def fit(config: Config, run: Run, data: FitData, on_epoch: Callable[[Epoch], Non
         ConfigError: the settings do not fit the data: no labels for the loss, too few parts or pairs.
         DataError: the pairs break their contract, or the loss became infinite.
         TransientError: workers failed more than `fit.max_failures` times.
+        IncompatibleRun: another driver has fitted it with other settings meanwhile.
     """
+    settings = stage_settings(config, "fit")
     if has_transformation(run):
+        check_settings_of(run, "fit", settings)
         return read_info(run)
     job = make_job(config, data)
     network = _train(config, run, job, on_epoch)
     held_out = pa.concat_tables([storage.read_parquet(uri) for uri in data.held_out_parts])
     info = measure(config, job, network, make_arrays(held_out, job))
+    fix_settings(run, "fit", settings)
     save_transformation(run, network, info)
     storage.delete(_training_folder(run))
     return info
@@ -285,7 +289,10 @@ def _fingerprint(job: Job) -> str:
     data = job.data
     settings = job.fit.model_dump(mode="json", exclude={"classifier", "max_failures"})
     shape = [job.seed, job.normalize, data.num_train, data.num_classes, data.d_old, data.d_new, data.d_side]
-    return "fit-" + hashlib.sha256(json.dumps([settings, shape]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([settings, shape]).encode())
+    for tensor in data.classifier or ():
+        digest.update(b"" if tensor is None else tensor.tobytes())
+    return "fit-" + digest.hexdigest()[:16]
 
 
 def _training_folder(run: Run) -> str:

@@ -10,6 +10,7 @@ and seed alone. Training parts are stripes, so any of them is a sample. `pairs/p
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline import manifest, storage
+from pipeline import manifest, rejects, storage
 from pipeline.config import Classifier, Config
 from pipeline.embeddings import OnUnits, embed_missing, embedding_log, read_embeddings
 from pipeline.encoders import load_tensors
@@ -28,6 +29,8 @@ from pipeline.vector_log import VectorLog
 from training.learner import FitData
 
 NUM_STRIPES = 16
+MIN_PAIRS = 2 * NUM_STRIPES
+MIN_HELD_OUT = 2
 _MOST_ROWS = 2**20
 
 
@@ -56,7 +59,7 @@ def build_pairs(config: Config, run: Run, on_units: OnUnits = lambda what, done,
 
     Raises:
         ConfigError: old embeddings must be computed and there is no old encoder.
-        DataError: too few pairs.
+        DataError: too few pairs, or too many images among them that cannot be read.
     """
     done = storage.read_versioned(_marker(run))
     if done is not None:
@@ -66,8 +69,10 @@ def build_pairs(config: Config, run: Run, on_units: OnUnits = lambda what, done,
     embed_missing(config, run, ["pairs"], on_units)
     logs = {role: embedding_log(config, run, "pairs", role) for role in ("old", "new")}
     table = pa.concat_tables([_join(run, part, logs) for part in range(len(rows.rows))])
-    if table.num_rows < 2 * NUM_STRIPES:
-        raise DataError("too few training pairs", expected=f"at least {2 * NUM_STRIPES}", found=table.num_rows)
+    rejected = rows.num_rows - table.num_rows
+    rejects.check_manifest(rejected, rows.num_rows, config.backfill, "pairs", run.path("pairs"))
+    if table.num_rows < MIN_PAIRS:
+        raise DataError("too few training pairs", expected=f"at least {MIN_PAIRS}", found=table.num_rows)
     labels, num_classes = _codes(table["label"])
     ids = table["index"].to_numpy()
     held_out = split(ids, labels, config.pairs.held_out_fraction, config.seed)
@@ -86,7 +91,7 @@ def build_pairs(config: Config, run: Run, on_units: OnUnits = lambda what, done,
         d_new=widths["new"] or 0,
         d_side=widths["side"],
         num_classes=num_classes,
-        rejected=rows.num_rows - table.num_rows,
+        rejected=rejected,
     )
     storage.put(_marker(run), json.dumps(asdict(pairs)).encode())
     return pairs
@@ -114,15 +119,19 @@ def split(ids: Int64, labels: NDArray[np.int32], fraction: float, seed: int) -> 
     """Which pairs are held out, (N,) bool: every (1 / fraction)-th by label, and by hash within a label.
 
     So the fraction holds over all pairs, and within each label to one pair, however few it has. At least
-    one pair is held out.
+    two pairs are held out: one alone has no neighbour to be measured by.
     """
+    fraction = max(fraction, MIN_HELD_OUT / len(ids))
     order = np.lexsort((splitmix64(ids, seed + 1), labels))
     due = np.floor(np.arange(len(ids) + 1) * fraction + 0.5)
     held_out = np.zeros(len(ids), dtype=bool)
     held_out[order] = np.diff(due) > 0
-    if not held_out.any():
-        held_out[order[0]] = True
     return held_out
+
+
+def num_training(num_pairs: int, held_out_fraction: float) -> int:
+    """How many of so many pairs will train, where none of them is rejected."""
+    return num_pairs - max(MIN_HELD_OUT, math.floor(num_pairs * held_out_fraction + 0.5))
 
 
 def _join(run: Run, part: int, logs: dict[str, VectorLog]) -> pa.Table:

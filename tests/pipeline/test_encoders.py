@@ -182,6 +182,27 @@ def test_a_function_that_gives_no_network_is_a_config_error(name: str) -> None:
         load_encoder(spec(function=name), CPU)
 
 
+def raises() -> nn.Module:
+    raise ValueError("no weights here")
+
+
+class _Failing(nn.Module):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        raise TypeError("no picture")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("raises", "the encoder's function failed\n  found: ValueError: no weights here"),
+        ("_Failing", "the encoder's module failed\n  found: TypeError: no picture"),
+    ],
+)
+def test_a_function_that_raises_is_a_config_error_with_the_line(name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{said} \(.*test_encoders\.py, line \d+\)"):
+        load_encoder(spec(function=f"{__name__}:{name}"), CPU)
+
+
 def test_another_width_than_configured_is_a_config_error(archive: str) -> None:
     with pytest.raises(ConfigError, match=r"expected: dim 6\n  found: \(5,\)"):
         load_encoder(spec(export=archive, dim=6), CPU)

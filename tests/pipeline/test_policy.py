@@ -92,3 +92,12 @@ def test_unusable_priorities_are_refused_with_their_place(name: str, found: str)
 def test_a_policy_that_cannot_be_found_is_a_config_error(name: str) -> None:
     with pytest.raises(ConfigError, match=f"plan.policy: {name}"):
         load_policy(name, 0)
+
+
+def raises(columns: Scored) -> Float32:
+    raise KeyError("colour")
+
+
+def test_a_policy_that_raises_is_a_config_error_with_the_line() -> None:
+    with pytest.raises(ConfigError, match=r"the policy failed\n  found: KeyError: 'colour' \(.*test_policy\.py, line "):
+        prioritise(load_policy(f"{__name__}:raises", 0), scored(np.arange(5)), "plan.policy: x")

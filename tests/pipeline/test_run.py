@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,19 @@ from pipeline import storage
 from pipeline.config import Config
 from pipeline.config_file import resolve, validate
 from pipeline.errors import DataError, IncompatibleRun
-from pipeline.run import RUNTIME, Run, check_resumable, read_settings, start, weight_fingerprints
+from pipeline.run import (
+    RUNTIME,
+    STAGES,
+    Run,
+    check_resumable,
+    check_settings_of,
+    fix_settings,
+    read_settings,
+    settings_digest,
+    stage_settings,
+    start,
+    weight_fingerprints,
+)
 
 GALLERY = {"gallery": "0123"}
 
@@ -54,6 +67,14 @@ def fingerprints(item: Config) -> dict[str, str]:
 
 def begin(item: Config) -> Run:
     return start(item, fingerprints(item))
+
+
+def finish(item: Config) -> Run:
+    """A run whose stages all have something to keep."""
+    run = begin(item)
+    for name in STAGES:
+        fix_settings(run, name, stage_settings(item, name))
+    return run
 
 
 def test_the_same_config_continues_its_run_and_leaves_its_settings_alone(tmp_path: Path) -> None:
@@ -99,7 +120,7 @@ def test_settings_that_only_say_how_may_change_at_any_time(tmp_path: Path, chang
 def test_any_other_setting_is_refused_by_its_name_with_both_values(
     tmp_path: Path, change: dict[str, Any], key: str
 ) -> None:
-    begin(config(tmp_path))
+    finish(config(tmp_path))
     with pytest.raises(IncompatibleRun) as caught:
         begin(config(tmp_path, **change))
     lines = [line for line in str(caught.value).splitlines() if line.startswith("  - ")]
@@ -109,7 +130,7 @@ def test_any_other_setting_is_refused_by_its_name_with_both_values(
 
 
 def test_all_that_differs_is_named_at_once(tmp_path: Path) -> None:
-    begin(config(tmp_path))
+    finish(config(tmp_path))
     with pytest.raises(IncompatibleRun) as caught:
         begin(config(tmp_path, seed=1, plan__waves=3, fit__lr=1.0, device="cpu"))
     assert all(key in str(caught.value) for key in ("seed", "plan.waves", "fit.lr"))
@@ -121,10 +142,83 @@ def test_all_that_differs_is_named_at_once(tmp_path: Path) -> None:
     [("old.pt2", "encoders.old"), ("new.pt2", "encoders.new"), ("classifier.safetensors", "fit.classifier")],
 )
 def test_changed_weights_under_the_same_name_are_refused(tmp_path: Path, name: str, key: str) -> None:
-    begin(config(tmp_path))
+    finish(config(tmp_path))
     (tmp_path / "data" / name).write_bytes(b"others")
     with pytest.raises(IncompatibleRun, match=f"content of {key}: "):
         begin(config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("stage", "change"),
+    [
+        ("fit", {"fit__lr": 1.0}),
+        ("fit", {"fit__classifier": None}),
+        ("plan", {"plan__waves": 3, "plan__policy": "random"}),
+        ("plan", {"index__shards": 2}),
+        ("index", {"index__factory": "Flat", "index__train_vectors": 7}),
+    ],
+)
+def test_a_stages_own_settings_may_change_until_it_has_something_to_keep(
+    tmp_path: Path, stage: str, change: dict[str, Any]
+) -> None:
+    run, changed = begin(config(tmp_path)), config(tmp_path, **change)
+    for name in set(STAGES) - {stage}:
+        fix_settings(run, name, stage_settings(config(tmp_path), name))
+    written = storage.read_bytes(run.settings)
+    begin(changed)
+    assert storage.read_bytes(run.settings) == written
+    fix_settings(run, stage, stage_settings(changed, stage))
+    begin(changed)
+    with pytest.raises(IncompatibleRun, match="the run has"):
+        begin(config(tmp_path))
+
+
+def test_of_two_drivers_with_different_settings_the_first_to_keep_something_is_obeyed(tmp_path: Path) -> None:
+    run, one, other = begin(config(tmp_path)), config(tmp_path), config(tmp_path, plan__waves=3)
+    begin(other)  # both were let in: there is no plan yet
+    fix_settings(run, "plan", stage_settings(one, "plan"))
+    fix_settings(run, "plan", stage_settings(one, "plan"))
+    for late in (fix_settings, check_settings_of):
+        with pytest.raises(IncompatibleRun, match=r"plan\.waves: the run has 20, you gave 3(.|\n)*plan/settings\.json"):
+            late(run, "plan", stage_settings(other, "plan"))
+
+
+@pytest.mark.parametrize("name", ["fit", "plan", "index"])
+def test_a_stage_that_was_done_before_it_kept_its_settings_is_held_to_those_of_the_run(
+    tmp_path: Path, name: str
+) -> None:
+    run = begin(config(tmp_path))
+    change = {"fit": {"fit__lr": 1.0}, "plan": {"plan__waves": 3}, "index": {"index__factory": "Flat"}}[name]
+    begin(config(tmp_path, **change))
+    storage.put(run.path(STAGES[name].outcome), b"{}")
+    with pytest.raises(IncompatibleRun):
+        begin(config(tmp_path, **change))
+
+
+def test_every_key_of_a_stage_is_a_setting(tmp_path: Path) -> None:
+    item = config(tmp_path, plan__policy="json:loads")
+    for name, stage in STAGES.items():
+        settings = stage_settings(item, name)
+        assert set(stage.keys) == {key for key in stage.keys if any(runs._is_below(found, key) for found in settings)}
+        assert settings_digest(settings) != settings_digest(settings | {next(iter(settings)): "other"})
+
+
+def test_a_changed_function_is_refused_like_changed_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine_encoder", "mine_policy"):
+        (tmp_path / f"{name}.py").write_text("def make():\n    return 1\n")
+    changes = {"encoders__new__export": None, "encoders__new__function": "mine_encoder:make"}
+    item = config(tmp_path, **changes, plan__policy="mine_policy:make")
+    assert set(fingerprints(item)) == {"gallery", "encoders.old", "encoders.new", "fit.classifier", "plan.policy"}
+    finish(item)
+    begin(item)
+    for name, key in (("mine_encoder", "encoders.new"), ("mine_policy", "plan.policy")):
+        before = (tmp_path / f"{name}.py").read_text()
+        (tmp_path / f"{name}.py").write_text(before.replace("1", "2"))
+        with pytest.raises(IncompatibleRun, match=f"content of {key}: "):
+            begin(item)
+        (tmp_path / f"{name}.py").write_text(before)
 
 
 def test_another_gallery_is_refused(tmp_path: Path) -> None:
@@ -142,7 +236,7 @@ def test_a_copy_of_the_same_data_elsewhere_continues_the_run(tmp_path: Path) -> 
 @pytest.mark.parametrize("missing", ["fit__classifier", "encoders__old"])
 def test_an_input_that_comes_or_goes_is_refused(tmp_path: Path, missing: str) -> None:
     without = config(tmp_path, **{missing: None})
-    begin(without)
+    finish(without)
     with pytest.raises(IncompatibleRun, match="content of"):
         begin(config(tmp_path))
 

@@ -20,7 +20,7 @@ from pipeline.config_file import validate
 from pipeline.errors import DataError
 from pipeline.run import Run
 from pipeline.schema import Int64, vectors_from_arrow
-from training.pairs import _classifier, _codes, build_pairs, split
+from training.pairs import _classifier, _codes, build_pairs, num_training, split
 
 fractions = st.floats(0.02, 0.5)
 PINNED = [18, 26, 33, 34]
@@ -42,6 +42,7 @@ def test_the_fraction_holds_over_all_pairs_and_within_each_label_to_one_pair(
 ) -> None:
     ids, labels = pairs
     held_out = split(ids, labels, fraction, seed)
+    fraction = max(fraction, 2 / len(ids))  # two at least
     assert abs(held_out.sum() - fraction * len(ids)) <= 1
     for label in np.unique(labels):
         mine = labels == label
@@ -78,8 +79,18 @@ def test_the_split_stays_what_it_is() -> None:
     assert np.flatnonzero(held_out).tolist() == PINNED
 
 
-def test_at_least_one_pair_is_held_out() -> None:
-    assert split(np.arange(32), np.zeros(32, np.int32), 0.001, 0).sum() == 1
+@pytest.mark.parametrize("fraction", [0.001, 0.03])  # of 32 pairs none, and one
+def test_at_least_two_pairs_are_held_out_as_one_alone_has_no_neighbour(fraction: float) -> None:
+    held_out = split(np.arange(32), np.zeros(32, np.int32), fraction, 0)
+    assert held_out.sum() == 2
+    assert num_training(32, fraction) == 30
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.05, 0.1, 0.37, 0.5])
+@pytest.mark.parametrize("num", [32, 45, 1000])
+def test_the_number_that_trains_is_known_before_the_split(num: int, fraction: float) -> None:
+    held_out = split(np.arange(num), (np.arange(num) % 7).astype(np.int32), fraction, 3)
+    assert num - held_out.sum() == num_training(num, fraction)
 
 
 def codes(labels: list[str | None]) -> tuple[list[int], int | None]:

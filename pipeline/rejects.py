@@ -1,0 +1,84 @@
+"""Images that cannot be embedded: how many are too many, and which there are in a run, whatever the stage.
+
+An image that the new encoder cannot read stays served as transformed. One of the gallery that the old encoder
+cannot read, where its old embedding was to be computed, has no vector of any kind: it is not in the plan, and
+is counted beside it. Knows the places of the rejects, not what is done with the other images.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import vector_log
+from pipeline.config import Backfill
+from pipeline.errors import DataError
+from pipeline.plan import Plan
+from pipeline.run import Run
+from pipeline.schema import REJECTS
+from pipeline.vector_log import VectorLog
+
+REMEDY = (
+    "read the reasons with `fastfill status`; mend the images and run `fastfill backfill "
+    "--retry-rejects`, or raise backfill.max_reject_fraction"
+)
+
+
+def limit(images: int, fraction: float, allowance: int) -> float:
+    """How many rejects among so many images are borne: as `config.Backfill` says."""
+    return max(fraction * images, allowance) if fraction else 0.0
+
+
+def check(rejected: int, images: int, fraction: float, allowance: int, summary: str, where: str) -> None:
+    """Stop where too many of `images` are rejected.
+
+    Raises:
+        DataError: with the summary, the counts, and where the reasons are.
+    """
+    if rejected <= limit(images, fraction, allowance):
+        return
+    anyway = f", and {allowance} in any case" if fraction and allowance else ""
+    raise DataError(
+        summary,
+        expected=f"at most {fraction:.2%} of {images} images{anyway}",
+        found=f"{rejected} rejects ({rejected / images:.2%})",
+        where=where,
+        remedy=REMEDY,
+    )
+
+
+def check_manifest(rejected: int, images: int, settings: Backfill, folder: str, where: str) -> None:
+    """Stop before the fit and the plan where too many images of the gallery or of the pairs are rejected.
+
+    Raises:
+        DataError: as `check`.
+    """
+    summary = f"too many images of the {folder} cannot be embedded; nothing is fitted or planned without them"
+    check(rejected, images, settings.max_reject_fraction, settings.reject_allowance, summary, where)
+
+
+def manifest_log(run: Run, folder: str, role: str, dim: int = 1) -> VectorLog:
+    """Where the embeddings of a manifest's images are kept; without the width it serves for the rejects alone."""
+    return VectorLog(run.path(folder, role), run.path(folder, f"{role}-rejects"), dim, num_shards=1)
+
+
+def count_before_plan(run: Run) -> int:
+    """The images of the gallery that the old encoder could not read."""
+    return sum(vector_log.count_rejects(manifest_log(run, "gallery", "old")).values())
+
+
+def read_all(run: Run, plan: Plan | None) -> pa.Table:
+    """The rejects of the gallery as REJECTS rows, those of the old encoder first; their stage says so."""
+    before = _of_manifest(run, "gallery", "old", "old encoder")
+    return before if plan is None else pa.concat_tables([before, vector_log.read_rejects(plan.log(run))])
+
+
+def read_of_pairs(run: Run) -> pa.Table:
+    """The rejects of the training pairs as REJECTS rows, an image once per encoder that could not read it."""
+    return pa.concat_tables(_of_manifest(run, "pairs", role, f"pairs, {role} encoder") for role in ("old", "new"))
+
+
+def _of_manifest(run: Run, folder: str, role: str, title: str) -> pa.Table:
+    rows = vector_log.read_rejects(manifest_log(run, folder, role))
+    stage = pc.binary_join_element_wise(pa.scalar(title), rows["stage"], ": ")
+    return rows.set_column(REJECTS.get_field_index("stage"), "stage", stage)
