@@ -133,16 +133,12 @@ def open_run_of(config: Config, *, to_embed: bool = False) -> Run:
         DataError: there is no run, or the encoder's file is missing.
         IncompatibleRun: it was started with other settings, or with other weights.
     """
-    from pipeline.run import Run, check_resumable, read_settings, weight_fingerprints
+    from pipeline.run import Run, check_resumable, encoder_fingerprint, read_settings
 
     run = Run(config.run)
-    fingerprints = read_settings(run)["fingerprints"]
-    assert isinstance(fingerprints, dict)
-    if to_embed:
-        encoders = config.encoders.model_copy(update={"old": None})
-        fit = config.fit.model_copy(update={"classifier": None})
-        fingerprints |= weight_fingerprints(config.model_copy(update={"encoders": encoders, "fit": fit}))
-    check_resumable(config, fingerprints)
+    read_settings(run)  # a run that is not there is an error
+    fingerprints = encoder_fingerprint("encoders.new", config.encoders.new) if to_embed else {}
+    check_resumable(config, fingerprints, all_inputs=False)
     return run
 
 

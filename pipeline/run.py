@@ -43,6 +43,8 @@ RUNTIME = {
 }
 
 
+_CONTENT = "content of "
+
 Identity = dict[str, object]
 """Settings and fingerprints by their full name, without RUNTIME."""
 
@@ -148,8 +150,13 @@ def start(config: Config, fingerprints: dict[str, str]) -> Run:
     return run
 
 
-def check_resumable(config: Config, fingerprints: dict[str, str]) -> None:
+def check_resumable(config: Config, fingerprints: dict[str, str], *, all_inputs: bool = True) -> None:
     """Refuse a config that would not continue the run under its URI; a run that is not there is no refusal.
+
+    Args:
+        config: what the user gave.
+        fingerprints: of its inputs.
+        all_inputs: False for a command that only reads: an input whose fingerprint is not given is not compared.
 
     Raises:
         IncompatibleRun: with one line per setting or input that differs.
@@ -163,6 +170,8 @@ def check_resumable(config: Config, fingerprints: dict[str, str]) -> None:
         if made_with is None:  # nothing is there yet; or it was made before stages had settings of their own
             made_with = stage.of(started if storage.exists(run.path(stage.outcome)) else now)
         started = {key: value for key, value in started.items() if key not in stage.of(started)} | made_with
+    if not all_inputs:
+        started = {key: value for key, value in started.items() if key in now or not key.startswith(_CONTENT)}
     _refuse(started, now, run.settings)
 
 
@@ -237,14 +246,22 @@ def weight_fingerprints(config: Config) -> dict[str, str]:
     Raises:
         DataError: one of them is missing.
     """
-    found = {}
+    found: dict[str, str] = {}
     for name, encoder in (("old", config.encoders.old), ("new", config.encoders.new)):
-        path = _weights(encoder)
-        if path is not None:
-            found[f"encoders.{name}"] = _digest(path, f"encoders.{name}")
-        elif encoder is not None and encoder.function is not None:
-            found |= _function_fingerprint(f"encoders.{name}", encoder.function)
+        found |= {} if encoder is None else encoder_fingerprint(f"encoders.{name}", encoder)
     return found | _classifier_fingerprint(config) | _policy_fingerprint(config)
+
+
+def encoder_fingerprint(key: str, encoder: Encoder) -> dict[str, str]:
+    """What one encoder contains, under its name in the config; nothing where that cannot be told.
+
+    Raises:
+        DataError: its file is missing.
+    """
+    if encoder.function is not None:
+        return _function_fingerprint(key, encoder.function)
+    path = encoder.export or (encoder.torchvision.state_dict if encoder.torchvision else "")
+    return {key: _digest(path, key)}
 
 
 def _settings(config: Config, fingerprints: dict[str, str]) -> dict[str, object]:
@@ -268,12 +285,6 @@ def _policy_fingerprint(config: Config) -> dict[str, str]:
 def _function_fingerprint(key: str, function: str) -> dict[str, str]:
     found = user_code.fingerprint(function)
     return {} if found is None else {key: found}
-
-
-def _weights(encoder: Encoder | None) -> str | None:
-    if encoder is None or encoder.function is not None:
-        return None
-    return encoder.export or (encoder.torchvision.state_dict if encoder.torchvision else None)
 
 
 def _digest(path: str, key: str) -> str:
@@ -303,7 +314,7 @@ def _refuse(started: Identity, now: Identity, where: str) -> None:
 
 def _identity(settings: dict[str, object]) -> Identity:
     flat = {key: value for key, value in _flatten(settings["config"], "") if not _is_runtime(key)}
-    return flat | {f"content of {key}": value for key, value in _flatten(settings["fingerprints"], "")}
+    return flat | {f"{_CONTENT}{key}": value for key, value in _flatten(settings["fingerprints"], "")}
 
 
 def _is_runtime(key: str) -> bool:

@@ -21,6 +21,7 @@ from pipeline.run import (
     Run,
     check_resumable,
     check_settings_of,
+    encoder_fingerprint,
     fix_settings,
     read_settings,
     settings_digest,
@@ -239,6 +240,20 @@ def test_an_input_that_comes_or_goes_is_refused(tmp_path: Path, missing: str) ->
     finish(without)
     with pytest.raises(IncompatibleRun, match="content of"):
         begin(config(tmp_path))
+
+
+def test_a_command_that_only_reads_compares_the_settings_and_the_inputs_that_it_uses(tmp_path: Path) -> None:
+    item = config(tmp_path)
+    finish(item)
+    for name in ("old.pt2", "classifier.safetensors"):
+        (tmp_path / "data" / name).unlink()
+    check_resumable(item, {}, all_inputs=False)
+    check_resumable(item, encoder_fingerprint("encoders.new", item.encoders.new), all_inputs=False)
+    with pytest.raises(IncompatibleRun, match=r"fit\.lr"):
+        check_resumable(config(tmp_path, fit__lr=1.0), {}, all_inputs=False)
+    (tmp_path / "data" / "new.pt2").write_bytes(b"others")
+    with pytest.raises(IncompatibleRun, match=r"content of encoders\.new"):
+        check_resumable(item, encoder_fingerprint("encoders.new", item.encoders.new), all_inputs=False)
 
 
 def test_a_refused_start_changes_nothing(tmp_path: Path) -> None:
