@@ -1,4 +1,4 @@
-# make demo test test-slow check bench: the same commands for people and for CI.
+# make demo test test-slow check format clean: the same commands for people and for CI.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin

@@ -55,7 +55,7 @@ def validate(tree: dict[str, object], where: str) -> Config:
         raise ConfigError(
             f"{len(problems)} problem(s) in the config:\n" + "\n".join(f"  - {line}" for line in problems),
             where=where,
-            remedy="fix the keys above; docs and jobs/configs/cifar100.yaml show every section",
+            remedy="fix the keys above; docs/configuration.md has every key",
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,21 @@ def test_make_lines_are_targets_of_the_makefile() -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert commands("make")
     assert all(target in targets for words in commands("make") for target in words)
+
+
+def test_fastfill_is_on_the_path_after_the_line_that_says_so_and_not_before() -> None:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    activate = lines.index(". .venv/bin/activate")
+    first = next(number for number, line in enumerate(lines) if line.startswith("fastfill "))
+    assert activate < first
+    found = subprocess.run(
+        ["bash", "-c", f"{lines[activate]} && command -v fastfill"],
+        cwd=ROOT, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if not (ROOT / ".venv").exists():
+        pytest.skip("needs the .venv that make sets up")
+    assert found.stdout.strip() == str(ROOT / ".venv" / "bin" / "fastfill")
+    assert "`.venv/bin/fastfill`" in README
 
 
 def test_links_lead_somewhere() -> None:
