@@ -34,6 +34,8 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, retry_reje
         console().print(f"A new run; every other command finds it with --set run={config.run}", soft_wrap=True)
     if is_complete(config):
         console().print(f"Nothing to do: every wave of {config.run} is published.", soft_wrap=True)
+        if retry_rejects:
+            _say_what_stays(config)
         restore_report(config)
     else:
         start_ray()
@@ -50,6 +52,8 @@ def run_all(config: Config, bars: Bars, retry_rejects: bool = False) -> Progress
 
     bars.console.print(f"run: {config.run}   metrics: {telemetry.serve(config.telemetry)}", soft_wrap=True)
     run = open_run(config, bars)
+    if retry_rejects:
+        _retry_before_plan(run)
     ensure_embeddings(config, run, bars)
     ensure_fit(config, run, bars)
     plan = ensure_plan(config, run, bars)
@@ -122,14 +126,49 @@ def finish(config: Config, as_json: bool) -> None:
     console().print(f"report: {page_uri(run)}", soft_wrap=True)
 
 
+def _retry_before_plan(run: Run) -> None:
+    """Forget what could not be embedded for the fit and the plan, where these are not made yet."""
+    from pipeline import vector_log
+    from pipeline.plan import read_plan
+    from pipeline.rejects import manifest_log
+    from training.pairs import has_pairs
+
+    open_folders = [("pairs", "old"), ("pairs", "new")] if not has_pairs(run) else []
+    open_folders += [("gallery", "old")] if read_plan(run) is None else []
+    count = sum(vector_log.forget_rejects(manifest_log(run, *item), after_wave=-1) for item in open_folders)
+    if count:
+        console().print(f"{count} units with rejects of the gallery or the pairs will be embedded again")
+
+
 def _retry_rejects(run: Run, plan: Plan) -> None:
     """Forget the units with rejects in waves that are not published; they are embedded again."""
-    from pipeline import snapshot, vector_log
+    from pipeline import vector_log
+
+    count = vector_log.forget_rejects(plan.log(run), after_wave=_last_commit(run))
+    console().print(f"{count} units with rejects will be embedded again")
+
+
+def _last_commit(run: Run) -> int:
+    """The last commit that was created, announced or not: whoever acquires the run next will announce it."""
+    from pipeline import snapshot, storage
 
     candidate = snapshot.read_tag(run, snapshot.CANDIDATE)
-    published = (candidate.commit or 0) if candidate else 0
-    count = vector_log.forget_rejects(plan.log(run), after_wave=published)
-    console().print(f"{count} units with rejects will be embedded again")
+    number = -1 if candidate is None or candidate.commit is None else candidate.commit
+    while storage.exists(run.commit(number + 1)):
+        number += 1
+    return max(0, number)
+
+
+def _say_what_stays(config: Config) -> None:
+    from jobs.status import read_status
+
+    rejected = read_status(config.run)["rejected"]
+    if rejected:
+        console().print(
+            f"The {rejected:,} rejects stay: their waves are published, and a published wave does not change. "
+            "Mend the images and start beside it with `fastfill backfill --new-run`; `fastfill status` shows them.",
+            soft_wrap=True,
+        )
 
 
 if __name__ == "__main__":

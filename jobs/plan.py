@@ -42,6 +42,10 @@ def show(plan: Plan) -> None:
         done += wave.images
         table.add_row(str(wave.wave), f"{wave.images:,}", f"{wave.units:,}", f"{done / plan.num_gallery:.1%}")
     console().print(table)
+    if plan.num_rejected:
+        console().print(
+            f"{plan.num_rejected:,} images are not in the plan: the old encoder cannot read them; see `fastfill status`"
+        )
 
 
 if __name__ == "__main__":

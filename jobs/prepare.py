@@ -1,6 +1,6 @@
 """Everything that comes before the backfill, in order, each step only where it is not done yet.
 
-    check inputs -> gallery, pairs (normalised) -> run.json -> pairs (embedded) -> fit -> old embeddings -> plan
+    checks -> gallery, pairs (normalised) -> run.json -> pairs (embedded) -> fit -> old embeddings -> plan
 
 The cheap checks come first: nothing is embedded or fitted for a run whose gallery cannot be used.
 """
@@ -28,10 +28,12 @@ def open_run(config: Config, bars: Bars) -> Run:
         ConfigError, DataError: an input cannot be used, or a run cannot live where it is to be.
         IncompatibleRun: the run was started with something else.
     """
+    from jobs.checks import check_images, check_settings, check_widths
     from pipeline import manifest
     from pipeline.config import unit_images
+    from pipeline.plan import read_plan
     from pipeline.run import Run, check_resumable, start, weight_fingerprints
-    from pipeline.storage import check, exists
+    from pipeline.storage import check
 
     check(config.run)
     sources = {"gallery": config.gallery, "pairs": config.pairs}
@@ -40,65 +42,18 @@ def open_run(config: Config, bars: Bars) -> Run:
     run = Run(config.run)
     encoders = {"old_embedding": config.encoders.old, "new_embedding": config.encoders.new}
     dims = {role: encoder.dim for role, encoder in encoders.items() if encoder is not None}
-    if not exists(run.settings):
+    planned = read_plan(run) is not None
+    if not planned:  # also of a run that is there: settings of the stages to come may have changed
         with bars.step("check the settings"):
             check_settings(config, dims)
+    rows = {}
     for name, source in sources.items():
         with bars.step(f"check the {name}"):
-            manifest.normalise(run, name, source, dims, unit_images(config))
+            rows[name] = manifest.normalise(run, name, source, dims, unit_images(config), config.data_root)
+            if not planned:
+                check_images(config, run, name, rows[name])
+    check_widths(config, rows["gallery"].dims, rows["pairs"].dims)
     return start(config, fingerprints)
-
-
-def check_settings(config: Config, dims: dict[str, int]) -> None:
-    """Try out what a run will need, on nothing: the columns, the waves, the index, the policy, the encoders.
-
-    Raises:
-        ConfigError, DataError: one of them cannot be used.
-    """
-    from pipeline import manifest
-    from pipeline.codebook import resolve_factory
-    from pipeline.encoders import load_encoder
-    from pipeline.plan import wave_sizes
-    from pipeline.policy import load_policy
-    from pipeline.transformation import resolve_device
-
-    _check_sources(config)
-    rows = sum(part.num_rows for part in manifest.scan(config.gallery, dims))
-    manifest.scan(config.pairs, dims)
-    wave_sizes(config.plan.waves, rows)
-    resolve_factory(config.index.factory, rows, dim=config.encoders.new.dim)
-    load_policy(config.plan.policy, config.seed)
-    resolve_device(config.device)
-    for encoder in (config.encoders.old, config.encoders.new):
-        if encoder is not None:
-            load_encoder(encoder, resolve_device("cpu"))
-
-
-def _check_sources(config: Config) -> None:
-    from pipeline.errors import ConfigError
-    from training.losses import needs_labels
-
-    gallery, pairs = config.gallery.columns, config.pairs.columns
-    if gallery.image is None and gallery.uri is None:
-        raise ConfigError("the gallery does not say where its images are", where="gallery.columns.image or .uri")
-    for name, columns in (("gallery", gallery), ("pairs", pairs)):
-        if columns.old_embedding is None and config.encoders.old is None:
-            raise ConfigError(
-                f"the {name}'s old embeddings are not given, and there is no old encoder to compute them",
-                where=f"{name}.columns.old_embedding, encoders.old",
-            )
-    if pairs.image is None and pairs.uri is None and (pairs.old_embedding is None or pairs.new_embedding is None):
-        raise ConfigError(
-            "the pairs have neither images nor both embeddings",
-            expected="image or uri, or old_embedding and new_embedding",
-            where="pairs.columns",
-        )
-    if needs_labels(config.fit.loss) and pairs.label is None:
-        raise ConfigError(
-            f"the loss {config.fit.loss!r} needs labels",
-            where="pairs.columns.label",
-            remedy="name the label column, or take fit.loss=alignment+uncertainty, which needs none",
-        )
 
 
 def ensure_embeddings(config: Config, run: Run, bars: Bars) -> None:

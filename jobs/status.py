@@ -112,6 +112,7 @@ def show(status: Status, run: Run) -> None:
 
     from pipeline.plan import read_plan
 
+    plan = read_plan(run)
     table = Table(show_header=False, title=status["run"], title_justify="left")
     table.add_column(style="bold")
     table.add_column()
@@ -121,26 +122,33 @@ def show(status: Status, run: Run) -> None:
         table.add_row("gallery", f"{status['gallery']:,} images")
         table.add_row("published", f"{status['published']:,} ({status['fraction']:.1%})")
         table.add_row("durable", f"{status['durable']:,}")
-        table.add_row("rejected", f"{status['rejected']:,}")
+        table.add_row("rejected", _rejected(status["rejected"], plan.num_rejected if plan else 0))
         table.add_row("wave", f"{status['wave']} of {status['waves']}")
         table.add_row("rate", _number(status["images_per_second"], "images/s over the last ten minutes of work"))
         table.add_row("time left", _duration(status["eta_seconds"]))
     table.add_row("latest commit", _number(status["commit"], ""))
     table.add_row("prod", _number(status["prod"], ""))
     console().print(table)
-    plan = read_plan(run)
-    if status["rejected"] and plan is not None:
-        _show_rejects(run, plan)
+    _show_rejects(run, plan)
 
 
-def _show_rejects(run: Run, plan: Plan) -> None:
+def _rejected(count: int, before_plan: int) -> str:
+    lost = f", {before_plan:,} of them by the old encoder: they have no vector, and are not served"
+    return f"{count:,}{lost if before_plan else ''}"
+
+
+def _show_rejects(run: Run, plan: Plan | None) -> None:
     from collections import Counter
 
+    import pyarrow as pa
     from rich.table import Table
 
-    from pipeline.vector_log import read_rejects
+    from pipeline.rejects import read_all, read_of_pairs
 
-    rows = read_rejects(plan.log(run)).select(["stage", "reason", "uri"]).to_pylist()
+    found = pa.concat_tables([read_all(run, plan), read_of_pairs(run)])
+    if not found.num_rows:
+        return
+    rows = found.select(["stage", "reason", "uri"]).to_pylist()
     counts = Counter((row["stage"], row["reason"].partition(":")[0]) for row in rows)
     examples = {(row["stage"], row["reason"].partition(":")[0]): row for row in rows}
     table = Table("stage", "reason", "images", "for example", title="rejects", title_justify="left")

@@ -18,7 +18,7 @@ import numpy as np
 from pipeline import snapshot, storage
 from pipeline.codebook import Codebook
 from pipeline.commits import read_removals
-from pipeline.evidence import NO_IDS, Cell, Evidence, Notes, Problem, filled, unit_files
+from pipeline.evidence import NO_IDS, Cell, Evidence, Notes, Problem, check_manifest, filled, unit_files
 from pipeline.index import Segment, decode
 from pipeline.run import Run, read_settings
 from pipeline.schema import Int64, shard_of
@@ -60,6 +60,7 @@ def _check_all(run: Run, notes: Notes, commits: dict[int, Commit], drops_deleted
     _check_tags(run, notes, commits)
     _check_steps(run, notes, commits)
     published = max(commits, default=0)
+    check_manifest(run, notes)
     if commits:
         evidence = Evidence.gather(run, notes, published, drops_deleted)
         _check_gallery(evidence, notes, _Files(run, notes), list(commits.values()))

@@ -36,6 +36,7 @@ FACTORIES = (
 READ_FLAGS = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE  # one such table per segment would not fit into memory
 _CODECS = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)
 _TRANSFORMS = (faiss.OPQMatrix, faiss.PCAMatrix, faiss.RandomRotationMatrix)
+_OPQ_CENTROIDS = 256  # per sub-space of the rotation's own quantizer
 _ANY_DIM = 26_880  # stands for an unknown width: every usual number of sub-quantizers divides it
 
 
@@ -64,6 +65,30 @@ def resolve_factory(factory: str, num_vectors: int, num_train: int | None = None
     return resolved
 
 
+def check_trainable(factory: str, num_vectors: int, num_train: int, dim: int) -> str:
+    """As `resolve_factory`, refusing also what cannot be trained on so few vectors; known before there are any.
+
+    Raises:
+        ConfigError: as `resolve_factory`, or it needs more training vectors than there are.
+    """
+    resolved = resolve_factory(factory, num_vectors, num_train, dim)
+    _, ivf, transforms = _make(resolved, dim, "l2")
+    needed = max(
+        ivf.nlist,
+        ivf.pq.ksub if isinstance(ivf, faiss.IndexIVFPQ) else 1,
+        _OPQ_CENTROIDS if any(isinstance(transform, faiss.OPQMatrix) for transform in transforms) else 1,
+    )
+    if num_train < needed:
+        raise ConfigError(
+            "the index needs more training vectors than there are",
+            expected=f"at least {needed}",
+            found=num_train,
+            where=f"index.factory: {resolved}",
+            remedy="fewer lists, a smaller codec, or more training pairs",
+        )
+    return resolved
+
+
 def train_codebook(
     vectors: Float32, index: Index, metric: Metric, num_gallery: int, *, device: str, seed: int, num_threads: int = 1
 ) -> bytes:
@@ -89,18 +114,8 @@ def train_codebook(
     if len(vectors) > index.train_vectors:
         drawn = np.random.default_rng(seed).choice(len(vectors), index.train_vectors, replace=False)
         vectors = vectors[np.sort(drawn)]
-    factory = resolve_factory(index.factory, num_gallery, len(vectors), vectors.shape[1])
+    factory = check_trainable(index.factory, num_gallery, len(vectors), vectors.shape[1])
     empty, ivf, transforms = _make(factory, vectors.shape[1], metric)
-    sub_quantizers = [ivf.pq] if isinstance(ivf, faiss.IndexIVFPQ) else []
-    needed = max([ivf.nlist, *(item.ksub for item in sub_quantizers)])
-    if len(vectors) < needed:
-        raise ConfigError(
-            "the index needs more training vectors than there are",
-            expected=f"at least {needed}",
-            found=len(vectors),
-            where=f"index.factory: {factory}",
-            remedy="fewer lists, a smaller codec, or more training pairs",
-        )
     borrowed = [*_prepare_clustering(ivf, transforms, seed), _clustering_on_gpu(ivf, device)]
     with _threads(num_threads):
         empty.train(np.ascontiguousarray(vectors, dtype=np.float32))
@@ -268,7 +283,7 @@ def _prepare_clustering(ivf: faiss.IndexIVF, transforms: list[faiss.VectorTransf
         settings.append(ivf.pq.cp)
     for transform in transforms:
         if isinstance(transform, faiss.OPQMatrix):
-            transform.pq = faiss.ProductQuantizer(transform.d_out, transform.M, 8)
+            transform.pq = faiss.ProductQuantizer(transform.d_out, transform.M, 8)  # 2^8: _OPQ_CENTROIDS
             borrowed.append(transform.pq)
             settings.append(transform.pq.cp)
     for item in settings:

@@ -26,6 +26,7 @@ from pipeline.schema import DELETED, Float32, Int64, vectors_from_arrow
 P = ParamSpec("P")
 T = TypeVar("T")
 _WAVE = re.compile(r"/wave-(\d+)/[^/]+$")
+_PART = re.compile(r"/part-(\d+)\.parquet$")
 _EMPTY = -1  # the key of a row group without rows
 NO_IDS: Int64 = np.empty(0, dtype=np.int64)
 
@@ -178,6 +179,33 @@ class Evidence:
                 tables.append(self.notes.attempt("part", part.uri, storage.read_parquet, part.uri, columns, groups))
         whole = [table for table in tables if table is not None]
         return pa.concat_tables(whole) if whole and len(whole) == len(tables) else None
+
+
+def check_manifest(run: Run, notes: Notes) -> None:
+    """Each image of the manifest is in the plan, or among those that the old encoder could not read; part by part.
+
+    A part of the plan holds images of the manifest's part of the same number. Before there is a plan there is
+    nothing to compare.
+    """
+    if not storage.exists(run.plan) or not storage.exists(run.path("gallery", "manifest.json")):
+        return
+    rejects = unit_files(run.path("gallery", "old-rejects"))
+    parts = {folder: _by_number(run, folder) for folder in ("gallery", "transformed")}
+    for number in sorted(parts["gallery"].keys() | parts["transformed"].keys()):
+        given, planned = (
+            _ids(notes, kind, [parts[folder][number]] if number in parts[folder] else [])
+            for folder, kind in (("gallery", "manifest_part"), ("transformed", "planned_part"))
+        )
+        rejected = _ids(notes, "reject_part", rejects.get(number, []))
+        notes.compare("manifest", run.part("gallery", number), np.sort(given), np.concatenate([planned, rejected]))
+        notes.checked["manifest_ids"] += len(given)
+
+
+def _by_number(run: Run, folder: str) -> dict[int, str]:
+    uris = storage.list_files(run.path(folder), ".parquet")
+    return {
+        int(match[1]): uri for uri in uris if (match := _PART.search(uri)) and uri == run.part(folder, int(match[1]))
+    }
 
 
 def unit_files(folder: str) -> dict[int, list[str]]:

@@ -43,12 +43,14 @@ class Manifest:
         unit_rows: rows per row group of a part; a row group is a unit for the embedding stream.
         dims: embedding column -> width.
         digest: of the sources; changes with their content, not with their place.
+        root: where the uris of images start that were relative; empty where there were none.
     """
 
     rows: list[int]
     unit_rows: int
     dims: dict[str, int]
     digest: str
+    root: str = ""
 
     @property
     def num_rows(self) -> int:
@@ -69,15 +71,26 @@ def scan(source: settings.Manifest, dims: dict[str, int]) -> list[Partition]:
     """
     partitions: list[Partition] = []
     first_row = 0
+    kinds: dict[bool, str] = {}
     for uri in _files(source):
         with storage.open_parquet(uri) as file:
             _check_columns(file.schema_arrow, source.columns, dims, uri)
+            _check_ids(file.schema_arrow, source.columns.id, kinds, uri)
             found = _cut(file.metadata, uri, first_row)
         partitions += found
         first_row += sum(part.num_rows for part in found)
     if not partitions:
         raise DataError("the manifest has no rows", where=source.manifest)
     return partitions
+
+
+def widths(source: settings.Manifest) -> dict[str, int]:
+    """The widths of its embedding columns that the first file's footer tells: of those that are fixed in size."""
+    with storage.open_parquet(_files(source)[0]) as file:
+        schema = file.schema_arrow
+    columns = {role: getattr(source.columns, role) for role in EMBEDDINGS}
+    kinds = {role: schema.field(name).type for role, name in columns.items() if name in schema.names}
+    return {role: kind.list_size for role, kind in kinds.items() if pa.types.is_fixed_size_list(kind)}
 
 
 def digest(source: settings.Manifest) -> str:
@@ -99,8 +112,13 @@ def digest(source: settings.Manifest) -> str:
     return hashlib.sha256(json.dumps(footers).encode()).hexdigest()
 
 
-def normalise(run: Run, folder: str, source: settings.Manifest, dims: dict[str, int], unit_rows: int) -> Manifest:
+def normalise(
+    run: Run, folder: str, source: settings.Manifest, dims: dict[str, int], unit_rows: int, root: str = "."
+) -> Manifest:
     """Check a manifest and write it as `<folder>/part-*.parquet`, over Ray; nothing is done where it is done.
+
+    Relative uris of images start at `root`. Where only that has changed the parts are written again: they have
+    the same rows, so what was made of them still fits.
 
     Raises:
         DataError: see `scan`; or a row without an image and embeddings, a null, an embedding of a wrong
@@ -108,21 +126,21 @@ def normalise(run: Run, folder: str, source: settings.Manifest, dims: dict[str, 
     """
     done = read_manifest(run, folder)
     content = digest(source)
-    if done is not None and (done.digest, done.unit_rows) == (content, unit_rows):
+    if done is not None and (done.digest, done.unit_rows) == (content, unit_rows) and done.root in ("", root):
         return done
     partitions = scan(source, dims)
     task = ray.remote(num_cpus=0.5)(write_part)
     results = ray.get(
-        [task.remote(run, folder, number, part, source, unit_rows) for number, part in enumerate(partitions)]
+        [task.remote(run, folder, number, part, source, unit_rows, root) for number, part in enumerate(partitions)]
     )
-    widths = results[0][1]
-    expected = widths | {role: dims[role] for role in widths if role in dims}
-    for part, (_, found) in zip(partitions, results, strict=True):
-        if found != expected:
-            raise DataError("an embedding has a wrong width", expected=expected, found=found, where=part.uri)
-    rows = [count for count, _ in results]
+    first = results[0].dims
+    expected = first | {role: dims[role] for role in first if role in dims}
+    for part, found in zip(partitions, results, strict=True):
+        if found.dims != expected:
+            raise DataError("an embedding has a wrong width", expected=expected, found=found.dims, where=part.uri)
+    rows = [part.rows for part in results]
     _check_unique(run, folder, len(rows), sum(rows), source)
-    manifest = Manifest(rows, unit_rows, widths, content)
+    manifest = Manifest(rows, unit_rows, first, content, root if any(part.rooted for part in results) else "")
     storage.put(_marker(run, folder), json.dumps(asdict(manifest)).encode())
     return manifest
 
@@ -195,6 +213,21 @@ def _check_columns(schema: pa.Schema, columns: settings.Columns, dims: dict[str,
         )
 
 
+def _check_ids(schema: pa.Schema, name: str | None, kinds: dict[bool, str], uri: str) -> None:
+    """Ids are integers in all files, or strings in all; `kinds` remembers a file of each kind."""
+    if name is None:
+        return
+    integers = bool(pa.types.is_integer(schema.field(name).type))
+    kinds.setdefault(integers, uri)
+    if len(kinds) > 1:
+        raise DataError(
+            "the ids are integers in one file and strings in another",
+            expected="one type in all files",
+            found=f"integers in {kinds[True]}, strings in {kinds[False]}",
+            where=f"column {name}",
+        )
+
+
 _TEXT = (pa.types.is_string, pa.types.is_large_string)
 _EXPECTED = {
     "id": "int64, or strings",
@@ -203,6 +236,7 @@ _EXPECTED = {
     "offset": "an integer",
     "length": "an integer",
     "etag": "string",
+    **dict.fromkeys(("label", "group"), "strings, numbers, booleans or dates"),
     **dict.fromkeys(EMBEDDINGS, "a list of float32 or float16, fixed in size"),
 }
 
@@ -216,9 +250,21 @@ def _fits(role: str, kind: pa.DataType) -> bool:
         "offset": (types.is_integer,),
         "length": (types.is_integer,),
         "etag": _TEXT,
+        **dict.fromkeys(("label", "group"), (_is_name,)),
         **dict.fromkeys(EMBEDDINGS, (_is_vector,)),
     }
     return role not in checks or any(check(kind) for check in checks[role])
+
+
+def _is_name(kind: pa.DataType) -> bool:
+    """Whether it can be written as text that tells its values apart."""
+    types = pa.types
+    if types.is_dictionary(kind):
+        return _is_name(kind.value_type)
+    if types.is_interval(kind):
+        return False
+    simple = (types.is_boolean, types.is_integer, types.is_floating, types.is_decimal, types.is_temporal, types.is_null)
+    return any(check(kind) for check in (*_TEXT, types.is_string_view, *simple))
 
 
 def _is_vector(kind: pa.DataType) -> bool:

@@ -33,16 +33,29 @@ class Partition:
     num_rows: int
 
 
-def write_part(
-    run: Run, folder: str, number: int, part: Partition, source: settings.Manifest, unit_rows: int
-) -> tuple[int, dict[str, int]]:
-    """Check the rows of a partition and write them as a part.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What was written of a partition.
 
-    Returns:
-        the number of its rows, and the width of each embedding that came with them.
+    Attributes:
+        rows: how many.
+        dims: the width of each embedding that came with them.
+        rooted: whether a uri was relative, and now starts at the root.
+    """
+
+    rows: int
+    dims: dict[str, int]
+    rooted: bool
+
+
+def write_part(
+    run: Run, folder: str, number: int, part: Partition, source: settings.Manifest, unit_rows: int, root: str
+) -> Part:
+    """Check the rows of a partition and write them as a part; relative uris of images start at `root`.
 
     Raises:
-        DataError: a null, an embedding of a wrong width, or a number that is not finite; with file and row.
+        DataError: a null, a negative id, an embedding of a wrong width, or a number that is not finite; with
+            file and row.
     """
     names = source.columns
     wanted = [value for role, value in names.model_dump().items() if value is not None and role != "image"]
@@ -51,6 +64,7 @@ def write_part(
     numbers = np.arange(count, dtype=np.int64)
     ids, keys = _ids(table, names.id, part, numbers)
     columns: dict[str, pa.Array | pa.ChunkedArray] = {"id": ids, "key": keys, **_location(table, names, part, numbers)}
+    columns["uri"], rooted = _rooted(columns["uri"], root) if names.uri else (columns["uri"], False)
     for role in ("label", "group"):
         name = getattr(names, role)
         columns[role] = table[name].cast(pa.string()) if name else pa.nulls(count, pa.string())
@@ -63,7 +77,7 @@ def write_part(
     schema = manifest_schema(dims)
     groups = (rows.slice(start, unit_rows) for start in range(0, count, unit_rows))
     storage.put(run.part(folder, number), storage.parquet_bytes(schema, groups))
-    return count, dims
+    return Part(count, dims, rooted)
 
 
 def _ids(table: pa.Table, name: str | None, part: Partition, numbers: Int64) -> tuple[pa.Array, pa.Array]:
@@ -76,8 +90,12 @@ def _ids(table: pa.Table, name: str | None, part: Partition, numbers: Int64) -> 
         row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
         raise DataError("an id is null", where=_where(part, row, name))
     if pa.types.is_integer(column.type):
-        if pc.max(column).as_py() >= 2**63:
-            raise DataError("an id does not fit int64", found=pc.max(column), where=f"{part.uri}: column {name}")
+        too_large = column.type == pa.uint64()
+        bad = pc.greater(column, pa.scalar(2**63 - 1, pa.uint64())) if too_large else pc.less(column, 0)
+        if pc.any(bad).as_py():
+            row = int(np.flatnonzero(bad.to_numpy(zero_copy_only=False))[0])
+            summary = "an id does not fit int64" if too_large else "an id is negative"
+            raise DataError(summary, expected="0 to 2^63 - 1", found=column[row], where=_where(part, row, name))
         return column.cast(pa.int64()), pa.nulls(len(rows), pa.string())
     return rows, column.cast(pa.string())
 
@@ -101,6 +119,15 @@ def _location(
     offset = table[names.offset].cast(pa.int64()) if names.offset else nothing
     length = table[names.length].cast(pa.int64()) if names.length else nothing
     return {"uri": uris, "offset": offset, "length": length, "row": nothing} | etag
+
+
+def _rooted(uris: pa.Array | pa.ChunkedArray, root: str) -> tuple[pa.Array | pa.ChunkedArray, bool]:
+    """The uris with `root` before those that are relative, and whether there were any."""
+    relative = pc.invert(pc.or_(pc.starts_with(uris, "/"), pc.match_substring(uris, "://")))
+    if not pc.any(relative).as_py():
+        return uris, False
+    tails = pc.replace_substring_regex(uris, r"^(\./+)+", "")
+    return pc.if_else(relative, pc.binary_join_element_wise(root.rstrip("/"), tails, "/"), uris), True
 
 
 def _embedding(column: pa.ChunkedArray, part: Partition, name: str) -> tuple[pa.Array, int]:

@@ -28,6 +28,7 @@ from pipeline.gallery import new_embeddings_given
 from pipeline.plan import Plan, read_plan
 from pipeline.progress import Progress, Tracker
 from pipeline.ranking import Float64
+from pipeline.rejects import read_all as read_rejects
 from pipeline.run import Run
 
 Tree = dict[str, Any]  # Any: JSON
@@ -277,9 +278,7 @@ def _idle_seconds(pauses: Float64) -> float:
 
 def _rejects(run: Run, plan: Plan | None) -> list[Tree]:
     """Rejects by stage and kind of reason, as `status` shows them: what follows the colon differs by image."""
-    if plan is None:
-        return []
-    rejects = vector_log.read_rejects(plan.log(run))
+    rejects = read_rejects(run, plan)
     kinds = pc.replace_substring_regex(rejects["reason"], "(?s):.*", "")
     groups = rejects.append_column("kind", kinds).group_by(["stage", "kind"], use_threads=False)  # "first" has an order
     counts = groups.aggregate([("id", "count"), ("uri", "first"), ("reason", "first")])

@@ -97,6 +97,11 @@ def build_pairs(config: Config, run: Run, on_units: OnUnits = lambda what, done,
     return pairs
 
 
+def has_pairs(run: Run) -> bool:
+    """Whether the pairs of the run are there, whole and split."""
+    return storage.exists(_marker(run))
+
+
 def fit_data(config: Config, run: Run, pairs: Pairs) -> FitData:
     """What the fit reads: the cached parts, and the new encoder's classifier where the config names one.
 

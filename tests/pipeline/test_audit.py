@@ -272,3 +272,50 @@ def test_the_report_is_plain_text_and_small(tmp_path: Path) -> None:
     report = audit(whole.run.uri)
     assert all(isinstance(value, str) for item in report.problems for value in (item.where, item.expected, item.found))
     assert max(len(item.found) for item in report.problems) < 200
+
+
+def bring_in(whole: WholeRun, part: int, ids: list[int], rejected: list[int]) -> None:
+    """A part of the manifest, and those of its images that the old encoder could not read."""
+    run = whole.run
+    storage.put(run.plan, b"{}")
+    storage.put(run.path("gallery", "manifest.json"), b"{}")
+    schema = pa.schema([("id", pa.int64())])
+    storage.put(run.part("gallery", part), storage.parquet_bytes(schema, [pa.table({"id": ids})]))
+    if rejected:
+        uri = run.path("gallery", "old-rejects", f"wave-{part:03d}", "unit-00000.parquet")
+        storage.put(uri, storage.parquet_bytes(schema, [pa.table({"id": rejected})]))
+
+
+def test_the_manifest_is_the_plan_and_what_the_old_encoder_could_not_read(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    for part in range(2):
+        planned = storage.read_parquet(whole.run.part("transformed", part), ["id"])["id"].to_pylist()
+        bring_in(whole, part, [*planned, 10**6 + part], rejected=[10**6 + part])
+    report = audit(whole.run.uri)
+    assert report.problems == []
+    assert report.checked["manifest_ids"] == whole.num + 2
+
+
+@pytest.mark.parametrize("damage", ["vanished", "unknown", "planned and rejected", "no part", "no manifest part"])
+def test_an_image_of_the_manifest_that_is_neither_planned_nor_rejected_is_a_problem(
+    tmp_path: Path, damage: str
+) -> None:
+    whole = make(tmp_path)
+    parts = [storage.read_parquet(whole.run.part("transformed", part), ["id"])["id"].to_pylist() for part in (0, 1)]
+    rejected = {"planned and rejected": [parts[1][5]], "unknown": [77_777_777]}.get(damage, [])
+    bring_in(whole, 0, parts[0], [])
+    bring_in(whole, 1, [*parts[1], *([88_888_888] if damage == "vanished" else [])], rejected)
+    if damage == "no part":
+        bring_in(whole, 2, [99_999_999], [])
+    if damage == "no manifest part":
+        storage.delete_files([whole.run.part("gallery", 1)])
+    (problem,) = [item for item in audit(whole.run.uri).problems if item.kind == "manifest"]
+    said = {
+        "vanished": "1 missing, such as 88888888",
+        "unknown": "1 unknown, such as 77777777",
+        "planned and rejected": f"1 repeated, such as {parts[1][5]}",
+        "no part": "1 missing, such as 99999999",
+        "no manifest part": f"{len(parts[1])} unknown, such as ",
+    }[damage]
+    assert problem.found.startswith(said)
+    assert problem.where == whole.run.part("gallery", 2 if damage == "no part" else 1)

@@ -15,7 +15,7 @@ import pytest
 
 from pipeline import codebook as codebooks
 from pipeline import index, storage
-from pipeline.codebook import Codebook, resolve_factory, train_codebook
+from pipeline.codebook import Codebook, check_trainable, resolve_factory, train_codebook
 from pipeline.config import Index, Metric
 from pipeline.errors import ConfigError, DataError
 from pipeline.index import Segment, build_segment, decode, search
@@ -331,3 +331,19 @@ def test_a_segment_of_another_codec_is_refused(tmp_path: Path) -> None:
     (tmp_path / "junk.faiss").write_bytes(b"junk")
     with pytest.raises(DataError, match="not a readable segment"):
         Segment(codebook(), str(tmp_path / "junk.faiss"))
+
+
+@pytest.mark.parametrize(("factory", "needed"), [("IVF64,Flat", 64), ("IVF4,PQ4", 256), ("OPQ4_8,IVF4,SQ8", 256)])
+def test_what_an_index_needs_to_be_trained_is_known_before_there_are_vectors(factory: str, needed: int) -> None:
+    check_trainable(factory, 1000, needed, DIM)
+    vectors = np.random.default_rng(0).normal(size=(needed - 1, DIM)).astype(np.float32)
+    for refused in (
+        lambda: check_trainable(factory, 1000, needed - 1, DIM),
+        lambda: train_codebook(vectors, Index(factory=factory), "l2", 1000, device="cpu", seed=0),
+    ):
+        with pytest.raises(ConfigError, match=f"more training vectors than there are\n  expected: at least {needed}"):
+            refused()
+
+
+def test_auto_asks_for_no_more_lists_than_the_training_vectors_are_good_for() -> None:
+    assert check_trainable("auto", 10**6, 100, DIM) == "IVF8,Flat"

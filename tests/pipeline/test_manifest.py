@@ -18,7 +18,8 @@ from pipeline import manifest, storage
 from pipeline.config import Columns
 from pipeline.config import Manifest as Source
 from pipeline.errors import DataError
-from pipeline.manifest import Manifest, digest, normalise, read_manifest, scan, units
+from pipeline.manifest import Manifest, digest, normalise, read_manifest, scan, units, widths
+from pipeline.partition import write_part
 from pipeline.run import Run
 from pipeline.schema import manifest_schema, vectors_from_arrow
 
@@ -111,6 +112,48 @@ def test_columns_that_do_not_fit_are_refused_from_the_footer_with_their_file(
     uri = write(tmp_path / "a.parquet", table())
     with pytest.raises(DataError, match=f"{said}(.|\n)*a.parquet"):
         scan(source(uri, **columns), dims)
+
+
+@pytest.mark.parametrize("role", ["label", "group"])
+@pytest.mark.parametrize(
+    "kind", [pa.list_(pa.int64()), pa.struct([("a", pa.int64())]), pa.binary(), pa.map_(pa.string(), pa.string())]
+)
+def test_a_label_that_is_no_name_is_refused(tmp_path: Path, role: str, kind: pa.DataType) -> None:
+    uri = write(tmp_path / "a.parquet", table(kind=pa.nulls(20, kind)))
+    with pytest.raises(
+        DataError, match=rf"{role} column has a wrong type\n  expected: strings, numbers(.|\n)*a\.parquet"
+    ):
+        scan(source(uri, **COLUMNS, **{role: "kind"}), {})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([True, None]),
+        pa.array([1.5, 2.0]),
+        pa.array([1, 2], pa.timestamp("us")),
+        pa.array(["a", "b"]).dictionary_encode(),
+        pa.nulls(2),
+        pa.array([7, 8], pa.uint8()),
+    ],
+)
+def test_a_label_of_any_simple_type_comes_out_as_text(tmp_path: Path, values: pa.Array) -> None:
+    given_source = source(write(tmp_path / "a.parquet", table(2, label=values)), **COLUMNS, label="label")
+    run, (part,) = Run(str(tmp_path / "run")), scan(given_source, {})
+    write_part(run, "gallery", 0, part, given_source, 4, ".")
+    assert storage.read_parquet(run.part("gallery", 0))["label"].to_pylist() == values.cast(pa.string()).to_pylist()
+
+
+def test_ids_that_are_integers_in_one_file_and_strings_in_another_are_refused_with_both(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", table())
+    write(tmp_path / "b.parquet", table(3, id=["x", "y", "z"]))
+    with pytest.raises(DataError, match=r"found: integers in .*a\.parquet, strings in .*b\.parquet"):
+        scan(source(str(tmp_path)), {})
+
+
+def test_widths_are_those_that_a_footer_tells(tmp_path: Path) -> None:
+    uri = write(tmp_path / "a.parquet", table(other=VECTORS.tolist()))
+    assert widths(source(uri, id="id", old_embedding="old", new_embedding="other")) == {"old_embedding": DIM}
 
 
 def test_one_bad_file_among_good_ones_is_named(tmp_path: Path) -> None:
@@ -259,7 +302,12 @@ FIXED, VARIABLE = pa.list_(pa.float32(), DIM), pa.list_(pa.float32())
         ({"id": pa.array([*range(19), 4])}, r"an id is there more than once\n  expected: unique ids\n  found: 4\n"),
         ({"id": [*"abcdefghijklmnopqrs", "e"]}, r"more than once\n  expected: unique ids\n  found: e\n"),
         ({"id": pa.array([*range(13), None, *range(14, 20)])}, "an id is null\n.*a.parquet: row 13, column id"),
-        ({"id": pa.array([2**63, *range(19)], pa.uint64())}, "does not fit int64\n  found: 9223372036854775808"),
+        (
+            {"id": pa.array([2**63, *range(19)], pa.uint64())},
+            "does not fit int64\n.*\n  found: 9223372036854775808\n.*row 0",
+        ),
+        ({"id": pa.array([*range(16), -3, 17, 18, -4])}, "negative\n.*\n  found: -3\n.*a.parquet: row 16, column id"),
+        ({"id": pa.array([*range(19), -1], pa.int8())}, "an id is negative(.|\n)*row 19"),
         ({"old": pa.array(with_value(np.nan), FIXED)}, "not finite(.|\n)*a.parquet: row 13, column old"),
         ({"old": pa.array(with_value(-np.inf), VARIABLE)}, "not finite(.|\n)*a.parquet: row 13, column old"),
         ({"old": pa.array(with_value(None), FIXED)}, "not finite(.|\n)*a.parquet: row 13, column old"),
@@ -280,6 +328,34 @@ def test_a_bad_row_is_refused_by_its_file_and_row(tmp_path: Path, changes: dict[
     with pytest.raises(DataError, match=said):
         normalise(run, "gallery", source(uri), {}, 4)
     assert read_manifest(run, "gallery") is None
+
+
+PLACES = ["a.png", "./b/c.png", "/abs/d.png", "s3://other/e.png", "x://f"]
+
+
+@pytest.mark.parametrize(
+    ("root", "found"),
+    [
+        ("/data", ["/data/a.png", "/data/b/c.png"]),
+        ("s3://bucket/some", ["s3://bucket/some/a.png", "s3://bucket/some/b/c.png"]),
+        ("s3://bucket/", ["s3://bucket/a.png", "s3://bucket/b/c.png"]),
+    ],
+)
+def test_relative_uris_of_images_start_at_the_root(tmp_path: Path, root: str, found: list[str]) -> None:
+    given_source = source(write(tmp_path / "a.parquet", pa.table({"uri": PLACES})), uri="uri")
+    run, (part,) = Run(str(tmp_path / "run")), scan(given_source, {})
+    assert write_part(run, "gallery", 0, part, given_source, 4, root).rooted
+    assert storage.read_parquet(run.part("gallery", 0))["uri"].to_pylist() == [*found, *PLACES[2:]]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_manifest_is_brought_in_again_when_the_root_of_its_relative_uris_changes(tmp_path: Path) -> None:
+    run = Run(str(tmp_path / "run"))
+    for uris, roots in ((["/a", "/b"], ["", ""]), (["/a", "b"], ["/one", "/two"])):
+        given_source = source(write(tmp_path / f"{len(roots[0])}.parquet", pa.table({"uri": uris})), uri="uri")
+        for root, known in zip(("/one", "/two"), roots, strict=True):
+            assert normalise(run, "gallery", given_source, {}, 4, root).root == known
+    assert storage.read_parquet(run.part("gallery", 0))["uri"].to_pylist() == ["/a", "/two/b"]
 
 
 @pytest.mark.usefixtures("ray_cluster")

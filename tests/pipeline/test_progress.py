@@ -142,6 +142,42 @@ def test_too_many_rejects_in_the_log_stop_a_resumed_run_before_the_wave_is_publi
     assert tracker(tmp_path, max_reject_fraction=0.7).whole_waves() == [1]
 
 
+def test_a_handful_of_rejects_is_borne_in_a_small_wave_and_no_more(tmp_path: Path) -> None:
+    plan = make_plan([8, 200])
+    counting = Tracker(plan, plan.log(Run(str(tmp_path))), 0.05, allowance=5)
+    first, second, *rest = units([8, 200])
+    counting.add(ack(first, rejected=4))
+    counting.add(ack(second, rejected=1))
+    assert counting.whole_waves() == [1]
+    for number, unit in enumerate(rest):  # 5 % of 200 are more than 5
+        counting.add(ack(unit, rejected=int(number < 10)))
+    assert counting.whole_waves() == [2]
+    counting = Tracker(plan, plan.log(Run(str(tmp_path))), 0.05, allowance=5)
+    counting.add(ack(first, rejected=4))
+    with pytest.raises(DataError, match=r"5\.00% of 8 images, and 5 in any case(.|\n)*6 rejects \(75\.00%\)"):
+        counting.add(ack(second, rejected=2))
+    with pytest.raises(DataError, match="the wave is not published"):
+        counting.whole_waves()
+
+
+def test_a_fraction_of_nothing_bears_no_reject_at_all(tmp_path: Path) -> None:
+    plan = make_plan([8])
+    counting = Tracker(plan, plan.log(Run(str(tmp_path))), 0.0, allowance=5)
+    with pytest.raises(DataError, match=r"at most 0\.00% of 8 images\n"):
+        counting.add(ack(units([8])[0], rejected=1))
+
+
+def test_images_that_were_rejected_before_the_plan_count_as_gallery_and_as_rejected(tmp_path: Path) -> None:
+    plan = replace(make_plan(SIZES), num_rejected=6)
+    counting = Tracker(plan, plan.log(Run(str(tmp_path))), max_reject_fraction=0.25)
+    for number, unit in enumerate(units()):
+        counting.add(ack(unit, rejected=int(number == 4)))
+        progress = counting.progress(0)
+        assert progress.gallery == sum(SIZES) + 6 == progress.durable + progress.rejected + progress.left
+    assert figures(counting.progress(4)) == (sum(SIZES) - 1, 7, 0, sum(SIZES) - 1)
+    assert counting.whole_waves() == [1, 2, 3, 4]
+
+
 def test_rejects_of_one_wave_do_not_count_against_another(tmp_path: Path) -> None:
     counting = tracker(tmp_path, [4, 4], max_reject_fraction=0.25)
     for unit in units([4, 4]):

@@ -1,0 +1,157 @@
+"""What is tried out before any work, so that a run fails in its first seconds or not for its settings.
+
+Guarantee: nothing is written. What can only be known later (how many images are damaged) is not looked at.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+    from pipeline.manifest import Manifest
+    from pipeline.run import Run
+
+
+def check_settings(config: Config, dims: dict[str, int]) -> None:
+    """Try out what a run will need, on nothing: columns, widths, waves, batch, index, policy, encoders.
+
+    Args:
+        config: the run's config.
+        dims: embedding column -> the width of its encoder, where there is one.
+
+    Raises:
+        ConfigError, DataError: one of them cannot be used.
+    """
+    from pipeline import manifest
+    from pipeline.encoders import load_encoder
+    from pipeline.plan import wave_sizes
+    from pipeline.policy import load_policy
+    from pipeline.transformation import resolve_device
+
+    _check_sources(config)
+    images, pairs = (
+        sum(part.num_rows for part in manifest.scan(item, dims)) for item in (config.gallery, config.pairs)
+    )
+    check_widths(config, manifest.widths(config.gallery), manifest.widths(config.pairs))
+    wave_sizes(config.plan.waves, images)
+    _check_training(config, images, pairs)
+    load_policy(config.plan.policy, config.seed)
+    resolve_device(config.device)
+    for encoder in (config.encoders.old, config.encoders.new):
+        if encoder is not None:
+            load_encoder(encoder, resolve_device("cpu"))
+
+
+def check_widths(config: Config, gallery: dict[str, int], pairs: dict[str, int]) -> None:
+    """The gallery's old embeddings and side information are of the pairs' width, as far as both are known.
+
+    Raises:
+        DataError: they are not.
+    """
+    from pipeline.errors import DataError
+
+    for role in ("old_embedding", "side"):
+        widths = gallery.get(role), pairs.get(role)
+        if None not in widths and widths[0] != widths[1]:
+            names = [getattr(item.columns, role) for item in (config.gallery, config.pairs)]
+            raise DataError(
+                f"the gallery's {role} has another width than the pairs'",
+                expected="one width: the transformation is fitted on the pairs and applied to the gallery",
+                found=f"{widths[0]} in the gallery (column {names[0]}), {widths[1]} in the pairs (column {names[1]})",
+                where=f"gallery.columns.{role}, pairs.columns.{role}",
+            )
+
+
+def check_images(config: Config, run: Run, folder: str, rows: Manifest) -> None:
+    """Of a few images, spread over a normalised manifest, one at least can be read.
+
+    Raises:
+        ConfigError: none can.
+        DataError, TransientError: the store refuses the credentials, or kept failing.
+    """
+    import ray
+
+    from pipeline.errors import ConfigError
+    from pipeline.probe import probe
+
+    encoder = config.encoders.old if folder == "pairs" and "new_embedding" in rows.dims else config.encoders.new
+    columns = getattr(config, folder).columns
+    if encoder is None or (columns.uri is None and columns.image is None):
+        return
+    if folder == "pairs" and {"old_embedding", "new_embedding"} <= rows.dims.keys():
+        return  # nothing will be read
+    tried, bad = ray.get(ray.remote(num_cpus=0.5)(probe).remote(config, run, folder, rows, encoder.preprocess))
+    if len(bad) < tried:
+        return
+    raise ConfigError(
+        f"none of {tried} images, spread over the {folder}, can be read",
+        found="".join(f"\n    {line}" for line in bad),
+        where=f"{folder}.columns, data_root",
+        remedy=f"check the uris (relative ones start at {config.data_root}) and the encoder's preprocess",
+    )
+
+
+def _check_training(config: Config, images: int, pairs: int) -> None:
+    """The batch and the index fit the number of pairs that will train, where none of them is rejected."""
+    from pipeline.codebook import check_trainable
+    from pipeline.errors import ConfigError, DataError
+    from training.pairs import MIN_PAIRS, NUM_STRIPES, num_training
+
+    if pairs < MIN_PAIRS:
+        raise DataError(
+            "too few training pairs", expected=f"at least {MIN_PAIRS}", found=pairs, where=config.pairs.manifest
+        )
+    if config.fit.num_workers > NUM_STRIPES:
+        raise ConfigError(
+            "there are more workers than parts of training pairs",
+            expected=f"at most {NUM_STRIPES}",
+            found=config.fit.num_workers,
+            where="fit.num_workers",
+        )
+    training = num_training(pairs, config.pairs.held_out_fraction)
+    smallest = 2 * config.fit.num_workers
+    if not smallest <= config.fit.batch_size <= training:
+        raise ConfigError(
+            "the batch does not fit the training pairs",
+            expected=f"{smallest} to {training}: two per worker at least, and at most the {pairs} pairs "
+            "less those that are held out",
+            found=config.fit.batch_size,
+            where="fit.batch_size",
+        )
+    vectors = min(training, config.index.train_vectors)
+    check_trainable(config.index.factory, images, vectors, config.encoders.new.dim)
+
+
+def _check_sources(config: Config) -> None:
+    from pipeline.errors import ConfigError
+    from training.losses import needs_labels
+
+    gallery, pairs = config.gallery.columns, config.pairs.columns
+    if gallery.image is None and gallery.uri is None:
+        raise ConfigError("the gallery does not say where its images are", where="gallery.columns.image or .uri")
+    for name, columns in (("gallery", gallery), ("pairs", pairs)):
+        if columns.old_embedding is None and config.encoders.old is None:
+            raise ConfigError(
+                f"the {name}'s old embeddings are not given, and there is no old encoder to compute them",
+                where=f"{name}.columns.old_embedding, encoders.old",
+            )
+    if pairs.image is None and pairs.uri is None and (pairs.old_embedding is None or pairs.new_embedding is None):
+        raise ConfigError(
+            "the pairs have neither images nor both embeddings",
+            expected="image or uri, or old_embedding and new_embedding",
+            where="pairs.columns",
+        )
+    if (gallery.side is None) != (pairs.side is None):
+        given, missing = ("pairs", "gallery") if gallery.side is None else ("gallery", "pairs")
+        raise ConfigError(
+            f"side information is given for the {given} and not for the {missing}",
+            expected="for both, or for neither",
+            where=f"{missing}.columns.side",
+        )
+    if needs_labels(config.fit.loss) and pairs.label is None:
+        raise ConfigError(
+            f"the loss {config.fit.loss!r} needs labels",
+            where="pairs.columns.label",
+            remedy="name the label column, or take fit.loss=alignment+uncertainty, which needs none",
+        )

@@ -1,0 +1,105 @@
+"""What is refused before any work: settings and manifests that do not fit each other."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.checks import check_settings, check_widths
+from pipeline.config_file import load_config
+from pipeline.errors import ConfigError, DataError, FastfillError
+from tests.galleries import NEW_DIM, OLD_DIM, write_config
+
+Check = Callable[..., None]
+
+
+def vectors(count: int, width: int) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ones(count * width, np.float32)), width)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_config(folder)
+    for name in ("gallery", "training"):
+        table = pq.read_table(folder / "data" / f"{name}.parquet")
+        for role, width in (("old", OLD_DIM), ("new", NEW_DIM), ("wide", OLD_DIM + 1), ("side", 3)):
+            table = table.append_column(role, vectors(len(table), width))
+        pq.write_table(table, folder / "data" / f"{name}.parquet", row_group_size=100)
+    return folder
+
+
+@pytest.fixture
+def check(data: Path, tmp_path: Path) -> Check:
+    def run(**changes: Any) -> None:
+        shutil.copytree(data / "data", tmp_path / "data")
+        config = load_config(write_config(tmp_path, **changes))
+        check_settings(config, {"new_embedding": NEW_DIM} | ({"old_embedding": OLD_DIM} if config.encoders.old else {}))
+
+    return run
+
+
+def test_a_sound_config_passes_with_images_and_with_embeddings(check: Check) -> None:
+    columns = {"id": "name", "old_embedding": "old", "side": "side"}
+    check(
+        encoders__old=None,
+        gallery__columns=columns | {"image": "image"},
+        pairs__columns=columns | {"new_embedding": "new"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "said"),
+    [
+        (
+            {"encoders__old": None, "gallery__columns__old_embedding": "old", "pairs__columns__old_embedding": "wide"},
+            DataError,
+            r"old_embedding has another width than the pairs'(.|\n)*found: 12 in the gallery \(column old\), 13 in the "
+            r"pairs \(column wide\)",
+        ),
+        ({"gallery__columns__old_embedding": "wide"}, DataError, "expected: 12, the encoder's dim\n  found: 13"),
+        ({"pairs__columns__new_embedding": "wide"}, DataError, "expected: 20, the encoder's dim\n  found: 13"),
+        ({"pairs__columns__side": "side"}, ConfigError, "for the pairs and not for the gallery(.|\n)*gallery.columns"),
+        ({"gallery__columns__side": "side"}, ConfigError, "for the gallery and not for the pairs(.|\n)*pairs.columns"),
+        (
+            {"gallery__columns__side": "side", "pairs__columns__side": "wide"},
+            DataError,
+            "side has another width than the pairs'(.|\n)*found: 3 in the gallery",
+        ),
+        ({"fit__batch_size": 181}, ConfigError, "expected: 2 to 180: (.|\n)*the 200 pairs(.|\n)*found: 181"),
+        ({"pairs__held_out_fraction": 0.8}, ConfigError, "the batch does not fit(.|\n)*expected: 2 to 40"),
+        ({"fit__num_workers": 4, "fit__batch_size": 7}, ConfigError, "the batch does not fit(.|\n)*expected: 8 to 180"),
+        ({"fit__num_workers": 17}, ConfigError, "more workers than parts"),
+        ({"index__factory": "IVF256,Flat"}, ConfigError, "expected: at least 256\n  found: 180"),
+        ({"index__factory": "IVF8,Flat", "index__train_vectors": 7}, ConfigError, "expected: at least 8\n  found: 7"),
+        ({"plan__waves": 200}, ConfigError, "a wave has no image"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_was_found(
+    check: Check, changes: dict[str, Any], kind: type[FastfillError], said: str
+) -> None:
+    with pytest.raises(kind, match=said):
+        check(**changes)
+
+
+def test_too_few_pairs_are_refused(check: Check, data: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few.parquet"
+    pq.write_table(pq.read_table(data / "data" / "training.parquet").slice(0, 31), few)
+    with pytest.raises(DataError, match=r"too few training pairs\n  expected: at least 32\n  found: 31"):
+        check(pairs__manifest=str(few))
+
+
+def test_widths_that_no_footer_tells_are_compared_once_they_are_known(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path))
+    check_widths(config, {"old_embedding": 4}, {})
+    check_widths(config, {}, {"old_embedding": 4, "side": 3})
+    check_widths(config, {"old_embedding": 4, "side": 3}, {"old_embedding": 4, "side": 3})
+    with pytest.raises(DataError, match="side has another width"):
+        check_widths(config, {"old_embedding": 4, "side": 3}, {"old_embedding": 4, "side": 5})
