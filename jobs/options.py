@@ -176,17 +176,13 @@ def start_ray() -> None:
         return
     for name in ("ray", "ray._private.authentication"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": storage.environment()})
-        return
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     with _quiet():
-        ray.init(
-            address="local",
-            num_cpus=max(2, os.cpu_count() or 2),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(runtime_env={"env_vars": storage.environment()}, **quiet)
+        else:
+            cpus = max(2, os.cpu_count() or 2)
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import queue
 import re
 import subprocess
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,7 +114,10 @@ class Matrix:
             self.nodes.append(add_worker(self.cluster))
             return "killed"
         title = {"embedding actor": "EmbedStage", "sealing task": "_seal"}[self.victim]
-        return "killed" if kill(processes(title)) else "-"  # none of them runs at this step
+        deadline = time.monotonic() + (20 if self.victim == "embedding actor" else 0)  # one may be on its way back
+        while not (found := processes(title)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return "killed" if kill(found) else "-"  # none of them runs at this step
 
     def _fetched(self) -> set[str]:
         return set(image_reads(self.scene.proxy.log))
@@ -134,7 +138,7 @@ def test_a_kill_at_every_step_changes_nothing_that_is_published(
 ) -> None:
     name = f"kill-{victim.replace(' ', '-').lower()}"
     run = scene.prepare(name, like="undisturbed")
-    calm.delays[r"/images/"] = 0.5  # so that the run is still going on when its seventh step is struck
+    calm.delays[r"/images/"] = 1.5  # so that the run is still going on when its seventh step is struck
     matrix = Matrix(scene, cluster, victim, name, nodes=list(cluster.worker_nodes))
     matrix.play()
     assert scene.published(name) == scene.published("undisturbed")
