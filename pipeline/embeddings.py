@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
@@ -65,11 +66,13 @@ def embed_missing(config: Config, run: Run, folders: Sequence[str], on_units: On
         rejects.check_manifest(rejected[index], total[index], config.backfill, folder, log.rejects_uri)
         on_units(f"{folder}: {role} embeddings", done[index], total[index])
     for (folder, role), item, bad, images in zip(names, work, rejected, total, strict=True):
-        if bad and item.units:
+        if bad:
             _warn(folder, role, bad, images, item.log)
 
 
+@cache
 def _warn(folder: str, role: str, rejected: int, images: int, log: VectorLog) -> None:
+    """Once in a process: the backfill comes here for all manifests first, and then for each."""
     lost = "they have no vector, so they are not served" if folder == "gallery" else "they are left out of the fit"
     logger.warning(
         "%d of %d images of the %s cannot be read by the %s encoder: %s. The reasons are in %s; `fastfill status` "
