@@ -176,13 +176,12 @@ def start_ray() -> None:
         return
     for name in ("ray", "ray._private.authentication"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    init = functools.partial(ray.init, log_to_driver=False, logging_level=logging.ERROR)
     with _quiet():
         if os.environ.get("RAY_ADDRESS"):
-            ray.init(runtime_env={"env_vars": storage.environment()}, **quiet)
+            init(runtime_env={"env_vars": storage.environment()})
         else:
-            cpus = max(2, os.cpu_count() or 2)
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+            init(address="local", num_cpus=max(2, os.cpu_count() or 2), include_dashboard=False)
 
 
 @contextmanager
