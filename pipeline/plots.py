@@ -158,7 +158,7 @@ def throughput_plot(edges_seconds: Float64, rates: Float64) -> str:
         axes.set_xlim(0, edges[-1])
         axes.set_xlabel(f"{name} since the first part")
         axes.set_ylabel("images per second")
-        axes.yaxis.set_major_formatter("{x:,.0f}" if rates.max() >= 10 else "{x:,.1f}")
+        axes.yaxis.set_major_formatter("{x:,.0f}" if rates.max() >= 10 else "{x:.3g}")
 
     def _long(unit: int) -> bool:
         return unit == 1 or bool(edges_seconds[-1] >= 3 * unit)
