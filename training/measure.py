@@ -47,8 +47,8 @@ def measure(config: Config, job: Job, network: TransformationNetwork, pairs: Pai
         _LOG.warning(
             "The transformation is worse than the old model on held-out pairs (%s against %s): a gallery that is "
             "served through it answers worse than today's. Try another fit.loss, more pairs, or more epochs.",
-            new,
-            old,
+            _rounded(new),
+            _rounded(old),
         )
     figures: Figures = {"alignment": float(error.mean()), "spearman": spearman(s, error), **found}
     data, fit = job.data, job.fit
@@ -66,6 +66,10 @@ def measure(config: Config, job: Job, network: TransformationNetwork, pairs: Pai
         better_than_old=better,
         held_out=figures,
     )
+
+
+def _rounded(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.1f}" for name, value in figures.items())
 
 
 def spearman(a: Float32, b: Float32) -> float:
