@@ -208,6 +208,7 @@ class SeaweedFS:
         master, volume, filer, s3 = self.ports
         return [
             binary,
+            f"-logdir={self.folder}",  # else its log files are left in the system's temporary folder
             "server",
             f"-dir={self.folder / 'data'}",
             "-ip=127.0.0.1",
