@@ -17,7 +17,8 @@ import torch
 import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
-from torch import nn
+
+from tests.own_functions import small_encoder
 
 OLD_DIM, NEW_DIM = 12, 20
 PREPROCESS = {"channels": 1, "size": 8}
@@ -39,8 +40,7 @@ def png(image: np.ndarray[Any, Any]) -> bytes:
 
 def export_encoder(path: Path, dim: int, seed: int) -> None:
     """A small convolutional encoder with random weights, as a torch.export archive."""
-    torch.manual_seed(seed)
-    encoder = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(6 * 36, dim)).eval()
+    encoder = small_encoder(dim, seed)
     batch = torch.export.Dim("batch", min=1, max=65536)
     program = torch.export.export(encoder, (torch.zeros(2, 1, 8, 8),), dynamic_shapes=({0: batch},))
     torch.export.save(program, path)

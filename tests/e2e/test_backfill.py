@@ -24,7 +24,7 @@ from pipeline.images import Limits, decode_image
 from pipeline.plan import read_plan
 from pipeline.run import Run
 from pipeline.search import Searcher
-from tests.galleries import digits, write_config
+from tests.galleries import NEW_DIM, digits, export_encoder, write_config
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -125,6 +125,95 @@ def test_running_again_does_nothing_and_says_so(finished: Config) -> None:
     assert result.exit_code == 0
     assert "Nothing to do" in result.stderr
     assert {uri: storage.stat(uri).etag for uri in storage.list_files(finished.run)} == before
+
+
+def test_a_report_that_was_lost_or_never_written_is_made_by_the_next_backfill(finished: Config) -> None:
+    path, run = str(Path(finished.run).parent / "run.yaml"), Run(finished.run)
+    page, figures, curve = (run.path("reports", name) for name in ("report.html", "report.json", "curve.json"))
+    before = storage.read_bytes(curve)
+    for lost in ([page], [page, figures, curve], [figures]):
+        storage.delete_files(lost)
+        result = fastfill("backfill", "--config", path)
+        assert result.exit_code == 0
+        assert "its report: it is missing" in result.stderr
+        assert storage.exists(page)
+        assert storage.exists(figures)
+    assert json.loads(storage.read_bytes(curve)) == json.loads(before)
+    test_running_again_does_nothing_and_says_so(finished)
+
+
+def test_evaluate_and_search_refuse_a_config_that_is_not_the_runs(finished: Config) -> None:
+    path, run = str(Path(finished.run).parent / "run.yaml"), Run(finished.run)
+    queries = [str(Path(finished.run).parent / "data" / "gallery.parquet"), "--column", "image", "--limit", "1"]
+    curve = storage.read_bytes(run.path("reports", "curve.json"))
+    metric, preprocess = "gallery.metric=cosine", "encoders.new.preprocess.pixel_range=255"
+    for command, setting in (
+        (["evaluate", "--curve"], metric),
+        (["evaluate"], metric),
+        (["search", *queries], preprocess),
+    ):
+        result = fastfill(*command, "--config", path, "--set", setting)
+        assert result.exit_code == 3, (command, result.output)
+        assert setting.partition("=")[0] in result.stderr
+    assert storage.read_bytes(run.path("reports", "curve.json")) == curve
+    other = Path(finished.run).parent / "other.pt2"
+    if not other.exists():
+        export_encoder(other, NEW_DIM, seed=3)
+    result = fastfill("search", *queries, "--config", path, "--set", f"encoders.new.export={other}")
+    assert result.exit_code == 3
+    assert "content of encoders.new" in result.stderr
+    free = fastfill("evaluate", "--config", path, "--set", "evaluate.points=5", "--set", "index.nprobe=2")
+    assert free.exit_code == 0, free.output
+
+
+def test_evaluate_of_a_snapshot_is_a_table_for_people_and_a_document_for_programs(finished: Config) -> None:
+    path = str(Path(finished.run).parent / "run.yaml")
+    point = read_json("evaluate", "--config", path, "--commit", "2")
+    assert list(point) == ["commit", "fraction", "top1", "top5", "map", "num_queries", "recall10"]
+    assert point["num_queries"] == 300
+    assert point["recall10"] == 100 if finished.index.factory == "Flat" else 10 < point["recall10"] < 100
+    table = fastfill("evaluate", "--config", path, "--commit", "2")
+    assert "commit 2" in table.stderr
+    assert "recall" in table.stderr
+    assert f"{point['map']:.1f}" in table.stderr
+    assert "{" not in table.stderr
+
+
+def test_more_neighbours_than_images_are_null_in_the_document_and_not_in_the_table(finished: Config) -> None:
+    path, folder = str(Path(finished.run).parent / "run.yaml"), Path(finished.run).parent
+    queries = [str(folder / "data" / "gallery.parquet"), "--column", "image", "--limit", "1"]
+    result = fastfill("search", *queries, "-k", "301", "--config", path, "--json")
+    assert result.exit_code == 0, result.output
+    assert "Infinity" not in result.stdout
+    found = json.loads(result.stdout)
+    assert [len(found[name][0]) for name in ("ids", "distances")] == [301, 301]
+    assert found["ids"][0][-1] is found["distances"][0][-1] is None
+    table = fastfill("search", *queries, "-k", "301", "--config", path)
+    assert "None" not in table.stderr
+
+
+def test_search_refuses_more_than_one_file_of_queries(finished: Config) -> None:
+    path, table = str(Path(finished.run).parent / "run.yaml"), str(Path(finished.run).parent / "data/gallery.parquet")
+    result = fastfill("search", table, table, "--column", "image", "--config", path)
+    assert result.exit_code == 2
+    assert "these are 2 files" in result.stderr
+
+
+def test_a_snapshot_that_is_worse_than_the_old_gallery_is_not_promoted(finished: Config) -> None:
+    path, run = str(Path(finished.run).parent / "run.yaml"), Run(finished.run)
+    marker = storage.join(run.transformation, "transformation.json")
+    before = storage.read_bytes(marker)
+    storage.put(marker, json.dumps(json.loads(before) | {"better_than_old": False}).encode())
+    try:
+        read_json("rollback", "--config", path, "--to", "0")
+        result = fastfill("promote", "--config", path, "--commit", "2")
+        assert result.exit_code == 3
+        assert "on held-out pairs the transformed gallery is worse than the old one" in result.stderr
+        assert read_json("status", "--config", path)["prod"] == 0
+        assert read_json("promote", "--config", path, "--commit", "2", "--force")["prod"] == 2
+        assert read_json("promote", "--config", path)["prod"] == 5, "nothing is transformed any more"
+    finally:
+        storage.put(marker, before)
 
 
 def test_status_and_curve_and_search_speak_the_documented_json(finished: Config) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
@@ -25,6 +29,8 @@ from pipeline.search import Searcher
 from tests.galleries import OLD_DIM, digits, write_config
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def fastfill(*arguments: str) -> Result:
@@ -132,6 +138,22 @@ def test_a_second_config_is_refused_with_the_name_of_what_differs(
     result = fastfill("backfill", "--config", path, "--set", "plan.policy=random")
     assert result.exit_code == 3
     assert "plan.policy: the run has 'uncertainty', you gave 'random'" in result.stderr
+
+
+def test_an_error_of_ours_inside_ray_data_reaches_the_user_as_a_few_lines(
+    tmp_path: Path, make_run: Callable[..., str]
+) -> None:
+    path = make_run(tmp_path, plan__policy="tests.own_functions:undecided")
+    command = [sys.executable, "-m", "jobs.plan", "--config", path]
+    address = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    result = subprocess.run(command, cwd=ROOT, env=address, capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.splitlines()
+    assert "error: the policy gave unusable priorities" in lines
+    assert len(lines) < 15, result.stderr
+    for noise in ("Traceback", "ERROR", "UDF", "ray.data"):
+        assert noise not in result.stderr
+    assert not (Path(load_config(path).run) / "plan" / "plan.json").exists()
 
 
 BAD = {

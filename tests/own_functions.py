@@ -1,0 +1,26 @@
+"""Functions of a user's own, as `module:function` in a config: policies and encoders, good and bad."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.policy import Scored
+from pipeline.schema import Float32
+
+
+def undecided(scored: Scored) -> Float32:
+    """A policy that is not a number for one image of each part."""
+    return np.where(np.arange(len(scored.ids)) == 3, np.float32(np.nan), scored.uncertainty)
+
+
+def small_encoder(dim: int, seed: int) -> nn.Module:
+    """A small convolutional encoder of 8 x 8 grey images with random weights."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(6 * 36, dim)).eval()
+
+
+def new_encoder() -> nn.Module:
+    """The same network as `tests.galleries` exports for the new encoder."""
+    return small_encoder(dim=20, seed=2)
