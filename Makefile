@@ -14,10 +14,10 @@ demo: $(VENV)/installed  ## a whole backfill on real images, in minutes
 	$(BIN)/fastfill demo
 
 test: $(VENV)/installed  ## the default suite: under ten minutes on two cores
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' --durations 15
 
 test-slow: $(VENV)/installed  ## what takes minutes: kills, whole CIFAR-100 runs
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --durations 15
 
 check: $(VENV)/installed  ## format, lint, types
 	$(BIN)/ruff format --check .

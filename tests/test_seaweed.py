@@ -85,13 +85,14 @@ def test_a_wrong_secret_is_refused(seaweed: SeaweedFS, name: str) -> None:
 
 
 def test_the_read_only_identity_reads_its_bucket_and_writes_nothing(seaweed: SeaweedFS, client: Any, name: str) -> None:
-    client.put_object(Bucket=READONLY, Key="key", Body=b"body")
+    key = f"{name}/key"  # others use this bucket too
+    client.put_object(Bucket=READONLY, Key=key, Body=b"body")
     reader = s3_client(seaweed.environment("readonly"))
-    assert reader.get_object(Bucket=READONLY, Key="key")["Body"].read() == b"body"
-    assert [item["Key"] for item in reader.list_objects_v2(Bucket=READONLY)["Contents"]] == ["key"]
+    assert reader.get_object(Bucket=READONLY, Key=key)["Body"].read() == b"body"
+    assert [item["Key"] for item in reader.list_objects_v2(Bucket=READONLY, Prefix=f"{name}/")["Contents"]] == [key]
     for refused in (
-        lambda: reader.put_object(Bucket=READONLY, Key="other", Body=b"body"),
-        lambda: reader.delete_object(Bucket=READONLY, Key="key"),
+        lambda: reader.put_object(Bucket=READONLY, Key=f"{name}/other", Body=b"body"),
+        lambda: reader.delete_object(Bucket=READONLY, Key=key),
         lambda: reader.list_objects_v2(Bucket=name),
     ):
         with pytest.raises(ClientError) as error:

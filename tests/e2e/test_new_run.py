@@ -47,6 +47,7 @@ def test_a_changed_setting_or_input_is_refused_by_its_name(finished: str, name: 
     assert "--new-run" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_new_run_starts_beside_the_one_that_is_there(finished: str) -> None:
     run = load_config(finished).run
     before = {uri: storage.sha256(uri) for uri in storage.list_files(run)}

@@ -24,7 +24,7 @@ from pipeline.schema import vectors_to_arrow
 from pipeline.transformation import read_info
 from tests.galleries import NEW_DIM, PREPROCESS, digits, write_config, write_manifest
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 FAST = {"plan__waves": 2, "plan__unit_images": 128}
 OF_A_FUNCTION = {"function": "tests.own_functions:new_encoder", "dim": NEW_DIM, "preprocess": PREPROCESS}
