@@ -36,12 +36,14 @@ def main(
     export.json is written last, with the checksum of every file. An export that was stopped goes on when the
     same command is given again; OUT must not hold anything else (exit code 3).
     """
+    from pipeline import storage
     from pipeline.export import export
     from pipeline.run import Run, read_settings
 
     config = load(config_path, overrides)
     read_settings(Run(config.run))
     out_uri = out if "://" in out else os.path.abspath(out)
+    storage.check(out_uri)
     screen = console()
 
     def tell(done: int, total: int) -> None:

@@ -48,7 +48,7 @@ def main(
     same command goes on where it was stopped, and brings a manifest up to date.
     """
     from jobs.bars import Bars
-    from pipeline import catalog
+    from pipeline import catalog, storage
     from pipeline.errors import ConfigError
     from pipeline.pieces import Options
 
@@ -67,6 +67,7 @@ def main(
     )
     with Bars(console()) as bars:
         target = _absolute(folder)
+        storage.check(target)
         if replace:
             catalog.forget(target)
         found, pieces = catalog.build(

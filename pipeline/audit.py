@@ -43,16 +43,18 @@ def audit(run_uri: str) -> AuditReport:
 
     Raises:
         DataError: there is no run there.
+        TransientError: the store kept failing, which says nothing of the run.
+        PermissionError: a file may not be read, which says nothing of it either.
     """
     run = Run(run_uri)
     settings = read_settings(run)
     notes = Notes()
     for _ in range(_TRIES):
         notes = Notes()
-        commits, removed = _commits(run, notes)
-        _check_all(run, notes, commits, _drops_deleted(settings))
-        if not notes.problems or removed == _removed(run, Notes()):
-            break  # else gc has removed commits while they were looked at
+        before = _published(run, notes)
+        _check_all(run, notes, _commits(run, notes, *before), _drops_deleted(settings))
+        if not notes.problems or before == _published(run, Notes()):
+            break  # else commits were published, or removed by gc, while they were looked at
     return AuditReport(not notes.problems, notes.problems, dict(notes.checked))
 
 
@@ -67,13 +69,17 @@ def _check_all(run: Run, notes: Notes, commits: dict[int, Commit], drops_deleted
     _check_unpublished(run, notes, published)
 
 
-def _commits(run: Run, notes: Notes) -> tuple[dict[int, Commit], set[int]]:
-    """The published commits that can be read, by number, and those that gc has removed; the others are problems."""
+def _published(run: Run, notes: Notes) -> tuple[int | None, set[int]]:
+    """The number of the last published commit, and those of the commits that gc has removed."""
     candidate = notes.attempt("tag", run.tag(CANDIDATE), snapshot.read_tag, run, CANDIDATE)
-    numbers = range(candidate.commit + 1) if candidate and candidate.commit is not None else range(0)
-    removed = _removed(run, notes)
+    record = notes.attempt("removals", run.collected, read_removals, run)
+    return candidate.commit if candidate else None, set(record.confirmed) if record else set()
+
+
+def _commits(run: Run, notes: Notes, last: int | None, removed: set[int]) -> dict[int, Commit]:
+    """The published commits that can be read, by number; those that cannot, and are not removed, are problems."""
     found = {}
-    for number in numbers:
+    for number in range(0 if last is None else last + 1):
         if number in removed:
             notes.checked["removed_commits"] += 1
             continue
@@ -81,12 +87,7 @@ def _commits(run: Run, notes: Notes) -> tuple[dict[int, Commit], set[int]]:
         if commit is not None:
             found[number] = commit
             notes.checked["commits"] += 1
-    return found, removed
-
-
-def _removed(run: Run, notes: Notes) -> set[int]:
-    record = notes.attempt("removals", run.collected, read_removals, run)
-    return set(record.confirmed) if record else set()
+    return found
 
 
 def _drops_deleted(settings: dict[str, object]) -> bool:

@@ -1,8 +1,8 @@
 """What the plan and the vector log say, as the audit reads it: by (shard, wave), trusting no earlier step.
 
-Guarantee: what cannot be read becomes a problem in the notes and never an exception, so that one bad file
-does not hide the others. Row groups are found by their statistics, not by where they should be. Does not
-know commits or segments.
+Guarantee: what is damaged becomes a problem in the notes and never an exception, so that one bad file does
+not hide the others; a store that fails or refuses is an exception, and never the problem of a file. Row groups
+are found by their statistics, not by where they should be. Does not know commits or segments.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline import storage
-from pipeline.errors import FastfillError
+from pipeline.errors import FastfillError, TransientError
 from pipeline.run import Run
 from pipeline.schema import DELETED, Float32, Int64, vectors_from_arrow
 
@@ -53,9 +53,15 @@ class Notes:
         self.problems.append(Problem(kind, where, str(expected), str(found)))
 
     def attempt(self, kind: str, where: str, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """What `read` gives, or None and a problem."""
+        """What `read` gives, or None and a problem.
+
+        Raises:
+            TransientError, PermissionError: the store fails or refuses, so nobody knows what is there.
+        """
         try:
             return read(*args, **kwargs)
+        except (TransientError, PermissionError):
+            raise
         except FastfillError as error:
             expected = error.details["expected"] or "a whole file"
             found = error.details["found"]
@@ -250,6 +256,8 @@ def _deleted(uris: list[str]) -> Int64:
     for uri in uris:
         try:
             table = storage.read_parquet(uri, ["id", "reason"])
+        except (TransientError, PermissionError):
+            raise
         except (FastfillError, OSError, pa.ArrowException, ValueError):
             continue  # a problem already
         found.append(table.filter(pc.starts_with(table["reason"], DELETED))["id"].to_numpy())

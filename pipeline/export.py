@@ -109,7 +109,8 @@ class _Writer:
     def begin(self) -> Tree | None:
         """Make sure that the folder is ours; returns what the marker says, where the export is finished already."""
         facts = self.facts()
-        there = {uri.rpartition("/")[2]: uri for uri in storage.list_files(self.out_uri)}
+        probes = {uri for uri, _ in storage.list_leftovers(self.out_uri)}
+        there = {uri.rpartition("/")[2]: uri for uri in storage.list_files(self.out_uri) if uri not in probes}
         for name in (_MARKER, _STARTED):
             if name in there:
                 known: Tree = _read_json(there[name])

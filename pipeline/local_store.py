@@ -134,7 +134,7 @@ class LocalStore:
             probe.unlink()
         except OSError as error:
             raise DataError(
-                "the run's folder cannot be written", found=error.strerror, where=prefix, remedy="give another `run`"
+                "the folder cannot be written", found=error.strerror, where=prefix, remedy="give another one"
             ) from error
 
 

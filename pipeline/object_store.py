@@ -54,6 +54,10 @@ class Precondition(Exception):
     """The condition of a request did not hold (412)."""
 
 
+class NoBucket(FileNotFoundError):
+    """Not only the object is missing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Blob:
     """Bytes of an object and its etag."""
@@ -262,9 +266,7 @@ class ObjectStore:
             self._check_conditions(name)
             self.delete([name])
         except FileNotFoundError as error:
-            raise DataError(
-                "the bucket is not there", found=error.strerror, where=where, remedy="create it first"
-            ) from error
+            raise _no_bucket(error, where) from error
         except PermissionError as error:
             raise DataError(
                 "the store refuses these credentials",
@@ -362,7 +364,14 @@ class ObjectStore:
         return self._call("put", name, lambda: self._client.put(name, data, if_absent=if_absent, if_match=if_match))
 
     def _call(self, kind: str, name: str, request: Callable[[], T]) -> T:
-        return self._retry.call(kind, request, self._scheme + name)
+        try:
+            return self._retry.call(kind, request, self._scheme + name)
+        except NoBucket as error:  # nothing can be found or made there, whatever a missing object means to the caller
+            raise _no_bucket(error, self._scheme + name) from error
+
+
+def _no_bucket(error: FileNotFoundError, where: str) -> DataError:
+    return DataError("the bucket is not there", found=error.strerror, where=where, remedy="create it first")
 
 
 class _ObjectFile(io.RawIOBase):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 
-from pipeline.object_store import Again, Precondition
+from pipeline.object_store import Again, NoBucket, Precondition
 
 # Codes that go away by themselves, though they come with a status of 4xx, or for one name of a DELETE of many.
 _TRANSIENT_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "SlowDown", "Throttling", "ThrottlingException"}
@@ -27,7 +27,9 @@ def problem(status: int, code: str, message: str, uri: str) -> Exception:
         return Again(code or str(status), text)
     if status == 412 or code == "PreconditionFailed":
         return Precondition(uri)
-    if status == 404 or code in ("NoSuchKey", "NoSuchBucket"):
+    if code == "NoSuchBucket":
+        return NoBucket(errno.ENOENT, text, uri)
+    if status == 404 or code == "NoSuchKey":
         return FileNotFoundError(errno.ENOENT, text, uri)
     if status == 416:
         return EOFError(uri)

@@ -268,12 +268,15 @@ def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
 
     Raises:
         DataError: it is missing or not Parquet.
+        PermissionError: it may not be read.
     """
     try:
         with pq.ParquetFile(open_input(uri)) as file:
             yield file
     except FileNotFoundError as error:
         raise DataError("a Parquet file is missing", where=uri) from error
+    except PermissionError:
+        raise
     except (pa.ArrowInvalid, OSError) as error:  # damaged footers and pages come as either
         raise DataError("not a readable Parquet file", found=error, where=uri) from error
 

@@ -5,18 +5,25 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from rich.console import Console
 
+from jobs import backfill, export
 from jobs.bars import Bars
 from jobs.cli import main
 from jobs.options import load
 from jobs.prepare import open_run
 from pipeline import storage
 from pipeline.errors import DataError
-from tests.seaweed import READONLY, SeaweedFS
+from pipeline.export import export as write_export
+from pipeline.run import Run
+from pipeline.s3_client import S3Client
+from tests.galleries import write_config
+from tests.pipeline.whole_run import WholeRun
+from tests.seaweed import READONLY, SeaweedFS, s3_client
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "jobs" / "configs" / "cifar100.yaml")
 ENVIRONMENT = {
@@ -57,3 +64,115 @@ def test_a_command_says_so_in_one_line(run_uri: str, command: str) -> None:
     assert result.output.startswith("error: access is refused\n")
     assert run_uri in result.output
     assert "Traceback" not in result.output
+
+
+SAID = {
+    "wrong secret": "access is refused",
+    "no credentials": "access is refused",
+    "missing": "the bucket is not there",
+    "read-only": "the store refuses these credentials",
+    "no conditions": "this store cannot hold a run: it ignores conditional writes",
+}
+
+
+def errors_of(result: Result) -> list[str]:
+    """The lines of the error, which is all that may follow where the run is to be and where its metrics are."""
+    lines = [line for line in result.stderr.splitlines() if line.strip() and not line.startswith("run: ")]
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.stdout == ""
+    return lines
+
+
+def put_without_condition(client: S3Client, name: str, data: bytes, **_: object) -> str:
+    """A store that ignores conditions: signatures cover their headers, so nothing on the way could take them off."""
+    return PUT(client, name, data)
+
+
+PUT = S3Client.put
+
+
+@pytest.mark.parametrize("run_uri", list(SAID), indirect=True)
+def test_backfill_refuses_it_before_any_work(
+    run_uri: str,
+    seaweed: SeaweedFS,
+    bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    case = request.node.callspec.params["run_uri"]
+    if case == "no conditions":
+        monkeypatch.setattr(S3Client, "put", put_without_condition)
+    monkeypatch.setattr(backfill, "start_ray", lambda: None)  # nothing comes so far that it would need it
+    config = write_config(tmp_path, run=run_uri, telemetry__port=0)
+    result = CliRunner().invoke(main, ["backfill", "--config", config, "--json"])
+    assert result.exit_code == 2
+    error, *details = errors_of(result)
+    assert error == f"error: {SAID[case]}"
+    assert len(details) <= 4
+    assert any(run_uri in line for line in details)
+    admin = s3_client(seaweed.environment())
+    buckets = {item["Name"] for item in admin.list_buckets()["Buckets"]}
+    names = [READONLY, bucket.removeprefix("s3://")]
+    assert run_uri.split("/")[2] in buckets or case == "missing"
+    assert not any(name.startswith("missing-") for name in buckets)
+    for name in names:
+        assert "Contents" not in admin.list_objects_v2(Bucket=name)
+
+
+@pytest.mark.parametrize("run_uri", ["missing"], indirect=True)
+@pytest.mark.parametrize("words", [["status"], ["gc"], ["audit"], ["rollback"], ["promote"]])
+def test_a_run_in_a_missing_bucket_is_not_only_a_missing_run(run_uri: str, words: list[str], tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, [*words, "--config", CONFIG, "--set", f"run={run_uri}"])
+    assert result.exit_code == 2
+    assert errors_of(result)[0] == "error: the bucket is not there"
+    assert "NoSuchBucket" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["status", "gc", "audit"])
+def test_a_missing_run_in_a_bucket_that_is_there_is_still_that(bucket: str, command: str) -> None:
+    result = CliRunner().invoke(main, [command, "--config", CONFIG, "--set", f"run={bucket}/run"])
+    assert result.exit_code == 2
+    assert errors_of(result)[0] == "error: there is no run here"
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(f"{bucket}/run/run.json")
+
+
+@pytest.mark.parametrize("run_uri", ["missing", "read-only"], indirect=True)
+def test_a_manifest_is_not_put_there(run_uri: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    case = request.node.callspec.params["run_uri"]
+    (tmp_path / "image.png").write_bytes(b"not looked at")
+    result = CliRunner().invoke(main, ["manifest", str(tmp_path), "--to", run_uri, "--no-ray"])
+    assert result.exit_code == 2
+    error, *details = errors_of(result)
+    assert error == f"error: {SAID[case]}"
+    assert len(details) <= 4
+
+
+@pytest.mark.parametrize("run_uri", ["missing"], indirect=True)
+def test_a_manifest_of_what_is_in_a_missing_bucket(run_uri: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["manifest", run_uri, "--to", str(tmp_path / "to"), "--no-ray"])
+    assert result.exit_code == 2
+    assert "error: the bucket is not there" in errors_of(result)
+
+
+@pytest.mark.parametrize("run_uri", ["missing", "read-only"], indirect=True)
+def test_an_export_is_not_put_there(
+    run_uri: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = WholeRun(Run(str(tmp_path / "run"))).write_inputs()
+    whole.publish(0)
+    monkeypatch.setattr(export, "load", lambda *_: SimpleNamespace(run=whole.run.uri))  # a whole config needs encoders
+    words = ["export", "--config", "run.yaml", "--format", "faiss", "--commit", "0", run_uri]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2
+    error, *details = errors_of(result)
+    assert error == f"error: {SAID[request.node.callspec.params['run_uri']]}"
+    assert len(details) <= 4
+
+
+def test_an_export_goes_where_the_probe_of_a_dead_check_lies(bucket: str, tmp_path: Path) -> None:
+    whole = WholeRun(Run(str(tmp_path / "run"))).write_inputs()
+    whole.publish(0)
+    storage.put(f"{bucket}/out/probe/0123", b"third")
+    assert write_export(whole.run.uri, f"{bucket}/out", "faiss", commit=0)["commit"] == 0

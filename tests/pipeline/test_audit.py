@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import index, snapshot, storage
+from pipeline import commits, index, snapshot, storage
 from pipeline.audit import audit
 from pipeline.config import Metric
-from pipeline.errors import DataError
+from pipeline.errors import DataError, TransientError
+from pipeline.local_store import LocalStore
 from pipeline.run import Run
 from pipeline.snapshot import Counts, SegmentRef
 from tests.pipeline.whole_run import WholeRun
@@ -73,6 +74,72 @@ def test_empty_shards_are_fine(tmp_path: Path) -> None:
     whole.publish(1)
     assert any(ref.vectors == 0 for ref in snapshot.read_commit(whole.run, 1).segments)
     assert audit(whole.run.uri).problems == []
+
+
+@pytest.mark.parametrize("last", [0, None])
+def test_commits_that_are_published_meanwhile_are_no_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int | None
+) -> None:
+    whole = WholeRun(Run(str(tmp_path))).write_inputs()
+    if last is not None:
+        whole.publish(last)
+    later = iter([1])  # once, and after the audit has seen which commits there are
+
+    def read_removals(run: Run) -> commits.Removals:
+        for number in later:
+            whole.publish(number)
+            snapshot.promote(whole.run, number, blockers=[])
+        return commits.read_removals(run)
+
+    monkeypatch.setattr("pipeline.audit.read_removals", read_removals)
+    report = audit(whole.run.uri)
+    assert report.problems == []
+    assert report.checked["commits"] == 2
+
+
+def test_a_damage_is_found_while_commits_are_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = WholeRun(Run(str(tmp_path))).write_inputs()
+    whole.publish(0)
+    path = whole.run.path(whole.segment(0, 3, "transformed").path)
+    flip(path)
+    later = iter(range(1, LAST + 1))
+
+    def read_removals(run: Run) -> commits.Removals:
+        if (number := next(later, None)) is not None:
+            whole.publish(number)
+        return commits.read_removals(run)
+
+    monkeypatch.setattr("pipeline.audit.read_removals", read_removals)
+    assert [item.where for item in audit(whole.run.uri).problems] == [path]
+
+
+@pytest.mark.parametrize("error", [TransientError("object storage keeps failing"), PermissionError(13, "no", "here")])
+@pytest.mark.parametrize(
+    "folder", ["index/tags", "index/commits", "index/codebook-", "index/segments", "transformed", "embedded", "rejects"]
+)
+def test_a_store_that_fails_or_refuses_is_no_problem_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, error: Exception
+) -> None:
+    whole = make(tmp_path)
+    asked: list[str] = []
+
+    def failing(name: str) -> None:
+        real = getattr(LocalStore, name)
+
+        def call(store: LocalStore, uri: str, *rest: object) -> object:
+            if f"/{folder}" in uri:
+                asked.append(uri)
+                raise error
+            return real(store, uri, *rest)
+
+        monkeypatch.setattr(LocalStore, name, call)
+
+    for name in ("read", "read_versioned", "open", "local_file"):
+        failing(name)
+    with pytest.raises(type(error)) as caught:
+        audit(whole.run.uri)
+    assert caught.value is error
+    assert len(asked) == 1  # and not once for each file, for each may take minutes
 
 
 def flip(uri: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from pipeline.errors import DataError
 from pipeline.run import Run
 from pipeline.search import Searcher
 from pipeline.snapshot import list_commits
+from tests.faulty_proxy import FaultyProxy
 from tests.pipeline.whole_run import DIM, WholeRun
 
 PUBLISHES = 20
@@ -179,3 +181,67 @@ def test_other_damaged_files_are_named_too(home: str) -> None:
                     Searcher(whole.run.uri)
             storage.put(uri, good)
     assert audit(whole.run.uri).problems == []
+
+
+def test_a_commit_that_names_an_object_that_never_existed_is_refused(home: str) -> None:
+    whole = WholeRun(Run(home), num=60, num_waves=2).write_inputs()
+    writer = whole.publish(0)
+    snapshot.promote(whole.run, 0, blockers=[])
+    queries = np.random.default_rng(6).standard_normal((2, DIM))
+    expected = exact(whole, queries)
+    with Searcher(whole.run.uri) as searcher:
+        draft, digest = whole.draft(1), "0" * 64
+        invented = whole.segment(0, 1, "embedded")
+        invented = replace(invented, path=invented.path.replace(invented.sha256, digest), sha256=digest)
+        segments = [invented if (ref.shard, ref.wave) == (0, 1) else ref for ref in draft.segments]
+        writer.publish(replace(draft, segments=tuple(segments)))
+        snapshot.promote(whole.run, 1, blockers=[])
+        where = whole.run.path(invented.path)
+        assert digest in where
+        assert not storage.exists(where)
+        with pytest.raises(DataError, match="missing") as caught:
+            searcher.refresh()
+        assert where in str(caught.value)
+        assert searcher.commit.number == 0
+        np.testing.assert_array_equal(searcher.search(queries, whole.num).ids, expected[0])
+    with pytest.raises(DataError, match=where):
+        Searcher(whole.run.uri)
+    assert [item.where for item in audit(whole.run.uri).problems] == [where]
+
+
+@pytest.fixture
+def proxy(faulty_s3: FaultyProxy) -> Iterator[FaultyProxy]:
+    """What this process asks of S3 comes through here, whatever client an earlier test has left."""
+    storage._store.cache_clear()
+    yield faulty_s3
+    storage._store.cache_clear()
+
+
+def tag_writes(proxy: FaultyProxy) -> list[tuple[str, int]]:
+    """The requests that could change something, and how they were answered."""
+    return [
+        (target.rpartition("/")[2].partition("?")[0], code) for method, target, code in proxy.log if method != "GET"
+    ]
+
+
+def test_a_rollback_on_s3_is_one_conditional_put_and_under_a_second(bucket: str, proxy: FaultyProxy) -> None:
+    whole = WholeRun(Run(f"{bucket}/run"), num=60, num_waves=2).write_inputs()
+    whole.publish(2)
+    for number in (0, 1, 2):
+        snapshot.promote(whole.run, number, blockers=[])
+
+    proxy.log.clear()
+    start = time.monotonic()
+    assert snapshot.rollback(whole.run).commit == 1
+    assert time.monotonic() - start < 1.0
+    assert tag_writes(proxy) == [("prod.json", 200)]
+    assert len(proxy.log) <= 6  # the tags, the removals and the commit
+
+    def meanwhile(_: str) -> bool:
+        snapshot.promote(whole.run, 2, blockers=[])
+        return True
+
+    proxy.watch(meanwhile, "PUT", "/tags/prod")  # between the rollback's look at the tag and its write
+    proxy.log.clear()
+    assert snapshot.rollback(whole.run, to=0).commit == 0
+    assert tag_writes(proxy) == [("prod.json", 200), ("prod.json", 412), ("prod.json", 200)]
