@@ -70,6 +70,8 @@ def run_all(config: Config, bars: Bars, retry_rejects: bool = False) -> Progress
     progress = backfill(config, run, plan, show)
     if progress.reading.images:
         bars.console.print(f"images read: {progress.reading}", soft_wrap=True)
+    elif progress.reading.retries:
+        bars.console.print(f"no image was left to read; {progress.reading.retries:,} retries", soft_wrap=True)
     write_report(config, run, plan, bars)
     return progress
 

@@ -8,8 +8,9 @@ later waves are already being embedded, strictly in order. Killed anywhere, it g
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from pipeline import telemetry
+from pipeline import storage, telemetry
 from pipeline.config import Config
 from pipeline.plan import Plan
 from pipeline.progress import Progress, Tracker
@@ -37,8 +38,15 @@ def backfill(config: Config, run: Run, plan: Plan, on_progress: Callable[[Progre
     log = plan.log(run)
     tracker = Tracker(plan, log, config.backfill.max_reject_fraction, config.backfill.reject_allowance)
 
+    before, counted = storage.counts(), 0
+
     def report() -> Progress:
+        nonlocal counted
+        repeated = storage.retries(before)
+        telemetry.observe_driver(repeated - counted)
+        counted = repeated
         progress = tracker.progress(publisher.published)
+        progress = replace(progress, reading=progress.reading.with_driver(repeated))
         telemetry.observe_progress(progress)
         on_progress(progress)
         return progress

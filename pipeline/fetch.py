@@ -41,6 +41,17 @@ class Place:
     row: int | None
     etag: str | None = None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a whole object, and no part of a container."""
+        return self.row is None and self.length is None and not self.offset
+
+    def is_changed(self, etag: str | None) -> bool:
+        """Whether the object was another one when the manifest was made; False where that is not known."""
+        if self.etag is None or etag is None:
+            return False
+        return self.etag.strip('"') != etag.strip('"')  # a manifest of the user's may have it without the quotes
+
 
 class Reject(Exception):
     """One image that cannot be embedded; `reason` is a short word, maybe followed by `: detail`."""
@@ -77,12 +88,12 @@ def fetch(places: list[Place], max_bytes: int, settings: Fetch) -> Iterator[Fetc
 
     Raises:
         TransientError: a store kept failing.
-        DataError: a store refuses the credentials.
+        DataError: a store refuses the credentials, or a bucket is missing.
     """
     unit = _Unit(places, max_bytes, settings)
     for row, (data, etag) in enumerate(unit.fetched()):
         COUNTS.add("bytes:needed", 0 if isinstance(data, Reject) else len(data))
-        yield _deleted(data, places[row]), etag
+        yield _since_manifest(data, etag, places[row]), etag
 
 
 def coalesce(ranges: Iterable[tuple[int, Span]], settings: Fetch) -> list[Piece]:
@@ -137,12 +148,10 @@ class _Unit:
                 continue
             if (bad := self._refused(place)) is not None:
                 self._found[row] = bad, None
-            elif place.length is None and not place.offset:
+            elif place.is_whole:
                 whole.setdefault(place.uri, []).append(row)
             else:
-                start = place.offset or 0
-                stop = start + (self._max_bytes + 1 if place.length is None else place.length)
-                ranges.setdefault(place.uri, []).append((row, (start, stop)))
+                ranges.setdefault(place.uri, []).append((row, self._span(place)))
         reads = [_Read(uri, rows, None) for uri, rows in whole.items()]
         for uri, wanted in ranges.items():
             pieces = coalesce(wanted, self._settings)
@@ -175,7 +184,15 @@ class _Unit:
         except storage.TooLarge as error:
             self._leave(read.rows, (self._too_large(error.size_bytes), error.etag))
         except (OSError, ValueError) as error:
-            self._leave(read.rows, (_reject(error), None))
+            if _is_unreadable(error, read.uri) and read.pieces is not None and len(read.rows) > 1:
+                for row in read.rows:  # of a container, which others may be read from
+                    self._run(_Read(read.uri, [row], [Piece(self._span(self._places[row]), [row])]))
+                return
+            self._leave(read.rows, (_reject(error, read.uri), None))
+
+    def _span(self, place: Place) -> Span:
+        start = place.offset or 0
+        return start, start + (self._max_bytes + 1 if place.length is None else place.length)
 
     def _leave(self, rows: list[int], fetched: Fetched) -> None:
         for row in rows:
@@ -200,18 +217,44 @@ class _Unit:
                 columns.setdefault(place.uri, []).append(row)
         for uri, rows in columns.items():
             found, etag = _column(uri, {self._places[row].row or 0 for row in rows})
+            if isinstance(found, Reject) and not storage.is_local(uri):
+                found = self._ask(uri.rpartition("#")[0], found)
             for row in rows:
                 data = found if isinstance(found, Reject) else found.get(self._places[row].row or 0, _MISSING)
                 if isinstance(data, bytes) and len(data) > self._max_bytes:
                     data = self._too_large(len(data))
                 self._found[row] = data, etag
 
+    def _ask(self, path: str, reject: Reject) -> Reject:
+        """What the store itself says of a file that was not had: the answer to a HEAD does not name its cause.
+
+        Raises:
+            DataError: the bucket is missing, or the credentials are refused.
+        """
+        if reject is not _MISSING and not reject.reason.startswith("unreadable"):
+            return reject
+        try:
+            reader, name = storage.image_reader(path, self._settings)
+            list(reader.spans(name, [(0, 1)]))
+        except OSError as error:
+            return _reject(error, path)
+        return reject
+
 
 _MISSING = Reject("fetch", "missing")
 
 
-def _reject(error: OSError | ValueError) -> Reject:
+def _is_unreadable(error: OSError | ValueError, uri: str) -> bool:
+    """Whether these bytes cannot be read from where they lie: a bad sector."""
+    return isinstance(error, OSError) and error.errno == errno.EIO and storage.is_local(uri)
+
+
+def _reject(error: OSError | ValueError, uri: str) -> Reject:
     """What is wrong with an image; raises what is wrong with the machine."""
+    if isinstance(error, storage.Unreadable):
+        return Reject("fetch", f"unreadable: {error.code}")
+    if _is_unreadable(error, uri):
+        return Reject("fetch", "unreadable: EIO")
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return _MISSING
     if isinstance(error, PermissionError):
@@ -223,7 +266,10 @@ def _reject(error: OSError | ValueError) -> Reject:
     return Reject("fetch", f"missing: {error}")
 
 
-def _deleted(data: bytes | Reject, place: Place) -> bytes | Reject:
+def _since_manifest(data: bytes | Reject, etag: str | None, place: Place) -> bytes | Reject:
+    """What came, unless its object has gone since the manifest was made, or is a container that was made anew."""
+    if not place.is_whole and place.is_changed(etag):  # at the old place may lie another image
+        return Reject("fetch", "container changed: make the manifest again, start beside with --new-run")
     if data is _MISSING and place.etag is not None:
         return Reject("fetch", f"{DELETED}: was there when the manifest was made")
     return data
@@ -235,18 +281,22 @@ def _column(uri: str, wanted: set[int], tries: int = 3) -> tuple[dict[int, bytes
     etag = None
     try:
         etag = storage.stat(path).etag
-        return dict(_column_rows(path, column, np.array(sorted(wanted), dtype=np.int64))), etag
+        found = dict(_column_rows(path, column, np.array(sorted(wanted), dtype=np.int64)))
+        if storage.stat(path).etag == etag:
+            return found, etag
+        replaced: Exception | None = None
     except (OSError, ValueError) as error:
-        return _reject(error), None
+        return _reject(error, path), None
     except DataError as error:
         cause = error.__cause__
         if not isinstance(cause, OSError) or cause.errno is None:  # Arrow's own OSErrors have no number
             return Reject("fetch", f"damaged: {error}".splitlines()[0]), etag
         if cause.errno != errno.ESTALE:
-            return _reject(cause), etag
-        if tries > 1:  # replaced while it was read: what is there now is wanted
-            return _column(uri, wanted, tries - 1)
-        raise TransientError("a Parquet file keeps changing while it is read", where=path) from error
+            return _reject(cause, path), etag
+        replaced = error
+    if tries > 1:  # replaced while it was read: what is there now is wanted
+        return _column(uri, wanted, tries - 1)
+    raise TransientError("a Parquet file keeps changing while it is read", where=path) from replaced
 
 
 def _column_rows(path: str, column: str, wanted: Int64) -> Iterator[tuple[int, bytes]]:

@@ -45,7 +45,7 @@ class LoadedUnit:
         pixels: (B, C, H, W) uint8; zeros for rejects.
         etags: the etag of each image's object at the time it was read.
         rejects: row -> why that image is rejected.
-        changed: images whose object is another one than when the manifest was made.
+        changed: images whose object is another one than when the manifest was made; those in containers are rejects.
         requests: what reading the images took of a store, or reads of files.
         bytes_fetched: what those requests brought.
         bytes_needed: the encoded images themselves.
@@ -65,7 +65,7 @@ def load_unit(unit: Unit, preprocess: Preprocess, limits: Limits, settings: Fetc
     """Read, decode and preprocess a unit's images.
 
     Raises:
-        DataError: the units file is missing or damaged, or a store refuses the credentials.
+        DataError: the units file is missing or damaged, a store refuses the credentials, or a bucket is missing.
         TransientError: a store kept failing.
     """
     rows = storage.read_parquet(unit.rows_uri, UNITS.names, [unit.row_group])
@@ -90,7 +90,7 @@ def load_unit(unit: Unit, preprocess: Preprocess, limits: Limits, settings: Fetc
         pixels,
         etags,
         rejects,
-        changed=sum(map(_is_changed, places, etags)),
+        changed=sum(place.is_whole and place.is_changed(etag) for place, etag in zip(places, etags, strict=True)),
         requests=sum(spent[f"requests:{kind}"] for kind in ("image", "get", "head")),
         bytes_fetched=spent["bytes:image"] + spent["bytes:get"],
         bytes_needed=spent["bytes:needed"],
@@ -104,12 +104,6 @@ def decode_image(data: bytes, preprocess: Preprocess, limits: Limits) -> Pixels:
         Reject: it is empty, not an image, truncated, too large, or of another shape than the encoder's.
     """
     return _decoder(preprocess, limits)(data)
-
-
-def _is_changed(place: Place, etag: str | None) -> bool:
-    if place.etag is None or etag is None:
-        return False
-    return place.etag.strip('"') != etag.strip('"')  # a manifest of the user's may have it without the quotes
 
 
 def _decoder(preprocess: Preprocess, limits: Limits) -> Callable[[bytes], Pixels]:

@@ -22,23 +22,29 @@ from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 from pipeline.config import Fetch, Storage
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, TransientError
 from pipeline.object_store import COUNTS, Again, Retry
 from pipeline.pace import Pace
 from pipeline.s3_answers import SLOW_DOWN, problem
-from pipeline.store import Span, Store, TooLarge
+from pipeline.store import Span, Store, TooLarge, Unreadable
 
 if TYPE_CHECKING:
     from obstore.store import S3Config, S3Credential
 
 _STATUS = re.compile(r"status code: (\d{3})")
-_CODE = re.compile(r"<Code>(\w+)</Code>")
+_CODE = re.compile(r"<Code>([\w.]+)</Code>")
 _MESSAGE = re.compile(r"<Message>(.*?)</Message>", re.DOTALL)
 _HTTP_KIND = re.compile(r"kind: (\w+)")
 # 403 or 400, and nothing to do with one object.
 _BAD_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 _BAD_CREDENTIALS |= {"TokenRefreshRequired", "RequestTimeTooSkewed"}
+_BAD_CREDENTIALS |= {"IncompleteSignature", "InvalidSecurity", "MissingSecurityHeader", "NotSignedUp"}
+_OTHER_REGION = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
 _CREDENTIALS_FOR = timedelta(minutes=5)  # then they are asked for again; botocore renews them well before their end
+
+
+class _Failed(Again):
+    """The store answered that it could not (5xx), and not that it has had enough."""
 
 
 class ObjectReader:
@@ -51,6 +57,7 @@ class ObjectReader:
         self._lock = threading.Lock()
         self._buckets: dict[str, S3Store] = {}
         self._paces: dict[str, Pace] = {}
+        self._given: dict[str, tuple[str, Span | None]] = {}  # bucket -> what it gave last
 
     def whole(self, name: str, most_bytes: int) -> tuple[bytes, str]:
         """GET; the answer's headers say how large the object is."""
@@ -78,18 +85,56 @@ class ObjectReader:
             raise FileNotFoundError(errno.ENOENT, "a bucket is no object", f"s3://{name}")
         store, pace = self._bucket(bucket), self._pace(name)
 
+        throttled = False
+
         def attempt() -> tuple[bytes, str]:
+            nonlocal throttled
             pace.wait()
             try:
                 return _get(store, key, span, most_bytes, f"s3://{name}")
             except Again as error:
                 if error.cause in SLOW_DOWN:
+                    throttled = True
                     pace.slow_down()
                 raise
 
-        data, etag = self._retry.call("image", attempt, f"s3://{name}")
+        try:
+            data, etag = self._retry.call("image", attempt, f"s3://{name}")
+        except TransientError as error:
+            last = error.__cause__
+            if throttled or not isinstance(last, _Failed) or not self._gives_others(bucket, key, span):
+                raise
+            COUNTS.add("requests:image")
+            try:
+                data, etag = attempt()  # the store may have come back just now
+            except _Failed:
+                code = f"{last.cause} for {self._retry.seconds:g} seconds"
+                raise Unreadable(code, str(last), f"s3://{name}") from error
+            except Again:
+                raise error from None
+        with self._lock:
+            self._given[bucket] = key, span
         COUNTS.add("bytes:image", len(data))
         return data, etag
+
+    def _gives_others(self, bucket: str, key: str, span: Span | None) -> bool:
+        """Whether the bucket gives now what it gave last, if that is something else.
+
+        That others came since the first failure would not be enough: the store may have gone away right after.
+        """
+        with self._lock:
+            other, other_span = self._given.get(bucket, (key, span))
+        if (other, other_span) == (key, span):
+            return False
+        self._pace(f"{bucket}/{other}").wait()
+        COUNTS.add("requests:image")
+        try:
+            _get(self._bucket(bucket), other, (0, 1), 1, f"s3://{bucket}/{other}")
+        except (Again, OSError):
+            return False
+        except EOFError:  # it is empty
+            return True
+        return True
 
     def _pace(self, name: str) -> Pace:
         prefix = "/".join(name.split("/")[: 2 if name.count("/") > 1 else 1])
@@ -154,6 +199,16 @@ def _refused(found: str) -> DataError:
     )
 
 
+def _no_bucket(uri: str) -> DataError:
+    """Nor are all other images there: none of them is missing, or was deleted, by itself."""
+    return DataError(
+        "the images' bucket is not there",
+        found="NoSuchBucket",
+        where="/".join(uri.split("/")[:3]),
+        remedy="make it again with what it held, or give the manifest of where the images lie now",
+    )
+
+
 def _has_name(name: str) -> bool:
     """Whether obstore can ask for a key as it is: it drops slashes at its ends, and refuses empty parts and dots."""
     return not {"", ".", ".."} & set(name.split("/"))
@@ -163,7 +218,8 @@ def _get(store: S3Store, key: str, span: Span | None, most_bytes: int, uri: str)
     """One request.
 
     Raises:
-        Again, EOFError (416), FileNotFoundError, PermissionError, TooLarge.
+        Again, EOFError (416), FileNotFoundError, PermissionError, TooLarge, Unreadable (other 4xx).
+        DataError: the bucket is missing, or the credentials are refused.
     """
     try:
         answer = obstore.get(store, key, options={"range": span} if span else None)
@@ -173,6 +229,8 @@ def _get(store: S3Store, key: str, span: Span | None, most_bytes: int, uri: str)
         start, stop = answer.range
         data = bytes(answer.bytes())
     except FileNotFoundError as error:
+        if (code := _CODE.search(str(error))) is not None and code[1] == "NoSuchBucket":
+            raise _no_bucket(uri) from None
         raise FileNotFoundError(errno.ENOENT, _first_line(error), uri) from None
     except BaseError as error:
         raise _translated(error, uri) from error
@@ -183,18 +241,20 @@ def _get(store: S3Store, key: str, span: Span | None, most_bytes: int, uri: str)
 
 def _translated(error: BaseError, uri: str) -> Exception:
     text = str(error)
-    if "redirect without LOCATION" in text:
+    status, code, message = _STATUS.search(text), _CODE.search(text), _MESSAGE.search(text)
+    if "redirect without LOCATION" in text or (code is not None and code[1] in _OTHER_REGION):
         return ConfigError(
             "the bucket lies in another region", where=uri, remedy="set storage.region or AWS_REGION to its region"
         )
     if "External AWS credential provider" in text:  # not refused: where they are renewed does not answer
         return Again("Credentials", _first_line(error))
-    status, code, message = _STATUS.search(text), _CODE.search(text), _MESSAGE.search(text)
     if code is not None and code[1] in _BAD_CREDENTIALS:
         return _refused(code[1])
     if status is not None:
         said = message[1] if message else _first_line(error)
-        return problem(int(status[1]), code[1] if code else "", said, uri)
+        found = problem(int(status[1]), code[1] if code else "", said, uri)
+        failed = isinstance(found, Again) and int(status[1]) >= 500 and found.cause not in SLOW_DOWN
+        return _Failed(code[1] if code else status[1], said) if failed else found
     kind = _HTTP_KIND.search(text)
     if kind is not None or "HTTP error" in text:
         return Again(kind[1] if kind else "HTTP", _first_line(error))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline import rejects, vector_log
 from pipeline.plan import Plan
@@ -24,6 +24,7 @@ class Reading:
     """What reading the images has cost this driver so far; the sums of its acknowledgements.
 
     Attributes:
+        retries: of its tasks, and of its own requests, by which it publishes.
         seconds: since the first unit was asked for, whatever else took its time meanwhile.
     """
 
@@ -46,6 +47,10 @@ class Reading:
             self.changed + ack.changed,
             seconds,
         )
+
+    def with_driver(self, retries: int) -> Reading:
+        """With what the driver itself had to repeat."""
+        return replace(self, retries=self.retries + retries)
 
     def __str__(self) -> str:
         """One line for people."""

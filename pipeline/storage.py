@@ -32,6 +32,7 @@ from pipeline.store import Changed as Changed
 from pipeline.store import Reader, Store
 from pipeline.store import Stat as Stat
 from pipeline.store import TooLarge as TooLarge
+from pipeline.store import Unreadable as Unreadable
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -54,6 +55,11 @@ def environment() -> dict[str, str]:
 def counts() -> Counter[str]:
     """What this process has asked of object stores so far: see `object_store.COUNTS`."""
     return COUNTS.snapshot()
+
+
+def retries(since: Counter[str]) -> int:
+    """How many requests this process has repeated since it had these `counts`."""
+    return sum(count for name, count in (counts() - since).items() if name.startswith("retries:"))
 
 
 def check(uri: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -16,6 +17,14 @@ class AlreadyExists(Exception):
 
 class Changed(Exception):
     """`compare_and_swap` lost: the object is no longer the one that was read."""
+
+
+class Unreadable(OSError):
+    """The store does not give this one object, and will not the next time either; `code` is its word for why."""
+
+    def __init__(self, code: str, text: str, uri: str) -> None:
+        super().__init__(errno.EIO, text, uri)
+        self.code = code
 
 
 class TooLarge(Exception):

@@ -11,7 +11,6 @@ come through here.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -114,7 +113,7 @@ def _load(batch: Any, job: _Job) -> pa.Table:  # Any: Ray's batch of numpy colum
     loaded = images.load_unit(unit, job.targets[work][0].preprocess, limits, job.fetch)
     count = len(loaded.ids)
     spent = {name: getattr(loaded, name) for name in ("requests", "bytes_fetched", "bytes_needed", "changed")}
-    spent |= {"retries": _retries(before), "load_seconds": time.perf_counter() - start}
+    spent |= {"retries": storage.retries(before), "load_seconds": time.perf_counter() - start}
     return pa.table(
         {
             "number": np.full(count, number, dtype=np.int64),
@@ -151,7 +150,7 @@ def _write(block: Any, job: _Job) -> pa.Table:  # Any: Ray's batch as an Arrow t
         part_bytes=part_bytes,
         embed_seconds=block["embed_seconds"][0].as_py(),
         write_seconds=time.perf_counter() - start,
-        retries=spent.pop("retries") + _retries(before),
+        retries=spent.pop("retries") + storage.retries(before),
         **spent,
     )
     return pa.table({"work": [work]} | {name: [getattr(ack, name)] for name in UnitAck.__slots__})
@@ -165,11 +164,6 @@ def _units_table(work: list[Work]) -> pa.Table:
 
 def _texts(loaded: LoadedUnit, field: str) -> list[str]:
     return [getattr(loaded.rejects[row], field) if row in loaded.rejects else "" for row in range(len(loaded.ids))]
-
-
-def _retries(before: Counter[str]) -> int:
-    """How many requests this process has repeated since then."""
-    return sum(count for name, count in (storage.counts() - before).items() if name.startswith("retries:"))
 
 
 def _gpus_per_actor(backfill: settings.Backfill, device: str) -> float:

@@ -43,7 +43,7 @@ FETCH_BYTES_NEEDED = Counter(
     "fastfill_fetch_bytes_needed", "Bytes of encoded images among those fetched.", registry=REGISTRY
 )
 RETRIES = Counter(
-    "fastfill_retries", "Requests of the load and write tasks that failed and were repeated.", registry=REGISTRY
+    "fastfill_retries", "Requests of load tasks, write tasks and this driver that were repeated.", registry=REGISTRY
 )
 IMAGES_CHANGED = Counter(
     "fastfill_images_changed", "Images that are others than when the manifest was made.", registry=REGISTRY
@@ -81,6 +81,11 @@ def observe_unit(ack: UnitAck) -> None:
     STAGE_SECONDS.labels("load").observe(ack.load_seconds)
     STAGE_SECONDS.labels("embed").observe(ack.embed_seconds)
     STAGE_SECONDS.labels("write").observe(ack.write_seconds)
+
+
+def observe_driver(retries: int) -> None:
+    """Count requests of the driver itself, which publishes, that failed and were repeated."""
+    RETRIES.inc(retries)
 
 
 def observe_progress(progress: Progress) -> None:

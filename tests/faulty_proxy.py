@@ -45,6 +45,8 @@ class Fault(StrEnum):
     SLOW_DOWN = "slow-down"  # 503; at random, for everything during one second
     TRUNCATED = "truncated"  # half of the answer that was promised, then the connection closes
     STALL = "stall"  # two seconds of nothing, then as if nothing had happened
+    UNREADABLE = "unreadable"  # 400 of one object, for ever: its key for SSE-C is not given
+    NO_KEY = "no-key"  # 400 as well: its KMS key is disabled
     OUTAGE = "outage"  # every connection is reset, as long as it lasts
 
 
@@ -59,6 +61,8 @@ PER_REQUEST = (
 )
 ERRORS = {
     Fault.SLOW_DOWN: (503, "Service Unavailable", "SlowDown", "Please reduce your request rate."),
+    Fault.UNREADABLE: (400, "Bad Request", "InvalidRequest", "The object was stored using a form of SSE-C."),
+    Fault.NO_KEY: (400, "Bad Request", "KMS.DisabledException", "The key is disabled."),
     Fault.ERROR_BEFORE: (500, "Internal Server Error", "InternalError", "We encountered an internal error."),
     Fault.ERROR_AFTER: (500, "Internal Server Error", "InternalError", "We encountered an internal error."),
 }
@@ -332,7 +336,7 @@ class FaultyProxy:
         await self._act(connection, request, after=False)
         if "expect" in request.headers:
             connection.client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if fault in (Fault.ERROR_BEFORE, Fault.SLOW_DOWN):
+        if fault in (Fault.ERROR_BEFORE, Fault.SLOW_DOWN, Fault.UNREADABLE, Fault.NO_KEY):
             async for _ in request.body(connection.client_reader, is_request=True):
                 pass
             await self._answer_error(connection, request, fault)

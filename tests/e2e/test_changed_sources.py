@@ -14,10 +14,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
-from pipeline import snapshot, storage, vector_log
+from pipeline import snapshot, storage, telemetry, vector_log
 from pipeline.config_file import load_config
 from pipeline.gallery import load_gallery
+from pipeline.object_store import COUNTS
 from pipeline.plan import read_plan
+from pipeline.publish import Publisher
 from pipeline.run import Run
 from pipeline.search import Searcher
 from tests.galleries import OLD_DIM, digits
@@ -91,3 +93,19 @@ def test_a_changed_image_is_embedded_from_what_is_there_now_and_that_is_recorded
     planned = pq.read_table(tmp_path / "data" / "gallery.parquet")["etag"].to_pylist()
     assert [row for row in range(IMAGES) if row != DELETED and etags[row] != planned[row]] == [CHANGED]
     assert "1 changed" in result.stderr
+
+
+def test_what_the_publisher_repeats_is_in_the_metrics_and_in_the_line_at_the_end(
+    tmp_path: Path, make_run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = Publisher._publish
+
+    def with_a_retry(self: Publisher, wave: int) -> None:
+        COUNTS.add("retries:InternalError")
+        publish(self, wave)
+
+    monkeypatch.setattr(Publisher, "_publish", with_a_retry)
+    before = telemetry.REGISTRY.get_sample_value("fastfill_retries_total") or 0.0
+    _, result = backfill_after_changes(tmp_path, make_run, "keep")
+    assert "4 retries, 1 changed" in result.stderr  # commit 0 and three waves
+    assert telemetry.REGISTRY.get_sample_value("fastfill_retries_total") == before + 4

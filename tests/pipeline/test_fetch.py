@@ -279,7 +279,6 @@ def test_what_is_wrong_with_an_image_on_s3_is_its_reject(bucket: str) -> None:
             Place(f"{bucket}/gone.parquet#a", None, None, 0, "abc"),
             "fetch: deleted: was there when the manifest was made",
         ),
-        (whole(f"{bucket}-gone/a.png"), "fetch: missing"),
         (whole(bucket), "fetch: missing"),
         (whole(put(f"{bucket}/large.png", bytes(MOST + 1))), "fetch: too large: 100001 bytes, at most 100000"),
         (whole(put(f"{bucket}/empty.png", b"")), b""),
@@ -291,6 +290,40 @@ def test_what_is_wrong_with_an_image_on_s3_is_its_reject(bucket: str) -> None:
         (Place(tar, 0, 1000, None), noise(1000)),
     ]
     assert get([place for place, _ in cases]) == [wanted for _, wanted in cases]
+
+
+@pytest.mark.parametrize("etag", [None, '"abc"'])
+@pytest.mark.parametrize("kind", ["whole", "range", "row"])
+def test_a_bucket_that_is_not_there_is_no_image_s_fault(bucket: str, kind: str, etag: str | None) -> None:
+    gone = {
+        "whole": whole(f"{bucket}-gone/a.png", etag),
+        "range": Place(f"{bucket}-gone/a.tar", 3, 4, None, etag),
+        "row": Place(f"{bucket}-gone/a.parquet#image", None, None, 0, etag),
+    }
+    here = put(f"{bucket}/a.png", b"x")
+    with pytest.raises(DataError, match="bucket is not there") as caught:
+        get([whole(here), gone[kind]])
+    assert caught.value.details["where"] == f"{bucket}-gone"
+
+
+def test_a_container_on_s3_that_was_made_anew_gives_rejects(bucket: str) -> None:
+    first, second = noise(600, 1), noise(600, 2)
+
+    def write(parts: list[bytes]) -> list[Place]:
+        sink = io.BytesIO()
+        pq.write_table(pa.table({"image": parts}), sink)
+        tar, rows = put(f"{bucket}/a.tar", b"".join(parts)), put(f"{bucket}/a.parquet", sink.getvalue())
+        etag = storage.stat(rows).etag
+        found = places(tar, [(0, 600), (600, 600)], storage.stat(tar).etag.strip('"'))
+        return [*found, *(Place(f"{rows}#image", None, None, row, etag) for row in range(2))]
+
+    alone = put(f"{bucket}/a.png", first)
+    planned = [*write([first, second]), whole(alone, storage.stat(alone).etag)]
+    assert get(planned) == [first, second, first, second, first]
+    write([second, first])
+    put(alone, second)
+    remedy = "make the manifest again, start beside with --new-run"
+    assert get(planned) == [f"fetch: container changed: {remedy}"] * 4 + [second]
 
 
 def test_an_object_that_is_too_large_is_not_downloaded(bucket: str) -> None:
@@ -437,6 +470,71 @@ def test_a_store_that_keeps_failing_stops_the_job_and_rejects_nothing(
     with pytest.raises(TransientError, match="object storage keeps failing"):
         get([whole(uri) for uri in uris])
     assert 1.0 <= time.monotonic() - start < 6.0
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"), [(Fault.UNREADABLE, "InvalidRequest"), (Fault.NO_KEY, "KMS.DisabledException")]
+)
+def test_an_object_that_the_store_refuses_for_ever_is_a_reject(
+    bucket: str, faulty_s3: FaultyProxy, fault: Fault, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config.Storage(endpoint_url=faulty_s3.endpoint)
+    monkeypatch.setenv("FASTFILL_STORAGE", settings.model_dump_json())
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"image": [b"x"]}), sink)
+    rows = put(f"{bucket}/bad.parquet", sink.getvalue())
+    bad, good = put(f"{bucket}/bad.png", b"x"), put(f"{bucket}/good.png", b"good")
+    faulty_s3.inject(fault, path=r"bad\.", times=10**6)
+    wanted = [whole(bad), whole(good), *places(bad, [(0, 1)]), Place(f"{rows}#image", None, None, 0)]
+    no = f"fetch: unreadable: {code}"
+    assert get(wanted) == [no, b"good", no, no]
+
+
+def test_an_object_that_fails_while_others_come_is_a_reject(bucket: str, faulty_s3: FaultyProxy, quick: None) -> None:
+    bad, good = put(f"{bucket}/bad.png", b"x"), put(f"{bucket}/good.png", b"good")
+    faulty_s3.inject(Fault.ERROR_BEFORE, "GET", "bad", times=10**6)
+    no = "fetch: unreadable: InternalError for 1 seconds"
+    assert get([whole(bad), whole(good)]) == [no, b"good"]
+    assert get([whole(good), whole(bad)], concurrency=1) == [b"good", no]  # asked for again, after the failures
+    tar = put(f"{bucket}/bad.tar", bytes(100))
+    assert get(places(tar, [(0, 10)]), concurrency=1) == [no]
+
+
+@pytest.mark.parametrize("fault", [Fault.SLOW_DOWN, Fault.RESET])
+def test_an_object_that_is_held_back_or_not_answered_for_is_no_reject(
+    bucket: str, faulty_s3: FaultyProxy, quick: None, fault: Fault
+) -> None:
+    bad, good = put(f"{bucket}/bad/a.png", b"x"), put(f"{bucket}/good/a.png", b"good")
+    faulty_s3.inject(fault, "GET", "bad", times=10**6)
+    with pytest.raises(TransientError, match="object storage keeps failing"):
+        get([whole(bad), whole(good)])
+
+
+def test_an_outage_rejects_nothing_though_others_came_after_the_first_failure(
+    bucket: str, faulty_s3: FaultyProxy, quick: None
+) -> None:
+    first, second = put(f"{bucket}/first.png", b"x"), put(f"{bucket}/second.png", b"x")
+    get([whole(second)])
+    faulty_s3.delays["second"] = 0.3
+    faulty_s3.inject(Fault.ERROR_BEFORE, "GET", "first", times=10**6)
+
+    def go_away(_: str) -> bool:
+        faulty_s3.inject(Fault.ERROR_BEFORE, "GET", times=10**6)
+        return True
+
+    faulty_s3.watch(go_away, "GET", "second", after=True)
+    with pytest.raises(TransientError, match="object storage keeps failing"):
+        get([whole(first), whole(second)])
+
+
+def test_an_object_that_fails_where_nothing_else_comes_is_no_reject(
+    bucket: str, faulty_s3: FaultyProxy, quick: None
+) -> None:
+    uris = [put(f"{bucket}/{number}.png", b"x") for number in range(2)]
+    get([whole(uri) for uri in uris])
+    faulty_s3.inject(Fault.ERROR_BEFORE, "GET", times=10**6)
+    with pytest.raises(TransientError, match="object storage keeps failing"):
+        get([whole(uri) for uri in uris])
 
 
 def test_an_image_that_may_not_be_read_is_a_reject_and_wrong_credentials_are_not(

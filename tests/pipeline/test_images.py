@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import resource
@@ -28,6 +29,7 @@ from pipeline import storage
 from pipeline.config import Fetch, Preprocess
 from pipeline.errors import DataError
 from pipeline.images import Limits, LoadedUnit, Pixels, Reject, decode_image, load_unit
+from pipeline.local_store import LocalReader
 from pipeline.schema import UNITS, Unit
 
 SIDE = 8
@@ -133,6 +135,60 @@ def test_etags_say_which_version_of_an_object_was_read(tmp_path: Path) -> None:
     assert load(tmp_path, [good, gone, row]).etags == [wanted[0], None, wanted[1]]
     write(tmp_path / "a.png", encode(picture(1)))
     assert load(tmp_path, [good]).etags != wanted[:1]
+
+
+def test_a_container_that_was_made_anew_gives_rejects_and_never_another_image(tmp_path: Path) -> None:
+    images = [encode(picture(seed)) for seed in range(3)]
+    assert len({len(data) for data in images}) == 1  # so that each place still holds a whole image
+    tar, rows = tmp_path / "a.tar", tmp_path / "a.parquet"
+
+    def write_both(parts: list[bytes], seconds: int) -> list[dict[str, Any]]:
+        places = container(tar, parts) + parquet(rows, list(parts))
+        for path in (tar, rows):
+            os.utime(path, (seconds, seconds))
+        return [place | {"etag": storage.stat(place["uri"].partition("#")[0]).etag} for place in places]
+
+    planned = write_both(images, 1)
+    loaded = load(tmp_path, planned)
+    assert (loaded.rejects, loaded.changed) == ({}, 0)
+    write_both([images[1], images[0], images[2]], 2)
+    alone = write(tmp_path / "alone.png", images[1]) | {"etag": "of-another-one"}
+    unknown = [place | {"etag": None} for place in planned]
+    loaded = load(tmp_path, [*planned, alone, *unknown])
+    remedy = "make the manifest again, start beside with --new-run"
+    assert said(loaded) == dict.fromkeys(range(6), f"fetch: container changed: {remedy}")
+    assert not loaded.pixels[:6].any()
+    assert loaded.changed == 1
+    for row, seed in zip(range(6, 13), [1, 1, 0, 2, 1, 0, 2], strict=True):
+        assert (loaded.pixels[row] == chw(picture(seed))).all()
+
+
+def test_a_place_that_the_disk_cannot_read_is_a_reject_and_its_neighbours_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = container(tmp_path / "a.tar", [encode(picture(seed)) for seed in range(3)])
+    places += [write(tmp_path / f"{seed}.png", encode(picture(seed))) for seed in range(3)]
+    bad = places[1]["offset"]
+
+    class Disk(LocalReader):
+        """One bad sector, and one bad file: nothing here breaks a disk for real."""
+
+        def whole(self, name: str, most_bytes: int) -> tuple[bytes, str]:
+            if name.endswith("1.png"):
+                raise OSError(errno.EIO, "Input/output error")
+            return super().whole(name, most_bytes)
+
+        def spans(self, name: str, spans: list[tuple[int, int]]) -> Iterator[tuple[bytes, str]]:
+            for span in spans:
+                if span[0] <= bad < span[1]:
+                    raise OSError(errno.EIO, "Input/output error")
+                yield from super().spans(name, [span])
+
+    monkeypatch.setattr(storage, "_reader", lambda *_: Disk())
+    loaded = load(tmp_path, places)
+    assert said(loaded) == {1: "fetch: unreadable: EIO", 4: "fetch: unreadable: EIO"}
+    for row in (0, 2, 3, 5):
+        assert (loaded.pixels[row] == chw(picture(row % 3))).all()
 
 
 def test_every_kind_of_bad_image_is_a_reject_and_its_neighbours_are_loaded(tmp_path: Path) -> None:

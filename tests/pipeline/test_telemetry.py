@@ -6,6 +6,7 @@ import logging
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest.mock import MagicMock
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -13,9 +14,11 @@ import pytest
 from prometheus_client import Counter, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
+from pipeline import backfill as driver
 from pipeline import telemetry
 from pipeline.config import Telemetry
-from pipeline.progress import Progress
+from pipeline.object_store import COUNTS
+from pipeline.progress import Progress, Reading
 from pipeline.schema import UnitAck
 
 
@@ -34,7 +37,7 @@ def scrape(url: str) -> dict[str, float]:
     return {f"{s.name}:{s.labels['stage']}" if stages[s.name] else s.name: s.value for s in samples}
 
 
-def progress(**changes: float | None) -> Progress:
+def progress(**changes: float | Reading | None) -> Progress:
     figures = {"gallery": 200, "durable": 120, "rejected": 4, "published": 50, "wave": 3, "waves": 7}
     return Progress(**{**figures, "images_per_second": 19.0, **changes})  # type: ignore[arg-type] - ints and floats
 
@@ -77,6 +80,34 @@ def test_units_add_up(endpoint: str) -> None:
     for stage, seconds in (("load", 1.0), ("embed", 4.0), ("write", 0.5)):
         assert grown(f"fastfill_stage_seconds_count:{stage}") == 2
         assert grown(f"fastfill_stage_seconds_sum:{stage}") == seconds
+
+
+def test_what_the_driver_repeats_itself_is_counted_with_its_tasks(endpoint: str) -> None:
+    before = scrape(endpoint)
+    telemetry.observe_unit(UnitAck(1, 0, 30, 2, 1000, 0.5, 2.0, 0.25, 7, 900, 600, 3, 1))
+    telemetry.observe_driver(4)
+    assert scrape(endpoint)["fastfill_retries_total"] - before["fastfill_retries_total"] == 7
+
+
+def test_the_driver_counts_each_of_its_own_retries_once(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A publisher and a stream that only fail now and then, in place of the real ones."""
+    publisher, tracker = MagicMock(), MagicMock()
+    publisher.__enter__.return_value = publisher
+    publisher.submit.side_effect = lambda _: COUNTS.add("retries:InternalError", 3) or MagicMock()
+    tracker.progress.side_effect = lambda _: progress(reading=Reading(images=32, retries=3))
+    tracker.whole_waves.side_effect = [[], [1], [2]]
+    monkeypatch.setattr(driver, "Publisher", lambda *_: publisher)
+    monkeypatch.setattr(driver, "Tracker", lambda *_: tracker)
+    acks = [
+        (0, UnitAck(wave, 0, 16, 0, 1000, 0.5, 2.0, 0.25, 7, 900, 600, retries, 0))
+        for wave, retries in ((1, 1), (2, 2))
+    ]
+    monkeypatch.setattr(driver, "embed_stream", lambda *_: iter(acks))
+    before = scrape(endpoint)["fastfill_retries_total"]
+    COUNTS.add("retries:InternalError")  # before it began
+    found = driver.backfill(MagicMock(), MagicMock(), MagicMock(), lambda _: None)
+    assert found.reading.retries == 3 + 3 * 3  # of the units, and of commits 0 to 2
+    assert scrape(endpoint)["fastfill_retries_total"] - before == 3 + 3 * 3
 
 
 def test_without_a_rate_there_are_figures_all_the_same(endpoint: str) -> None:
