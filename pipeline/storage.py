@@ -186,8 +186,7 @@ def local_file(uri: str) -> Iterator[Path]:
 def image_reader(uri: str, fetch: config.Fetch) -> tuple[Reader, str]:
     """What reads images from the URI's store, in many small requests, and the object's name there."""
     scheme, name = _scheme(uri), _locate(uri)[1]
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3", "") + os.environ.get("AWS_ENDPOINT_URL", "")
-    return _reader(scheme, os.environ.get(_SETTINGS, ""), os.getpid(), fetch, endpoint), name
+    return _reader(scheme, os.environ.get(_SETTINGS, ""), os.getpid(), fetch, _account()), name
 
 
 def arrow_filesystem(uri: str) -> tuple[FileSystem, str]:
@@ -299,15 +298,21 @@ def _locate(uri: str) -> tuple[Store, str]:
     """The store that a URI belongs to, and the object's name there."""
     scheme = _scheme(uri)
     name = uri.partition("://")[2] if "://" in uri else uri
-    return _store(scheme, os.environ.get(_SETTINGS, ""), os.getpid()), name
+    return _store(scheme, os.environ.get(_SETTINGS, ""), os.getpid(), _account()), name
 
 
 def _scheme(uri: str) -> str:
     return uri.partition("://")[0] if "://" in uri else "file"
 
 
+def _account() -> tuple[str, ...]:
+    """Where the environment points the clients, which look it up but once, and as whom."""
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_PROFILE", "AWS_ACCESS_KEY_ID")
+    return tuple(os.environ.get(name, "") for name in names)
+
+
 @functools.lru_cache(maxsize=8)  # by the settings and the process too: it may be configured anew, and it may fork
-def _store(scheme: str, settings: str, process: int) -> Store:
+def _store(scheme: str, settings: str, process: int, account: tuple[str, ...]) -> Store:
     if scheme == "file":
         return LocalStore()
     if scheme == "s3":
@@ -318,13 +323,13 @@ def _store(scheme: str, settings: str, process: int) -> Store:
     raise ConfigError("there is no such store", expected="a local path or s3://", found=f"{scheme}://")
 
 
-@functools.lru_cache(maxsize=8)  # by the endpoint too, which it looks up but once
-def _reader(scheme: str, settings: str, process: int, fetch: config.Fetch, endpoint: str) -> Reader:
+@functools.lru_cache(maxsize=8)
+def _reader(scheme: str, settings: str, process: int, fetch: config.Fetch, account: tuple[str, ...]) -> Reader:
     if scheme == "file":
         return LocalReader()
     from pipeline.object_fetch import ObjectReader  # here: as above
 
-    return ObjectReader(_settings(), fetch, _store(scheme, settings, process))
+    return ObjectReader(_settings(), fetch, _store(scheme, settings, process, account))
 
 
 def _settings() -> config.Storage:
