@@ -143,22 +143,17 @@ def _retry_before_plan(run: Run) -> None:
 
 
 def _retry_rejects(run: Run, plan: Plan) -> None:
-    """Forget the units with rejects in waves that are not published; they are embedded again."""
+    """Take the run over, then forget the units with rejects in waves that are not published; they are embedded again.
+
+    Whoever wrote to the run before cannot publish any more what is taken away here. A commit that it created and
+    did not announce counts as published.
+    """
     from pipeline import vector_log
+    from pipeline.snapshot import Writer
 
-    count = vector_log.forget_rejects(plan.log(run), after_wave=_last_commit(run))
+    latest = Writer.acquire(run).latest
+    count = vector_log.forget_rejects(plan.log(run), after_wave=latest or 0)
     console().print(f"{count} units with rejects will be embedded again")
-
-
-def _last_commit(run: Run) -> int:
-    """The last commit that was created, announced or not: whoever acquires the run next will announce it."""
-    from pipeline import snapshot, storage
-
-    candidate = snapshot.read_tag(run, snapshot.CANDIDATE)
-    number = -1 if candidate is None or candidate.commit is None else candidate.commit
-    while storage.exists(run.commit(number + 1)):
-        number += 1
-    return max(0, number)
 
 
 def _say_what_stays(config: Config) -> None:

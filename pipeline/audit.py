@@ -18,8 +18,9 @@ import numpy as np
 from pipeline import snapshot, storage
 from pipeline.codebook import Codebook
 from pipeline.commits import read_removals
-from pipeline.evidence import NO_IDS, Cell, Evidence, Notes, Problem, check_manifest, filled, unit_files
+from pipeline.evidence import NO_IDS, Cell, Evidence, Notes, Problem, check_manifest, filled, reject_files, unit_files
 from pipeline.index import Segment, decode
+from pipeline.rejects import gallery_log
 from pipeline.run import Run, read_settings
 from pipeline.schema import Int64, shard_of
 from pipeline.segments import check_digest
@@ -206,8 +207,9 @@ def _check_segment(evidence: Evidence, files: _Files, ref: SegmentRef, cell: Cel
 
 def _check_unpublished(run: Run, notes: Notes, published: int) -> None:
     """What the log holds of later waves can be read."""
-    for folder, kind in (("embedded", "log_part"), ("rejects", "reject_part")):
-        for wave, uris in unit_files(run.path(folder)).items():
+    rejects = reject_files(gallery_log(run))
+    for kind, files in (("log_part", unit_files(run.path("embedded"))), ("reject_part", rejects)):
+        for wave, uris in files.items():
             for uri in uris if wave > published else ():
                 notes.attempt(kind, uri, storage.read_parquet, uri)
                 notes.checked[f"{kind}s"] += 1

@@ -18,10 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline import storage
+from pipeline import storage, vector_log
 from pipeline.errors import FastfillError, TransientError
+from pipeline.rejects import gallery_log, manifest_log
 from pipeline.run import Run
 from pipeline.schema import DELETED, Float32, Int64, vectors_from_arrow
+from pipeline.vector_log import VectorLog
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -133,12 +135,14 @@ class Evidence:
         """Read the footers of the plan, and those of the log up to wave `published`."""
         plan = storage.list_files(run.path("transformed"), ".parquet")
         log = {wave: uris for wave, uris in unit_files(run.path("embedded")).items() if wave <= published}
-        rejects = {wave: uris for wave, uris in unit_files(run.path("rejects")).items() if wave <= published}
+        plan_parts = _parts(notes, "plan_part", plan, ["wave", "shard"])
+        log_parts = {wave: _parts(notes, "log_part", uris, ["shard"]) for wave, uris in log.items()}
+        rejects = {wave: uris for wave, uris in reject_files(gallery_log(run)).items() if wave <= published}
         return cls(
             run,
             notes,
-            _parts(notes, "plan_part", plan, ["wave", "shard"]),
-            {wave: _parts(notes, "log_part", uris, ["shard"]) for wave, uris in log.items()},
+            plan_parts,
+            log_parts,
             {wave: _ids(notes, "reject_part", uris) for wave, uris in rejects.items()},
             _deleted([uri for uris in rejects.values() for uri in uris]) if drops_deleted else NO_IDS,
         )
@@ -195,7 +199,7 @@ def check_manifest(run: Run, notes: Notes) -> None:
     """
     if not storage.exists(run.plan) or not storage.exists(run.path("gallery", "manifest.json")):
         return
-    rejects = unit_files(run.path("gallery", "old-rejects"))
+    rejects = reject_files(manifest_log(run, "gallery", "old"))
     parts = {folder: _by_number(run, folder) for folder in ("gallery", "transformed")}
     for number in sorted(parts["gallery"].keys() | parts["transformed"].keys()):
         given, planned = (
@@ -220,6 +224,14 @@ def unit_files(folder: str) -> dict[int, list[str]]:
     for uri in storage.list_files(folder, ".parquet"):
         if match := _WAVE.search(uri):
             found.setdefault(int(match[1]), []).append(uri)
+    return found
+
+
+def reject_files(log: VectorLog) -> dict[int, list[str]]:
+    """The reject files that count, by wave; without those of parts that cannot be read, which is a problem itself."""
+    found: dict[int, list[str]] = {}
+    for (wave, _), uri in vector_log.reject_files(log, skip_unreadable=True).items():
+        found.setdefault(wave, []).append(uri)
     return found
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import storage
+from pipeline import storage, vector_log
 from pipeline.errors import DataError
+from pipeline.rejects import gallery_log
 from pipeline.run import Run
 from pipeline.schema import Float32, Int64, vectors_from_arrow
 
@@ -225,8 +226,8 @@ def _read_vectors(uris: list[str], column: str, where: str) -> tuple[Int64, Floa
 
 
 def _rejected_ids(run: Run) -> Int64:
-    parts = storage.list_files(run.path("rejects"), ".parquet")
-    return np.concatenate([np.empty(0, np.int64), *(storage.read_parquet(uri, ["id"])["id"] for uri in parts)])
+    ids: Int64 = vector_log.read_rejects(gallery_log(run))["id"].to_numpy()
+    return ids
 
 
 def _sorted(table: pa.Table, where: str) -> pa.Table:

@@ -62,6 +62,11 @@ def manifest_log(run: Run, folder: str, role: str, dim: int = 1) -> VectorLog:
     return VectorLog(run.path(folder, role), run.path(folder, f"{role}-rejects"), dim, num_shards=1)
 
 
+def gallery_log(run: Run) -> VectorLog:
+    """Where the new embeddings of the gallery are kept, for whoever has no plan and wants the rejects alone."""
+    return VectorLog(run.path("embedded"), run.path("rejects"), dim=1, num_shards=1)
+
+
 def count_before_plan(run: Run) -> int:
     """The images of the gallery that the old encoder could not read."""
     return sum(vector_log.count_rejects(manifest_log(run, "gallery", "old")).values())

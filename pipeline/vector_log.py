@@ -1,21 +1,28 @@
 """The vector log: one immutable Parquet part per unit, and what it says about progress.
 
 Guarantee: a unit is done when its part exists, and then all its images are in the part or in its
-rejects; the rejects are written first. Writing a unit again leaves the first part as it is. Segments
-are read from here by (wave, shard): each part has one row group per shard, rows sorted by id. It does
-not know which encoder made the vectors.
+rejects, whoever else writes the unit at the same time: the rejects are written first, into a file that is
+named by its content, and the part, which is created once, names that file. Other reject files of the unit
+are of writers that lost or died, and do not count. Writing a unit again leaves the first part as it is.
+Segments are read from here by (wave, shard): each part has one row group per shard, rows sorted by id. It
+does not know which encoder made the vectors.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
+from pipeline.errors import DataError
 from pipeline.schema import (
     DELETED,
     REJECTS,
@@ -29,7 +36,13 @@ from pipeline.schema import (
     vectors_to_arrow,
 )
 
+T = TypeVar("T")
+U = TypeVar("U")
 _PART = re.compile(r"wave-(\d+)/unit-(\d+)\.parquet$")
+_REJECTS = re.compile(r"wave-(\d+)/unit-(\d+)-([0-9a-f]{16})\.parquet$")
+_NAMED = b"rejects"  # the part's metadata of this key is the digest in the name of its reject file
+_DIGITS = 16
+_THREADS = 16  # footers are small and far away
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +51,7 @@ class VectorLog:
 
     Attributes:
         parts_uri: folder of the parts, `wave-WWW/unit-UUUUU.parquet` below it.
-        rejects_uri: folder of the rejects, named like the parts.
+        rejects_uri: folder of the rejects, `wave-WWW/unit-UUUUU-<digest>.parquet` below it.
         dim: width of the vectors.
         num_shards: row groups per part.
     """
@@ -52,9 +65,9 @@ class VectorLog:
         """The URI of a unit's vectors."""
         return storage.join(self.parts_uri, _name(wave, unit))
 
-    def rejects(self, wave: int, unit: int) -> str:
-        """The URI of a unit's rejects; there is such a file only where it has some."""
-        return storage.join(self.rejects_uri, _name(wave, unit))
+    def rejects(self, wave: int, unit: int, digest: str) -> str:
+        """The URI of rejects of a unit; they are the unit's where its part names this digest."""
+        return storage.join(self.rejects_uri, _name(wave, unit, f"-{digest}"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +97,19 @@ def write_unit(log: VectorLog, unit: Unit, embedded: EmbeddedUnit) -> tuple[int,
     """
     part = log.part(unit.wave, unit.unit)
     if storage.exists(part):  # done before, by this driver or another one: the first part stays, with its rejects
-        return storage.stat(part).size_bytes, _rejects_beside(log, unit)
+        return storage.stat(part).size_bytes, _count_of(log, unit)
     good = np.array([not stage for stage in embedded.reject_stages.to_pylist()], dtype=bool)
-    rejects = log.rejects(unit.wave, unit.unit)
-    if good.all():
-        storage.delete_files([rejects])  # of an attempt that died before its part, when an image could not be had
-    else:
-        storage.put(rejects, storage.parquet_bytes(REJECTS, [_reject_rows(unit, embedded, ~good)]))
+    schema = embedded_schema(log.dim)
+    rejects = b""
+    if not good.all():
+        rejects = storage.parquet_bytes(REJECTS, [_reject_rows(unit, embedded, ~good)])
+        digest = content_digest(rejects)
+        schema = naming(schema, digest)
+        rejects_uri = log.rejects(unit.wave, unit.unit, digest)
+        storage.put(rejects_uri, rejects)
     order = np.argsort(embedded.ids[good], kind="stable")
     ids = embedded.ids[good][order]
     shards = shard_of(ids, log.num_shards)
-    schema = embedded_schema(log.dim)
     rows = pa.table(
         {
             "id": ids,
@@ -107,8 +122,10 @@ def write_unit(log: VectorLog, unit: Unit, embedded: EmbeddedUnit) -> tuple[int,
     data = storage.parquet_bytes(schema, row_groups)
     try:
         storage.put_if_absent(part, data)
-    except storage.AlreadyExists:  # another driver was faster; its part stays, and says what its rejects are
-        return storage.stat(part).size_bytes, _settle_rejects(log, unit, embedded)
+    except storage.AlreadyExists:  # another driver was faster; its part stays, and names its rejects
+        return storage.stat(part).size_bytes, _count_of(log, unit)
+    if rejects and not storage.exists(rejects_uri):  # whoever forgot the unit meanwhile took them for a loser's
+        storage.put(rejects_uri, rejects)
     return len(data), int((~good).sum())
 
 
@@ -139,10 +156,36 @@ def read_wave(log: VectorLog, wave: int) -> tuple[Int64, Float32]:
     return _sorted_vectors([storage.read_parquet(uri, ["id", "vector"]) for uri in uris], log.dim)
 
 
+def reject_files(log: VectorLog, wave: int | None = None, skip_unreadable: bool = False) -> dict[tuple[int, int], str]:
+    """The reject files of a wave, or of all waves, that count: URIs by (wave, unit), sorted.
+
+    A file counts if the part of its unit is there and names it. Only parts of units that have a reject file are
+    opened.
+
+    Args:
+        log: the log.
+        wave: None for all waves.
+        skip_unreadable: leave out the rejects of parts that cannot be read, for who reports these elsewhere.
+
+    Raises:
+        DataError: such a part cannot be read.
+    """
+    found = _all_reject_files(log, wave)
+
+    def valid(unit: tuple[int, int]) -> str | None:
+        try:
+            return found[unit].get(_named(log.part(*unit)))
+        except DataError:
+            if skip_unreadable:
+                return None
+            raise
+
+    return {unit: uri for unit, uri in zip(found, _at_once(valid, found), strict=True) if uri is not None}
+
+
 def read_rejects(log: VectorLog, wave: int | None = None) -> pa.Table:
     """The rejects of a wave, or of all waves, as REJECTS rows."""
-    folder = log.rejects_uri if wave is None else storage.join(log.rejects_uri, f"wave-{wave:03d}")
-    tables = [storage.read_parquet(uri) for uri in storage.list_files(folder, ".parquet")]
+    tables = _at_once(storage.read_parquet, reject_files(log, wave).values())
     return pa.concat_tables([REJECTS.empty_table(), *tables])
 
 
@@ -155,30 +198,42 @@ def read_deleted(log: VectorLog, wave: int) -> Int64:
 
 def count_rejects(log: VectorLog) -> dict[int, int]:
     """The number of rejects of finished units by wave, from the footers of the few files there are."""
-    finished = {(wave, unit) for wave, units in finished_units(log).items() for unit in units}
+    files = reject_files(log)
     counts: dict[int, int] = {}
-    for uri in storage.list_files(log.rejects_uri, ".parquet"):
-        wave, unit = _parse(uri)
-        if (wave, unit) in finished:  # a unit that died before its part is counted when it is done again
-            counts[wave] = counts.get(wave, 0) + _num_rows(uri)
+    for (wave, _), rows in zip(files, _at_once(_num_rows, files.values()), strict=True):
+        counts[wave] = counts.get(wave, 0) + rows
     return counts
 
 
 def forget_rejects(log: VectorLog, after_wave: int) -> int:
     """Undo the units that have rejects in waves above `after_wave`, so that they are embedded again.
 
+    What losers and the dead have left there goes too.
+
     Returns:
         the number of units that will be done again.
     """
-    uris = [uri for uri in storage.list_files(log.rejects_uri, ".parquet") if _parse(uri)[0] > after_wave]
-    for uri in uris:
-        storage.delete_files([log.part(*_parse(uri))])  # the part first: without it the unit is not done
-        storage.delete_files([uri])
-    return len(uris)
+    there = {unit: files for unit, files in _all_reject_files(log).items() if unit[0] > after_wave}
+    undone = [unit for unit in reject_files(log) if unit in there]
+    for unit in undone:
+        storage.delete_files([log.part(*unit)])  # the parts first: without its part a unit is not done
+    for files in there.values():
+        storage.delete_files(list(files.values()))
+    return len(undone)
 
 
-def _name(wave: int, unit: int) -> str:
-    return f"wave-{wave:03d}/unit-{unit:05d}.parquet"
+def content_digest(rejects: bytes) -> str:
+    """What a reject file with these bytes has in its name."""
+    return hashlib.sha256(rejects).hexdigest()[:_DIGITS]
+
+
+def naming(schema: pa.Schema, digest: str) -> pa.Schema:
+    """The schema of a part whose rejects are in the file of this digest."""
+    return schema.with_metadata({_NAMED: digest.encode()})
+
+
+def _name(wave: int, unit: int, end: str = "") -> str:
+    return f"wave-{wave:03d}/unit-{unit:05d}{end}.parquet"
 
 
 def _parse(uri: str) -> tuple[int, int]:
@@ -187,9 +242,32 @@ def _parse(uri: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _rejects_beside(log: VectorLog, unit: Unit) -> int:
-    uri = log.rejects(unit.wave, unit.unit)
-    return _num_rows(uri) if storage.exists(uri) else 0
+def _all_reject_files(log: VectorLog, wave: int | None = None) -> dict[tuple[int, int], dict[str | None, str]]:
+    """Every reject file, by (wave, unit) and digest, whether it counts or not."""
+    folder = log.rejects_uri if wave is None else storage.join(log.rejects_uri, f"wave-{wave:03d}")
+    found: dict[tuple[int, int], dict[str | None, str]] = {}
+    for uri in storage.list_files(folder, ".parquet"):
+        if match := _REJECTS.search(uri):
+            found.setdefault((int(match[1]), int(match[2])), {})[match[3]] = uri
+    return found
+
+
+def _named(part: str) -> str | None:
+    """The digest of the rejects that a part names; None where there is no part, or it has no rejects."""
+    try:
+        with storage.open_parquet(part) as file:
+            digest = (file.schema_arrow.metadata or {}).get(_NAMED)
+    except DataError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+    return digest.decode() if digest else None
+
+
+def _count_of(log: VectorLog, unit: Unit) -> int:
+    """The number of rejects of a unit whose part is there."""
+    digest = _named(log.part(unit.wave, unit.unit))
+    return _num_rows(log.rejects(unit.wave, unit.unit, digest)) if digest else 0
 
 
 def _num_rows(uri: str) -> int:
@@ -197,24 +275,9 @@ def _num_rows(uri: str) -> int:
         return int(file.metadata.num_rows)
 
 
-def _settle_rejects(log: VectorLog, unit: Unit, embedded: EmbeddedUnit) -> int:
-    """Make the rejects those that the unit's part leaves out: two drivers may find different images bad."""
-    there = storage.read_parquet(log.part(unit.wave, unit.unit), ["id"])["id"].to_numpy()
-    rejected = ~np.isin(embedded.ids, there)
-    uri = log.rejects(unit.wave, unit.unit)
-    if not rejected.any():
-        storage.delete_files([uri])
-        return 0
-    words = [
-        [text or unknown for text in texts.to_pylist()]
-        for texts, unknown in (
-            (embedded.reject_stages, "fetch"),
-            (embedded.reject_reasons, "rejected by another driver"),
-        )
-    ]
-    settled = replace(embedded, reject_stages=pa.array(words[0]), reject_reasons=pa.array(words[1]))
-    storage.put(uri, storage.parquet_bytes(REJECTS, [_reject_rows(unit, settled, rejected)]))
-    return int(rejected.sum())
+def _at_once(function: Callable[[T], U], items: Iterable[T]) -> list[U]:
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="rejects") as pool:
+        return list(pool.map(function, items))
 
 
 def _reject_rows(unit: Unit, embedded: EmbeddedUnit, bad: np.typing.NDArray[np.bool_]) -> pa.Table:

@@ -2,16 +2,62 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from jobs.backfill import _retry_before_plan, _retry_rejects
-from pipeline import snapshot, storage
+from pipeline import snapshot, storage, vector_log
+from pipeline.errors import SnapshotConflict
 from pipeline.plan import Plan, Wave
 from pipeline.run import Run
 from pipeline.snapshot import Writer
-from tests.pipeline.whole_run import DIM, WholeRun
+from tests.pipeline.whole_run import DIM, WholeRun, put_rejects
+
+
+def part_of(rejects: str) -> str:
+    """The part of the unit that a reject file belongs to."""
+    return re.sub(r"-[0-9a-f]{16}\.parquet$", ".parquet", rejects.replace("/rejects/", "/embedded/"))
+
+
+def plan_of(whole: WholeRun) -> Plan:
+    waves = tuple(Wave(number + 1, whole.num // 3, 2) for number in range(3))
+    return Plan("random", 0, whole.num, 2, whole.num_shards, DIM, 40, waves, "f")
+
+
+def test_nothing_is_forgotten_before_the_run_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = WholeRun(Run(str(tmp_path))).write_inputs()
+    alive = whole.publish(1)
+    alive.check()
+    forgotten = []
+
+    def forget(log: vector_log.VectorLog, after_wave: int) -> int:
+        with pytest.raises(SnapshotConflict):
+            alive.check()
+        forgotten.append(after_wave)
+        return 0
+
+    monkeypatch.setattr(vector_log, "forget_rejects", forget)
+    _retry_rejects(whole.run, plan_of(whole))
+    assert forgotten == [1]
+    with pytest.raises(SnapshotConflict):
+        alive.publish(whole.draft(2))
+    assert Writer.acquire(whole.run).latest == 1
+
+
+def test_a_run_that_cannot_be_taken_over_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = WholeRun(Run(str(tmp_path))).write_inputs()
+    before = storage.list_files(whole.run.uri)
+
+    def refuse(run: Run) -> Writer:
+        raise SnapshotConflict("other writers kept taking the run")
+
+    monkeypatch.setattr(Writer, "acquire", refuse)
+    with pytest.raises(SnapshotConflict):
+        _retry_rejects(whole.run, plan_of(whole))
+    assert storage.list_files(whole.run.uri) == before
 
 
 @pytest.mark.parametrize("orphan", [False, True])
@@ -22,8 +68,7 @@ def test_the_log_of_a_commit_that_was_created_and_not_announced_stays(tmp_path: 
         tag = storage.read_bytes(whole.run.tag("candidate"))
         whole.publish(2)
         storage.put(whole.run.tag("candidate"), tag)
-    waves = tuple(Wave(number + 1, whole.num // 3, 2) for number in range(3))
-    plan = Plan("random", 0, whole.num, 2, whole.num_shards, DIM, 40, waves, "f")
+    plan = plan_of(whole)
     log = plan.log(whole.run)
     before = {wave: set(storage.list_files(f"{log.rejects_uri}/wave-{wave:03d}", ".parquet")) for wave in (1, 2, 3)}
     assert all(before.values())
@@ -32,7 +77,7 @@ def test_the_log_of_a_commit_that_was_created_and_not_announced_stays(tmp_path: 
     for wave, uris in before.items():
         kept = wave <= (2 if orphan else 1)
         assert all(storage.exists(uri) == kept for uri in uris)
-        assert all(storage.exists(uri.replace("/rejects/", "/embedded/")) == kept for uri in uris)
+        assert all(storage.exists(part_of(uri)) == kept for uri in uris)
     assert snapshot.list_commits(whole.run) == list(range(3 if orphan else 2))
 
 
@@ -43,9 +88,13 @@ def test_rejects_before_the_plan_are_forgotten_until_pairs_and_plan_are_made(
 ) -> None:
     run = Run(str(tmp_path))
     folders = {"pairs/old": not pairs, "pairs/new": not pairs, "gallery/old": not plan}
+    rejects = {}
     for folder in folders:
-        for name in (folder, f"{folder}-rejects"):
-            storage.put(run.path(name, "wave-000", "unit-00001.parquet"), b"")
+        rows = pa.table({"id": [7]})
+        schema = put_rejects(run.path(f"{folder}-rejects"), 0, 1, rows, rows.schema)
+        (rejects[folder],) = storage.list_files(run.path(f"{folder}-rejects"))
+        part = run.path(folder, "wave-000", "unit-00001.parquet")
+        storage.put(part, storage.parquet_bytes(schema, [rows.slice(0, 0)]))
         storage.put(run.path(folder, "wave-000", "unit-00002.parquet"), b"")
     if pairs:
         storage.put(run.path("pairs", "pairs.json"), b"{}")
@@ -54,6 +103,6 @@ def test_rejects_before_the_plan_are_forgotten_until_pairs_and_plan_are_made(
         storage.put(run.plan, (waves + '"unit_images": 1, "waves": [], "fingerprint": "f"}').encode())
     _retry_before_plan(run)
     for folder, forgotten in folders.items():
-        for name in (folder, f"{folder}-rejects"):
-            assert storage.exists(run.path(name, "wave-000", "unit-00001.parquet")) != forgotten
+        for uri in (run.path(folder, "wave-000", "unit-00001.parquet"), rejects[folder]):
+            assert storage.exists(uri) != forgotten
         assert storage.exists(run.path(folder, "wave-000", "unit-00002.parquet"))

@@ -22,7 +22,6 @@ from pipeline.evaluate import order_by_priority
 from pipeline.plan import Plan, Wave, wave_sizes
 from pipeline.run import Run
 from pipeline.schema import (
-    REJECTS,
     Float32,
     Int64,
     embedded_schema,
@@ -32,6 +31,7 @@ from pipeline.schema import (
     vectors_to_arrow,
 )
 from pipeline.transformation import TransformationInfo
+from tests.pipeline.whole_run import put_rejects
 
 CONTAINER = "/data/images.parquet#image"
 
@@ -196,10 +196,10 @@ def _write_gallery(layout: _Layout) -> None:
             storage.put(run.path("gallery", "old", f"wave-{part:03d}", "unit-00000.parquet"), old)
 
 
-def _log_rows(ids: Int64, vectors: Float32, shards: int) -> bytes:
+def _log_rows(ids: Int64, vectors: Float32, shards: int, schema: pa.Schema | None = None) -> bytes:
     columns = {"id": ids, "shard": shard_of(ids, shards), "source_etag": pa.nulls(len(ids), pa.string())}
     table = pa.table({**columns, "vector": vectors_to_arrow(vectors)})
-    return storage.parquet_bytes(embedded_schema(vectors.shape[1]), [table])
+    return storage.parquet_bytes(schema or embedded_schema(vectors.shape[1]), [table])
 
 
 def _write_wave(layout: _Layout, wave: int) -> None:
@@ -212,13 +212,14 @@ def _write_wave(layout: _Layout, wave: int) -> None:
         name = f"unit-{unit:05d}.parquet"
         good, bad = members[~rejected[members]], members[rejected[members]]
         uri = run.path("embedded", f"wave-{wave:03d}", name)
-        storage.put(uri, _log_rows(images.ids[good], images.embedded[good], options.shards))
-        moment = 1_700_000_000 + (before + unit) * options.seconds_per_unit
-        os.utime(uri, (moment, moment))
+        schema = embedded_schema(images.embedded.shape[1])
         if len(bad):
             reasons = {"stage": ["decode"] * len(bad), "reason": ["truncated: 812 of 2,048 bytes"] * len(bad)}
             table = pa.table({"id": images.ids[bad], **_location(len(bad)), **reasons})
-            storage.put(run.path("rejects", f"wave-{wave:03d}", name), storage.parquet_bytes(REJECTS, [table]))
+            schema = put_rejects(run.path("rejects"), wave, unit, table, schema)
+        storage.put(uri, _log_rows(images.ids[good], images.embedded[good], options.shards, schema))
+        moment = 1_700_000_000 + (before + unit) * options.seconds_per_unit
+        os.utime(uri, (moment, moment))
 
 
 def _write_plan(layout: _Layout) -> None:

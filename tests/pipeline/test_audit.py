@@ -22,7 +22,7 @@ from pipeline.errors import DataError, TransientError
 from pipeline.local_store import LocalStore
 from pipeline.run import Run
 from pipeline.snapshot import Counts, SegmentRef
-from tests.pipeline.whole_run import WholeRun
+from tests.pipeline.whole_run import WholeRun, put_rejects
 
 LAST = 2
 
@@ -275,10 +275,23 @@ def test_rejects_that_are_gone_are_found(tmp_path: Path) -> None:
     assert_found(whole, "log", "wave-002", "missing")
 
 
+def test_rejects_of_a_writer_that_lost_are_no_problem_and_other_words_in_place_of_the_winners_are(
+    tmp_path: Path,
+) -> None:
+    whole = make(tmp_path)
+    (uri,) = storage.list_files(whole.run.path("rejects", "wave-002"), ".parquet")
+    checked = audit(whole.run.uri).checked
+    other = uri[: -len("0123456789abcdef.parquet")] + 16 * "0" + ".parquet"
+    storage.put(other, b"of a writer that lost, whatever it says")
+    report = audit(whole.run.uri)
+    assert (report.problems, report.checked) == ([], checked)
+    storage.delete_files([uri])
+    assert_found(whole, "log", "wave-002", "missing")
+
+
 @pytest.mark.parametrize("folder", ["transformed", "embedded/wave-001", "embedded/wave-003", "rejects/wave-001"])
 def test_unreadable_parts_are_named(tmp_path: Path, folder: str) -> None:
     whole = make(tmp_path)
-    storage.put(whole.run.path("rejects", "wave-001", "unit-00009.parquet"), b"")
     uri = storage.list_files(whole.run.path(folder), ".parquet")[-1]
     storage.put(uri, b"PAR1 and then nothing PAR1")
     kind = {"t": "plan_part", "e": "log_part", "r": "reject_part"}[folder[0]]
@@ -349,8 +362,9 @@ def bring_in(whole: WholeRun, part: int, ids: list[int], rejected: list[int]) ->
     schema = pa.schema([("id", pa.int64())])
     storage.put(run.part("gallery", part), storage.parquet_bytes(schema, [pa.table({"id": ids})]))
     if rejected:
-        uri = run.path("gallery", "old-rejects", f"wave-{part:03d}", "unit-00000.parquet")
-        storage.put(uri, storage.parquet_bytes(schema, [pa.table({"id": rejected})]))
+        named = put_rejects(run.path("gallery", "old-rejects"), part, 0, pa.table({"id": rejected}), schema)
+        uri = run.path("gallery", "old", f"wave-{part:03d}", "unit-00000.parquet")
+        storage.put(uri, storage.parquet_bytes(named, [schema.empty_table()]))
 
 
 def test_the_manifest_is_the_plan_and_what_the_old_encoder_could_not_read(tmp_path: Path) -> None:

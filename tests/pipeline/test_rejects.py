@@ -13,7 +13,8 @@ from pipeline.errors import DataError
 from pipeline.plan import Plan, Wave
 from pipeline.rejects import check_manifest, limit, read_all, read_of_pairs
 from pipeline.run import Run
-from pipeline.schema import REJECTS
+from pipeline.schema import REJECTS, embedded_schema
+from tests.pipeline.whole_run import put_rejects
 
 PLAN = Plan("random", 0, 10, 1, 1, 2, 4, (Wave(1, 10, 3),), "f")
 
@@ -21,7 +22,10 @@ PLAN = Plan("random", 0, 10, 1, 1, 2, 4, (Wave(1, 10, 3),), "f")
 def put(run: Run, folder: str, number: int, reason: str) -> None:
     row = {"id": number, "uri": f"/{number}.png", "stage": "decode", "reason": reason}
     rows = pa.Table.from_pylist([{name: row.get(name) for name in REJECTS.names}], REJECTS)
-    storage.put(run.path(folder, "wave-001", f"unit-{number:05d}.parquet"), storage.parquet_bytes(REJECTS, [rows]))
+    schema = put_rejects(run.path(folder), 1, number, rows, embedded_schema(2))
+    parts = {"rejects": "embedded"}.get(folder, folder.removesuffix("-rejects"))
+    uri = run.path(parts, "wave-001", f"unit-{number:05d}.parquet")
+    storage.put(uri, storage.parquet_bytes(schema, [schema.empty_table()]))
 
 
 def test_the_rejects_of_a_gallery_are_those_of_both_encoders_and_their_stage_says_whose(tmp_path: Path) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import threading
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import storage
-from pipeline.schema import UNITS, Float32, Int64, Unit, embedded_schema, shard_of
+from pipeline.errors import DataError
+from pipeline.schema import DELETED, UNITS, Float32, Int64, Unit, embedded_schema, shard_of
 from pipeline.vector_log import (
     EmbeddedUnit,
     VectorLog,
@@ -19,9 +25,11 @@ from pipeline.vector_log import (
     finished_units,
     forget_rejects,
     part_times,
+    read_deleted,
     read_rejects,
     read_shard,
     read_wave,
+    reject_files,
     write_unit,
 )
 
@@ -225,8 +233,153 @@ def test_a_unit_that_died_before_its_part_is_done_again_as_if_it_had_never_begun
         embedded, rejected = read_wave(log, 1)[0].tolist(), read_rejects(log)["id"].to_pylist()
         assert sorted(embedded + rejected) == ids
         assert count_rejects(log).get(1, 0) == len(bad_again)
-        written.append(list(files(log).values()))
+        written.append([storage.read_bytes(uri) for uri in (log.part(1, 0), *reject_files(log).values())])
     assert written[0] == written[1]
+
+
+class Killed(Exception):
+    """Stands for the end of the other writer."""
+
+
+def write_between(
+    log: VectorLog, unit: Unit, first: EmbeddedUnit, other: EmbeddedUnit, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Write `first` whole while another writer, which looked before, writes `other` and then dies.
+
+    Args:
+        log: the log.
+        unit: the unit.
+        first: what becomes durable.
+        other: what comes too late.
+        monkeypatch: no process can be stopped at just these moments.
+        moment: of the other writer: before its rejects, after them, after its part was refused, or (never) the end.
+    """
+    put, create = storage.put, storage.put_if_absent
+
+    with monkeypatch.context() as patch:
+
+        def put_late(uri: str, data: bytes) -> None:
+            patch.setattr(storage, "put", put)
+            write_unit(log, unit, first)
+            raise Killed
+
+        def create_late(uri: str, data: bytes) -> None:
+            patch.setattr(storage, "put_if_absent", create)
+            write_unit(log, unit, first)
+            if moment == "after its part":
+                with pytest.raises(storage.AlreadyExists):
+                    create(uri, data)
+            if moment != "never":
+                raise Killed
+            create(uri, data)
+
+        if moment == "before its rejects":
+            patch.setattr(storage, "put", put_late)
+        else:
+            patch.setattr(storage, "put_if_absent", create_late)
+        if moment == "never":
+            assert write_unit(log, unit, other)[1] == read_rejects(log).num_rows
+        else:
+            with pytest.raises(Killed):
+                write_unit(log, unit, other)
+
+
+def reasons(log: VectorLog) -> dict[int, str]:
+    return {row["id"]: row["reason"] for row in read_rejects(log).to_pylist()}
+
+
+@pytest.mark.parametrize("moment", ["before its rejects", "after its rejects", "after its part", "never"])
+@pytest.mark.parametrize("winner", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("loser", [(), (2,), (5, 6)])
+def test_a_writer_that_comes_too_late_changes_neither_the_rejects_nor_their_reasons(
+    tmp_path: Path,
+    log: VectorLog,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+    winner: tuple[int, ...],
+    loser: tuple[int, ...],
+) -> None:
+    if moment == "before its rejects" and not loser:
+        pytest.skip("it has none")
+    ids = [1, 2, 3, 4, 5, 6]
+    (unit,) = write_plan(tmp_path, [ids])
+    first = replace(embed(ids, winner), reject_reasons=pa.array([f"{DELETED}: {number}" for number in ids]))
+    write_between(log, unit, first, embed(ids, loser, shift=1.0), monkeypatch, moment)
+    for _ in range(2):  # and so it stays when the unit is written again on resume
+        ids_of_part, vectors = read_wave(log, 1)
+        assert np.array_equal(vectors, vectors_of(ids_of_part))
+        assert sorted(set(ids) - set(ids_of_part.tolist())) == sorted(reasons(log)) == list(winner)
+        assert reasons(log) == {number: f"{DELETED}: {number}" for number in winner}
+        assert read_deleted(log, 1).tolist() == list(winner)
+        assert count_rejects(log).get(1, 0) == len(winner)
+        assert write_unit(log, unit, embed(ids, loser))[1] == len(winner)
+
+
+def test_a_part_without_rejects_has_the_bytes_that_it_always_had_and_one_with_rejects_names_their_file(
+    tmp_path: Path, log: VectorLog
+) -> None:
+    units = write_plan(tmp_path, [[1, 2], [3, 4]])
+    write_unit(log, units[0], embed([1, 2]))
+    write_unit(log, units[1], embed([3, 4], bad=(4,)))
+    with storage.open_parquet(log.part(1, 0)) as file:
+        assert file.schema_arrow.metadata is None
+    (uri,) = storage.list_files(log.rejects_uri)
+    with storage.open_parquet(log.part(1, 1)) as file:
+        digest = file.schema_arrow.metadata[b"rejects"].decode()
+    assert digest == hashlib.sha256(storage.read_bytes(uri)).hexdigest()[:16]
+    assert uri == f"{log.rejects_uri}/wave-001/unit-00001-{digest}.parquet"
+
+
+def test_a_unit_that_is_forgotten_between_its_two_files_keeps_its_rejects(
+    tmp_path: Path, log: VectorLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (unit,) = write_plan(tmp_path, [[1, 2, 3]])
+    create = storage.put_if_absent
+
+    def create_late(uri: str, data: bytes) -> None:
+        assert forget_rejects(log, after_wave=0) == 0
+        assert storage.list_files(log.rejects_uri) == []
+        create(uri, data)
+
+    monkeypatch.setattr(storage, "put_if_absent", create_late)
+    assert write_unit(log, unit, embed([1, 2, 3], bad=(2,)))[1] == 1
+    assert reasons(log) == {2: "empty"}
+
+
+def test_forgetting_takes_what_losers_left_and_undoes_no_unit_for_it(
+    tmp_path: Path, log: VectorLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units = write_plan(tmp_path, [[1, 2, 3], [4, 5]])
+    write_between(log, units[0], embed([1, 2, 3]), embed([1, 2, 3], bad=(2,)), monkeypatch, "never")
+    write_between(log, units[1], embed([4, 5], bad=(4,)), embed([4, 5], bad=(5,)), monkeypatch, "never")
+    assert len(storage.list_files(log.rejects_uri)) == 3
+    assert forget_rejects(log, after_wave=0) == 1
+    assert storage.list_files(log.rejects_uri) == []
+    assert finished_units(log) == {1: [0]}
+
+
+def test_a_damaged_part_does_not_pass_for_one_without_rejects(tmp_path: Path, log: VectorLog) -> None:
+    (unit,) = write_plan(tmp_path, [[1, 2, 3]])
+    write_unit(log, unit, embed([1, 2, 3], bad=(2,)))
+    storage.put(log.part(1, 0), b"PAR1 and nothing PAR1")
+    for read in (read_rejects, count_rejects, lambda log: forget_rejects(log, after_wave=0)):
+        with pytest.raises(DataError, match="unit-00000"):
+            read(log)
+    assert reject_files(log, skip_unreadable=True) == {}
+
+
+def test_footers_are_read_at_the_same_time(tmp_path: Path, log: VectorLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = [[2 * number, 2 * number + 1] for number in range(8)]
+    for unit, ids in zip(write_plan(tmp_path, cut), cut, strict=True):
+        write_unit(log, unit, embed(ids, bad=(ids[0],)))
+    together, open_parquet = threading.Barrier(8, timeout=30), storage.open_parquet
+
+    def open_together(uri: str) -> AbstractContextManager[pq.ParquetFile]:
+        together.wait()  # breaks where one waits for another
+        return open_parquet(uri)
+
+    monkeypatch.setattr(storage, "open_parquet", open_together)
+    assert count_rejects(log) == {1: 8}
 
 
 def test_forgetting_rejects_undoes_their_units_of_later_waves_only(tmp_path: Path, log: VectorLog) -> None:

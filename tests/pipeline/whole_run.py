@@ -27,9 +27,18 @@ from pipeline.schema import (
 )
 from pipeline.segments import Rows
 from pipeline.snapshot import Commit, Counts, Kind, SegmentRef, Writer
+from pipeline.vector_log import VectorLog, content_digest, naming
 
 DIM = 8
 UNITS = 2
+
+
+def put_rejects(folder: str, wave: int, unit: int, rows: pa.Table, schema: pa.Schema) -> pa.Schema:
+    """Write the rejects of a unit, and give the schema for its part, which names them."""
+    data = storage.parquet_bytes(rows.schema if rows.schema.names == ["id"] else REJECTS, [rows])
+    digest = content_digest(data)
+    storage.put(VectorLog("", folder, 1, 1).rejects(wave, unit, digest), data)
+    return naming(schema, digest)
 
 
 @dataclass
@@ -88,12 +97,13 @@ class WholeRun:
             good, bad = rows[~self.rejected[rows]], rows[self.rejected[rows]]
             groups = (self._log_rows(good[self.shards[good] == shard]) for shard in range(self.num_shards))
             name = f"wave-{wave:03d}/unit-{unit:05d}.parquet"
-            storage.put(self.run.path("embedded", name), storage.parquet_bytes(embedded_schema(DIM), groups))
+            schema = embedded_schema(DIM)
             if len(bad):
                 columns = {"id": pa.array(self.ids[bad])} | {
                     name: pa.nulls(len(bad), REJECTS.field(name).type) for name in REJECTS.names[1:]
                 }
-                storage.put(self.run.path("rejects", name), storage.parquet_bytes(REJECTS, [pa.table(columns)]))
+                schema = put_rejects(self.run.path("rejects"), wave, unit, pa.table(columns), schema)
+            storage.put(self.run.path("embedded", name), storage.parquet_bytes(schema, groups))
 
     def _plan_rows(self, at: NDArray[np.intp]) -> pa.Table:
         schema = transformed_schema(DIM)

@@ -1,0 +1,87 @@
+"""Sealing: tasks that are killed are repeated, but not for ever; and a log that lacks images says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline import seal, storage
+from pipeline.errors import DataError, TransientError
+from pipeline.plan import Plan, Wave
+from pipeline.run import Run
+from pipeline.schema import UNITS as UNITS_SCHEMA
+from pipeline.seal import Sealer
+from tests.pipeline.whole_run import DIM, UNITS, WholeRun
+
+
+def die(marks: str, name: str, times: int) -> str:
+    """Killed as by a native crash, so many times."""
+    marks_of_task = Path(marks) / name
+    before = marks_of_task.stat().st_size if marks_of_task.exists() else 0
+    if before < times:
+        with marks_of_task.open("a") as file:
+            file.write("x")
+        os._exit(1)
+    return name
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_task_that_is_killed_is_repeated_until_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seal, "_MAX_PAUSE_SECONDS", 0.0)
+    tasks = [(name, (str(tmp_path), name, times)) for name, times in (("a", 0), ("b", 2), ("c", 1))]
+    assert seal._run(die, tasks) == ["a", "b", "c"]
+    assert (tmp_path / "b").stat().st_size == 2
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_task_that_is_killed_every_time_stops_the_run_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert seal._RETRIES == 20
+    monkeypatch.setattr(seal, "_RETRIES", 2)
+    monkeypatch.setattr(seal, "_MAX_PAUSE_SECONDS", 0.0)
+    tasks = [(f"wave 3, shard {shard}", (str(tmp_path), str(shard), 99 * shard)) for shard in range(2)]
+    with pytest.raises(TransientError, match=r"3 attempts(.|\n)*WorkerCrashedError(.|\n)*wave 3, shard 1") as caught:
+        seal._run(die, tasks)
+    assert "more memory" in str(caught.value)
+    assert (tmp_path / "1").stat().st_size == 3
+
+
+def make(folder: Path) -> tuple[WholeRun, Sealer]:
+    whole = WholeRun(Run(str(folder))).write_inputs()
+    waves = tuple(Wave(number + 1, whole.num // 3, UNITS) for number in range(3))
+    plan = Plan("random", 0, whole.num, 2, whole.num_shards, DIM, 40, waves, "f")
+    storage.put(whole.run.plan, json.dumps(asdict(plan)).encode())
+    for wave in range(1, 4):
+        members = [
+            whole.ids[(whole.waves == wave) & (np.arange(whole.num) // 3 % UNITS == unit)] for unit in range(UNITS)
+        ]
+        nothing = [
+            {name: pa.nulls(len(ids), UNITS_SCHEMA.field(name).type) for name in UNITS_SCHEMA.names[1:]}
+            for ids in members
+        ]
+        groups = [pa.table({"id": ids, **rest}) for ids, rest in zip(members, nothing, strict=True)]
+        storage.put(whole.run.wave_units(wave), storage.parquet_bytes(UNITS_SCHEMA, groups))
+    return whole, Sealer(whole.run, plan, whole.codebook_path, whole.codebook_sha256)
+
+
+def test_a_wave_seals_whatever_a_writer_that_lost_has_left(tmp_path: Path) -> None:
+    whole, sealer = make(tmp_path)
+    refs = [seal._seal_embedded(sealer, 1, shard) for shard in range(whole.num_shards)]
+    storage.put(sealer.plan.log(whole.run).rejects(1, 0, 16 * "0"), b"of a writer that lost")
+    assert [seal._seal_embedded(sealer, 1, shard) for shard in range(whole.num_shards)] == refs
+    assert sum(ref.rejected for ref in refs) == int((whole.rejected & (whole.waves == 1)).sum()) > 0
+
+
+def test_a_log_that_lacks_images_names_their_unit_and_what_to_do(tmp_path: Path) -> None:
+    whole, sealer = make(tmp_path)
+    storage.delete(whole.run.path("rejects"))
+    shard = int(whole.shards[whole.rejected & (whole.waves == 1)][0])
+    with pytest.raises(DataError, match=r"[12] neither \(of unit 1\)(.|\n)*fastfill audit(.|\n)*embedded again"):
+        seal._seal_embedded(sealer, 1, shard)
