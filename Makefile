@@ -1,9 +1,9 @@
-# make demo test test-slow check format clean: the same commands for people and for CI.
+# make demo test test-slow test-faults check format clean: the same commands for people and for CI.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo test test-slow test-faults check format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,7 +17,10 @@ test: $(VENV)/installed  ## the default suite: under ten minutes on two cores
 	$(BIN)/python -m pytest -m 'not slow' --durations 15
 
 test-slow: $(VENV)/installed  ## what takes minutes: kills, whole CIFAR-100 runs
-	$(BIN)/python -m pytest -m slow --durations 15
+	$(BIN)/python -m pytest -m slow --durations 15 --ignore tests/faults
+
+test-faults: $(VENV)/installed  ## kills, faulty stores, two drivers on a real cluster: ten minutes and more
+	$(BIN)/python -m pytest -m slow tests/faults
 
 check: $(VENV)/installed  ## format, lint, types
 	$(BIN)/ruff format --check .

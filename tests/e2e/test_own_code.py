@@ -42,6 +42,7 @@ def fastfill(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(not SCRIPT.exists(), reason="needs the project installed, as `make` does")
+@pytest.mark.slow
 def test_functions_beside_the_config_work_and_a_policy_that_fails_can_be_mended(
     tmp_path: Path, make_run: Callable[..., str]
 ) -> None:

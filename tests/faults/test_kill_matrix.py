@@ -153,7 +153,8 @@ def test_a_kill_at_every_step_changes_nothing_that_is_published(
             assert storage.sha256(run.path(ref.path)) == ref.sha256
     created = created_commits(calm.log, name)
     assert all(count == 1 for count in created.values()), "a wave was published twice"
-    must = ["seal"] if victim == "sealing task" else list(STEPS)  # sealing tasks run at no other step
+    # Sealing tasks run at no other step, and when a wave is committed the last image may be embedded already.
+    must = {"sealing task": ["seal"], "embedding actor": list(STEPS)[:4]}.get(victim, list(STEPS))
     assert all(TABLE[victim, step] == "killed" for step in must), "a cell of the matrix is empty"
     again = {image for image, count in image_reads(calm.log).items() if count > 1}
     assert len(image_reads(calm.log)) == IMAGES

@@ -66,6 +66,7 @@ def test_refusals_have_their_exit_codes(tmp_path: Path) -> None:
     assert run("manifest", f"{tmp_path}/tars/shard-00000.tar", "--to", f"{tmp_path}/out", "--replace")[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["local", "s3"])
 def test_a_run_on_it_embeds_all_images_and_gives_its_keys_back(
     tmp_path: Path, ray_cluster: None, request: pytest.FixtureRequest, kind: str
