@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "gallery"
 IMAGES = 320
 WAVES = 8
+UNIT_IMAGES = 10
 NODE_CPUS = 3  # logical: one for an actor, the others free, so that a lost node's work finds a place
 
 
@@ -117,7 +118,7 @@ class Scene:
                 "columns": {"id": "id", "old_embedding": "old", "new_embedding": "new"},
             },
             "fit": {"loss": "alignment+uncertainty", "inner_width": 32, "epochs": 2, "batch_size": 64},
-            "plan": {"waves": [1 / WAVES] * WAVES, "unit_images": 10},
+            "plan": {"waves": [1 / WAVES] * WAVES, "unit_images": UNIT_IMAGES},
             "backfill": {"batch_size": 5, "min_actors": 1, "max_actors": 2},
             "index": {"factory": "Flat", "shards": 2},
             "evaluate": {"max_images": 1},
