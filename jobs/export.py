@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import click
 
-from jobs.options import command, console, load, print_json
+from jobs.options import absolute, command, console, load, print_json
 
 if TYPE_CHECKING:
     from pipeline.export import Format
@@ -42,7 +41,7 @@ def main(
 
     config = load(config_path, overrides)
     read_settings(Run(config.run))
-    out_uri = out if "://" in out else os.path.abspath(out)
+    out_uri = absolute(out)
     storage.check(out_uri)
     screen = console()
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.options import console, load, print_json, print_text, start_ray, with_errors
+from jobs.options import absolute, console, load, print_json, print_text, start_ray, with_errors
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -66,12 +66,12 @@ def main(
         hash=bool(columns["hashed"]),
     )
     with Bars(console()) as bars:
-        target = _absolute(folder)
+        target = absolute(folder)
         storage.check(target)
         if replace:
             catalog.forget(target)
         found, pieces = catalog.build(
-            target, [_absolute(item) for item in sources], options, bars.images, None if no_ray else start_ray
+            target, [absolute(item) for item in sources], options, bars.images, None if no_ray else start_ray
         )
     _show(found, pieces)
     if as_json:
@@ -112,12 +112,6 @@ def _show(catalog: Catalog, pieces: Counter[str]) -> None:
     identical = catalog.identical
     if identical["images"]:
         out.print(f"{identical['images']:,} images have the content of another, such as {identical['examples']}")
-
-
-def _absolute(path: str) -> str:
-    import os
-
-    return path.rstrip("/") if "://" in path else os.path.abspath(path)
 
 
 if __name__ == "__main__":

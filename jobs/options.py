@@ -115,6 +115,11 @@ def load(config_path: str, overrides: tuple[str, ...]) -> Config:
     return config
 
 
+def absolute(place: str) -> str:
+    """A file or folder as the user means it: a URI as it is, a path from where the command was given."""
+    return place.rstrip("/") if "://" in place else os.path.abspath(place)
+
+
 def console() -> Console:
     """Where people read: stderr."""
     from rich.console import Console

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.options import command, console, load, open_run_of, print_json
+from jobs.options import absolute, command, console, load, open_run_of, print_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -88,14 +88,14 @@ def _read_queries(config: Config, paths: tuple[str, ...], column: str | None, li
 
     try:
         if paths[0].endswith(".npy"):
-            with storage.open_input(_absolute(paths[0])) as file:
+            with storage.open_input(absolute(paths[0])) as file:
                 vectors: Float32 = np.load(file, allow_pickle=False)[:limit].astype(np.float32)
                 return vectors
         if not paths[0].endswith(".parquet"):
-            return _embed(config, [storage.read_bytes(_absolute(path)) for path in paths[:limit]], list(paths))
+            return _embed(config, [storage.read_bytes(absolute(path)) for path in paths[:limit]], list(paths))
     except (OSError, ValueError) as error:
         raise DataError("cannot read a query", found=error, where=paths) from error
-    table = storage.read_parquet(_absolute(paths[0]))
+    table = storage.read_parquet(absolute(paths[0]))
     if column is None or column not in table.schema.names:
         raise DataError("say which column holds the queries", expected=table.schema.names, found=column, where=paths[0])
     values = table[column].slice(0, limit)
@@ -161,12 +161,6 @@ def _is_binary(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _absolute(path: str) -> str:
-    import os
-
-    return path if "://" in path else os.path.abspath(path)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +76,16 @@ class Scene:
             raise AssertionError(f"still running after {seconds} s:\n{process.communicate()[0]}") from None
         assert process.returncode == 0, output
         return output
+
+    def finish_elsewhere(self, name: str, home: Path) -> None:
+        """Finish a run on another machine: another home and folder, another Ray, only the config and credentials."""
+        home.mkdir()
+        config = home / self.config.name
+        config.write_bytes(self.config.read_bytes())
+        known = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(ROOT), **self.server.environment()}
+        words = [sys.executable, "-m", "jobs.backfill", "--config", str(config), "--set", f"run={self.run(name).uri}"]
+        done = subprocess.run(words, cwd=home, env=known, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr
 
     def write(self) -> None:
         """Images as objects, a manifest with old embeddings and etags, pairs as embeddings, encoders, config."""
@@ -145,6 +156,20 @@ class Scene:
         done = subprocess.run(words, cwd=ROOT, env=self.environment(), capture_output=True, text=True, check=False)
         found: dict[str, Any] = json.loads(done.stdout)
         return found
+
+
+def wait_for(proxy: FaultyProxy, method: str, path: str, driver: subprocess.Popen[str]) -> None:
+    """Return when the driver has had such a request answered."""
+    seen = threading.Event()
+
+    def note(_: str) -> bool:
+        seen.set()
+        return True
+
+    proxy.watch(note, method, path, after=True)
+    if not seen.wait(120):
+        driver.kill()
+        raise AssertionError(f"it never came to {method} {path}:\n{driver.communicate()[0]}")
 
 
 def image_reads(log: list[tuple[str, str, int]]) -> Counter[str]:

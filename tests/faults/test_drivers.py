@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 
-from tests.faults.scene import Scene
+from tests.faults.scene import Scene, wait_for
 from tests.faults.test_kill_matrix import created_commits
 from tests.faulty_proxy import FaultyProxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 CONFLICT = 3  # exit code
-
-
-def wait_for(scene: Scene, proxy: FaultyProxy, method: str, path: str, driver: subprocess.Popen[str]) -> None:
-    """Return when the driver has had such a request answered."""
-    seen = threading.Event()
-
-    def note(_: str) -> bool:
-        seen.set()
-        return True
-
-    proxy.watch(note, method, path, after=True)
-    if not seen.wait(120):
-        driver.kill()
-        raise AssertionError(f"it never came to {method} {path}:\n{driver.communicate()[0]}")
 
 
 def test_of_two_drivers_one_publishes_and_the_other_is_refused(scene: Scene, calm: FaultyProxy) -> None:
@@ -58,7 +44,7 @@ def test_of_two_drivers_one_publishes_and_the_other_is_refused(scene: Scene, cal
 
 @pytest.mark.parametrize("step", ["before", "after"])
 def test_a_driver_that_wakes_up_after_it_was_replaced_cannot_publish(
-    scene: Scene, calm: FaultyProxy, step: str
+    scene: Scene, calm: FaultyProxy, tmp_path: Path, step: str
 ) -> None:
     """Stopped just before or just after it creates a commit, and woken when another driver has finished the run."""
     name = f"sleeper-{step}"
@@ -74,7 +60,7 @@ def test_a_driver_that_wakes_up_after_it_was_replaced_cannot_publish(
 
     calm.watch(stop, "PUT", rf"/{name}/index/commits/0+3\.json", after=step == "after")
     assert asleep.wait(120)
-    scene.finish(name)
+    scene.finish_elsewhere(name, tmp_path / "home")  # who sleeps keeps its part of the cluster
     assert scene.published(name) == scene.published("undisturbed")
     before = scene.published(name)
     os.kill(sleeper.pid, signal.SIGCONT)
@@ -83,5 +69,22 @@ def test_a_driver_that_wakes_up_after_it_was_replaced_cannot_publish(
     assert "another driver took this run over" in output
     assert scene.published(name) == before
     assert all(count == 1 for count in created_commits(calm.log, name).values())
+    report = scene.audit(name)
+    assert report["ok"], report["problems"]
+
+
+def test_another_machine_finishes_the_run_from_storage_alone(scene: Scene, calm: FaultyProxy, tmp_path: Path) -> None:
+    """Another home and folder, a Ray of its own, and of the first machine only the config and the credentials."""
+    name = "another-machine"
+    scene.prepare(name, like="undisturbed")
+    first = scene.start(name)
+    wait_for(calm, "PUT", rf"/{name}/index/commits/0+3\.json", first)
+    first.kill()
+    first.communicate(timeout=60)
+    home = tmp_path / "home"
+    scene.finish_elsewhere(name, home)
+    assert scene.published(name) == scene.published("undisturbed")
+    assert all(count == 1 for count in created_commits(calm.log, name).values())
+    assert [path.name for path in home.iterdir()] == ["run.yaml"], "the run left something on the machine"
     report = scene.audit(name)
     assert report["ok"], report["problems"]

@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from tests.faults.scene import IMAGES, Scene, image_reads
-from tests.faults.test_drivers import wait_for
+from tests.faults.scene import IMAGES, Scene, image_reads, wait_for
 from tests.faulty_proxy import PER_REQUEST, Fault, FaultyProxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -58,7 +57,7 @@ def test_a_run_waits_for_a_store_that_is_gone_for_a_minute(scene: Scene, calm: F
     scene.prepare(name, like="undisturbed")
     calm.delays[r"/images/"] = 0.5
     driver = scene.start(name)
-    wait_for(scene, calm, "PUT", rf"/{name}/index/commits/0+1\.json", driver)
+    wait_for(calm, "PUT", rf"/{name}/index/commits/0+1\.json", driver)
     calm.outage(GONE_SECONDS)
     output, _ = driver.communicate(timeout=300)
     assert driver.returncode == 0, output
