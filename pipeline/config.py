@@ -73,13 +73,20 @@ class Torchvision(Section):
 
 
 class Encoder(Section):
-    """One encoder: exactly one of `export`, `torchvision`, `function`, and its preprocess."""
+    """One encoder: exactly one of `export`, `torchvision`, `function`, its preprocess, and how it computes.
+
+    `precision` is that of matrix products and convolutions (torch.autocast); embeddings are float32 in any case.
+    `compile` has torch compile the network for batches of one size, which the last batch is filled up to; that takes
+    a C++ compiler on each machine, and some minutes.
+    """
 
     export: str | None = None
     torchvision: Torchvision | None = None
     function: str | None = None
     dim: Count
     preprocess: Preprocess
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    compile: bool = False
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -8,6 +8,9 @@ the vectors.
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -19,31 +22,72 @@ from pipeline.images import Pixels
 from pipeline.schema import Float32, vectors_to_arrow
 from pipeline.transformation import resolve_device
 
+_IN_FLIGHT = 2
+_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 class Embedder:
-    """An encoder on its device; also used in-process, where a few images are embedded without Ray."""
+    """An encoder on its device; also used in-process, where a few images are embedded without Ray.
+
+    On a GPU one batch computes while the next is copied: pinned memory, one copy each way, and nothing waits
+    for a batch before the following one is on its way.
+    """
 
     def __init__(self, encoder: settings.Encoder, device: str, batch_size: int, threads: int) -> None:
         torch.set_num_threads(threads)
         self._device = resolve_device(device)
         self._batch_size = batch_size
+        self._precision = _PRECISIONS[encoder.precision]
         self._model: EmbeddingModel = load_encoder(encoder, self._device)
+        self._network: Callable[[torch.Tensor], torch.Tensor] = self._model
+        self._padded = encoder.compile
+        if encoder.compile:
+            self._network = torch.compile(self._model, dynamic=False)
 
     def embed(self, pixels: Pixels) -> Float32:
         """(N, C, H, W) uint8 to (N, d) float32, in batches of the configured size, in order."""
-        batches = [self._forward(pixels[start : start + self._batch_size]) for start in self._starts(len(pixels))]
-        return np.concatenate(batches) if batches else np.zeros((0, self._model.dim), dtype=np.float32)
-
-    def _starts(self, count: int) -> range:
-        return range(0, count, self._batch_size)
+        vectors = np.zeros((len(pixels), self._model.dim), dtype=np.float32)
+        waiting: deque[tuple[int, _Batch]] = deque()
+        for start in range(0, len(pixels), self._batch_size):
+            waiting.append((start, self._launch(pixels[start : start + self._batch_size])))
+            if len(waiting) == _IN_FLIGHT:
+                _land(*waiting.popleft(), vectors)
+        for item in waiting:
+            _land(*item, vectors)
+        return vectors
 
     @torch.inference_mode()
-    def _forward(self, pixels: Pixels) -> Float32:
-        batch = torch.from_numpy(np.array(pixels))  # a copy: blocks of the object store are read-only
-        if self._device.type == "cuda":
-            batch = batch.pin_memory().to(self._device, memory_format=torch.channels_last, non_blocking=True)
-        embeddings: Float32 = self._model(batch).cpu().numpy()
-        return embeddings
+    def _launch(self, pixels: Pixels) -> _Batch:
+        """Start a batch; on a GPU this returns before it is done."""
+        count = self._batch_size if self._padded else len(pixels)
+        cuda = self._device.type == "cuda"
+        batch = torch.zeros((count, *pixels.shape[1:]), dtype=torch.uint8, pin_memory=cuda)
+        batch.numpy()[: len(pixels)] = pixels  # a copy in any case: blocks of the object store are read-only
+        if cuda:
+            batch = batch.to(self._device, memory_format=torch.channels_last, non_blocking=True)
+        with torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32):
+            embeddings = self._network(batch)[: len(pixels)]
+        if not cuda:
+            return _Batch(embeddings, None)
+        host = torch.empty(embeddings.shape, dtype=torch.float32, pin_memory=True)
+        host.copy_(embeddings, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return _Batch(host, done)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Embeddings in the host's memory, (B, d) float32, there once `done` has come."""
+
+    embeddings: torch.Tensor
+    done: torch.cuda.Event | None
+
+
+def _land(start: int, batch: _Batch, vectors: Float32) -> None:
+    if batch.done is not None:
+        batch.done.synchronize()
+    vectors[start : start + len(batch.embeddings)] = batch.embeddings.numpy()
 
 
 class EmbedStage:

@@ -31,6 +31,8 @@ def settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, st
 def written(default: object) -> str:
     if default is None:
         return "none"
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"  # as YAML has it
     return f"`{list(default) if isinstance(default, tuple) else default}`"
 
 

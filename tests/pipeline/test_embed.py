@@ -1,0 +1,55 @@
+"""The embedder: batches in, vectors out, whatever the batch size, precision and compilation."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+
+from pipeline.config import Encoder
+from pipeline.embed import Embedder
+
+DIM = 20
+PIXELS = np.random.default_rng(0).integers(0, 256, (37, 1, 8, 8), dtype=np.uint8)
+
+
+def embedder(batch_size: int, **changes: object) -> Embedder:
+    spec = {
+        "function": "tests.own_functions:new_encoder",
+        "dim": DIM,
+        "preprocess": {"channels": 1, "size": 8},
+    } | changes
+    return Embedder(Encoder.model_validate(spec), "cpu", batch_size, threads=1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 16, 37, 64])
+def test_batches_of_any_size_give_the_vectors_in_order(batch_size: int) -> None:
+    whole = embedder(len(PIXELS)).embed(PIXELS)
+    assert whole.shape == (len(PIXELS), DIM)
+    assert len(np.unique(whole, axis=0)) == len(PIXELS)
+    np.testing.assert_allclose(embedder(batch_size).embed(PIXELS), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_read_only_pixels_are_taken_and_left_as_they_are() -> None:
+    pixels = PIXELS.copy()
+    pixels.setflags(write=False)
+    np.testing.assert_array_equal(embedder(16).embed(pixels), embedder(16).embed(PIXELS))
+
+
+def test_no_pixels_give_no_vectors() -> None:
+    assert embedder(16).embed(PIXELS[:0]).shape == (0, DIM)
+
+
+def test_bfloat16_gives_float32_vectors_near_the_exact_ones() -> None:
+    exact, found = embedder(16).embed(PIXELS), embedder(16, precision="bfloat16").embed(PIXELS)
+    assert found.dtype == np.float32
+    error = np.linalg.norm(found - exact, axis=1) / np.linalg.norm(exact, axis=1)
+    assert 0.0 < error.max() < 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_network_gives_the_same_vectors_also_for_the_last_batch() -> None:
+    found = embedder(16, compile=True).embed(PIXELS)
+    np.testing.assert_allclose(found, embedder(16).embed(PIXELS), rtol=1e-4, atol=1e-5)
