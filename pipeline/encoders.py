@@ -37,6 +37,7 @@ class EmbeddingModel(nn.Module):
         self.dim = spec.dim
         preprocess = spec.preprocess
         self.scale = preprocess.pixel_range / 255.0
+        self.memory_format = torch.contiguous_format
         self.mean: torch.Tensor
         self.std: torch.Tensor
         self.register_buffer("mean", torch.tensor(preprocess.mean, dtype=torch.float32).view(1, -1, 1, 1))
@@ -44,7 +45,7 @@ class EmbeddingModel(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) uint8 to (B, dim) float32."""
-        pixels = images.to(torch.float32)
+        pixels = images.to(torch.float32, memory_format=self.memory_format)
         if self.scale != 1.0:
             pixels = pixels * self.scale
         embeddings = self.network((pixels - self.mean) / self.std)
@@ -73,9 +74,8 @@ def load_encoder(spec: settings.Encoder, device: torch.device) -> EmbeddingModel
     model = EmbeddingModel(network, spec).to(device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
     _check_width(model, spec, device)
+    _try_channels_last(model, spec, device)
     return model
 
 
@@ -189,6 +189,26 @@ def _from_function(name: str) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise ConfigError("the encoder's function must return a torch module", found=type(network), where=name)
     return network
+
+
+def _try_channels_last(model: EmbeddingModel, spec: settings.Encoder, device: torch.device) -> None:
+    """Keep channels last in memory, where convolutions are fastest, if the network gives the same that way.
+
+    It may count on contiguous activations: `view` raises then, and `as_strided` would read other numbers.
+    """
+    shape = (2, spec.preprocess.channels, *cast(tuple[int, int], spec.preprocess.image_size))
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.inference_mode():
+        expected = model(images)
+        model.memory_format = torch.channels_last
+        try:
+            model.to(memory_format=torch.channels_last)
+            same = torch.allclose(model(images), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().mean()))
+        except RuntimeError:
+            same = False
+    if not same:
+        model.memory_format = torch.contiguous_format
+        model.to(memory_format=torch.contiguous_format)
 
 
 def _check_width(model: EmbeddingModel, spec: settings.Encoder, device: torch.device) -> None:

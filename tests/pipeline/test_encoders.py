@@ -322,3 +322,35 @@ def test_embeddings_are_float32_of_the_configured_width_and_carry_no_gradient(ar
     model = load_encoder(spec(export=archive), CPU)
     found = model(images())
     assert (tuple(found.shape), found.dtype, found.requires_grad) == ((4, DIM), torch.float32, False)
+
+
+class Strided(Network):
+    """One that counts on contiguous activations, as code with `view` or `as_strided` does."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        found = self.layers[:3](pixels)
+        rows, width = len(found), 4 * (SIDE - 2) ** 2
+        found = found.view(rows, width) if self.by == "view" else found.as_strided((rows, width), (width, 1))
+        return self.last(found)
+
+
+@pytest.mark.parametrize("by", ["view", "as_strided"])
+def test_a_network_that_counts_on_contiguous_activations_gives_what_it_gives(
+    by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    network = Strided(by).eval()
+    monkeypatch.setattr("pipeline.encoders._from_function", lambda name: network)
+    model = load_encoder(Encoder(function="own:code", dim=DIM, preprocess=Preprocess(size=SIDE)), CPU)
+    images = torch.randint(0, 256, (3, 3, SIDE, SIDE), dtype=torch.uint8)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images), network(images / 255.0))
+        assert model.memory_format == torch.contiguous_format
+
+
+def test_a_network_of_convolutions_keeps_channels_last(archive: str) -> None:
+    assert load_encoder(spec(export=archive), CPU).memory_format == torch.channels_last
