@@ -202,6 +202,11 @@ class Plan(Section):
 class Backfill(Section):
     """Resources and limits of the embedding stream; free to change between two starts of a run.
 
+    The stream starts with as many actors as the cluster has room for, and goes up to `max_actors` and down to
+    `min_actors` with the cluster; without `max_actors` that is one per GPU, or on a cluster without GPUs one per
+    `threads_per_actor` cores, of those that are there at the start. An actor on CPU reserves half of the cores
+    that it uses, so that what feeds it finds room; the operating system shares them out.
+
     A wave with more rejects than `max_reject_fraction` of its images is not published, and with more of the
     gallery's or of the pairs' images than that no transformation is fitted. `reject_allowance` rejects are borne
     in any case: the first waves have a handful of images, and the strangest ones. With a fraction of 0 none is.
@@ -209,8 +214,8 @@ class Backfill(Section):
 
     batch_size: Count = 256
     min_actors: Count = 1
-    max_actors: Count = 1
-    cpus_per_actor: Annotated[float, Field(ge=0)] = 1.0
+    max_actors: Count | None = None
+    cpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     threads_per_actor: Count = 1
     max_reject_fraction: Fraction = 0.05
@@ -220,7 +225,7 @@ class Backfill(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if self.max_actors < self.min_actors:
+        if self.max_actors is not None and self.max_actors < self.min_actors:
             raise ValueError(f"max_actors ({self.max_actors}) must be at least min_actors ({self.min_actors})")
         return self
 

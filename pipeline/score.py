@@ -13,6 +13,7 @@ import ray.data
 from ray.data import ActorPoolStrategy
 
 from pipeline import manifest, policy, storage
+from pipeline.actors import actor_pool
 from pipeline.config import Config
 from pipeline.embeddings import embedding_log, read_embeddings
 from pipeline.errors import DataError
@@ -38,7 +39,7 @@ def score_gallery(config: Config, run: Run, folder: str) -> list[int]:
     assert gallery is not None, "the gallery is normalised before it is scored"
     policy.load_policy(config.plan.policy, config.seed)  # a typing error shows here, before any work
     parts = len(gallery.rows)
-    gpus = ray.cluster_resources().get("GPU", 0) if config.device != "cpu" else 0
+    pool = actor_pool(config.backfill, config.device)
     counts = (
         ray.data.range(parts, override_num_blocks=parts)
         .map_batches(
@@ -46,9 +47,9 @@ def score_gallery(config: Config, run: Run, folder: str) -> list[int]:
             fn_constructor_args=(config, run, folder),
             batch_size=1,
             batch_format="numpy",
-            compute=ActorPoolStrategy(min_size=1, max_size=config.backfill.max_actors),
-            num_cpus=0 if gpus else config.backfill.cpus_per_actor,
-            num_gpus=min(1, gpus) or None,
+            compute=ActorPoolStrategy(min_size=1, max_size=pool.largest),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus or None,
         )
         .take_all()
     )

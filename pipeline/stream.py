@@ -24,13 +24,12 @@ from ray.data import ActorPoolStrategy
 
 from pipeline import config as settings
 from pipeline import images, storage, vector_log
-from pipeline.errors import ConfigError
+from pipeline.actors import LOAD_CPUS, WRITE_CPUS, actor_pool
 from pipeline.images import Limits, LoadedUnit
 from pipeline.schema import Unit, UnitAck, vectors_from_arrow
 from pipeline.vector_log import EmbeddedUnit, VectorLog
 
-_LOAD_CPUS = 0.5
-_WRITE_CPUS = 0.25
+_UNITS_PER_ACTOR = 4  # that wait for it or are in its hands
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,29 +74,30 @@ def embed_stream(work: list[Work], config: settings.Config) -> Iterator[tuple[in
     from pipeline.embed import EmbedStage  # here: the tasks of this module must not wait for torch
 
     backfill = config.backfill
-    gpus = _gpus_per_actor(backfill, config.device)
-    _check_room(backfill, gpus)
+    pool = actor_pool(backfill, config.device)
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = None  # a block is a unit: never split, never merged
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     job = _Job([(item.encoder, item.log) for item in work], backfill, config.fetch, ray.put(_units_table(work)))
-    pool = ActorPoolStrategy(
-        min_size=backfill.min_actors, max_size=backfill.max_actors, max_tasks_in_flight_per_actor=4
-    )
     acks = (
         ray.data.range(count, override_num_blocks=count)
-        .map_batches(partial(_load, job=job), batch_size=None, batch_format="numpy", num_cpus=_LOAD_CPUS)
+        .map_batches(partial(_load, job=job), batch_size=None, batch_format="numpy", num_cpus=LOAD_CPUS)
         .map_batches(
             EmbedStage,
             fn_constructor_args=([item.encoder for item in work], backfill, config.device),
             batch_size=None,
             batch_format="pyarrow",
-            compute=pool,
-            num_cpus=0 if gpus else backfill.cpus_per_actor,
-            num_gpus=gpus or None,
+            compute=ActorPoolStrategy(
+                min_size=pool.smallest,
+                initial_size=pool.first,
+                max_size=pool.largest,
+                max_tasks_in_flight_per_actor=_UNITS_PER_ACTOR,
+            ),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus or None,
         )
-        .map_batches(partial(_write, job=job), batch_size=None, batch_format="pyarrow", num_cpus=_WRITE_CPUS)
+        .map_batches(partial(_write, job=job), batch_size=None, batch_format="pyarrow", num_cpus=WRITE_CPUS)
     )
     batches: Iterable[pa.Table] = acks.iter_batches(batch_size=None, batch_format="pyarrow")
     for batch in batches:
@@ -164,23 +164,3 @@ def _units_table(work: list[Work]) -> pa.Table:
 
 def _texts(loaded: LoadedUnit, field: str) -> list[str]:
     return [getattr(loaded.rejects[row], field) if row in loaded.rejects else "" for row in range(len(loaded.ids))]
-
-
-def _gpus_per_actor(backfill: settings.Backfill, device: str) -> float:
-    if backfill.gpus_per_actor is not None:
-        return backfill.gpus_per_actor
-    return 1.0 if device != "cpu" and ray.cluster_resources().get("GPU", 0) else 0.0
-
-
-def _check_room(backfill: settings.Backfill, gpus: float) -> None:
-    """Actors that hold every CPU leave none for the tasks that feed them, and the stream would hang."""
-    cpus = ray.cluster_resources().get("CPU", 0)
-    actors = 0 if gpus else backfill.min_actors * backfill.cpus_per_actor
-    if cpus < actors + _LOAD_CPUS + _WRITE_CPUS:
-        raise ConfigError(
-            "the cluster is too small for the embedding stream",
-            expected=f"{actors + _LOAD_CPUS + _WRITE_CPUS:g} CPUs: {actors:g} for actors, the rest for tasks",
-            found=f"{cpus:g} CPUs",
-            where="backfill.min_actors, backfill.cpus_per_actor",
-            remedy="start fewer actors, give each less CPU, or add nodes",
-        )
