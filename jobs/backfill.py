@@ -45,17 +45,24 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, retry_reje
 
 
 def run_all(config: Config, bars: Bars, retry_rejects: bool = False) -> Progress:
-    """Every step that is missing, in order; Ray is started by the caller."""
+    """Every step that is missing, in order, its figures on show; Ray is started by the caller."""
+    from pipeline import telemetry
+
+    with telemetry.serving(config) as url:
+        bars.console.print(f"run: {config.run}   metrics: {url}", soft_wrap=True)
+        return _run_steps(config, bars, retry_rejects)
+
+
+def _run_steps(config: Config, bars: Bars, retry_rejects: bool) -> Progress:
     from jobs.prepare import ensure_embeddings, ensure_fit, ensure_plan, open_run
     from pipeline import telemetry
     from pipeline.backfill import backfill
 
-    bars.console.print(f"run: {config.run}   metrics: {telemetry.serve(config.telemetry)}", soft_wrap=True)
     run = open_run(config, bars)
     if retry_rejects:
         _retry_before_plan(run)
     ensure_embeddings(config, run, bars)
-    ensure_fit(config, run, bars)
+    telemetry.observe_held_out(ensure_fit(config, run, bars).held_out)
     plan = ensure_plan(config, run, bars)
     if retry_rejects:
         _retry_rejects(run, plan)
@@ -94,7 +101,7 @@ def restore_report(config: Config) -> None:
 
 def write_report(config: Config, run: Run, plan: Plan, bars: Bars) -> None:
     """Measure the curve where the gallery has labels, and write the report page."""
-    from pipeline import report
+    from pipeline import report, telemetry
     from pipeline.curve import curve, has_labels
     from pipeline.errors import DataError
 
@@ -103,7 +110,8 @@ def write_report(config: Config, run: Run, plan: Plan, bars: Bars) -> None:
         bars.console.print(f"no curve: the gallery has {plan.num_gallery:,} images, {limit}", soft_wrap=True)
     elif has_labels(run):
         try:
-            curve(config, run, on_progress=lambda done, total: bars.images("evaluate", done, total))
+            found = curve(config, run, on_progress=lambda done, total: bars.images("evaluate", done, total))
+            telemetry.observe_curve(found)
         except DataError as error:
             bars.console.print(f"no curve: {error}", soft_wrap=True)
     with bars.step("report"):

@@ -71,6 +71,7 @@ def ensure_fit(config: Config, run: Run, bars: Bars) -> TransformationInfo:
     Raises:
         ConfigError, DataError: the pairs cannot be embedded, or do not suit the loss.
     """
+    from pipeline import telemetry
     from pipeline.transformation import has_transformation, read_info
     from training.fit import fit
     from training.pairs import build_pairs, fit_data
@@ -80,6 +81,7 @@ def ensure_fit(config: Config, run: Run, bars: Bars) -> TransformationInfo:
     pairs = build_pairs(config, run, bars.images)
 
     def show(epoch: dict[str, float]) -> None:
+        telemetry.observe_epoch(epoch)
         bars.images("fit: epochs", int(epoch["epoch"]) + 1, config.fit.epochs, f"loss {epoch['loss']:.4f}")
 
     bars.images("fit: epochs", 0, config.fit.epochs)

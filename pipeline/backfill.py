@@ -38,16 +38,16 @@ def backfill(config: Config, run: Run, plan: Plan, on_progress: Callable[[Progre
     log = plan.log(run)
     tracker = Tracker(plan, log, config.backfill.max_reject_fraction, config.backfill.reject_allowance)
 
-    before, counted = storage.counts(), 0
+    before = counted = storage.counts()
 
     def report() -> Progress:
         nonlocal counted
-        repeated = storage.retries(before)
-        telemetry.observe_driver(repeated - counted)
-        counted = repeated
+        asked = storage.counts()
+        telemetry.observe_driver(asked - counted)
+        counted = asked
         progress = tracker.progress(publisher.published)
-        progress = replace(progress, reading=progress.reading.with_driver(repeated))
-        telemetry.observe_progress(progress)
+        progress = replace(progress, reading=progress.reading.with_driver(storage.retries(before)))
+        telemetry.observe_progress(progress, publisher.waiting)
         on_progress(progress)
         return progress
 
@@ -57,11 +57,12 @@ def backfill(config: Config, run: Run, plan: Plan, on_progress: Callable[[Progre
         for wave in tracker.whole_waves():
             publisher.submit(wave)
         work = Work(config.encoders.new, log, tracker.pending(run))
-        for _, ack in embed_stream([work], config):
-            telemetry.observe_unit(ack)
-            tracker.add(ack)
-            for wave in tracker.whole_waves():
-                publisher.submit(wave)
-            publisher.check()
-            report()
+        with telemetry.RUNNING.track_inprogress():
+            for _, ack in embed_stream([work], config):
+                telemetry.observe_unit(ack)
+                tracker.add(ack)
+                for wave in tracker.whole_waves():
+                    publisher.submit(wave)
+                publisher.check()
+                report()
     return report()

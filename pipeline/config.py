@@ -279,10 +279,18 @@ class Publish(Section):
 
 
 class Telemetry(Section):
-    """The driver's Prometheus endpoint; port 0 takes a free one."""
+    """The driver's Prometheus endpoint; port 0 takes a free one.
+
+    `discovery_file` is written for Prometheus's `file_sd_configs`, and removed after a good end. Prices are in any
+    one currency: what a node costs per hour, its GPUs apart or not, and what a GPU costs on top.
+    """
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 0
+    discovery_file: str | None = None
+    linger_seconds: Annotated[float, Field(ge=0)] = 0.0
+    node_hour_price: Annotated[float, Field(ge=0)] = 0.0
+    gpu_hour_price: Annotated[float, Field(ge=0)] = 0.0
 
 
 class Storage(Section):

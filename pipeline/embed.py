@@ -8,6 +8,7 @@ the vectors.
 from __future__ import annotations
 
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import pyarrow as pa
 import torch
 
 from pipeline import config as settings
+from pipeline import worker_metrics
 from pipeline.encoders import EmbeddingModel, load_encoder
 from pipeline.images import Pixels
 from pipeline.schema import Float32, vectors_to_arrow
@@ -96,6 +98,7 @@ class EmbedStage:
     def __init__(self, encoders: list[settings.Encoder], backfill: settings.Backfill, device: str) -> None:
         self._encoders, self._backfill, self._device = encoders, backfill, device
         self._embedders: dict[int, Embedder] = {}
+        self._name = uuid.uuid4().hex[:16]  # tells it from others where its units are counted
 
     def _embedder(self, work: int) -> Embedder:
         if work not in self._embedders:
@@ -116,6 +119,8 @@ class EmbedStage:
         vectors[good] = self._embedder(work).embed(pixels if good.all() else pixels[good])
         for row in np.flatnonzero(~np.isfinite(vectors).all(axis=1)):
             stages[row], reasons[row], vectors[row] = "embed", "not finite", 0.0
+        seconds = time.perf_counter() - start
+        worker_metrics.observe("embed", len(pixels), seconds)
         return pa.table(
             {
                 "number": block["number"],
@@ -124,7 +129,8 @@ class EmbedStage:
                 "stage": pa.array(stages, pa.string()),
                 "reason": pa.array(reasons, pa.string()),
                 "load": block["load"],
-                "embed_seconds": np.full(len(pixels), time.perf_counter() - start),
+                "embed_seconds": np.full(len(pixels), seconds),
+                "actor": pa.repeat(self._name, len(pixels)),
                 "vector": vectors_to_arrow(vectors),
             }
         )

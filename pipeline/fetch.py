@@ -10,8 +10,10 @@ is in the bytes.
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +26,9 @@ from pipeline.errors import DataError, TransientError
 from pipeline.object_store import COUNTS
 from pipeline.schema import DELETED, Int64
 from pipeline.store import Span
+
+WAITED = "microseconds:image"
+"""In `storage.counts`: for how long decoding had to wait for images' bytes."""
 
 _NO_PLACE = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
 
@@ -129,10 +134,11 @@ class _Unit:
                 waiting: dict[int, Future[None]] = {}
                 for read in reads:
                     waiting |= dict.fromkeys(read.rows, pool.submit(self._run, read))
-                self._read_columns()
+                with _waiting():
+                    self._read_columns()
                 for row in range(len(self._places)):
                     if row in waiting:
-                        waiting.pop(row).result()
+                        _wait(waiting.pop(row))
                     found, self._found[row] = self._found[row], None
                     assert found is not None, f"row {row} was not fetched"
                     yield found
@@ -239,6 +245,25 @@ class _Unit:
         except OSError as error:
             return _reject(error, path)
         return reject
+
+
+@contextmanager
+def _waiting() -> Iterator[None]:
+    """Count the time until the end as waited for images' bytes, in whole microseconds."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        COUNTS.add(WAITED, round((time.perf_counter() - start) * 1e6))
+
+
+def _wait(future: Future[None]) -> None:
+    """For what a thread has not brought yet; what is there costs no look at a clock."""
+    if future.done():
+        future.result()
+    else:
+        with _waiting():
+            future.result()
 
 
 _MISSING = Reject("fetch", "missing")

@@ -16,9 +16,9 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline import storage
 from pipeline.config import Fetch, Preprocess
+from pipeline.fetch import WAITED, fetch
 from pipeline.fetch import Place as Place
 from pipeline.fetch import Reject as Reject
-from pipeline.fetch import fetch
 from pipeline.schema import UNITS, Int64, Unit
 
 Pixels = NDArray[np.uint8]
@@ -49,6 +49,7 @@ class LoadedUnit:
         requests: what reading the images took of a store, or reads of files.
         bytes_fetched: what those requests brought.
         bytes_needed: the encoded images themselves.
+        fetch_seconds: in which decoding waited for them.
     """
 
     ids: Int64
@@ -59,6 +60,7 @@ class LoadedUnit:
     requests: int
     bytes_fetched: int
     bytes_needed: int
+    fetch_seconds: float
 
 
 def load_unit(unit: Unit, preprocess: Preprocess, limits: Limits, settings: Fetch) -> LoadedUnit:
@@ -94,6 +96,7 @@ def load_unit(unit: Unit, preprocess: Preprocess, limits: Limits, settings: Fetc
         requests=sum(spent[f"requests:{kind}"] for kind in ("image", "get", "head")),
         bytes_fetched=spent["bytes:image"] + spent["bytes:get"],
         bytes_needed=spent["bytes:needed"],
+        fetch_seconds=spent[WAITED] / 1e6,
     )
 
 

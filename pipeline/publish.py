@@ -38,6 +38,8 @@ class Publisher:
         self._config, self._run, self._plan = config, run, plan
         self._writer = Writer.acquire(run)
         self._commit = snapshot.read_commit(run, latest) if (latest := self._writer.latest) is not None else None
+        if self._commit is not None:
+            telemetry.observe_commit(self._commit)
         self._sealer = self._make_sealer()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._futures: list[Future[None]] = []
@@ -48,6 +50,11 @@ class Publisher:
     def published(self) -> int:
         """The last wave that is published; 0 also before the first commit."""
         return self._commit.number if self._commit else 0
+
+    @property
+    def waiting(self) -> int:
+        """Waves that were submitted and are not published yet."""
+        return sum(not future.done() for future in self._futures)
 
     def submit(self, wave: int) -> Future[None]:
         """Publish a wave (0: everything as transformed) after those submitted before it."""
@@ -90,12 +97,13 @@ class Publisher:
         self._commit = self._writer.publish(self._draft(wave, segments))
         telemetry.STAGE_SECONDS.labels("seal").observe(sealed - start)
         telemetry.STAGE_SECONDS.labels("publish").observe(time.perf_counter() - sealed)
-        telemetry.PUBLISHED_AT.set_to_current_time()
+        telemetry.observe_commit(self._commit)
         if self._config.publish.promote == "auto":
             self._promote(self._commit)
 
     def _promote(self, commit: Commit) -> None:
         reasons = blockers(self._run, commit)
+        telemetry.GATE_REFUSED.set(bool(reasons))
         snapshot.auto_promote(self._run, commit.number, reasons)
         if reasons and not self._warned:
             self._warned = True

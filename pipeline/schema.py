@@ -6,6 +6,7 @@ which everything is transformed. Units count from 0 inside their wave, shards fr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,6 +138,10 @@ class UnitAck:
         bytes_needed: the encoded images themselves.
         retries: requests that failed and were repeated, for images and for the run's own files.
         changed: images that are others than when the manifest was made.
+        fetch_seconds: of `load_seconds`, those in which the task waited for the images' bytes.
+        actor: which embedding actor it was, any name that no other one has.
+        retry_counts: the retries by `causes.RETRY_CAUSES`.
+        reject_counts: the rejects by `causes.REJECT_REASONS`.
     """
 
     wave: int
@@ -152,6 +157,10 @@ class UnitAck:
     bytes_needed: int = 0
     retries: int = 0
     changed: int = 0
+    fetch_seconds: float = 0.0
+    actor: str = ""
+    retry_counts: Sequence[int] = ()
+    reject_counts: Sequence[int] = ()
 
 
 def splitmix64(values: Int64, seed: int) -> NDArray[np.uint64]:

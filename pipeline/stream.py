@@ -23,8 +23,9 @@ import ray.data
 from ray.data import ActorPoolStrategy
 
 from pipeline import config as settings
-from pipeline import images, storage, vector_log
+from pipeline import images, storage, vector_log, worker_metrics
 from pipeline.actors import LOAD_CPUS, WRITE_CPUS, actor_pool
+from pipeline.causes import count_rejects, count_retries
 from pipeline.images import Limits, LoadedUnit
 from pipeline.schema import Unit, UnitAck, vectors_from_arrow
 from pipeline.vector_log import EmbeddedUnit, VectorLog
@@ -113,7 +114,9 @@ def _load(batch: Any, job: _Job) -> pa.Table:  # Any: Ray's batch of numpy colum
     loaded = images.load_unit(unit, job.targets[work][0].preprocess, limits, job.fetch)
     count = len(loaded.ids)
     spent = {name: getattr(loaded, name) for name in ("requests", "bytes_fetched", "bytes_needed", "changed")}
-    spent |= {"retries": storage.retries(before), "load_seconds": time.perf_counter() - start}
+    asked, seconds = storage.counts() - before, time.perf_counter() - start
+    spent |= {"retry_counts": count_retries(asked), "load_seconds": seconds, "fetch_seconds": loaded.fetch_seconds}
+    worker_metrics.observe("load", count, seconds, asked)
     return pa.table(
         {
             "number": np.full(count, number, dtype=np.int64),
@@ -141,7 +144,8 @@ def _write(block: Any, job: _Job) -> pa.Table:  # Any: Ray's batch as an Arrow t
         reject_reasons=block["reason"].combine_chunks(),
     )
     part_bytes, rejected = vector_log.write_unit(job.targets[work][1], unit, embedded)
-    spent = block["load"][0].as_py()
+    spent, asked = block["load"][0].as_py(), storage.counts() - before
+    retries = [sum(both) for both in zip(spent.pop("retry_counts"), count_retries(asked), strict=True)]
     ack = UnitAck(
         wave=unit.wave,
         unit=unit.unit,
@@ -150,9 +154,13 @@ def _write(block: Any, job: _Job) -> pa.Table:  # Any: Ray's batch as an Arrow t
         part_bytes=part_bytes,
         embed_seconds=block["embed_seconds"][0].as_py(),
         write_seconds=time.perf_counter() - start,
-        retries=spent.pop("retries") + storage.retries(before),
+        retries=sum(retries),
+        actor=block["actor"][0].as_py(),
+        retry_counts=retries,
+        reject_counts=count_rejects(embedded.reject_stages, embedded.reject_reasons),
         **spent,
     )
+    worker_metrics.observe("write", len(embedded.ids), ack.write_seconds, asked)
     return pa.table({"work": [work]} | {name: [getattr(ack, name)] for name in UnitAck.__slots__})
 
 

@@ -105,7 +105,7 @@ def test_what_the_publisher_repeats_is_in_the_metrics_and_in_the_line_at_the_end
         publish(self, wave)
 
     monkeypatch.setattr(Publisher, "_publish", with_a_retry)
-    before = telemetry.REGISTRY.get_sample_value("fastfill_retries_total") or 0.0
+    before = telemetry.REGISTRY.get_sample_value("fastfill_retries_total", {"cause": "server"}) or 0.0
     _, result = backfill_after_changes(tmp_path, make_run, "keep")
     assert "4 retries, 1 changed" in result.stderr  # commit 0 and three waves
-    assert telemetry.REGISTRY.get_sample_value("fastfill_retries_total") == before + 4
+    assert telemetry.REGISTRY.get_sample_value("fastfill_retries_total", {"cause": "server"}) == before + 4

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline import storage, vector_log
+from pipeline.causes import REJECT_REASONS, RETRY_CAUSES
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.schema import UNITS, Float32, Unit, UnitAck
@@ -82,7 +83,11 @@ def test_tars_and_objects_on_s3_give_the_vectors_of_local_files(config: Config, 
     assert [local[0].requests, acks[0].requests, acks[1].requests] == [IMAGES, 1, IMAGES]
     assert [local[0].bytes_fetched, acks[1].bytes_fetched] == [needed, needed]
     assert acks[0].bytes_fetched == needed + 512 * (IMAGES - 1)
-    assert all(ack.bytes_needed == needed and ack.retries == 0 for ack in [*local.values(), *acks.values()])
+    everything = [*local.values(), *acks.values()]
+    assert all(ack.bytes_needed == needed and ack.retries == 0 for ack in everything)
+    assert all(0 < ack.fetch_seconds < ack.load_seconds and len(ack.actor) == 16 for ack in everything)
+    assert len({ack.actor for ack in acks.values()}) == 1  # one actor has done both
+    assert all(len(ack.retry_counts) == len(RETRY_CAUSES) and not any(ack.reject_counts) for ack in everything)
 
 
 def test_images_that_changed_or_went_since_the_manifest_was_made_are_told_apart(config: Config, bucket: str) -> None:
@@ -96,6 +101,8 @@ def test_images_that_changed_or_went_since_the_manifest_was_made_are_told_apart(
     acks, log = run(config, f"{bucket}/run", [table])
     ack = acks[0]
     assert (ack.embedded, ack.rejected, ack.changed) == (3, 2, 1)
+    counts = {name: count for name, count in zip(REJECT_REASONS, ack.reject_counts, strict=True) if count}
+    assert counts == {("fetch", "deleted"): 1, ("fetch", "missing"): 1}
     rejects = vector_log.read_rejects(log).to_pylist()
     assert {row["id"]: (row["stage"], row["reason"]) for row in rejects} == {
         2: ("fetch", "deleted: was there when the manifest was made"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
+from collections import Counter as Counts
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest.mock import MagicMock
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -16,10 +19,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline import backfill as driver
 from pipeline import telemetry
+from pipeline.causes import REJECT_REASONS, RETRY_CAUSES
+from pipeline.commits import Commit, SegmentRef
+from pipeline.commits import Counts as Vectors
 from pipeline.config import Telemetry
+from pipeline.config_file import load_config
 from pipeline.object_store import COUNTS
 from pipeline.progress import Progress, Reading
 from pipeline.schema import UnitAck
+from tests.galleries import write_config
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +35,37 @@ def endpoint() -> str:
     return telemetry.serve(Telemetry())
 
 
+LABELS = {
+    "stage": {"load", "fetch", "decode", "preprocess", "embed", "write", "seal", "publish", "other"},
+    "cause": set(RETRY_CAUSES),
+    "reason": {reason for _, reason in REJECT_REASONS},
+    "kind": {"get", "put", "head", "list", "delete", "image", "transformed", "embedded"},
+    "direction": {"get", "put"},
+    "gallery": {"old_old", "transformed", "new_new"},
+    "measure": {"top1", "top5", "map", "agreement10", "recall10"},
+}
+"""Every value that a label may have; `wave` is a number, and `le` the histograms' own."""
+
+
 def scrape(url: str) -> dict[str, float]:
-    """Every sample, by its name and its stage where it has one."""
+    """Every sample, by its name, and behind colons the values of its labels, as these are sorted: no ids, no URIs."""
     with urlopen(url, timeout=10) as answer:
         families = text_string_to_metric_families(answer.read().decode())
         samples = [sample for family in families for sample in family.samples]
-    stages = {sample.name: sample.labels.get("stage") for sample in samples}
-    assert set().union(*(sample.labels for sample in samples)) <= {"stage", "le"}  # no ids, no URIs
-    return {f"{s.name}:{s.labels['stage']}" if stages[s.name] else s.name: s.value for s in samples}
+    for sample in samples:
+        for label, value in sample.labels.items():
+            assert value.isdecimal() if label == "wave" else label == "le" or value in LABELS[label], sample
+    return {":".join([s.name, *(s.labels[label] for label in sorted(s.labels))]): s.value for s in samples}
+
+
+def retries(found: dict[str, float]) -> float:
+    return sum(value for name, value in found.items() if name.startswith("fastfill_retries_total:"))
+
+
+def unit(*counts: int, wave: int = 1, actor: str = "", rejects: dict[tuple[str, str], int] | None = None) -> UnitAck:
+    """30 images embedded and 2 rejected, with so many retries by cause."""
+    rejected = [(rejects or {}).get(name, 0) for name in REJECT_REASONS]
+    return UnitAck(wave, 0, 30, 2, 1000, 0.5, 2.0, 0.25, 7, 900, 600, sum(counts), 1, 0.125, actor, counts, rejected)
 
 
 def progress(**changes: float | Reading | None) -> Progress:
@@ -65,28 +96,34 @@ def test_the_endpoint_gives_the_figures_of_the_run(endpoint: str) -> None:
 def test_units_add_up(endpoint: str) -> None:
     before = scrape(endpoint)
     for wave in (1, 2):
-        telemetry.observe_unit(UnitAck(wave, 0, 30, 2, 1000, 0.5, 2.0, 0.25, 7, 900, 600, 3, 1))
+        telemetry.observe_unit(unit(1, 0, 2, wave=wave))
     found = scrape(endpoint)
 
     def grown(name: str) -> float:
         return found[name] - before.get(name, 0)
 
+    assert grown("fastfill_units_total") == 2
     assert grown("fastfill_images_embedded_total") == 60
     assert grown("fastfill_vector_log_bytes_total") == 2000
     for name, wanted in (("fetch_requests", 14), ("fetch_bytes", 1800), ("fetch_bytes_needed", 1200)):
         assert grown(f"fastfill_{name}_total") == wanted
-    assert grown("fastfill_retries_total") == 6
+    assert grown("fastfill_retries_total:slow_down") == 2
+    assert grown("fastfill_retries_total:timeout") == 4
+    assert retries(found) - retries(before) == 6
     assert grown("fastfill_images_changed_total") == 2
-    for stage, seconds in (("load", 1.0), ("embed", 4.0), ("write", 0.5)):
+    for stage, seconds in (("load", 1.0), ("embed", 4.0), ("write", 0.5), ("fetch", 0.25), ("decode", 0.75)):
         assert grown(f"fastfill_stage_seconds_count:{stage}") == 2
         assert grown(f"fastfill_stage_seconds_sum:{stage}") == seconds
 
 
 def test_what_the_driver_repeats_itself_is_counted_with_its_tasks(endpoint: str) -> None:
     before = scrape(endpoint)
-    telemetry.observe_unit(UnitAck(1, 0, 30, 2, 1000, 0.5, 2.0, 0.25, 7, 900, 600, 3, 1))
-    telemetry.observe_driver(4)
-    assert scrape(endpoint)["fastfill_retries_total"] - before["fastfill_retries_total"] == 7
+    telemetry.observe_unit(unit(0, 3))
+    telemetry.observe_driver(Counts({"retries:InternalError": 4, "requests:put": 6, "bytes:put": 70}))
+    found = scrape(endpoint)
+    assert retries(found) - retries(before) == 7
+    assert found["fastfill_driver_requests_total:put"] - before.get("fastfill_driver_requests_total:put", 0) == 6
+    assert found["fastfill_driver_bytes_total:put"] - before.get("fastfill_driver_bytes_total:put", 0) == 70
 
 
 def test_the_driver_counts_each_of_its_own_retries_once(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,16 +135,89 @@ def test_the_driver_counts_each_of_its_own_retries_once(endpoint: str, monkeypat
     tracker.whole_waves.side_effect = [[], [1], [2]]
     monkeypatch.setattr(driver, "Publisher", lambda *_: publisher)
     monkeypatch.setattr(driver, "Tracker", lambda *_: tracker)
-    acks = [
-        (0, UnitAck(wave, 0, 16, 0, 1000, 0.5, 2.0, 0.25, 7, 900, 600, retries, 0))
-        for wave, retries in ((1, 1), (2, 2))
-    ]
+    acks = [(0, unit(count, wave=wave)) for wave, count in ((1, 1), (2, 2))]
     monkeypatch.setattr(driver, "embed_stream", lambda *_: iter(acks))
-    before = scrape(endpoint)["fastfill_retries_total"]
+    before = retries(scrape(endpoint))
     COUNTS.add("retries:InternalError")  # before it began
     found = driver.backfill(MagicMock(), MagicMock(), MagicMock(), lambda _: None)
     assert found.reading.retries == 3 + 3 * 3  # of the units, and of commits 0 to 2
-    assert scrape(endpoint)["fastfill_retries_total"] - before == 3 + 3 * 3
+    assert retries(scrape(endpoint)) - before == 3 + 3 * 3
+
+
+def test_rejects_are_counted_by_stage_and_reason(endpoint: str) -> None:
+    name = "fastfill_rejects_total:not an image:decode"
+    before = scrape(endpoint).get(name, 0)
+    telemetry.observe_unit(unit(rejects={("decode", "not an image"): 2}))
+    assert scrape(endpoint)[name] - before == 2
+
+
+def test_actors_are_counted_once_and_forgotten_when_they_give_nothing_more(endpoint: str) -> None:
+    actors, before = telemetry._Actors(), scrape(endpoint)["fastfill_embed_actors_seen_total"]
+    for actor, seconds in (("a", 0), ("b", 1), ("a", 2), ("", 3)):
+        actors.see(actor, seconds)
+    found = scrape(endpoint)
+    assert (found["fastfill_embed_actors"], found["fastfill_embed_actors_seen_total"] - before) == (2, 2)
+    actors.see("a", 302)
+    assert scrape(endpoint)["fastfill_embed_actors"] == 1
+
+
+def test_a_driver_that_goes_on_knows_how_old_the_snapshot_is_and_how_good(endpoint: str) -> None:
+    segment = SegmentRef(0, 1, "embedded", "p", "s", 500, 90, "q", "t", rejected=5)
+    counts = Vectors.of([segment, SegmentRef(0, 2, "transformed", "p", "s", 300, 10, "q", "t")])
+    commit = Commit(1, 0, "", "", "l2", 1, 2, 2, 1, (segment, segment), counts, {"map": 25.0}, created_unix_seconds=7.5)
+    telemetry.observe_commit(commit)
+    found = scrape(endpoint)
+    assert found["fastfill_snapshot_published_timestamp_seconds"] == 7.5
+    assert (found["fastfill_index_vectors:embedded"], found["fastfill_index_vectors:transformed"]) == (85, 15)
+    assert (found["fastfill_index_segments"], found["fastfill_index_bytes"]) == (2, 1000)
+    assert found["fastfill_wave_quality_ratio:map:1"] == 0.25
+
+
+def test_what_the_fit_and_the_curve_say_is_there(endpoint: str) -> None:
+    telemetry.observe_epoch(
+        {"epoch": 3, "epochs": 8, "loss": 0.5, "alignment": 0.25, "lr": 1e-3, "images_per_second": 9}
+    )
+    telemetry.observe_held_out({"alignment": 0.1, "old_old": {"map": 20.0}, "transformed": {"agreement10": 40.0}})
+    telemetry.observe_curve({"published": {"points": [{"commit": 4, "fraction": 0.5, "top1": 50.0, "map": 30.0}]}})
+    found = scrape(endpoint)
+    assert (found["fastfill_fit_epoch"], found["fastfill_fit_epochs"], found["fastfill_fit_loss"]) == (4, 8, 0.5)
+    assert found["fastfill_held_out_quality_ratio:old_old:map"] == 0.2
+    assert found["fastfill_held_out_quality_ratio:transformed:agreement10"] == 0.4
+    assert found["fastfill_wave_quality_ratio:top1:4"] == 0.5
+
+
+def test_machines_cost_what_the_settings_say(endpoint: str) -> None:
+    before = scrape(endpoint)
+    telemetry.observe_machines(Telemetry(node_hour_price=2.0, gpu_hour_price=0.5), nodes=3, gpus=4, seconds=1800)
+    found = scrape(endpoint)
+    names = ("node_seconds", "gpu_seconds", "cost")
+    grown = [found[f"fastfill_{name}_total"] - before[f"fastfill_{name}_total"] for name in names]
+    assert grown == [5400, 7200, 3 * 2.0 * 0.5 + 4 * 0.5 * 0.5]
+    assert (found["fastfill_cluster_nodes"], found["fastfill_cluster_gpus"]) == (3, 4)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_machines_of_the_cluster_are_counted_while_the_endpoint_is_served(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path), ("telemetry.node_hour_price=3600",))
+    with telemetry.serving(config) as url:
+        before = scrape(url)
+    found = scrape(url)
+    grown = found["fastfill_node_seconds_total"] - before["fastfill_node_seconds_total"]
+    assert found["fastfill_cluster_nodes"] == 1
+    assert 0 < grown == pytest.approx(found["fastfill_cost_total"] - before["fastfill_cost_total"])
+
+
+def test_prometheus_finds_the_endpoint_in_a_file_until_a_good_end(tmp_path: Path) -> None:
+    discovery = tmp_path / "targets" / "driver.json"
+    config = load_config(write_config(tmp_path), (f"telemetry.discovery_file={discovery}",))
+    with telemetry.serving(config) as url:
+        (target,) = json.loads(discovery.read_text())
+    assert target["labels"] == {"run": "run"}
+    assert [f"http://{address}/metrics" for address in target["targets"]] == [url]
+    assert not discovery.exists()
+    with pytest.raises(RuntimeError, match="a driver dies"), telemetry.serving(config):
+        raise RuntimeError("a driver dies")
+    assert discovery.exists()
 
 
 def test_without_a_rate_there_are_figures_all_the_same(endpoint: str) -> None:
