@@ -112,6 +112,7 @@ class Tracker:
         self._rejected = {wave.wave: counts.get(wave.wave, 0) for wave in plan.waves}
         self._next_wave = 1
         self._recent: deque[tuple[float, int]] = deque()
+        self._recent_images = 0  # their sum: adding thousands up again for every unit would hold the driver up
         self._reading = Reading()
         self._start_seconds = time.monotonic()
 
@@ -132,6 +133,7 @@ class Tracker:
         self._done[ack.wave].add(ack.unit)
         self._rejected[ack.wave] += ack.rejected
         self._recent.append((time.monotonic(), ack.embedded + ack.rejected))
+        self._recent_images += ack.embedded + ack.rejected
         self._check_rejects(ack.wave)
 
     def whole_waves(self) -> list[int]:
@@ -175,12 +177,11 @@ class Tracker:
     def _rate(self) -> float | None:
         now = time.monotonic()
         while self._recent and now - self._recent[0][0] > _RATE_WINDOW_SECONDS:
-            self._recent.popleft()
+            self._recent_images -= self._recent.popleft()[1]
         if len(self._recent) < 2:
             return None
-        first_seconds = self._recent[0][0]  # its own images came before that moment
-        images = sum(count for _, count in self._recent) - self._recent[0][1]
-        return images / max(now - first_seconds, 1e-6)
+        first_seconds, first_images = self._recent[0]  # which came before that moment
+        return (self._recent_images - first_images) / max(now - first_seconds, 1e-6)
 
     def _check_rejects(self, number: int) -> None:
         wave = self._plan.waves[number - 1]

@@ -1,0 +1,401 @@
+"""What one row, one unit and one segment cost in bytes, seconds and memory: the constants of docs/scaling.md.
+
+Everything is written and read by the pipeline's own functions, at small scale on this machine's disk; the document
+multiplies. With `--ray` also what Ray costs per unit, with `--s3` the requests that the run's own files take. Prints
+one JSON document: for each figure its value, its unit, and how it was got. `benchmarks.simulate` reads it.
+
+    python -m benchmarks.scaling --ray --s3 > benchmarks/results/DATE-scaling.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from pipeline import codebook as codebooks
+from pipeline import plan as plans
+from pipeline import segments, storage, telemetry, vector_log
+from pipeline.codebook import Codebook
+from pipeline.commits import Commit, Counts, SegmentRef, check_commit, from_json, to_json
+from pipeline.config import Index, Preprocess
+from pipeline.images import Limits, decode_image
+from pipeline.index import build_segment
+from pipeline.plan import Plan, Wave
+from pipeline.progress import Tracker
+from pipeline.run import Run
+from pipeline.schema import UNITS, Float32, Unit, UnitAck, transformed_schema, vectors_to_arrow
+from pipeline.vector_log import EmbeddedUnit, VectorLog
+
+DIM = 128
+SHARDS, WAVES = 64, 100
+PART_ROWS = 131_072  # manifest._PARTITION_ROWS: a part of the gallery holds about so many
+FACTORY = "OPQ32_128,IVF4096_HNSW32,PQ32"  # `auto` at 1 billion is the same with 32,768 lists, which train for long
+RANDOM = np.random.default_rng(0)
+
+Figures = dict[str, dict[str, object]]
+
+
+def figure(value: float, unit: str, how: str) -> dict[str, object]:
+    return {"value": float(f"{value:.4g}"), "unit": unit, "how": how}
+
+
+def seconds_of(call: Callable[[], object], repeats: int = 5) -> float:
+    """The median of some calls, after one that is not counted."""
+    taken = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
+
+
+def slope(sizes: Iterable[float], values: Iterable[float]) -> float:
+    """The least-squares slope."""
+    return float(np.polyfit(list(sizes), list(values), 1)[0])
+
+
+def vectors(count: int) -> Float32:
+    return RANDOM.standard_normal((count, DIM), dtype=np.float32)
+
+
+def location(count: int) -> dict[str, pa.Array]:
+    """Images in tars on S3, as a manifest of ours has them: random gaps, an etag per tar."""
+    offsets = np.cumsum(RANDOM.integers(20_000, 200_000, count))
+    uris = [f"s3://a-bucket/images/shard-{row * 8 // count:06d}.tar" for row in range(count)]
+    etags = [f'"{row * 8 // count:032x}"' for row in range(count)]
+    return {
+        "uri": pa.array(uris),
+        "offset": pa.array(offsets),
+        "length": pa.array(RANDOM.integers(20_000, 200_000, count)),
+        "row": pa.nulls(count, pa.int64()),
+        "etag": pa.array(etags),
+    }
+
+
+def units_files(folder: str) -> Figures:
+    """A wave's units file: what its footer costs whoever reads one unit of it."""
+    counts, footers, reads = (100, 1_000, 4_000), [], []
+    for count in counts:
+        unit = pa.table({"id": np.arange(64)} | location(64))
+        uri = f"{folder}/units-{count}.parquet"
+        storage.put(uri, storage.parquet_bytes(UNITS, (unit for _ in range(count))))
+        with storage.open_parquet(uri) as file:
+            footers.append(file.metadata.serialized_size)
+        reads.append(seconds_of(lambda uri=uri, count=count: storage.read_parquet(uri, UNITS.names, [count // 2])))
+    rows = pa.table({"id": RANDOM.integers(0, 10**9, 20_480)} | location(20_480))
+    data = storage.parquet_bytes(UNITS, (rows.slice(start, 256) for start in range(0, 20_480, 256)))
+    footer = slope(counts, footers)
+    return {
+        "units_footer_bytes": figure(footer, "B/unit", f"slope of the footer over {counts} row groups"),
+        "units_open_seconds": figure(slope(counts, reads), "s/unit of the wave", "slope of reading one row group"),
+        "units_row_bytes": figure((len(data) - 80 * footer) / 20_480, "B/image", "units of 256, without the footer"),
+    }
+
+
+def transformed_part(folder: str) -> Figures:
+    """A part of `transformed/` as `_lay_out_part` writes it: one row group per (wave, shard)."""
+    found: Figures = {}
+    count = PART_ROWS
+    rows = pa.table(
+        {"id": np.arange(count), "wave": np.zeros(count, np.int32), "shard": np.zeros(count, np.int32)}
+        | {"priority": vectors(count)[:, 0], "uncertainty": vectors(count)[:, 0]}
+        | location(count)
+        | {"label": pa.nulls(count, pa.string()), "group": pa.nulls(count, pa.string())}
+        | {"vector": vectors_to_arrow(vectors(count))}
+    )
+    for name, groups in (("", WAVES * SHARDS), ("_of_160_groups", 160)):
+        ends = np.linspace(0, count, groups + 1).astype(int)
+        uri = f"{folder}/transformed{name}.parquet"
+        slices = (rows.slice(start, end - start) for start, end in itertools.pairwise(ends))
+        start = time.perf_counter()
+        storage.put(uri, storage.parquet_bytes(transformed_schema(DIM), slices))
+        wrote = time.perf_counter() - start
+        with storage.open_parquet(uri) as file:
+            footer = file.metadata.serialized_size
+        size = storage.stat(uri).size_bytes
+        cell = seconds_of(lambda uri=uri: storage.read_parquet(uri, ["id", "uncertainty", "group", "vector"], [7]))
+        how = f"{count} rows, {groups} row groups, {DIM}-d"
+        found |= {
+            f"transformed_row_bytes{name}": figure((size - footer) / count, "B/image", how + ", without the footer"),
+            f"transformed_footer_bytes{name}": figure(footer, "B/part", how),
+            f"transformed_cell_seconds{name}": figure(cell, "s/(part, wave, shard)", how + ", one row group read"),
+            f"transformed_write_seconds{name}": figure(wrote, "s/part", how),
+        }
+    return found
+
+
+def log_parts(folder: str) -> Figures:
+    """Parts of the vector log: bytes, and what a sealing task pays for each."""
+    found: Figures = {}
+    for images in (256, 2048):
+        for shards in (8, SHARDS):
+            log = VectorLog(f"{folder}/log-{images}-{shards}", f"{folder}/rejects", DIM, shards)
+            ids = RANDOM.integers(0, 10**9, images)
+            texts = pa.array([""] * images)
+            etags = pa.array([f'"{row * 8 // images:032x}"' for row in range(images)])
+            embedded = EmbeddedUnit(ids, vectors(images), etags, texts, texts)
+            parts, start = 40, time.perf_counter()
+            sizes = [vector_log.write_unit(log, Unit(1, unit, "", 0, images), embedded)[0] for unit in range(parts)]
+            wrote = (time.perf_counter() - start) / parts
+            read = seconds_of(lambda log=log: vector_log.read_shard(log, 1, 3)) / parts
+            name, how = f"_{images}_{shards}", f"units of {images}, {shards} shards, {DIM}-d"
+            found |= {
+                f"log_row_bytes{name}": figure(sizes[0] / images, "B/image", how),
+                f"log_write_seconds{name}": figure(wrote, "s/unit", how + ", to a local disk"),
+                f"log_read_seconds{name}": figure(read, "s/(part, shard)", how + ", from a local disk"),
+            }
+    return found
+
+
+def index_files() -> Figures:
+    """Segments, sidecars and a commit."""
+    count = 20_000
+    data = codebooks.train_codebook(vectors(8 * 4096), Index(factory=FACTORY), "l2", 10**9, device="cpu", seed=0)
+    codebook = Codebook(data)
+    codebooks.set_threads(1)
+    ids, rows = np.arange(count, dtype=np.int64), vectors(count)
+    one, two = (len(build_segment(codebook, ids[:size], rows[:size])) for size in (count // 2, count))
+    seconds = seconds_of(lambda: build_segment(codebook, ids, rows), repeats=3)
+    empty = len(build_segment(codebook, ids[:0], rows[:0]))
+    sidecar = segments.sidecar_bytes(
+        RANDOM.permutation(10**7)[:count], np.full(count, "embedded"), rows[:, 0].copy(), pa.nulls(count, pa.string())
+    )
+    refs = tuple(
+        SegmentRef(shard, wave, "transformed", f"index/segments/{wave * SHARDS + shard:064x}.faiss", "0" * 64,
+                   6_250_000, 156_250, f"index/segments/{shard:064x}.parquet", "0" * 64)
+        for wave in range(1, WAVES + 1) for shard in range(SHARDS)
+    )  # fmt: skip
+    commit = Commit(0, None, "index/codebook.faiss", "0" * 64, "l2", 16, DIM, WAVES, SHARDS, refs, Counts.of(refs))
+    text = to_json(commit)
+
+    def read() -> None:
+        check_commit(from_json(Commit, text, "commit"), "commit")
+
+    return {
+        "segment_vector_bytes": figure((two - one) / (count // 2), "B/vector", f"{FACTORY}, slope"),
+        "segment_list_bytes": figure(empty / 4096, "B/(segment, list)", f"{FACTORY}, an empty segment"),
+        "segment_build_seconds": figure(seconds / count, "CPU s/vector", f"{FACTORY}, {count} vectors, one thread"),
+        "sidecar_row_bytes": figure(len(sidecar) / count, "B/vector", f"{count} rows"),
+        "commit_segment_bytes": figure(len(text) / len(refs), "B/segment", f"{len(refs)} segments"),
+        "commit_write_seconds": figure(seconds_of(lambda: to_json(commit)), "s", f"JSON of {len(refs)} segments"),
+        "commit_read_seconds": figure(seconds_of(read), "s", f"JSON and checks of {len(refs)} segments"),
+    }
+
+
+def a_plan(units: int, unit_images: int = 256, waves: int = WAVES) -> Plan:
+    sizes = plans.wave_sizes(waves, units * unit_images)
+    cut = tuple(Wave(wave + 1, size, -(-size // unit_images)) for wave, size in enumerate(sizes))
+    return Plan("uncertainty", 0, sum(sizes), 1, SHARDS, DIM, unit_images, cut, "")
+
+
+def ack(wave: int, unit: int) -> UnitAck:
+    return UnitAck(wave, unit, 256, 0, 150_000, 1.0, 0.3, 0.1, 256, 10**7, 10**7, 0, 0)
+
+
+def driver() -> Figures:
+    """What the driver holds per unit, and does per acknowledgement; Ray's own part is not in it."""
+    from pipeline.stream import Work, _units_table
+
+    units = 50_000
+    plan = a_plan(units)
+    log = plan.log(Run("/nowhere"))
+    tracemalloc.start()
+    tracker = Tracker(plan, log, 0.05)
+    before = tracemalloc.get_traced_memory()[0]
+    pending = tracker.pending(Run("s3://a-bucket/runs/a-run"))
+    held = tracemalloc.get_traced_memory()[0] - before
+    table = _units_table([Work(None, log, pending)])  # type: ignore[arg-type]  # the encoder is not looked at
+    before = tracemalloc.get_traced_memory()[0]
+    for unit in pending:
+        tracker._done[unit.wave].add(unit.unit)
+    done = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    found = {
+        "driver_unit_bytes": figure(held / units, "B/unit", f"the list of {units} pending units"),
+        "driver_done_bytes": figure(done / units, "B/unit", "the sets of units that are done"),
+        "units_table_bytes": figure(table.nbytes / units, "B/unit", "the Arrow table that every node gets"),
+    }
+    windows, taken = (100, 1_000, 10_000, 40_000), []
+    for window in windows:
+        tracker = Tracker(plan, log, 0.05)
+        acks = [ack(unit.wave, unit.unit) for unit in pending]
+        for item in acks[:window]:
+            tracker.add(item)
+        start, repeats = time.perf_counter(), 200
+        for item in acks[-repeats:]:
+            telemetry.observe_unit(item)
+            tracker.add(item)
+            tracker.whole_waves()
+            telemetry.observe_progress(tracker.progress(0))
+        taken.append((time.perf_counter() - start) / repeats)
+    found |= {
+        f"driver_ack_seconds_window_{window}": figure(value, "s/ack", f"with {window} acks in the last minute")
+        for window, value in zip(windows, taken, strict=True)
+    }
+    found["driver_ack_seconds_per_window"] = figure(slope(windows, taken), "s/ack/ack of the last minute", "slope")
+    return found
+
+
+def requests() -> Figures:
+    """How many requests the run's own files take of an S3 store: the images are not in it."""
+    from tests.seaweed import SeaweedFS
+
+    found: Figures = {}
+
+    def count(name: str, unit: str, how: str, call: Callable[[], object]) -> None:
+        call()  # opens connections
+        before = storage.counts()
+        call()
+        spent = storage.counts() - before
+        kinds = {key: number for key, number in sorted(spent.items()) if key.startswith("requests:")}
+        text = ", ".join(f"{key.partition(':')[2]} {number}" for key, number in kinds.items())
+        found[name] = figure(sum(kinds.values()), unit, f"{how}: {text}")
+
+    with tempfile.TemporaryDirectory() as folder, SeaweedFS(Path(folder)) as server:
+        os.environ.update(server.environment())
+        server.make_bucket("scaling")
+        root = "s3://scaling"
+        unit = pa.table({"id": np.arange(64)} | location(64))
+        storage.put(f"{root}/units.parquet", storage.parquet_bytes(UNITS, [unit] * 1_000))
+        read = lambda: storage.read_parquet(f"{root}/units.parquet", UNITS.names, [500])  # noqa: E731
+        count("units_read_requests", "requests/unit", "a unit of a file of 1,000", read)
+        log = VectorLog(f"{root}/log", f"{root}/rejects", DIM, SHARDS)
+        texts, numbers = pa.array([""] * 256), iter(range(2))
+
+        def write() -> None:
+            embedded = EmbeddedUnit(np.arange(256), vectors(256), texts, texts, texts)
+            vector_log.write_unit(log, Unit(1, next(numbers), "", 0, 256), embedded)
+
+        count("log_write_requests", "requests/unit", "a part of 256 images", write)
+        storage.delete_files([log.part(1, 1)])
+        read_shard = lambda: vector_log.read_shard(log, 1, 3)  # noqa: E731
+        count("log_read_requests", "requests/(part, shard)", "and one listing", read_shard)
+        rows = pa.table(
+            {"id": np.arange(PART_ROWS), "wave": np.zeros(PART_ROWS, np.int32), "shard": np.zeros(PART_ROWS, np.int32)}
+            | {"priority": vectors(PART_ROWS)[:, 0], "uncertainty": vectors(PART_ROWS)[:, 0]}
+            | location(PART_ROWS)
+            | {name: pa.nulls(PART_ROWS, pa.string()) for name in ("label", "group")}
+            | {"vector": vectors_to_arrow(vectors(PART_ROWS))}
+        )
+        slices = (rows.slice(start, 20) for start in range(0, 20 * WAVES * SHARDS, 20))
+        storage.put(f"{root}/part.parquet", storage.parquet_bytes(transformed_schema(DIM), slices))
+        columns = ["id", "uncertainty", "group", "vector"]
+        cell = lambda: storage.read_parquet(f"{root}/part.parquet", columns, [7])  # noqa: E731
+        count("transformed_cell_requests", "requests/(part, wave, shard)", "of a part of 6,400 row groups", cell)
+        found["transformed_cell_s3_seconds"] = figure(
+            seconds_of(cell), "s/(part, wave, shard)", "as above, from a server on this machine: no network in between"
+        )
+    return found
+
+
+def ray_costs() -> Figures:
+    """The driver's CPU, and the wall time on this machine, per unit of the real stream with next to no work in it."""
+    import ray
+    import ray.data
+
+    from jobs.options import start_ray
+    from pipeline.config_file import load_config
+    from pipeline.stream import Work, embed_stream
+    from tests.galleries import NEW_DIM, digits, write_config
+
+    start_ray()
+    counts, wall, cpu = (50, 250), [], []
+    with tempfile.TemporaryDirectory() as folder:
+        config = load_config(write_config(Path(folder)))
+        image = Path(folder) / "one.png"
+        image.write_bytes(digits(1)[0][0])
+        nothing = pa.nulls(1, pa.int64())
+        row = pa.table([[0], [str(image)], nothing, nothing, nothing, pa.nulls(1, pa.string())], schema=UNITS)
+        for turn, count in enumerate((20, *counts)):  # the first one starts the processes
+            uri = f"{folder}/units-{turn}.parquet"
+            storage.put(uri, storage.parquet_bytes(UNITS, [row] * count))
+            log = VectorLog(f"{folder}/log-{turn}", f"{folder}/rejects", NEW_DIM, 2)
+            work = Work(config.encoders.new, log, [Unit(1, number, uri, number, 1) for number in range(count)])
+            start, used = time.perf_counter(), time.process_time()
+            assert sum(1 for _ in embed_stream([work], config)) == count
+            wall.append(time.perf_counter() - start)
+            cpu.append(time.process_time() - used)
+    sizes, setup, memory = (1_000, 20_000), [], []
+    for size in sizes:
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        start = time.perf_counter()
+        stream = iter(ray.data.range(size, override_num_blocks=size).iter_batches(batch_size=None))
+        next(stream)
+        setup.append(time.perf_counter() - start)
+        memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held)
+        del stream
+    ray.shutdown()
+    how = f"the stream over {counts} units of one image"
+    return {
+        "ray_driver_cpu_seconds": figure(slope(counts, cpu[1:]), "CPU s/unit", f"driver process, {how}"),
+        "ray_wall_seconds": figure(slope(counts, wall[1:]), "s/unit", f"{how}, 2 CPUs in all"),
+        "ray_start_seconds": figure(wall[1] - counts[0] * slope(counts, wall[1:]), "s", f"intercept, {how}"),
+        "ray_block_setup_seconds": figure(slope(sizes, setup), "s/block", f"to the first of {sizes} range blocks"),
+        "ray_block_memory_bytes": figure(memory[1] / sizes[1], "B/block", f"driver's RSS, {sizes[1]} range blocks"),
+    }
+
+
+def decoding() -> Figures:
+    """The CPU of one decoded image of photograph size; without the fetch."""
+    preprocess = Preprocess(resize=256, center_crop=224)
+    coarse = Image.fromarray(RANDOM.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize(
+        (500, 375), Image.Resampling.BICUBIC
+    )
+    noisy = np.clip(np.asarray(coarse) + RANDOM.normal(0, 8, (375, 500, 3)), 0, 255).astype(np.uint8)
+    sink = io.BytesIO()
+    Image.fromarray(noisy).save(sink, "jpeg", quality=90)
+    data, limits = sink.getvalue(), Limits(64_000_000, 2**26)
+    seconds = seconds_of(lambda: [decode_image(data, preprocess, limits) for _ in range(50)]) / 50
+    how = f"JPEG, 500x375, {len(data)} bytes, a made-up picture with noise; resize 256, crop 224; one thread"
+    return {"decode_seconds": figure(seconds, "CPU s/image", how)}
+
+
+def versions() -> dict[str, object]:
+    import faiss
+    import ray
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    return {
+        "command": f"python -m benchmarks.scaling {' '.join(sys.argv[1:])}".strip(),
+        "commit": commit.stdout.strip(),
+        "machine": f"{os.cpu_count()} CPUs, {platform.machine()}, load {os.getloadavg()[0]:.1f}",
+        "versions": {"python": platform.python_version(), "pyarrow": pa.__version__, "numpy": np.__version__}
+        | {"faiss": faiss.__version__, "ray": ray.__version__},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ray", action="store_true", help="also what Ray costs per unit; starts Ray")
+    parser.add_argument("--s3", action="store_true", help="also requests to a real S3 server; starts one")
+    arguments = parser.parse_args()
+    found: Figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        found |= units_files(folder) | transformed_part(folder) | log_parts(folder)
+    found |= index_files() | driver() | decoding()
+    if arguments.s3:
+        found |= requests()
+    if arguments.ray:
+        found |= ray_costs()
+    print(json.dumps(versions() | {"figures": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
