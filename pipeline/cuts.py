@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pipeline.schema import Float32, Int64, splitmix64
 
 NUM_DIGITS = 6
+_PRIORITY_DIGITS = 2
 _DIGIT_BITS = 16
 _RADIX = 1 << _DIGIT_BITS
 
@@ -27,13 +28,21 @@ Codes = NDArray[np.int64]
 
 def digits(priority: Float32, ids: Int64, seed: int) -> Digits:
     """The keys of N images as (6, N) uint32 digits, most significant first."""
+    return np.concatenate([_priority_digits(priority), _hash_digits(ids, seed)])
+
+
+def _priority_digits(priority: Float32) -> Digits:
+    """The first two digits, (2, N)."""
     bits = (np.asarray(priority, dtype=np.float32) + np.float32(0.0)).view(np.uint32)  # -0.0 becomes 0.0
     ascending = np.where(bits >> np.uint32(31), ~bits, bits | np.uint32(1 << 31))
     first = ~ascending  # descending priority
-    hashes = splitmix64(ids, seed)
-    mask = np.uint64(_RADIX - 1)
-    tail = [((hashes >> np.uint64(shift)) & mask).astype(np.uint32) for shift in (48, 32, 16, 0)]
-    return np.stack([first >> np.uint32(_DIGIT_BITS), first & np.uint32(_RADIX - 1), *tail])
+    return np.stack([first >> np.uint32(_DIGIT_BITS), first & np.uint32(_RADIX - 1)])
+
+
+def _hash_digits(ids: Int64, seed: int) -> Digits:
+    """The other four, (4, N)."""
+    hashes, mask = splitmix64(ids, seed), np.uint64(_RADIX - 1)
+    return np.stack([((hashes >> np.uint64(shift)) & mask).astype(np.uint32) for shift in (48, 32, 16, 0)])
 
 
 @dataclass(slots=True)
@@ -87,21 +96,57 @@ class CutSearch:
             self._parents[kept[code]] = index
 
 
-def count_digit(keys: Digits, levels: list[Codes]) -> tuple[Codes, Int64]:
-    """One part's share of a pass: unique codes among its keys that agree with `levels`, and their counts."""
-    codes = np.zeros(keys.shape[1], dtype=np.int64)
-    for depth, level in enumerate(levels):
-        codes = codes * _RADIX + keys[depth]
+def needs_ids(levels: list[Codes]) -> bool:
+    """Whether the next pass looks at the ids; the first two look at the priorities alone."""
+    return len(levels) >= _PRIORITY_DIGITS
+
+
+def count_digit(priority: Float32, ids: Int64 | None, seed: int, levels: list[Codes]) -> tuple[Codes, Int64]:
+    """One part's share of a pass: unique codes, ascending, among its keys that agree with `levels`, and their counts.
+
+    Args:
+        priority: (N,) float32.
+        ids: (N,) int64; None where `needs_ids` says so.
+        seed: of the hash.
+        levels: of the search so far.
+    """
+    codes, kept = _agreeing(np.zeros(len(priority), dtype=np.int64), keys := _priority_digits(priority), levels[:2])
+    if not needs_ids(levels):
+        digit = keys[len(levels)][kept]
+    else:
+        assert ids is not None, "needs_ids"
+        keys = _hash_digits(ids[kept], seed)  # of those alone that share their priority with a cut
+        codes, kept = _agreeing(codes, keys, levels[2:])
+        digit = keys[len(levels) - _PRIORITY_DIGITS][kept]
+    return np.unique(codes * _RADIX + digit, return_counts=True)
+
+
+def _agreeing(codes: Codes, keys: Digits, levels: list[Codes]) -> tuple[Codes, NDArray[np.intp]]:
+    """Follow keys down some levels: their codes in the last one, and which of them got there."""
+    kept = np.arange(len(codes))
+    for digit, level in zip(keys, levels, strict=False):
+        codes = codes * _RADIX + digit[kept]
         index = np.minimum(np.searchsorted(level, codes), max(len(level) - 1, 0))
         agrees = level[index] == codes if len(level) else np.zeros(len(codes), dtype=bool)
-        keys, codes = keys[:, agrees], index[agrees]
-    return unique_counts(codes * _RADIX + keys[len(levels)], np.ones(keys.shape[1], dtype=np.int64))
+        codes, kept = index[agrees], kept[agrees]
+    return codes, kept
 
 
-def unique_counts(codes: Codes, counts: Int64) -> tuple[Codes, Int64]:
-    """Add the counts of equal codes up; the codes come back unique and ascending."""
-    unique, inverse = np.unique(codes, return_inverse=True)
-    return unique, np.bincount(inverse, weights=counts, minlength=len(unique)).astype(np.int64)
+class Tally:
+    """The counts of a pass over all parts; 0.5 MiB per prefix that still holds a cut."""
+
+    def __init__(self, levels: list[Codes]) -> None:
+        """Of the pass that follows `levels`."""
+        self._counts = np.zeros((len(levels[-1]) if levels else 1) * _RADIX, dtype=np.int64)
+
+    def add(self, codes: Codes, counts: Int64) -> None:
+        """Add one part's share; its codes are unique."""
+        self._counts[codes] += counts
+
+    def result(self) -> tuple[Codes, Int64]:
+        """The codes that occur, ascending, and how often."""
+        codes = np.flatnonzero(self._counts)
+        return codes, self._counts[codes]
 
 
 def bucket(keys: Digits, cuts: Digits) -> NDArray[np.int32]:

@@ -20,13 +20,16 @@ import ray
 
 from pipeline import cuts, manifest, rejects, storage
 from pipeline.config import Config, unit_images
-from pipeline.cuts import CutSearch, Digits
+from pipeline.cuts import CutSearch, Digits, Tally, count_digit, needs_ids
 from pipeline.errors import DataError, SnapshotConflict
 from pipeline.plan import SCORED, Plan, Wave, read_plan, wave_sizes
 from pipeline.run import Run, check_settings_of, fix_settings, settings_digest, stage_settings
 from pipeline.schema import UNITS, Float32, Int64, shard_of, transformed_schema
+from pipeline.units import cut_units
 
 _TASK_CPUS = 0.5
+_PARTS_AT_ONCE = 8  # that one task counts: about a million images
+_LEAST_TASKS = 16
 
 
 def make_plan(config: Config, run: Run, on_step: Callable[[str], None] = lambda step: None) -> Plan:
@@ -55,16 +58,8 @@ def make_plan(config: Config, run: Run, on_step: Callable[[str], None] = lambda 
     scored = f"{SCORED}/{settings_digest(settings)}"
     counts = score_gallery(config, run, scored)
     rejected = _check_whole(run, counts)
-    sizes = wave_sizes(config.plan.waves, sum(counts))
-    on_step("cut")
-    found = find_cuts(
-        np.cumsum(sizes)[:-1], len(counts), lambda search: _count_parts(run, scored, len(counts), search, config.seed)
-    )
-    on_step("lay out")
-    fix_settings(run, "plan", settings)
-    _lay_out(run, scored, len(counts), found, config)
-    units = _cut_units(run, len(counts), len(sizes), config.index.shards, unit_images(config))
-    plan = _describe(config, run, counts, rejected, sizes, units, found)
+    waves, found = arrange(config, run, scored, counts, on_step)
+    plan = _describe(config, run, counts, rejected, waves, found)
     try:  # equal bytes are the same plan, of a driver that planned at the same time: both may go on, no attempt id
         storage.put_if_absent(run.plan, json.dumps(asdict(plan), indent=1).encode())
     except storage.AlreadyExists:
@@ -93,32 +88,70 @@ def _check_whole(run: Run, counts: list[int]) -> int:
     return rejected
 
 
-def find_cuts(ranks: Int64, num_parts: int, count: Callable[[CutSearch], Iterable[tuple[cuts.Codes, Int64]]]) -> Digits:
-    """The keys at the given ranks, (6, C); `count` gives each part's share of a pass."""
+def arrange(
+    config: Config, run: Run, scored: str, counts: list[int], on_step: Callable[[str], None] = lambda step: None
+) -> tuple[list[Wave], Digits]:
+    """Cut a scored gallery into waves, lay it out, write the units.
+
+    Args:
+        config: the run's config.
+        run: the run.
+        scored: the folder of the scored parts, inside the run.
+        counts: images of each part.
+        on_step: told the name of each step as it starts.
+
+    Returns:
+        the waves, and the cut points between them, (6, W - 1).
+
+    Raises:
+        ConfigError: a wave would have no image.
+        IncompatibleRun: another driver has laid the gallery out with other settings.
+    """
+    sizes = wave_sizes(config.plan.waves, sum(counts))
+    on_step("cut")
+    found = find_cuts(
+        np.cumsum(sizes)[:-1], lambda search: _count_parts(run, scored, len(counts), search.levels, config.seed)
+    )
+    on_step("lay out")
+    fix_settings(run, "plan", stage_settings(config, "plan"))
+    _lay_out(run, scored, len(counts), found, config)
+    on_step("cut units")
+    units = _cut_units(run, len(counts), sizes, config.index.shards, unit_images(config))
+    return [Wave(i + 1, size, count) for i, (size, count) in enumerate(zip(sizes, units, strict=True))], found
+
+
+def find_cuts(ranks: Int64, count: Callable[[CutSearch], Iterable[tuple[cuts.Codes, Int64]]]) -> Digits:
+    """The keys at the given ranks, (6, C); `count` gives shares of a pass, which together are all parts."""
     search = CutSearch(np.asarray(ranks, dtype=np.int64))
     while not search.done:
-        codes, counts = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-        for more_codes, more_counts in count(search):
-            codes, counts = cuts.unique_counts(
-                np.concatenate([codes, more_codes]), np.concatenate([counts, more_counts])
-            )
-        search.advance(codes, counts)
+        tally = Tally(search.levels)
+        for codes, counts in count(search):
+            tally.add(codes, counts)
+        search.advance(*tally.result())
     return search.cuts
 
 
 def _count_parts(
-    run: Run, scored: str, num_parts: int, search: CutSearch, seed: int
+    run: Run, scored: str, num_parts: int, levels: list[cuts.Codes], seed: int
 ) -> Iterable[tuple[cuts.Codes, Int64]]:
-    task = ray.remote(num_cpus=_TASK_CPUS)(_count_part)
-    levels = ray.put(search.levels)
-    waiting = [task.remote(run, scored, part, levels, seed) for part in range(num_parts)]
+    task = ray.remote(num_cpus=_TASK_CPUS)(_count_some)
+    step = max(1, min(_PARTS_AT_ONCE, num_parts // _LEAST_TASKS))
+    parts = (range(first, min(first + step, num_parts)) for first in range(0, num_parts, step))
+    stored = ray.put(levels)
+    waiting = [task.remote(run, scored, some, stored, seed) for some in parts]
     while waiting:
         ready, waiting = ray.wait(waiting)
         yield ray.get(ready[0])
 
 
-def _count_part(run: Run, scored: str, part: int, levels: list[cuts.Codes], seed: int) -> tuple[cuts.Codes, Int64]:
-    return cuts.count_digit(_keys(storage.read_parquet(run.part(scored, part), ["id", "priority"]), seed), levels)
+def _count_some(run: Run, scored: str, parts: range, levels: list[cuts.Codes], seed: int) -> tuple[cuts.Codes, Int64]:
+    tally = Tally(levels)
+    columns = ["priority", "id"] if needs_ids(levels) else ["priority"]
+    for part in parts:
+        rows = storage.read_parquet(run.part(scored, part), columns)
+        ids = rows["id"].to_numpy() if needs_ids(levels) else None
+        tally.add(*count_digit(rows["priority"].to_numpy(), ids, seed, levels))
+    return tally.result()
 
 
 def _keys(rows: pa.Table, seed: int) -> Digits:
@@ -147,28 +180,23 @@ def _lay_out_part(run: Run, scored: str, part: int, found: Digits, config: Confi
     storage.put(run.part("transformed", part), storage.parquet_bytes(schema, row_groups))
 
 
-def _cut_units(run: Run, num_parts: int, num_waves: int, num_shards: int, unit_images: int) -> list[int]:
+def _cut_units(run: Run, num_parts: int, sizes: list[int], num_shards: int, unit_images: int) -> list[int]:
     task = ray.remote(num_cpus=_TASK_CPUS)(_cut_wave)
-    return ray.get([task.remote(run, num_parts, wave + 1, num_shards, unit_images) for wave in range(num_waves)])
+    waves = [task.remote(run, num_parts, i + 1, size, num_shards, unit_images) for i, size in enumerate(sizes)]
+    return ray.get(waves)
 
 
-def _cut_wave(run: Run, num_parts: int, wave: int, num_shards: int, unit_images: int) -> int:
+def _cut_wave(run: Run, num_parts: int, wave: int, size: int, num_shards: int, unit_images: int) -> int:
     """Write the units file of a wave in locality order: by object, then by offset or row in it."""
     groups = list(range((wave - 1) * num_shards, wave * num_shards))
-    parts = (run.part("transformed", part) for part in range(num_parts))
-    rows = pa.concat_tables([storage.read_parquet(part, UNITS.names, groups) for part in parts])
-    rows = rows.sort_by([(name, "ascending") for name in ("uri", "offset", "row", "id")])
-    units = [rows.slice(start, unit_images) for start in range(0, rows.num_rows, unit_images)]
-    storage.put(run.wave_units(wave), storage.parquet_bytes(UNITS, units))
-    return len(units)
+    parts = [run.part("transformed", part) for part in range(num_parts)]
+    storage.put(run.wave_units(wave), storage.parquet_bytes(UNITS, cut_units(parts, groups, size, unit_images)))
+    return -(-size // unit_images)
 
 
-def _describe(
-    config: Config, run: Run, counts: list[int], rejected: int, sizes: list[int], units: list[int], found: Digits
-) -> Plan:
+def _describe(config: Config, run: Run, counts: list[int], rejected: int, waves: list[Wave], found: Digits) -> Plan:
     with storage.open_parquet(run.part("transformed", 0)) as file:
         dim = file.schema_arrow.field("vector").type.list_size
-    waves = tuple(Wave(i + 1, size, count) for i, (size, count) in enumerate(zip(sizes, units, strict=True)))
     plan = Plan(
         policy=config.plan.policy,
         seed=config.seed,
@@ -177,7 +205,7 @@ def _describe(
         num_shards=config.index.shards,
         dim=dim,
         unit_images=unit_images(config),
-        waves=waves,
+        waves=tuple(waves),
         fingerprint=hashlib.sha256(found.tobytes()).hexdigest(),
         deleted_images=config.plan.deleted_images,
         num_rejected=rejected,

@@ -36,9 +36,10 @@ def waves_by_cuts(
     def count(search: CutSearch) -> list[tuple[cuts.Codes, Int64]]:
         nonlocal passes
         passes += 1
-        return [cuts.count_digit(part, search.levels) for part in keys]
+        known = cuts.needs_ids(search.levels)
+        return [cuts.count_digit(priority[part], ids[part] if known else None, seed, search.levels) for part in parts]
 
-    found = find_cuts(ranks, len(parts), count)
+    found = find_cuts(ranks, count)
     waves = np.zeros(len(ids), np.int64)
     for part, key in zip(parts, keys, strict=True):
         waves[part] = cuts.bucket(key, found)
@@ -137,6 +138,24 @@ def test_a_plan_stays_what_it_is(seed: int, wanted: str) -> None:
 
 
 def test_counts_of_parts_add_up() -> None:
-    codes, counts = cuts.unique_counts(np.array([3, 1, 3, 2**47]), np.array([1, 2, 3, 4]))
-    assert codes.tolist() == [1, 3, 2**47]
-    assert counts.tolist() == [2, 4, 4]
+    tally = cuts.Tally([np.array([7]), np.array([5, 9])])
+    tally.add(np.array([1, 3, 2 * 2**16 - 1]), np.array([1, 2, 3]))
+    tally.add(np.array([3]), np.array([4]))
+    codes, counts = tally.result()
+    assert codes.tolist() == [1, 3, 2**17 - 1]
+    assert counts.tolist() == [1, 6, 3]
+
+
+def test_a_pass_counts_the_digit_that_follows_among_the_keys_that_agree() -> None:
+    rng = np.random.default_rng(0)
+    priority, ids = rng.integers(0, 3, 500).astype(np.float32), rng.permutation(500)
+    keys = cuts.digits(priority, ids, 0)
+    levels: list[cuts.Codes] = []
+    agrees = np.ones(500, dtype=bool)
+    for depth in range(NUM_DIGITS):
+        codes, counts = cuts.count_digit(priority, ids, 0, levels)
+        digits, wanted = np.unique(keys[depth][agrees], return_counts=True)
+        assert np.array_equal(codes, digits)
+        assert np.array_equal(counts, wanted)
+        levels.append(codes[:1])  # go down with one prefix
+        agrees &= keys[depth] == digits[0]
