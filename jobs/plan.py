@@ -1,33 +1,57 @@
-"""`fastfill plan`: transform and score the gallery, cut the waves."""
+"""`fastfill plan`: transform and score the gallery, cut the waves, estimate what the backfill takes."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import click
+
 from jobs.options import command, console, load, print_json, start_ray
 
 if TYPE_CHECKING:
+    from pipeline.estimate import Estimate
     from pipeline.plan import Plan
 
 
 @command("plan")
-def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
+@click.option(
+    "--measure",
+    "seconds",
+    default=30.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="Embed a sample for so long, to estimate time and money; 0: do not.",
+)
+def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: float) -> None:
     """Transform and score the gallery, and cut it into waves; fits the transformation first where needed.
 
-    No image of the gallery is read, but where its old embeddings are not given.
+    Then measure how fast a sample of its images is read, decoded and embedded here, and estimate the whole:
+    images, bytes, time, machine hours, money, and the settings that suit. Nothing of what is embedded is kept.
     """
     from dataclasses import asdict
 
     from jobs.bars import Bars
     from jobs.prepare import ensure_fit, ensure_plan, open_run
+    from pipeline.tuner import tune
 
     config = load(config_path, overrides)
     start_ray()
+    found = None
     with Bars(console()) as bars:
         run = open_run(config, bars)
         ensure_fit(config, run, bars)
         plan = ensure_plan(config, run, bars)
-    print_json(asdict(plan)) if as_json else show(plan)
+        if seconds:
+            found = tune(
+                config, run, plan, seconds, lambda done, what: bars.images("measure", int(done), int(seconds), what)
+            )
+    if as_json:
+        print_json(asdict(plan) | ({"estimate": found.to_json()} if found else {}))
+        return
+    show(plan)
+    if found:
+        show_estimate(found)
 
 
 def show(plan: Plan) -> None:
@@ -46,6 +70,36 @@ def show(plan: Plan) -> None:
         console().print(
             f"{plan.num_rejected:,} images are not in the plan: the old encoder cannot read them; see `fastfill status`"
         )
+
+
+def show_estimate(found: Estimate) -> None:
+    """Print what the backfill will take, what was measured, and what to set."""
+    from datetime import timedelta
+
+    from rich.table import Table
+
+    rates, out = found.rates, console()
+    money = "" if found.money is None else f", {found.money:,.2f} in money"
+    table = Table.grid(padding=(0, 2))
+    table.add_row("to embed", f"{found.images:,} images, {found.bytes / 1e9:,.2f} GB to fetch")
+    table.add_row(
+        "time", f"{timedelta(seconds=round(found.seconds))} on this cluster, at {rates.stream:,.0f} images per second"
+    )
+    hours = f"{found.gpu_hours:,.2f} GPU hours, " if rates.gpus else ""
+    table.add_row("cost", f"{hours}{found.node_hours:,.2f} node hours{money}")
+    each = f"{rates.forward[found.batch_size]:,.0f} images/s per actor on {rates.device}"
+    table.add_row(
+        "measured",
+        f"fetch {rates.fetch:,.0f} images/s per task, decode {rates.decode:,.0f} per core, forward {each}; "
+        f"{rates.images:,} images through {rates.actors} actors",
+    )
+    table.add_row("bottleneck", found.bottleneck)
+    table.add_row(
+        "recommended",
+        f"backfill.batch_size={found.batch_size} backfill.max_actors={found.max_actors}, and for each actor "
+        f"{found.cpus_per_actor:g} cores that read and decode",
+    )
+    out.print(table)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +57,43 @@ class Embedder:
         for item in waiting:
             _land(*item, vectors)
         return vectors
+
+    def rates(self, pixels: Pixels, sizes: Iterable[int], seconds: float) -> dict[int, float]:
+        """Images per second by batch size, from the smallest up to the first that memory does not hold.
+
+        Args:
+            pixels: (N, C, H, W) uint8, repeated where a batch is larger.
+            sizes: batch sizes, ascending.
+            seconds: about how long to measure; sizes that would take longer are left out.
+
+        Returns:
+            at least the rate of the smallest size.
+        """
+        configured, found = self._batch_size, dict[int, float]()
+        deadline = time.perf_counter() + seconds
+        try:
+            for size in sizes:
+                self._batch_size = size
+                batches = np.resize(pixels, (_IN_FLIGHT * size, *pixels.shape[1:]))
+                try:
+                    self.embed(batches[:size])  # kernels are chosen, memory is taken
+                    start = time.perf_counter()
+                    self.embed(batches)
+                except torch.OutOfMemoryError:
+                    torch.cuda.empty_cache()
+                    break
+                spent = time.perf_counter() - start
+                found[size] = len(batches) / spent
+                if time.perf_counter() + 3 * spent > deadline:  # the next has twice as many, and warms up
+                    break
+        finally:
+            self._batch_size = configured
+        return found
+
+    @property
+    def device(self) -> str:
+        """Where it runs, as torch names it."""
+        return str(self._device)
 
     @torch.inference_mode()
     def _launch(self, pixels: Pixels) -> _Batch:

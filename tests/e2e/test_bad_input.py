@@ -144,7 +144,7 @@ def test_an_error_of_ours_inside_ray_data_reaches_the_user_as_a_few_lines(
     tmp_path: Path, make_run: Callable[..., str]
 ) -> None:
     path = make_run(tmp_path, plan__policy="tests.own_functions:undecided")
-    command = [sys.executable, "-m", "jobs.plan", "--config", path]
+    command = [sys.executable, "-m", "jobs.plan", "--measure", "0", "--config", path]
     address = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     result = subprocess.run(command, cwd=ROOT, env=address, capture_output=True, text=True, check=False)
     assert result.returncode == 2, result.stderr

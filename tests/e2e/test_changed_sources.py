@@ -52,7 +52,7 @@ def backfill_after_changes(folder: Path, make_run: Callable[..., str], deleted_i
         "old": pa.FixedSizeListArray.from_arrays(pa.array(old.ravel()), OLD_DIM),
     }
     pq.write_table(pa.table(table), folder / "data" / "gallery.parquet")
-    fastfill("plan", "--config", path)
+    fastfill("plan", "--measure", "0", "--config", path)
     Path(uris[CHANGED]).write_bytes(images[IMAGES])
     Path(uris[DELETED]).unlink()
     return path, fastfill("backfill", "--config", path)

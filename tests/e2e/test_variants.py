@@ -99,7 +99,7 @@ def test_given_new_embeddings_give_the_curve_of_a_plan_before_it_is_run(
 ) -> None:
     columns = {"id": "name", "image": "image", "label": "digit"}
     plain = make_run(tmp_path / "plain", gallery__columns=columns, **FAST)
-    refused = fastfill("plan", "--config", plain), fastfill("evaluate", "--curve", "--config", plain)
+    refused = fastfill("plan", "--measure", "0", "--config", plain), fastfill("evaluate", "--curve", "--config", plain)
     assert [result.exit_code for result in refused] == [0, 2]
     assert "gallery.columns.new_embedding" in refused[1].stderr
     given = make_run(tmp_path / "given", gallery__columns=columns | {"new_embedding": "new"}, **FAST)
@@ -108,7 +108,7 @@ def test_given_new_embeddings_give_the_curve_of_a_plan_before_it_is_run(
     pixels = np.stack([decode_image(data, spec.preprocess, Limits(10**6, 10**6)) for data in images])
     new = Embedder(spec, "cpu", batch_size=16, threads=1).embed(pixels)
     write_manifest(tmp_path / "given" / "data" / "gallery.parquet", images, labels, new=vectors_to_arrow(new))
-    assert fastfill("plan", "--config", given).exit_code == 0
+    assert fastfill("plan", "--measure", "0", "--config", given).exit_code == 0
     curve = json.loads(fastfill("evaluate", "--curve", "--config", given, "--json").stdout)
     assert (curve["num_queries"], curve["published"]) == (300, {"points": []})
     assert fastfill("backfill", "--config", given).exit_code == 0

@@ -29,7 +29,7 @@ COMMANDS = {
         *("--config", "--print-config", "--json", "--help", "-h"),
     },
     "fit": SHARED,
-    "plan": SHARED,
+    "plan": SHARED | {"--measure"},
     "backfill": SHARED | {"--retry-rejects", "--new-run"},
     "status": SHARED,
     "search": SHARED | {"--column", "-k", "--tag", "--commit", "--limit"},

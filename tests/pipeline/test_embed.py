@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.config import Encoder
 from pipeline.embed import Embedder
@@ -53,3 +54,23 @@ def test_bfloat16_gives_float32_vectors_near_the_exact_ones() -> None:
 def test_a_compiled_network_gives_the_same_vectors_also_for_the_last_batch() -> None:
     found = embedder(16, compile=True).embed(PIXELS)
     np.testing.assert_allclose(found, embedder(16).embed(PIXELS), rtol=1e-4, atol=1e-5)
+
+
+def test_rates_are_measured_up_to_the_batch_that_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = embedder(16)
+    network = found._network
+
+    def small(batch: torch.Tensor) -> torch.Tensor:
+        if len(batch) > 64:
+            raise torch.OutOfMemoryError("too large")
+        return network(batch)
+
+    monkeypatch.setattr(found, "_network", small)
+    rates = found.rates(PIXELS, [16, 32, 64, 128, 256], seconds=60.0)
+    assert list(rates) == [16, 32, 64]
+    assert min(rates.values()) > 0
+    np.testing.assert_array_equal(found.embed(PIXELS), embedder(16).embed(PIXELS))  # its own batch size is kept
+
+
+def test_rates_of_the_smallest_batch_are_measured_whatever_the_time() -> None:
+    assert list(embedder(16).rates(PIXELS, [16, 32], seconds=0.0)) == [16]

@@ -1,0 +1,48 @@
+"""`fastfill plan` measures a sample of the gallery's own images, and leaves the run as it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from jobs.cli import main
+from pipeline import storage
+from pipeline.config_file import load_config
+from pipeline.run import Run
+from pipeline.tuner import estimate_uri
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def fastfill(*arguments: str) -> Result:
+    result = CliRunner().invoke(main, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_plan_estimates_the_backfill_and_keeps_nothing_else_of_it(make_run: Callable[..., str], tmp_path: Path) -> None:
+    path = make_run(tmp_path, telemetry__node_hour_price=2.0)
+    fastfill("plan", "--config", path, "--measure", "0")
+    run = Run(load_config(path).run)
+    before = {uri: storage.sha256(uri) for uri in storage.list_files(run.uri)}
+    found = json.loads(fastfill("plan", "--config", path, "--measure", "2", "--json").stdout)["estimate"]
+    after = {uri: storage.sha256(uri) for uri in storage.list_files(run.uri)}
+    assert after.items() >= before.items()
+    assert after.keys() - before.keys() == {estimate_uri(run)}
+    assert found == json.loads(storage.read_bytes(estimate_uri(run)))
+    rates = found["rates"]
+    assert found["images"] == 300
+    assert min(rates["fetch"], rates["decode"], rates["stream"], *rates["forward"].values()) > 0
+    assert found["seconds"] == pytest.approx(rates["start_seconds"] + 300 / rates["stream"])
+    assert found["money"] == pytest.approx(2.0 * found["node_hours"])
+    assert found["bytes"] == round(300 * rates["bytes_fetched_per_image"])
+
+
+def test_the_estimate_is_printed_for_people(make_run: Callable[..., str], tmp_path: Path) -> None:
+    text = fastfill("plan", "--config", make_run(tmp_path), "--measure", "1").stderr
+    for word in ("to embed", "300 images", "node hours", "bottleneck", "backfill.batch_size="):
+        assert word in text, text
