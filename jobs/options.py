@@ -10,9 +10,11 @@ import ctypes
 import functools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -57,6 +59,8 @@ def with_errors(function: Callable[..., None]) -> Callable[..., None]:
                 function(*args, **kwargs)
         except KeyboardInterrupt:
             click.secho("stopped; what is durable is kept, the same command goes on from there", err=True)
+            if ray := sys.modules.get("ray"):
+                ray.shutdown()  # what other threads wait for ends, and so do they
             sys.exit(130)
         except PermissionError as error:
             fail(
@@ -187,6 +191,12 @@ def start_ray() -> None:
             init(runtime_env={"env_vars": storage.environment()})
         else:
             init(address="local", num_cpus=max(2, os.cpu_count() or 2), include_dashboard=False)
+    signal.signal(signal.SIGTERM, _interrupt)  # after Ray's own, which would end the driver without a word
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """End as with Ctrl-C: `ray job stop`, a pod that is deleted, a machine that shuts down."""
+    raise KeyboardInterrupt
 
 
 @contextmanager

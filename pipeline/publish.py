@@ -79,7 +79,8 @@ class Publisher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=error is not None)
+        stopped = isinstance(error, KeyboardInterrupt)  # a wave that is being sealed may take minutes
+        self._pool.shutdown(wait=not stopped, cancel_futures=error is not None)
         if error is None:
             for future in self._futures:
                 future.result()

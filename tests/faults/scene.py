@@ -29,7 +29,7 @@ from pipeline import snapshot, storage
 from pipeline.run import Run
 from tests.faulty_proxy import FaultyProxy
 from tests.galleries import NEW_DIM, OLD_DIM, PREPROCESS, digits, export_encoder
-from tests.seaweed import SeaweedFS, s3_client
+from tests.seaweed import SeaweedFS, free_ports, s3_client
 
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "gallery"
@@ -209,12 +209,13 @@ def kill(pids: list[int]) -> int:
 
 @contextmanager
 def ray_nodes(environment: dict[str, str]) -> Iterator[Any]:
-    """A Ray cluster of separate processes: a head without CPUs, and two workers."""
+    """A Ray cluster of separate processes: a head without CPUs, which takes jobs, and two workers."""
     from ray.cluster_utils import Cluster
 
     before = dict(os.environ)
-    os.environ.update(environment)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    os.environ.update(environment | {"RAY_AUTH_MODE": "disabled"})
+    dashboard = {"include_dashboard": True, "dashboard_port": free_ports(1)[0]}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **dashboard})
     try:
         for _ in range(2):
             add_worker(cluster)
