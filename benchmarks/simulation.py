@@ -146,7 +146,8 @@ class Simulation:
         crowd = max(1.0, node.loading / max(1.0, self._cluster.cores - sealing))
         footer = self._seconds.load_footer * self._wave_units[self._wave[unit]]
         work = (images * self._seconds.load_image + self._seconds.load_unit + footer) * crowd
-        taken = max(work, images * self._seconds.fetch_image) * self._scatter() * node.speed
+        taken = max(work, images * self._seconds.fetch_image) + self._seconds.fetch_unit
+        taken *= self._scatter() * node.speed
         self._at(self._now + wait + taken, self._loaded, unit, number)
 
     def _loaded(self, unit: int, number: int, life: int) -> None:
@@ -224,7 +225,7 @@ class Simulation:
         tasks, cores = self._job.shards, self._cluster.cores * self._live
         one = self._seconds.seal_part * self._wave_units[wave]
         one += self._seconds.seal_image * self._wave_images[wave] / tasks + self._seconds.seal
-        taken = one * max(self._scatter() for _ in range(tasks)) * max(1.0, tasks / max(1.0, cores))
+        taken = one * max(1.0, tasks / max(1.0, cores))  # each is a sum over thousands of reads: no scatter
         self._sealed = max(self._sealed, time) + taken
         self._lags.append(self._sealed - self._whole[wave])
 
