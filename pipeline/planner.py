@@ -110,7 +110,7 @@ def arrange(
     sizes = wave_sizes(config.plan.waves, sum(counts))
     on_step("cut")
     found = find_cuts(
-        np.cumsum(sizes)[:-1], lambda search: _count_parts(run, scored, len(counts), search.levels, config.seed)
+        np.cumsum(sizes)[:-1], lambda search: count_parts(run, scored, len(counts), search.levels, config.seed)
     )
     on_step("lay out")
     fix_settings(run, "plan", stage_settings(config, "plan"))
@@ -131,9 +131,10 @@ def find_cuts(ranks: Int64, count: Callable[[CutSearch], Iterable[tuple[cuts.Cod
     return search.cuts
 
 
-def _count_parts(
+def count_parts(
     run: Run, scored: str, num_parts: int, levels: list[cuts.Codes], seed: int
 ) -> Iterable[tuple[cuts.Codes, Int64]]:
+    """The shares of one pass over the scored parts, by tasks of Ray; as many parts to a task as the pass allows."""
     task = ray.remote(num_cpus=_TASK_CPUS)(_count_some)
     step = max(1, min(_PARTS_AT_ONCE, num_parts // _LEAST_TASKS))
     parts = (range(first, min(first + step, num_parts)) for first in range(0, num_parts, step))
