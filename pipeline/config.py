@@ -32,7 +32,9 @@ class Preprocess(Section):
 
     An image is resized, cropped at its centre, scaled so that white is `pixel_range`, and
     normalised by `mean` and `std`. Without `resize` and `center_crop` every image must already
-    have `size`; an image of another shape is rejected.
+    have `size`; an image of another shape is rejected. `resample` says whose arithmetic resizes
+    (decisions/0004), and with `reducing_gap` a JPEG is decoded smaller where that leaves it so many
+    times the resized size.
     """
 
     channels: Literal[1, 3] = 3
@@ -40,6 +42,8 @@ class Preprocess(Section):
     center_crop: Side | None = None
     size: Side | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+    resample: Literal["pillow", "torch"] = "torch"
+    reducing_gap: Annotated[float, Field(ge=1)] | None = None
     pixel_range: Literal[1, 255] = 1
     mean: tuple[float, ...] = (0.0,)
     std: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
@@ -51,6 +55,8 @@ class Preprocess(Section):
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, self.channels):
                 raise ValueError(f"{name} has {len(values)} values: give 1 or {self.channels}, one per channel")
+        if self.reducing_gap is not None and self.resize is None:
+            raise ValueError("reducing_gap says how small a JPEG may be decoded before it is resized: give resize")
         return self
 
     @property

@@ -7,10 +7,13 @@ order of the units file. It does not know which encoder the pixels are for, only
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
@@ -22,9 +25,11 @@ from pipeline.fetch import Reject as Reject
 from pipeline.schema import UNITS, Int64, Unit
 
 Pixels = NDArray[np.uint8]
+Picture = Pixels | Image.Image
 
 # Others are rare, and some of their readers start programs (EPS: Ghostscript).
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
+_JPEG_COLOURS = {"RGB": "RGB", "L": "GRAY"}
 _DAMAGED = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, Image.DecompressionBombError)
 
 
@@ -111,26 +116,46 @@ def decode_image(data: bytes, preprocess: Preprocess, limits: Limits) -> Pixels:
 
 def _decoder(preprocess: Preprocess, limits: Limits) -> Callable[[bytes], Pixels]:
     mode = "RGB" if preprocess.channels == 3 else "L"
-    resize = _transform(preprocess)
+    fit = _fit(preprocess)
+    by_pillow = fit is not None and (preprocess.resample == "pillow" or preprocess.interpolation == "nearest")
 
     def decode(data: bytes) -> Pixels:
         image = _open(data, limits)
-        _check_resized(image, preprocess, limits)
-        try:
-            picture = _eight_bits(image).convert(mode)
-        except _DAMAGED as error:
-            reason = "truncated" if "truncated" in str(error) else "damaged"
-            raise Reject("decode", f"{reason}: {error}") from None
-        picture = resize(picture)
-        if (picture.height, picture.width) != preprocess.image_size:
-            raise Reject(
-                "preprocess",
-                f"wrong shape: {picture.height}x{picture.width}, expected {_text(preprocess.image_size)}",
-            )
-        array = np.asarray(picture)
-        return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+        resized = _resized(image, preprocess, limits)
+        if preprocess.reducing_gap is not None and resized is not None:
+            height, width = (math.ceil(side * preprocess.reducing_gap) for side in resized)
+            image.draft(None, (width, height))  # of formats other than JPEG it changes nothing
+        picture = _load(image, mode) if by_pillow else _array(data, image, mode)
+        pixels = np.asarray(fit(picture, resized) if fit else picture)
+        if pixels.shape[:2] != preprocess.image_size:
+            height, width = pixels.shape[:2]
+            raise Reject("preprocess", f"wrong shape: {height}x{width}, expected {_text(preprocess.image_size)}")
+        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
     return decode
+
+
+def _array(data: bytes, image: Image.Image, mode: str) -> Pixels:
+    """(H, W) or (H, W, C): what Pillow gives, which has only read the header; of most JPEGs without its overhead."""
+    if image.format == "JPEG" and image.mode == mode:
+        # Ours, so that no header which Pillow reads otherwise makes it larger than the limits allow.
+        pixels = np.empty((image.height, image.width, len(mode)), dtype=np.uint8)
+        least = {"min_height": image.height, "min_width": image.width}  # less than all of it after draft()
+        with suppress(ValueError):  # damaged, perhaps only a little: Pillow decides, and says why
+            found: Pixels = simplejpeg.decode_jpeg(data, _JPEG_COLOURS[mode], buffer=pixels, **least)
+            if found.shape == pixels.shape:
+                return found
+    return np.array(_load(image, mode))
+
+
+def _load(image: Image.Image, mode: str) -> Image.Image:
+    try:
+        picture = _eight_bits(image)
+        picture.load()
+        return picture if picture.mode == mode else picture.convert(mode)  # which copies in any case
+    except _DAMAGED as error:
+        reason = "truncated" if "truncated" in str(error) else "damaged"
+        raise Reject("decode", f"{reason}: {error}") from None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -142,28 +167,43 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def _check_resized(image: Image.Image, preprocess: Preprocess, limits: Limits) -> None:
-    """Refuse a picture so long and thin that it would become too large when its shorter side is resized."""
-    if isinstance(preprocess.resize, int):
-        longer, shorter = max(image.size), max(1, min(image.size))
-        if preprocess.resize**2 * longer // shorter > limits.max_pixels:
-            raise Reject("preprocess", f"too large when resized: {image.width}x{image.height}")
+def _resized(image: Image.Image, preprocess: Preprocess, limits: Limits) -> tuple[int, int] | None:
+    """(height, width) after `resize`, as torchvision computes it; none where there is no resizing.
+
+    Raises:
+        Reject: the picture is so long and thin that it would become too large.
+    """
+    if not isinstance(preprocess.resize, int):
+        return preprocess.resize
+    longer, shorter = max(image.size), max(1, min(image.size))
+    if preprocess.resize**2 * longer // shorter > limits.max_pixels:
+        raise Reject("preprocess", f"too large when resized: {image.width}x{image.height}")
+    side = int(preprocess.resize * longer / shorter)
+    return (preprocess.resize, side) if image.height <= image.width else (side, preprocess.resize)
 
 
-def _transform(preprocess: Preprocess) -> Callable[[Image.Image], Image.Image]:
+def _fit(preprocess: Preprocess) -> Callable[[Picture, tuple[int, int] | None], Picture] | None:
+    """Resize and crop a picture with torchvision, in the arithmetic of what it is: Pillow's or torch's."""
     if preprocess.resize is None and preprocess.center_crop is None:
-        return lambda image: image
-    from torchvision.transforms import InterpolationMode  # here: it takes seconds, and not everybody resizes
-    from torchvision.transforms import v2 as transforms
+        return None
+    import torch  # here: they take seconds, and not everybody resizes
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional
 
-    steps: list[object] = []
-    if preprocess.resize is not None:
-        size = list(preprocess.resize) if isinstance(preprocess.resize, tuple) else preprocess.resize
-        steps.append(transforms.Resize(size, InterpolationMode(preprocess.interpolation), antialias=True))
-    if preprocess.center_crop is not None:
-        steps.append(transforms.CenterCrop(preprocess.center_crop))
-    composed: Callable[[Image.Image], Image.Image] = transforms.Compose(steps)
-    return composed
+    interpolation = InterpolationMode(preprocess.interpolation)
+    crop = preprocess.center_crop
+
+    def fit(picture: Picture, resized: tuple[int, int] | None) -> Picture:
+        item = (
+            picture if isinstance(picture, Image.Image) else torch.from_numpy(np.atleast_3d(picture)).permute(2, 0, 1)
+        )
+        if resized is not None:
+            item = functional.resize(item, list(resized), interpolation, antialias=True)
+        if crop is not None:
+            item = functional.center_crop(item, [crop, crop] if isinstance(crop, int) else list(crop))
+        return item if isinstance(item, Image.Image) else item.permute(1, 2, 0).numpy()
+
+    return fit
 
 
 def _open(data: bytes, limits: Limits) -> Image.Image:

@@ -115,6 +115,8 @@ def test_settings_that_only_say_how_may_change_at_any_time(tmp_path: Path, chang
         ({"gallery__columns__label": "label"}, "gallery.columns.label"),
         ({"encoders__new__dim": 5}, "encoders.new.dim"),
         ({"encoders__new__preprocess__mean": (1.0,)}, "encoders.new.preprocess.mean"),
+        ({"encoders__new__preprocess__resample": "pillow"}, "encoders.new.preprocess.resample"),
+        ({"encoders__new__preprocess__resize": 8}, "encoders.new.preprocess.resize"),
         ({"pairs__held_out_fraction": 0.2}, "pairs.held_out_fraction"),
     ],
 )
