@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import promql_parser
 
+from infra.grafana.dashboards import FOLDER
 from pipeline import telemetry, worker_metrics
 
 RAYS = {
     "ray_actors",
-    "ray_component_cpu_percentage",
     "ray_data_num_alive_actors",
     "ray_data_num_pending_actors",
     "ray_data_num_restarting_actors",
     "ray_data_num_tasks_running",
-    "ray_data_obj_store_mem_used",
     "ray_data_operator_queued_blocks",
-    "ray_node_cpu_count",
     "ray_node_cpu_utilization",
-    "ray_node_disk_usage",
     "ray_node_gpus_utilization",
-    "ray_node_gram_used",
     "ray_node_mem_total_host",
     "ray_node_mem_used_host",
     "ray_node_network_receive_speed",
@@ -43,6 +40,16 @@ def ours_and_rays() -> set[str]:
         found |= {family.name + suffix for suffix in suffixes}
     found |= {f"ray_{name}_total" for name, *_ in worker_metrics.COUNTERS.values()}
     return found | {f"ray_{worker_metrics.UNIT_SECONDS[0]}{suffix}" for suffix in _OF_HISTOGRAMS}
+
+
+def queries_of(dashboard: str) -> list[tuple[str, str]]:
+    """(title of the panel, query) of every query of a dashboard, its variables filled in as for all runs."""
+    panels = json.loads((FOLDER / f"{dashboard}.json").read_text())["panels"]
+    return [
+        (panel["title"], target["expr"].replace("$run", ".*").replace("$__rate_interval", "1m"))
+        for panel in panels
+        for target in panel.get("targets") or []
+    ]
 
 
 def metrics_of(expression: str) -> set[str]:
