@@ -34,7 +34,8 @@ class Preprocess(Section):
     normalised by `mean` and `std`. Without `resize` and `center_crop` every image must already
     have `size`; an image of another shape is rejected. `resample` says whose arithmetic resizes
     (decisions/0004), and with `reducing_gap` a JPEG is decoded smaller where that leaves it so many
-    times the resized size.
+    times the resized size. With `decoder: device` the embedding actor decodes and resizes JPEGs, by nvJPEG
+    on a GPU; what is gained is cores, where these cannot keep up with the GPUs.
     """
 
     channels: Literal[1, 3] = 3
@@ -44,6 +45,7 @@ class Preprocess(Section):
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
     resample: Literal["pillow", "torch"] = "torch"
     reducing_gap: Annotated[float, Field(ge=1)] | None = None
+    decoder: Literal["cpu", "device"] = "cpu"
     pixel_range: Literal[1, 255] = 1
     mean: tuple[float, ...] = (0.0,)
     std: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
@@ -57,6 +59,10 @@ class Preprocess(Section):
                 raise ValueError(f"{name} has {len(values)} values: give 1 or {self.channels}, one per channel")
         if self.reducing_gap is not None and self.resize is None:
             raise ValueError("reducing_gap says how small a JPEG may be decoded before it is resized: give resize")
+        if self.decoder == "device" and (self.reducing_gap is not None or self.resample == "pillow"):
+            raise ValueError(
+                "decoder: device decodes in full and resizes as torch does: leave out reducing_gap, resample"
+            )
         return self
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -47,7 +47,8 @@ class LoadedUnit:
 
     Attributes:
         ids: (B,) int64.
-        pixels: (B, C, H, W) uint8; zeros for rejects.
+        pixels: (B, C, H, W) uint8; zeros for rejects. None where the embedding actor decodes.
+        encoded: the images as they came, empty for rejects; None where they are decoded.
         etags: the etag of each image's object at the time it was read.
         rejects: row -> why that image is rejected.
         changed: images whose object is another one than when the manifest was made; those in containers are rejects.
@@ -58,7 +59,8 @@ class LoadedUnit:
     """
 
     ids: Int64
-    pixels: Pixels
+    pixels: Pixels | None
+    encoded: list[bytes] | None
     etags: list[str | None]
     rejects: dict[int, Reject]
     changed: int
@@ -69,7 +71,7 @@ class LoadedUnit:
 
 
 def load_unit(unit: Unit, preprocess: Preprocess, limits: Limits, settings: Fetch) -> LoadedUnit:
-    """Read, decode and preprocess a unit's images.
+    """Read, decode and preprocess a unit's images; or only read them, where the embedding actor decodes.
 
     Raises:
         DataError: the units file is missing or damaged, a store refuses the credentials, or a bucket is missing.
@@ -77,8 +79,10 @@ def load_unit(unit: Unit, preprocess: Preprocess, limits: Limits, settings: Fetc
     """
     rows = storage.read_parquet(unit.rows_uri, UNITS.names, [unit.row_group])
     places = [Place(**row) for row in rows.drop_columns(["id"]).to_pylist()]
-    assert preprocess.image_size is not None
-    pixels = np.zeros((len(places), preprocess.channels, *preprocess.image_size), dtype=np.uint8)
+    on_device, size = preprocess.decoder == "device", preprocess.image_size
+    assert size is not None
+    pixels = None if on_device else np.zeros((len(places), preprocess.channels, *size), dtype=np.uint8)
+    encoded = [b""] * len(places) if on_device else None
     etags: list[str | None] = [None] * len(places)
     rejects: dict[int, Reject] = {}
     decode = _decoder(preprocess, limits)
@@ -88,13 +92,17 @@ def load_unit(unit: Unit, preprocess: Preprocess, limits: Limits, settings: Fetc
         try:
             if isinstance(data, Reject):
                 raise data
-            pixels[row] = decode(data)
+            if encoded is not None:
+                encoded[row] = data
+            elif pixels is not None:
+                pixels[row] = decode(data)
         except Reject as reject:
             rejects[row] = reject
     spent = storage.counts() - before
     return LoadedUnit(
         rows["id"].to_numpy(),
         pixels,
+        encoded,
         etags,
         rejects,
         changed=sum(place.is_whole and place.is_changed(etag) for place, etag in zip(places, etags, strict=True)),
@@ -120,16 +128,14 @@ def _decoder(preprocess: Preprocess, limits: Limits) -> Callable[[bytes], Pixels
     by_pillow = fit is not None and (preprocess.resample == "pillow" or preprocess.interpolation == "nearest")
 
     def decode(data: bytes) -> Pixels:
-        image = _open(data, limits)
-        resized = _resized(image, preprocess, limits)
+        image = open_image(data, limits)
+        resized = resized_size(image, preprocess, limits)
         if preprocess.reducing_gap is not None and resized is not None:
             height, width = (math.ceil(side * preprocess.reducing_gap) for side in resized)
             image.draft(None, (width, height))  # of formats other than JPEG it changes nothing
         picture = _load(image, mode) if by_pillow else _array(data, image, mode)
         pixels = np.asarray(fit(picture, resized) if fit else picture)
-        if pixels.shape[:2] != preprocess.image_size:
-            height, width = pixels.shape[:2]
-            raise Reject("preprocess", f"wrong shape: {height}x{width}, expected {_text(preprocess.image_size)}")
+        check_shape(pixels.shape[:2], preprocess)
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
     return decode
@@ -167,8 +173,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def _resized(image: Image.Image, preprocess: Preprocess, limits: Limits) -> tuple[int, int] | None:
-    """(height, width) after `resize`, as torchvision computes it; none where there is no resizing.
+def resized_size(image: Image.Image, preprocess: Preprocess, limits: Limits) -> tuple[int, int] | None:
+    """(height, width) after `resize`, as torchvision computes it; None where there is no resizing.
 
     Raises:
         Reject: the picture is so long and thin that it would become too large.
@@ -206,7 +212,12 @@ def _fit(preprocess: Preprocess) -> Callable[[Picture, tuple[int, int] | None], 
     return fit
 
 
-def _open(data: bytes, limits: Limits) -> Image.Image:
+def open_image(data: bytes, limits: Limits) -> Image.Image:
+    """An image of which only the header is read.
+
+    Raises:
+        Reject: it is empty, not an image, or has more pixels than the limits allow.
+    """
     if not data:
         raise Reject("decode", "empty")
     try:
@@ -221,6 +232,16 @@ def _open(data: bytes, limits: Limits) -> Image.Image:
     if image.width * image.height > limits.max_pixels:
         raise Reject("decode", f"too large: {image.width}x{image.height}, at most {limits.max_pixels} pixels")
     return image
+
+
+def check_shape(shape: Sequence[int], preprocess: Preprocess) -> None:
+    """Refuse a picture that is not (height, width) as the encoder takes it, once it is resized and cropped.
+
+    Raises:
+        Reject: it is of another shape.
+    """
+    if tuple(shape) != preprocess.image_size:
+        raise Reject("preprocess", f"wrong shape: {shape[0]}x{shape[1]}, expected {_text(preprocess.image_size)}")
 
 
 def _text(shape: tuple[int, int] | None) -> str:

@@ -125,7 +125,7 @@ def _measure_alone(config: settings.Config, rows: list[pa.Table], seconds: float
             where=f"{rows[0]['uri'][0]} and others of the plan",
         )
     forward = embedder.rates(np.stack(good), _BATCHES, seconds / 2)
-    return _Alone(fetched / spent["fetch"], len(pixels) / spent["decode"], forward, embedder.device)
+    return _Alone(fetched / spent["fetch"], len(pixels) / spent["decode"], forward, str(embedder.device))
 
 
 def _measure_stream(
