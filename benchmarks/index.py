@@ -152,7 +152,7 @@ def measure_seal(run: Run, plan: Plan, sealer: Sealer, repeats: int) -> str:
     cells = [(wave.wave, shard) for wave in plan.waves for shard in range(plan.num_shards)]
     rows = []
     for wave, shard in cells:
-        found = read_transformed(run, plan, wave, ["id", "vector"], shard)
+        found = read_transformed(run, plan, wave, ["id", "vector"], range(shard, shard + 1))
         rows.append((found["id"].to_numpy(), vectors_from_arrow(found["vector"])))
     ids, vectors = np.concatenate([item[0] for item in rows]), np.concatenate([item[1] for item in rows])
     codebook, cpus = sealer.codebook(), os.cpu_count() or 1
