@@ -111,6 +111,6 @@ def read_plan(run: Run) -> Plan | None:
 def read_transformed(run: Run, plan: Plan, wave: int, columns: list[str], shards: range | None = None) -> pa.Table:
     """Columns of the transformed images of a wave, or of some of its shards, sorted by part."""
     first = (wave - 1) * plan.num_shards
-    groups = [first + shard for shard in shards or range(plan.num_shards)]
+    groups = [first + shard for shard in (range(plan.num_shards) if shards is None else shards)]
     parts = (run.part("transformed", part) for part in range(plan.num_parts))
     return pa.concat_tables([storage.read_parquet(part, columns, groups) for part in parts])
