@@ -108,9 +108,9 @@ def read_plan(run: Run) -> Plan | None:
     return Plan(**tree | {"waves": tuple(Wave(**wave) for wave in tree["waves"])})
 
 
-def read_transformed(run: Run, plan: Plan, wave: int, columns: list[str], shard: int | None = None) -> pa.Table:
-    """Columns of the transformed images of a wave, or of one of its shards, sorted by part."""
+def read_transformed(run: Run, plan: Plan, wave: int, columns: list[str], shards: range | None = None) -> pa.Table:
+    """Columns of the transformed images of a wave, or of some of its shards, sorted by part."""
     first = (wave - 1) * plan.num_shards
-    groups = list(range(first, first + plan.num_shards)) if shard is None else [first + shard]
+    groups = [first + shard for shard in (range(plan.num_shards) if shards is None else shards)]
     parts = (run.part("transformed", part) for part in range(plan.num_parts))
     return pa.concat_tables([storage.read_parquet(part, columns, groups) for part in parts])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -34,6 +34,7 @@ T = TypeVar("T")
 _TASK_CPUS = 0.25
 _RETRIES = 20  # of a task whose worker or node dies: sealing again gives the same bytes
 _MAX_PAUSE_SECONDS = 10.0
+_BYTES_AT_ONCE = 2**27  # of vectors that one task reads: shards of a wave together, as far as they are small
 _KILLED = (  # what Ray says then, or where what the task gave back died with its node
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.OutOfMemoryError,
@@ -114,15 +115,19 @@ def _killed(where: str, error: Exception) -> TransientError:
 
 def _seal_transformed(sealer: Sealer, wave: int) -> list[SegmentRef]:
     codebook = sealer.codebook()
-    refs = []
-    for shard in range(sealer.plan.num_shards):
-        rows = _transformed(sealer, wave, shard)
-        refs.append(write_segment(sealer.run, codebook, rows, shard, wave, "transformed"))
-    return refs
+    plan, shards = sealer.plan, range(sealer.plan.num_shards)
+    wave_bytes = plan.waves[wave - 1].images * plan.dim * 4
+    step = max(1, len(shards) * _BYTES_AT_ONCE // wave_bytes)
+    some = (shards[first : first + step] for first in range(0, len(shards), step))
+    return [
+        write_segment(sealer.run, codebook, rows, shard, wave, "transformed")
+        for together in some
+        for shard, rows in zip(together, _transformed(sealer, wave, together), strict=True)
+    ]
 
 
 def _seal_embedded(sealer: Sealer, wave: int, shard: int) -> SegmentRef:
-    rows = _transformed(sealer, wave, shard)
+    (rows,) = _transformed(sealer, wave, range(shard, shard + 1))
     log = sealer.plan.log(sealer.run)
     embedded_ids, embedded_vectors = vector_log.read_shard(log, wave, shard)
     is_embedded = np.isin(rows.ids, embedded_ids)
@@ -161,14 +166,16 @@ def _ids_of(unit: Unit) -> Int64:
     return ids
 
 
-def _transformed(sealer: Sealer, wave: int, shard: int) -> Rows:
-    """The rows of a (shard, wave) as the plan has them, sorted by id."""
-    columns = ["id", "uncertainty", "group", "vector"]
-    rows = plans.read_transformed(sealer.run, sealer.plan, wave, columns, shard).sort_by("id")
-    return Rows(
-        ids=rows["id"].to_numpy(),
-        vectors=vectors_from_arrow(rows["vector"]),
-        kinds=np.full(rows.num_rows, "transformed"),
-        uncertainties=rows["uncertainty"].to_numpy(),
-        groups=rows["group"],
+def _transformed(sealer: Sealer, wave: int, shards: range) -> Iterator[Rows]:
+    """The rows of each of some shards of a wave as the plan has them, sorted by id; every part is opened once."""
+    columns = ["id", "shard", "uncertainty", "group", "vector"]
+    table = plans.read_transformed(sealer.run, sealer.plan, wave, columns, shards).sort_by("id")
+    shard_of_row = table["shard"].to_numpy()
+    rows = Rows(
+        ids=table["id"].to_numpy(),
+        vectors=vectors_from_arrow(table["vector"]),
+        kinds=np.full(table.num_rows, "transformed"),
+        uncertainties=table["uncertainty"].to_numpy(),
+        groups=table["group"],
     )
+    return (rows.take(shard_of_row == shard) for shard in shards)

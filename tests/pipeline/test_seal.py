@@ -79,6 +79,23 @@ def test_a_wave_seals_whatever_a_writer_that_lost_has_left(tmp_path: Path) -> No
     assert sum(ref.rejected for ref in refs) == int((whole.rejected & (whole.waves == 1)).sum()) > 0
 
 
+def test_shards_that_are_read_together_are_sealed_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, sealer = make(tmp_path)
+    found, opened = [], []
+    read = storage.read_parquet
+    monkeypatch.setattr(storage, "read_parquet", lambda uri, *rest: opened.append(uri) or read(uri, *rest))
+    for shards_at_once in (1, 2):
+        monkeypatch.setattr(seal, "_BYTES_AT_ONCE", 80 * DIM * 4 * shards_at_once // whole.num_shards)
+        opened.clear()
+        found.append(seal._seal_transformed(sealer, 2))
+        assert len(opened) == 2 * whole.num_shards // shards_at_once  # parts times readings
+    assert found[0] == found[1]
+    expected = [whole.segment(shard, 2, "transformed") for shard in range(whole.num_shards)]
+    assert [ref.path for ref in found[0]] == [ref.path for ref in expected]
+
+
 def test_a_log_that_lacks_images_names_their_unit_and_what_to_do(tmp_path: Path) -> None:
     whole, sealer = make(tmp_path)
     storage.delete(whole.run.path("rejects"))
