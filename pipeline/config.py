@@ -183,7 +183,7 @@ class Fit(Section):
     lr: Annotated[float, Field(gt=0)] = 5e-4
     weight_decay: Annotated[float, Field(ge=0)] = 2.0**-15
     freeze_batchnorm_at: Fraction = 0.5
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
     num_workers: Count = 1
     max_failures: Annotated[int, Field(ge=-1)] = 3
 
