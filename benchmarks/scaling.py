@@ -411,9 +411,10 @@ def main() -> None:
     arguments = parser.parse_args()
     document = json.loads(arguments.into.read_text()) if arguments.into and arguments.into.exists() else {}
     figures = document.pop("figures", {})
+    runs = document.pop("runs", [])  # each took figures; the last one that took a figure counts
     for name in arguments.only:
         figures |= MEASURES[name]()
-    printed = json.dumps(versions() | {"figures": figures}, indent=1)
+    printed = json.dumps({"runs": [*runs, versions()], "figures": figures}, indent=1)
     if arguments.into:
         arguments.into.write_text(printed + "\n")
     else:
