@@ -5,7 +5,7 @@ factors are against what the pipeline did before: Pillow, a copy by `convert`, t
 Decoders that are not installed are left out; what the table can hold: `pip install opencv-python-headless imagecodecs
 pyvips pyvips-binary torchcodec`.
 
-    python -m benchmarks.decode [--short] [--repeats 7]
+    python -m benchmarks.decode [--short] [--repeats 7] [--what png jpeg]
 
 The photographs are crops of the two that scikit-learn ships, encoded again with quality 90; the small PNGs are
 CIFAR-100's where the data is there, else scikit-learn's digits. Recall is measured on CIFAR-100 test images that are
@@ -19,7 +19,7 @@ import argparse
 import io
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from pipeline.images import Limits, Pixels, decoder
 DATA = Path(os.environ.get("FASTFILL_DATA", small_run.DATA))
 LIMITS = Limits(max_pixels=64_000_000, max_bytes=100_000_000)
 QUALITY = 90
-IMAGENET = {"resize": 256, "center_crop": 224}
+IMAGENET = Preprocess(resize=256, center_crop=224)
 PACKAGES = ("pillow", "simplejpeg", "torchvision", "torchcodec", "opencv-python-headless", "imagecodecs", "pyvips")
 
 Decode = Callable[[bytes], Pixels]
@@ -224,27 +224,41 @@ def recall(count: int) -> str:
     )
 
 
-def parts(short: bool, repeats: int) -> Iterator[str]:
-    imagenet = Preprocess.model_validate(IMAGENET)
-    yield rates(small_pngs(300 if short else 2000), repeats)
-    yield rates(Images("JPEG of 500x375", photographs(12 if short else 60, 500, 375), imagenet), repeats)
-    yield rates(Images("JPEG of 2000x1500", photographs(2 if short else 8, 2000, 1500), imagenet), repeats)
-    yield rates(Images("PNG of 500x375", photographs(6 if short else 20, 500, 375, "PNG"), imagenet), repeats)
-    if DATA.exists():
-        yield recall(300 if short else 3000)
-    else:
-        yield f"No measurement of retrieval: {DATA} is not there."
+def png(short: bool, repeats: int) -> str:
+    return rates(small_pngs(300 if short else 2000), repeats)
+
+
+def jpeg(short: bool, repeats: int) -> str:
+    return rates(Images("JPEG of 500x375", photographs(12 if short else 60, 500, 375), IMAGENET), repeats)
+
+
+def large_jpeg(short: bool, repeats: int) -> str:
+    return rates(Images("JPEG of 2000x1500", photographs(2 if short else 8, 2000, 1500), IMAGENET), repeats)
+
+
+def large_png(short: bool, repeats: int) -> str:
+    return rates(Images("PNG of 500x375", photographs(6 if short else 20, 500, 375, "PNG"), IMAGENET), repeats)
+
+
+def retrieval(short: bool, repeats: int) -> str:
+    if not DATA.exists():
+        return f"No measurement of retrieval: {DATA} is not there."
+    return recall(300 if short else 1500)
+
+
+PARTS = {"png": png, "jpeg": jpeg, "large-jpeg": large_jpeg, "large-png": large_png, "retrieval": retrieval}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="fewer images and 3 repeats")
     parser.add_argument("--repeats", type=int, help="7, or 3 with --short")
+    parser.add_argument("--what", nargs="+", choices=PARTS, default=list(PARTS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{header(PACKAGES)} One thread; median (lowest - highest).", flush=True)
-    for part in parts(arguments.short, arguments.repeats or (3 if arguments.short else 7)):
-        print(f"\n{part}", flush=True)
+    for name in arguments.what:
+        print(f"\n{PARTS[name](arguments.short, arguments.repeats or (3 if arguments.short else 7))}", flush=True)
 
 
 if __name__ == "__main__":
