@@ -85,7 +85,7 @@ def load_unit(unit: Unit, preprocess: Preprocess, limits: Limits, settings: Fetc
     encoded = [b""] * len(places) if on_device else None
     etags: list[str | None] = [None] * len(places)
     rejects: dict[int, Reject] = {}
-    decode = _decoder(preprocess, limits)
+    decode = decoder(preprocess, limits)
     before = storage.counts()
     for row, (data, etag) in enumerate(fetch(places, limits.max_bytes, settings)):
         etags[row] = etag
@@ -119,10 +119,11 @@ def decode_image(data: bytes, preprocess: Preprocess, limits: Limits) -> Pixels:
     Raises:
         Reject: it is empty, not an image, truncated, too large, or of another shape than the encoder's.
     """
-    return _decoder(preprocess, limits)(data)
+    return decoder(preprocess, limits)(data)
 
 
-def _decoder(preprocess: Preprocess, limits: Limits) -> Callable[[bytes], Pixels]:
+def decoder(preprocess: Preprocess, limits: Limits) -> Callable[[bytes], Pixels]:
+    """`decode_image` for many images: what depends on the settings alone is done once."""
     mode = "RGB" if preprocess.channels == 3 else "L"
     fit = _fit(preprocess)
     by_pillow = fit is not None and (preprocess.resample == "pillow" or preprocess.interpolation == "nearest")
@@ -151,7 +152,7 @@ def _array(data: bytes, image: Image.Image, mode: str) -> Pixels:
             found: Pixels = simplejpeg.decode_jpeg(data, _JPEG_COLOURS[mode], buffer=pixels, **least)
             if found.shape == pixels.shape:
                 return found
-    return np.array(_load(image, mode))
+    return np.asarray(_load(image, mode))
 
 
 def _load(image: Image.Image, mode: str) -> Image.Image:
@@ -199,10 +200,11 @@ def _fit(preprocess: Preprocess) -> Callable[[Picture, tuple[int, int] | None], 
     interpolation = InterpolationMode(preprocess.interpolation)
     crop = preprocess.center_crop
 
+    def tensor(array: Pixels) -> torch.Tensor:
+        return torch.from_numpy(array if array.flags.writeable else array.copy()).permute(2, 0, 1)
+
     def fit(picture: Picture, resized: tuple[int, int] | None) -> Picture:
-        item = (
-            picture if isinstance(picture, Image.Image) else torch.from_numpy(np.atleast_3d(picture)).permute(2, 0, 1)
-        )
+        item = picture if isinstance(picture, Image.Image) else tensor(np.atleast_3d(picture))
         if resized is not None:
             item = functional.resize(item, list(resized), interpolation, antialias=True)
         if crop is not None:
