@@ -7,6 +7,7 @@ from typing import Any
 
 import promql_parser
 
+from infra.grafana.dashboards import DASHBOARDS as DASHBOARDS
 from infra.grafana.dashboards import FOLDER
 from pipeline import telemetry, worker_metrics
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from tests.infra.metrics import metrics_of, ours_and_rays
-from tests.prometheus import CONFIGS, promtool
+from tests.infra.metrics import DASHBOARDS, metrics_of, ours_and_rays, queries_of
+from tests.prometheus import CONFIGS, Prometheus, promtool
 
 OPERATIONS = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text()
 
@@ -47,6 +47,17 @@ def test_every_expression_names_metrics_that_there_are() -> None:
         names = metrics_of(str(rule["expr"]))
         assert names
         assert names <= known, rule
+
+
+def test_a_real_server_takes_every_query_and_every_alert(tmp_path: Path) -> None:
+    queries = [query for name in DASHBOARDS for _, query in queries_of(name)]
+    queries += [str(rule["expr"]) for rule in rules("alerts.yml")]
+    with Prometheus(CONFIGS / "prometheus.yml", tmp_path) as server:
+        for query in queries:
+            server.query(query)  # refused with its words where it is wrong
+        loaded = {rule["name"] for group in server.ask("rules")["groups"] for rule in group["rules"]}
+    assert loaded >= {str(rule["alert"]) for rule in rules("alerts.yml")}
+    assert loaded >= {str(rule["record"]) for rule in rules("rules.yml")}
 
 
 def test_every_alert_leads_to_a_section_of_the_guide() -> None:

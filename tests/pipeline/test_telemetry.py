@@ -231,6 +231,12 @@ def test_the_endpoint_listens_on_this_machine_only(endpoint: str) -> None:
         urlopen(endpoint.replace("127.0.0.1", "127.0.0.2"), timeout=5)
 
 
+def test_an_endpoint_for_everybody_gives_an_address_that_others_can_use() -> None:
+    url = telemetry.serve(Telemetry(host="0.0.0.0"))
+    assert "0.0.0.0" not in url
+    assert "fastfill_gallery_images" in scrape(url)
+
+
 def test_a_free_port_that_is_asked_for_is_taken() -> None:
     with taken_port() as port:
         pass
