@@ -36,6 +36,8 @@ def actor_pool(backfill: Backfill, device: str) -> Pool:
     if gpus is None:
         gpus = 1.0 if device != "cpu" and cluster.get("GPU", 0) else 0.0
     reserved = 0.0 if gpus else threads / 2 if backfill.cpus_per_actor is None else backfill.cpus_per_actor
+    if reserved == LOAD_CPUS:
+        reserved += 0.01  # of equal requests Ray makes one operator: an actor would load its units itself, in turns
     _check_room(cpus, backfill.min_actors, reserved)
     fitting = int(cluster.get("GPU", 0) / gpus) if gpus else int(cpus / threads)
     if reserved:
