@@ -4,10 +4,10 @@ Whole processes, from their start; beside each stands what Python alone takes fo
 
     python -m benchmarks.startup [--short] [--repeats 7] [--data FOLDER]
 
-`status` looks at a finished run on a part of CIFAR-100, which is made first, or at the one given with `--run`. The first image: a new run on the same
-part is started and stopped when the first unit of embeddings is durable, so it has everything before that: imports,
-Ray, both manifests checked and copied, the encoder loaded by an actor, and a unit of images read, decoded, embedded and
-written.
+`status` looks at a finished run on a part of CIFAR-100, which is made first, or at the one given with `--run`. The
+first image: a new run on the same part is started and stopped when the first unit of embeddings is durable, so it has
+everything before that: imports, Ray, both manifests checked and copied, the encoder loaded by an actor, and a unit of
+images read, decoded, embedded and written.
 """
 
 from __future__ import annotations
@@ -69,7 +69,11 @@ def main() -> None:
             whole = finished.backfill()["report written, command ended"]
             print(f"The run that `status` looks at (2,000 images, 20 waves) took {whole:.0f} s.\n", flush=True)
         found = commands(finished, repeats) | first_images(folder, data, settings, starts)
-    rows = [[name, Spread.of(seconds).text(), TARGETS.get(name, ""), len(seconds)] for name, seconds in found.items()]
+    rows = [
+        [name, Spread.of(seconds).text(), TARGETS.get(name, ""), len(seconds)]
+        for name, seconds in found.items()
+        if seconds
+    ]
     print(table(["waiting for", "seconds", "target, below", "repeats"], rows))
 
 
