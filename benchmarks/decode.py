@@ -177,7 +177,7 @@ def enlarged(count: int, side: int) -> tuple[list[bytes], NDArray[np.int32]]:
 
 
 def embed(data: list[bytes], decode: Decode, model: torch.nn.Module) -> torch.Tensor:
-    """(N, 128) float32 by CIFAR-100's `new.pt2`, which was trained on whole images."""
+    """(N, 128) float32 by CIFAR-100's `new.pt2`."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)))
     pixels = torch.from_numpy(np.stack([decode(item) for item in data]))
     with torch.inference_mode():

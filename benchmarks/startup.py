@@ -69,7 +69,11 @@ def main() -> None:
             whole = finished.backfill()["report written, command ended"]
             print(f"The run that `status` looks at (2,000 images, 20 waves) took {whole:.0f} s.\n", flush=True)
         found = commands(finished, repeats) | first_images(folder, data, settings, starts)
-    rows = [[name, Spread.of(seconds).text(), TARGETS.get(name, ""), len(seconds)] for name, seconds in found.items()]
+    rows = [
+        [name, Spread.of(seconds).text(), TARGETS.get(name, ""), len(seconds)]
+        for name, seconds in found.items()
+        if seconds
+    ]
     print(table(["waiting for", "seconds", "target, below", "repeats"], rows))
 
 
