@@ -85,7 +85,8 @@ def test_tars_and_objects_on_s3_give_the_vectors_of_local_files(config: Config, 
     assert acks[0].bytes_fetched == needed + 512 * (IMAGES - 1)
     everything = [*local.values(), *acks.values()]
     assert all(ack.bytes_needed == needed and ack.retries == 0 for ack in everything)
-    assert all(0 < ack.fetch_seconds < ack.load_seconds and len(ack.actor) == 16 for ack in everything)
+    assert all(0 <= ack.fetch_seconds < ack.load_seconds and len(ack.actor) == 16 for ack in everything)
+    assert all(ack.fetch_seconds > 0 for ack in acks.values())  # a store takes its time
     assert len({ack.actor for ack in acks.values()}) == 1  # one actor has done both
     assert all(len(ack.retry_counts) == len(RETRY_CAUSES) and not any(ack.reject_counts) for ack in everything)
 
