@@ -8,29 +8,28 @@ to `images`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
 
 from pipeline.config import Preprocess
 from pipeline.images import Limits, Reject, check_shape, decode_image, open_image, resized_size
 
 _AT_ONCE = 64  # JPEGs in one call of the decoder; they are of any size, and all of them are in memory
 
-_COLOURS = {3: ("RGB", ImageReadMode.RGB), 1: ("L", ImageReadMode.GRAY)}
-
 
 class DeviceDecoder:
     """Encoded images to pixels on a device."""
 
     def __init__(self, preprocess: Preprocess, limits: Limits, device: torch.device) -> None:
+        from torchvision.io import ImageReadMode, decode_jpeg
+
         self._preprocess, self._limits, self._device = preprocess, limits, device
-        self._colours, self._mode = _COLOURS[preprocess.channels]
+        self._colours, mode = ("RGB", ImageReadMode.RGB) if preprocess.channels == 3 else ("L", ImageReadMode.GRAY)
+        self._decode_jpeg = partial(decode_jpeg, mode=mode, device=device)
 
     def decode(self, encoded: Sequence[bytes]) -> tuple[torch.Tensor, dict[int, Reject]]:
         """(B, C, H, W) uint8 on the device, zeros for rejects; and row -> why that image is rejected."""
@@ -72,17 +71,20 @@ class DeviceDecoder:
         if not data:
             return {}
         try:
-            return dict(zip(data, decode_jpeg(list(data.values()), self._mode, self._device), strict=True))
+            return dict(zip(data, self._decode_jpeg(list(data.values())), strict=True))
         except RuntimeError:  # of one that is damaged; which one it does not say
             return {row: self._picture(item) for row, item in data.items()}
 
     def _picture(self, data: torch.Tensor) -> torch.Tensor | None:
         try:
-            return cast(torch.Tensor, decode_jpeg(data, self._mode, self._device))
+            return cast(torch.Tensor, self._decode_jpeg(data))
         except RuntimeError:
             return None
 
     def _fitted(self, picture: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.v2 import functional
+
         if size is not None:
             interpolation = InterpolationMode(self._preprocess.interpolation)
             picture = functional.resize(picture, list(size), interpolation, antialias=True)

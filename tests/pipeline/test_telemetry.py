@@ -113,7 +113,7 @@ def test_units_add_up(endpoint: str) -> None:
     assert grown("fastfill_images_changed_total") == 2
     for stage, seconds in (("load", 1.0), ("embed", 4.0), ("write", 0.5), ("fetch", 0.25), ("decode", 0.75)):
         assert grown(f"fastfill_stage_seconds_count:{stage}") == 2
-        assert grown(f"fastfill_stage_seconds_sum:{stage}") == seconds
+        assert grown(f"fastfill_stage_seconds_sum:{stage}") == pytest.approx(seconds)  # of floats that others added to
 
 
 def test_what_the_driver_repeats_itself_is_counted_with_its_tasks(endpoint: str) -> None:
