@@ -94,4 +94,4 @@ class DeviceDecoder:
         return picture
 
     def _on_cpu(self, data: bytes) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(decode_image(data, self._preprocess, self._limits)))
+        return torch.from_numpy(np.array(decode_image(data, self._preprocess, self._limits)))
