@@ -32,7 +32,6 @@ CONCURRENCY = 32  # fetch.concurrency
 LOAD_CPUS = 0.5  # stream._LOAD_CPUS
 PLAN_PART_ROWS = 131_072  # manifest._PARTITION_ROWS
 GALLERY = 1_000_000_000
-MOST_UNITS = 120_000  # of a point that is not whole: a second or so
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,8 @@ class Scenario:
         gpu_rate: images per second of one GPU.
         prefixes: of the images; inf is a store without a limit.
         requests_image: 1 for an object per image; less for tars.
-        seconds: at most so many images as would keep the GPUs busy for so long, without sealing; or
+        seconds, units: so many images as would keep the GPUs busy for so long, at most so many units, without
+            sealing; or
         whole: all images of the gallery, with sealing.
         today: with what grows with the number of parts, as the code is; else each cell is read once.
     """
@@ -60,13 +60,14 @@ class Scenario:
     slow_factor: float = 1.0
     sigma: float | None = None
     seconds: float = 1_200.0
+    units: int = 120_000
     whole: bool = False
     today: bool = True
 
     @property
     def images(self) -> int:
         """That are simulated."""
-        most = MOST_UNITS * self.unit_images
+        most = self.units * self.unit_images
         return GALLERY if self.whole else min(most, int(self.gpus * self.gpu_rate * self.seconds))
 
 
@@ -158,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="fewer points, no file written unless asked for")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--units", type=int, default=120_000, help="of a point, at most: a second or so")
     parser.add_argument("--results", type=Path, help="a Markdown file to write the tables to")
     parser.add_argument("--plots", type=Path, help="a folder to write the plots to")
     arguments = parser.parse_args()
@@ -165,8 +167,13 @@ def main() -> None:
     gpus = (16, 64, 256) if arguments.short else GPUS
     losses, seconds = ((0.5, 2.0), 1_800.0) if arguments.short else ((0.1, 0.2, 0.5, 1.0, 2.0, 4.0), 3_600.0)
     text = list(heading())
-    by_gpus = {name: run(points, found, seeds) for name, points in rate_lines(gpus).items()}
-    by_losses = {name: run(points, found, seeds) for name, points in loss_lines(losses, seconds).items()}
+
+    def run(points: list[Scenario]) -> Line:
+        cut = [replace(point, units=arguments.units) for point in points]
+        return [(point, [simulate(point, found, seed) for seed in range(seeds)]) for point in cut]
+
+    by_gpus = {name: run(points) for name, points in rate_lines(gpus).items()}
+    by_losses = {name: run(points) for name, points in loss_lines(losses, seconds).items()}
     text += rate_table(by_gpus) + loss_table(by_losses) + whole_table(whole_points(arguments.short), found)
     text.append(f"\nSimulated in {time.perf_counter() - start:.0f} s.")
     print("\n".join(text))
@@ -179,10 +186,6 @@ def main() -> None:
 
 
 Line = list[tuple[Scenario, list[Outcome]]]
-
-
-def run(points: list[Scenario], found: dict[str, float], seeds: int) -> Line:
-    return [(point, [simulate(point, found, seed) for seed in range(seeds)]) for point in points]
 
 
 def mean(values: Iterator[float]) -> float:
