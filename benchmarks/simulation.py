@@ -27,7 +27,7 @@ from pipeline.plan import wave_sizes
 ACTOR_UNITS = 4  # `max_tasks_in_flight_per_actor` of the stream
 ADMITTED = 2 * ACTOR_UNITS  # loading or loaded, per actor: Ray's downstream_capacity_backpressure_ratio
 REFUSED_AFTER_SECONDS = 1.0  # how far a prefix may be asked ahead of its rate
-MIDDLE = (5, 8)  # tenths of the units between which the rate is taken: what fills the pipeline comes before
+MIDDLE = (4, 6)  # tenths of the units between which the rate is taken: neither filling nor draining
 FIRST_PAUSE_SECONDS, MOST_PAUSE_SECONDS = 0.5, 10.0  # of `pace` and `storage.max_pause_seconds`
 
 
