@@ -110,7 +110,6 @@ TABLES: dict[str, list[Row]] = {
         ("so at most", "u / (ray_driver_cpu_seconds + driver_ack_seconds_window_100)", "images/s"),
         ("pending units and those done", "U * (driver_unit_bytes + driver_done_bytes)", "B"),
         ("the table of units, on every node", "U * units_table_bytes", "B"),
-        ("Ray's blocks of the range", "U * ray_block_memory_bytes", "B"),
         ("before the first block", "U * ray_block_setup_seconds", "s"),
         ("pixels in flight on a node of 8 GPUs, 224 x 224", "8 * 12 * u * 150528", "B"),
         ("to write a commit's JSON", "commit_write_seconds", "s"),

@@ -96,7 +96,7 @@ class Outcome:
 
     Attributes:
         seconds: to the last acknowledgement, and `published_seconds` to the last commit.
-        rate: images per second from the first to the last fifth of the units, so without start and end.
+        rate: images per second in the middle of the run, so without start and end.
         actors_busy, driver_busy: shares of the time; an actor's with what was lost.
         losses: nodes lost; `repeated` images were in flight on them and were loaded again.
         refused: load tasks that the store told to wait, each as often as it did.

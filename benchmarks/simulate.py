@@ -5,7 +5,7 @@ where), documented by others, or assumed. No GPU was measured: its rate is a par
 and a page of results; the short form takes a minute.
 
     python -m benchmarks.simulate --short
-    python -m benchmarks.simulate --results benchmarks/results/DATE-simulation.md --plots docs
+    python -m benchmarks.simulate --only rates --results benchmarks/results/DATE-simulation-rates.md --plots docs
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ HERE = Path(__file__).parent
 GPUS = (16, 32, 64, 128, 256, 512, 1024)
 GPUS_PER_NODE = 8
 CONCURRENCY = 32  # fetch.concurrency
+TABLES = ("rates", "losses", "whole")
 LOAD_CPUS = 0.5  # stream._LOAD_CPUS
 PLAN_PART_ROWS = 131_072  # manifest._PARTITION_ROWS
 GALLERY = 1_000_000_000
-MOST_UNITS = 120_000  # of a point that is not whole: a second or so
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,8 @@ class Scenario:
         gpu_rate: images per second of one GPU.
         prefixes: of the images; inf is a store without a limit.
         requests_image: 1 for an object per image; less for tars.
-        seconds: at most so many images as would keep the GPUs busy for so long, without sealing; or
+        seconds, units: so many images as would keep the GPUs busy for so long, at most so many units, without
+            sealing; or
         whole: all images of the gallery, with sealing.
         today: with what grows with the number of parts, as the code is; else each cell is read once.
     """
@@ -60,13 +61,14 @@ class Scenario:
     slow_factor: float = 1.0
     sigma: float | None = None
     seconds: float = 1_200.0
+    units: int = 120_000
     whole: bool = False
     today: bool = True
 
     @property
     def images(self) -> int:
         """That are simulated."""
-        most = MOST_UNITS * self.unit_images
+        most = self.units * self.unit_images
         return GALLERY if self.whole else min(most, int(self.gpus * self.gpu_rate * self.seconds))
 
 
@@ -158,16 +160,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="fewer points, no file written unless asked for")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES)
+    parser.add_argument("--units", type=int, default=120_000, help="of a point, at most: a second or so")
     parser.add_argument("--results", type=Path, help="a Markdown file to write the tables to")
     parser.add_argument("--plots", type=Path, help="a folder to write the plots to")
     arguments = parser.parse_args()
     found, start, seeds = rates(), time.perf_counter(), 1 if arguments.short else arguments.seeds
     gpus = (16, 64, 256) if arguments.short else GPUS
-    losses, seconds = ((0.5, 2.0), 1_800.0) if arguments.short else ((0.1, 0.2, 0.5, 1.0, 2.0, 4.0), 3_600.0)
-    text = list(heading())
-    by_gpus = {name: run(points, found, seeds) for name, points in rate_lines(gpus).items()}
-    by_losses = {name: run(points, found, seeds) for name, points in loss_lines(losses, seconds).items()}
-    text += rate_table(by_gpus) + loss_table(by_losses) + whole_table(whole_points(arguments.short), found)
+    losses, seconds = ((0.5, 2.0), 1_800.0) if arguments.short else ((0.5, 1.0, 2.0, 4.0), 3_600.0)
+    text, lost = list(heading()), loss_lines(losses, seconds)
+
+    def run(points: list[Scenario]) -> Line:
+        cut = [replace(point, units=arguments.units) for point in points]
+        return [(point, [simulate(point, found, seed) for seed in range(seeds)]) for point in cut]
+
+    by_gpus = {name: run(points) for name, points in rate_lines(gpus).items()} if "rates" in arguments.only else {}
+    by_losses = {name: run(points) for name, points in lost.items()} if "losses" in arguments.only else {}
+    text += rate_table(by_gpus) if by_gpus else []
+    text += loss_table(by_losses) if by_losses else []
+    text += whole_table(whole_points(arguments.short), found) if "whole" in arguments.only else []
     text.append(f"\nSimulated in {time.perf_counter() - start:.0f} s.")
     print("\n".join(text))
     if arguments.results:
@@ -179,10 +190,6 @@ def main() -> None:
 
 
 Line = list[tuple[Scenario, list[Outcome]]]
-
-
-def run(points: list[Scenario], found: dict[str, float], seeds: int) -> Line:
-    return [(point, [simulate(point, found, seed) for seed in range(seeds)]) for point in points]
 
 
 def mean(values: Iterator[float]) -> float:

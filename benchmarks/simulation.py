@@ -27,6 +27,7 @@ from pipeline.plan import wave_sizes
 ACTOR_UNITS = 4  # `max_tasks_in_flight_per_actor` of the stream
 ADMITTED = 2 * ACTOR_UNITS  # loading or loaded, per actor: Ray's downstream_capacity_backpressure_ratio
 REFUSED_AFTER_SECONDS = 1.0  # how far a prefix may be asked ahead of its rate
+MIDDLE = (4, 6)  # tenths of the units between which the rate is taken: neither filling nor draining
 FIRST_PAUSE_SECONDS, MOST_PAUSE_SECONDS = 0.5, 10.0  # of `pace` and `storage.max_pause_seconds`
 
 
@@ -70,7 +71,7 @@ class Simulation:
         self._order = itertools.count()
         self._now = self._driver_free = cluster.start_seconds
         self._driver_busy = self._actors_busy = self._store_free = self._sealed = 0.0
-        self._fifths = [0.0, 0.0]
+        self._middle = [0.0, 0.0]
         self._losses = self._repeated = self._refused = self._events = 0
 
     def run(self) -> Outcome:
@@ -83,9 +84,9 @@ class Simulation:
             self._now, _, handle, unit, node, life = heappop(self._heap)
             self._events += 1
             handle(unit, node, life)
-        seconds, (first, last) = self._driver_free, self._fifths
-        fifth = len(self._wave) // 5
-        middle = sum(self._images) / len(self._wave) * (len(self._wave) - 2 * fifth)
+        seconds, (first, last) = self._driver_free, self._middle
+        begin, end = (share * len(self._wave) // 10 for share in MIDDLE)
+        middle = sum(self._images) / len(self._wave) * (end - begin)
         return Outcome(
             seconds=seconds,
             published_seconds=self._sealed,
@@ -211,9 +212,9 @@ class Simulation:
         self._nodes[number].held.discard(unit)
         time = self._driver(self._seconds.ack)
         self._durable += 1
-        for place, share in enumerate((1, 4)):
-            if self._durable == share * len(self._wave) // 5:
-                self._fifths[place] = time
+        for place, share in enumerate(MIDDLE):
+            if self._durable == share * len(self._wave) // 10:
+                self._middle[place] = time
         wave = self._wave[unit]
         self._left[wave] -= 1
         self._whole[wave] = time
