@@ -214,6 +214,7 @@ def ray_nodes(environment: dict[str, str]) -> Iterator[Any]:
 
     before = dict(os.environ)
     os.environ.update(environment | {"RAY_AUTH_MODE": "disabled"})
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # `python` of a job is this one
     dashboard_port, agent_port = free_ports(2)
     dashboard = {"include_dashboard": True, "dashboard_port": dashboard_port, "dashboard_agent_listen_port": agent_port}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **dashboard})
