@@ -205,7 +205,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help="a minute or two: half a million rows")
     arguments = parser.parse_args()
     if arguments.short:
-        arguments.rows, arguments.repeats = [500_000], 5
+        arguments.rows, arguments.repeats, arguments.what = [500_000], 5, WHAT[:3]
     return arguments
 
 
