@@ -9,7 +9,7 @@ import ray
 from pipeline.config import Backfill
 from pipeline.errors import ConfigError
 
-LOAD_CPUS = 0.5
+LOAD_CPUS = 1.0  # as reading the numbers of the units, so that Ray makes one task of the two
 WRITE_CPUS = 0.25
 
 
@@ -35,7 +35,7 @@ def actor_pool(backfill: Backfill, device: str) -> Pool:
     gpus = backfill.gpus_per_actor
     if gpus is None:
         gpus = 1.0 if device != "cpu" and cluster.get("GPU", 0) else 0.0
-    reserved = 0.0 if gpus else threads / 2 if backfill.cpus_per_actor is None else backfill.cpus_per_actor
+    reserved = 0.0 if gpus else threads / 4 if backfill.cpus_per_actor is None else backfill.cpus_per_actor
     if reserved == LOAD_CPUS:
         reserved += 0.01  # of equal requests Ray makes one operator: an actor would load its units itself, in turns
     _check_room(cpus, backfill.min_actors, reserved)

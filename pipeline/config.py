@@ -216,8 +216,8 @@ class Backfill(Section):
 
     The stream starts with as many actors as the cluster has room for, and goes up to `max_actors` and down to
     `min_actors` with the cluster; without `max_actors` that is one per GPU, or on a cluster without GPUs one per
-    `threads_per_actor` cores, of those that are there at the start. An actor on CPU reserves half of the cores
-    that it uses, so that what feeds it finds room; the operating system shares them out.
+    `threads_per_actor` cores, of those that are there at the start. An actor on CPU reserves a quarter of the
+    cores that it uses, so that what feeds it finds room; the operating system shares them out.
 
     A wave with more rejects than `max_reject_fraction` of its images is not published, and with more of the
     gallery's or of the pairs' images than that no transformation is fitted. `reject_allowance` rejects are borne
