@@ -219,6 +219,10 @@ class Backfill(Section):
     `threads_per_actor` cores, of those that are there at the start. An actor on CPU reserves a quarter of the
     cores that it uses, so that what feeds it finds room; the operating system shares them out.
 
+    Where a cluster is too small for `min_actors` actors, its autoscaler is asked for nodes, which may take
+    `wait_seconds`. Where GPU nodes come that way, say so by `gpus_per_actor`: without it, a cluster that has no
+    GPU yet counts as one without GPUs. And say by `max_actors` how many there may be once all nodes are there.
+
     A wave with more rejects than `max_reject_fraction` of its images is not published, and with more of the
     gallery's or of the pairs' images than that no transformation is fitted. `reject_allowance` rejects are borne
     in any case: the first waves have a handful of images, and the strangest ones. With a fraction of 0 none is.
@@ -230,6 +234,7 @@ class Backfill(Section):
     cpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     threads_per_actor: Count = 1
+    wait_seconds: Annotated[float, Field(ge=0)] = 1800.0
     max_reject_fraction: Fraction = 0.05
     reject_allowance: Annotated[int, Field(ge=0)] = 5
     max_image_pixels: Count = 64_000_000

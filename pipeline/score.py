@@ -32,7 +32,7 @@ def score_gallery(config: Config, run: Run, folder: str) -> list[int]:
         the number of images of each part.
 
     Raises:
-        ConfigError: the policy raised something.
+        ConfigError: the policy raised something, or there is no room for an actor.
         DataError: the old embeddings do not fit the transformation, or the policy gave a NaN.
     """
     gallery = manifest.read_manifest(run, "gallery")

@@ -67,7 +67,7 @@ def embed_stream(work: list[Work], config: settings.Config) -> Iterator[tuple[in
         the index into `work`, and a unit's acknowledgement, once the unit is durable.
 
     Raises:
-        ConfigError: the cluster cannot hold the smallest actor pool and a task beside it.
+        ConfigError, TransientError: there is no room for the smallest actor pool and a task beside it.
     """
     count = sum(len(item.units) for item in work)
     if not count:

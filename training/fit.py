@@ -40,6 +40,7 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from ray.util.queue import Queue
 
 from pipeline import storage
+from pipeline.actors import may_grow
 from pipeline.config import Config, Fit
 from pipeline.errors import ConfigError, DataError, FastfillError, TransientError
 from pipeline.run import Run, check_settings_of, fix_settings, stage_settings
@@ -58,6 +59,7 @@ _LOG = logging.getLogger(__name__)
 _STATE = "state.pt"
 _READ_CPUS = 0.25
 _POLL_SECONDS = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+_START_SECONDS = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 
 def fit(config: Config, run: Run, data: FitData, on_epoch: Callable[[Epoch], None] | None = None) -> TransformationInfo:
@@ -126,6 +128,7 @@ def _train(config: Config, run: Run, job: Job, on_epoch: Callable[[Epoch], None]
     folder = _training_folder(run)
     _drop_broken_snapshot(storage.join(folder, _fingerprint(job)))
     os.environ.setdefault(_POLL_SECONDS, "0.2")  # each epoch waits for the controller's next look, 2 s by default
+    os.environ.setdefault(_START_SECONDS, "1800")  # workers may wait for nodes; a withdrawn request brings none
     with _quiet_data(), _reporting(on_epoch) as callbacks:
         trainer = TorchTrainer(
             _worker,
@@ -244,7 +247,10 @@ def _run_config(job: Job, folder: str, callbacks: list[UserCallback]) -> RunConf
         name=_fingerprint(job),
         storage_path=path,
         storage_filesystem=filesystem,
-        failure_config=FailureConfig(max_failures=job.fit.max_failures),
+        failure_config=FailureConfig(  # type: ignore[call-arg]  # the same
+            max_failures=job.fit.max_failures,
+            max_preemption_failures=-1,  # a node that was announced to go is nobody's failure
+        ),
         checkpoint_config=CheckpointConfig(num_to_keep=2),
         callbacks=callbacks,  # type: ignore[arg-type]  # the same
         worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
@@ -264,15 +270,19 @@ def _share(job: Job, rank: int) -> ray.data.Dataset:
 
 
 def _scaling(config: Config) -> ScalingConfig:
-    """Workers that leave CPUs for Ray Data: with all of them taken, the first read would wait for ever."""
+    """Workers that leave CPUs for Ray Data: with all of them taken, the first read would wait for ever.
+
+    A fit that has to have GPUs waits for those that an autoscaler brings; else it takes what is there.
+    """
     resources: dict[str, float] = ray.cluster_resources()
     gpus, workers = resources.get("GPU", 0), config.fit.num_workers
-    if config.device.startswith("cuda") and gpus < workers:
+    wants_gpu = config.device.startswith("cuda")
+    if wants_gpu and gpus < workers and not may_grow():
         raise ConfigError(
             "there are fewer GPUs than workers", expected=f"{workers} GPUs", found=gpus, where="device, fit.num_workers"
         )
     cpus = min(1.0, resources.get("CPU", 0) / 2 / workers) or 1.0
-    use_gpu = config.device != "cpu" and gpus >= workers
+    use_gpu = wants_gpu or (config.device == "auto" and gpus >= workers)
     return ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus})
 
 
