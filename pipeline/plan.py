@@ -20,6 +20,7 @@ from pipeline.run import Run
 from pipeline.schema import Unit
 from pipeline.vector_log import VectorLog
 
+UNITS_PER_FILE = 64  # whoever reads one of them reads the footer of all: so many are still one request
 SCORED = "scored"  # folder of the scored gallery, by a digest of the plan's settings; deleted once it is laid out
 
 
@@ -70,9 +71,11 @@ class Plan:
     def units(self, run: Run) -> Iterable[Unit]:
         """All units, in wave and locality order."""
         for wave in self.waves:
-            for unit in range(wave.units):
-                images = min(self.unit_images, wave.images - unit * self.unit_images)
-                yield Unit(wave.wave, unit, run.wave_units(wave.wave), unit, images)
+            for first in range(0, wave.units, UNITS_PER_FILE):
+                uri = run.wave_units(wave.wave, first)
+                for unit in range(first, min(first + UNITS_PER_FILE, wave.units)):
+                    images = min(self.unit_images, wave.images - unit * self.unit_images)
+                    yield Unit(wave.wave, unit, uri, unit - first, images)
 
 
 def wave_sizes(waves: int | tuple[float, ...], num_gallery: int) -> list[int]:

@@ -67,7 +67,7 @@ def make(folder: Path) -> tuple[WholeRun, Sealer]:
             for ids in members
         ]
         groups = [pa.table({"id": ids, **rest}) for ids, rest in zip(members, nothing, strict=True)]
-        storage.put(whole.run.wave_units(wave), storage.parquet_bytes(UNITS_SCHEMA, groups))
+        storage.put(whole.run.wave_units(wave, 0), storage.parquet_bytes(UNITS_SCHEMA, groups))
     return whole, Sealer(whole.run, plan, whole.codebook_path, whole.codebook_sha256)
 
 
