@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -116,4 +117,5 @@ def read_transformed(run: Run, plan: Plan, wave: int, columns: list[str], shards
     first = (wave - 1) * plan.num_shards
     groups = [first + shard for shard in (range(plan.num_shards) if shards is None else shards)]
     parts = (run.part("transformed", part) for part in range(plan.num_parts))
-    return pa.concat_tables([storage.read_parquet(part, columns, groups) for part in parts])
+    read = partial(storage.read_parquet, columns=columns, row_groups=groups)
+    return pa.concat_tables(storage.at_once(read, parts))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline import planner, storage, units
@@ -57,6 +57,7 @@ def by_one_sort(wave: pa.Table, unit_images: int) -> bytes:
     st.integers(1, 300), st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 5), st.integers(1, 70),
     st.integers(1, 120), st.booleans(),
 )  # fmt: skip
+@example(4, 0, 1, 2, 1, 1, False)  # a part with an object and a null, of which the last piece has only the null
 def test_the_units_are_those_of_one_sort(
     tmp_path_factory: pytest.TempPathFactory,
     count: int,
