@@ -75,8 +75,11 @@ class Plan:
             for first in range(0, wave.units, UNITS_PER_FILE):
                 uri = run.wave_units(wave.wave, first)
                 for unit in range(first, min(first + UNITS_PER_FILE, wave.units)):
-                    images = min(self.unit_images, wave.images - unit * self.unit_images)
-                    yield Unit(wave.wave, unit, uri, unit - first, images)
+                    yield Unit(wave.wave, unit, uri, unit - first, self.unit_size(wave.wave, unit))
+
+    def unit_size(self, wave: int, unit: int) -> int:
+        """The number of images of a unit."""
+        return min(self.unit_images, self.waves[wave - 1].images - unit * self.unit_images)
 
 
 def wave_sizes(waves: int | tuple[float, ...], num_gallery: int) -> list[int]:

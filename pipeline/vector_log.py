@@ -127,7 +127,7 @@ def write_unit(log: VectorLog, unit: Unit, embedded: EmbeddedUnit) -> tuple[int,
 def finished_units(log: VectorLog) -> dict[int, list[int]]:
     """The units that are durable, by wave, sorted; found by listing, without opening a file."""
     found: dict[int, list[int]] = {}
-    for uri in storage.list_files(log.parts_uri, ".parquet"):
+    for uri, _ in _list_parts(log):
         wave, unit = _parse(uri)
         found.setdefault(wave, []).append(unit)
     return found
@@ -135,7 +135,7 @@ def finished_units(log: VectorLog) -> dict[int, list[int]]:
 
 def part_times(log: VectorLog) -> dict[tuple[int, int], float]:
     """When each unit (wave, unit) became durable, in seconds since the epoch."""
-    return {_parse(uri): stat.modified_seconds for uri, stat in storage.list_stats(log.parts_uri, ".parquet")}
+    return {_parse(uri): stat.modified_seconds for uri, stat in _list_parts(log)}
 
 
 def read_wave(log: VectorLog, wave: int, shards: range | None = None) -> tuple[Int64, Float32]:
@@ -220,6 +220,16 @@ def content_digest(rejects: bytes) -> str:
 def naming(schema: pa.Schema, digest: str) -> pa.Schema:
     """The schema of a part whose rejects are in the file of this digest."""
     return schema.with_metadata({_NAMED: digest.encode()})
+
+
+def _list_parts(log: VectorLog) -> list[tuple[str, storage.Stat]]:
+    """All parts, sorted; the folders of several waves are listed at once, a page of names after the other in each."""
+    try:
+        waves = storage.folders(log.parts_uri)
+    except FileNotFoundError:
+        return []
+    each = storage.at_once(partial(storage.list_stats, suffix=".parquet"), waves)
+    return [part for parts in each for part in parts]
 
 
 def _name(wave: int, unit: int, end: str = "") -> str:
