@@ -154,7 +154,7 @@ def log_parts(folder: str) -> Figures:
             parts, start = 40, time.perf_counter()
             sizes = [vector_log.write_unit(log, Unit(1, unit, "", 0, images), embedded)[0] for unit in range(parts)]
             wrote = (time.perf_counter() - start) / parts
-            read = seconds_of(partial(vector_log.read_shard, log, 1, 3)) / parts
+            read = seconds_of(partial(vector_log.read_wave, log, 1, range(3, 4))) / parts
             name, how = f"_{images}_{shards}", f"units of {images}, {shards} shards, {DIM}-d"
             found |= {
                 f"log_row_bytes{name}": figure(sizes[0] / images, "B/image", how),
@@ -284,7 +284,7 @@ def requests() -> Figures:
 
         count("log_write_requests", "requests/unit", "a part of 256 images", write)
         storage.delete_files([log.part(1, 1)])
-        read_shard = lambda: vector_log.read_shard(log, 1, 3)  # noqa: E731
+        read_shard = lambda: vector_log.read_wave(log, 1, range(3, 4))  # noqa: E731
         count(
             "log_read_requests", "requests/(part, shard)", "a part; the listing is once per wave and shard", read_shard
         )

@@ -22,7 +22,7 @@ from pipeline import cuts, manifest, rejects, storage
 from pipeline.config import Config, unit_images
 from pipeline.cuts import CutSearch, Digits, Tally, count_digit, needs_ids
 from pipeline.errors import DataError, SnapshotConflict
-from pipeline.plan import SCORED, Plan, Wave, read_plan, wave_sizes
+from pipeline.plan import SCORED, UNITS_PER_FILE, Plan, Wave, read_plan, wave_sizes
 from pipeline.run import Run, check_settings_of, fix_settings, settings_digest, stage_settings
 from pipeline.schema import UNITS, Float32, Int64, shard_of, transformed_schema
 from pipeline.units import cut_units
@@ -188,11 +188,14 @@ def _cut_units(run: Run, num_parts: int, sizes: list[int], num_shards: int, unit
 
 
 def _cut_wave(run: Run, num_parts: int, wave: int, size: int, num_shards: int, unit_images: int) -> int:
-    """Write the units file of a wave in locality order: by object, then by offset or row in it."""
+    """Write the units files of a wave in locality order: by object, then by offset or row in it."""
     groups = list(range((wave - 1) * num_shards, wave * num_shards))
     parts = [run.part("transformed", part) for part in range(num_parts)]
-    storage.put(run.wave_units(wave), storage.parquet_bytes(UNITS, cut_units(parts, groups, size, unit_images)))
-    return -(-size // unit_images)
+    units, num_units = cut_units(parts, groups, size, unit_images), -(-size // unit_images)
+    for first in range(0, num_units, UNITS_PER_FILE):
+        some = itertools.islice(units, UNITS_PER_FILE)
+        storage.put(run.wave_units(wave, first), storage.parquet_bytes(UNITS, some))
+    return num_units
 
 
 def _describe(config: Config, run: Run, counts: list[int], rejected: int, waves: list[Wave], found: Digits) -> Plan:

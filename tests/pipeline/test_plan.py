@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline import storage
 from pipeline.errors import ConfigError
-from pipeline.plan import Plan, Wave, read_plan, read_transformed, wave_sizes
+from pipeline.plan import UNITS_PER_FILE, Plan, Wave, read_plan, read_transformed, wave_sizes
 from pipeline.run import Run
 from pipeline.schema import transformed_schema, vectors_to_arrow
 
@@ -79,7 +79,7 @@ def test_the_last_wave_takes_what_is_left() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=10), st.integers(1, 20))
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=10), st.integers(1, 20))
 def test_units_cover_each_image_of_each_wave_once_and_in_order(sizes: list[int], unit_images: int) -> None:
     run, plan = Run("run"), make_plan(sizes, unit_images)
     units = list(plan.units(run))
@@ -87,8 +87,9 @@ def test_units_cover_each_image_of_each_wave_once_and_in_order(sizes: list[int],
     for wave in plan.waves:
         mine = [unit for unit in units if unit.wave == wave.wave]
         assert sum(unit.images for unit in mine) == wave.images
-        assert [unit.row_group for unit in mine] == list(range(wave.units))
-        assert {unit.rows_uri for unit in mine} == {run.wave_units(wave.wave)}
+        assert [unit.row_group for unit in mine] == [number % UNITS_PER_FILE for number in range(wave.units)]
+        files = [run.wave_units(wave.wave, number - number % UNITS_PER_FILE) for number in range(wave.units)]
+        assert [unit.rows_uri for unit in mine] == files
         assert all(unit.images == unit_images for unit in mine[:-1])
         assert 1 <= mine[-1].images <= unit_images
 

@@ -305,7 +305,8 @@ def test_missing_weights_are_named_by_their_key(tmp_path: Path) -> None:
 
 def test_every_file_of_a_run_lies_below_it_under_its_own_name() -> None:
     run = Run("s3://bucket/run")
-    paths = [run.settings, run.transformation, run.plan, run.reports, run.wave_units(1), run.wave_units(1000)]
+    paths = [run.settings, run.transformation, run.plan, run.reports, run.wave_units(1, 0)]
+    paths += [run.wave_units(1, 64), run.wave_units(1000, 0)]
     paths += [run.part("a", 1), run.part("b", 1), run.commit(0), run.commit(10**19), run.tag("prod")]
     assert len(set(paths)) == len(paths)
     assert all(path.startswith("s3://bucket/run/") for path in paths)
