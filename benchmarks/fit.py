@@ -52,7 +52,7 @@ from training.learner import Epoch, FitData
 from training.pairs import build_pairs, fit_data
 
 CONFIG = "jobs/configs/cifar100.yaml"
-RECOMMENDED = {"inner_width": 2048, "epochs": 40, "weight_decay": 2.0**-15, "precision": "auto"}
+RECOMMENDED = {"inner_width": 2048, "epochs": 40, "weight_decay": 2.0**-15, "precision": "auto"}  # docs/decisions/0003
 MEASURED_EPOCHS = (20, 40, 50, 60, 70, 80)
 TIMED_EPOCHS, RATE_EPOCHS = 2, 6
 PARTS = ("reference", "fit", "workers", "report")
