@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -107,7 +108,8 @@ def test_a_cluster_without_nodes_is_asked_for_them_and_waited_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cluster = Autoscaler(monkeypatch, brings={"CPU": 8.0, "GPU": 2.0})
-    found = actor_pool(Backfill(gpus_per_actor=1, min_actors=2, max_actors=6), "auto")
+    with caplog.at_level(logging.WARNING, "pipeline.actors"):
+        found = actor_pool(Backfill(gpus_per_actor=1, min_actors=2, max_actors=6), "auto")
     assert found == Pool(2, 2, 6, cpus=0.0, gpus=1.0)
     assert cluster.asked == [[{"GPU": 1.0}, {"GPU": 1.0}, {"CPU": LOAD_CPUS}, {"CPU": WRITE_CPUS}]]
     assert cluster.removed == 1
