@@ -19,8 +19,11 @@ CONSTANTS = {
     "S": 64.0,  # shards
     "D": 128.0,  # width of the vectors
     "last": 2 / 101,  # the last wave's share: W / (1 + ... + W)
-    "squares": sum(w * w for w in range(1, 101)) / 5_050**2,  # sum of the squares of the waves' shares
-    "latency": 0.1,  # s to the first byte of an object: S3's guide, the lower end of "roughly 100 to 200 ms"
+    "F": 64.0,  # units in a units file (plan.UNITS_PER_FILE)
+    "threads": 16.0,  # reads that wait for the store at once (storage.at_once)
+    "R": 4_510.0,  # sealing tasks on each side of the run: a wave's shards, together up to 128 MiB of vectors
+    "R_log": 57.0,  # sealing tasks of a wave, in the mean over the units
+    "latency": 0.1,  # s to the first byte of an object: assumed, see rates.json
     "get": 0.0004 / 1_000,  # US$ of one GET or HEAD, S3 Standard in us-east-1
     "put": 0.005 / 1_000,  # US$ of one PUT or LIST
 }
@@ -38,8 +41,8 @@ TABLES: dict[str, list[Row]] = {
         ("`transformed/`", "N * transformed_row_bytes + P * transformed_footer_bytes", "B"),
         ("of which footers", "P * transformed_footer_bytes", "B"),
         ("`plan/`", "N * units_row_bytes + U * units_footer_bytes", "B"),
-        ("the last wave's units file, one PUT", "last * (N * units_row_bytes + U * units_footer_bytes)", "B"),
-        ("of which its footer, read for every unit", "last * U * units_footer_bytes", "B"),
+        ("a units file", "F * (u * units_row_bytes + units_footer_bytes)", "B"),
+        ("of which its footer, read for every unit", "F * units_footer_bytes", "B"),
         ("`embedded/`", "N * log_row_bytes", "B"),
         ("segments of one snapshot, PQ32", "N * segment_vector_bytes + W * S * (segment_fixed_bytes + 8 * 28672)", "B"),
         ("written over the run: each segment twice", "2 * (N * (segment_vector_bytes + sidecar_row_bytes))", "B"),
@@ -55,15 +58,15 @@ TABLES: dict[str, list[Row]] = {
         ("PUTs and HEADs of the log", "U * log_write_requests", ""),
         ("their price, at that of a PUT", "U * log_write_requests * put", "US$"),
         ("requests to units files", "U * units_read_requests", ""),
-        ("bytes of footers of units files", "squares * U**2 * units_footer_bytes", "B"),
-        ("row groups read of `transformed/`, both sealings", "2 * W * S * P", ""),
-        ("their requests", "2 * W * S * P * transformed_cell_requests", ""),
-        ("their price", "2 * W * S * P * transformed_cell_requests * get", "US$"),
-        ("bytes of footers that come with them", "2 * W * S * P * transformed_footer_bytes", "B"),
-        ("row groups read of the log", "S * U", ""),
-        ("their price", "S * U * log_read_requests * get", "US$"),
+        ("bytes of footers of units files", "U * F * units_footer_bytes", "B"),
+        ("parts opened of `transformed/`, both sealings", "2 * R * P", ""),
+        ("their requests, at least", "2 * R * P * transformed_cell_requests", ""),
+        ("their price", "2 * R * P * transformed_cell_requests * get", "US$"),
+        ("bytes of footers that come with them", "2 * R * P * transformed_footer_bytes", "B"),
+        ("parts opened of the log", "R_log * U", ""),
+        ("their price, at least", "R_log * U * log_read_requests * get", "US$"),
         ("a listing of the log", "U / 1000", "LISTs"),
-        ("how long it takes, one page after the other", "U / 1000 * latency", "s"),
+        ("how long it takes, 16 waves at once", "U / 1000 * latency / threads", "s"),
     ],
     "Hours": [
         ("GPU hours at 100 images/s per GPU", "N / 100 / 3600", "h"),
@@ -71,21 +74,21 @@ TABLES: dict[str, list[Row]] = {
         ("GPU hours at 3,000", "N / 3000 / 3600", "h"),
         ("core hours: decode", "N * decode_seconds / 3600", "h"),
         ("core hours: build segments, twice", "2 * N * segment_build_seconds / 3600", "h"),
-        ("core hours: footers of units files", "squares * U**2 * units_open_seconds / 3600", "h"),
-        ("core hours: footers of `transformed/`", "2 * W * S * P * transformed_cell_seconds / 3600", "h"),
-        ("core hours: read the log", "S * U * log_read_seconds / 3600", "h"),
+        ("core hours: footers of units files", "U * F * units_open_seconds / 3600", "h"),
+        ("core hours: footers of `transformed/`", "2 * R * P * transformed_cell_seconds / 3600", "h"),
+        ("core hours: read the log", "R_log * U * log_read_seconds / 3600", "h"),
         (
             "to seal the last wave (all shards at once)",
-            "(P * (transformed_cell_seconds + latency * transformed_cell_requests)"
-            " + last * U * (log_read_seconds + latency * log_read_requests)"
+            "(P * (transformed_cell_seconds + latency * transformed_cell_requests / threads)"
+            " + last * U * (log_read_seconds + latency * log_read_requests / threads)"
             " + last * N / S * segment_build_seconds) / 3600",
             "h",
         ),
         (
             "to seal all waves, one after the other",
-            "(W * P * (transformed_cell_seconds + latency * transformed_cell_requests)"
-            " + U * (log_read_seconds + latency * log_read_requests)"
-            " + N / S * segment_build_seconds) / 3600",
+            "(W * P * (transformed_cell_seconds + latency * transformed_cell_requests / threads)"
+            " + U * (log_read_seconds + latency * log_read_requests / threads)"
+            " + W * 2**18 * segment_build_seconds) / 3600",
             "h",
         ),
         (
@@ -95,12 +98,12 @@ TABLES: dict[str, list[Row]] = {
         ),
         (
             "to audit, in one process: the plan's row groups alone",
-            "W * S * P * (transformed_cell_seconds + latency * transformed_cell_requests) / 3600",
+            "W * S * P * (transformed_cell_seconds + latency * transformed_cell_requests / threads) / 3600",
             "h",
         ),
         (
-            "before commit 0: a wave's shards one after the other",
-            "S * P * (transformed_cell_seconds + latency * transformed_cell_requests) / 3600",
+            "before commit 0: all tasks of all waves at once",
+            "P * (transformed_cell_seconds + latency * transformed_cell_requests / threads) / 3600",
             "h",
         ),
     ],

@@ -90,7 +90,7 @@ def location(count: int) -> dict[str, pa.Array]:
 
 
 def units_files(folder: str) -> Figures:
-    """A wave's units file: what its footer costs whoever reads one unit of it."""
+    """A units file: what its footer costs whoever reads one unit of it."""
     counts, footers, reads = (100, 1_000, 4_000), [], []
     for count in counts:
         unit = pa.table({"id": np.arange(64)} | location(64))
@@ -104,7 +104,7 @@ def units_files(folder: str) -> Figures:
     footer = slope(counts, footers)
     return {
         "units_footer_bytes": figure(footer, "B/unit", f"slope of the footer over {counts} row groups"),
-        "units_open_seconds": figure(slope(counts, reads), "s/unit of the wave", "slope of reading one row group"),
+        "units_open_seconds": figure(slope(counts, reads), "s/unit of the file", "slope of reading one row group"),
         "units_row_bytes": figure((len(data) - 80 * footer) / 20_480, "B/image", "units of 256, without the footer"),
     }
 
@@ -272,9 +272,9 @@ def requests() -> Figures:
         server.make_bucket("scaling")
         root = "s3://scaling"
         unit = pa.table({"id": np.arange(64)} | location(64))
-        storage.put(f"{root}/units.parquet", storage.parquet_bytes(UNITS, [unit] * 1_000))
-        read = lambda: storage.read_parquet(f"{root}/units.parquet", UNITS.names, [500])  # noqa: E731
-        count("units_read_requests", "requests/unit", "a unit of a file of 1,000", read)
+        storage.put(f"{root}/units.parquet", storage.parquet_bytes(UNITS, [unit] * plans.UNITS_PER_FILE))
+        read = lambda: storage.read_parquet(f"{root}/units.parquet", UNITS.names, [50])  # noqa: E731
+        count("units_read_requests", "requests/unit", f"a unit of a file of {plans.UNITS_PER_FILE}", read)
         log = VectorLog(f"{root}/log", f"{root}/rejects", DIM, SHARDS)
         texts, numbers = pa.array([""] * 256), iter(range(2))
 

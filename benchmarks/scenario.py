@@ -40,7 +40,6 @@ class Seconds:
     Attributes:
         load_image: CPU, per image, to fetch and decode.
         load_unit: CPU, per unit.
-        load_footer: CPU, per unit and unit of its wave: the footer of the wave's units file.
         fetch_unit: of a load task waiting for the row group that names its images.
         fetch_image: of a load task waiting for its requests, per image; overlaps with the CPU's work.
         embed_image: of an actor, per image.
@@ -56,7 +55,6 @@ class Seconds:
     load_image: float
     embed_image: float
     load_unit: float = 0.0
-    load_footer: float = 0.0
     fetch_unit: float = 0.0
     fetch_image: float = 0.0
     embed_unit: float = 0.0

@@ -1,7 +1,7 @@
 """What the backfill would do on 16 to 1,024 GPUs: rate against GPUs, lost work against the loss of nodes.
 
 `benchmarks.simulation` is the model, `rates.json` says for each of its figures whether it was measured here (and
-where), documented by others, or assumed. No GPU was measured: its rate is a parameter, and is swept. Writes two plots
+where), documented by others, or assumed. No GPU was measured: its rate is a parameter of 1,000. Writes two plots
 and a page of results; the short form takes a minute.
 
     python -m benchmarks.simulate --short
@@ -24,6 +24,7 @@ from pathlib import Path
 
 from benchmarks.scenario import Cluster, Faults, Job, Outcome, Seconds
 from benchmarks.simulation import Simulation
+from pipeline.plan import UNITS_PER_FILE
 
 HERE = Path(__file__).parent
 GPUS = (16, 32, 64, 128, 256, 512, 1024)
@@ -32,6 +33,7 @@ CONCURRENCY = 32  # fetch.concurrency
 TABLES = ("rates", "losses", "whole")
 LOAD_CPUS = 0.5  # stream._LOAD_CPUS
 PLAN_PART_ROWS = 131_072  # manifest._PARTITION_ROWS
+THREADS = 16  # storage._WAITING: a task waits for so many parts at once
 GALLERY = 1_000_000_000
 
 
@@ -91,11 +93,11 @@ def simulate(point: Scenario, found: dict[str, float], seed: int = 0) -> Outcome
     fetch = found["request_seconds"] + found["image_bytes"] / found["connection_bytes_per_second"]
     latency = found["request_seconds"]
     cells = -(-GALLERY // PLAN_PART_ROWS) if point.today else 1  # row groups, each behind a footer of its own file
-    cell = found["transformed_cell_seconds"] + latency * found["transformed_cell_requests"]
-    part = found["log_read_seconds"] + latency * found["log_read_requests"]
+    cell = found["transformed_cell_seconds"] + latency * found["transformed_cell_requests"] / THREADS
+    part = found["log_read_seconds"] + latency * found["log_read_requests"] / THREADS
     seconds = Seconds(
         load_image=found["decode_seconds"] + found["fetch_cpu_seconds"] * point.requests_image,
-        load_footer=found["units_open_seconds"] * GALLERY / point.images if point.today else 0.0,
+        load_unit=found["units_open_seconds"] * UNITS_PER_FILE,
         fetch_unit=latency * found["units_read_requests"],
         fetch_image=fetch * point.requests_image / CONCURRENCY,
         embed_image=1 / point.gpu_rate,

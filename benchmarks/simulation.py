@@ -145,8 +145,7 @@ class Simulation:
         node.loading += 1
         sealing = self._job.shards / len(self._nodes) if self._now < self._sealed else 0.0
         crowd = max(1.0, node.loading / max(1.0, self._cluster.cores - sealing))
-        footer = self._seconds.load_footer * self._wave_units[self._wave[unit]]
-        work = (images * self._seconds.load_image + self._seconds.load_unit + footer) * crowd
+        work = (images * self._seconds.load_image + self._seconds.load_unit) * crowd
         taken = max(work, images * self._seconds.fetch_image) + self._seconds.fetch_unit
         taken *= self._scatter() * node.speed
         self._at(self._now + wait + taken, self._loaded, unit, number)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import arithmetic
-from pipeline import config, manifest, object_store, plan
+from benchmarks import arithmetic, simulate
+from pipeline import config, manifest, object_store, plan, storage
+from pipeline.run import Run
+from pipeline.seal import Sealer
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = (ROOT / "docs" / "scaling.md").read_text()
@@ -25,7 +27,14 @@ def test_the_constants_are_those_of_the_code() -> None:
     assert arithmetic.UNIT_IMAGES[1] == config._MAX_UNIT_IMAGES
     sizes = plan.wave_sizes(100, 10**9)
     assert sizes[-1] / 1e9 == pytest.approx(arithmetic.CONSTANTS["last"], rel=1e-6)
-    assert sum((size / 1e9) ** 2 for size in sizes) == pytest.approx(arithmetic.CONSTANTS["squares"], rel=1e-6)
+    assert arithmetic.CONSTANTS["F"] == plan.UNITS_PER_FILE
+    assert arithmetic.CONSTANTS["threads"] == simulate.THREADS == storage._WAITING
+    waves = tuple(plan.Wave(number + 1, size, 1) for number, size in enumerate(sizes))
+    sealer = Sealer(Run(""), plan.Plan("random", 0, 10**9, 1, 64, 128, 256, waves, ""), "", "")
+    tasks = [len(sealer.together(wave.wave)) for wave in waves]
+    assert arithmetic.CONSTANTS["R"] == sum(tasks)
+    mean = sum(number * size for number, size in zip(tasks, sizes, strict=True)) / 1e9
+    assert arithmetic.CONSTANTS["R_log"] == pytest.approx(mean, abs=0.5)
     assert object_store._MOST_PUT_BYTES < 2 / 21 * 1e9 / 8 * 520  # the Flat segment that the document warns of
 
 
