@@ -106,7 +106,7 @@ def _show(catalog: Catalog, pieces: Counter[str]) -> None:
     out.print(f"{catalog.images:,} images, {catalog.bytes:,} bytes, in {catalog.parts:,} parts")
     out.print(f"{pieces['made']:,} pieces indexed, {pieces['kept']:,} kept from before")
     if catalog.unknown_sizes:
-        out.print(f"{catalog.unknown_sizes:,} images of unknown size (--stat looks it up)")
+        out.print(f"{catalog.unknown_sizes:,} images of unknown size (`--stat --replace` looks it up)")
     for name, count in catalog.notes.items():
         out.print(f"{count:,} {name.replace('_', ' ')}")
     identical = catalog.identical

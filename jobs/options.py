@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from types import FrameType
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 
 _STDOUT = "jobs.stdout"
+_STOP_SECONDS = 20.0
 
 
 def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
@@ -198,7 +200,15 @@ def start_ray() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """End as with Ctrl-C: `ray job stop`, a pod that is deleted, a machine that shuts down."""
+    """End as with Ctrl-C: `ray job stop`, a pod that is deleted, a machine that shuts down.
+
+    Whoever sends it waits half a minute and kills, so what has not ended by then is not waited for: nothing that is
+    durable depends on it.
+    """
+    click.secho("stopping: SIGTERM", err=True)
+    timer = threading.Timer(_STOP_SECONDS, os._exit, [130])
+    timer.daemon = True
+    timer.start()
     raise KeyboardInterrupt
 
 

@@ -143,12 +143,19 @@ def _claim(folder: str, sources: Sequence[str], options: Options) -> None:
                 remedy="give another folder",
             )
         storage.put(_sources_uri(folder), asked)
-    elif found[0] != asked:
+    elif found[0] != asked and _is_made(folder):
         raise IncompatibleRun(
             "this folder holds the manifest of other sources, or is read otherwise:\n" + _changes(found[0], asked),
             where=folder,
             remedy="give another folder, or --replace to make this one anew",
         )
+    elif found[0] != asked:  # nothing came of those: a source was mistyped, perhaps
+        storage.put(_sources_uri(folder), asked)
+
+
+def _is_made(folder: str) -> bool:
+    """Whether anything was made for the sources that the folder is claimed for."""
+    return any(uri != _sources_uri(folder) for uri, _ in storage.iter_stats(folder))
 
 
 def _describe(

@@ -118,7 +118,17 @@ class Encoders(Section):
 
 
 class Columns(Section):
-    """Which column of a manifest holds what; a column that is not there may be left unset."""
+    """Which column of a manifest holds what; a column that is not there may be left unset.
+
+    With both `image` and `uri` each row has one of them: a row without a uri has its image's bytes in the manifest,
+    and a file may have only one of the two columns.
+    """
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """The roles that say where an image lies, of those that a file may be without where it has the other kind."""
+        mixed = self.image is not None and self.uri is not None
+        return ("image", "uri", "offset", "length", "etag") if mixed else ()
 
     id: str | None = None
     image: str | None = None
@@ -136,8 +146,6 @@ class Columns(Section):
     def _whole_ranges(self) -> Self:
         if (self.offset is None) != (self.length is None) or (self.offset and not self.uri):
             raise ValueError("offset and length go together, and with uri")
-        if self.image is not None and self.uri is not None:
-            raise ValueError("give image (bytes in the manifest) or uri (where the image lies), not both")
         return self
 
 

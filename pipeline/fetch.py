@@ -30,6 +30,9 @@ from pipeline.store import Span
 WAITED = "microseconds:image"
 """In `storage.counts`: for how long decoding had to wait for images' bytes."""
 
+_MOST = 0.5
+"""The share of a container from which on it is read whole: what is not wanted costs less than more requests."""
+
 _NO_PLACE = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
 
 
@@ -104,15 +107,22 @@ def fetch(places: list[Place], max_bytes: int, settings: Fetch) -> Iterator[Fetc
 def coalesce(ranges: Iterable[tuple[int, Span]], settings: Fetch) -> list[Piece]:
     """Requests that cover the ranges, each given as (row, span), of one container.
 
-    Ranges whose gap is at most `max_gap_bytes` share a request of up to `max_request_bytes`. No range is cut,
-    so one that is longer is a request of its own.
+    Ranges whose gap is at most `max_gap_bytes` share a request of up to `max_request_bytes`; where most of what lies
+    between the first and the last is wanted, whatever their gap is. No range is cut, so one that is longer is a request
+    of its own.
     """
     pieces: list[Piece] = []
-    for row, (start, stop) in sorted(ranges, key=lambda item: item[1]):
+    ordered = sorted(ranges, key=lambda item: item[1])
+    wanted = sum(stop - start for _, (start, stop) in ordered)
+    all_of_it = max((stop for _, (_, stop) in ordered), default=0) - min(
+        (start for _, (start, _) in ordered), default=0
+    )
+    most_gap = settings.max_request_bytes if wanted >= _MOST * all_of_it else settings.max_gap_bytes
+    for row, (start, stop) in ordered:
         if pieces:
             (first, last), rows = pieces[-1].span, pieces[-1].rows
             longest = max(last, stop) - first
-            if start - last <= settings.max_gap_bytes and longest <= max(settings.max_request_bytes, last - first):
+            if start - last <= most_gap and longest <= max(settings.max_request_bytes, last - first):
                 pieces[-1] = Piece((first, max(last, stop)), [*rows, row])
                 continue
         pieces.append(Piece((start, stop), [row]))

@@ -118,7 +118,12 @@ def _explained(where: str) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError("a source is not there", found=error.strerror, where=error.filename or where) from error
     except PermissionError as error:
-        raise DataError("a source may not be read", found=error.strerror, where=error.filename or where) from error
+        raise DataError(
+            "a source may not be read",
+            found=error.strerror,
+            where=error.filename or where,
+            remedy="check the permissions and, for s3://, the credentials",
+        ) from error
 
 
 def _check_not_empty(source: str, ledgers: Sequence[Ledger]) -> None:

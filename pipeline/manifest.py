@@ -183,6 +183,8 @@ def _check_columns(schema: pa.Schema, columns: settings.Columns, dims: dict[str,
     for role, name in columns.model_dump().items():
         if name is None:
             continue
+        if name not in schema.names and role in columns.place:
+            continue
         if name not in schema.names:
             raise DataError(
                 f"the manifest has no column for {role}", expected=repr(name), found=schema.names, where=uri
@@ -202,6 +204,13 @@ def _check_columns(schema: pa.Schema, columns: settings.Columns, dims: dict[str,
                 found=kind.list_size,
                 where=f"{uri}: column {name}",
             )
+    if columns.place and not {columns.image, columns.uri} & set(schema.names):
+        raise DataError(
+            "a file of the manifest does not say where its images are",
+            expected=f"a column {columns.image} or {columns.uri}",
+            found=schema.names,
+            where=uri,
+        )
     if (
         columns.image is None
         and columns.uri is None

@@ -269,11 +269,11 @@ class ObjectStore:
             raise _no_bucket(error, where) from error
         except PermissionError as error:
             raise DataError(
-                "the store refuses these credentials",
+                "the store refuses these credentials the right to write here",
                 expected="read, write, list and delete below the run",
                 found=error.strerror,
                 where=where,
-                remedy="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or the machine's role",
+                remedy="allow them that, or set others: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, a role",
             ) from error
         except OSError as error:
             raise DataError(

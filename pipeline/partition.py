@@ -57,7 +57,7 @@ def write_part(
         DataError: a null, a negative id, an embedding of a wrong width, or a number that is not finite; with
             file and row.
     """
-    names = source.columns
+    names = _there(source.columns, part)
     wanted = [value for role, value in names.model_dump().items() if value is not None and role != "image"]
     table = storage.read_parquet(part.uri, sorted(set(wanted)), part.row_groups)
     count = part.num_rows
@@ -100,25 +100,38 @@ def _ids(table: pa.Table, name: str | None, part: Partition, numbers: Int64) -> 
     return rows, column.cast(pa.string())
 
 
+def _there(names: settings.Columns, part: Partition) -> settings.Columns:
+    """The columns without those of another kind of place that this file does not have."""
+    if not names.place:
+        return names
+    with storage.open_parquet(part.uri) as file:
+        there = set(file.schema_arrow.names)
+    return names.model_copy(update={role: None for role in names.place if getattr(names, role) not in there})
+
+
 def _location(
     table: pa.Table, names: settings.Columns, part: Partition, numbers: Int64
 ) -> dict[str, pa.Array | pa.ChunkedArray]:
     nothing = pa.nulls(len(numbers), pa.int64())
-    etag = {"etag": table[names.etag].cast(pa.string()) if names.etag else pa.nulls(len(numbers), pa.string())}
-    if names.image is not None:
-        uri = pa.array([f"{part.uri}#{names.image}"]).dictionary_encode()
-        uris = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(numbers), dtype=np.int32)), uri.dictionary)
-        rows = pa.array(numbers + part.first_row_in_file)
-        return {"uri": uris.cast(pa.string()), "offset": nothing, "length": nothing, "row": rows} | etag
-    if names.uri is None:
-        return {"uri": pa.nulls(len(numbers), pa.string()), "offset": nothing, "length": nothing, "row": nothing} | etag
-    uris = table[names.uri].cast(pa.string())
-    if uris.null_count:
-        row = int(np.flatnonzero(uris.is_null().to_numpy())[0])
-        raise DataError("an image's uri is null", where=_where(part, row, names.uri))
-    offset = table[names.offset].cast(pa.int64()) if names.offset else nothing
-    length = table[names.length].cast(pa.int64()) if names.length else nothing
-    return {"uri": uris, "offset": offset, "length": length, "row": nothing} | etag
+    found = {"uri": pa.nulls(len(numbers), pa.string()), "offset": nothing, "length": nothing, "row": nothing}
+    found["etag"] = table[names.etag].cast(pa.string()) if names.etag else pa.nulls(len(numbers), pa.string())
+    if names.uri is not None:
+        uris = table[names.uri].cast(pa.string())
+        if uris.null_count and names.image is None:
+            row = int(np.flatnonzero(uris.is_null().to_numpy())[0])
+            raise DataError("an image's uri is null", where=_where(part, row, names.uri))
+        found["uri"] = uris
+        for role in ("offset", "length"):
+            name = getattr(names, role)
+            found[role] = table[name].cast(pa.int64()) if name else nothing
+    if names.image is not None:  # in this file, where there is no uri
+        inside = found["uri"].is_null()
+        found["uri"] = pc.if_else(inside, pa.scalar(f"{part.uri}#{names.image}"), found["uri"])
+        found["row"] = pc.if_else(inside, pa.array(numbers + part.first_row_in_file), nothing)
+        for role in ("offset", "length"):
+            found[role] = pc.if_else(inside, pa.scalar(None, pa.int64()), found[role])
+        found["etag"] = pc.if_else(inside, pa.scalar(None, pa.string()), found["etag"])
+    return found
 
 
 def _rooted(uris: pa.Array | pa.ChunkedArray, root: str) -> tuple[pa.Array | pa.ChunkedArray, bool]:

@@ -279,12 +279,13 @@ def rollback(run: Run, to: int | None = None) -> Tag:
     def back(now: Tag | None) -> Tag:  # by the tag that it replaces: others may have moved it meanwhile
         number = to if to is not None or now is None else now.previous
         if now is None or now.commit is None or number is None or number >= now.commit:
+            before = [item for item in list_commits(run) if now and now.commit and item < now.commit]
             raise Refused(
                 "there is nothing to roll back to",
                 expected=f"a commit before {now.commit if now else None}",
                 found=number,
                 where=run.tag(PROD),
-                remedy=f"name one of the commits {list_commits(run)}; `promote` goes forward",
+                remedy=(f"name one of the commits {before}; " if before else "") + "`promote` goes forward",
             )
         return Tag(_published(run, number), pinned=True)
 

@@ -70,7 +70,7 @@ SAID = {
     "wrong secret": "access is refused",
     "no credentials": "access is refused",
     "missing": "the bucket is not there",
-    "read-only": "the store refuses these credentials",
+    "read-only": "the store refuses these credentials the right to write here",
     "no conditions": "this store cannot hold a run: it ignores conditional writes",
 }
 

@@ -386,3 +386,9 @@ def test_the_result_is_json(tmp_path: Path) -> None:
     found, _ = made(f"{tmp_path}/out", put_folder(f"{tmp_path}/images"))
     assert catalog.read_catalog(f"{tmp_path}/out") == found
     assert json.loads((tmp_path / "out" / "catalog.json").read_text())["images"] == 40
+
+
+def test_a_mistyped_source_does_not_claim_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not there"):
+        made(f"{tmp_path}/manifest", f"{tmp_path}/imagse")
+    assert made(f"{tmp_path}/manifest", put_folder(f"{tmp_path}/images"))[0].images == len(IMAGES)

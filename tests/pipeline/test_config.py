@@ -133,7 +133,6 @@ def test_a_configured_unit_is_taken_as_it_is() -> None:
         (tree(plan={"policy": "best"}), "uncertainty, random or module:function"),
         (tree(backfill={"min_actors": 3, "max_actors": 2}), "max_actors (2) must be at least min_actors (3)"),
         (tree(gallery={"manifest": "a", "columns": {"uri": "u", "offset": "o"}}), "offset and length go together"),
-        (tree(gallery={"manifest": "a", "columns": {"uri": "u", "image": "i"}}), "not both"),
         (tree(device="tpu"), "device: "),
     ],
 )

@@ -572,3 +572,20 @@ class fresh_clients:  # noqa: N801 - a context manager
 
     def __exit__(self, *_: object) -> None:
         storage._reader.cache_clear()
+
+
+@pytest.mark.parametrize(("every", "requests"), [(1, 36), (5, 36), (2, 500)])
+def test_a_container_that_is_mostly_wanted_is_read_in_whole_pieces(every: int, requests: int) -> None:
+    """1,000 images of 300 kB with 512 bytes before each, without each `every`-th one, or each second alone."""
+    size, step = 300_000, 300_512
+    rows = [row for row in range(1000) if every == 1 or row % every]
+    wanted = [(row, (row * step, row * step + size)) for row in rows]
+    if every == 2:
+        wanted = [(row, (start, start + size - 1000)) for row, (start, _) in wanted]  # a little less than half
+    pieces = coalesce(wanted, Fetch())
+    assert len(pieces) <= requests + 2
+    assert sorted(row for piece in pieces for row in piece.rows) == rows
+    if every != 2:
+        assert max(stop - start for start, stop in (piece.span for piece in pieces)) <= Fetch().max_request_bytes
+    else:
+        assert len(pieces) == requests

@@ -403,3 +403,31 @@ def test_a_manifest_is_brought_in_once_and_again_only_when_it_changes(tmp_path: 
     assert json.loads(storage.read_bytes(run.path("gallery", "manifest.json")))["unit_rows"] == 5
     assert found is not None
     assert found.num_rows == 19
+
+
+def test_images_in_files_and_at_uris_are_one_manifest(tmp_path: Path) -> None:
+    """One file has bytes, one has uris and ranges, one has either in each row."""
+    columns = {"id": "id", "image": "image", "uri": "uri", "offset": "offset", "length": "length", "etag": "etag"}
+    ids = {"id": [0, 1]}
+    inside = write(tmp_path / "in" / "a.parquet", pa.table(ids | {"image": [b"a", b"b"]}))
+    ranges = {"uri": ["/x.tar", "/y.png"], "offset": [512, None], "length": [9, None], "etag": ["1", None]}
+    write(tmp_path / "in" / "b.parquet", pa.table({"id": [2, 3]} | ranges))
+    mixed = {"uri": ["/z.png", None], "offset": pa.nulls(2, pa.int64()), "length": pa.nulls(2, pa.int64())}
+    both = write(tmp_path / "in" / "c.parquet", pa.table({"id": [4, 5], "image": [None, b"f"]} | mixed))
+    rows = brought_in(tmp_path, source(str(tmp_path / "in"), **columns)).to_pylist()
+    places = [(row["uri"], row["offset"], row["length"], row["row"], row["etag"]) for row in rows]
+    assert places == [
+        (f"{inside}#image", None, None, 0, None),
+        (f"{inside}#image", None, None, 1, None),
+        ("/x.tar", 512, 9, None, "1"),
+        ("/y.png", None, None, None, None),
+        ("/z.png", None, None, None, None),
+        (f"{both}#image", None, None, 1, None),
+    ]
+
+
+def test_a_file_with_neither_images_nor_uris_is_refused_by_its_name(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.parquet", pa.table({"id": [0], "uri": ["/a.png"]}))
+    write(tmp_path / "in" / "b.parquet", pa.table({"id": [1], "where": ["/b.png"]}))
+    with pytest.raises(DataError, match=r"where its images are\n(.|\n)*a column image or uri(.|\n)*b\.parquet"):
+        scan(source(str(tmp_path / "in"), id="id", image="image", uri="uri"), {})

@@ -129,3 +129,31 @@ def test_images_that_the_actor_decodes_give_the_same_vectors_and_rejects(config:
         found.append((storage.read_parquet(log.part(1, 0)), rejects, ack.embedded, ack.rejected, ack.bytes_needed))
     assert found[0] == found[1]
     assert found[0][2:4] == (IMAGES, 2)
+
+
+def test_images_of_all_four_kinds_in_one_unit_give_the_vectors_of_local_files(
+    config: Config, bucket: str, tmp_path: Path
+) -> None:
+    images = digits(12)[0]
+    local = rows([put(f"{tmp_path}/{number}.png", data) for number, data in enumerate(images)])
+    objects = [put(f"{bucket}/{number}.png", images[number]) for number in (3, 4, 5)]
+    tar, length = put(f"{bucket}/some.tar", b"".join(images[6:9])), [len(image) for image in images]
+    storage.put(f"{bucket}/column.parquet", storage.parquet_bytes(*one_table({"image": images[9:]})))
+    places: dict[str, list[object]] = {
+        "uri": [*local["uri"].to_pylist()[:3], *objects, *[tar] * 3, *[f"{bucket}/column.parquet#image"] * 3],
+        "offset": [*[None] * 6, 0, length[6], length[6] + length[7], *[None] * 3],
+        "length": [*[None] * 6, *length[6:9], *[None] * 3],
+        "row": [*[None] * 9, 0, 1, 2],
+    }
+    mixed = pa.table({"id": np.arange(12), **places, "etag": [None] * 12}, schema=UNITS)
+    found = []
+    for name, unit in {"local": local, "mixed": mixed}.items():
+        acks, log = run(config, f"{tmp_path}/{name}", [unit])
+        assert acks[0].rejected == 0
+        found.append(storage.read_parquet(log.part(1, 0), ["id", "vector"]))
+    assert found[0] == found[1]
+
+
+def one_table(columns: dict[str, object]) -> tuple[pa.Schema, list[pa.Table]]:
+    table = pa.table(columns)
+    return table.schema, [table]
