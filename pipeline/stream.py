@@ -84,7 +84,7 @@ def embed_stream(work: list[Work], config: settings.Config) -> Iterator[tuple[in
     acks = (
         ray.data.range(count, override_num_blocks=count)
         .map_batches(partial(_load, job=job), batch_size=None, batch_format="numpy", num_cpus=LOAD_CPUS)
-        .map_batches(
+        .map_batches_internal(  # the public one refuses whole blocks on GPUs: it cannot know that ours are cut to size
             EmbedStage,
             fn_constructor_args=([item.encoder for item in work], backfill, config.device),
             batch_size=None,
