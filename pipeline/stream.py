@@ -31,6 +31,7 @@ from pipeline.schema import Unit, UnitAck, vectors_from_arrow
 from pipeline.vector_log import EmbeddedUnit, VectorLog
 
 _UNITS_PER_ACTOR = 4  # that wait for it or are in its hands
+_RETRIES = 20  # of a task; a machine that is gone counts as one, and Ray's 3 are soon used up where many go
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +84,14 @@ def embed_stream(work: list[Work], config: settings.Config) -> Iterator[tuple[in
     job = _Job([(item.encoder, item.log) for item in work], backfill, config.fetch, ray.put(_units_table(work)))
     acks = (
         ray.data.range(count, override_num_blocks=count)
-        .map_batches(partial(_load, job=job), batch_size=None, batch_format="numpy", num_cpus=LOAD_CPUS)
-        .map_batches(
+        .map_batches_internal(
+            partial(_load, job=job),
+            batch_size=None,
+            batch_format="numpy",
+            num_cpus=LOAD_CPUS,
+            max_retries=_RETRIES,
+        )
+        .map_batches_internal(  # the public one refuses whole blocks on GPUs: it cannot know that ours are cut to size
             EmbedStage,
             fn_constructor_args=([item.encoder for item in work], backfill, config.device),
             batch_size=None,
@@ -98,7 +105,13 @@ def embed_stream(work: list[Work], config: settings.Config) -> Iterator[tuple[in
             num_cpus=pool.cpus,
             num_gpus=pool.gpus or None,
         )
-        .map_batches(partial(_write, job=job), batch_size=None, batch_format="pyarrow", num_cpus=WRITE_CPUS)
+        .map_batches_internal(
+            partial(_write, job=job),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=WRITE_CPUS,
+            max_retries=_RETRIES,
+        )
     )
     batches: Iterable[pa.Table] = acks.iter_batches(batch_size=None, batch_format="pyarrow")
     for batch in batches:

@@ -211,6 +211,7 @@ class FaultyProxy:
 
     upstream: str
     port: int = 0  # 0: any free one
+    host: str = "127.0.0.1"
     rate: float = 0.05
     seed: int = 0
     enabled: bool = True
@@ -232,11 +233,11 @@ class FaultyProxy:
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def start(self) -> None:
         url = urlsplit(self.upstream)
-        self._host, self._upstream_port = url.hostname or "127.0.0.1", url.port or 80
+        self._upstream_host, self._upstream_port = url.hostname or "127.0.0.1", url.port or 80
         self._dice = Dice(self.rate, self.seed, time.monotonic())
         self._until: dict[Fault, float] = {}
         self._connections: set[Connection] = set()
@@ -246,7 +247,7 @@ class FaultyProxy:
         self._thread.start()
         ready.wait()
         if not self._thread.is_alive():
-            raise RuntimeError(f"the proxy could not listen on 127.0.0.1:{self.port}")
+            raise RuntimeError(f"the proxy could not listen on {self.host}:{self.port}")
 
     def stop(self) -> None:
         if self._thread.is_alive():
@@ -286,7 +287,7 @@ class FaultyProxy:
             ready.set()
 
     async def _serve(self, ready: threading.Event) -> None:
-        server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, backlog=512)
+        server = await asyncio.start_server(self._accept, self.host, self.port, backlog=512)
         async with server:
             self.port = server.sockets[0].getsockname()[1]
             ready.set()
@@ -345,7 +346,7 @@ class FaultyProxy:
 
     async def _forward(self, connection: Connection, request: Head, fault: Fault | None) -> None:
         """Pass the request on; the server may answer before it has read all of it, so both ways at the same time."""
-        reader, writer = await connection.connect(self._host, self._upstream_port)
+        reader, writer = await connection.connect(self._upstream_host, self._upstream_port)
 
         async def send() -> None:
             writer.write(request.raw)

@@ -51,6 +51,7 @@ class Scene:
     proxy: FaultyProxy
     address: str
     config: Path = field(init=False)
+    prefix: list[str] = field(default_factory=list)  # of a driver's command: where it runs
 
     def __post_init__(self) -> None:
         self.config = self.folder / "run.yaml"
@@ -63,7 +64,7 @@ class Scene:
 
     def start(self, name: str, *arguments: str, command: str = "backfill") -> subprocess.Popen[str]:
         """A command on a run, as a process; what it says comes as one stream."""
-        words = [sys.executable, "-m", f"jobs.{command}", "--config", str(self.config)]
+        words = [*self.prefix, sys.executable, "-m", f"jobs.{command}", "--config", str(self.config)]
         words += ["--set", f"run={self.run(name).uri}", *arguments]
         return subprocess.Popen(
             words, cwd=ROOT, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
