@@ -1,11 +1,11 @@
-# make demo test test-slow test-faults test-scale bench check format clean: the same commands for people and for CI.
+# make demo test test-slow test-faults test-cluster test-scale bench check format clean: the same commands for people and for CI.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
 BENCHMARKS := throughput waves decode fetch fetch_tars plan index fit startup first_benefit manifest simulate
 
-.PHONY: demo test test-slow test-faults test-scale bench check format clean
+.PHONY: demo test test-slow test-faults test-cluster test-scale bench check format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,13 +19,17 @@ test: $(VENV)/installed  ## the default suite: under ten minutes on two cores
 	$(BIN)/python -m pytest -m 'not slow' --durations 15
 
 test-slow: $(VENV)/installed  ## what takes minutes: kills, whole CIFAR-100 runs, clusters, Prometheus
-	$(BIN)/python -m pytest -m slow --durations 15 --ignore tests/faults --ignore tests/scale
+	$(BIN)/python -m pytest -m slow --durations 15 --ignore tests/faults --ignore tests/scale \
+		--ignore tests/cluster/test_autoscaler.py --ignore tests/cluster/test_network.py
 
 test-faults: $(VENV)/installed  ## kills, faulty stores, two drivers on a real cluster: ten minutes and more
 	$(BIN)/python -m pytest -m slow tests/faults
 
 bench: $(VENV)/installed  ## the short form of every benchmark: a quarter of an hour
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name --short || exit 1; echo; done
+
+test-cluster: $(VENV)/installed  ## jobs, Prometheus, an autoscaler, a cable pulled: a quarter of an hour
+	$(BIN)/python -m pytest -m slow tests/cluster
 
 test-scale: $(VENV)/installed  ## a million images listed, indexed, planned: ten minutes
 	$(BIN)/python -m pytest -m slow tests/scale
