@@ -1,9 +1,11 @@
-# make demo test test-slow test-faults check format clean: the same commands for people and for CI.
+# make demo test test-slow test-faults test-scale bench check format clean: the same commands for people and for CI.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-faults check format clean
+BENCHMARKS := throughput waves decode fetch fetch_tars plan index fit startup first_benefit manifest simulate
+
+.PHONY: demo test test-slow test-faults test-scale bench check format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,11 +18,17 @@ demo: $(VENV)/installed  ## a whole backfill on real images, in minutes
 test: $(VENV)/installed  ## the default suite: under ten minutes on two cores
 	$(BIN)/python -m pytest -m 'not slow' --durations 15
 
-test-slow: $(VENV)/installed  ## what takes minutes: kills, whole CIFAR-100 runs
-	$(BIN)/python -m pytest -m slow --durations 15 --ignore tests/faults
+test-slow: $(VENV)/installed  ## what takes minutes: kills, whole CIFAR-100 runs, clusters, Prometheus
+	$(BIN)/python -m pytest -m slow --durations 15 --ignore tests/faults --ignore tests/scale
 
 test-faults: $(VENV)/installed  ## kills, faulty stores, two drivers on a real cluster: ten minutes and more
 	$(BIN)/python -m pytest -m slow tests/faults
+
+bench: $(VENV)/installed  ## the short form of every benchmark: a quarter of an hour
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name --short || exit 1; echo; done
+
+test-scale: $(VENV)/installed  ## a million images listed, indexed, planned: ten minutes
+	$(BIN)/python -m pytest -m slow tests/scale
 
 check: $(VENV)/installed  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -1,10 +1,10 @@
 """What one row, one unit and one segment cost in bytes, seconds and memory: the constants of docs/scaling.md.
 
 Everything is written and read by the pipeline's own functions, at small scale on this machine's disk; the document
-multiplies. With `--ray` also what Ray costs per unit, with `--s3` the requests that the run's own files take. Prints
-one JSON document: for each figure its value, its unit, and how it was got. `benchmarks.simulate` reads it.
+multiplies. One JSON document: for each figure its value, its unit, and how it was got. `benchmarks.simulate` reads it.
 
-    python -m benchmarks.scaling --ray --s3 > benchmarks/results/DATE-scaling.json
+    python -m benchmarks.scaling --into benchmarks/results/DATE-scaling.json
+    python -m benchmarks.scaling --into benchmarks/results/DATE-scaling.json --only ray
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +90,7 @@ def location(count: int) -> dict[str, pa.Array]:
 
 
 def units_files(folder: str) -> Figures:
-    """A wave's units file: what its footer costs whoever reads one unit of it."""
+    """A units file: what its footer costs whoever reads one unit of it."""
     counts, footers, reads = (100, 1_000, 4_000), [], []
     for count in counts:
         unit = pa.table({"id": np.arange(64)} | location(64))
@@ -98,13 +98,13 @@ def units_files(folder: str) -> Figures:
         storage.put(uri, storage.parquet_bytes(UNITS, (unit for _ in range(count))))
         with storage.open_parquet(uri) as file:
             footers.append(file.metadata.serialized_size)
-        reads.append(seconds_of(lambda uri=uri, count=count: storage.read_parquet(uri, UNITS.names, [count // 2])))
+        reads.append(seconds_of(partial(storage.read_parquet, uri, UNITS.names, [count // 2])))
     rows = pa.table({"id": RANDOM.integers(0, 10**9, 20_480)} | location(20_480))
     data = storage.parquet_bytes(UNITS, (rows.slice(start, 256) for start in range(0, 20_480, 256)))
     footer = slope(counts, footers)
     return {
         "units_footer_bytes": figure(footer, "B/unit", f"slope of the footer over {counts} row groups"),
-        "units_open_seconds": figure(slope(counts, reads), "s/unit of the wave", "slope of reading one row group"),
+        "units_open_seconds": figure(slope(counts, reads), "s/unit of the file", "slope of reading one row group"),
         "units_row_bytes": figure((len(data) - 80 * footer) / 20_480, "B/image", "units of 256, without the footer"),
     }
 
@@ -130,7 +130,7 @@ def transformed_part(folder: str) -> Figures:
         with storage.open_parquet(uri) as file:
             footer = file.metadata.serialized_size
         size = storage.stat(uri).size_bytes
-        cell = seconds_of(lambda uri=uri: storage.read_parquet(uri, ["id", "uncertainty", "group", "vector"], [7]))
+        cell = seconds_of(partial(storage.read_parquet, uri, ["id", "uncertainty", "group", "vector"], [7]))
         how = f"{count} rows, {groups} row groups, {DIM}-d"
         found |= {
             f"transformed_row_bytes{name}": figure((size - footer) / count, "B/image", how + ", without the footer"),
@@ -154,7 +154,7 @@ def log_parts(folder: str) -> Figures:
             parts, start = 40, time.perf_counter()
             sizes = [vector_log.write_unit(log, Unit(1, unit, "", 0, images), embedded)[0] for unit in range(parts)]
             wrote = (time.perf_counter() - start) / parts
-            read = seconds_of(lambda log=log: vector_log.read_shard(log, 1, 3)) / parts
+            read = seconds_of(partial(vector_log.read_wave, log, 1, range(3, 4))) / parts
             name, how = f"_{images}_{shards}", f"units of {images}, {shards} shards, {DIM}-d"
             found |= {
                 f"log_row_bytes{name}": figure(sizes[0] / images, "B/image", how),
@@ -173,7 +173,6 @@ def index_files() -> Figures:
     ids, rows = np.arange(count, dtype=np.int64), vectors(count)
     one, two = (len(build_segment(codebook, ids[:size], rows[:size])) for size in (count // 2, count))
     seconds = seconds_of(lambda: build_segment(codebook, ids, rows), repeats=3)
-    empty = len(build_segment(codebook, ids[:0], rows[:0]))
     sidecar = segments.sidecar_bytes(
         RANDOM.permutation(10**7)[:count], np.full(count, "embedded"), rows[:, 0].copy(), pa.nulls(count, pa.string())
     )
@@ -190,7 +189,7 @@ def index_files() -> Figures:
 
     return {
         "segment_vector_bytes": figure((two - one) / (count // 2), "B/vector", f"{FACTORY}, slope"),
-        "segment_list_bytes": figure(empty / 4096, "B/(segment, list)", f"{FACTORY}, an empty segment"),
+        "segment_fixed_bytes": figure(2 * one - two, "B/segment", f"{FACTORY}, intercept: PQ tables and list sizes"),
         "segment_build_seconds": figure(seconds / count, "CPU s/vector", f"{FACTORY}, {count} vectors, one thread"),
         "sidecar_row_bytes": figure(len(sidecar) / count, "B/vector", f"{count} rows"),
         "commit_segment_bytes": figure(len(text) / len(refs), "B/segment", f"{len(refs)} segments"),
@@ -266,16 +265,16 @@ def requests() -> Figures:
         spent = storage.counts() - before
         kinds = {key: number for key, number in sorted(spent.items()) if key.startswith("requests:")}
         text = ", ".join(f"{key.partition(':')[2]} {number}" for key, number in kinds.items())
-        found[name] = figure(sum(kinds.values()), unit, f"{how}: {text}")
+        found[name] = figure(sum(kinds.values()) - kinds.get("requests:list", 0), unit, f"{how}: {text}")
 
     with tempfile.TemporaryDirectory() as folder, SeaweedFS(Path(folder)) as server:
         os.environ.update(server.environment())
         server.make_bucket("scaling")
         root = "s3://scaling"
         unit = pa.table({"id": np.arange(64)} | location(64))
-        storage.put(f"{root}/units.parquet", storage.parquet_bytes(UNITS, [unit] * 1_000))
-        read = lambda: storage.read_parquet(f"{root}/units.parquet", UNITS.names, [500])  # noqa: E731
-        count("units_read_requests", "requests/unit", "a unit of a file of 1,000", read)
+        storage.put(f"{root}/units.parquet", storage.parquet_bytes(UNITS, [unit] * plans.UNITS_PER_FILE))
+        read = lambda: storage.read_parquet(f"{root}/units.parquet", UNITS.names, [50])  # noqa: E731
+        count("units_read_requests", "requests/unit", f"a unit of a file of {plans.UNITS_PER_FILE}", read)
         log = VectorLog(f"{root}/log", f"{root}/rejects", DIM, SHARDS)
         texts, numbers = pa.array([""] * 256), iter(range(2))
 
@@ -285,8 +284,10 @@ def requests() -> Figures:
 
         count("log_write_requests", "requests/unit", "a part of 256 images", write)
         storage.delete_files([log.part(1, 1)])
-        read_shard = lambda: vector_log.read_shard(log, 1, 3)  # noqa: E731
-        count("log_read_requests", "requests/(part, shard)", "and one listing", read_shard)
+        read_shard = lambda: vector_log.read_wave(log, 1, range(3, 4))  # noqa: E731
+        count(
+            "log_read_requests", "requests/(part, shard)", "a part; the listing is once per wave and shard", read_shard
+        )
         rows = pa.table(
             {"id": np.arange(PART_ROWS), "wave": np.zeros(PART_ROWS, np.int32), "shard": np.zeros(PART_ROWS, np.int32)}
             | {"priority": vectors(PART_ROWS)[:, 0], "uncertainty": vectors(PART_ROWS)[:, 0]}
@@ -305,6 +306,11 @@ def requests() -> Figures:
     return found
 
 
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def ray_costs() -> Figures:
     """The driver's CPU, and the wall time on this machine, per unit of the real stream with next to no work in it."""
     import ray
@@ -316,7 +322,7 @@ def ray_costs() -> Figures:
     from tests.galleries import NEW_DIM, digits, write_config
 
     start_ray()
-    counts, wall, cpu = (50, 250), [], []
+    counts, wall, cpu = (50, 250, 450), [], []
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(write_config(Path(folder)))
         image = Path(folder) / "one.png"
@@ -332,14 +338,13 @@ def ray_costs() -> Figures:
             assert sum(1 for _ in embed_stream([work], config)) == count
             wall.append(time.perf_counter() - start)
             cpu.append(time.process_time() - used)
-    sizes, setup, memory = (1_000, 20_000), [], []
+    sizes, setup, memory = (200, 2_000, 8_000), [], []
     for size in sizes:
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        start = time.perf_counter()
+        held, start = resident(), time.perf_counter()
         stream = iter(ray.data.range(size, override_num_blocks=size).iter_batches(batch_size=None))
         next(stream)
         setup.append(time.perf_counter() - start)
-        memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held)
+        memory.append(resident() - held)
         del stream
     ray.shutdown()
     how = f"the stream over {counts} units of one image"
@@ -347,8 +352,10 @@ def ray_costs() -> Figures:
         "ray_driver_cpu_seconds": figure(slope(counts, cpu[1:]), "CPU s/unit", f"driver process, {how}"),
         "ray_wall_seconds": figure(slope(counts, wall[1:]), "s/unit", f"{how}, 2 CPUs in all"),
         "ray_start_seconds": figure(wall[1] - counts[0] * slope(counts, wall[1:]), "s", f"intercept, {how}"),
-        "ray_block_setup_seconds": figure(slope(sizes, setup), "s/block", f"to the first of {sizes} range blocks"),
-        "ray_block_memory_bytes": figure(memory[1] / sizes[1], "B/block", f"driver's RSS, {sizes[1]} range blocks"),
+        "ray_block_setup_seconds": figure(
+            slope(sizes, setup), "s/block", f"slope, to the first of {sizes} range blocks"
+        ),
+        "ray_block_memory_bytes": figure(slope(sizes, memory), "B/block", f"slope of the driver's RSS, {sizes} blocks"),
     }
 
 
@@ -367,6 +374,12 @@ def decoding() -> Figures:
     return {"decode_seconds": figure(seconds, "CPU s/image", how)}
 
 
+def files() -> Figures:
+    """Everything in Parquet."""
+    with tempfile.TemporaryDirectory() as folder:
+        return units_files(folder) | transformed_part(folder) | log_parts(folder)
+
+
 def versions() -> dict[str, object]:
     import faiss
     import ray
@@ -381,20 +394,31 @@ def versions() -> dict[str, object]:
     }
 
 
+MEASURES: dict[str, Callable[[], Figures]] = {
+    "files": files,
+    "index": index_files,
+    "driver": driver,
+    "decode": decoding,
+    "requests": requests,  # starts an S3 server
+    "ray": ray_costs,  # starts Ray
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ray", action="store_true", help="also what Ray costs per unit; starts Ray")
-    parser.add_argument("--s3", action="store_true", help="also requests to a real S3 server; starts one")
+    parser.add_argument("--into", type=Path, help="a file of such a document, whose other figures stay")
+    parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES))
     arguments = parser.parse_args()
-    found: Figures = {}
-    with tempfile.TemporaryDirectory() as folder:
-        found |= units_files(folder) | transformed_part(folder) | log_parts(folder)
-    found |= index_files() | driver() | decoding()
-    if arguments.s3:
-        found |= requests()
-    if arguments.ray:
-        found |= ray_costs()
-    print(json.dumps(versions() | {"figures": found}, indent=1))
+    document = json.loads(arguments.into.read_text()) if arguments.into and arguments.into.exists() else {}
+    figures = document.pop("figures", {})
+    runs = document.pop("runs", [])  # each took figures; the last one that took a figure counts
+    for name in arguments.only:
+        figures |= MEASURES[name]()
+    printed = json.dumps({"runs": [*runs, versions()], "figures": figures}, indent=1)
+    if arguments.into:
+        arguments.into.write_text(printed + "\n")
+    else:
+        print(printed)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class Seconds:
     Attributes:
         load_image: CPU, per image, to fetch and decode.
         load_unit: CPU, per unit.
-        load_footer: CPU, per unit and unit of its wave: the footer of the wave's units file.
+        fetch_unit: of a load task waiting for the row group that names its images.
         fetch_image: of a load task waiting for its requests, per image; overlaps with the CPU's work.
         embed_image: of an actor, per image.
         embed_unit: of an actor, per unit.
@@ -55,7 +55,7 @@ class Seconds:
     load_image: float
     embed_image: float
     load_unit: float = 0.0
-    load_footer: float = 0.0
+    fetch_unit: float = 0.0
     fetch_image: float = 0.0
     embed_unit: float = 0.0
     write_unit: float = 0.0
@@ -94,7 +94,7 @@ class Outcome:
 
     Attributes:
         seconds: to the last acknowledgement, and `published_seconds` to the last commit.
-        rate: images per second from the first to the last fifth of the units, so without start and end.
+        rate: images per second in the middle of the run, so without start and end.
         actors_busy, driver_busy: shares of the time; an actor's with what was lost.
         losses: nodes lost; `repeated` images were in flight on them and were loaded again.
         refused: load tasks that the store told to wait, each as often as it did.

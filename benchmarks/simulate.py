@@ -1,11 +1,11 @@
 """What the backfill would do on 16 to 1,024 GPUs: rate against GPUs, lost work against the loss of nodes.
 
 `benchmarks.simulation` is the model, `rates.json` says for each of its figures whether it was measured here (and
-where), documented by others, or assumed. No GPU was measured: its rate is a parameter, and is swept. Writes two plots
+where), documented by others, or assumed. No GPU was measured: its rate is a parameter of 1,000. Writes two plots
 and a page of results; the short form takes a minute.
 
     python -m benchmarks.simulate --short
-    python -m benchmarks.simulate --results benchmarks/results/DATE-simulation.md --plots docs
+    python -m benchmarks.simulate --only rates --results benchmarks/results/DATE-simulation-rates.md --plots docs
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from pathlib import Path
 
 from benchmarks.scenario import Cluster, Faults, Job, Outcome, Seconds
 from benchmarks.simulation import Simulation
+from pipeline.plan import UNITS_PER_FILE
 
 HERE = Path(__file__).parent
 GPUS = (16, 32, 64, 128, 256, 512, 1024)
 GPUS_PER_NODE = 8
 CONCURRENCY = 32  # fetch.concurrency
+TABLES = ("rates", "losses", "whole")
 LOAD_CPUS = 0.5  # stream._LOAD_CPUS
 PLAN_PART_ROWS = 131_072  # manifest._PARTITION_ROWS
+THREADS = 16  # storage._WAITING: a task waits for so many parts at once
 GALLERY = 1_000_000_000
-WINDOW_SECONDS = 1_200.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,9 @@ class Scenario:
         gpu_rate: images per second of one GPU.
         prefixes: of the images; inf is a store without a limit.
         requests_image: 1 for an object per image; less for tars.
-        whole: all images of the gallery, with sealing; else as many as keep the GPUs busy for WINDOW_SECONDS.
+        seconds, units: so many images as would keep the GPUs busy for so long, at most so many units, without
+            sealing; or
+        whole: all images of the gallery, with sealing.
         today: with what grows with the number of parts, as the code is; else each cell is read once.
     """
 
@@ -58,13 +62,16 @@ class Scenario:
     slow_share: float = 0.0
     slow_factor: float = 1.0
     sigma: float | None = None
+    seconds: float = 1_200.0
+    units: int = 120_000
     whole: bool = False
     today: bool = True
 
     @property
     def images(self) -> int:
         """That are simulated."""
-        return GALLERY if self.whole else int(self.gpus * self.gpu_rate * WINDOW_SECONDS)
+        most = self.units * self.unit_images
+        return GALLERY if self.whole else min(most, int(self.gpus * self.gpu_rate * self.seconds))
 
 
 def rates() -> dict[str, float]:
@@ -86,11 +93,12 @@ def simulate(point: Scenario, found: dict[str, float], seed: int = 0) -> Outcome
     fetch = found["request_seconds"] + found["image_bytes"] / found["connection_bytes_per_second"]
     latency = found["request_seconds"]
     cells = -(-GALLERY // PLAN_PART_ROWS) if point.today else 1  # row groups, each behind a footer of its own file
-    cell = found["transformed_cell_seconds"] + latency * found["transformed_cell_requests"]
-    part = found["log_read_seconds"] + latency * found["log_read_requests"]
+    cell = found["transformed_cell_seconds"] + latency * found["transformed_cell_requests"] / THREADS
+    part = found["log_read_seconds"] + latency * found["log_read_requests"] / THREADS
     seconds = Seconds(
         load_image=found["decode_seconds"] + found["fetch_cpu_seconds"] * point.requests_image,
-        load_footer=found["units_open_seconds"] * GALLERY / point.images if point.today else 0.0,
+        load_unit=found["units_open_seconds"] * UNITS_PER_FILE,
+        fetch_unit=latency * found["units_read_requests"],
         fetch_image=fetch * point.requests_image / CONCURRENCY,
         embed_image=1 / point.gpu_rate,
         write_unit=found["log_write_seconds"] + latency * found["log_write_requests"],
@@ -131,18 +139,18 @@ def rate_lines(gpus: tuple[int, ...]) -> dict[str, list[Scenario]]:
         "256 images a unit (the default at 224 pixels)": Scenario(0, unit_images=256),
         "2,048 images a unit": Scenario(0),
         "8,192 images a unit": Scenario(0, unit_images=8_192),
-        "2,048, one object per image, 40 prefixes": Scenario(0, prefixes=40),
-        "2,048, 5 % of the nodes 3 times slower": Scenario(0, slow_share=0.05, slow_factor=3.0),
-        "2,048, 0.2 losses per node-hour": Scenario(0, losses=0.2),
+        "2,048, one object per image, 10 prefixes": Scenario(0, prefixes=10),
+        "2,048, 1 node of 8 is 3 times slower": Scenario(0, slow_share=0.125, slow_factor=3.0),
+        "2,048, 1 loss per node-hour": Scenario(0, losses=1.0),
     }
     return {name: [replace(line, gpus=count) for count in gpus] for name, line in lines.items()}
 
 
-def loss_lines(losses: tuple[float, ...], gpus: int) -> dict[str, list[Scenario]]:
+def loss_lines(losses: tuple[float, ...], seconds: float) -> dict[str, list[Scenario]]:
     """What the second plot shows."""
     lines = {
         f"{size:,} images a unit, a node back after {after:.0f} s": Scenario(
-            gpus, unit_images=size, replace_seconds=after
+            64, unit_images=size, replace_seconds=after, seconds=seconds
         )
         for size, after in ((2_048, 180.0), (2_048, 600.0), (8_192, 180.0))
     }
@@ -153,17 +161,26 @@ def main() -> None:
     """Simulate, print the tables, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="fewer points, no file written unless asked for")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES)
+    parser.add_argument("--units", type=int, default=120_000, help="of a point, at most: a second or so")
     parser.add_argument("--results", type=Path, help="a Markdown file to write the tables to")
     parser.add_argument("--plots", type=Path, help="a folder to write the plots to")
     arguments = parser.parse_args()
     found, start, seeds = rates(), time.perf_counter(), 1 if arguments.short else arguments.seeds
     gpus = (16, 64, 256) if arguments.short else GPUS
-    losses = (0.05, 0.5) if arguments.short else (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-    text = list(heading())
-    by_gpus = {name: run(points, found, seeds) for name, points in rate_lines(gpus).items()}
-    by_losses = {name: run(points, found, seeds) for name, points in loss_lines(losses, 64).items()}
-    text += rate_table(by_gpus) + loss_table(by_losses) + whole_table(whole_points(arguments.short), found)
+    losses, seconds = ((0.5, 2.0), 1_800.0) if arguments.short else ((0.5, 1.0, 2.0, 4.0), 3_600.0)
+    text, lost = list(heading()), loss_lines(losses, seconds)
+
+    def run(points: list[Scenario]) -> Line:
+        cut = [replace(point, units=arguments.units) for point in points]
+        return [(point, [simulate(point, found, seed) for seed in range(seeds)]) for point in cut]
+
+    by_gpus = {name: run(points) for name, points in rate_lines(gpus).items()} if "rates" in arguments.only else {}
+    by_losses = {name: run(points) for name, points in lost.items()} if "losses" in arguments.only else {}
+    text += rate_table(by_gpus) if by_gpus else []
+    text += loss_table(by_losses) if by_losses else []
+    text += whole_table(whole_points(arguments.short), found) if "whole" in arguments.only else []
     text.append(f"\nSimulated in {time.perf_counter() - start:.0f} s.")
     print("\n".join(text))
     if arguments.results:
@@ -175,10 +192,6 @@ def main() -> None:
 
 
 Line = list[tuple[Scenario, list[Outcome]]]
-
-
-def run(points: list[Scenario], found: dict[str, float], seeds: int) -> Line:
-    return [(point, [simulate(point, found, seed) for seed in range(seeds)]) for point in points]
 
 
 def mean(values: Iterator[float]) -> float:
@@ -238,7 +251,6 @@ def whole_points(short: bool) -> dict[str, Scenario]:
         points |= {
             "2,048 images a unit, as the code is": point,
             "2,048 images a unit, each cell read once": replace(point, today=False),
-            "256 images a unit, as the code is": replace(point, unit_images=256),
         }
     return points
 

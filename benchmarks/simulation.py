@@ -27,6 +27,7 @@ from pipeline.plan import wave_sizes
 ACTOR_UNITS = 4  # `max_tasks_in_flight_per_actor` of the stream
 ADMITTED = 2 * ACTOR_UNITS  # loading or loaded, per actor: Ray's downstream_capacity_backpressure_ratio
 REFUSED_AFTER_SECONDS = 1.0  # how far a prefix may be asked ahead of its rate
+MIDDLE = (4, 6)  # tenths of the units between which the rate is taken: neither filling nor draining
 FIRST_PAUSE_SECONDS, MOST_PAUSE_SECONDS = 0.5, 10.0  # of `pace` and `storage.max_pause_seconds`
 
 
@@ -70,7 +71,7 @@ class Simulation:
         self._order = itertools.count()
         self._now = self._driver_free = cluster.start_seconds
         self._driver_busy = self._actors_busy = self._store_free = self._sealed = 0.0
-        self._fifths = [0.0, 0.0]
+        self._middle = [0.0, 0.0]
         self._losses = self._repeated = self._refused = self._events = 0
 
     def run(self) -> Outcome:
@@ -83,9 +84,9 @@ class Simulation:
             self._now, _, handle, unit, node, life = heappop(self._heap)
             self._events += 1
             handle(unit, node, life)
-        seconds, (first, last) = self._driver_free, self._fifths
-        fifth = len(self._wave) // 5
-        middle = sum(self._images) / len(self._wave) * (len(self._wave) - 2 * fifth)
+        seconds, (first, last) = self._driver_free, self._middle
+        begin, end = (share * len(self._wave) // 10 for share in MIDDLE)
+        middle = sum(self._images) / len(self._wave) * (end - begin)
         return Outcome(
             seconds=seconds,
             published_seconds=self._sealed,
@@ -144,9 +145,9 @@ class Simulation:
         node.loading += 1
         sealing = self._job.shards / len(self._nodes) if self._now < self._sealed else 0.0
         crowd = max(1.0, node.loading / max(1.0, self._cluster.cores - sealing))
-        footer = self._seconds.load_footer * self._wave_units[self._wave[unit]]
-        work = (images * self._seconds.load_image + self._seconds.load_unit + footer) * crowd
-        taken = max(work, images * self._seconds.fetch_image) * self._scatter() * node.speed
+        work = (images * self._seconds.load_image + self._seconds.load_unit) * crowd
+        taken = max(work, images * self._seconds.fetch_image) + self._seconds.fetch_unit
+        taken *= self._scatter() * node.speed
         self._at(self._now + wait + taken, self._loaded, unit, number)
 
     def _loaded(self, unit: int, number: int, life: int) -> None:
@@ -210,9 +211,9 @@ class Simulation:
         self._nodes[number].held.discard(unit)
         time = self._driver(self._seconds.ack)
         self._durable += 1
-        for place, share in enumerate((1, 4)):
-            if self._durable == share * len(self._wave) // 5:
-                self._fifths[place] = time
+        for place, share in enumerate(MIDDLE):
+            if self._durable == share * len(self._wave) // 10:
+                self._middle[place] = time
         wave = self._wave[unit]
         self._left[wave] -= 1
         self._whole[wave] = time
@@ -224,7 +225,7 @@ class Simulation:
         tasks, cores = self._job.shards, self._cluster.cores * self._live
         one = self._seconds.seal_part * self._wave_units[wave]
         one += self._seconds.seal_image * self._wave_images[wave] / tasks + self._seconds.seal
-        taken = one * max(self._scatter() for _ in range(tasks)) * max(1.0, tasks / max(1.0, cores))
+        taken = one * max(1.0, tasks / max(1.0, cores))  # each is a sum over thousands of reads: no scatter
         self._sealed = max(self._sealed, time) + taken
         self._lags.append(self._sealed - self._whole[wave])
 

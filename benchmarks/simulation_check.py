@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ def measure(images: Path, job: Job) -> Measured:
     """Run a backfill; its log is checked to be whole."""
     with tempfile.TemporaryDirectory() as folder:
         config, run, plan = make_run(folder, images, job)
+        print(f"{job}: planned", file=sys.stderr, flush=True)
         before = {stage: _sum(stage) for stage in STAGES}
         moments: list[tuple[float, int]] = []
         start = time.perf_counter()
@@ -95,6 +97,7 @@ def measure(images: Path, job: Job) -> Measured:
 
         end = backfill(config, run, plan, note)
         published = time.perf_counter() - start
+        print(f"{job}: {published:.1f} s", file=sys.stderr, flush=True)
         if end.durable != job.images or end.published != job.images:
             raise RuntimeError(f"the backfill is not whole: {end}")
         embedding = [(seconds, durable) for seconds, durable in moments if durable]
@@ -138,7 +141,7 @@ def main() -> None:
     """Print a line per repeat."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--images", type=int, default=50_000, help="of the training set, in the run that is foretold")
+    parser.add_argument("--images", type=int, default=20_000, help="of the training set, in the run that is foretold")
     arguments = parser.parse_args()
     start_ray()
     train, test = DATA / "train.parquet", DATA / "test.parquet"

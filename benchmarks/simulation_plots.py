@@ -14,9 +14,14 @@ if TYPE_CHECKING:
 
 
 def draw(by_gpus: dict[str, Line], by_losses: dict[str, Line], folder: Path) -> None:
-    """Write `rate-against-gpus.svg` and `lost-work.svg`."""
-    from benchmarks.simulate import lost_share
+    """Write `rate-against-gpus.svg` and `lost-work.svg`, each where there are points for it."""
+    if by_gpus:
+        _draw_rates(by_gpus, folder / "rate-against-gpus.svg")
+    if by_losses:
+        _draw_losses(by_losses, folder / "lost-work.svg")
 
+
+def _draw_rates(by_gpus: dict[str, Line], path: Path) -> None:
     figure, axes = _blank()
     gpus = [point.gpus for point, _ in next(iter(by_gpus.values()))]
     rate = next(iter(by_gpus.values()))[0][0].gpu_rate
@@ -35,7 +40,11 @@ def draw(by_gpus: dict[str, Line], by_losses: dict[str, Line], folder: Path) -> 
     axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="images per second, simulated")
     axes.set_xticks(gpus, [str(count) for count in gpus], minor=False)
     axes.minorticks_off()
-    _finish(figure, axes, folder / "rate-against-gpus.svg")
+    _finish(figure, axes, path)
+
+
+def _draw_losses(by_losses: dict[str, Line], path: Path) -> None:
+    from benchmarks.simulate import lost_share
 
     figure, axes = _blank()
     for name, line in by_losses.items():
@@ -49,7 +58,7 @@ def draw(by_gpus: dict[str, Line], by_losses: dict[str, Line], folder: Path) -> 
         ]
         axes.plot(losses, held, linestyle="--", color=drawn.get_color(), label="rate missing, of the GPUs'")
     axes.set(xscale="log", yscale="log", xlabel="losses per node and hour", ylabel="per cent, simulated")
-    _finish(figure, axes, folder / "lost-work.svg")
+    _finish(figure, axes, path)
 
 
 def _blank() -> tuple[Figure, Axes]:

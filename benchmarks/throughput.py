@@ -224,7 +224,7 @@ def recipe(case: Case) -> Rate:
     if case.is_files:
         images = ray.data.read_binary_files(str(case.folder / "jpeg"))
     else:
-        images = ray.data.read_parquet(str(CIFAR / "train.parquet"), columns=["image"]).limit(case.images)
+        images = ray.data.read_parquet(str(CIFAR / "train.parquet")).select_columns(["image"]).limit(case.images)
         images = images.rename_columns({"image": "bytes"})
     images.map(decode).map_batches(
         Predictor,

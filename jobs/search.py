@@ -48,7 +48,7 @@ def main(
         raise click.UsageError(f"give image files, or one file of queries; these are {len(queries)} files")
     run = open_run_of(config)
     vectors = _read_queries(config, queries, column, limit)
-    with Searcher(config.run, tag=tag, commit=commit) as searcher:
+    with Searcher(config.run, tag=tag, commit=commit, in_memory=False) as searcher:  # for a single call
         result = searcher.search(vectors, k)
     there = result.ids >= 0  # fewer than k may be found
     keys = _keys(run, result.ids[there].tolist())

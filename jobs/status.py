@@ -43,7 +43,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 def read_status(run_uri: str) -> Status:
     """The figures of a run; before its plan is made there is no gallery to count against."""
-    from pipeline import snapshot
+    from pipeline import snapshot, vector_log
     from pipeline.plan import read_plan
     from pipeline.progress import Tracker, recent_rate
     from pipeline.run import Run
@@ -69,8 +69,9 @@ def read_status(run_uri: str) -> Status:
     if plan is None:
         return status
     log = plan.log(run)
-    progress = Tracker(plan, log, max_reject_fraction=1.0).progress(status["commit"] or 0)
-    rate = recent_rate(plan, log)
+    parts = vector_log.part_times(log)
+    progress = Tracker(plan, log, max_reject_fraction=1.0, parts=parts).progress(status["commit"] or 0)
+    rate = recent_rate(plan, parts)
     known = Status(
         run=run_uri,
         commit=status["commit"],

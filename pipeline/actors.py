@@ -17,7 +17,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from pipeline.config import Backfill
 from pipeline.errors import ConfigError, TransientError
 
-LOAD_CPUS = 0.5
+LOAD_CPUS = 1.0  # as reading the numbers of the units, so that Ray makes one task of the two
 WRITE_CPUS = 0.25
 
 _LOG = logging.getLogger(__name__)
@@ -43,7 +43,9 @@ def actor_pool(backfill: Backfill, device: str) -> Pool:
         TransientError: the cluster cannot, and no node came in `backfill.wait_seconds`.
     """
     threads, gpus = backfill.threads_per_actor, _gpus_per_actor(backfill, device)
-    reserved = 0.0 if gpus else threads / 2 if backfill.cpus_per_actor is None else backfill.cpus_per_actor
+    reserved = 0.0 if gpus else threads / 4 if backfill.cpus_per_actor is None else backfill.cpus_per_actor
+    if reserved == LOAD_CPUS:
+        reserved += 0.01  # of equal requests Ray makes one operator: an actor would load its units itself, in turns
     actor = {"CPU": reserved, "GPU": gpus}
     _wait_for_room([*[actor] * backfill.min_actors, {"CPU": LOAD_CPUS}, {"CPU": WRITE_CPUS}], backfill.wait_seconds)
     cluster = ray.cluster_resources()

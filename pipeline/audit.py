@@ -134,6 +134,9 @@ def _check_gallery(evidence: Evidence, notes: Notes, files: _Files, commits: lis
         for wave in range(1, last.num_waves + 1):
             rejected = evidence.rejects.get(wave, NO_IDS)
             cells.append(evidence.cell(shard, wave, rejected[shard_of(rejected, last.num_shards) == shard]))
+        refs = [ref for cell in cells for ref in segments[shard, cell.wave]]
+        files.look_at(("sidecar", ref.sidecar_path, ref.sidecar_sha256) for ref in refs)
+        files.look_at(("segment", ref.path, ref.sha256) for ref in refs if codebook is not None)
         _check_shard(evidence, notes, shard, np.concatenate([cell.ids for cell in cells]), last.num_shards)
         for cell in cells:
             if cell.wave <= last.number:
@@ -208,11 +211,14 @@ def _check_segment(evidence: Evidence, files: _Files, ref: SegmentRef, cell: Cel
 def _check_unpublished(run: Run, notes: Notes, published: int) -> None:
     """What the log holds of later waves can be read."""
     rejects = reject_files(gallery_log(run))
+
+    def read(notes: Notes, file: tuple[str, str]) -> None:
+        kind, uri = file
+        notes.attempt(kind, uri, storage.read_parquet, uri)
+        notes.checked[f"{kind}s"] += 1
+
     for kind, files in (("log_part", unit_files(run.path("embedded"))), ("reject_part", rejects)):
-        for wave, uris in files.items():
-            for uri in uris if wave > published else ():
-                notes.attempt(kind, uri, storage.read_parquet, uri)
-                notes.checked[f"{kind}s"] += 1
+        notes.each(read, ((kind, uri) for wave, uris in files.items() for uri in uris if wave > published))
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,12 +231,20 @@ class _Files:
 
     def intact(self, kind: str, path: str, sha256: str) -> bool:
         """Whether a file is there with its sha256; else it is a problem."""
-        if (path, sha256) not in self.seen:
-            before = len(self.notes.problems)
-            self.notes.attempt(kind, self.run.path(path), check_digest, self.run.path(path), sha256)
-            self.seen[path, sha256] = len(self.notes.problems) == before
-            self.notes.checked[f"{kind}s"] += 1
+        self.look_at([(kind, path, sha256)])
         return self.seen[path, sha256]
+
+    def look_at(self, files: Iterable[tuple[str, str, str]]) -> None:
+        """Check those of some files (kind, path, sha256) that are not checked yet, several at once."""
+        new = list(dict.fromkeys(file for file in files if file[1:] not in self.seen))
+        for (_, path, sha256), intact in zip(new, self.notes.each(self._check, new), strict=True):
+            self.seen[path, sha256] = intact
+
+    def _check(self, notes: Notes, file: tuple[str, str, str]) -> bool:
+        kind, path, sha256 = file
+        notes.attempt(kind, self.run.path(path), check_digest, self.run.path(path), sha256)
+        notes.checked[f"{kind}s"] += 1
+        return not notes.problems
 
     def codebook(self, commit: Commit) -> Codebook | None:
         """The codebook, where it can be opened."""

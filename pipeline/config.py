@@ -32,7 +32,10 @@ class Preprocess(Section):
 
     An image is resized, cropped at its centre, scaled so that white is `pixel_range`, and
     normalised by `mean` and `std`. Without `resize` and `center_crop` every image must already
-    have `size`; an image of another shape is rejected.
+    have `size`; an image of another shape is rejected. `resample` says whose arithmetic resizes
+    (decisions/0004), and with `reducing_gap` a JPEG is decoded smaller where that leaves it so many
+    times the resized size. With `decoder: device` the embedding actor decodes and resizes JPEGs, by nvJPEG
+    on a GPU; what is gained is cores, where these cannot keep up with the GPUs.
     """
 
     channels: Literal[1, 3] = 3
@@ -40,6 +43,9 @@ class Preprocess(Section):
     center_crop: Side | None = None
     size: Side | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+    resample: Literal["pillow", "torch"] = "torch"
+    reducing_gap: Annotated[float, Field(ge=1)] | None = None
+    decoder: Literal["cpu", "device"] = "cpu"
     pixel_range: Literal[1, 255] = 1
     mean: tuple[float, ...] = (0.0,)
     std: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
@@ -51,6 +57,12 @@ class Preprocess(Section):
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, self.channels):
                 raise ValueError(f"{name} has {len(values)} values: give 1 or {self.channels}, one per channel")
+        if self.reducing_gap is not None and self.resize is None:
+            raise ValueError("reducing_gap says how small a JPEG may be decoded before it is resized: give resize")
+        if self.decoder == "device" and (self.reducing_gap is not None or self.resample == "pillow"):
+            raise ValueError(
+                "decoder: device decodes in full and resizes as torch does: leave out reducing_gap, resample"
+            )
         return self
 
     @property
@@ -171,7 +183,7 @@ class Fit(Section):
     lr: Annotated[float, Field(gt=0)] = 5e-4
     weight_decay: Annotated[float, Field(ge=0)] = 2.0**-15
     freeze_batchnorm_at: Fraction = 0.5
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
     num_workers: Count = 1
     max_failures: Annotated[int, Field(ge=-1)] = 3
 
@@ -204,8 +216,8 @@ class Backfill(Section):
 
     The stream starts with as many actors as the cluster has room for, and goes up to `max_actors` and down to
     `min_actors` with the cluster; without `max_actors` that is one per GPU, or on a cluster without GPUs one per
-    `threads_per_actor` cores, of those that are there at the start. An actor on CPU reserves half of the cores
-    that it uses, so that what feeds it finds room; the operating system shares them out.
+    `threads_per_actor` cores, of those that are there at the start. An actor on CPU reserves a quarter of the
+    cores that it uses, so that what feeds it finds room; the operating system shares them out.
 
     Where a cluster is too small for `min_actors` actors, its autoscaler is asked for nodes, which may take
     `wait_seconds`. Where GPU nodes come that way, say so by `gpus_per_actor`: without it, a cluster that has no

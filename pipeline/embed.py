@@ -20,7 +20,7 @@ import torch
 from pipeline import config as settings
 from pipeline import worker_metrics
 from pipeline.encoders import EmbeddingModel, load_encoder
-from pipeline.images import Pixels
+from pipeline.images import Limits, Pixels, Reject
 from pipeline.schema import Float32, vectors_to_arrow
 from pipeline.transformation import resolve_device
 
@@ -46,8 +46,11 @@ class Embedder:
         if encoder.compile:
             self._network = torch.compile(self._model, dynamic=False)
 
-    def embed(self, pixels: Pixels) -> Float32:
-        """(N, C, H, W) uint8 to (N, d) float32, in batches of the configured size, in order."""
+    def embed(self, pixels: Pixels | torch.Tensor) -> Float32:
+        """(N, C, H, W) uint8, in the host's memory or on the device, to (N, d) float32, in order.
+
+        In batches of the configured size.
+        """
         vectors = np.zeros((len(pixels), self._model.dim), dtype=np.float32)
         waiting: deque[tuple[int, _Batch]] = deque()
         for start in range(0, len(pixels), self._batch_size):
@@ -91,19 +94,24 @@ class Embedder:
         return found
 
     @property
-    def device(self) -> str:
-        """Where it runs, as torch names it."""
-        return str(self._device)
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._device
+
+    def _copied(self, pixels: Pixels) -> torch.Tensor:
+        """On the device; a copy in any case, for blocks of the object store are read-only."""
+        cuda = self._device.type == "cuda"
+        batch = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=cuda)
+        batch.numpy()[:] = pixels
+        return batch.to(self._device, memory_format=torch.channels_last, non_blocking=True) if cuda else batch
 
     @torch.inference_mode()
-    def _launch(self, pixels: Pixels) -> _Batch:
+    def _launch(self, pixels: Pixels | torch.Tensor) -> _Batch:
         """Start a batch; on a GPU this returns before it is done."""
-        count = self._batch_size if self._padded else len(pixels)
         cuda = self._device.type == "cuda"
-        batch = torch.zeros((count, *pixels.shape[1:]), dtype=torch.uint8, pin_memory=cuda)
-        batch.numpy()[: len(pixels)] = pixels  # a copy in any case: blocks of the object store are read-only
-        if cuda:
-            batch = batch.to(self._device, memory_format=torch.channels_last, non_blocking=True)
+        batch = pixels if isinstance(pixels, torch.Tensor) else self._copied(pixels)
+        if self._padded and len(batch) < self._batch_size:
+            batch = torch.cat([batch, batch.new_zeros((self._batch_size - len(batch), *batch.shape[1:]))])
         with torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32):
             embeddings = self._network(batch)[: len(pixels)]
         if not cuda:
@@ -147,14 +155,20 @@ class EmbedStage:
     def __call__(self, block: pa.Table) -> pa.Table:
         start = time.perf_counter()
         work = block["work"][0].as_py()
-        encoder = self._encoders[work]
-        shape = (encoder.preprocess.channels, *(encoder.preprocess.image_size or ()))
-        pixels = block["pixels"].combine_chunks().flatten().to_numpy().reshape(-1, *shape)
+        encoder, embedder = self._encoders[work], self._embedder(work)
         stages, reasons = block["stage"].to_pylist(), block["reason"].to_pylist()
+        if "encoded" in block.column_names:
+            pixels, rejects = self._decode(block["encoded"].to_pylist(), encoder.preprocess, embedder.device)
+            for row, reject in rejects.items():
+                if not stages[row]:  # it was fetched
+                    stages[row], reasons[row] = reject.stage, reject.reason
+        else:
+            shape = (encoder.preprocess.channels, *(encoder.preprocess.image_size or ()))
+            pixels = block["pixels"].combine_chunks().flatten().to_numpy().reshape(-1, *shape)
         good = np.array([not stage for stage in stages], dtype=bool)
         vectors = np.zeros((len(pixels), encoder.dim), dtype=np.float32)
-        vectors[good] = self._embedder(work).embed(pixels if good.all() else pixels[good])
-        for row in np.flatnonzero(~np.isfinite(vectors).all(axis=1)):
+        vectors[good] = embedder.embed(pixels if good.all() else pixels[good])
+        for row in np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist():
             stages[row], reasons[row], vectors[row] = "embed", "not finite", 0.0
         seconds = time.perf_counter() - start
         worker_metrics.observe("embed", len(pixels), seconds)
@@ -171,3 +185,11 @@ class EmbedStage:
                 "vector": vectors_to_arrow(vectors),
             }
         )
+
+    def _decode(
+        self, encoded: list[bytes], preprocess: settings.Preprocess, device: torch.device
+    ) -> tuple[torch.Tensor, dict[int, Reject]]:
+        from pipeline.device_decode import DeviceDecoder  # here: it takes seconds, and few want it
+
+        limits = Limits(self._backfill.max_image_pixels, self._backfill.max_image_bytes)
+        return DeviceDecoder(preprocess, limits, device).decode(encoded)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
@@ -27,6 +27,7 @@ from pipeline.vector_log import VectorLog
 
 P = ParamSpec("P")
 T = TypeVar("T")
+U = TypeVar("U")
 _WAVE = re.compile(r"/wave-(\d+)/[^/]+$")
 _PART = re.compile(r"/part-(\d+)\.parquet$")
 _EMPTY = -1  # the key of a row group without rows
@@ -71,6 +72,16 @@ class Notes:
         except (OSError, pa.ArrowException, ValueError) as error:
             self.problem(kind, where, "a readable file", error)
         return None
+
+    def each(self, check: Callable[[Notes, T], U], items: Iterable[T]) -> list[U]:
+        """What `check` gives for each item, some of them at once; what it notes is noted here in their order."""
+        listed = list(items)
+        own = [Notes() for _ in listed]
+        found = storage.at_once(lambda pair: check(*pair), zip(own, listed, strict=True))
+        for notes in own:
+            self.problems.extend(notes.problems)
+            self.checked.update(notes.checked)
+        return found
 
     def compare(self, kind: str, where: str, expected: Int64, found: Int64) -> bool:
         """Whether the ids `found`, in any order, are those `expected`, which are sorted; else a problem."""
@@ -182,11 +193,12 @@ class Evidence:
 
     def _rows(self, parts: list[Part], key: list[int], columns: list[str]) -> pa.Table | None:
         """The rows of all row groups of a key; None where there are none, or one cannot be read."""
-        tables = []
-        for part in parts:
-            groups = np.flatnonzero((part.keys == key).all(axis=1)).tolist()
-            if groups:
-                tables.append(self.notes.attempt("part", part.uri, storage.read_parquet, part.uri, columns, groups))
+        groups = {part.uri: np.flatnonzero((part.keys == key).all(axis=1)).tolist() for part in parts}
+
+        def read(notes: Notes, uri: str) -> pa.Table | None:
+            return notes.attempt("part", uri, storage.read_parquet, uri, columns, groups[uri])
+
+        tables = self.notes.each(read, (uri for uri, some in groups.items() if some))
         whole = [table for table in tables if table is not None]
         return pa.concat_tables(whole) if whole and len(whole) == len(tables) else None
 
@@ -201,7 +213,8 @@ def check_manifest(run: Run, notes: Notes) -> None:
         return
     rejects = reject_files(manifest_log(run, "gallery", "old"))
     parts = {folder: _by_number(run, folder) for folder in ("gallery", "transformed")}
-    for number in sorted(parts["gallery"].keys() | parts["transformed"].keys()):
+
+    def check(notes: Notes, number: int) -> None:
         given, planned = (
             _ids(notes, kind, [parts[folder][number]] if number in parts[folder] else [])
             for folder, kind in (("gallery", "manifest_part"), ("transformed", "planned_part"))
@@ -209,6 +222,8 @@ def check_manifest(run: Run, notes: Notes) -> None:
         rejected = _ids(notes, "reject_part", rejects.get(number, []))
         notes.compare("manifest", run.part("gallery", number), np.sort(given), np.concatenate([planned, rejected]))
         notes.checked["manifest_ids"] += len(given)
+
+    notes.each(check, sorted(parts["gallery"].keys() | parts["transformed"].keys()))
 
 
 def _by_number(run: Run, folder: str) -> dict[int, str]:
@@ -242,24 +257,21 @@ def filled(part: Part) -> NDArray[np.int64]:
 
 
 def _parts(notes: Notes, kind: str, uris: list[str], columns: list[str]) -> list[Part]:
-    found = []
-    for uri in uris:
+    def read(notes: Notes, uri: str) -> Part | None:
         keys = notes.attempt(kind, uri, _row_group_keys, uri, columns)
         notes.checked[f"{kind}s"] += 1
-        if keys is not None:
-            found.append(Part(uri, keys))
-    return found
+        return None if keys is None else Part(uri, keys)
+
+    return [part for part in notes.each(read, uris) if part is not None]
 
 
 def _ids(notes: Notes, kind: str, uris: list[str]) -> Int64:
-    found: list[Int64] = [NO_IDS]
-    for uri in uris:
+    def read(notes: Notes, uri: str) -> Int64:
         table = notes.attempt(kind, uri, storage.read_parquet, uri, ["id"])
         notes.checked[f"{kind}s"] += 1
-        if table is not None:
-            found.append(table["id"].to_numpy())
-    ids: Int64 = np.concatenate(found)
-    return ids
+        return NO_IDS if table is None else table["id"].to_numpy()
+
+    return np.concatenate([NO_IDS, *notes.each(read, uris)])
 
 
 def _deleted(uris: list[str]) -> Int64:

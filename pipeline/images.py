@@ -7,10 +7,13 @@ order of the units file. It does not know which encoder the pixels are for, only
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
@@ -22,9 +25,11 @@ from pipeline.fetch import Reject as Reject
 from pipeline.schema import UNITS, Int64, Unit
 
 Pixels = NDArray[np.uint8]
+Picture = Pixels | Image.Image
 
 # Others are rare, and some of their readers start programs (EPS: Ghostscript).
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
+_JPEG_COLOURS = {"RGB": "RGB", "L": "GRAY"}
 _DAMAGED = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, Image.DecompressionBombError)
 
 
@@ -42,7 +47,8 @@ class LoadedUnit:
 
     Attributes:
         ids: (B,) int64.
-        pixels: (B, C, H, W) uint8; zeros for rejects.
+        pixels: (B, C, H, W) uint8; zeros for rejects. None where the embedding actor decodes.
+        encoded: the images as they came, empty for rejects; None where they are decoded.
         etags: the etag of each image's object at the time it was read.
         rejects: row -> why that image is rejected.
         changed: images whose object is another one than when the manifest was made; those in containers are rejects.
@@ -53,7 +59,8 @@ class LoadedUnit:
     """
 
     ids: Int64
-    pixels: Pixels
+    pixels: Pixels | None
+    encoded: list[bytes] | None
     etags: list[str | None]
     rejects: dict[int, Reject]
     changed: int
@@ -64,7 +71,7 @@ class LoadedUnit:
 
 
 def load_unit(unit: Unit, preprocess: Preprocess, limits: Limits, settings: Fetch) -> LoadedUnit:
-    """Read, decode and preprocess a unit's images.
+    """Read, decode and preprocess a unit's images; or only read them, where the embedding actor decodes.
 
     Raises:
         DataError: the units file is missing or damaged, a store refuses the credentials, or a bucket is missing.
@@ -72,24 +79,30 @@ def load_unit(unit: Unit, preprocess: Preprocess, limits: Limits, settings: Fetc
     """
     rows = storage.read_parquet(unit.rows_uri, UNITS.names, [unit.row_group])
     places = [Place(**row) for row in rows.drop_columns(["id"]).to_pylist()]
-    assert preprocess.image_size is not None
-    pixels = np.zeros((len(places), preprocess.channels, *preprocess.image_size), dtype=np.uint8)
+    on_device, size = preprocess.decoder == "device", preprocess.image_size
+    assert size is not None
+    pixels = None if on_device else np.zeros((len(places), preprocess.channels, *size), dtype=np.uint8)
+    encoded = [b""] * len(places) if on_device else None
     etags: list[str | None] = [None] * len(places)
     rejects: dict[int, Reject] = {}
-    decode = _decoder(preprocess, limits)
+    decode = decoder(preprocess, limits)
     before = storage.counts()
     for row, (data, etag) in enumerate(fetch(places, limits.max_bytes, settings)):
         etags[row] = etag
         try:
             if isinstance(data, Reject):
                 raise data
-            pixels[row] = decode(data)
+            if encoded is not None:
+                encoded[row] = data
+            elif pixels is not None:
+                pixels[row] = decode(data)
         except Reject as reject:
             rejects[row] = reject
     spent = storage.counts() - before
     return LoadedUnit(
         rows["id"].to_numpy(),
         pixels,
+        encoded,
         etags,
         rejects,
         changed=sum(place.is_whole and place.is_changed(etag) for place, etag in zip(places, etags, strict=True)),
@@ -106,31 +119,50 @@ def decode_image(data: bytes, preprocess: Preprocess, limits: Limits) -> Pixels:
     Raises:
         Reject: it is empty, not an image, truncated, too large, or of another shape than the encoder's.
     """
-    return _decoder(preprocess, limits)(data)
+    return decoder(preprocess, limits)(data)
 
 
-def _decoder(preprocess: Preprocess, limits: Limits) -> Callable[[bytes], Pixels]:
+def decoder(preprocess: Preprocess, limits: Limits) -> Callable[[bytes], Pixels]:
+    """`decode_image` for many images: what depends on the settings alone is done once."""
     mode = "RGB" if preprocess.channels == 3 else "L"
-    resize = _transform(preprocess)
+    fit = _fit(preprocess)
+    by_pillow = fit is not None and (preprocess.resample == "pillow" or preprocess.interpolation == "nearest")
 
     def decode(data: bytes) -> Pixels:
-        image = _open(data, limits)
-        _check_resized(image, preprocess, limits)
-        try:
-            picture = _eight_bits(image).convert(mode)
-        except _DAMAGED as error:
-            reason = "truncated" if "truncated" in str(error) else "damaged"
-            raise Reject("decode", f"{reason}: {error}") from None
-        picture = resize(picture)
-        if (picture.height, picture.width) != preprocess.image_size:
-            raise Reject(
-                "preprocess",
-                f"wrong shape: {picture.height}x{picture.width}, expected {_text(preprocess.image_size)}",
-            )
-        array = np.asarray(picture)
-        return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+        image = open_image(data, limits)
+        resized = resized_size(image, preprocess, limits)
+        if preprocess.reducing_gap is not None and resized is not None:
+            height, width = (math.ceil(side * preprocess.reducing_gap) for side in resized)
+            image.draft(None, (width, height))  # of formats other than JPEG it changes nothing
+        picture = _load(image, mode) if by_pillow else _array(data, image, mode)
+        pixels = np.asarray(fit(picture, resized) if fit else picture)
+        check_shape(pixels.shape[:2], preprocess)
+        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
     return decode
+
+
+def _array(data: bytes, image: Image.Image, mode: str) -> Pixels:
+    """(H, W) or (H, W, C): what Pillow gives, which has only read the header; of most JPEGs without its overhead."""
+    if image.format == "JPEG" and image.mode == mode:
+        # Ours, so that no header which Pillow reads otherwise makes it larger than the limits allow.
+        pixels = np.empty((image.height, image.width, len(mode)), dtype=np.uint8)
+        least = {"min_height": image.height, "min_width": image.width}  # less than all of it after draft()
+        with suppress(ValueError):  # damaged, perhaps only a little: Pillow decides, and says why
+            found: Pixels = simplejpeg.decode_jpeg(data, _JPEG_COLOURS[mode], buffer=pixels, **least)
+            if found.shape == pixels.shape:
+                return found
+    return np.asarray(_load(image, mode))
+
+
+def _load(image: Image.Image, mode: str) -> Image.Image:
+    try:
+        picture = _eight_bits(image)
+        picture.load()
+        return picture if picture.mode == mode else picture.convert(mode)  # which copies in any case
+    except _DAMAGED as error:
+        reason = "truncated" if "truncated" in str(error) else "damaged"
+        raise Reject("decode", f"{reason}: {error}") from None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -142,31 +174,52 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def _check_resized(image: Image.Image, preprocess: Preprocess, limits: Limits) -> None:
-    """Refuse a picture so long and thin that it would become too large when its shorter side is resized."""
-    if isinstance(preprocess.resize, int):
-        longer, shorter = max(image.size), max(1, min(image.size))
-        if preprocess.resize**2 * longer // shorter > limits.max_pixels:
-            raise Reject("preprocess", f"too large when resized: {image.width}x{image.height}")
+def resized_size(image: Image.Image, preprocess: Preprocess, limits: Limits) -> tuple[int, int] | None:
+    """(height, width) after `resize`, as torchvision computes it; None where there is no resizing.
+
+    Raises:
+        Reject: the picture is so long and thin that it would become too large.
+    """
+    if not isinstance(preprocess.resize, int):
+        return preprocess.resize
+    longer, shorter = max(image.size), max(1, min(image.size))
+    if preprocess.resize**2 * longer // shorter > limits.max_pixels:
+        raise Reject("preprocess", f"too large when resized: {image.width}x{image.height}")
+    side = int(preprocess.resize * longer / shorter)
+    return (preprocess.resize, side) if image.height <= image.width else (side, preprocess.resize)
 
 
-def _transform(preprocess: Preprocess) -> Callable[[Image.Image], Image.Image]:
+def _fit(preprocess: Preprocess) -> Callable[[Picture, tuple[int, int] | None], Picture] | None:
+    """Resize and crop a picture with torchvision, in the arithmetic of what it is: Pillow's or torch's."""
     if preprocess.resize is None and preprocess.center_crop is None:
-        return lambda image: image
-    from torchvision.transforms import InterpolationMode  # here: it takes seconds, and not everybody resizes
-    from torchvision.transforms import v2 as transforms
+        return None
+    import torch  # here: they take seconds, and not everybody resizes
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional
 
-    steps: list[object] = []
-    if preprocess.resize is not None:
-        size = list(preprocess.resize) if isinstance(preprocess.resize, tuple) else preprocess.resize
-        steps.append(transforms.Resize(size, InterpolationMode(preprocess.interpolation), antialias=True))
-    if preprocess.center_crop is not None:
-        steps.append(transforms.CenterCrop(preprocess.center_crop))
-    composed: Callable[[Image.Image], Image.Image] = transforms.Compose(steps)
-    return composed
+    interpolation = InterpolationMode(preprocess.interpolation)
+    crop = preprocess.center_crop
+
+    def tensor(array: Pixels) -> torch.Tensor:
+        return torch.from_numpy(array if array.flags.writeable else array.copy()).permute(2, 0, 1)
+
+    def fit(picture: Picture, resized: tuple[int, int] | None) -> Picture:
+        item = picture if isinstance(picture, Image.Image) else tensor(np.atleast_3d(picture))
+        if resized is not None:
+            item = functional.resize(item, list(resized), interpolation, antialias=True)
+        if crop is not None:
+            item = functional.center_crop(item, [crop, crop] if isinstance(crop, int) else list(crop))
+        return item if isinstance(item, Image.Image) else item.permute(1, 2, 0).numpy()
+
+    return fit
 
 
-def _open(data: bytes, limits: Limits) -> Image.Image:
+def open_image(data: bytes, limits: Limits) -> Image.Image:
+    """An image of which only the header is read.
+
+    Raises:
+        Reject: it is empty, not an image, or has more pixels than the limits allow.
+    """
     if not data:
         raise Reject("decode", "empty")
     try:
@@ -181,6 +234,16 @@ def _open(data: bytes, limits: Limits) -> Image.Image:
     if image.width * image.height > limits.max_pixels:
         raise Reject("decode", f"too large: {image.width}x{image.height}, at most {limits.max_pixels} pixels")
     return image
+
+
+def check_shape(shape: Sequence[int], preprocess: Preprocess) -> None:
+    """Refuse a picture that is not (height, width) as the encoder takes it, once it is resized and cropped.
+
+    Raises:
+        Reject: it is of another shape.
+    """
+    if tuple(shape) != preprocess.image_size:
+        raise Reject("preprocess", f"wrong shape: {shape[0]}x{shape[1]}, expected {_text(preprocess.image_size)}")
 
 
 def _text(shape: tuple[int, int] | None) -> str:

@@ -24,6 +24,7 @@ from pipeline.segments import Rows, check_digest, local_segment, store_segment
 
 _QUERIES_AT_ONCE = 1024
 _COLUMNS_AT_ONCE = 8192
+_COLUMNS_TO_SORT = 64  # up to which sorting them all is the fastest
 
 
 def build_segment(codebook: Codebook, ids: Int64, vectors: Float32) -> bytes:
@@ -49,15 +50,22 @@ def build_segment(codebook: Codebook, ids: Int64, vectors: Float32) -> bytes:
 
 
 class Segment:
-    """One segment, opened with mmap and never changed.
+    """One segment, or several gathered into one; never changed.
 
     Attributes:
         ivf: the FAISS index.
         num_vectors: vectors in it.
     """
 
-    def __init__(self, codebook: Codebook, path: str) -> None:
-        """Open a local file.
+    def __init__(self, codebook: Codebook, ivf: faiss.IndexIVF) -> None:
+        """Take an index that uses the codebook's quantizer."""
+        self.ivf = ivf
+        self.num_vectors: int = ivf.ntotal
+        self._codebook = codebook  # owns the quantizer that the index points to
+
+    @classmethod
+    def read(cls, codebook: Codebook, path: str) -> Segment:
+        """Open a local file with mmap.
 
         Raises:
             DataError: FAISS cannot read it, or it was built for another kind of codebook.
@@ -69,9 +77,7 @@ class Segment:
         kinds = [(type(item).__name__, item.d, item.nlist, item.code_size) for item in (codebook.ivf, ivf)]
         if kinds[0] != kinds[1]:
             raise DataError("the segment has another codec", expected=kinds[0], found=kinds[1], where=path)
-        self.ivf = codebook.borrow(ivf)
-        self.num_vectors = self.ivf.ntotal
-        self._codebook = codebook  # owns the quantizer that the index points to
+        return cls(codebook, codebook.borrow(ivf))
 
     @classmethod
     def open(cls, run: Run, codebook: Codebook, ref: SegmentRef, verify: bool = True) -> Segment:
@@ -85,10 +91,29 @@ class Segment:
         with local_segment(where) as path:
             if verify:
                 check_digest(str(path), ref.sha256, where)
-            segment = cls(codebook, str(path))
+            segment = cls.read(codebook, str(path))
         if segment.num_vectors != ref.vectors:
             raise DataError("a segment has another size", expected=ref.vectors, found=segment.num_vectors, where=where)
         return segment
+
+
+def gather(codebook: Codebook, segments: Sequence[Segment]) -> Segment:
+    """Segments as one, copied into memory: it answers as they do, at the price of one.
+
+    A query visits each list once instead of once per segment, where a list of a segment often holds no more than a
+    vector or two.
+    """
+    pointers = faiss.InvertedListsPtrVector()  # type: ignore[attr-defined]  # not in the stubs
+    for segment in segments:
+        pointers.push_back(segment.ivf.invlists)
+    lists = faiss.HStackInvertedLists(pointers.size(), pointers.data())  # borrows those of the segments
+    whole = codebook.new_segment()
+    everything = faiss.InvertedLists.SUBSET_TYPE_INVLIST  # type: ignore[attr-defined]  # not in the stubs
+    lists.copy_subset_to(  # type: ignore[attr-defined]  # not in the stubs
+        whole.invlists, everything, 0, codebook.num_lists
+    )
+    whole.ntotal = sum(segment.num_vectors for segment in segments)
+    return Segment(codebook, whole)
 
 
 def search(
@@ -198,7 +223,7 @@ def _nearest(segments: Sequence[Segment], probe: _Probe, k: int, width: int) -> 
     left out. Where such a one ties with the k-th of all, the query is asked again for more.
     """
     rows = len(probe.queries)
-    best = [(np.full((rows, k), np.inf, np.float32), np.full((rows, k), -1, np.int64))]
+    best: list[tuple[Float32, Int64]] = []
     edge = np.full(rows, np.inf, dtype=np.float32)
     for segment in segments:
         asked = min(width, segment.num_vectors)
@@ -209,6 +234,9 @@ def _nearest(segments: Sequence[Segment], probe: _Probe, k: int, width: int) -> 
             edge = np.minimum(edge, best[-1][0][:, -1])
         if sum(keys.shape[1] for keys, _ in best) > _COLUMNS_AT_ONCE:
             best = [_merge(best, k)]
+    missing = max(0, k - sum(keys.shape[1] for keys, _ in best))
+    if missing:
+        best.append((np.full((rows, missing), np.inf, np.float32), np.full((rows, missing), -1, np.int64)))
     keys, ids = _merge(best, k)
     tied = np.flatnonzero(np.isfinite(edge) & (edge <= keys[:, -1]))
     if len(tied):
@@ -240,15 +268,19 @@ def _scan(ivf: faiss.IndexIVF, probe: _Probe, k: int) -> tuple[Float32, Int64]:
 
 def _merge(parts: list[tuple[Float32, Int64]], k: int) -> tuple[Float32, Int64]:
     """The k smallest (key, id) of each row of all parts, sorted; all equals of the k-th are looked at."""
-    keys = np.concatenate([part[0] for part in parts], axis=1)
-    ids = np.concatenate([part[1] for part in parts], axis=1)
-    kth = np.partition(keys, k - 1, axis=1)[:, k - 1 : k]
-    kept = int((keys <= kth).sum(axis=1).max(initial=k))
-    if kept < keys.shape[1]:
-        nearest = np.argpartition(keys, kept - 1, axis=1)[:, :kept]
-        keys, ids = np.take_along_axis(keys, nearest, axis=1), np.take_along_axis(ids, nearest, axis=1)
+    keys, ids = parts[0]
+    if len(parts) > 1:
+        keys = np.concatenate([part[0] for part in parts], axis=1)
+        ids = np.concatenate([part[1] for part in parts], axis=1)
+    rows = np.arange(len(keys))[:, None]
+    if keys.shape[1] > _COLUMNS_TO_SORT and k < keys.shape[1]:
+        kth = np.partition(keys, k - 1, axis=1)[:, k - 1 : k]
+        kept = int((keys <= kth).sum(axis=1).max(initial=k))
+        if kept < keys.shape[1]:
+            nearest = np.argpartition(keys, kept - 1, axis=1)[:, :kept]
+            keys, ids = keys[rows, nearest], ids[rows, nearest]
     order = np.lexsort((ids, keys), axis=1)[:, :k]
-    return np.take_along_axis(keys, order, axis=1), np.take_along_axis(ids, order, axis=1)
+    return keys[rows, order], ids[rows, order]
 
 
 def _sign(ivf: faiss.IndexIVF) -> np.float32:

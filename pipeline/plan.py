@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from pipeline.run import Run
 from pipeline.schema import Unit
 from pipeline.vector_log import VectorLog
 
+UNITS_PER_FILE = 64  # whoever reads one of them reads the footer of all: so many are still one request
 SCORED = "scored"  # folder of the scored gallery, by a digest of the plan's settings; deleted once it is laid out
 
 
@@ -70,9 +72,14 @@ class Plan:
     def units(self, run: Run) -> Iterable[Unit]:
         """All units, in wave and locality order."""
         for wave in self.waves:
-            for unit in range(wave.units):
-                images = min(self.unit_images, wave.images - unit * self.unit_images)
-                yield Unit(wave.wave, unit, run.wave_units(wave.wave), unit, images)
+            for first in range(0, wave.units, UNITS_PER_FILE):
+                uri = run.wave_units(wave.wave, first)
+                for unit in range(first, min(first + UNITS_PER_FILE, wave.units)):
+                    yield Unit(wave.wave, unit, uri, unit - first, self.unit_size(wave.wave, unit))
+
+    def unit_size(self, wave: int, unit: int) -> int:
+        """The number of images of a unit."""
+        return min(self.unit_images, self.waves[wave - 1].images - unit * self.unit_images)
 
 
 def wave_sizes(waves: int | tuple[float, ...], num_gallery: int) -> list[int]:
@@ -108,9 +115,10 @@ def read_plan(run: Run) -> Plan | None:
     return Plan(**tree | {"waves": tuple(Wave(**wave) for wave in tree["waves"])})
 
 
-def read_transformed(run: Run, plan: Plan, wave: int, columns: list[str], shard: int | None = None) -> pa.Table:
-    """Columns of the transformed images of a wave, or of one of its shards, sorted by part."""
+def read_transformed(run: Run, plan: Plan, wave: int, columns: list[str], shards: range | None = None) -> pa.Table:
+    """Columns of the transformed images of a wave, or of some of its shards, sorted by part."""
     first = (wave - 1) * plan.num_shards
-    groups = list(range(first, first + plan.num_shards)) if shard is None else [first + shard]
+    groups = [first + shard for shard in (range(plan.num_shards) if shards is None else shards)]
     parts = (run.part("transformed", part) for part in range(plan.num_parts))
-    return pa.concat_tables([storage.read_parquet(part, columns, groups) for part in parts])
+    read = partial(storage.read_parquet, columns=columns, row_groups=groups)
+    return pa.concat_tables(storage.at_once(read, parts))

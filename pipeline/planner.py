@@ -22,7 +22,7 @@ from pipeline import cuts, manifest, rejects, storage
 from pipeline.config import Config, unit_images
 from pipeline.cuts import CutSearch, Digits, Tally, count_digit, needs_ids
 from pipeline.errors import DataError, SnapshotConflict
-from pipeline.plan import SCORED, Plan, Wave, read_plan, wave_sizes
+from pipeline.plan import SCORED, UNITS_PER_FILE, Plan, Wave, read_plan, wave_sizes
 from pipeline.run import Run, check_settings_of, fix_settings, settings_digest, stage_settings
 from pipeline.schema import UNITS, Float32, Int64, shard_of, transformed_schema
 from pipeline.units import cut_units
@@ -110,7 +110,7 @@ def arrange(
     sizes = wave_sizes(config.plan.waves, sum(counts))
     on_step("cut")
     found = find_cuts(
-        np.cumsum(sizes)[:-1], lambda search: _count_parts(run, scored, len(counts), search.levels, config.seed)
+        np.cumsum(sizes)[:-1], lambda search: count_parts(run, scored, len(counts), search.levels, config.seed)
     )
     on_step("lay out")
     fix_settings(run, "plan", stage_settings(config, "plan"))
@@ -131,9 +131,10 @@ def find_cuts(ranks: Int64, count: Callable[[CutSearch], Iterable[tuple[cuts.Cod
     return search.cuts
 
 
-def _count_parts(
+def count_parts(
     run: Run, scored: str, num_parts: int, levels: list[cuts.Codes], seed: int
 ) -> Iterable[tuple[cuts.Codes, Int64]]:
+    """The shares of one pass over the scored parts, by tasks of Ray; as many parts to a task as the pass allows."""
     task = ray.remote(num_cpus=_TASK_CPUS)(_count_some)
     step = max(1, min(_PARTS_AT_ONCE, num_parts // _LEAST_TASKS))
     parts = (range(first, min(first + step, num_parts)) for first in range(0, num_parts, step))
@@ -187,11 +188,14 @@ def _cut_units(run: Run, num_parts: int, sizes: list[int], num_shards: int, unit
 
 
 def _cut_wave(run: Run, num_parts: int, wave: int, size: int, num_shards: int, unit_images: int) -> int:
-    """Write the units file of a wave in locality order: by object, then by offset or row in it."""
+    """Write the units files of a wave in locality order: by object, then by offset or row in it."""
     groups = list(range((wave - 1) * num_shards, wave * num_shards))
     parts = [run.part("transformed", part) for part in range(num_parts)]
-    storage.put(run.wave_units(wave), storage.parquet_bytes(UNITS, cut_units(parts, groups, size, unit_images)))
-    return -(-size // unit_images)
+    units, num_units = cut_units(parts, groups, size, unit_images), -(-size // unit_images)
+    for first in range(0, num_units, UNITS_PER_FILE):
+        some = itertools.islice(units, UNITS_PER_FILE)
+        storage.put(run.wave_units(wave, first), storage.parquet_bytes(UNITS, some))
+    return num_units
 
 
 def _describe(config: Config, run: Run, counts: list[int], rejected: int, waves: list[Wave], found: Digits) -> Plan:

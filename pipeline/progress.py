@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from pipeline import rejects, vector_log
@@ -101,13 +102,30 @@ class Progress:
 class Tracker:
     """Which units are durable, and which waves have become whole."""
 
-    def __init__(self, plan: Plan, log: VectorLog, max_reject_fraction: float, allowance: int = 0) -> None:
-        """Takes what the log holds as done; `allowance` rejects of a wave are borne whatever their fraction."""
+    def __init__(
+        self,
+        plan: Plan,
+        log: VectorLog,
+        max_reject_fraction: float,
+        allowance: int = 0,
+        parts: Iterable[tuple[int, int]] | None = None,
+    ) -> None:
+        """Takes what the log holds as done.
+
+        Args:
+            plan: the plan.
+            log: the log.
+            max_reject_fraction: of a wave.
+            allowance: so many rejects of a wave are borne whatever their fraction.
+            parts: the (wave, unit) of the log's parts, where it has been listed already.
+        """
         self._plan = plan
         self._max_reject_fraction, self._allowance = max_reject_fraction, allowance
         self._log = log
-        finished = vector_log.finished_units(log)
-        self._done = {wave.wave: set(finished.get(wave.wave, ())) for wave in plan.waves}
+        self._done: dict[int, set[int]] = {wave.wave: set() for wave in plan.waves}
+        for wave, unit in vector_log.part_times(log) if parts is None else parts:
+            if wave in self._done:
+                self._done[wave].add(unit)
         counts = vector_log.count_rejects(log)
         self._rejected = {wave.wave: counts.get(wave.wave, 0) for wave in plan.waves}
         self._next_wave = 1
@@ -190,9 +208,8 @@ class Tracker:
         rejects.check(self._rejected[number], wave.images, fraction, self._allowance, summary, where)
 
 
-def recent_rate(plan: Plan, log: VectorLog) -> float | None:
-    """Images per second over the last ten minutes of the log, from the times its parts were written."""
-    parts = vector_log.part_times(log)
+def recent_rate(plan: Plan, parts: dict[tuple[int, int], float]) -> float | None:
+    """Images per second over the last ten minutes of a log, from the times its parts (wave, unit) were written."""
     if len(parts) < 2:
         return None
     newest = max(parts.values())
@@ -200,6 +217,5 @@ def recent_rate(plan: Plan, log: VectorLog) -> float | None:
     oldest = min(recent.values())
     if newest - oldest <= 0:
         return None
-    sizes = {(unit.wave, unit.unit): unit.images for unit in plan.units(Run(""))}
-    images = sum(sizes[unit] for unit, seconds in recent.items() if seconds > oldest)
+    images = sum(plan.unit_size(*unit) for unit, seconds in recent.items() if seconds > oldest)
     return images / (newest - oldest)

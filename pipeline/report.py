@@ -252,8 +252,7 @@ def _throughput(run: Run, plan: Plan | None) -> Tree | None:
     if plan is None:
         return None
     written = vector_log.part_times(plan.log(run))
-    sizes = {(unit.wave, unit.unit): unit.images for unit in plan.units(run)}
-    parts = sorted((seconds, sizes[unit]) for unit, seconds in written.items())
+    parts = sorted((seconds, plan.unit_size(*unit)) for unit, seconds in written.items())
     if len(parts) < 2 or parts[-1][0] <= parts[0][0]:
         return None
     seconds = np.array([moment - parts[0][0] for moment, _ in parts[1:]])

@@ -108,9 +108,9 @@ class Run:
         """plan.json; the plan counts as made once this is there."""
         return self.path("plan", "plan.json")
 
-    def wave_units(self, wave: int) -> str:
-        """The units file of a wave: one row group per unit, in locality order."""
-        return self.path("plan", f"wave-{wave:03d}", "units.parquet")
+    def wave_units(self, wave: int, first: int) -> str:
+        """The units file of a wave that starts with unit `first`: one row group per unit, in locality order."""
+        return self.path("plan", f"wave-{wave:03d}", f"units-{first:05d}.parquet")
 
     def part(self, folder: str, number: int) -> str:
         """Part `number` of a folder of Parquet files."""

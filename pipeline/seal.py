@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 import ray
 import ray.exceptions
+from numpy.typing import NDArray
 
 from pipeline import plan as plans
 from pipeline import storage, vector_log
@@ -26,7 +27,7 @@ from pipeline.plan import Plan
 from pipeline.run import Run
 from pipeline.schema import Int64, Unit, vectors_from_arrow
 from pipeline.segments import Rows
-from pipeline.snapshot import SegmentRef
+from pipeline.snapshot import Kind, SegmentRef
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ T = TypeVar("T")
 _TASK_CPUS = 0.25
 _RETRIES = 20  # of a task whose worker or node dies: sealing again gives the same bytes
 _MAX_PAUSE_SECONDS = 10.0
+_BYTES_AT_ONCE = 2**27  # of vectors that one task seals: shards of a wave together, as far as they are small
 _KILLED = (  # what Ray says then, or where what the task gave back died with its node
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.OutOfMemoryError,
@@ -52,23 +54,35 @@ class Sealer:
     codebook_sha256: str
 
     def transformed(self, waves: list[int]) -> list[SegmentRef]:
-        """Seal waves as they are before any image is embedded; one task per wave.
+        """Seal waves as they are before any image is embedded, sorted by wave and shard.
 
         Raises:
-            TransientError: the tasks of a wave are killed every time.
+            TransientError: one of the tasks is killed every time.
         """
-        tasks = [(f"wave {wave}", (self, wave)) for wave in waves]
-        return [ref for refs in _run(_seal_transformed, tasks) for ref in refs]
+        return self._seal(_seal_transformed, waves)
 
     def embedded(self, wave: int) -> list[SegmentRef]:
-        """Seal a wave whose units are all in the log; one task per shard.
+        """Seal a wave whose units are all in the log, sorted by shard.
 
         Raises:
             DataError: an image of the wave is neither in the log nor rejected.
-            TransientError: the task of a shard is killed every time.
+            TransientError: one of the tasks is killed every time.
         """
-        shards = range(self.plan.num_shards)
-        return _run(_seal_embedded, [(f"wave {wave}, shard {shard}", (self, wave, shard)) for shard in shards])
+        return self._seal(_seal_embedded, [wave])
+
+    def _seal(self, function: Callable[[Sealer, int, range], list[SegmentRef]], waves: list[int]) -> list[SegmentRef]:
+        """One task for each of a wave's shards, or for several of them where these are small."""
+        tasks = [
+            (f"wave {wave}, {_text(shards)}", (self, wave, shards)) for wave in waves for shards in self.together(wave)
+        ]
+        return [ref for refs in _run(function, tasks) for ref in refs]
+
+    def together(self, wave: int) -> list[range]:
+        """Which shards of a wave one task seals, so that it opens each part once for all of them."""
+        num_shards = self.plan.num_shards
+        wave_bytes = self.plan.waves[wave - 1].images * self.plan.dim * 4
+        step = max(1, num_shards * _BYTES_AT_ONCE // wave_bytes)
+        return [range(first, min(first + step, num_shards)) for first in range(0, num_shards, step)]
 
     def codebook(self) -> Codebook:
         """The run's frozen codebook, for a task that has one thread."""
@@ -112,19 +126,18 @@ def _killed(where: str, error: Exception) -> TransientError:
     )
 
 
-def _seal_transformed(sealer: Sealer, wave: int) -> list[SegmentRef]:
-    codebook = sealer.codebook()
-    refs = []
-    for shard in range(sealer.plan.num_shards):
-        rows = _transformed(sealer, wave, shard)
-        refs.append(write_segment(sealer.run, codebook, rows, shard, wave, "transformed"))
-    return refs
+def _text(shards: range) -> str:
+    return f"shard {shards[0]}" if len(shards) == 1 else f"shards {shards[0]} to {shards[-1]}"
 
 
-def _seal_embedded(sealer: Sealer, wave: int, shard: int) -> SegmentRef:
-    rows = _transformed(sealer, wave, shard)
+def _seal_transformed(sealer: Sealer, wave: int, shards: range) -> list[SegmentRef]:
+    return _write(sealer, wave, shards, *_planned(sealer, wave, shards), "transformed")
+
+
+def _seal_embedded(sealer: Sealer, wave: int, shards: range) -> list[SegmentRef]:
+    rows, shard_of_row = _planned(sealer, wave, shards)
     log = sealer.plan.log(sealer.run)
-    embedded_ids, embedded_vectors = vector_log.read_shard(log, wave, shard)
+    embedded_ids, embedded_vectors = vector_log.read_wave(log, wave, shards)
     is_embedded = np.isin(rows.ids, embedded_ids)
     rejected = vector_log.read_rejects(log, wave)["id"].to_numpy()
     lost = rows.ids[~is_embedded & ~np.isin(rows.ids, rejected)]
@@ -134,7 +147,7 @@ def _seal_embedded(sealer: Sealer, wave: int, shard: int) -> SegmentRef:
             "the vector log does not hold exactly this wave",
             expected=f"{len(rows.ids)} images, each embedded once or rejected",
             found=f"{len(lost)} neither{_units_of(sealer, wave, lost)}, {others} of other waves or twice",
-            where=f"{log.parts_uri}, wave {wave}, shard {shard}",
+            where=f"{log.parts_uri}, wave {wave}, {_text(shards)}",
             remedy="`fastfill audit` names the files that are damaged; move the part of the unit that does not "
             "fit out of the run, and run the same command again: the unit is embedded again",
         )
@@ -143,10 +156,18 @@ def _seal_embedded(sealer: Sealer, wave: int, shard: int) -> SegmentRef:
     kinds = np.where(is_embedded, "embedded", "transformed")
     sealed = replace(rows, vectors=vectors, kinds=kinds)
     if sealer.plan.deleted_images == "keep":
-        return write_segment(sealer.run, sealer.codebook(), sealed, shard, wave, "embedded")
+        return _write(sealer, wave, shards, sealed, shard_of_row, "embedded")
     kept = ~np.isin(rows.ids, vector_log.read_deleted(log, wave))
-    ref = write_segment(sealer.run, sealer.codebook(), sealed.take(kept), shard, wave, "embedded")
-    return replace(ref, deleted=int((~kept).sum()))
+    refs = _write(sealer, wave, shards, sealed.take(kept), shard_of_row[kept], "embedded")
+    return [replace(ref, deleted=int((shard_of_row[~kept] == ref.shard).sum())) for ref in refs]
+
+
+def _write(
+    sealer: Sealer, wave: int, shards: range, rows: Rows, shard_of_row: NDArray[np.int32], kind: Kind
+) -> list[SegmentRef]:
+    codebook = sealer.codebook()
+    each = ((shard, rows.take(shard_of_row == shard)) for shard in shards)
+    return [write_segment(sealer.run, codebook, mine, shard, wave, kind) for shard, mine in each]
 
 
 def _units_of(sealer: Sealer, wave: int, ids: Int64) -> str:
@@ -161,14 +182,15 @@ def _ids_of(unit: Unit) -> Int64:
     return ids
 
 
-def _transformed(sealer: Sealer, wave: int, shard: int) -> Rows:
-    """The rows of a (shard, wave) as the plan has them, sorted by id."""
-    columns = ["id", "uncertainty", "group", "vector"]
-    rows = plans.read_transformed(sealer.run, sealer.plan, wave, columns, shard).sort_by("id")
-    return Rows(
-        ids=rows["id"].to_numpy(),
-        vectors=vectors_from_arrow(rows["vector"]),
-        kinds=np.full(rows.num_rows, "transformed"),
-        uncertainties=rows["uncertainty"].to_numpy(),
-        groups=rows["group"],
+def _planned(sealer: Sealer, wave: int, shards: range) -> tuple[Rows, NDArray[np.int32]]:
+    """The rows of some shards of a wave as the plan has them, sorted by id, and the shard of each, (n,)."""
+    columns = ["id", "shard", "uncertainty", "group", "vector"]
+    table = plans.read_transformed(sealer.run, sealer.plan, wave, columns, shards).sort_by("id")
+    rows = Rows(
+        ids=table["id"].to_numpy(),
+        vectors=vectors_from_arrow(table["vector"]),
+        kinds=np.full(table.num_rows, "transformed"),
+        uncertainties=table["uncertainty"].to_numpy(),
+        groups=table["group"],
     )
+    return rows, table["shard"].to_numpy()

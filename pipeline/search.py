@@ -54,13 +54,21 @@ class _Snapshot:
     commit: Commit
     codebook: Codebook
     segments: dict[str, Segment]  # by sha256: segments without a vector may be the same file
+    searched: list[Segment]  # these, or all of them gathered into one
     lease: Lease | None
 
 
 class Searcher:
     """Searches a commit; one object may be used from many threads."""
 
-    def __init__(self, run_uri: str, tag: str = PROD, commit: int | None = None, verify: bool = True) -> None:
+    def __init__(
+        self,
+        run_uri: str,
+        tag: str = PROD,
+        commit: int | None = None,
+        verify: bool = True,
+        in_memory: bool = True,
+    ) -> None:
         """Open a snapshot.
 
         Args:
@@ -69,6 +77,10 @@ class Searcher:
             commit: stay at this commit.
             verify: check every byte against the commit before serving it; without it a damaged file is
                 noticed only where FAISS cannot read it.
+            in_memory: gather the segments of a commit into one index, so that a query costs what it costs in one
+                index; in memory that is the index once, and twice while `refresh` opens the next commit. Without
+                it they stay mapped files: opened in no time and shared between processes, and a single query of
+                many segments takes several times as long.
 
         Raises:
             DataError: there is no such tag or commit, or one of its files is missing or damaged.
@@ -77,6 +89,7 @@ class Searcher:
         self._run = Run(run_uri)
         self._tag = tag if commit is None else None
         self._verify = verify
+        self._in_memory = in_memory
         self._refreshing = threading.Lock()
         self._opened: _Snapshot | None = self._open_leased(commit, None) if commit is not None else self._follow(None)
 
@@ -107,8 +120,7 @@ class Searcher:
             vectors = np.asarray(queries, dtype=np.float32)
         except (TypeError, ValueError) as error:
             raise DataError("queries are not an array of numbers", found=error) from error
-        segments = list(opened.segments.values())
-        distances, ids = index.search(opened.codebook, segments, vectors, k, opened.commit.nprobe)
+        distances, ids = index.search(opened.codebook, opened.searched, vectors, k, opened.commit.nprobe)
         return SearchResult(opened.commit.number, distances, ids)
 
     def refresh(self) -> bool:
@@ -207,7 +219,10 @@ class Searcher:
         refs = {ref.sha256: ref for ref in commit.segments}
         with ThreadPoolExecutor(_OPEN_THREADS) as pool:
             segments = dict(zip(refs, pool.map(open_segment, refs.values()), strict=True))
-        return _Snapshot(commit, codebook, segments, lease)
+        searched = list(segments.values())
+        if self._in_memory:
+            searched = [index.gather(codebook, searched)]
+        return _Snapshot(commit, codebook, segments, searched, lease)
 
 
 def _release(opened: _Snapshot) -> None:

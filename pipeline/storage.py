@@ -14,11 +14,12 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,9 +38,12 @@ from pipeline.store import Unreadable as Unreadable
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
+T = TypeVar("T")
+U = TypeVar("U")
 _SETTINGS = "FASTFILL_STORAGE"  # the settings, as JSON: worker processes inherit them
 _WILD = "*?["
 _PIECE_BYTES = 2**23
+_WAITING = 16  # threads: footers and row groups are small and far away
 
 
 def configure(settings: config.Storage) -> None:
@@ -292,6 +296,12 @@ def read_parquet(uri: str, columns: list[str] | None = None, row_groups: list[in
         if row_groups is None:
             return file.read(columns=columns)
         return file.read_row_groups(row_groups, columns=columns)
+
+
+def at_once(function: Callable[[T], U], items: Iterable[T]) -> list[U]:
+    """What a function that waits for the store gives for each item, in order; a few of them wait at the same time."""
+    with ThreadPoolExecutor(_WAITING, thread_name_prefix="storage") as pool:
+        return list(pool.map(function, items))
 
 
 def _locate(uri: str) -> tuple[Store, str]:

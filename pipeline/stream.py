@@ -139,9 +139,7 @@ def _load(batch: Any, job: _Job) -> pa.Table:  # Any: Ray's batch of numpy colum
             "stage": pa.array(_texts(loaded, "stage"), pa.string()),
             "reason": pa.array(_texts(loaded, "reason"), pa.string()),
             "load": pa.repeat(pa.scalar(spent), count),  # what becomes of it: see _write
-            "pixels": pa.FixedSizeListArray.from_arrays(
-                pa.array(loaded.pixels.reshape(-1)), int(np.prod(loaded.pixels.shape[1:]))
-            ),
+            **_content(loaded),
         }
     )
 
@@ -175,6 +173,14 @@ def _write(block: Any, job: _Job) -> pa.Table:  # Any: Ray's batch as an Arrow t
     )
     worker_metrics.observe("write", len(embedded.ids), ack.write_seconds, asked)
     return pa.table({"work": [work]} | {name: [getattr(ack, name)] for name in UnitAck.__slots__})
+
+
+def _content(loaded: LoadedUnit) -> dict[str, pa.Array]:
+    """The column that the embedding actor takes: `pixels`, or `encoded` images."""
+    if loaded.pixels is None:
+        return {"encoded": pa.array(loaded.encoded, pa.large_binary())}
+    width = int(np.prod(loaded.pixels.shape[1:]))
+    return {"pixels": pa.FixedSizeListArray.from_arrays(pa.array(loaded.pixels.reshape(-1)), width)}
 
 
 def _units_table(work: list[Work]) -> pa.Table:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def tune(
     on_time(0.0, "each step alone")
     measure = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus)(_measure_alone)
     alone = ray.get(measure.remote(config, rows[: _UNITS // 8], seconds * _ALONE))
-    folder = run.path(_FOLDER)
+    folder = run.path(_FOLDER, uuid.uuid4().hex)  # others may measure at the same time
     try:
         rates = _measure_stream(config, pool, folder, rows, alone, seconds, on_time)
     finally:
@@ -125,7 +126,7 @@ def _measure_alone(config: settings.Config, rows: list[pa.Table], seconds: float
             where=f"{rows[0]['uri'][0]} and others of the plan",
         )
     forward = embedder.rates(np.stack(good), _BATCHES, seconds / 2)
-    return _Alone(fetched / spent["fetch"], len(pixels) / spent["decode"], forward, embedder.device)
+    return _Alone(fetched / spent["fetch"], len(pixels) / spent["decode"], forward, str(embedder.device))
 
 
 def _measure_stream(

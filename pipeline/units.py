@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -25,11 +26,12 @@ _ORDER = [(name, "ascending") for name in ("uri", "offset", "row", "id")]
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A part's rows of the wave, with their first and last object; None where that is not known, or there is none."""
+    """A part's rows of the wave, with their first and last object; None where there is none."""
 
     uri: str
     first: str | None
     last: str | None
+    has_nulls: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +42,17 @@ class _Range:
     end: str | None
 
     def meets(self, source: _Source) -> bool:
+        if self.end is None and source.has_nulls:
+            return True  # which come last
         if source.first is None or source.last is None:
-            return self.end is None  # objects that are null come last
+            return False
         before = self.first is not None and source.last < self.first
         after = self.end is not None and source.first >= self.end
         return not before and not after
 
-    def rows(self, table: pa.Table) -> pa.Table:
+    def read(self, groups: list[int], uri: str) -> pa.Table:
+        """The rows of some row groups of a part that are of these objects."""
+        table = storage.read_parquet(uri, UNITS.names, groups)
         if self.first is not None:
             below = pc.less(table["uri"], self.first)
             table = table.filter(pc.invert(pc.fill_null(below, False)))
@@ -65,13 +71,13 @@ def cut_units(
         unit_images: rows of each unit but the last.
         piece_images: about how many are sorted at once.
     """
-    sources, ranges = [_Source(uri, None, None) for uri in parts], [_Range(None, None)]
+    sources, ranges = [_Source(uri, None, None, True) for uri in parts], [_Range(None, None)]
     if num_images > piece_images:
         sources, ranges = _survey(parts, groups, num_images, piece_images)
     left = UNITS.empty_table()
     for some in ranges:
         found = [source.uri for source in sources if some.meets(source)]
-        rows = (some.rows(storage.read_parquet(uri, UNITS.names, groups)) for uri in found)
+        rows = storage.at_once(partial(some.read, groups), found)
         piece = pa.concat_tables([left, pa.concat_tables([UNITS.empty_table(), *rows]).sort_by(_ORDER)])
         whole = piece.num_rows // unit_images * unit_images
         for start in range(0, whole, unit_images):
@@ -85,15 +91,17 @@ def _survey(
     parts: Sequence[str], groups: list[int], num_images: int, piece_images: int
 ) -> tuple[list[_Source], list[_Range]]:
     """Where the wave's objects lie, and ranges of them with about `piece_images` images each, in order."""
-    sources, samples, seen = [], [], 0
     every = max(1, piece_images // _SAMPLES)
-    for uri in parts:
-        objects = storage.read_parquet(uri, ["uri"], groups)["uri"].drop_null()
-        ends = pc.min_max(objects)
-        sources.append(_Source(uri, ends["min"].as_py(), ends["max"].as_py()))
-        samples.append(objects.take(np.arange(-seen % every, len(objects), every)))
-        seen += len(objects)
-    sample = sorted(pa.chunked_array(samples, pa.string()).to_pylist())
+
+    def look(number: int) -> tuple[_Source, list[str]]:
+        column = storage.read_parquet(parts[number], ["uri"], groups)["uri"]
+        objects, ends = column.drop_null(), pc.min_max(column)
+        first = number * every // len(parts)  # so that of small parts some have a sample, and not none or all
+        sample = objects.take(np.arange(first, len(objects), every)).to_pylist()
+        return _Source(parts[number], ends["min"].as_py(), ends["max"].as_py(), column.null_count > 0), sample
+
+    looked = storage.at_once(look, range(len(parts)))
+    sources, sample = [source for source, _ in looked], sorted(name for _, names in looked for name in names)
     pieces = -(-num_images // piece_images)
     places = [len(sample) * piece // pieces for piece in range(1, pieces)]
     bounds = list(dict.fromkeys(sample[place] for place in places)) if sample else []

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -36,13 +34,10 @@ from pipeline.schema import (
     vectors_to_arrow,
 )
 
-T = TypeVar("T")
-U = TypeVar("U")
 _PART = re.compile(r"wave-(\d+)/unit-(\d+)\.parquet$")
 _REJECTS = re.compile(r"wave-(\d+)/unit-(\d+)-([0-9a-f]{16})\.parquet$")
 _NAMED = b"rejects"  # the part's metadata of this key is the digest in the name of its reject file
 _DIGITS = 16
-_THREADS = 16  # footers are small and far away
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +127,7 @@ def write_unit(log: VectorLog, unit: Unit, embedded: EmbeddedUnit) -> tuple[int,
 def finished_units(log: VectorLog) -> dict[int, list[int]]:
     """The units that are durable, by wave, sorted; found by listing, without opening a file."""
     found: dict[int, list[int]] = {}
-    for uri in storage.list_files(log.parts_uri, ".parquet"):
+    for uri, _ in _list_parts(log):
         wave, unit = _parse(uri)
         found.setdefault(wave, []).append(unit)
     return found
@@ -140,20 +135,15 @@ def finished_units(log: VectorLog) -> dict[int, list[int]]:
 
 def part_times(log: VectorLog) -> dict[tuple[int, int], float]:
     """When each unit (wave, unit) became durable, in seconds since the epoch."""
-    return {_parse(uri): stat.modified_seconds for uri, stat in storage.list_stats(log.parts_uri, ".parquet")}
+    return {_parse(uri): stat.modified_seconds for uri, stat in _list_parts(log)}
 
 
-def read_shard(log: VectorLog, wave: int, shard: int) -> tuple[Int64, Float32]:
-    """The embedded images of a wave that belong to a shard: ids (n,), sorted, and vectors (n, d)."""
+def read_wave(log: VectorLog, wave: int, shards: range | None = None) -> tuple[Int64, Float32]:
+    """The embedded images of a wave, or of some of its shards: ids (n,), sorted, and vectors (n, d)."""
     uris = storage.list_files(storage.join(log.parts_uri, f"wave-{wave:03d}"), ".parquet")
-    tables = [storage.read_parquet(uri, ["id", "vector"], [shard]) for uri in uris]
-    return _sorted_vectors(tables, log.dim)
-
-
-def read_wave(log: VectorLog, wave: int) -> tuple[Int64, Float32]:
-    """All embedded images of a wave: ids (n,), sorted, and vectors (n, d)."""
-    uris = storage.list_files(storage.join(log.parts_uri, f"wave-{wave:03d}"), ".parquet")
-    return _sorted_vectors([storage.read_parquet(uri, ["id", "vector"]) for uri in uris], log.dim)
+    groups = None if shards is None else list(shards)
+    read = partial(storage.read_parquet, columns=["id", "vector"], row_groups=groups)
+    return _sorted_vectors(storage.at_once(read, uris), log.dim)
 
 
 def reject_files(log: VectorLog, wave: int | None = None, skip_unreadable: bool = False) -> dict[tuple[int, int], str]:
@@ -180,12 +170,12 @@ def reject_files(log: VectorLog, wave: int | None = None, skip_unreadable: bool 
                 return None
             raise
 
-    return {unit: uri for unit, uri in zip(found, _at_once(valid, found), strict=True) if uri is not None}
+    return {unit: uri for unit, uri in zip(found, storage.at_once(valid, found), strict=True) if uri is not None}
 
 
 def read_rejects(log: VectorLog, wave: int | None = None) -> pa.Table:
     """The rejects of a wave, or of all waves, as REJECTS rows."""
-    tables = _at_once(storage.read_parquet, reject_files(log, wave).values())
+    tables = storage.at_once(storage.read_parquet, reject_files(log, wave).values())
     return pa.concat_tables([REJECTS.empty_table(), *tables])
 
 
@@ -200,7 +190,7 @@ def count_rejects(log: VectorLog) -> dict[int, int]:
     """The number of rejects of finished units by wave, from the footers of the few files there are."""
     files = reject_files(log)
     counts: dict[int, int] = {}
-    for (wave, _), rows in zip(files, _at_once(_num_rows, files.values()), strict=True):
+    for (wave, _), rows in zip(files, storage.at_once(_num_rows, files.values()), strict=True):
         counts[wave] = counts.get(wave, 0) + rows
     return counts
 
@@ -230,6 +220,16 @@ def content_digest(rejects: bytes) -> str:
 def naming(schema: pa.Schema, digest: str) -> pa.Schema:
     """The schema of a part whose rejects are in the file of this digest."""
     return schema.with_metadata({_NAMED: digest.encode()})
+
+
+def _list_parts(log: VectorLog) -> list[tuple[str, storage.Stat]]:
+    """All parts, sorted; the folders of several waves are listed at once, a page of names after the other in each."""
+    try:
+        waves = storage.folders(log.parts_uri)
+    except FileNotFoundError:
+        return []
+    each = storage.at_once(partial(storage.list_stats, suffix=".parquet"), waves)
+    return [part for parts in each for part in parts]
 
 
 def _name(wave: int, unit: int, end: str = "") -> str:
@@ -273,11 +273,6 @@ def _count_of(log: VectorLog, unit: Unit) -> int:
 def _num_rows(uri: str) -> int:
     with storage.open_parquet(uri) as file:
         return int(file.metadata.num_rows)
-
-
-def _at_once(function: Callable[[T], U], items: Iterable[T]) -> list[U]:
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="rejects") as pool:
-        return list(pool.map(function, items))
 
 
 def _reject_rows(unit: Unit, embedded: EmbeddedUnit, bad: np.typing.NDArray[np.bool_]) -> pa.Table:

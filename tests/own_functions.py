@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
 from torch import nn
@@ -24,3 +26,21 @@ def small_encoder(dim: int, seed: int) -> nn.Module:
 def new_encoder() -> nn.Module:
     """The same network as `tests.galleries` exports for the new encoder."""
     return small_encoder(dim=20, seed=2)
+
+
+class _Slow(nn.Module):
+    """An encoder that takes its time, as a large one on a busy GPU does."""
+
+    def __init__(self, encoder: nn.Module, seconds: float) -> None:
+        super().__init__()
+        self.encoder, self.seconds = encoder, seconds
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds)
+        embeddings: torch.Tensor = self.encoder(images)
+        return embeddings
+
+
+def slow_encoder() -> nn.Module:
+    """`new_encoder`, with two seconds for every batch: a run of a few batches then lasts long enough to be watched."""
+    return _Slow(new_encoder(), seconds=2.0).eval()

@@ -207,6 +207,7 @@ def test_nothing_is_unpickled_and_no_weights_are_loaded_with_code() -> None:
         ("jobs.cli", ("torch", "ray", "faiss", "pyarrow", "torchvision", "matplotlib", "numpy")),
         ("pipeline.stream", ("torch", "torchvision", "faiss")),
         ("pipeline.planner", ("torch", "torchvision", "faiss")),
+        ("pipeline.images", ("torch", "torchvision", "ray", "faiss")),
         ("pipeline.search", ("torch", "ray", "torchvision")),
     ],
 )

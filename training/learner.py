@@ -116,6 +116,14 @@ def make_arrays(table: pa.Table, job: Job) -> PairArrays:
     return PairArrays(old, new, side, labels)
 
 
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware: elsewhere it is emulated, and slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    known = torch.cpu.get_capabilities()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
 class Learner:
     """One rank's fit: its pairs, the network, the optimiser, the loss. `wrap` makes a module data-parallel."""
 
@@ -126,7 +134,13 @@ class Learner:
         self.network = job.network().to(device)
         self._model = wrap(self.network)
         fit = job.fit
-        self._optimizer = torch.optim.Adam(self.network.parameters(), lr=fit.lr, weight_decay=fit.weight_decay)
+        self._optimizer = torch.optim.Adam(
+            self.network.parameters(),
+            lr=fit.lr,
+            weight_decay=fit.weight_decay,
+            fused=True,  # (m) on a CPU the step takes 3 ms instead of 15 at width 2048
+        )
+        self._bfloat16 = fit.precision == "bfloat16" or (fit.precision == "auto" and computes_bfloat16(device))
         self._classifier: Classifier | None = None
         self.epoch = 0
 
@@ -210,7 +224,7 @@ class Learner:
 
     def _step(self, loss: Loss, rows: dict[str, Tensor]) -> Tensor:
         batch = {name: tensor.to(self._device, non_blocking=True) for name, tensor in rows.items()}
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._job.fit.precision == "bfloat16"):
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16):
             z_bd, s_b = self._model(batch["old"], batch.get("side"))
         objective, alignment = combined(loss, z_bd.float(), s_b.float(), batch["new"], batch.get("label"))
         self._optimizer.zero_grad(set_to_none=True)

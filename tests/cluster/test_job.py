@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -38,8 +39,8 @@ class Jobs:
         assert done.returncode == 0 or not ok, done.stdout
         return done.stdout
 
-    def job(self, action: str, *words: str) -> str:
-        return self.ray("job", action, "--address", self._address, *words)
+    def job(self, action: str, *words: str, ok: bool = True) -> str:
+        return self.ray("job", action, "--address", self._address, *words, ok=ok)
 
     def submit(self, name: str, run: str) -> None:
         """Submit a backfill, as the README says."""
@@ -50,10 +51,11 @@ class Jobs:
         )
 
     def status(self, name: str) -> str:
-        for word in ("PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"):
-            if word in self.job("status", name):
-                return word
-        raise AssertionError(self.job("status", name))
+        """PENDING or RUNNING, or `stopped`, `succeeded`, `failed`: as `ray job status` says it."""
+        text = self.job("status", name, ok=False)
+        found = re.search(rf"Job '{name}' (?:was )?(stopped|succeeded|failed)|: (PENDING|RUNNING)", text)
+        assert found is not None, text
+        return found[1] or found[2]
 
     def wait(self, name: str, seconds: float) -> str:
         """Its status once it has ended."""
@@ -90,7 +92,7 @@ def test_a_submitted_backfill_runs_on_all_nodes_and_publishes_the_same(
     scene.prepare(name, like="undisturbed")
     calm.delays[r"/images/"] = 0.3
     jobs.submit(name, name)
-    assert jobs.wait(name, 240) == "SUCCEEDED", jobs.job("logs", name)
+    assert jobs.wait(name, 240) == "succeeded", jobs.job("logs", name)
     assert jobs.nodes_of_actors() >= {node.node_id for node in cluster.worker_nodes}
     logs = jobs.job("logs", name)
     assert f"wave {WAVES} of {WAVES} published" in logs
@@ -109,14 +111,14 @@ def test_a_stopped_job_ends_soon_and_the_next_one_goes_on(scene: Scene, calm: Fa
         time.sleep(0.5)
     start = time.monotonic()
     jobs.job("stop", "stopped-1")
-    assert jobs.wait("stopped-1", STOP_SECONDS) == "STOPPED"
+    assert jobs.wait("stopped-1", STOP_SECONDS) == "stopped"
     assert time.monotonic() - start < STOP_SECONDS
     assert "what is durable is kept" in jobs.job("logs", "stopped-1")
     there = scene.published(name)
     assert 2 <= max(there) < WAVES, "it was not stopped in the middle"
     calm.delays.clear()
     jobs.submit("stopped-2", name)
-    assert jobs.wait("stopped-2", 240) == "SUCCEEDED", jobs.job("logs", "stopped-2")
+    assert jobs.wait("stopped-2", 240) == "succeeded", jobs.job("logs", "stopped-2")
     check_same(scene, calm, name)
 
 
@@ -141,5 +143,5 @@ def test_a_node_that_is_drained_and_goes_loses_nothing(
     time.sleep(10)
     cluster.remove_node(node, allow_graceful=False)
     add_worker(cluster)
-    assert jobs.wait(name, 240) == "SUCCEEDED", jobs.job("logs", name)
+    assert jobs.wait(name, 240) == "succeeded", jobs.job("logs", name)
     check_same(scene, calm, name)

@@ -16,13 +16,14 @@ import pytest
 import torch
 
 from pipeline import curve as curves
-from pipeline import snapshot
+from pipeline import snapshot, storage, vector_log
 from pipeline.audit import audit
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.encoders import load_encoder
 from pipeline.gallery import load_gallery
 from pipeline.images import Limits, decode_image
+from pipeline.plan import read_plan
 from pipeline.run import Run
 from pipeline.search import Searcher
 
@@ -89,3 +90,17 @@ def test_last_snapshot_answers_as_a_plain_reembedding(finished: Config, cifar100
 def test_the_run_is_whole(finished: Config) -> None:
     report = audit(finished.run)
     assert report.ok, report.problems
+
+
+def test_the_estimate_of_the_time_is_within_a_quarter_of_the_real_run(finished: Config, cifar100: Path) -> None:
+    """Real: from commit 0, after which the first image is asked for, to the last durable part."""
+    run = Run(finished.run)
+    plan = read_plan(run)
+    assert plan is not None
+    real = max(vector_log.part_times(plan.log(run)).values()) - storage.stat(run.commit(0)).modified_seconds
+    command = [sys.executable, "-m", "jobs.cli", "plan", "--json", "--measure", "30", "--config", CONFIG]
+    settings = ["--set", f"run={finished.run}", "--set", f"data_root={cifar100}"]
+    done = subprocess.run([*command, *settings], check=True, stdout=subprocess.PIPE, text=True)
+    estimated = json.loads(done.stdout)["estimate"]["seconds"]
+    print(f"estimated {estimated:.1f} s, real {real:.1f} s")
+    assert estimated == pytest.approx(real, rel=0.25)

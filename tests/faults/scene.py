@@ -7,11 +7,14 @@ their own; the driver is the command that a user types.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -215,7 +218,9 @@ def ray_nodes(environment: dict[str, str]) -> Iterator[Any]:
 
     before = dict(os.environ)
     os.environ.update(environment | {"RAY_AUTH_MODE": "disabled"})
-    dashboard = {"include_dashboard": True, "dashboard_port": free_ports(1)[0]}
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # `python` of a job is this one
+    dashboard_port, agent_port = free_ports(2)
+    dashboard = {"include_dashboard": True, "dashboard_port": dashboard_port, "dashboard_agent_listen_port": agent_port}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **dashboard})
     try:
         for _ in range(2):
@@ -228,8 +233,10 @@ def ray_nodes(environment: dict[str, str]) -> Iterator[Any]:
 
 
 def add_worker(cluster: Any) -> Any:
-    """One more worker node."""
-    return cluster.add_node(num_cpus=NODE_CPUS, object_store_memory=100 * 2**20)
+    """One more worker node, with a folder of its own: of a shared one, each unpacks a job's code over the others'."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # the path of a socket must be short
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return cluster.add_node(num_cpus=NODE_CPUS, object_store_memory=100 * 2**20, temp_dir=folder)
 
 
 def _vectors(values: np.ndarray[Any, Any]) -> pa.FixedSizeListArray:

@@ -35,6 +35,7 @@ STEPS = {
     "before the tag moves": ("PUT", r"/index/tags/candidate", False),
 }
 VICTIMS = ("driver", "embedding actor", "sealing task", "worker node", "S3 server")
+MUST = {"sealing task": ["seal"], "embedding actor": list(STEPS)[:4]}  # where one of them has to be found
 TABLE: dict[tuple[str, str], str] = {}
 
 
@@ -117,7 +118,7 @@ class Matrix:
             return "killed"
         title = {"embedding actor": "EmbedStage", "sealing task": "_seal"}[self.victim]
         # An actor may be on its way back; a sealing task runs only while its wave is sealed.
-        seconds = 30 if self.victim == "embedding actor" else 5 if strike.step == "seal" else 0
+        seconds = {"embedding actor": 30, "sealing task": 5}[self.victim] if strike.step in MUST[self.victim] else 0
         deadline = time.monotonic() + seconds
         while not (found := processes(title)) and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -153,7 +154,7 @@ def test_a_kill_at_every_step_changes_nothing_that_is_published(
     created = created_commits(calm.log, name)
     assert all(count == 1 for count in created.values()), "a wave was published twice"
     # Sealing tasks run at no other step, and when a wave is committed the last image may be embedded already.
-    must = {"sealing task": ["seal"], "embedding actor": list(STEPS)[:4]}.get(victim, list(STEPS))
+    must = MUST.get(victim, list(STEPS))
     assert all(TABLE[victim, step] == "killed" for step in must), "a cell of the matrix is empty"
     assert len(image_reads(calm.log)) == IMAGES
     again: set[str] = set().union(*(durable & set(image_reads(calm.log[start:])) for start, durable in matrix.moments))

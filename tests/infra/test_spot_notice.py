@@ -1,4 +1,4 @@
-"""The daemon of spot machines, against a fake metadata service that speaks as EC2 does, and a fake `ray`."""
+"""The daemon of spot machines, against a metadata service that speaks as EC2's does, and a `ray` that notes words."""
 
 from __future__ import annotations
 

@@ -81,6 +81,37 @@ def test_help_comes_in_a_blink() -> None:
     assert min(seconds) < 0.5
 
 
+def modules_after(*words: str) -> set[str]:
+    """The packages that a process has imported once it has run a command."""
+    code = f"""
+import sys
+from jobs.cli import main
+main({list(words)!r}, standalone_mode=False)
+print("imported", *{{name.partition(".")[0] for name in sys.modules}})
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(result.stdout.splitlines()[-1].split())
+
+
+HEAVY = {"torch", "torchvision", "ray", "faiss", "matplotlib", "sklearn", "simplejpeg", "s3fs", "obstore", "botocore"}
+
+
+def test_help_imports_nothing_that_takes_time() -> None:
+    found = modules_after("--help")
+    assert "click" in found
+    assert found & (HEAVY | {"pyarrow", "numpy", "pydantic", "rich"}) == set()
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_status_imports_only_what_reads_a_run(tmp_path: Path, options: list[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"format_version": FORMAT_VERSION}))
+    config = ROOT / "jobs" / "configs" / "cifar100.yaml"
+    found = modules_after("status", "--config", str(config), "--set", f"run={tmp_path / 'run'}", *options)
+    assert "pyarrow" in found
+    assert found & HEAVY == set()
+
+
 def test_missing_config_exits_2_with_one_clear_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["status", "--config", str(tmp_path / "none.yaml")])
     assert result.exit_code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -57,16 +58,22 @@ class Autoscaler:
 @pytest.mark.parametrize("cpus", [2, 3, 4, 16, 96])
 def test_a_cluster_without_gpus_has_an_actor_per_core_and_room_for_tasks(cpus: int) -> None:
     found = pool(cpus)
-    assert found == Pool(smallest=1, first=cpus, largest=cpus, cpus=0.5, gpus=0.0)
+    assert found == Pool(smallest=1, first=cpus, largest=cpus, cpus=0.25, gpus=0.0)
     assert found.first * found.cpus + LOAD_CPUS + WRITE_CPUS <= cpus
 
 
+def test_actors_never_ask_for_what_a_load_task_asks_for() -> None:
+    """Ray would fuse the two, and reading would wait for embedding."""
+    for settings in ({}, {"cpus_per_actor": LOAD_CPUS}, {"threads_per_actor": 4}, {"cpus_per_actor": 1}):
+        assert pool(8, **settings).cpus != LOAD_CPUS
+
+
 def test_a_single_core_has_one_actor() -> None:
-    assert pool(1.25) == Pool(1, 1, 1, cpus=0.5, gpus=0.0)
+    assert pool(1.5) == Pool(1, 1, 1, cpus=0.25, gpus=0.0)
 
 
 def test_actors_of_more_threads_are_fewer_and_reserve_more() -> None:
-    assert pool(16, threads_per_actor=4) == Pool(1, 4, 4, cpus=2.0, gpus=0.0)
+    assert pool(16, threads_per_actor=4) == Pool(1, 4, 4, cpus=1.01, gpus=0.0)
 
 
 def test_a_cluster_with_gpus_has_an_actor_per_gpu_and_these_reserve_no_core() -> None:
@@ -76,15 +83,15 @@ def test_a_cluster_with_gpus_has_an_actor_per_gpu_and_these_reserve_no_core() ->
 
 
 def test_the_pool_grows_to_the_configured_maximum_with_the_cluster() -> None:
-    assert pool(2, max_actors=32) == Pool(1, 2, 32, cpus=0.5, gpus=0.0)
-    assert pool(16, max_actors=3) == Pool(1, 3, 3, cpus=0.5, gpus=0.0)
+    assert pool(2, max_actors=32) == Pool(1, 2, 32, cpus=0.25, gpus=0.0)
+    assert pool(16, max_actors=3) == Pool(1, 3, 3, cpus=0.25, gpus=0.0)
     assert pool(8, gpus=2, gpus_per_actor=1.0, min_actors=2, max_actors=8) == Pool(2, 2, 8, cpus=0.0, gpus=1.0)
 
 
 @pytest.mark.parametrize(
     ("device", "settings"),
     [
-        ("auto", {"min_actors": 3}),
+        ("auto", {"min_actors": 4}),
         ("auto", {"cpus_per_actor": 2}),
         ("auto", {"gpus_per_actor": 1}),
         ("cuda", {}),
@@ -101,11 +108,12 @@ def test_a_cluster_without_nodes_is_asked_for_them_and_waited_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cluster = Autoscaler(monkeypatch, brings={"CPU": 8.0, "GPU": 2.0})
-    found = actor_pool(Backfill(gpus_per_actor=1, min_actors=2, max_actors=6), "auto")
+    with caplog.at_level(logging.WARNING, "pipeline.actors"):
+        found = actor_pool(Backfill(gpus_per_actor=1, min_actors=2, max_actors=6), "auto")
     assert found == Pool(2, 2, 6, cpus=0.0, gpus=1.0)
     assert cluster.asked == [[{"GPU": 1.0}, {"GPU": 1.0}, {"CPU": LOAD_CPUS}, {"CPU": WRITE_CPUS}]]
     assert cluster.removed == 1
-    assert caplog.messages[0].startswith("waiting for nodes: 0.75 CPUs, 2 GPUs needed, 0 CPUs, 0 GPUs there")
+    assert caplog.messages[0].startswith("waiting for nodes: 1.25 CPUs, 2 GPUs needed, 0 CPUs, 0 GPUs there")
     assert len(caplog.messages) == 2
 
 

@@ -123,6 +123,10 @@ def test_a_configured_unit_is_taken_as_it_is() -> None:
         (tree(encoders={"new": {"function": "a.b", "dim": 4, "preprocess": {"size": 8}}}), "module:function"),
         (tree(encoders={"new": {"export": "a", "dim": 4, "preprocess": {"resize": 8}}}), "the input shape is open"),
         (
+            tree(encoders={"new": {"export": "a", "dim": 4, "preprocess": {"size": 8, "reducing_gap": 2}}}),
+            "reducing_gap says how small a JPEG may be decoded before it is resized: give resize",
+        ),
+        (
             tree(encoders={"new": {"export": "a", "dim": 4, "preprocess": {"size": 8, "mean": [1, 2]}}}),
             "mean has 2 values",
         ),

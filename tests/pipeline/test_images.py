@@ -19,11 +19,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
+from torchvision.transforms.v2 import functional
 
 from pipeline import storage
 from pipeline.config import Fetch, Preprocess
@@ -339,18 +341,155 @@ def test_bytes_that_are_no_image_are_rejected(data: bytes) -> None:
     resize=st.one_of(st.integers(1, 40), st.tuples(st.integers(1, 40), st.integers(1, 40))),
     crop=st.one_of(st.integers(1, 40), st.tuples(st.integers(1, 40), st.integers(1, 40))),
     interpolation=st.sampled_from(["nearest", "bilinear", "bicubic"]),
+    kind=st.sampled_from(["PNG", "JPEG"]),
 )
 def test_resize_and_crop_give_what_torchvision_gives(
-    height: int, width: int, resize: Any, crop: Any, interpolation: Any
+    height: int, width: int, resize: Any, crop: Any, interpolation: Any, kind: str
 ) -> None:
-    pixels = picture(height * width, height, width)
-    found = decode_image(
-        encode(pixels), Preprocess(resize=resize, center_crop=crop, interpolation=interpolation), LIMITS
-    )
+    data = encode(picture(height * width, height, width), kind)
+    decoded = Image.open(io.BytesIO(data))
     steps = transforms.Compose(
         [transforms.Resize(resize, InterpolationMode(interpolation)), transforms.CenterCrop(crop)]
     )
-    assert np.array_equal(found, chw(np.asarray(steps(Image.fromarray(pixels)))))
+
+    def found(resample: Any) -> Pixels:
+        settings = {"resize": resize, "center_crop": crop, "interpolation": interpolation, "resample": resample}
+        return decode_image(data, Preprocess(**settings), LIMITS)
+
+    by_pillow = chw(np.asarray(steps(decoded)))
+    by_torch = steps(torch.from_numpy(chw(np.array(decoded)))).numpy()
+    assert np.array_equal(found("pillow"), by_pillow)
+    assert np.array_equal(found("torch"), by_pillow if interpolation == "nearest" else by_torch)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_torch_and_pillow_resize_a_photograph_to_within_one_of_255(interpolation: Any) -> None:
+    pixels = np.add.outer(np.sin(np.arange(75) / 9), np.cos(np.arange(100) / 7))[..., None] * [40, 30, 20] + 128
+    noise = np.random.default_rng(0).normal(0, 20, pixels.shape)
+    data = encode((pixels + noise).clip(0, 255).astype(np.uint8))
+    by_torch, by_pillow = (
+        decode_image(
+            data, Preprocess(resize=36, center_crop=32, interpolation=interpolation, resample=resample), LIMITS
+        ).astype(int)
+        for resample in ("torch", "pillow")
+    )
+    assert np.abs(by_torch - by_pillow).max() == 1
+    assert np.abs(by_torch - by_pillow).mean() < 0.02
+
+
+def jpeg(pixels: Pixels, **options: Any) -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, "JPEG", **options)
+    return sink.getvalue()
+
+
+def by_pillow(data: bytes, channels: int) -> Pixels | None:
+    """What Pillow alone decodes, (C, H, W); none where it says that the image is damaged."""
+    try:
+        array = np.asarray(Image.open(io.BytesIO(data), formats=["JPEG"]).convert("RGB" if channels == 3 else "L"))
+    except (OSError, SyntaxError, ValueError):
+        return None
+    return array[None] if channels == 1 else chw(array)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@settings(max_examples=300, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    grey=st.booleans(),
+    channels=st.sampled_from([1, 3]),
+    options=st.fixed_dictionaries(
+        {
+            "quality": st.integers(1, 100),
+            "subsampling": st.integers(0, 2),
+            "progressive": st.booleans(),
+            "restart_marker_blocks": st.integers(0, 3),
+        }
+    ),
+    cut=st.one_of(st.none(), st.integers(0, 4000)),
+    changes=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), max_size=4),
+)
+def test_a_jpeg_whole_or_damaged_is_decoded_or_rejected_as_by_pillow(
+    shape: tuple[int, int],
+    grey: bool,
+    channels: Any,
+    options: dict[str, Any],
+    cut: int | None,
+    changes: list[tuple[int, int]],
+) -> None:
+    data = bytearray(jpeg(picture(1, *shape, channels=1 if grey else 3), **options)[:cut])
+    for place, value in changes:
+        if place < len(data):
+            data[place] = value
+    wanted = by_pillow(bytes(data), channels)
+    if wanted is None:
+        with pytest.raises(Reject):
+            decode_image(bytes(data), Preprocess(size=shape, channels=channels), LIMITS)
+    else:
+        preprocess = Preprocess(size=wanted.shape[1:], channels=channels)
+        assert np.array_equal(decode_image(bytes(data), preprocess, LIMITS), wanted)
+
+
+def test_a_jpeg_in_cmyk_becomes_the_colours_that_pillow_gives() -> None:
+    sink = io.BytesIO()
+    Image.fromarray(picture()).convert("CMYK").save(sink, "JPEG", quality=95)
+    assert np.array_equal(decode_image(sink.getvalue(), PREPROCESS, LIMITS), by_pillow(sink.getvalue(), 3))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_an_orientation_in_exif_is_not_applied(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    sink = io.BytesIO()
+    Image.fromarray(picture(height=8, width=4)).save(sink, kind, exif=exif)
+    wanted = chw(np.asarray(Image.open(io.BytesIO(sink.getvalue()))))
+    assert np.array_equal(decode_image(sink.getvalue(), Preprocess(size=(8, 4)), LIMITS), wanted)
+
+
+def test_most_jpegs_are_decoded_past_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    colour, grey, large = jpeg(picture()), jpeg(picture(channels=1)), jpeg(picture(height=20, width=30))
+    monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("Pillow has decoded it"))
+    decode_image(colour, PREPROCESS, LIMITS)
+    decode_image(grey, Preprocess(size=SIDE, channels=1), LIMITS)
+    decode_image(large, Preprocess(resize=8, center_crop=8), LIMITS)
+
+
+def smooth(height: int, width: int) -> Pixels:
+    """A picture without detail, so that decoding it smaller loses little."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    waves = np.stack([np.sin(rows / 80), np.cos(columns / 100), np.sin((rows + columns) / 120)], axis=-1)
+    return (waves * 100 + 128).astype(np.uint8)
+
+
+@pytest.mark.parametrize("resample", ["torch", "pillow"])
+@pytest.mark.parametrize(
+    ("gap", "decoded"), [(1.0, (100, 151)), (1.5, (100, 151)), (2.0, (200, 301)), (9.0, (400, 601))]
+)
+def test_with_a_reducing_gap_a_jpeg_is_decoded_no_smaller_than_that(
+    resample: Any, gap: float, decoded: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    resize = functional.resize
+
+    def look(picture: Any, *arguments: Any, **words: Any) -> Any:
+        seen.append(functional.get_size(picture))
+        return resize(picture, *arguments, **words)
+
+    monkeypatch.setattr(functional, "resize", look)
+    data = jpeg(smooth(400, 601), quality=95)
+    settings = {"resize": 64, "center_crop": 64, "resample": resample}
+    reduced = decode_image(data, Preprocess(**settings, reducing_gap=gap), LIMITS)
+    exact = decode_image(data, Preprocess(**settings), LIMITS)
+    assert [tuple(size) for size in seen] == [decoded, (400, 601)]
+    assert np.abs(reduced.astype(int) - exact.astype(int)).mean() < 1
+    assert np.array_equal(reduced, exact) == (decoded == (400, 601))
+
+
+def test_a_reducing_gap_changes_nothing_in_other_formats() -> None:
+    data = encode(smooth(200, 200))
+    settings = {"resize": 40, "center_crop": 40}
+    reduced = decode_image(data, Preprocess(**settings, reducing_gap=1), LIMITS)
+    assert np.array_equal(reduced, decode_image(data, Preprocess(**settings), LIMITS))
 
 
 def test_an_image_of_the_right_shape_is_not_touched() -> None:

@@ -18,7 +18,7 @@ from pipeline import index, storage
 from pipeline.codebook import Codebook, check_trainable, resolve_factory, train_codebook
 from pipeline.config import Index, Metric
 from pipeline.errors import ConfigError, DataError
-from pipeline.index import Segment, build_segment, decode, search
+from pipeline.index import Segment, build_segment, decode, gather, search
 from pipeline.run import Run
 from pipeline.schema import Float32, Int64
 from pipeline.segments import Rows
@@ -50,7 +50,7 @@ def opened(tmp_path: Path, book: Codebook, ids: Int64, vectors: Float32) -> Segm
     data = build_segment(book, ids, vectors)
     path = tmp_path / f"{hashlib.sha256(data).hexdigest()}.faiss"
     path.write_bytes(data)
-    return Segment(book, str(path))
+    return Segment.read(book, str(path))
 
 
 def split(tmp_path: Path, book: Codebook, ids: Int64, vectors: Float32, parts: int) -> list[Segment]:
@@ -128,6 +128,35 @@ def test_equal_distances_go_to_the_smaller_id_however_the_gallery_is_cut(
     equal = keys[:, 1:] == keys[:, :-1]
     assert equal[:, 6].any()
     assert (everything[1][:, 1:] > everything[1][:, :-1])[equal & (everything[1][:, 1:] >= 0)].all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_segments_gathered_into_one_answer_as_they_do(tmp_path: Path, factory: str, metric: Metric) -> None:
+    book = codebook(factory, metric)
+    ids, vectors = gallery()
+    vectors = np.repeat(vectors[::10], 10, axis=0)  # with equal distances
+    segments = split(tmp_path, book, ids, vectors, 9)
+    whole = gather(book, segments)
+    assert whole.num_vectors == len(ids)
+    for k in (1, 7, 500, 2100):
+        for expected, found in zip(
+            search(book, segments, vectors[:30] + 0.1, k, 5),
+            search(book, [whole], vectors[:30] + 0.1, k, 5),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(found, expected)
+    del segments  # what was gathered needs them no more
+    assert len(decode(book, whole)[0]) == len(ids)
+
+
+def test_nothing_can_be_gathered(tmp_path: Path) -> None:
+    book = codebook()
+    whole = gather(book, split(tmp_path, book, *(item[:0] for item in gallery()), parts=2))
+    distances, ids = search(book, [whole], gallery()[1][:3], 4, 5)
+    assert whole.num_vectors == 0
+    assert (ids == -1).all()
+    assert np.isinf(distances).all()
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
@@ -327,10 +356,10 @@ def test_codebook_and_segment_are_verified_when_opened(tmp_path: Path) -> None:
 def test_a_segment_of_another_codec_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.faiss").write_bytes(build_segment(codebook("IVF16,SQ8"), *gallery()))
     with pytest.raises(DataError, match="another codec"):
-        Segment(codebook("IVF16,Flat"), str(tmp_path / "other.faiss"))
+        Segment.read(codebook("IVF16,Flat"), str(tmp_path / "other.faiss"))
     (tmp_path / "junk.faiss").write_bytes(b"junk")
     with pytest.raises(DataError, match="not a readable segment"):
-        Segment(codebook(), str(tmp_path / "junk.faiss"))
+        Segment.read(codebook(), str(tmp_path / "junk.faiss"))
 
 
 @pytest.mark.parametrize(("factory", "needed"), [("IVF64,Flat", 64), ("IVF4,PQ4", 256), ("OPQ4_8,IVF4,SQ8", 256)])

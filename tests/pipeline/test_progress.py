@@ -18,7 +18,7 @@ from pipeline.plan import Plan, Wave
 from pipeline.progress import Progress, Tracker, recent_rate
 from pipeline.run import Run
 from pipeline.schema import UNITS, Unit, UnitAck
-from pipeline.vector_log import EmbeddedUnit
+from pipeline.vector_log import EmbeddedUnit, part_times
 
 UNIT_IMAGES = 4
 SIZES = [3, 9, 8, 14]
@@ -211,13 +211,13 @@ def test_the_eta_is_what_is_left_at_the_present_rate() -> None:
 def test_the_rate_of_the_log_is_its_images_over_the_time_between_its_parts(tmp_path: Path) -> None:
     plan, run = make_plan(SIZES), Run(str(tmp_path))
     log = plan.log(run)
-    assert recent_rate(plan, log) is None
+    assert recent_rate(plan, part_times(log)) is None
     for number, unit in enumerate(units()[:4]):  # 3, 4, 4, 1 images
         write(tmp_path, unit)
         seconds = 1_000_000 + [-5000, 0, 2, 10][number]  # the first lies too far back
         os.utime(log.part(unit.wave, unit.unit), (seconds, seconds))
-        assert (recent_rate(plan, log) is None) == (number < 2)
-    assert recent_rate(plan, log) == pytest.approx((4 + 1) / 10)
+        assert (recent_rate(plan, part_times(log)) is None) == (number < 2)
+    assert recent_rate(plan, part_times(log)) == pytest.approx((4 + 1) / 10)
 
 
 def test_what_reading_took_adds_up_over_all_acknowledgements(tmp_path: Path) -> None:

@@ -115,6 +115,8 @@ def test_settings_that_only_say_how_may_change_at_any_time(tmp_path: Path, chang
         ({"gallery__columns__label": "label"}, "gallery.columns.label"),
         ({"encoders__new__dim": 5}, "encoders.new.dim"),
         ({"encoders__new__preprocess__mean": (1.0,)}, "encoders.new.preprocess.mean"),
+        ({"encoders__new__preprocess__resample": "pillow"}, "encoders.new.preprocess.resample"),
+        ({"encoders__new__preprocess__resize": 8}, "encoders.new.preprocess.resize"),
         ({"pairs__held_out_fraction": 0.2}, "pairs.held_out_fraction"),
     ],
 )
@@ -303,7 +305,8 @@ def test_missing_weights_are_named_by_their_key(tmp_path: Path) -> None:
 
 def test_every_file_of_a_run_lies_below_it_under_its_own_name() -> None:
     run = Run("s3://bucket/run")
-    paths = [run.settings, run.transformation, run.plan, run.reports, run.wave_units(1), run.wave_units(1000)]
+    paths = [run.settings, run.transformation, run.plan, run.reports, run.wave_units(1, 0)]
+    paths += [run.wave_units(1, 64), run.wave_units(1000, 0)]
     paths += [run.part("a", 1), run.part("b", 1), run.commit(0), run.commit(10**19), run.tag("prod")]
     assert len(set(paths)) == len(paths)
     assert all(path.startswith("s3://bucket/run/") for path in paths)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import seal, storage
+from pipeline import seal, storage, vector_log
 from pipeline.errors import DataError, TransientError
 from pipeline.plan import Plan, Wave
 from pipeline.run import Run
 from pipeline.schema import UNITS as UNITS_SCHEMA
 from pipeline.seal import Sealer
+from pipeline.snapshot import Kind
 from tests.pipeline.whole_run import DIM, UNITS, WholeRun
 
 
@@ -67,16 +68,56 @@ def make(folder: Path) -> tuple[WholeRun, Sealer]:
             for ids in members
         ]
         groups = [pa.table({"id": ids, **rest}) for ids, rest in zip(members, nothing, strict=True)]
-        storage.put(whole.run.wave_units(wave), storage.parquet_bytes(UNITS_SCHEMA, groups))
+        storage.put(whole.run.wave_units(wave, 0), storage.parquet_bytes(UNITS_SCHEMA, groups))
     return whole, Sealer(whole.run, plan, whole.codebook_path, whole.codebook_sha256)
 
 
 def test_a_wave_seals_whatever_a_writer_that_lost_has_left(tmp_path: Path) -> None:
     whole, sealer = make(tmp_path)
-    refs = [seal._seal_embedded(sealer, 1, shard) for shard in range(whole.num_shards)]
+    shards = range(whole.num_shards)
+    refs = seal._seal_embedded(sealer, 1, shards)
     storage.put(sealer.plan.log(whole.run).rejects(1, 0, 16 * "0"), b"of a writer that lost")
-    assert [seal._seal_embedded(sealer, 1, shard) for shard in range(whole.num_shards)] == refs
+    assert seal._seal_embedded(sealer, 1, shards) == refs
     assert sum(ref.rejected for ref in refs) == int((whole.rejected & (whole.waves == 1)).sum()) > 0
+
+
+@pytest.mark.parametrize("deleted_images", ["keep", "drop"])
+@pytest.mark.parametrize("kind", ["transformed", "embedded"])
+def test_shards_that_are_read_together_are_sealed_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, deleted_images: str
+) -> None:
+    whole, sealer = make(tmp_path)
+    sealer = replace(sealer, plan=replace(sealer.plan, deleted_images=deleted_images))
+    monkeypatch.setattr(seal, "_run", lambda function, tasks: [function(*arguments) for _, arguments in tasks])
+    monkeypatch.setattr(vector_log, "read_deleted", lambda log, wave: whole.ids[whole.rejected])
+    found, opened = [], []
+    read = storage.read_parquet
+    monkeypatch.setattr(
+        storage, "read_parquet", lambda uri, *rest, **more: opened.append(uri) or read(uri, *rest, **more)
+    )
+    for shards_at_once in (1, 2):
+        monkeypatch.setattr(seal, "_BYTES_AT_ONCE", 80 * DIM * 4 * shards_at_once // whole.num_shards)
+        opened.clear()
+        found.append(sealer.transformed([2]) if kind == "transformed" else sealer.embedded(2))
+        for folder, files in (("transformed", 2), ("embedded", UNITS if kind == "embedded" else 0)):
+            assert sum(f"/{folder}/" in uri for uri in opened) == files * whole.num_shards // shards_at_once
+    assert found[0] == found[1]
+    if kind == "embedded" and deleted_images == "drop":
+        deleted = whole.shards[whole.rejected & (whole.waves == 2)]
+        assert [ref.deleted for ref in found[0]] == np.bincount(deleted, minlength=whole.num_shards).tolist()
+    else:
+        expected = [whole.segment(shard, 2, kind) for shard in range(whole.num_shards)]
+        assert [ref.path for ref in found[0]] == [ref.path for ref in expected]
+
+
+def test_a_task_seals_as_many_shards_as_it_may_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, sealer = make(tmp_path)
+    sealer = replace(sealer, plan=replace(sealer.plan, num_shards=7))  # waves of 80 images
+    for held, expected in ((1, 7 * [1]), (2 * 80 - 1, 7 * [1]), (3 * 80, [3, 3, 1]), (7 * 80, [7]), (10**9, [7])):
+        monkeypatch.setattr(seal, "_BYTES_AT_ONCE", -(-held * DIM * 4 // 7))
+        found = sealer.together(1)
+        assert [len(shards) for shards in found] == expected
+        assert [shard for shards in found for shard in shards] == list(range(7))
 
 
 def test_a_log_that_lacks_images_names_their_unit_and_what_to_do(tmp_path: Path) -> None:
@@ -84,4 +125,4 @@ def test_a_log_that_lacks_images_names_their_unit_and_what_to_do(tmp_path: Path)
     storage.delete(whole.run.path("rejects"))
     shard = int(whole.shards[whole.rejected & (whole.waves == 1)][0])
     with pytest.raises(DataError, match=r"[12] neither \(of unit 1\)(.|\n)*fastfill audit(.|\n)*embedded again"):
-        seal._seal_embedded(sealer, 1, shard)
+        seal._seal_embedded(sealer, 1, range(shard, shard + 1))

@@ -53,11 +53,12 @@ def exact_order(whole: WholeRun, number: int, queries: np.ndarray) -> np.ndarray
     return whole.ids[np.argsort(scores, axis=1)]
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
-def test_every_commit_is_searched_whole(tmp_path: Path, metric: Metric) -> None:
+def test_every_commit_is_searched_whole(tmp_path: Path, metric: Metric, in_memory: bool) -> None:
     whole = make(tmp_path, metric)
     queries = np.random.default_rng(1).standard_normal((7, DIM))
-    with Searcher(whole.run.uri) as searcher:
+    with Searcher(whole.run.uri, in_memory=in_memory) as searcher:
         for number in range(whole.num_waves + 1):
             assert searcher.commit.number == number
             assert searcher.num_vectors == whole.num

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline import storage, units
+from pipeline import planner, storage, units
+from pipeline.plan import UNITS_PER_FILE, Plan, Wave
+from pipeline.run import Run
 from pipeline.schema import UNITS
 from pipeline.units import cut_units
 
@@ -55,6 +57,7 @@ def by_one_sort(wave: pa.Table, unit_images: int) -> bytes:
     st.integers(1, 300), st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 5), st.integers(1, 70),
     st.integers(1, 120), st.booleans(),
 )  # fmt: skip
+@example(4, 0, 1, 2, 1, 1, False)  # a part with an object and a null, of which the last piece has only the null
 def test_the_units_are_those_of_one_sort(
     tmp_path_factory: pytest.TempPathFactory,
     count: int,
@@ -70,6 +73,21 @@ def test_the_units_are_those_of_one_sort(
     parts = write_parts(tmp_path_factory.mktemp("wave"), given_rows, num_parts)
     found = cut_units(parts, [1, 2], count, unit_images, piece_images)
     assert storage.parquet_bytes(UNITS, found) == by_one_sort(wave, unit_images)
+
+
+def test_the_files_of_a_wave_hold_each_unit_where_the_plan_says(tmp_path: Path) -> None:
+    run, count = Run(str(tmp_path)), 2 * UNITS_PER_FILE + 3
+    wave = rows(2 * count - 1, 0, 20)
+    whole = storage.parquet_bytes(UNITS, [rows(5, 99, 3), wave])
+    storage.put(run.part("transformed", 0), whole)
+    assert planner._cut_wave(run, 1, 2, wave.num_rows, 1, 2) == count
+    plan = Plan("random", 0, wave.num_rows, 1, 1, 4, 2, (Wave(1, 1, 0), Wave(2, wave.num_rows, count)), "f")
+    units = list(plan.units(run))
+    found = [storage.read_parquet(unit.rows_uri, UNITS.names, [unit.row_group]) for unit in units]
+    assert storage.parquet_bytes(UNITS, found) == by_one_sort(wave, 2)
+    assert [table.num_rows for table in found] == [unit.images for unit in units]
+    assert storage.list_files(run.path("plan")) == sorted({unit.rows_uri for unit in units})
+    assert len({unit.rows_uri for unit in units}) == 3
 
 
 def test_a_large_wave_is_never_in_memory_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

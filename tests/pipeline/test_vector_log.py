@@ -27,7 +27,6 @@ from pipeline.vector_log import (
     part_times,
     read_deleted,
     read_rejects,
-    read_shard,
     read_wave,
     reject_files,
     write_unit,
@@ -178,13 +177,14 @@ def test_shards_of_a_wave_are_the_wave_filtered(
     assert np.array_equal(vectors, vectors_of(found))
     for shard in range(SHARDS):
         mine = shard_of(found, SHARDS) == shard
-        ids_of_shard, vectors_of_shard = read_shard(log, 1, shard)
+        ids_of_shard, vectors_of_shard = read_wave(log, 1, range(shard, shard + 1))
         assert np.array_equal(ids_of_shard, found[mine])
         assert np.array_equal(vectors_of_shard, vectors[mine])
+    assert np.array_equal(read_wave(log, 1, range(SHARDS))[1], vectors)
 
 
 def test_a_wave_that_is_not_begun_is_empty(log: VectorLog) -> None:
-    assert read_wave(log, 1)[1].shape == read_shard(log, 1, 0)[1].shape == (0, DIM)
+    assert read_wave(log, 1)[1].shape == read_wave(log, 1, range(1))[1].shape == (0, DIM)
     assert finished_units(log) == count_rejects(log) == part_times(log) == {}
     assert read_rejects(log).num_rows == 0
 

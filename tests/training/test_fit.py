@@ -25,6 +25,7 @@ from pipeline.run import Run
 from pipeline.schema import Float32, Int64, vectors_to_arrow
 from pipeline.transformation import TransformationNetwork, apply, load_transformation
 from training import fit as fitting
+from training import learner as learning
 from training.fit import fit, make_job
 from training.learner import Epoch, FitData, Job, Learner, PairArrays, make_arrays
 from training.measure import measure, spearman
@@ -169,6 +170,19 @@ def test_bfloat16_fits_too(tmp_path: Path) -> None:
     job = make_job(config, _data(tmp_path))
     info = measure(config, job, _fit_here(job), _read(job.data.held_out_parts, job))
     assert info.better_than_old
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_precision_auto_is_bfloat16_where_the_device_has_it(
+    tmp_path: Path, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "computes_bfloat16", lambda device: native)
+    weights = {}
+    for precision in ("auto", "bfloat16", "float32"):
+        weights[precision] = _fit_here(make_job(_config(tmp_path, precision=precision), _data(tmp_path)))
+    _assert_same_weights(weights["auto"], weights["bfloat16" if native else "float32"])
+    with pytest.raises(AssertionError):
+        _assert_same_weights(weights["float32"], weights["bfloat16"])
 
 
 def test_pairs_without_a_label_are_fitted_by_alignment_alone(tmp_path: Path) -> None:

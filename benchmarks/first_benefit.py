@@ -1,0 +1,165 @@
+"""From `backfill` to snapshot 0 visible, as a share of a full re-embedding of the same gallery.
+
+    python -m benchmarks.first_benefit [--short] [--repeats 5] [--data FOLDER]
+
+Measured on CIFAR-100 with its two encoders and the example config, from the command's start to the files that each
+stage leaves, and beside it the plain alternative: one process that reads, decodes and embeds all images with the same
+encoder, and saves. The gallery has 10,000 images of 32x32, so fixed costs (Ray, embedding 50,000 training pairs by both
+encoders, the fit) are nearly all of it. What larger galleries and costlier encoders would give is computed from
+measured parts, and marked so: fixed costs; the time per image of plan and snapshot 0, from a second run whose gallery
+has 60,000 images; and the rate of the plain loop, with the CIFAR encoder and with ResNet-18 at 224 on photographs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from benchmarks.decode import LIMITS, photographs
+from benchmarks.measure import Spread, header, table
+from benchmarks.small_run import STAGES, Job, data_folder, part_of_cifar
+from pipeline.config import Preprocess
+from pipeline.images import decoder
+
+TARGET_PERCENT = 5
+SIZES = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
+CIFAR = Preprocess(size=32)
+IMAGENET = Preprocess(resize=256, center_crop=224)
+SMALL = "`new.pt2` at 32x32, PNG"
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What the arithmetic is fed with, all measured here.
+
+    Attributes:
+        fixed: seconds to snapshot 0 that do not depend on the gallery: of the whole command.
+        fixed_given: the same without what is before the fit, where embeddings are given.
+        per_image: seconds of plan and snapshot 0.
+    """
+
+    fixed: float
+    fixed_given: float
+    per_image: float
+
+    def share(self, images: int, rate: float, given: bool) -> float:
+        """Per cent of `images / rate`."""
+        until = (self.fixed_given if given else self.fixed) + images * self.per_image
+        return 100 * until * rate / images
+
+
+def plain_rate(data: Iterable[bytes], preprocess: Preprocess, model: torch.nn.Module, batch: int = 128) -> float:
+    """Images per second of a loop without Ray: decode, embed, save; all cores in the forward pass."""
+    start, vectors, pixels = time.perf_counter(), [], []
+    images, decode = list(data), decoder(preprocess, LIMITS)
+    with torch.inference_mode(), tempfile.TemporaryFile() as sink:
+        for number, item in enumerate(images, start=1):
+            pixels.append(decode(item))
+            if len(pixels) == batch or number == len(images):
+                vectors.append(model(torch.from_numpy(np.stack(pixels)).float() / 255))
+                pixels.clear()
+        np.save(sink, torch.cat(vectors).numpy())
+    return len(images) / (time.perf_counter() - start)
+
+
+def rates(data: Path, short: bool) -> dict[str, Spread]:
+    """The plain loop's rates on this machine, over three repeats."""
+    from torchvision.models import resnet18
+
+    rows = pq.read_table(data / "test.parquet", columns=["image"])["image"].to_pylist()[: 2000 if short else 10_000]
+    cifar = torch.export.load(data / "new.pt2").module()
+    torch.manual_seed(0)
+    large, photos = resnet18().eval(), photographs(32 if short else 128, 500, 375)
+    return {
+        SMALL: Spread.of([plain_rate(rows, CIFAR, cifar) for _ in range(3)]),
+        "ResNet-18 at 224, JPEG of 500x375": Spread.of([plain_rate(photos, IMAGENET, large, 32) for _ in range(3)]),
+    }
+
+
+def larger(folder: Path, data: Path) -> Job:
+    """A run on 60,000 images, with few pairs and a fit that is cut short: only what comes after is of interest."""
+    settings = part_of_cifar(folder / "larger-data", data, num_gallery=1, num_pairs=5000)
+    both = f"gallery.manifest=[{data / 'train.parquet'}, {data / 'test.parquet'}]"
+    return Job(folder / "larger", data, (*settings[1:], both))
+
+
+def measured(seconds: list[dict[str, float]], images: int, loop: Spread) -> str:
+    """The stages of the same run `len(seconds)` times, and snapshot 0 against both full re-embeddings."""
+    rows = [[name, Spread.of(taken[name] for taken in seconds).text(".1f")] for name in STAGES]
+    visible = [taken["snapshot 0 visible"] for taken in seconds]
+    ours = [taken["last wave published"] - taken["snapshot 0 visible"] for taken in seconds]
+    of_ours = Spread.of(100 * before / after for before, after in zip(visible, ours, strict=True))
+    of_loop = Spread.of(100 * before * loop.median / images for before in visible)
+    return (
+        f"## Measured: {images:,} images, {len(seconds)} runs\n\n"
+        f"{table(['from the start of `fastfill backfill` to', 'seconds'], rows)}\n\n"
+        f"Snapshot 0 is visible after {of_ours.text(',.0f')} % of the {Spread.of(ours).text('.1f')} s that embedding "
+        f"and publishing all waves took from there, and after {of_loop.text(',.0f')} % of the "
+        f"{images / loop.median:.1f} s of the plain loop. Target: below {TARGET_PERCENT} %."
+    )
+
+
+def after_fit(seconds: dict[str, float]) -> float:
+    """Plan and snapshot 0."""
+    return seconds["snapshot 0 visible"] - seconds["fitted"]
+
+
+def computed(seconds: list[dict[str, float]], second: dict[str, float], added: int, loops: dict[str, Spread]) -> str:
+    """The share for larger galleries, from measured parts."""
+    first = {name: statistics.median(taken[name] for taken in seconds) for name in STAGES}
+    per_image = (after_fit(second) - after_fit(first)) / added
+    embedding = first["pairs embedded"] - first["first image embedded"]
+    costs = Costs(first["snapshot 0 visible"], first["snapshot 0 visible"] - embedding, per_image)
+    rows = []
+    for name, rate in loops.items():
+        for given in (False, True):
+            what = f"{name}; {'pairs already embedded' if given else 'pairs embedded first'}"
+            rows.append([what, *(f"{costs.share(size, rate.median, given):.3g} %" for size in SIZES)])
+    return (
+        "## Computed, not measured: larger galleries\n\n"
+        f"Fixed {costs.fixed:.0f} s, or {costs.fixed_given:.0f} s where the pairs' embeddings are given. Plan and "
+        f"snapshot 0 took {after_fit(first):.1f} s, and {after_fit(second):.1f} s with {added:,} images more: "
+        f"{1e6 * per_image:.0f} µs per image. A full re-embedding is taken as images / rate of the plain loop on "
+        f"this machine. The gallery's old embeddings are there, as a real one's are.\n\n"
+        f"{table(['gallery of', *(f'{size:,}' for size in SIZES)], rows)}\n\n"
+        f"Below {TARGET_PERCENT} % for any gallery only where the encoder does less than "
+        f"{TARGET_PERCENT / 100 / per_image:,.0f} images/s on the same machine."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="one run on 2,000 images, nothing computed")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--data", help="the folder of CIFAR-100")
+    arguments = parser.parse_args()
+    data = data_folder(arguments.data)
+    print(f"{header(['torchvision', 'simplejpeg'])} Median (lowest - highest).\n", flush=True)
+    loops = rates(data, arguments.short)
+    lines = [f"- {name}: {rate.text(',.0f')} images/s" for name, rate in loops.items()]
+    print("Plain loop, all cores in the forward pass:\n\n" + "\n".join(lines) + "\n", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        settings = part_of_cifar(folder / "part", data, 2000, 5000) if arguments.short else ()
+        images, repeats = (2000, 1) if arguments.short else (10_000, arguments.repeats)
+        seconds = [
+            Job(folder / f"run-{number}", data, settings).backfill(until=STAGES["last wave published"])
+            for number in range(repeats)
+        ]
+        print(measured(seconds, images, loops[SMALL]), flush=True)
+        if not arguments.short:
+            second = larger(folder, data).backfill(until=STAGES["snapshot 0 visible"])
+            print("\n" + computed(seconds, second, 50_000, loops), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""ray_cluster.yaml passes what `ray up` checks before it asks AWS anything, and says what we mean."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "ray_cluster.yaml").read_text()
+CLUSTER: dict[str, Any] = yaml.safe_load(TEXT)
+KINDS: dict[str, Any] = CLUSTER["available_node_types"]
+WORKERS = [name for name in KINDS if name != CLUSTER["head_node_type"]]
+
+
+def check(cluster: dict[str, Any]) -> dict[str, Any]:
+    """What `ray up` does first."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    prepared: dict[str, Any] = prepare_config(copy.deepcopy(cluster))
+    validate_config(prepared)
+    return prepared
+
+
+def test_rays_own_validator_takes_it() -> None:
+    prepared = check(CLUSTER)
+    assert prepared["head_node_type"] == "head"
+    assert {name: kind["max_workers"] for name, kind in prepared["available_node_types"].items()} == {
+        "head": 0,
+        "gpu_spot": 16,
+        "cpu_spot": 32,
+    }
+
+
+def test_the_validator_refuses_what_is_wrong() -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        check(CLUSTER | {"initial_workers": 2})
+    with pytest.raises(ValueError, match="head_node_type"):
+        check(CLUSTER | {"head_node_type": "nobody"})
+
+
+def test_nothing_is_scheduled_on_the_head() -> None:
+    assert KINDS["head"]["resources"]["CPU"] == 0
+    assert "GPU" not in KINDS["head"]["resources"]
+    assert "InstanceMarketOptions" not in KINDS["head"]["node_config"], "the driver must not sit on a spot machine"
+
+
+def test_workers_are_spot_machines_that_come_and_go() -> None:
+    assert [KINDS[name]["resources"].get("GPU", 0) for name in WORKERS] == [1, 0]
+    for name in WORKERS:
+        assert KINDS[name]["min_workers"] == 0
+        assert KINDS[name]["max_workers"] > 0
+        assert KINDS[name]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert CLUSTER["idle_timeout_minutes"] <= 10
+    assert CLUSTER["max_workers"] >= sum(KINDS[name]["max_workers"] for name in WORKERS)
+
+
+def test_every_node_has_a_role_and_no_key_is_in_the_file() -> None:
+    assert all(kind["node_config"]["IamInstanceProfile"] for kind in KINDS.values())
+    assert not re.search(r"AKIA|secret|password", TEXT, re.IGNORECASE)
+
+
+def test_the_project_is_installed_on_every_node_from_its_tested_versions() -> None:
+    assert CLUSTER["file_mounts"] == {"/home/ubuntu/fastfill": "."}
+    (install,) = [line for line in CLUSTER["setup_commands"] if "--editable ." in line]
+    assert "--constraint constraints.txt" in install
+
+
+def test_five_lines_are_to_be_edited() -> None:
+    assert set(re.findall(r"# EDIT (\d):", TEXT)) == {"1", "2", "3", "4", "5"}
+
+
+def test_prometheus_finds_the_metrics_agents_and_the_driver() -> None:
+    assert all("--metrics-export-port=8080" in text for text in starts())
+    prometheus = (ROOT / "infra" / "prometheus" / "prometheus.yml").read_text()
+    assert "/run/fastfill/" in prometheus
+    assert any("/run/fastfill" in line for line in CLUSTER["head_setup_commands"])
+
+
+def starts() -> list[str]:
+    lines = [*CLUSTER["head_start_ray_commands"], *CLUSTER["worker_start_ray_commands"]]
+    return [line for line in lines if "ray start" in line]

@@ -1,0 +1,86 @@
+"""Decoding by the embedding actor: the pixels and the rejects of `images`, here on the CPU."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.photographs import photograph
+from pipeline.config import Preprocess
+from pipeline.device_decode import DeviceDecoder
+from pipeline.images import Limits, Pixels, Reject, decode_image
+from tests.galleries import digits
+
+LIMITS = Limits(max_pixels=1_000_000, max_bytes=10_000_000)
+SIZED = Preprocess(resize=96, center_crop=80, decoder="device")
+
+
+def decode(images: list[bytes], preprocess: Preprocess = SIZED) -> tuple[Pixels, dict[int, Reject]]:
+    pixels, rejects = DeviceDecoder(preprocess, LIMITS, torch.device("cpu")).decode(images)
+    return pixels.numpy(), rejects
+
+
+def outcome(data: bytes) -> Pixels | Reject:
+    """What `images` makes of it."""
+    try:
+        return decode_image(data, SIZED, LIMITS)
+    except Reject as reject:
+        return reject
+
+
+def saved(image: Image.Image, form: str = "jpeg") -> bytes:
+    sink = io.BytesIO()
+    image.save(sink, form)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jpegs_give_the_pixels_that_images_gives(channels: int) -> None:
+    preprocess = SIZED.model_copy(update={"channels": channels})
+    images = [photograph(number, width, height) for number, (width, height) in enumerate([(200, 150), (130, 300)])]
+    images += [saved(Image.open(io.BytesIO(images[0])).convert("L"))]
+    pixels, rejects = decode(images, preprocess)
+    assert not rejects
+    for found, data in zip(pixels, images, strict=True):
+        expected = decode_image(data, preprocess, LIMITS)
+        assert np.abs(found.astype(int) - expected).max() <= 2
+
+
+def test_what_is_no_jpeg_gives_exactly_the_pixels_that_images_gives() -> None:
+    preprocess = Preprocess(channels=1, size=8, decoder="device")
+    images = digits(5)[0]
+    pixels, rejects = decode(images, preprocess)
+    assert not rejects
+    np.testing.assert_array_equal(pixels, [decode_image(data, preprocess, LIMITS) for data in images])
+
+
+def test_bad_images_are_rejected_as_images_does_and_cost_no_other() -> None:
+    good = photograph(1, 200, 150)
+    bad = [b"", b"nothing", good[:2000], photograph(2, 1200, 900), good[:300] + bytes(50) + good[350:]]
+    images = [good, *bad, good]
+    pixels, rejects = decode(images)
+    for row, expected in enumerate(map(outcome, images)):
+        if isinstance(expected, Reject):
+            assert str(rejects[row]) == str(expected)
+            assert not pixels[row].any()
+        else:
+            assert row not in rejects
+            assert np.abs(pixels[row].astype(int) - expected).max() <= 2
+    assert {1, 2, 3, 4} <= rejects.keys()
+
+
+def test_another_shape_than_the_encoders_is_rejected() -> None:
+    _, rejects = decode([photograph(1, 200, 150)], Preprocess(size=80, decoder="device"))
+    assert str(rejects[0]) == "preprocess: wrong shape: 150x200, expected 80x80"
+
+
+def test_more_images_than_one_call_takes_keep_their_rows() -> None:
+    images = [photograph(number % 3, 100, 100) for number in range(70)]
+    pixels, rejects = decode(images)
+    assert not rejects
+    for row in range(70):
+        np.testing.assert_array_equal(pixels[row], pixels[row % 3])
