@@ -82,6 +82,14 @@ def test_prometheus_finds_the_metrics_agents_and_the_driver() -> None:
     assert any("/run/fastfill" in line for line in CLUSTER["head_setup_commands"])
 
 
+def test_spot_workers_listen_to_the_notice_of_their_end_once_ray_runs() -> None:
+    commands = CLUSTER["worker_start_ray_commands"]
+    (line,) = [number for number, command in enumerate(commands) if "fastfill/infra/spot_notice.py" in command]
+    assert line > max(number for number, command in enumerate(commands) if "ray start" in command)
+    assert "infra" not in CLUSTER["rsync_exclude"]
+    assert (ROOT / "infra" / "spot_notice.py").is_file()
+
+
 def starts() -> list[str]:
     lines = [*CLUSTER["head_start_ray_commands"], *CLUSTER["worker_start_ray_commands"]]
     return [line for line in lines if "ray start" in line]
