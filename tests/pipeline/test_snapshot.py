@@ -337,7 +337,7 @@ def test_rollback_pins_prod_until_the_next_promote(run: Run) -> None:
     writer.publish(draft(3))
     assert not auto_promote(run, 3)
     assert read_tag(run, "prod") == Tag(1, pinned=True)
-    with pytest.raises(Refused, match=r"\[0, 1, 2, 3\]"):
+    with pytest.raises(Refused, match=r"\[0\]"):
         rollback(run)
     assert rollback(run, to=0) == Tag(0, pinned=True)
     for to in (0, 3):
