@@ -14,13 +14,11 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ import pytest
 import yaml
 
 from infra.grafana.render import render
-from tests.faults.scene import IMAGES, ROOT, Scene, add_worker, processes
+from tests.faults.scene import IMAGES, ROOT, Scene, processes, ray_nodes
 from tests.faulty_proxy import Fault, FaultyProxy
 from tests.infra.metrics import DASHBOARDS, metrics_of, queries_of
 from tests.prometheus import CONFIGS, Prometheus
@@ -94,36 +92,15 @@ class Watch(threading.Thread):
         self.join(30)
 
 
-@contextmanager
-def ray_with_dashboard(environment: dict[str, str]) -> Iterator[Any]:
-    """A head without CPUs and two workers; the dashboard, which writes the file that Prometheus needs, is on."""
-    from ray.cluster_utils import Cluster
-
-    before = dict(os.environ)
-    os.environ.update(environment)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": port}
-    )
-    try:
-        for _ in range(2):
-            add_worker(cluster)
-        yield cluster
-    finally:
-        cluster.shutdown()
-        os.environ.clear()
-        os.environ.update(before)
-
-
 @pytest.fixture(scope="module")
 def scene(seaweed: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     """A cluster with a dashboard, a proxy that spoils nothing yet, and a gallery with three objects of another kind."""
     mark = uuid.uuid4().hex
     environment = {MARK: mark, "PYTHONPATH": str(ROOT), **seaweed.environment()}
-    with FaultyProxy(seaweed.endpoint, enabled=False) as proxy, ray_with_dashboard(environment) as cluster:
+    with FaultyProxy(seaweed.endpoint, enabled=False) as proxy, ray_nodes(environment) as cluster:
         session = cluster.head_node.get_session_dir_path()
-        scene = Watched(tmp_path_factory.mktemp("watched"), seaweed, proxy, cluster.address, session, mark)
+        folder = tmp_path_factory.mktemp("watched")
+        scene = Watched(folder, seaweed, proxy, cluster.address, session=session, mark=mark)
         scene.write()
         client = s3_client(seaweed.environment())
         for row in NO_IMAGES:
