@@ -172,9 +172,7 @@ def start_ray() -> None:
     import logging
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the other processes
-    os.environ.setdefault(
-        "RAY_num_workers_soft_limit", "8"
-    )  # on few cores Ray ends idle workers, and imports begin anew
+    os.environ.setdefault("RAY_num_workers_soft_limit", "8")  # else few cores end idle workers, which import anew
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ log repeats what is handled (ray#53727)
     import ray
     import ray.data

@@ -88,7 +88,8 @@ def _wait_for_room(bundles: list[dict[str, float]], seconds: float) -> None:
     if not may_grow():
         remedy = "start fewer actors, give each less, or add nodes"
         raise ConfigError("the cluster is too small for the embedding stream", **details, remedy=remedy)
-    group = placement_group([{name: count for name, count in bundle.items() if count} for bundle in _real(bundles)])
+    wanted = [{name: count for name, count in bundle.items() if count} for bundle in bundles]
+    group = placement_group([bundle for bundle in wanted if bundle])
     try:
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
@@ -103,10 +104,6 @@ def _wait_for_room(bundles: list[dict[str, float]], seconds: float) -> None:
         **details,
         remedy="look at `ray status`; raise backfill.wait_seconds, ask for less, or add nodes",
     )
-
-
-def _real(bundles: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [bundle for bundle in bundles if any(bundle.values())]
 
 
 def _has(needed: dict[str, float]) -> bool:

@@ -142,15 +142,15 @@ def _claim(folder: str, sources: Sequence[str], options: Options) -> None:
                 where=folder,
                 remedy="give another folder",
             )
-        storage.put(_sources_uri(folder), asked)
-    elif found[0] != asked and _is_made(folder):
+    elif found[0] == asked:
+        return
+    elif _is_made(folder):  # else nothing came of those: a source was mistyped, perhaps
         raise IncompatibleRun(
             "this folder holds the manifest of other sources, or is read otherwise:\n" + _changes(found[0], asked),
             where=folder,
             remedy="give another folder, or --replace to make this one anew",
         )
-    elif found[0] != asked:  # nothing came of those: a source was mistyped, perhaps
-        storage.put(_sources_uri(folder), asked)
+    storage.put(_sources_uri(folder), asked)
 
 
 def _is_made(folder: str) -> bool:

@@ -6,6 +6,7 @@ This module knows nothing about storage or about what the files contain.
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Literal, Self, TypeVar
 
@@ -124,12 +125,6 @@ class Columns(Section):
     and a file may have only one of the two columns.
     """
 
-    @property
-    def place(self) -> tuple[str, ...]:
-        """The roles that say where an image lies, of those that a file may be without where it has the other kind."""
-        mixed = self.image is not None and self.uri is not None
-        return ("image", "uri", "offset", "length", "etag") if mixed else ()
-
     id: str | None = None
     image: str | None = None
     uri: str | None = None
@@ -147,6 +142,12 @@ class Columns(Section):
         if (self.offset is None) != (self.length is None) or (self.offset and not self.uri):
             raise ValueError("offset and length go together, and with uri")
         return self
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """The roles that say where an image lies, of those that a file may be without where it has the other kind."""
+        mixed = self.image is not None and self.uri is not None
+        return ("image", "uri", "offset", "length", "etag") if mixed else ()
 
 
 class Manifest(Section):
@@ -331,6 +332,11 @@ class Storage(Section):
     read_timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
     retry_seconds: Annotated[float, Field(ge=0)] = 300.0
     max_pause_seconds: Annotated[float, Field(gt=0)] = 10.0
+
+    @property
+    def endpoint(self) -> str | None:
+        """As configured, else as the environment has it for the AWS tools; None for AWS itself."""
+        return self.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
 class Config(Section):

@@ -114,10 +114,8 @@ def coalesce(ranges: Iterable[tuple[int, Span]], settings: Fetch) -> list[Piece]
     pieces: list[Piece] = []
     ordered = sorted(ranges, key=lambda item: item[1])
     wanted = sum(stop - start for _, (start, stop) in ordered)
-    all_of_it = max((stop for _, (_, stop) in ordered), default=0) - min(
-        (start for _, (start, _) in ordered), default=0
-    )
-    most_gap = settings.max_request_bytes if wanted >= _MOST * all_of_it else settings.max_gap_bytes
+    whole = max(stop for _, (_, stop) in ordered) - ordered[0][1][0] if ordered else 0
+    most_gap = settings.max_request_bytes if wanted >= _MOST * whole else settings.max_gap_bytes
     for row, (start, stop) in ordered:
         if pieces:
             (first, last), rows = pieces[-1].span, pieces[-1].rows

@@ -151,8 +151,7 @@ class ObjectReader:
 
     def _connect(self, bucket: str) -> S3Store:
         session = botocore.session.get_session()
-        endpoint = self._storage.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3")
-        endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL")
+        endpoint = self._storage.endpoint
         region = self._storage.region or os.environ.get("AWS_REGION") or session.get_config_variable("region")
         config: S3Config = {}
         if endpoint:

@@ -200,8 +200,7 @@ def arrow_filesystem(uri: str) -> tuple[FileSystem, str]:
     if is_local(uri):
         return fs.LocalFileSystem(), _locate(uri)[1]
     settings = _settings()
-    endpoint = settings.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    options = {"endpoint_override": endpoint, "region": settings.region or os.environ.get("AWS_REGION")}
+    options = {"endpoint_override": settings.endpoint, "region": settings.region or os.environ.get("AWS_REGION")}
     return fs.S3FileSystem(**{key: value for key, value in options.items() if value}), _locate(uri)[1]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.scene import ROOT, WAVES, Scene
+from tests.faults.scene import ROOT, WAVES, Scene, add_worker
 from tests.faults.test_kill_matrix import created_commits
 from tests.faulty_proxy import FaultyProxy
 
@@ -85,6 +85,14 @@ def check_same(scene: Scene, proxy: FaultyProxy, name: str) -> None:
     assert report["ok"], report["problems"]
 
 
+def wait_for_commit(number: int, scene: Scene, name: str, jobs: Jobs, job: str) -> None:
+    """Return when a job has published this snapshot of a run."""
+    deadline = time.monotonic() + 120
+    while max(scene.published(name), default=-1) < number:
+        assert time.monotonic() < deadline, jobs.job("logs", job)
+        time.sleep(0.5)
+
+
 def test_a_submitted_backfill_runs_on_all_nodes_and_publishes_the_same(
     scene: Scene, cluster: Any, calm: FaultyProxy, jobs: Jobs
 ) -> None:
@@ -105,10 +113,7 @@ def test_a_stopped_job_ends_soon_and_the_next_one_goes_on(scene: Scene, calm: Fa
     scene.prepare(name, like="undisturbed")
     calm.delays[r"/images/"] = 1.5
     jobs.submit("stopped-1", name)
-    deadline = time.monotonic() + 120
-    while max(scene.published(name), default=-1) < 2:
-        assert time.monotonic() < deadline, jobs.job("logs", "stopped-1")
-        time.sleep(0.5)
+    wait_for_commit(2, scene, name, jobs, "stopped-1")
     start = time.monotonic()
     jobs.job("stop", "stopped-1")
     assert jobs.wait("stopped-1", STOP_SECONDS) == "stopped"
@@ -126,16 +131,11 @@ def test_a_node_that_is_drained_and_goes_loses_nothing(
     scene: Scene, cluster: Any, calm: FaultyProxy, jobs: Jobs
 ) -> None:
     """A spot machine's notice, and its end 10 seconds later; another one comes."""
-    from tests.faults.scene import add_worker
-
     name = "drained"
     scene.prepare(name, like="undisturbed")
     calm.delays[r"/images/"] = 1.0
     jobs.submit(name, name)
-    deadline = time.monotonic() + 120
-    while max(scene.published(name), default=-1) < 1:
-        assert time.monotonic() < deadline, jobs.job("logs", name)
-        time.sleep(0.5)
+    wait_for_commit(1, scene, name, jobs, name)
     node = cluster.worker_nodes[0] if isinstance(cluster.worker_nodes, list) else next(iter(cluster.worker_nodes))
     reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
     drain = ["drain-node", "--address", cluster.address, "--node-id", node.node_id, *reason]
