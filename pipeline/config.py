@@ -179,10 +179,17 @@ class Classifier(Section):
 
 
 class Fit(Section):
-    """The transformation's loss, network and optimisation; the defaults are the paper's."""
+    """The transformation's loss, network and optimisation; the defaults are the paper's.
+
+    `offset` is not the paper's: transformed vectors are served a little further from every query, the more
+    the less certain they are, `confidence` by the new encoder's classifier, `uncertainty` by s. `offset_strength` is
+    the share of the expected squared error that is added to their squared distances.
+    """
 
     loss: LossMode = "fastfill"
     classifier: Classifier | None = None
+    offset: Literal["none", "confidence", "uncertainty"] = "none"
+    offset_strength: Annotated[float, Field(gt=0.0)] = 0.5
     lambda_disc: Annotated[float, Field(ge=0.0)] = 1.0
     label_smoothing: Fraction = 0.1
     inner_width: Count = 2048

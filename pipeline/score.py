@@ -17,10 +17,11 @@ from pipeline.actors import actor_pool
 from pipeline.config import Config
 from pipeline.embeddings import embedding_log, read_embeddings
 from pipeline.errors import DataError
+from pipeline.offset import PART, Offset
 from pipeline.policy import Scored
 from pipeline.run import Run
 from pipeline.schema import Float32, transformed_schema, vectors_from_arrow, vectors_to_arrow
-from pipeline.transformation import apply, load_transformation, resolve_device
+from pipeline.transformation import apply, load_transformation, read_part, resolve_device
 
 _APPLY_BATCH = 8192
 
@@ -63,6 +64,8 @@ class _Scorer:
         self._config, self._run, self._folder = config, run, folder
         self._device = resolve_device(config.device)
         self._network, self._info = load_transformation(run, self._device)
+        offset = read_part(run, PART)
+        self._offset = None if offset is None else Offset.from_bytes(offset)
         self._policy = policy.load_policy(config.plan.policy, config.seed)
 
     def __call__(self, batch: dict[str, np.typing.NDArray[np.int64]]) -> dict[str, list[int]]:
@@ -88,7 +91,8 @@ class _Scorer:
         priority = policy.prioritise(self._policy, scored, where=f"plan.policy: {self._config.plan.policy}")
         table = rows.append_column("uncertainty", pa.array(uncertainty))
         table = table.append_column("priority", pa.array(priority))
-        table = table.append_column("vector", vectors_to_arrow(transformed))
+        served = transformed if self._offset is None else self._offset.apply(transformed, uncertainty)
+        table = table.append_column("vector", vectors_to_arrow(served))
         schema = pa.schema([f for f in transformed_schema(transformed.shape[1]) if f.name not in ("wave", "shard")])
         storage.put(uri, storage.parquet_bytes(schema, [table]))
         return int(rows.num_rows)

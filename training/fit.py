@@ -39,11 +39,14 @@ from ray.train import (
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from ray.util.queue import Queue
 
+from pipeline import offset as offsets
 from pipeline import storage
 from pipeline.actors import may_grow
 from pipeline.config import Config, Fit
 from pipeline.errors import ConfigError, DataError, FastfillError, TransientError
+from pipeline.offset import Offset
 from pipeline.run import Run, check_settings_of, fix_settings, stage_settings
+from pipeline.schema import Float32
 from pipeline.transformation import (
     TransformationInfo,
     TransformationNetwork,
@@ -51,9 +54,13 @@ from pipeline.transformation import (
     read_info,
     save_transformation,
 )
-from training.learner import Epoch, FitData, Job, Learner, make_arrays
+from training.learner import Epoch, FitData, Job, Learner, PairArrays, make_arrays
 from training.losses import needs_labels
-from training.measure import measure
+from training.measure import measure, transform
+
+Tensors = tuple[torch.Tensor, torch.Tensor | None]
+Fitted = tuple[TransformationNetwork, Tensors | None]
+"""The network, and the classifier where one was needed."""
 
 _LOG = logging.getLogger(__name__)
 _STATE = "state.pt"
@@ -83,11 +90,13 @@ def fit(config: Config, run: Run, data: FitData, on_epoch: Callable[[Epoch], Non
         check_settings_of(run, "fit", settings)
         return read_info(run)
     job = make_job(config, data)
-    network = _train(config, run, job, on_epoch)
-    held_out = pa.concat_tables([storage.read_parquet(uri) for uri in data.held_out_parts])
-    info = measure(config, job, network, make_arrays(held_out, job))
+    network, classifier = _train(config, run, job, on_epoch)
+    held_out = make_arrays(pa.concat_tables([storage.read_parquet(uri) for uri in data.held_out_parts]), job)
+    z, s = transform(config, network, held_out)
+    offset = None if config.fit.offset == "none" else _offset(config, classifier, z, s, held_out)
+    info = measure(config, job, held_out, z if offset is None else offset.apply(z, s), s)
     fix_settings(run, "fit", settings)
-    save_transformation(run, network, info)
+    save_transformation(run, network, info, {} if offset is None else {offsets.PART: offset.to_bytes()})
     storage.delete(_training_folder(run))
     return info
 
@@ -99,7 +108,7 @@ def make_job(config: Config, data: FitData) -> Job:
         ConfigError, DataError: as `fit`.
     """
     fit, workers = config.fit, config.fit.num_workers
-    if needs_labels(fit.loss):
+    if needs_labels(fit.loss) or fit.offset == "confidence":
         _check_classes(fit, data)
     if len(data.train_parts) < workers:
         raise ConfigError(
@@ -123,7 +132,7 @@ def make_job(config: Config, data: FitData) -> Job:
     return Job(fit, data, config.seed, config.gallery.metric == "cosine", smallest // rank_batch, rank_batch)
 
 
-def _train(config: Config, run: Run, job: Job, on_epoch: Callable[[Epoch], None] | None) -> TransformationNetwork:
+def _train(config: Config, run: Run, job: Job, on_epoch: Callable[[Epoch], None] | None) -> Fitted:
     """Run Ray Train to the last epoch, and load the last checkpoint."""
     folder = _training_folder(run)
     _drop_broken_snapshot(storage.join(folder, _fingerprint(job)))
@@ -139,9 +148,20 @@ def _train(config: Config, run: Run, job: Job, on_epoch: Callable[[Epoch], None]
             dataset_config=DataConfig(datasets_to_split=[]),
         )
         checkpoint = _run_trainer(trainer)
-    network = job.network()
-    network.load_state_dict(_read_checkpoint(checkpoint, torch.device("cpu"))["network"])
-    return network
+    state, network = _read_checkpoint(checkpoint, torch.device("cpu")), job.network()
+    network.load_state_dict(state["network"])
+    return network, state["classifier"]
+
+
+def _offset(config: Config, tensors: Tensors | None, z: Float32, s: Float32, held_out: PairArrays) -> Offset:
+    classifier = None
+    if tensors is not None:
+        weight, bias = (None if tensor is None else tensor.numpy() for tensor in tensors)
+        assert weight is not None, "only a bias may be missing"
+        classifier = offsets.Classifier(weight, bias)
+    kind, strength = config.fit.offset, config.fit.offset_strength
+    assert kind != "none", "nothing to fit"
+    return offsets.fit_offset(kind, strength, z, s, held_out.new, classifier, config.gallery.metric)
 
 
 def _worker(config: dict[str, Job]) -> None:
@@ -327,7 +347,7 @@ def _read_checkpoint(checkpoint: Checkpoint, device: torch.device) -> dict[str, 
 
 
 def _check_classes(fit: Fit, data: FitData) -> None:
-    if data.num_classes is None:
+    if data.num_classes is None and needs_labels(fit.loss):
         raise ConfigError(
             f"the loss {fit.loss!r} needs labels",
             expected="pairs.columns.label",
@@ -336,13 +356,21 @@ def _check_classes(fit: Fit, data: FitData) -> None:
             remedy="set fit.loss to alignment+uncertainty, which needs neither labels nor a classifier",
         )
     if data.classifier is None:
+        if data.num_classes is None:
+            raise ConfigError(
+                "an offset by confidence needs a classifier, or labels to fit one on",
+                expected="fit.classifier or pairs.columns.label",
+                where="fit.offset",
+                remedy="set fit.offset to uncertainty, which needs neither",
+            )
         return
     weight, bias = data.classifier
-    fits = weight.shape[0] >= data.num_classes and weight.shape[1] == data.d_new
+    num_classes = data.num_classes or 1
+    fits = weight.shape[0] >= num_classes and weight.shape[1] == data.d_new
     if not fits or (bias is not None and bias.shape != weight.shape[:1]):
         raise DataError(
             "the classifier does not fit the pairs",
-            expected=f"weight ({data.num_classes}, {data.d_new}), bias ({data.num_classes},)",
+            expected=f"weight ({num_classes}, {data.d_new}), bias ({num_classes},)",
             found=f"weight {weight.shape}, bias {None if bias is None else bias.shape}",
             where="fit.classifier",
         )

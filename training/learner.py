@@ -163,15 +163,16 @@ class Learner:
             self._classifier = Classifier(*state["classifier"])
 
     def prepare(self) -> None:
-        """Take the given classifier, or fit one, where the loss needs one and `restore` did not bring it."""
-        data = self._job.data
-        if self._classifier is not None or data.num_classes is None or not needs_labels(self._job.fit.loss):
+        """Take the given classifier, or fit one, where the loss or the offset needs one and `restore` brought none."""
+        data, fit = self._job.data, self._job.fit
+        if self._classifier is not None or not (needs_labels(fit.loss) or fit.offset == "confidence"):
             return
         if data.classifier is not None:
             weight, bias = data.classifier
             bias_c = None if bias is None else torch.tensor(bias).to(self._device)
             self._classifier = Classifier(torch.tensor(weight).to(self._device), bias_c)
             return
+        assert data.num_classes is not None, "checked before the fit"
         new_nd, label_n = (self._columns[name].to(self._device) for name in ("new", "label"))
         self._classifier = fit_classifier(
             new_nd, label_n, data.num_classes, lambda epoch: self._batches(epoch, stream=1), self._wrap

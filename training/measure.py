@@ -25,20 +25,28 @@ _APPLY_BATCH = 8192
 _NEIGHBOURS = 10
 
 
-def measure(config: Config, job: Job, network: TransformationNetwork, pairs: PairArrays) -> TransformationInfo:
-    """Measure a fitted network on pairs it has not seen, and warn if it is worse than doing nothing.
+def transform(config: Config, network: TransformationNetwork, pairs: PairArrays) -> tuple[Float32, Float32]:
+    """z (N, d_new) and s (N,) float32 of the pairs; the network is moved to where `config.device` says, and back."""
+    device = torch.device("cpu") if config.device == "cpu" else resolve_device("auto")
+    z, s = apply(network.to(device).eval(), pairs.old, pairs.side, device, _APPLY_BATCH)
+    network.cpu()
+    return z, s
+
+
+def measure(config: Config, job: Job, pairs: PairArrays, z: Float32, s: Float32) -> TransformationInfo:
+    """Measure a transformation on pairs it has not seen, and warn if it is worse than doing nothing.
 
     Alignment and rank correlation are over all pairs, retrieval over at most 10,000 of them, which are
     the gallery and the queries at once. Without labels, retrieval is the share of the 10 nearest of
     new/new that are found.
 
     Args:
-        network: on the CPU; it is moved to where `config.device` says and back.
+        config: the run's.
+        job: what was fitted.
         pairs: the held-out pairs.
+        z: (N, d_new), as they would be served.
+        s: (N,) their uncertainties.
     """
-    device = torch.device("cpu") if config.device == "cpu" else resolve_device("auto")
-    z, s = apply(network.to(device).eval(), pairs.old, pairs.side, device, _APPLY_BATCH)
-    network.cpu()
     error = np.square(pairs.new - z).mean(axis=1)
     found = _retrieval(pairs, z, config.gallery.metric)
     new, old = found["transformed"], found["old_old"]
