@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Metric = Literal["l2", "ip", "cosine"]
 LossMode = Literal["alignment", "alignment+uncertainty", "alignment+discriminative", "fastfill"]
+Offset = Literal["none", "uncertainty", "confidence"]
+Measure = Literal["top1", "top5", "map", "agreement10"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Side = Count | tuple[Count, Count]
@@ -188,7 +190,7 @@ class Fit(Section):
 
     loss: LossMode = "fastfill"
     classifier: Classifier | None = None
-    offset: Literal["none", "confidence", "uncertainty"] = "none"
+    offset: Offset = "none"
     offset_strength: Annotated[float, Field(gt=0.0)] = 0.5
     lambda_disc: Annotated[float, Field(ge=0.0)] = 1.0
     label_smoothing: Fraction = 0.1
@@ -202,6 +204,29 @@ class Fit(Section):
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
     num_workers: Count = 1
     max_failures: Annotated[int, Field(ge=-1)] = 3
+
+
+class Select(Section):
+    """What `fastfill fit --select` chooses between, by the area of curves on pairs that were held out.
+
+    Each recipe (loss, `lambda_disc` where the loss has that term, inner width, epochs) is fitted once per fold, on
+    the other folds; of what a fold holds out, at most `max_measured` pairs are gallery and queries of a simulated
+    backfill. `metrics` says what counts, as their mean; without labels it is `agreement10`. Where a list of `fit`'s
+    settings is empty, there is nothing to choose, and `fit` says it; with no policies, all are tried that can be.
+    """
+
+    losses: tuple[LossMode, ...] = ("alignment+uncertainty", "fastfill")
+    lambdas: tuple[Annotated[float, Field(ge=0.0)], ...] = (0.1, 1.0)
+    inner_widths: tuple[Count, ...] = ()
+    epochs: tuple[Count, ...] = ()
+    offsets: tuple[Offset, ...] = ("none", "uncertainty", "confidence")
+    strengths: tuple[Annotated[float, Field(gt=0.0)], ...] = (0.25, 0.5, 0.75)
+    policies: tuple[str, ...] = ()
+    metrics: tuple[Measure, ...] = ("top1", "map")
+    folds: Annotated[int, Field(ge=2)] = 3
+    finalists: Count = 3
+    max_pairs: Count = 100_000
+    max_measured: Annotated[int, Field(ge=100)] = 5000
 
 
 class Plan(Section):
@@ -357,6 +382,7 @@ class Config(Section):
     gallery: Gallery
     pairs: Pairs
     fit: Fit = Fit()
+    select: Select | None = None
     plan: Plan = Plan()
     backfill: Backfill = Backfill()
     fetch: Fetch = Fetch()

@@ -30,9 +30,9 @@ from safetensors.numpy import load, save
 from pipeline.errors import ConfigError, DataError
 from pipeline.schema import Float32
 
-OffsetKind = Literal["confidence", "uncertainty"]
+OffsetKind = Literal["uncertainty", "confidence"]
 
-PART = "offset"  # of the transformation's files
+PART = "offset.safetensors"
 _FLOOR_PERCENT = 10.0
 
 

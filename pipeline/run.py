@@ -26,6 +26,7 @@ RUNTIME = {
     "device",
     "backfill",
     "fetch",
+    "select",
     "evaluate",
     "publish",
     "telemetry",

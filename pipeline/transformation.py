@@ -156,7 +156,7 @@ def save_transformation(
         run: the run.
         network: fitted.
         info: its description.
-        parts: what else belongs to it, by name, as safetensors: the offset, what the policies know of the pairs.
+        parts: what else belongs to it, by file name: the offset, the selection, what policies know of pairs.
 
     Raises:
         SnapshotConflict: the run has a transformation already.
@@ -276,7 +276,8 @@ def _put_part(run: Run, name: str, data: bytes) -> str:
 
 
 def _part_uri(run: Run, name: str, sha256: str) -> str:
-    return storage.join(run.transformation, f"{name}-{sha256}.safetensors")
+    stem, _, ending = name.partition(".")
+    return storage.join(run.transformation, f"{stem}-{sha256}.{ending}")
 
 
 def _read_whole(run: Run, path: str, sha256: str | None, what: str) -> bytes:

@@ -40,7 +40,7 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from ray.util.queue import Queue
 
 from pipeline import offset as offsets
-from pipeline import storage
+from pipeline import selection, storage
 from pipeline.actors import may_grow
 from pipeline.config import Config, Fit
 from pipeline.errors import ConfigError, DataError, FastfillError, TransientError
@@ -54,9 +54,11 @@ from pipeline.transformation import (
     read_info,
     save_transformation,
 )
+from training.candidates import settings_of
 from training.learner import Epoch, FitData, Job, Learner, PairArrays, make_arrays
 from training.losses import needs_labels
 from training.measure import measure, transform
+from training.select import OnStep, select
 
 Tensors = tuple[torch.Tensor, torch.Tensor | None]
 Fitted = tuple[TransformationNetwork, Tensors | None]
@@ -69,13 +71,25 @@ _POLL_SECONDS = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 _START_SECONDS = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 
-def fit(config: Config, run: Run, data: FitData, on_epoch: Callable[[Epoch], None] | None = None) -> TransformationInfo:
+def fit(
+    config: Config,
+    run: Run,
+    data: FitData,
+    on_epoch: Callable[[Epoch], None] | None = None,
+    on_step: OnStep = lambda what, done, total: None,
+) -> TransformationInfo:
     """Fit, measure and save the run's transformation; one that is there already is left as it is.
+
+    With a `select` section the loss, the network and the offset are chosen first, by measurement.
 
     A fit that was stopped goes on after its last whole epoch. With the gallery metric `cosine` the
     targets are normalised as well, and a given classifier is applied to unit vectors.
 
     Args:
+        config: the run's.
+        run: with its pairs.
+        data: the pairs.
+        on_step: of a selection, told what is done, how much of it, and of how much.
         on_epoch: called from a thread of this process after each epoch with `epoch` (from 0), `epochs`,
             `loss`, `alignment`, `lr`, `images_per_second` and `pid` (of rank 0's process).
 
@@ -89,6 +103,10 @@ def fit(config: Config, run: Run, data: FitData, on_epoch: Callable[[Epoch], Non
     if has_transformation(run):
         check_settings_of(run, "fit", settings)
         return read_info(run)
+    chosen = None
+    if config.select is not None:
+        chosen = select(config, run, data, on_step)
+        config = config.model_copy(update={"fit": settings_of(chosen, config.fit)})
     job = make_job(config, data)
     network, classifier = _train(config, run, job, on_epoch)
     held_out = make_arrays(pa.concat_tables([storage.read_parquet(uri) for uri in data.held_out_parts]), job)
@@ -96,7 +114,9 @@ def fit(config: Config, run: Run, data: FitData, on_epoch: Callable[[Epoch], Non
     offset = None if config.fit.offset == "none" else _offset(config, classifier, z, s, held_out)
     info = measure(config, job, held_out, z if offset is None else offset.apply(z, s), s)
     fix_settings(run, "fit", settings)
-    save_transformation(run, network, info, {} if offset is None else {offsets.PART: offset.to_bytes()})
+    parts = {} if offset is None else {offsets.PART: offset.to_bytes()}
+    parts |= {} if chosen is None else {selection.PART: chosen.to_json().encode()}
+    save_transformation(run, network, info, parts)
     storage.delete(_training_folder(run))
     return info
 

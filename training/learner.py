@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
+from pipeline import offset
 from pipeline.config import Fit
 from pipeline.errors import DataError
 from pipeline.schema import Float32, Int64, vectors_from_arrow
@@ -153,6 +154,14 @@ class Learner:
             "optimizer": self._optimizer.state_dict(),
             "classifier": None if known is None else (known.weight_cd, known.bias_c),
         }
+
+    @property
+    def classifier(self) -> offset.Classifier | None:
+        """The classifier that `prepare` took or fitted, as arrays; None where none was needed."""
+        if self._classifier is None:
+            return None
+        bias = self._classifier.bias_c
+        return offset.Classifier(self._classifier.weight_cd.cpu().numpy(), None if bias is None else bias.cpu().numpy())
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state()`."""
