@@ -27,6 +27,8 @@ RUNTIME = {
     "backfill",
     "fetch",
     "evaluate",
+    "probe",
+    "gate",
     "publish",
     "telemetry",
     "storage",
