@@ -167,7 +167,8 @@ def _smallest(scores: Float32, k: int) -> Int64:
 
 def _unit(vectors: Float32) -> Float32:
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)
+    unit: Float32 = np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)
+    return unit
 
 
 def _in_old_part(

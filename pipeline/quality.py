@@ -1,8 +1,7 @@
 """What a snapshot is worth, on the probe set: its figures, and the answers per query that they are made of.
 
-After the neighbours, before the gate. Pure but for its files: `probe/reference.json`, made once, is what every
-snapshot is compared with; `reports/probe/<commit>.json` is written once a commit is measured, whole or not at all.
-It does not judge.
+What `assess` measures and the gate looks at. `probe/reference.json`, made once, is what every snapshot is compared
+with; `reports/probe/<commit>.json` is written once a commit is measured, whole or not at all.
 """
 
 from __future__ import annotations
@@ -11,25 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline import storage
-from pipeline.commits import Commit, from_json, to_json
-from pipeline.config import Config
-from pipeline.neighbours import Found, Neighbours, in_old_gallery, in_snapshot, nearest_rows
-from pipeline.plan import Plan
-from pipeline.points import SLOTS
-from pipeline.probe_set import FOLDER, ProbeSet
+from pipeline.commits import from_json, to_json
+from pipeline.probe_set import FOLDER
 from pipeline.run import Run
-from pipeline.schema import Int64
 
-Bools = NDArray[np.bool_]
 Figures = dict[str, float]
 
 MIN_QUERIES = 10
 """Of a group, or of the whole probe set: with fewer, top-1 moves by more than ten points with one query."""
-
-_MIN_EXPECTED = 50.0  # slots: with fewer, the share of the transformed ones is mostly noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +52,7 @@ class Reference:
     @property
     def figures(self) -> Figures:
         """Of the old model."""
-        return _ranked(self.old) | {"recall10": _percent(self.old_recalled, self.num_neighbours)}
+        return top(self.old) | recall(self.old_recalled, self.num_neighbours)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +70,7 @@ class Quality:
         ranks: as in `Reference`, one per probe image.
         recalled: the same as `Reference.old_recalled`, of this snapshot.
         own: per embedded wave, how many of its probe images find themselves, and how many there are.
+        groups: per group of enough queries, how many of them are answered at rank 1, and how many there are.
     """
 
     commit: int
@@ -88,66 +79,7 @@ class Quality:
     ranks: tuple[int, ...]
     recalled: tuple[int, ...]
     own: tuple[tuple[int, int, int], ...]
-
-
-def reference(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> Reference:
-    """What snapshots are compared with, measured once and kept."""
-    found = read_reference(run)
-    if found is not None:
-        return found
-    nearest, counts = in_old_gallery(config, run, plan, probe)
-    matched = probe.labels >= 0
-    matched[matched] = counts[probe.labels[matched]] > 1
-    metric, k = config.gallery.metric, min(SLOTS, len(probe.ids) - 1)
-    new = nearest_rows(probe.new, probe.new, metric, k, own=True)[0]
-    old = nearest_rows(probe.old, probe.old, metric, k, own=True)[0]
-    transformed = nearest_rows(probe.new, probe.transformed, metric, k, own=True)[0]
-    among = np.bincount(probe.labels[probe.labels >= 0], minlength=len(probe.label_names))
-    inside = probe.labels >= 0
-    inside[inside] = among[probe.labels[inside]] > 1
-    made = Reference(
-        old=_ranks(nearest.without(probe.ids).labels, probe.labels, matched),
-        old_recalled=_recalled(old, new),
-        num_neighbours=k,
-        within_old=_ranks(probe.labels[old], probe.labels, inside),
-        within_transformed=_ranks(probe.labels[transformed], probe.labels, inside),
-        within_new=_ranks(probe.labels[new], probe.labels, inside),
-    )
-    storage.put(_reference_uri(run), to_json(made))
-    return made
-
-
-def measure(run: Run, plan: Plan, probe: ProbeSet, known: Reference, commit: Commit) -> Quality:
-    """The quality of a commit, measured now or as it was stored.
-
-    Raises:
-        DataError: a segment is missing or damaged.
-    """
-    stored = read_quality(run, commit.number)
-    if stored is not None and stored.attempt_id == commit.attempt_id:
-        return stored
-    made = assess(probe, known, commit, in_snapshot(run, plan, probe, commit))
-    storage.put(_quality_uri(run, commit.number), to_json(made))
-    return made
-
-
-def assess(probe: ProbeSet, known: Reference, commit: Commit, found: Found) -> Quality:
-    """The figures of what was found in a commit."""
-    nearest = found.nearest.without(probe.ids)
-    ranks = _ranks(nearest.labels, probe.labels, np.array(known.old) >= 0)
-    gallery = np.where(found.embedded[:, None], probe.new, probe.transformed)
-    k = known.num_neighbours
-    exact = nearest_rows(probe.new, probe.new, commit.metric, k, own=True)[0]
-    recalled = _recalled(nearest_rows(probe.new, gallery, commit.metric, k, own=True)[0], exact)
-    own = _own(probe, found) if commit.metric != "ip" else ()  # by inner product an image need not be its nearest
-    figures = _ranked(ranks) | {"recall10": _percent(recalled, k)}
-    right = np.array(known.old) == 1
-    if known.labelled and right.any():
-        figures["negative_flips"] = 100 * float((np.array(ranks)[right] != 1).mean())
-    figures |= _slot_share(nearest, commit) | _group_gap(probe, np.array(ranks))
-    if own:
-        figures["own"] = 100 * sum(hits for _, hits, _ in own) / sum(images for *_, images in own)
-    return Quality(commit.number, commit.attempt_id, figures, ranks, recalled, own)
+    groups: tuple[tuple[str, int, int], ...]
 
 
 def full_estimate(known: Reference, start: Quality) -> Figures:
@@ -160,7 +92,7 @@ def full_estimate(known: Reference, start: Quality) -> Figures:
         known: the run's reference.
         start: the quality of commit 0.
     """
-    new, transformed = _ranked(known.within_new), _ranked(known.within_transformed)
+    new, transformed = top(known.within_new), top(known.within_transformed)
     scaled = {
         name: min(100.0, new[name] * start.figures[name] / transformed[name])
         for name in new.keys() & start.figures.keys()
@@ -170,13 +102,13 @@ def full_estimate(known: Reference, start: Quality) -> Figures:
 
 
 def read_reference(run: Run) -> Reference | None:
-    """As `reference` stored it, or None."""
+    """As `assess.reference` stored it, or None."""
     found = storage.read_versioned(_reference_uri(run))
     return from_json(Reference, found[0], _reference_uri(run)) if found else None
 
 
 def read_quality(run: Run, commit: int) -> Quality | None:
-    """As `measure` stored it, or None where the commit is not measured."""
+    """As `assess.measure` stored it, or None where the commit is not measured."""
     uri = _quality_uri(run, commit)
     found = storage.read_versioned(uri)
     return from_json(Quality, found[0], uri) if found else None
@@ -188,28 +120,18 @@ def read_all(run: Run) -> list[Quality]:
     return [from_json(Quality, storage.read_bytes(uri), uri) for uri in uris]
 
 
-def _reference_uri(run: Run) -> str:
-    return run.path(FOLDER, "reference.json")
+def write_reference(run: Run, made: Reference) -> None:
+    """Keep what snapshots are compared with."""
+    storage.put(_reference_uri(run), to_json(made))
 
 
-def _quality_uri(run: Run, commit: int) -> str:
-    return run.path("reports", FOLDER, f"{commit:020d}.json")
+def write_quality(run: Run, made: Quality) -> None:
+    """Keep the quality of a commit."""
+    storage.put(_quality_uri(run, made.commit), to_json(made))
 
 
-def _ranks(neighbours: Int64, labels: Int64, matched: Bools) -> tuple[int, ...]:
-    """The rank of the first neighbour with the query's label, from the labels (Q, k) of the nearest."""
-    same = neighbours == labels[:, None]
-    ranks = np.where(same.any(axis=1), same.argmax(axis=1) + 1, 0)
-    return tuple(np.where(matched, ranks, -1).tolist())
-
-
-def _recalled(found: Int64, exact: Int64) -> tuple[int, ...]:
-    """How many of each row of `exact` (Q, k) are in that of `found` (Q, k)."""
-    return tuple((exact[:, :, None] == found[:, None, :]).any(axis=2).sum(axis=1).tolist())
-
-
-def _ranked(ranks: Sequence[int]) -> Figures:
-    """Top-1 and top-5 in per cent over the queries with a match; nothing where these are too few."""
+def top(ranks: Sequence[int]) -> Figures:
+    """`top1` and `top5` in per cent over the queries with a match; nothing where these are too few."""
     measured = np.array([rank for rank in ranks if rank >= 0])
     if len(measured) < MIN_QUERIES:
         return {}
@@ -217,29 +139,14 @@ def _ranked(ranks: Sequence[int]) -> Figures:
     return {f"top{k}": 100 * float((right & (measured <= k)).mean()) for k in (1, 5)}
 
 
-def _percent(recalled: Sequence[int], k: int) -> float:
-    return 100 * float(np.mean(recalled)) / k
+def recall(recalled: Sequence[int], num_neighbours: int) -> Figures:
+    """`recall10` in per cent, from how many of so many neighbours are recalled."""
+    return {"recall10": 100 * float(np.mean(recalled)) / num_neighbours}
 
 
-def _own(probe: ProbeSet, found: Found) -> tuple[tuple[int, int, int], ...]:
-    hit = (found.nearest.ids[:, :SLOTS] == probe.ids[:, None]).any(axis=1)
-    waves = np.unique(probe.wave[found.embedded]).tolist()
-    members = {wave: found.embedded & (probe.wave == wave) for wave in waves}
-    return tuple((wave, int(hit[rows].sum()), int(rows.sum())) for wave, rows in members.items())
+def _reference_uri(run: Run) -> str:
+    return run.path(FOLDER, "reference.json")
 
 
-def _slot_share(nearest: Neighbours, commit: Commit) -> Figures:
-    slots = nearest.ids >= 0
-    share = commit.counts.transformed / max(1, commit.counts.vectors)
-    if share * slots.sum() < _MIN_EXPECTED:
-        return {}
-    return {"slot_share": float(nearest.transformed[slots].mean()) / share}
-
-
-def _group_gap(probe: ProbeSet, ranks: Int64) -> Figures:
-    values = []
-    for group in range(len(probe.group_names)):
-        mine = ranks[(probe.groups == group) & (ranks >= 0)]
-        if len(mine) >= MIN_QUERIES:
-            values.append(100 * float((mine == 1).mean()))
-    return {"group_gap": max(values) - min(values)} if len(values) > 1 else {}
+def _quality_uri(run: Run, commit: int) -> str:
+    return run.path("reports", FOLDER, f"{commit:020d}.json")
