@@ -301,8 +301,8 @@ class Evaluate(Section):
 class Probe(Section):
     """The probe set: images of the gallery that every snapshot is measured on before `prod` moves.
 
-    As many as `images`, but no more than a tenth of the gallery where that is a hundred or more; they are embedded
-    before the plan, and again in their waves. The set is drawn once, when the run starts. With 0 there is none: only
+    As many as `images`, but no more than a tenth of the gallery where that is 200 or more; they are embedded before
+    the plan, and again in their waves. The set is drawn once, when the run starts. With 0 there is none: only
     the held-out pairs are looked at.
     """
 
@@ -312,11 +312,12 @@ class Probe(Section):
 class Gate(Section):
     """What keeps a snapshot from `prod`, by its figures on the probe set; in per cent, and none is not looked at.
 
-    A figure counts as beyond a limit only where it is so by more than its noise: three standard errors, of the
-    difference per query where two snapshots are compared. Where the gallery has labels quality is top-1, else it is
-    `recall10`, the share of an image's ten nearest under the new model that the snapshot finds.
+    A figure counts as beyond a limit only where it is so by more than its noise: three standard errors (two below the
+    old model), of the difference per query where two snapshots are compared. Where the gallery has labels quality is
+    top-1, else it is `recall10`: the share of an image's ten nearest under the new model that the snapshot finds.
 
-    A refusal that the backfill itself mends (transformed vectors that are worse than the old ones) never stops it.
+    A refusal that the backfill itself mends (transformed vectors that are worse than the old ones, or crowd out the
+    others) never stops it.
     On any other, `stop` ends the backfill, and `go_on` embeds and publishes all, without moving `prod`; both with
     exit code 3, the latter where the last snapshot is refused too.
     """

@@ -22,7 +22,10 @@ from pipeline.run import Run
 from pipeline.transformation import read_info
 
 NOISE = 3.0
-"""Standard errors that count as noise: of twenty sound waves of a flat curve, far less than one in a thousand goes."""
+"""Standard errors that count as noise: twenty waves of a sound run are looked at, and none of them is to be refused."""
+
+OLD_NOISE = 2.0
+"""The same against the old model, which a sound new one leaves far behind: a wrong guess costs less here."""
 
 _CHANCE = 0.001  # of a sound wave to have so few images that find themselves
 
@@ -77,7 +80,7 @@ def assess(known: Reference, measured: Quality, served: Quality | None, waiting:
         *_below_old(known, measured, waiting),
         *_fall(known, measured, served, limits.max_fall),
         *_own(measured, limits.min_own),
-        *_slot_share(measured, limits),
+        *_slot_share(measured, waiting, limits),
         *_negative_flips(known, measured, limits.max_negative_flips),
         *_group_gap(measured, limits.max_group_gap),
     ]
@@ -99,17 +102,14 @@ def _below_old(known: Reference, measured: Quality, waiting: int) -> list[Refusa
     """Below the old model, and whether what is still to be embedded can mend that."""
     found = []
     within = _right(known.within_new), _right(known.within_old)
-    new_is_worse = known.labelled and len(within[0]) > 1 and _gain(*within) < 0
+    new_is_worse = known.labelled and len(within[0]) > 1 and _gain(*within, OLD_NOISE) < 0
     if new_is_worse:
-        found.append(
-            Refusal(
-                "new_old", f"the new model is worse than the old one: {_text('top-1 among the probe images', *within)}"
-            )
-        )
+        figures = _text("top-1 among the probe images", *within, OLD_NOISE)
+        found.append(Refusal("new_old", f"the new model is worse than the old one: {figures}"))
     name, now, old = _compared(known, (measured.ranks, measured.recalled), (known.old, known.old_recalled))
-    if _gain(now, old) < 0:
+    if _gain(now, old, OLD_NOISE) < 0:
         left = f"; {waiting:,} images are still transformed" if waiting else ""
-        sentence = f"the snapshot is worse than the old model and gallery: {_text(name, now, old)}{left}"
+        sentence = f"the snapshot is worse than the old model and gallery: {_text(name, now, old, OLD_NOISE)}{left}"
         found.append(Refusal("old_old", sentence, mends=bool(waiting) and not new_is_worse))
     return found
 
@@ -140,16 +140,17 @@ def _own(measured: Quality, least: float | None) -> list[Refusal]:
     ]
 
 
-def _slot_share(measured: Quality, limits: Gate) -> list[Refusal]:
+def _slot_share(measured: Quality, waiting: int, limits: Gate) -> list[Refusal]:
+    """One kind of vector crowds out the other, which ends with the last transformed one."""
     share, low, high = measured.figures.get("slot_share"), limits.min_slot_share, limits.max_slot_share
     if share is None:
         return []
     text = f"transformed vectors have {share:.3g} times their share among the 10 nearest"
     found = []
     if low is not None and share < low:
-        found.append(Refusal("slot_share", f"{text}; gate.min_slot_share is {low:g}"))
+        found.append(Refusal("slot_share", f"{text}; gate.min_slot_share is {low:g}", mends=waiting > 0))
     if high is not None and share > high:
-        found.append(Refusal("slot_share", f"{text}; gate.max_slot_share is {high:g}"))
+        found.append(Refusal("slot_share", f"{text}; gate.max_slot_share is {high:g}", mends=waiting > 0))
     return found
 
 
@@ -192,19 +193,19 @@ def _right(ranks: Sequence[int]) -> Float64:
     return answers
 
 
-def _noise(now: Float64, before: Float64) -> float:
+def _noise(now: Float64, before: Float64, errors: float = NOISE) -> float:
     """How many points of a difference of two means may be noise, from the differences per query."""
-    return 100 * NOISE * float((now - before).std(ddof=1)) / math.sqrt(len(now))
+    return 100 * errors * float((now - before).std(ddof=1)) / math.sqrt(len(now))
 
 
-def _gain(now: Float64, before: Float64) -> float:
+def _gain(now: Float64, before: Float64, errors: float = NOISE) -> float:
     """By how many points the mean rises at best: negative where it falls by more than noise."""
-    return 100 * float((now - before).mean()) + _noise(now, before)
+    return 100 * float((now - before).mean()) + _noise(now, before, errors)
 
 
-def _text(name: str, now: Float64, before: Float64) -> str:
+def _text(name: str, now: Float64, before: Float64, errors: float = NOISE) -> str:
     means = f"{name} is {100 * now.mean():.1f}, against {100 * before.mean():.1f}"
-    return f"{means} (of the difference {_noise(now, before):.1f} points may be noise; {len(now):,} queries)"
+    return f"{means} (of the difference {_noise(now, before, errors):.1f} points may be noise; {len(now):,} queries)"
 
 
 def _error(percent: float, queries: int) -> float:

@@ -22,11 +22,11 @@ from pipeline.embeddings import embedding_log, read_embeddings
 from pipeline.gallery import codes_of
 from pipeline.manifest import Manifest
 from pipeline.plan import Plan
+from pipeline.quality import FOLDER as FOLDER
 from pipeline.run import Run
 from pipeline.schema import (
     Float32,
     Int64,
-    embedded_schema,
     manifest_schema,
     splitmix64,
     vectors_from_arrow,
@@ -34,10 +34,8 @@ from pipeline.schema import (
 )
 from pipeline.vector_log import VectorLog
 
-FOLDER = "probe"
-
 _SALT = 0x9120BE  # of this sample alone: whatever else is chosen by a hash of ids is independent of it
-_LEAST = 100  # images that a small gallery gives, as far as it has them
+_LEAST = 200  # images that a small gallery gives, as far as it has them
 _SHARE = 10  # of a larger gallery at most one image in so many
 _PLANNED = ["id", "wave", "uncertainty", "label", "group", "vector"]
 
@@ -178,17 +176,16 @@ def _computed(config: Config, run: Run, plan: Plan, drawn: Manifest, ids: Int64)
     """(Q, d_old): the old embeddings of some images, from the log of those that were computed."""
     log = embedding_log(config, run, "gallery", "old")
     pieces = [(run, part, ids, drawn.unit_rows, log) for part in range(plan.num_parts)]
-    found = list(fan_out.each(_computed_in, pieces, plan.num_gallery))
-    there = np.concatenate([some for some, _ in found])
-    old: Float32 = np.concatenate([vectors for _, vectors in found])[np.argsort(there)]
-    return old
+    tables = [table for some in fan_out.each(_computed_in, pieces, plan.num_gallery) for table in some]
+    if not tables:
+        return np.empty((0, log.dim), np.float32)
+    table = pa.concat_tables(tables)
+    return vectors_from_arrow(table["vector"].take(pa.array(np.argsort(table["id"].to_numpy()))))
 
 
-def _computed_in(run: Run, part: int, ids: Int64, unit_rows: int, log: VectorLog) -> tuple[Int64, Float32]:
+def _computed_in(run: Run, part: int, ids: Int64, unit_rows: int, log: VectorLog) -> list[pa.Table]:
     """Those of one part of the gallery: only the units that hold one of the images are read."""
     rows = np.flatnonzero(np.isin(storage.read_parquet(run.part("gallery", part), ["id"])["id"].to_numpy(), ids))
     uris = [log.part(part, int(unit)) for unit in np.unique(rows // unit_rows)]
-    tables = [storage.read_parquet(uri, ["id", "vector"]) for uri in uris]
-    table = pa.concat_tables([embedded_schema(log.dim).empty_table().select(["id", "vector"]), *tables])
-    table = table.filter(pa.array(np.isin(table["id"].to_numpy(), ids)))
-    return table["id"].to_numpy(), vectors_from_arrow(table["vector"])
+    tables = (storage.read_parquet(uri, ["id", "vector"]) for uri in uris)
+    return [table.filter(pa.array(np.isin(table["id"].to_numpy(), ids))) for table in tables]

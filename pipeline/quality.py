@@ -13,10 +13,12 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.commits import from_json, to_json
-from pipeline.probe_set import FOLDER
 from pipeline.run import Run
 
 Figures = dict[str, float]
+
+FOLDER = "probe"
+"""Where the probe set lies, and its figures below `reports`."""
 
 MIN_QUERIES = 10
 """Of a group, or of the whole probe set: with fewer, top-1 moves by more than ten points with one query."""
