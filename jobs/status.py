@@ -55,7 +55,8 @@ def read_status(run_uri: str) -> Status:
     run = Run(run_uri)
     candidate, prod = snapshot.read_tag(run, "candidate"), snapshot.read_tag(run, "prod")
     standing = read_standing(run)
-    measured = quality.read_quality(run, standing.commit) if standing is not None else None
+    latest = candidate.commit if candidate else None
+    measured = quality.read_quality(run, latest) if latest is not None else None
     status = Status(
         run=run_uri,
         gallery=None,

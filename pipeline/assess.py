@@ -71,9 +71,18 @@ def measure(run: Run, plan: Plan, probe: ProbeSet, known: Reference, commit: Com
     stored = read_quality(run, commit.number)
     if stored is not None and stored.attempt_id == commit.attempt_id:
         return stored
-    made = assess(probe, known, commit, in_snapshot(run, plan, probe, commit))
+    made = examine(run, plan, probe, known, commit)
     write_quality(run, made)
     return made
+
+
+def examine(run: Run, plan: Plan, probe: ProbeSet, known: Reference, commit: Commit) -> Quality:
+    """The quality of a commit that may be a draft yet: it is not stored.
+
+    Raises:
+        DataError: a segment is missing or damaged.
+    """
+    return assess(probe, known, commit, in_snapshot(run, plan, probe, commit))
 
 
 def assess(probe: ProbeSet, known: Reference, commit: Commit, found: Found) -> Quality:

@@ -8,7 +8,6 @@ later waves are already being embedded, strictly in order. Killed anywhere, it g
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import replace
 
 from pipeline import storage, telemetry
@@ -64,8 +63,8 @@ def backfill(
         for wave in tracker.whole_waves():
             publisher.submit(wave)
         work = Work(config.encoders.new, log, tracker.pending(run) if publisher.stopped is None else [])
-        with telemetry.RUNNING.track_inprogress(), closing(embed_stream([work], config)) as stream:
-            for _, ack in stream:
+        with telemetry.RUNNING.track_inprogress():
+            for _, ack in embed_stream([work], config):
                 telemetry.observe_unit(ack)
                 tracker.add(ack)
                 for wave in tracker.whole_waves():

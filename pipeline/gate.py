@@ -79,10 +79,30 @@ def assess(known: Reference, measured: Quality, served: Quality | None, waiting:
     return [
         *_below_old(known, measured, waiting),
         *_fall(known, measured, served, limits.max_fall),
-        *_own(measured, limits.min_own),
+        *mixed_up(measured, limits.min_own),
         *_slot_share(measured, waiting, limits),
         *_negative_flips(known, measured, limits.max_negative_flips),
         *_group_gap(measured, limits.max_group_gap),
+    ]
+
+
+def mixed_up(measured: Quality, least: float | None) -> list[Refusal]:
+    """The waves whose images do not find themselves: other vectors are stored under their ids.
+
+    Args:
+        measured: the snapshot, or the draft of one.
+        least: `gate.min_own`.
+    """
+    if least is None:
+        return []
+    bad = [item for item in measured.own if _at_most(item[1], item[2], least / 100) < _CHANCE]
+    together = sum(hits for _, hits, _ in measured.own), sum(images for *_, images in measured.own)
+    texts = [f"{hits} of {images} probe images of wave {wave}" for wave, hits, images in bad]
+    if not bad and _at_most(*together, least / 100) < _CHANCE:
+        texts = [f"{together[0]} of all {together[1]} embedded probe images"]
+    return [
+        Refusal("own", f"only {text} find themselves among their 10 nearest, gate.min_own is {least:g} per cent")
+        for text in texts
     ]
 
 
@@ -123,21 +143,6 @@ def _fall(known: Reference, measured: Quality, served: Quality | None, limit: fl
         return []
     sentence = f"the snapshot is worse than commit {served.commit}, which prod serves: {_text(name, now, before)}"
     return [Refusal("fall", f"{sentence}; gate.max_fall is {limit:g}")]
-
-
-def _own(measured: Quality, least: float | None) -> list[Refusal]:
-    """Waves whose images do not find themselves: other vectors are stored under their ids."""
-    if least is None:
-        return []
-    bad = [item for item in measured.own if _at_most(item[1], item[2], least / 100) < _CHANCE]
-    together = sum(hits for _, hits, _ in measured.own), sum(images for *_, images in measured.own)
-    texts = [f"{hits} of {images} probe images of wave {wave}" for wave, hits, images in bad]
-    if not bad and _at_most(*together, least / 100) < _CHANCE:
-        texts = [f"{together[0]} of all {together[1]} embedded probe images"]
-    return [
-        Refusal("own", f"only {text} find themselves among their 10 nearest, gate.min_own is {least:g} per cent")
-        for text in texts
-    ]
 
 
 def _slot_share(measured: Quality, waiting: int, limits: Gate) -> list[Refusal]:

@@ -1,14 +1,15 @@
-"""After a commit: measure it on the probe set, move `prod` where the gate lets it, and say whether to go on.
+"""Before and after a commit: measure it on the probe set, move `prod` where the gate lets it, say whether to go on.
 
 Guarantee: `prod` never moves to a commit that was not measured, where there is a probe set, or that the gate
-refuses. What became of the last commit is kept in `reports/standing.json`. It does not publish.
+refuses; and a wave that is mixed up is not committed, for what is committed cannot be mended. What became of the last
+snapshot is kept in `reports/standing.json`. It does not publish.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline import assess, gate, quality, snapshot, telemetry
 from pipeline.commits import Commit
@@ -21,6 +22,11 @@ from pipeline.quality import Quality, Reference
 from pipeline.run import Run
 from pipeline.standing import Standing, write_standing
 from pipeline.stop import Stop
+
+_REMEDY = (
+    "see the report, and docs/operations.md for each check. If a limit is wrong, change it in `gate` and run the same "
+    "command again: it judges this commit anew; to serve it all the same, `fastfill promote --force`"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +50,30 @@ class Promotion:
     _opened: bool = False
     _warned: set[str] = field(default_factory=set)
 
+    def inspect(self, draft: Commit) -> None:
+        """Refuse a wave whose images are not found under their ids, before it is published.
+
+        Raises:
+            GateRefused: it is refused, and `gate.on_refusal` is `stop`.
+            DataError: a segment is missing or damaged.
+        """
+        least = self.config.gate.min_own
+        if self.config.gate.on_refusal == "go_on" or least is None or (probe := self._open()) is None:
+            return
+        measured = assess.examine(self.run, self.plan, *probe, draft)
+        wave = tuple(item for item in measured.own if item[0] == draft.number)
+        found = gate.mixed_up(replace(measured, own=wave), least)
+        if found:
+            self.refusals = found
+            self._keep(draft)
+            telemetry.GATE_REFUSED.set(1)
+            raise self._refused(
+                f"wave {draft.number} is not published",
+                "see docs/operations.md: find out what mixed it up, move the wave's parts out of the run "
+                f"({self.plan.log(self.run).parts_uri}/wave-{draft.number:03d}), and run the same command again: the "
+                "wave is embedded again",
+            )
+
     def settle(self, commit: Commit) -> None:
         """Measure and judge a commit, and move `prod` to it where nothing is against it.
 
@@ -61,7 +91,7 @@ class Promotion:
             snapshot.auto_promote(self.run, commit.number, [refusal.sentence for refusal in self.refusals])
             self._warn(commit)
         if self.config.gate.on_refusal == "stop" and not all(refusal.mends for refusal in self.refusals):
-            raise self._refused(commit)
+            raise self._refused(f"commit {commit.number} is not promoted", _REMEDY)
         if (met := self._met(commit, measured)) is not None:
             self.stop_now(commit, met)
 
@@ -77,17 +107,21 @@ class Promotion:
             GateRefused: the last commit is refused.
         """
         if self.refusals and commit.number == commit.num_waves:
-            raise self._refused(commit)
+            raise self._refused(f"commit {commit.number} is not promoted", _REMEDY)
 
-    def _measure(self, commit: Commit) -> Quality | None:
+    def _open(self) -> tuple[ProbeSet, Reference] | None:
         if not self._opened:
             self._opened = True
             probe = gather(self.config, self.run, self.plan)
             self._probe = None if probe is None else (probe, assess.reference(self.config, self.run, self.plan, probe))
-        if self._probe is None:
+        return self._probe
+
+    def _measure(self, commit: Commit) -> Quality | None:
+        probe = self._open()
+        if probe is None:
             return None
         start = time.perf_counter()
-        measured = assess.measure(self.run, self.plan, *self._probe, commit)
+        measured = assess.measure(self.run, self.plan, *probe, commit)
         telemetry.STAGE_SECONDS.labels("measure").observe(time.perf_counter() - start)
         telemetry.observe_probe(measured.figures)
         return measured
@@ -131,14 +165,12 @@ class Promotion:
             text = "; ".join(refusal.sentence for refusal in self.refusals)
             logger.warning("prod is not moved to commit %d: %s", commit.number, text)
 
-    def _refused(self, commit: Commit) -> GateRefused:
+    def _refused(self, what: str, remedy: str) -> GateRefused:
         tag = snapshot.read_tag(self.run, snapshot.PROD)
         serves = "nothing yet" if tag is None or tag.commit is None else f"commit {tag.commit}"
         return GateRefused(
-            f"commit {commit.number} is not promoted:\n"
-            + "\n".join(f"  - {refusal.sentence}" for refusal in self.refusals),
+            f"{what}:\n" + "\n".join(f"  - {refusal.sentence}" for refusal in self.refusals),
             found=f"prod serves {serves}",
-            where=self.run.commit(commit.number),
-            remedy="see the report and docs/operations.md. If the limit is wrong, change it in `gate` and run the same "
-            "command again: it judges this commit anew; to serve it all the same, `fastfill promote --force`",
+            where=self.run.uri,
+            remedy=remedy,
         )

@@ -106,9 +106,9 @@ class Publisher:
     def _publish(self, wave: int) -> None:
         if self._over or (self._commit is not None and 0 < wave <= self._commit.number):
             return
-        if wave or self._commit is None:
-            self._commit = self._seal(wave)
         try:
+            if wave or self._commit is None:
+                self._commit = self._seal(wave)
             self._promotion.settle(self._commit)
         except GateRefused:
             self._over = True
@@ -122,10 +122,14 @@ class Publisher:
         else:
             kept = [segment for segment in self._commit.segments if segment.wave != wave]
             segments = kept + self._sealer.embedded(wave)
+        draft = self._draft(wave, segments)
         sealed = time.perf_counter()
-        commit = self._writer.publish(self._draft(wave, segments))
+        if wave:
+            self._promotion.inspect(draft)
+        publishing = time.perf_counter()
+        commit = self._writer.publish(draft)
         telemetry.STAGE_SECONDS.labels("seal").observe(sealed - start)
-        telemetry.STAGE_SECONDS.labels("publish").observe(time.perf_counter() - sealed)
+        telemetry.STAGE_SECONDS.labels("publish").observe(time.perf_counter() - publishing)
         telemetry.observe_commit(commit)
         return commit
 

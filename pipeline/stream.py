@@ -11,7 +11,7 @@ come through here.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -57,7 +57,7 @@ class _Job:
         return row.pop("work"), Unit(**row)
 
 
-def embed_stream(work: list[Work], config: settings.Config) -> Generator[tuple[int, UnitAck]]:
+def embed_stream(work: list[Work], config: settings.Config) -> Iterator[tuple[int, UnitAck]]:
     """Embed units in about their order, all in one stream.
 
     Args:

@@ -167,6 +167,20 @@ def test_a_wave_with_swapped_ids_is_stopped_and_the_wave_before_it_served_on(
     assert prod(run) == wave - 1
 
 
+@pytest.mark.parametrize("wave", [2, 4])
+def test_a_wave_with_swapped_ids_is_refused_before_it_is_committed(tmp_path: Path, wave: int) -> None:
+    config, run = probed(tmp_path, known(num=600), swapped_wave=wave)
+    gate = promotion(config, run)
+    for number in range(1, wave):
+        gate.inspect(snapshot.read_commit(run, number))
+    with pytest.raises(GateRefused, match=rf"wave {wave} is not published:\n  - only \d of \d+ probe images") as caught:
+        gate.inspect(snapshot.read_commit(run, wave))
+    assert caught.value.exit_code == 3
+    assert f"embedded/wave-{wave:03d}" in str(caught.value)
+    promotion(limited(config, on_refusal="go_on"), run).inspect(snapshot.read_commit(run, wave))
+    promotion(limited(config, min_own=None), run).inspect(snapshot.read_commit(run, wave))
+
+
 def test_going_on_after_a_refusal_ends_refused_where_the_last_snapshot_is(tmp_path: Path) -> None:
     config, run = probed(tmp_path, known(num=600), swapped_wave=2)
     with pytest.raises(GateRefused, match="commit 4 is not promoted"):
