@@ -251,7 +251,8 @@ def observe_quality(wave: int, figures: Mapping[str, float]) -> None:
 
 
 def observe_probe(figures: Mapping[str, float]) -> None:
-    """Set the quality of the latest commit on the probe set, of `quality.Quality.figures`."""
+    """Set the quality of the latest commit on the probe set, of `quality.Quality.figures`; of no earlier one."""
+    PROBE_QUALITY.clear()
     for measure, value in figures.items():
         PROBE_QUALITY.labels(measure).set(value if measure == "slot_share" else value / 100)
 

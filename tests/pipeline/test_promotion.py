@@ -86,6 +86,18 @@ def test_a_sound_run_without_labels_is_promoted_too(tmp_path: Path, seed: int) -
     assert "top1" not in quality.read_all(run)[0].figures
 
 
+def test_what_is_recalled_may_fall_on_the_way_and_prod_waits_for_what_is_better(tmp_path: Path) -> None:
+    images = known(num=2000)
+    shrunk = replace(images, transformed=images.embedded / 2, labels=None, groups=None)
+    config, run = probed(tmp_path, shrunk)
+    failed = settle(config, run)
+    recalled = [item.figures["recall10"] for item in quality.read_all(run)]
+    assert min(recalled) < recalled[0] - 5, "the case is one"
+    assert failed[0] == failed[-1] == []
+    assert {check for checks in failed for check in checks} == {"fall"}
+    assert prod(run) == LAST
+
+
 def test_every_figure_is_that_of_exact_search_over_what_the_commit_holds(tmp_path: Path) -> None:
     images = known()
     config, run = probed(tmp_path, images, commits=True)
