@@ -17,19 +17,21 @@ SMALL_IMAGES = 250_000
 _TASK_CPUS = 0.5
 
 
-def each(function: Callable[..., T], pieces: Sequence[tuple[object, ...]], images: int) -> Iterator[T]:
-    """What the function gives for the arguments of each piece, in order.
+def each(function: Callable[..., T], shared: tuple[object, ...], pieces: Sequence[object], images: int) -> Iterator[T]:
+    """What the function gives for each piece, in order.
 
     Args:
-        function: of a module, so that a task can import it.
-        pieces: its arguments, per piece.
+        function: of a module, so that a task can import it; called with what is shared, then the piece.
+        shared: arguments that are the same for all pieces; sent to the cluster once.
+        pieces: the last argument.
         images: how many the pieces hold together.
     """
     if images <= SMALL_IMAGES:
-        yield from (function(*piece) for piece in pieces)
+        yield from (function(*shared, piece) for piece in pieces)
         return
     import ray  # here: readers of what is measured do without it
 
     task = ray.remote(num_cpus=_TASK_CPUS)(function)
-    for reference in [task.remote(*piece) for piece in pieces]:
+    stored = [ray.put(item) for item in shared]
+    for reference in [task.remote(*stored, piece) for piece in pieces]:
         yield ray.get(reference)

@@ -104,10 +104,9 @@ def in_old_gallery(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> tup
         the nearest, and how many images have each of the probe's labels, (num_labels,) int64.
     """
     log = embedding_log(config, run, "gallery", "old")
-    metric = config.gallery.metric
-    pieces = [(run, part, log, probe.old, probe.label_names, metric) for part in range(plan.num_parts)]
+    shared = (run, log, probe.old, probe.label_names, config.gallery.metric)
     nearest, counts = Neighbours.none(len(probe.ids)), np.zeros(len(probe.label_names), np.int64)
-    for some, in_part in fan_out.each(_in_old_part, pieces, plan.num_gallery):
+    for some, in_part in fan_out.each(_in_old_part, shared, range(plan.num_parts), plan.num_gallery):
         nearest, counts = nearest.merge(some), counts + in_part
     return nearest, counts
 
@@ -123,11 +122,12 @@ def in_snapshot(run: Run, plan: Plan, probe: ProbeSet, commit: Commit) -> Found:
         waves[ref.wave].append(ref)
     stored = {wave: _uri(run, commit, refs) for wave, refs in waves.items()}
     missing = [wave for wave, uri in stored.items() if not storage.exists(uri)]
-    pieces = [(run, plan, probe, commit, refs) for wave in missing for refs in _portions(waves[wave])]
+    pieces = [refs for wave in missing for refs in _portions(waves[wave])]
     images = sum(ref.vectors for wave in missing for ref in waves[wave])
     found: dict[int, Found] = {}
-    for piece, some in zip(pieces, fan_out.each(_in_segments, pieces, images), strict=True):
-        wave = piece[-1][0].wave
+    each = fan_out.each(_in_segments, (run, plan, probe, commit), pieces, images)
+    for refs, some in zip(pieces, each, strict=True):
+        wave = refs[0].wave
         found[wave] = found[wave].merge(some) if wave in found else some
     for wave in missing:
         storage.put(stored[wave], _to_parquet(found[wave]))
@@ -172,7 +172,7 @@ def _unit(vectors: Float32) -> Float32:
 
 
 def _in_old_part(
-    run: Run, part: int, log: VectorLog, queries: Float32, label_names: tuple[str, ...], metric: str
+    run: Run, log: VectorLog, queries: Float32, label_names: tuple[str, ...], metric: str, part: int
 ) -> tuple[Neighbours, Int64]:
     table, old = read_embeddings(run, "gallery", part, "old_embedding", log)
     labels, counts = _codes(table["label"], label_names)

@@ -90,8 +90,7 @@ def draw(config: Config, run: Run) -> Manifest | None:
     if done is not None and (done.digest, done.root) == (gallery.digest, gallery.root):
         return done
     count = done.num_rows if done is not None else size(config.probe.images, gallery.num_rows)
-    pieces = [(run, part, count) for part in range(len(gallery.rows))]
-    found = list(fan_out.each(_lowest, pieces, gallery.num_rows))
+    found = list(fan_out.each(_lowest, (run, count), range(len(gallery.rows)), gallery.num_rows))
     hashes = np.concatenate([some for some, _ in found])
     limit = np.sort(hashes)[count - 1]  # unique: the hash is a bijection, and so are ids
     rows = pa.concat_tables([rows.filter(pa.array(some <= limit)) for some, rows in found]).sort_by("id")
@@ -114,8 +113,7 @@ def gather(config: Config, run: Run, plan: Plan) -> ProbeSet | None:
     if not storage.exists(_gathered(run)):
         rows, new = read_embeddings(run, FOLDER, 0, "new_embedding", embedding_log(config, run, FOLDER, "new"))
         ids: Int64 = rows["id"].to_numpy()
-        pieces = [(run, part, ids) for part in range(plan.num_parts)]
-        planned = pa.concat_tables(fan_out.each(_planned, pieces, plan.num_gallery))
+        planned = pa.concat_tables(fan_out.each(_planned, (run, ids), range(plan.num_parts), plan.num_gallery))
         planned = planned.take(pa.array(np.argsort(planned["id"].to_numpy())))
         places = np.searchsorted(ids, planned["id"].to_numpy())
         if "old_embedding" in rows.schema.names:
@@ -155,7 +153,7 @@ def _gathered(run: Run) -> str:
     return run.path(FOLDER, "set.parquet")
 
 
-def _lowest(run: Run, part: int, count: int) -> tuple[NDArray[np.uint64], pa.Table]:
+def _lowest(run: Run, count: int, part: int) -> tuple[NDArray[np.uint64], pa.Table]:
     """Of a part of the gallery, the rows with the lowest hashes, as many as are wanted in all, and these hashes."""
     uri = run.part("gallery", part)
     ids: Int64 = storage.read_parquet(uri, ["id"])["id"].to_numpy()
@@ -165,7 +163,7 @@ def _lowest(run: Run, part: int, count: int) -> tuple[NDArray[np.uint64], pa.Tab
     return hashes[np.sort(chosen)], rows
 
 
-def _planned(run: Run, part: int, ids: Int64) -> pa.Table:
+def _planned(run: Run, ids: Int64, part: int) -> pa.Table:
     """What the plan knows of those images of a part that are among `ids`, sorted."""
     uri = run.part("transformed", part)
     there = np.flatnonzero(np.isin(storage.read_parquet(uri, ["id"])["id"].to_numpy(), ids))
@@ -175,15 +173,15 @@ def _planned(run: Run, part: int, ids: Int64) -> pa.Table:
 def _computed(config: Config, run: Run, plan: Plan, drawn: Manifest, ids: Int64) -> Float32:
     """(Q, d_old): the old embeddings of some images, from the log of those that were computed."""
     log = embedding_log(config, run, "gallery", "old")
-    pieces = [(run, part, ids, drawn.unit_rows, log) for part in range(plan.num_parts)]
-    tables = [table for some in fan_out.each(_computed_in, pieces, plan.num_gallery) for table in some]
+    found = fan_out.each(_computed_in, (run, ids, drawn.unit_rows, log), range(plan.num_parts), plan.num_gallery)
+    tables = [table for some in found for table in some]
     if not tables:
         return np.empty((0, log.dim), np.float32)
     table = pa.concat_tables(tables)
     return vectors_from_arrow(table["vector"].take(pa.array(np.argsort(table["id"].to_numpy()))))
 
 
-def _computed_in(run: Run, part: int, ids: Int64, unit_rows: int, log: VectorLog) -> list[pa.Table]:
+def _computed_in(run: Run, ids: Int64, unit_rows: int, log: VectorLog, part: int) -> list[pa.Table]:
     """Those of one part of the gallery: only the units that hold one of the images are read."""
     rows = np.flatnonzero(np.isin(storage.read_parquet(run.part("gallery", part), ["id"])["id"].to_numpy(), ids))
     uris = [log.part(part, int(unit)) for unit in np.unique(rows // unit_rows)]
