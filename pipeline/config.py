@@ -330,6 +330,39 @@ class Evaluate(Section):
     max_images: Count = 200_000
 
 
+class Probe(Section):
+    """The probe set: images of the gallery that every snapshot is measured on before `prod` moves.
+
+    As many as `images`, but no more than a tenth of the gallery where that is 200 or more; they are embedded before
+    the plan, and again in their waves. The set is drawn once, when the run starts. With 0 there is none: only
+    the held-out pairs are looked at.
+    """
+
+    images: Annotated[int, Field(ge=0)] = 1000
+
+
+class Gate(Section):
+    """What keeps a snapshot from `prod`, by its figures on the probe set; in per cent, and none is not looked at.
+
+    A figure counts as beyond a limit only where it is so by more than its noise: three standard errors (two below the
+    old model), of the difference per query where two snapshots are compared. Where the gallery has labels quality is
+    top-1, else it is `recall10`: the share of an image's ten nearest under the new model that the snapshot finds.
+
+    A refusal that the backfill itself mends (transformed vectors that are worse than the old ones, or crowd out the
+    others) never stops it.
+    On any other, `stop` ends the backfill, and `go_on` embeds and publishes all, without moving `prod`; both with
+    exit code 3, the latter where the last snapshot is refused too.
+    """
+
+    on_refusal: Literal["stop", "go_on"] = "stop"
+    max_fall: Annotated[float, Field(ge=0)] = 1.0
+    min_own: Annotated[float, Field(ge=0, le=100)] | None = 90.0
+    min_slot_share: Annotated[float, Field(ge=0)] | None = 0.1
+    max_slot_share: Annotated[float, Field(gt=0)] | None = 10.0
+    max_negative_flips: Annotated[float, Field(ge=0, le=100)] | None = None
+    max_group_gap: Annotated[float, Field(ge=0, le=100)] | None = None
+
+
 class Publish(Section):
     """`auto` moves `prod` to every commit that passes the gate; `manual` leaves it to `promote`."""
 
@@ -388,6 +421,8 @@ class Config(Section):
     fetch: Fetch = Fetch()
     index: Index = Index()
     evaluate: Evaluate = Evaluate()
+    probe: Probe = Probe()
+    gate: Gate = Gate()
     publish: Publish = Publish()
     telemetry: Telemetry = Telemetry()
     storage: Storage = Storage()

@@ -28,6 +28,8 @@ RUNTIME = {
     "fetch",
     "select",
     "evaluate",
+    "probe",
+    "gate",
     "publish",
     "telemetry",
     "storage",
