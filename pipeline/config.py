@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Metric = Literal["l2", "ip", "cosine"]
 LossMode = Literal["alignment", "alignment+uncertainty", "alignment+discriminative", "fastfill"]
 Offset = Literal["none", "uncertainty", "confidence"]
-Measure = Literal["top1", "top5", "map", "agreement10"]
+Measure = Literal["top1", "top5", "map", "recall10"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Side = Count | tuple[Count, Count]
@@ -211,7 +211,7 @@ class Select(Section):
 
     Each recipe (loss, `lambda_disc` where the loss has that term, inner width, epochs) is fitted once per fold, on
     the other folds; of what a fold holds out, at most `max_measured` pairs are gallery and queries of a simulated
-    backfill. `metrics` says what counts, as their mean; without labels it is `agreement10`. Where a list of `fit`'s
+    backfill. `metrics` says what counts, as their mean; without labels it is `recall10`, as in `gate`. Where a list of `fit`'s
     settings is empty, there is nothing to choose, and `fit` says it; with no policies, all are tried that can be.
     """
 

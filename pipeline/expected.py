@@ -15,6 +15,7 @@ and of the bend over folds of the pairs. Pure.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -53,8 +54,12 @@ class Expected:
             }
             for percent in REACHED
         }
-        columns = ("fractions", "values", "low", "high")
-        return {name: getattr(self, name).tolist() for name in columns} | {"reached": reached}
+        return {name: getattr(self, name).tolist() for name in self.__slots__} | {"reached": reached}
+
+    @classmethod
+    def from_json(cls, tree: dict[str, list[float]]) -> Self:
+        """The inverse of `to_json`."""
+        return cls(**{name: np.array(tree[name]) for name in cls.__slots__})
 
 
 def expect(curves: Float64, fractions: Float64, ends: Ends) -> Expected:

@@ -95,12 +95,14 @@ def read_selection(run: Run) -> Selection | None:
     return None if data is None else Selection.from_json(data)
 
 
-def selected_policy(run: Run) -> str:
-    """The policy that was selected.
+def resolve_policy(run: Run, policy: str) -> str:
+    """The policy that `plan.policy` means: where that is `selected`, the one that was.
 
     Raises:
         ConfigError: nothing was selected.
     """
+    if policy != "selected":
+        return policy
     found = read_selection(run)
     if found is None:
         raise ConfigError(

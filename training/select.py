@@ -45,8 +45,8 @@ from training.losses import NO_LABEL, needs_labels
 
 OnStep = Callable[[str, int, int], None]
 FOLDER = "selecting"
-_APPLY_BATCH = 8192
-_POINTS = 22
+APPLY_BATCH = 8192
+POINTS = 22
 _RANDOM_SEEDS = 3
 _SCREENING = ("random", "uncertainty", "least_confidence")
 """Orders with which all offsets of all recipes are tried before the finalists meet every order."""
@@ -65,6 +65,14 @@ class Fold:
         """As policies see it: without labels, which a gallery may not have."""
         none = np.full(len(self.s), None, dtype=object)
         return Scored(np.arange(len(self.s)), self.s, self.z, self.pairs.old, none, none, None)
+
+    def take(self, rows: Int64) -> Fold:
+        """Some of the pairs."""
+        pairs = self.pairs
+        side, labels = (None if item is None else item[rows] for item in (pairs.side, pairs.labels))
+        return Fold(
+            PairArrays(pairs.old[rows], pairs.new[rows], side, labels), self.z[rows], self.s[rows], self.classifier
+        )
 
     def labels(self) -> Int64 | None:
         """The labels where quality can be measured by them."""
@@ -100,7 +108,9 @@ def select(config: Config, run: Run, data: FitData, on_step: OnStep) -> Selectio
     ranked = sorted(screened, key=lambda row: (-row.scores(columns).mean(), row.candidate.simplicity()))
     finalists = list(dict.fromkeys((row.candidate.recipe, row.candidate.serving) for row in ranked))
     rest = [name for name in known if name not in first]
-    rows = screened + (_measure(config, folds, finalists[: settings.finalists], rest, "orders", on_step) if rest else [])
+    rows = screened + (
+        _measure(config, folds, finalists[: settings.finalists], rest, "orders", on_step) if rest else []
+    )
     chosen = choose(rows, columns)
     storage.delete(run.path(FOLDER))
     some = folds[recipes[0]]
@@ -146,7 +156,7 @@ def _possible(policy: str, fold: Fold) -> bool:
 
 def _columns(settings: Select, fold: Fold) -> tuple[list[int], tuple[str, ...]]:
     """Which columns of a curve count, and what its columns are."""
-    names = METRICS if fold.labels() is not None else ("agreement10",)
+    names = METRICS if fold.labels() is not None else ("recall10",)
     columns = [names.index(metric) for metric in settings.metrics if metric in names]
     return columns or list(range(len(names))), names
 
@@ -227,7 +237,7 @@ def fit_alone(job: Job, train: PairArrays, held: PairArrays, seed: int, device: 
     learner.prepare()
     while learner.epoch < job.fit.epochs:
         learner.run_epoch()
-    z, s = apply(learner.network.eval(), held.old, held.side, device, _APPLY_BATCH)
+    z, s = apply(learner.network.eval(), held.old, held.side, device, APPLY_BATCH)
     return Fold(held, z, s, learner.classifier)
 
 
@@ -274,7 +284,7 @@ def _measure(
 
 
 def measure_fold(
-    config: Config, fold: Fold, other: Fold, serving: Serving, policies: list[str], points: int = _POINTS
+    config: Config, fold: Fold, other: Fold, serving: Serving, policies: list[str], points: int = POINTS
 ) -> dict[str, Float64]:
     """The curve of each order on one fold, (P, M) float64 in per cent.
 
@@ -299,13 +309,24 @@ def measure_fold(
         if name == "random":
             orders[name] = [random_order(ids, config.seed + seed) for seed in range(_RANDOM_SEEDS)]
         else:
-            policy = load_policy(name, config.seed, reference)
-            orders[name] = [order_by_priority(policy(scored), ids, config.seed)]
-    labels = fold.labels()
+            orders[name] = [order_by(load_policy(name, config.seed, reference)(scored), config.seed)]
+    return curves_of(config, served, fold, orders, points)[1]
+
+
+def order_by(priority: Float32, seed: int) -> Int64:
+    """Rows by descending priority, (N,) int64."""
+    return order_by_priority(priority, np.arange(len(priority)), seed)
+
+
+def curves_of(
+    config: Config, served: Float32, fold: Fold, orders: dict[str, list[Int64]], points: int
+) -> tuple[tuple[str, ...], dict[str, Float64]]:
+    """The metrics, and the curve of each order, (P, M) float64 in per cent; the fold is gallery and queries at once."""
+    labels, metric, ids = fold.labels(), config.gallery.metric, np.arange(len(served))
     if labels is None:
         flat = {name: some[0] for name, some in orders.items()}
-        curves = agreement_curve(served, fold.pairs.new, ids, flat, points, config.gallery.metric)
-        return {name: curve[:, None] for name, curve in curves.items()}
+        curves = agreement_curve(served, fold.pairs.new, ids, flat, points, metric)
+        return ("recall10",), {name: curve[:, None] for name, curve in curves.items()}
     queries = np.flatnonzero(labels != NO_LABEL)
     simulation = simulate_curve(
         served,
@@ -315,11 +336,11 @@ def measure_fold(
         labels,
         orders,
         points=points,
-        metric=config.gallery.metric,
+        metric=metric,
         query_ids=queries,
         gallery_ids=ids,
     )
-    return {name: curve.values for name, curve in simulation.orders.items()}
+    return METRICS, {name: curve.values for name, curve in simulation.orders.items()}
 
 
 def _reference(config: Config, other: Fold, served: Float32, policies: list[str]) -> Reference:
