@@ -41,15 +41,12 @@ def reference(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> Referenc
     if found is not None:
         return found
     nearest, counts = in_old_gallery(config, run, plan, probe)
-    matched = probe.labels >= 0
-    matched[matched] = counts[probe.labels[matched]] > 1
     metric, k = config.gallery.metric, min(SLOTS, len(probe.ids) - 1)
     new = nearest_rows(probe.new, probe.new, metric, k, own=True)[0]
     old = nearest_rows(probe.old, probe.old, metric, k, own=True)[0]
     transformed = nearest_rows(probe.new, probe.transformed, metric, k, own=True)[0]
     among = np.bincount(probe.labels[probe.labels >= 0], minlength=len(probe.label_names))
-    inside = probe.labels >= 0
-    inside[inside] = among[probe.labels[inside]] > 1
+    matched, inside = (_matched(probe.labels, some) for some in (counts, among))
     made = Reference(
         old=_ranks(nearest.without(probe.ids).labels, probe.labels, matched),
         old_recalled=_recalled(old, new),
@@ -106,6 +103,12 @@ def assess(probe: ProbeSet, known: Reference, commit: Commit, found: Found) -> Q
     if own:
         figures["own"] = 100 * sum(hits for _, hits, _ in own) / sum(images for *_, images in own)
     return Quality(commit.number, commit.attempt_id, figures, ranks, recalled, own, groups)
+
+
+def _matched(labels: Int64, counts: Int64) -> Bools:
+    """Which labels (Q,) another image has too, from how many images have each of them."""
+    matched: Bools = np.append(counts, 0)[labels] > 1  # -1, for none, is the last
+    return matched
 
 
 def _ranks(neighbours: Int64, labels: Int64, matched: Bools) -> tuple[int, ...]:

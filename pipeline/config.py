@@ -344,9 +344,10 @@ class Probe(Section):
 class Gate(Section):
     """What keeps a snapshot from `prod`, by its figures on the probe set; in per cent, and none is not looked at.
 
-    A figure counts as beyond a limit only where it is so by more than its noise: three standard errors (two below the
-    old model), of the difference per query where two snapshots are compared. Where the gallery has labels quality is
-    top-1, else it is `recall10`: the share of an image's ten nearest under the new model that the snapshot finds.
+    A figure counts as beyond a limit only where it is so by more than its noise: three standard errors, of the
+    difference per query where two snapshots are compared; two below the old model while images are transformed. Where
+    the gallery has labels quality is top-1, else it is `recall10`: the share of an image's ten nearest under the new
+    model that the snapshot finds.
 
     A refusal that the backfill itself mends (transformed vectors that are worse than the old ones, or crowd out the
     others) never stops it.

@@ -24,11 +24,11 @@ from pipeline.vector_log import VectorLog
 
 logger = logging.getLogger(__name__)
 
-_NEEDED = {"gallery": ("old",), "pairs": ("old", "new"), "probe": ("new",)}
+_NEEDED = {"gallery": ("old",), "pairs": ("old", "new"), "probe-set": ("new",)}
 _LOST = {
     "gallery": "they have no vector, so they are not served",
     "pairs": "they are left out of the fit",
-    "probe": "they are left out of what snapshots are measured on",
+    "probe-set": "they are left out of what snapshots are measured on",
 }
 
 OnUnits = Callable[[str, int, int], None]
@@ -44,7 +44,7 @@ def embed_missing(config: Config, run: Run, folders: Sequence[str], on_units: On
     Args:
         config: the run's config.
         run: the run, with these manifests normalised.
-        folders: of `gallery`, `pairs` and `probe`.
+        folders: of `gallery`, `pairs` and `probe-set`.
         on_units: told of progress.
 
     Raises:
@@ -79,7 +79,7 @@ def embed_missing(config: Config, run: Run, folders: Sequence[str], on_units: On
 
 def _check_rejects(config: Config, folder: str, rejected: int, images: int, log: VectorLog) -> None:
     """Too many rejects stop the work, but for the probe set: the wave of an image is what its reject counts in."""
-    if folder != "probe":
+    if folder != "probe-set":
         rejects.check_manifest(rejected, images, config.backfill, folder, log.rejects_uri)
 
 

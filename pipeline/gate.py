@@ -24,8 +24,8 @@ from pipeline.transformation import read_info
 NOISE = 3.0
 """Standard errors that count as noise: twenty waves of a sound run are looked at, and none of them is to be refused."""
 
-OLD_NOISE = 2.0
-"""The same against the old model, which a sound new one leaves far behind: a wrong guess costs less here."""
+MENDED_NOISE = 2.0
+"""The same where the backfill goes on all the same: a wrong guess only keeps `prod` back for a while."""
 
 _CHANCE = 0.001  # of a sound wave to have so few images that find themselves
 
@@ -122,15 +122,17 @@ def _below_old(known: Reference, measured: Quality, waiting: int) -> list[Refusa
     """Below the old model, and whether what is still to be embedded can mend that."""
     found = []
     within = _right(known.within_new), _right(known.within_old)
-    new_is_worse = known.labelled and len(within[0]) > 1 and _gain(*within, OLD_NOISE) < 0
+    new_is_worse = known.labelled and len(within[0]) > 1 and _gain(*within) < 0
     if new_is_worse:
-        figures = _text("top-1 among the probe images", *within, OLD_NOISE)
+        figures = _text("top-1 among the probe images", *within)
         found.append(Refusal("new_old", f"the new model is worse than the old one: {figures}"))
     name, now, old = _compared(known, (measured.ranks, measured.recalled), (known.old, known.old_recalled))
-    if _gain(now, old, OLD_NOISE) < 0:
+    mends = waiting > 0 and not new_is_worse
+    errors = MENDED_NOISE if mends else NOISE
+    if _gain(now, old, errors) < 0:
         left = f"; {waiting:,} images are still transformed" if waiting else ""
-        sentence = f"the snapshot is worse than the old model and gallery: {_text(name, now, old, OLD_NOISE)}{left}"
-        found.append(Refusal("old_old", sentence, mends=bool(waiting) and not new_is_worse))
+        sentence = f"the snapshot is worse than the old model and gallery: {_text(name, now, old, errors)}{left}"
+        found.append(Refusal("old_old", sentence, mends))
     return found
 
 

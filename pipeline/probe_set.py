@@ -1,7 +1,7 @@
 """The probe set: a sample of the gallery's own images, on which every snapshot is measured before `prod` moves.
 
-    gallery/part-* -> draw -> probe/part-00000 -> the embedding stream -> probe/new -> gather (with what the plan
-    knows of these images) -> probe/set.parquet
+    gallery/part-* -> draw -> probe-set/part-00000 -> the embedding stream -> probe-set/new
+    -> gather, with what the plan knows of these images -> probe-set/set.parquet
 
 Guarantee: which images it holds is a function of their ids and their number alone, so a run that is started
 again, anywhere, has the same ones. Each is embedded in its wave like any other image. It knows no metric.

@@ -1,7 +1,7 @@
 """What a snapshot is worth, on the probe set: its figures, and the answers per query that they are made of.
 
-What `assess` measures and the gate looks at. `probe/reference.json`, made once, is what every snapshot is compared
-with; `reports/probe/<commit>.json` is written once a commit is measured, whole or not at all.
+What `assess` measures and the gate looks at. `probe-set/reference.json`, made once, is what every snapshot is compared
+with; `reports/probe-set/<commit>.json` is written once a commit is measured, whole or not at all.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pipeline.run import Run
 
 Figures = dict[str, float]
 
-FOLDER = "probe"
-"""Where the probe set lies, and its figures below `reports`."""
+FOLDER = "probe-set"
+"""Where the probe set lies, and its figures below `reports`. A run's `probe` is a store's own, and gc empties it."""
 
 MIN_QUERIES = 10
 """Of a group, or of the whole probe set: with fewer, top-1 moves by more than ten points with one query."""

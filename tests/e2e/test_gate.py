@@ -57,7 +57,7 @@ def test_every_commit_of_a_sound_run_is_measured_and_promoted(finished: Path) ->
     assert (found["prod"], found["commit"], found["refused"], found["stopped"]) == (5, 5, [], None)
     assert found["quality"]["recall10"] == 100
     assert found["quality"]["own"] == 100
-    assert len(storage.list_files(str(finished / "run" / "reports" / "probe"))) == 6
+    assert len(storage.list_files(str(finished / "run" / "reports" / "probe-set"))) == 6
     page = (finished / "run" / "reports" / "report.html").read_text()
     assert "Probe set" in page
 
@@ -170,10 +170,10 @@ def test_a_backfill_that_was_stopped_goes_on_to_the_same_bytes(finished: Path, t
     found = status(path)
     assert (found["prod"], found["commit"]) == (2, 2)
     assert found["stopped"].startswith("fraction>=0.15")
-    probe = storage.read_bytes(run.path("probe", "set.parquet"))
+    probe = storage.read_bytes(run.path("probe-set", "set.parquet"))
     assert fastfill("backfill", "--config", path).exit_code == 0
     assert status(path)["stopped"] is None
-    assert storage.read_bytes(run.path("probe", "set.parquet")) == probe
+    assert storage.read_bytes(run.path("probe-set", "set.parquet")) == probe
     assert index_files(run) == index_files(uninterrupted)
     assert contents(run) == contents(uninterrupted)
 

@@ -88,9 +88,9 @@ def test_old_embeddings_that_were_computed_are_found_in_their_log(tmp_path: Path
 def test_it_stays_as_it_was_drawn_whatever_is_asked_for_later(tmp_path: Path) -> None:
     run, before = drawn(tmp_path, known(600), wanted=50)
     config, _ = make_run(tmp_path, known(600), Options(new_in_manifest=True, commits=False))
-    files = {uri: storage.read_bytes(uri) for uri in storage.list_files(run.path("probe"))}
+    files = {uri: storage.read_bytes(uri) for uri in storage.list_files(run.path("probe-set"))}
     assert draw(config, run) is not None
-    assert {uri: storage.read_bytes(uri) for uri in storage.list_files(run.path("probe"))} == files
+    assert {uri: storage.read_bytes(uri) for uri in storage.list_files(run.path("probe-set"))} == files
     assert len(before.ids) == 50
 
 
@@ -104,7 +104,7 @@ def test_images_that_were_moved_are_found_where_they_are_now(tmp_path: Path) -> 
     again = draw(config, run)
     assert again is not None
     assert (again.root, again.num_rows) == ("/elsewhere", 50)
-    ids = storage.read_parquet(run.part("probe", 0), ["id"])["id"].to_numpy()
+    ids = storage.read_parquet(run.part("probe-set", 0), ["id"])["id"].to_numpy()
     np.testing.assert_array_equal(ids, before.ids)
 
 

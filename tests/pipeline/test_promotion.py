@@ -105,7 +105,7 @@ def test_every_figure_is_that_of_exact_search_over_what_the_commit_holds(tmp_pat
     order = np.argsort(images.ids)
     labels = np.array(images.labels)[order]
     waves = storage_waves(run)
-    probe = np.isin(images.ids[order], storage.read_parquet(run.path("probe", "set.parquet"))["id"].to_numpy())
+    probe = np.isin(images.ids[order], storage.read_parquet(run.path("probe-set", "set.parquet"))["id"].to_numpy())
     for number, measured in enumerate(quality.read_all(run)):
         vectors = np.where((waves <= number)[:, None], images.embedded[order], images.transformed[order])
         distances = ((images.embedded[order][probe][:, None] - vectors[None]) ** 2).sum(axis=2)
@@ -272,7 +272,7 @@ def test_a_condition_is_met_by_the_first_commit_that_reaches_it(tmp_path: Path) 
 def test_what_is_stored_of_a_commit_is_not_measured_again(tmp_path: Path) -> None:
     config, run = probed(tmp_path, known())
     settle(config, run)
-    stored = {uri: storage.read_bytes(uri) for uri in storage.list_files(run.path("reports", "probe"))}
+    stored = {uri: storage.read_bytes(uri) for uri in storage.list_files(run.path("reports", "probe-set"))}
     storage.delete(run.path("index", "segments"))  # what a new measurement would need
     settle(config, run)
-    assert {uri: storage.read_bytes(uri) for uri in storage.list_files(run.path("reports", "probe"))} == stored
+    assert {uri: storage.read_bytes(uri) for uri in storage.list_files(run.path("reports", "probe-set"))} == stored
