@@ -39,11 +39,12 @@ from ray.train import (
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from ray.util.queue import Queue
 
-from pipeline import storage
+from pipeline import reference, storage
 from pipeline.actors import may_grow
 from pipeline.config import Config, Fit
 from pipeline.errors import ConfigError, DataError, FastfillError, TransientError
 from pipeline.run import Run, check_settings_of, fix_settings, stage_settings
+from pipeline.schema import Float32
 from pipeline.transformation import (
     TransformationInfo,
     TransformationNetwork,
@@ -51,9 +52,13 @@ from pipeline.transformation import (
     read_info,
     save_transformation,
 )
+from training.knowledge import reference_of
 from training.learner import Epoch, FitData, Job, Learner, make_arrays
 from training.losses import needs_labels
 from training.measure import measure
+
+Fitted = tuple[TransformationNetwork, tuple[Float32, Float32 | None] | None]
+"""The network, and the classifier where the loss needed one: weight (C, d_new), bias (C,)."""
 
 _LOG = logging.getLogger(__name__)
 _STATE = "state.pt"
@@ -83,11 +88,13 @@ def fit(config: Config, run: Run, data: FitData, on_epoch: Callable[[Epoch], Non
         check_settings_of(run, "fit", settings)
         return read_info(run)
     job = make_job(config, data)
-    network = _train(config, run, job, on_epoch)
+    network, classifier = _train(config, run, job, on_epoch)
     held_out = pa.concat_tables([storage.read_parquet(uri) for uri in data.held_out_parts])
-    info = measure(config, job, network, make_arrays(held_out, job))
+    pairs = make_arrays(held_out, job)
+    info = measure(config, job, network, pairs)
+    known = reference_of(config, network, held_out, pairs, classifier or data.classifier, data.label_names)
     fix_settings(run, "fit", settings)
-    save_transformation(run, network, info)
+    save_transformation(run, network, info, {reference.PART: known.to_bytes()})
     storage.delete(_training_folder(run))
     return info
 
@@ -123,7 +130,7 @@ def make_job(config: Config, data: FitData) -> Job:
     return Job(fit, data, config.seed, config.gallery.metric == "cosine", smallest // rank_batch, rank_batch)
 
 
-def _train(config: Config, run: Run, job: Job, on_epoch: Callable[[Epoch], None] | None) -> TransformationNetwork:
+def _train(config: Config, run: Run, job: Job, on_epoch: Callable[[Epoch], None] | None) -> Fitted:
     """Run Ray Train to the last epoch, and load the last checkpoint."""
     folder = _training_folder(run)
     _drop_broken_snapshot(storage.join(folder, _fingerprint(job)))
@@ -139,9 +146,12 @@ def _train(config: Config, run: Run, job: Job, on_epoch: Callable[[Epoch], None]
             dataset_config=DataConfig(datasets_to_split=[]),
         )
         checkpoint = _run_trainer(trainer)
-    network = job.network()
-    network.load_state_dict(_read_checkpoint(checkpoint, torch.device("cpu"))["network"])
-    return network
+    state, network = _read_checkpoint(checkpoint, torch.device("cpu")), job.network()
+    network.load_state_dict(state["network"])
+    if state["classifier"] is None:
+        return network, None
+    weight, bias = state["classifier"]
+    return network, (weight.numpy(), None if bias is None else bias.numpy())
 
 
 def _worker(config: dict[str, Job]) -> None:
