@@ -20,6 +20,23 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Side = Count | tuple[Count, Count]
 
+POLICY_NAMES = (
+    "random",
+    "uncertainty",
+    "norm",
+    "entropy",
+    "least_confidence",
+    "margin",
+    "centroid",
+    "class_mean",
+    "neighbour_distance",
+    "neighbour_residual",
+    "neighbour_purity",
+    "hubness",
+    "learned",
+)
+"""Those of `pipeline.policy`, the simplest first."""
+
 _UNIT_BYTES = 64 * 2**20
 _MAX_UNIT_IMAGES = 2048
 
@@ -138,6 +155,7 @@ class Columns(Section):
     side: str | None = None
     label: str | None = None
     group: str | None = None
+    traffic: str | None = None
 
     @model_validator(mode="after")
     def _whole_ranges(self) -> Self:
@@ -211,8 +229,8 @@ class Select(Section):
 
     Each recipe (loss, `lambda_disc` where the loss has that term, inner width, epochs) is fitted once per fold, on
     the other folds; of what a fold holds out, at most `max_measured` pairs are gallery and queries of a simulated
-    backfill. `metrics` says what counts, as their mean; without labels it is `recall10`, as in `gate`. Where a list of `fit`'s
-    settings is empty, there is nothing to choose, and `fit` says it; with no policies, all are tried that can be.
+    backfill. `metrics` says what counts, as their mean; without labels it is `recall10`, as in `gate`. Where a list of
+    `fit`'s settings is empty, there is nothing to choose, and `fit` says it; with no policies, all that can be are tried.
     """
 
     losses: tuple[LossMode, ...] = ("alignment+uncertainty", "fastfill")
@@ -236,9 +254,15 @@ class Plan(Section):
     add up to 1. A unit is the piece of a wave that one task embeds and writes; by default as many
     images as fill 64 MiB once decoded, 2,048 at most. An image that was deleted since the manifest was
     made is a reject; with `deleted_images: drop` its vector also leaves the index when its wave is published.
+
+    With `traffic`, what it costs to leave an image transformed counts as often as `gallery.columns.traffic` says.
+    With `group_boost`, it counts up to 1 + group_boost times for the groups (`pairs.columns.group`) that suffer most
+    on held-out pairs, so that the worst one catches up early.
     """
 
     policy: str = "uncertainty"
+    traffic: bool = False
+    group_boost: Annotated[float, Field(ge=0.0)] = 0.0
     waves: Count | tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = 20
     unit_images: Count | None = None
     deleted_images: Literal["keep", "drop"] = "keep"
@@ -247,8 +271,9 @@ class Plan(Section):
     def _whole(self) -> Self:
         if isinstance(self.waves, tuple) and abs(sum(self.waves) - 1.0) > 1e-6:
             raise ValueError(f"waves: the fractions must add up to 1, these add up to {sum(self.waves):.6g}")
-        if self.policy not in ("uncertainty", "random") and not re.fullmatch(r"[\w.]+:\w+", self.policy):
-            raise ValueError(f"policy: expected uncertainty, random or module:function, found {self.policy!r}")
+        if self.policy not in POLICY_NAMES and not re.fullmatch(r"[\w.]+:\w+", self.policy):
+            names = ", ".join(POLICY_NAMES)
+            raise ValueError(f"policy: expected one of {names}, or module:function, found {self.policy!r}")
         return self
 
 

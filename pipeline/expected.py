@@ -5,7 +5,7 @@ the curve of their own backfill, simulated with the run's order, is off the stra
 ends for this gallery: its queries are searched in the whole transformed gallery, which is the first state itself; and
 the last is
 
-    M(new, new) at the gallery's size = M(new, h(old)) of the whole gallery + (M(new, new) - M(new, h(old))) of the probe
+    M(new, new) at the gallery's size = M(new, h(old)) of the gallery + (M(new, new) - M(new, h(old))) of the probe set
 
 because a metric falls with the number of images that compete, much alike for both. Without labels the last state is
 100 by definition. The band is what sampling leaves open: the standard error of the ends over the probe's queries,

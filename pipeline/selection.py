@@ -1,6 +1,6 @@
-"""What a selection found: the table of all candidates, the one that was chosen, and its curve. Part of a transformation.
+"""What a selection found: the table of all candidates, the one that was chosen, and its curve.
 
-`training.select` makes it; the plan takes the policy from it, and plan and report show it.
+Part of the transformation that was fitted by it. `training.select` makes it; the plan takes the policy from it, and plan and report show it.
 """
 
 from __future__ import annotations

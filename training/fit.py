@@ -40,11 +40,11 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from ray.util.queue import Queue
 
 from pipeline import offset as offsets
-from pipeline import selection, storage
+from pipeline import reference, selection, storage
 from pipeline.actors import may_grow
 from pipeline.config import Config, Fit
 from pipeline.errors import ConfigError, DataError, FastfillError, TransientError
-from pipeline.offset import Offset
+from pipeline.offset import Classifier, Offset
 from pipeline.run import Run, check_settings_of, fix_settings, stage_settings
 from pipeline.schema import Float32
 from pipeline.transformation import (
@@ -55,14 +55,14 @@ from pipeline.transformation import (
     save_transformation,
 )
 from training.candidates import settings_of
+from training.knowledge import reference_of
 from training.learner import Epoch, FitData, Job, Learner, PairArrays, make_arrays
 from training.losses import needs_labels
 from training.measure import measure, transform
 from training.select import OnStep, select
 
-Tensors = tuple[torch.Tensor, torch.Tensor | None]
-Fitted = tuple[TransformationNetwork, Tensors | None]
-"""The network, and the classifier where one was needed."""
+Fitted = tuple[TransformationNetwork, Classifier | None]
+"""The network, and the classifier where the loss or the offset needed one."""
 
 _LOG = logging.getLogger(__name__)
 _STATE = "state.pt"
@@ -109,12 +109,17 @@ def fit(
         config = config.model_copy(update={"fit": settings_of(chosen, config.fit)})
     job = make_job(config, data)
     network, classifier = _train(config, run, job, on_epoch)
-    held_out = make_arrays(pa.concat_tables([storage.read_parquet(uri) for uri in data.held_out_parts]), job)
-    z, s = transform(config, network, held_out)
-    offset = None if config.fit.offset == "none" else _offset(config, classifier, z, s, held_out)
-    info = measure(config, job, held_out, z if offset is None else offset.apply(z, s), s)
+    held_out = pa.concat_tables([storage.read_parquet(uri) for uri in data.held_out_parts])
+    pairs = make_arrays(held_out, job)
+    z, s = transform(config, network, pairs)
+    offset = None if config.fit.offset == "none" else _offset(config, classifier, z, s, pairs)
+    served = z if offset is None else offset.apply(z, s)
+    info = measure(config, job, pairs, served, s)
+    given = None if data.classifier is None else Classifier(*data.classifier)
+    known = reference_of(config, held_out, pairs, z, s, served, classifier or given, data.label_names)
     fix_settings(run, "fit", settings)
-    parts = {} if offset is None else {offsets.PART: offset.to_bytes()}
+    parts = {reference.PART: known.to_bytes()}
+    parts |= {} if offset is None else {offsets.PART: offset.to_bytes()}
     parts |= {} if chosen is None else {selection.PART: chosen.to_json().encode()}
     save_transformation(run, network, info, parts)
     storage.delete(_training_folder(run))
@@ -170,18 +175,16 @@ def _train(config: Config, run: Run, job: Job, on_epoch: Callable[[Epoch], None]
         checkpoint = _run_trainer(trainer)
     state, network = _read_checkpoint(checkpoint, torch.device("cpu")), job.network()
     network.load_state_dict(state["network"])
-    return network, state["classifier"]
+    if state["classifier"] is None:
+        return network, None
+    weight, bias = state["classifier"]
+    return network, Classifier(weight.numpy(), None if bias is None else bias.numpy())
 
 
-def _offset(config: Config, tensors: Tensors | None, z: Float32, s: Float32, held_out: PairArrays) -> Offset:
-    classifier = None
-    if tensors is not None:
-        weight, bias = (None if tensor is None else tensor.numpy() for tensor in tensors)
-        assert weight is not None, "only a bias may be missing"
-        classifier = offsets.Classifier(weight, bias)
+def _offset(config: Config, classifier: Classifier | None, z: Float32, s: Float32, pairs: PairArrays) -> Offset:
     kind, strength = config.fit.offset, config.fit.offset_strength
     assert kind != "none", "nothing to fit"
-    return offsets.fit_offset(kind, strength, z, s, held_out.new, classifier, config.gallery.metric)
+    return offsets.fit_offset(kind, strength, z, s, pairs.new, classifier, config.gallery.metric)
 
 
 def _worker(config: dict[str, Job]) -> None:

@@ -42,6 +42,7 @@ class FitData:
         num_train: rows of all train parts.
         num_classes: labels are in [0, num_classes); None where no pair has a label.
         classifier: the new encoder's own, weight (C, d_new) and bias (C,) or None, float32.
+        label_names: the label of each class number, where that is not the number itself.
     """
 
     train_parts: list[str]
@@ -52,6 +53,7 @@ class FitData:
     d_new: int
     d_side: int | None = None
     classifier: tuple[Float32, Float32 | None] | None = None
+    label_names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

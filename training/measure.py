@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline.agreement import nearest
 from pipeline.config import Config
 from pipeline.evaluate import evaluate, recall
-from pipeline.schema import Float32, Int64
+from pipeline.schema import Float32
 from pipeline.transformation import Figures, TransformationInfo, TransformationNetwork, apply, resolve_device
 from training.learner import Job, PairArrays
 from training.losses import NO_LABEL

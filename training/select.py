@@ -40,6 +40,7 @@ from pipeline.selection import Selection
 from pipeline.transformation import apply, resolve_device
 from training.candidates import Candidate, Recipe, Row, Serving, choose, selection_of
 from training.harm import fit_learned, harm
+from training.knowledge import measurable
 from training.learner import FitData, Job, Learner, PairArrays, make_arrays
 from training.losses import NO_LABEL, needs_labels
 
@@ -54,7 +55,7 @@ _SCREENING = ("random", "uncertainty", "least_confidence")
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Pairs that a recipe was not fitted on: the arrays, z (N, d_new), s (N,), and the classifier of the other folds."""
+    """Pairs that a recipe was not fitted on, their z (N, d_new) and s (N,), and the classifier of the other folds."""
 
     pairs: PairArrays
     z: Float32
@@ -64,22 +65,20 @@ class Fold:
     def scored(self) -> Scored:
         """As policies see it: without labels, which a gallery may not have."""
         none = np.full(len(self.s), None, dtype=object)
-        return Scored(np.arange(len(self.s)), self.s, self.z, self.pairs.old, none, none, None)
+        return Scored(np.arange(len(self.s)), self.s, self.z, self.pairs.old, none, none)
 
     def take(self, rows: Int64) -> Fold:
         """Some of the pairs."""
         pairs = self.pairs
-        side, labels = (None if item is None else item[rows] for item in (pairs.side, pairs.labels))
+        side = None if pairs.side is None else pairs.side[rows]
+        labels = None if pairs.labels is None else pairs.labels[rows]
         return Fold(
             PairArrays(pairs.old[rows], pairs.new[rows], side, labels), self.z[rows], self.s[rows], self.classifier
         )
 
     def labels(self) -> Int64 | None:
         """The labels where quality can be measured by them."""
-        labels = self.pairs.labels
-        if labels is None or len(np.unique(labels[labels != NO_LABEL])) == (labels != NO_LABEL).sum():
-            return None
-        return labels
+        return measurable(self.pairs.labels)
 
 
 def select(config: Config, run: Run, data: FitData, on_step: OnStep) -> Selection:
@@ -151,7 +150,8 @@ def _servings(config: Config, settings: Select, fold: Fold) -> list[Serving]:
 
 def _possible(policy: str, fold: Fold) -> bool:
     needs = POLICIES[policy].needs
-    return not needs & {"gallery_labels", "traffic"} and ("classifier" not in needs or fold.classifier is not None)
+    there = {"classifier": fold.classifier is not None, "labels": fold.labels() is not None, "learned": True}
+    return all(there.get(item, False) for item in needs)
 
 
 def _columns(settings: Select, fold: Fold) -> tuple[list[int], tuple[str, ...]]:
@@ -349,8 +349,9 @@ def _reference(config: Config, other: Fold, served: Float32, policies: list[str]
     reference = build_reference(pairs.old, other.z, other.s, pairs.new, pairs.labels, known, metric, config.seed)
     if "learned" not in policies:
         return reference
-    cost = harm(served, pairs.new, other.labels(), metric, config.seed)
-    return fit_learned(other.scored(), reference, cost, config.seed)
+    return fit_learned(
+        other.scored(), reference, harm(served, pairs.new, other.labels(), metric, config.seed), config.seed
+    )
 
 
 def _ends(config: Config, folds: list[Fold]) -> dict[str, dict[str, float]]:

@@ -16,7 +16,8 @@ CURVE = 40 + 12 * FRACTIONS**0.5
 def test_a_gallery_that_is_like_the_pairs_gets_their_curve() -> None:
     found = expect(np.stack([CURVE, CURVE]), FRACTIONS, Ends(CURVE[0], CURVE[-1], 0, 0))
     assert found.values == pytest.approx(CURVE)
-    assert found.low == pytest.approx(CURVE) and found.high == pytest.approx(CURVE)
+    assert found.low == pytest.approx(CURVE)
+    assert found.high == pytest.approx(CURVE)
 
 
 @given(st.floats(0, 100), st.floats(0, 100), st.floats(0, 5), st.floats(0, 5))

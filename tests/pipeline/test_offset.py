@@ -14,22 +14,30 @@ NUM, DIM, CLASSES = 600, 12, 6
 
 
 def embeddings(seed: int = 0) -> tuple[Float32, Float32, Float32, np.ndarray, Classifier]:
-    """z (N, d), new (N, d) around it with an error that differs between images, s that knows it, labels, a classifier.
+    """new (N, d), z (N, d), s (N,), labels (N,), and the best classifier of new embeddings.
 
+    Classes are normal around their centres. What is known of an image is its embedding with noise, more of it for some
+    images than for others; z is the exact expectation given that, and s the logarithm of the exact expected error.
     The last dimension is constant in `new`: a direction in which nothing varies.
     """
-    random = np.random.default_rng(seed)
+    random, spread = np.random.default_rng(seed), 0.7
     centres = random.normal(size=(CLASSES, DIM))
-    labels = random.integers(0, CLASSES, NUM)
-    size = random.uniform(0.1, 2, NUM)
-    z = centres[labels] + random.normal(size=(NUM, DIM)) * size[:, None] * 0.4
-    new = z + random.normal(size=(NUM, DIM)) * size[:, None]
-    z[:, -1] = new[:, -1] = 1
-    weight = centres.astype(np.float32)
-    weight[:, -1] = 0
-    bias = -0.5 * np.square(weight).sum(axis=1)
-    s = np.log(np.square(size))
-    return new.astype(np.float32), z.astype(np.float32), s.astype(np.float32), labels, Classifier(weight, bias)
+    labels, noise = random.integers(0, CLASSES, NUM), random.uniform(0.1, 3, (NUM, 1))
+    new = centres[labels] + random.normal(size=(NUM, DIM)) * spread
+    known = new + random.normal(size=(NUM, DIM)) * noise
+    distance = np.square(known[:, None] - centres).sum(axis=2)
+    posterior = np.exp(-(distance - distance.min(axis=1, keepdims=True)) / 2 / (spread**2 + noise**2))
+    posterior /= posterior.sum(axis=1, keepdims=True)
+    shrink = (spread**2 / (spread**2 + noise**2))[:, :, None]
+    means = centres + shrink * (known[:, None] - centres)
+    z = (posterior[:, :, None] * means).sum(axis=1)
+    within = shrink[:, 0, 0] * noise[:, 0] ** 2
+    between = (posterior * np.square(means - z[:, None]).sum(axis=2)).sum(axis=1) / DIM
+    weight = centres / spread**2
+    bias = -0.5 * np.square(centres).sum(axis=1) / spread**2
+    z[:, -1], new[:, -1], weight[:, -1] = 1, 1, 0
+    classifier = Classifier(weight.astype(np.float32), bias.astype(np.float32))
+    return new.astype(np.float32), z.astype(np.float32), np.log(within + between).astype(np.float32), labels, classifier
 
 
 def fitted(kind: OffsetKind, strength: float = 0.5, metric: str = "l2") -> tuple[Offset, Float32, Float32, Float32]:
