@@ -230,7 +230,7 @@ class Select(Section):
     Each recipe (loss, `lambda_disc` where the loss has that term, inner width, epochs) is fitted once per fold, on
     the other folds; of what a fold holds out, at most `max_measured` pairs are gallery and queries of a simulated
     backfill. `metrics` says what counts, as their mean; without labels it is `recall10`, as in `gate`. Where a list of
-    `fit`'s settings is empty, there is nothing to choose, and `fit` says it; with no policies, all that can be are tried.
+    `fit`'s settings is empty, `fit` says it; with no policies, all that can be are tried.
     """
 
     losses: tuple[LossMode, ...] = ("alignment+uncertainty", "fastfill")
@@ -271,7 +271,7 @@ class Plan(Section):
     def _whole(self) -> Self:
         if isinstance(self.waves, tuple) and abs(sum(self.waves) - 1.0) > 1e-6:
             raise ValueError(f"waves: the fractions must add up to 1, these add up to {sum(self.waves):.6g}")
-        if self.policy not in POLICY_NAMES and not re.fullmatch(r"[\w.]+:\w+", self.policy):
+        if self.policy not in (*POLICY_NAMES, "selected") and not re.fullmatch(r"[\w.]+:\w+", self.policy):
             names = ", ".join(POLICY_NAMES)
             raise ValueError(f"policy: expected one of {names}, or module:function, found {self.policy!r}")
         return self

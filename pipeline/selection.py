@@ -1,6 +1,7 @@
 """What a selection found: the table of all candidates, the one that was chosen, and its curve.
 
-Part of the transformation that was fitted by it. `training.select` makes it; the plan takes the policy from it, and plan and report show it.
+Part of the transformation that was fitted by it. `training.select` makes it; the plan takes the policy from it, and
+fit and report show it.
 """
 
 from __future__ import annotations
