@@ -31,7 +31,7 @@ from pipeline.selection import read_selection, resolve_policy
 from pipeline.transformation import apply, load_transformation, read_part
 from training.learner import Job, make_arrays
 from training.pairs import build_pairs, fit_data
-from training.select import APPLY_BATCH, POINTS, Fold, curves_of, order_by
+from training.select import APPLY_BATCH, FINAL, Fold, curves_of, order_by
 
 _FOLDS = 4
 _MOST_PAIRS = 5000
@@ -59,7 +59,7 @@ def expected_curve(config: Config, run: Run, plan: Plan) -> Curves | None:
     ends = _ends(config, run, plan, probe)
     if any(name not in ends for name in names):
         return None
-    fractions = np.linspace(0, 1, POINTS)
+    fractions = np.linspace(0, 1, FINAL.points)
     found = {name: expect(curves[:, :, column], fractions, ends[name]) for column, name in enumerate(names)}
     storage.put(uri, json.dumps({name: item.to_json() for name, item in found.items()}, allow_nan=False).encode())
     return found
@@ -87,7 +87,7 @@ def _shapes(config: Config, run: Run) -> tuple[tuple[str, ...], Float64]:
         rows = np.flatnonzero(places == number)
         some = fold.take(rows)
         orders = {policy: [order_by(priority[rows], config.seed)]}
-        names, found = curves_of(config, served[rows], some, orders, POINTS)
+        names, found = curves_of(config, served[rows], some, orders, FINAL)
         curves.append(found[policy])
     return names, np.stack(curves)
 

@@ -47,10 +47,20 @@ from training.losses import NO_LABEL, needs_labels
 OnStep = Callable[[str, int, int], None]
 FOLDER = "selecting"
 APPLY_BATCH = 8192
-POINTS = 22
 _RANDOM_SEEDS = 3
 _SCREENING = ("random", "uncertainty", "least_confidence")
 """Orders with which all offsets of all recipes are tried before the finalists meet every order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Detail:
+    """How finely a backfill is simulated: points of the curve, and queries at most."""
+
+    points: int
+    queries: int
+
+
+SCREENING, FINAL = Detail(8, 2500), Detail(22, 5000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +113,10 @@ def select(config: Config, run: Run, data: FitData, on_step: OnStep) -> Selectio
     servings = _servings(config, settings, folds[recipes[0]][0])
     first = [name for name in _SCREENING if name in known] or known[:1]
     tried = [(recipe, serving) for recipe in recipes for serving in servings]
-    screened = _measure(config, folds, tried, first, "screen", on_step)
+    screened = _measure(config, folds, tried, first, SCREENING, "screen", on_step)
     ranked = sorted(screened, key=lambda row: (-row.scores(columns).mean(), row.candidate.simplicity()))
     finalists = list(dict.fromkeys((row.candidate.recipe, row.candidate.serving) for row in ranked))
-    rest = [name for name in known if name not in first]
-    rows = screened + (
-        _measure(config, folds, finalists[: settings.finalists], rest, "orders", on_step) if rest else []
-    )
+    rows = _measure(config, folds, finalists[: settings.finalists], known, FINAL, "orders", on_step)
     chosen = choose(rows, columns)
     storage.delete(run.path(FOLDER))
     some = folds[recipes[0]]
@@ -261,6 +268,7 @@ def _measure(
     folds: dict[Recipe, list[Fold]],
     tried: list[tuple[Recipe, Serving]],
     policies: list[str],
+    detail: Detail,
     what: str,
     on_step: OnStep,
 ) -> list[Row]:
@@ -271,7 +279,7 @@ def _measure(
     for recipe, serving in tried:
         some = stored[recipe]
         others = [*some[1:], some[0]]
-        tasks.append([task.remote(config, *two, serving, policies) for two in zip(some, others, strict=True)])
+        tasks.append([task.remote(config, *two, serving, policies, detail) for two in zip(some, others, strict=True)])
     rows = []
     for done, ((recipe, serving), parts) in enumerate(zip(tried, tasks, strict=True), start=1):
         curves = ray.get(parts)
@@ -284,7 +292,7 @@ def _measure(
 
 
 def measure_fold(
-    config: Config, fold: Fold, other: Fold, serving: Serving, policies: list[str], points: int = POINTS
+    config: Config, fold: Fold, other: Fold, serving: Serving, policies: list[str], detail: Detail
 ) -> dict[str, Float64]:
     """The curve of each order on one fold, (P, M) float64 in per cent.
 
@@ -294,7 +302,7 @@ def measure_fold(
         other: what the offset and the policies may know.
         serving: the offset.
         policies: their names.
-        points: P.
+        detail: P points, and how many queries at most.
     """
     served, others = fold.z, other.z
     if serving.offset != "none":
@@ -310,7 +318,7 @@ def measure_fold(
             orders[name] = [random_order(ids, config.seed + seed) for seed in range(_RANDOM_SEEDS)]
         else:
             orders[name] = [order_by(load_policy(name, config.seed, reference)(scored), config.seed)]
-    return curves_of(config, served, fold, orders, points)[1]
+    return curves_of(config, served, fold, orders, detail)[1]
 
 
 def order_by(priority: Float32, seed: int) -> Int64:
@@ -319,15 +327,17 @@ def order_by(priority: Float32, seed: int) -> Int64:
 
 
 def curves_of(
-    config: Config, served: Float32, fold: Fold, orders: dict[str, list[Int64]], points: int
+    config: Config, served: Float32, fold: Fold, orders: dict[str, list[Int64]], detail: Detail
 ) -> tuple[tuple[str, ...], dict[str, Float64]]:
     """The metrics, and the curve of each order, (P, M) float64 in per cent; the fold is gallery and queries at once."""
     labels, metric, ids = fold.labels(), config.gallery.metric, np.arange(len(served))
     if labels is None:
         flat = {name: some[0] for name, some in orders.items()}
-        curves = agreement_curve(served, fold.pairs.new, ids, flat, points, metric)
+        rows = ids[:: -(-len(ids) // detail.queries)]
+        curves = agreement_curve(served, fold.pairs.new, rows, flat, detail.points, metric)
         return ("recall10",), {name: curve[:, None] for name, curve in curves.items()}
     queries = np.flatnonzero(labels != NO_LABEL)
+    queries = queries[:: -(-len(queries) // detail.queries)]
     simulation = simulate_curve(
         served,
         fold.pairs.new,
@@ -335,7 +345,7 @@ def curves_of(
         labels[queries],
         labels,
         orders,
-        points=points,
+        points=detail.points,
         metric=metric,
         query_ids=queries,
         gallery_ids=ids,
