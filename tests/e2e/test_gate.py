@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from sklearn.datasets import load_digits
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import nn
 
 from jobs.cli import main
@@ -22,7 +23,7 @@ from pipeline.config_file import load_config
 from pipeline.plan import read_plan
 from pipeline.run import Run
 from pipeline.schema import vectors_from_arrow, vectors_to_arrow
-from tests.galleries import write_config
+from tests.galleries import PREPROCESS, digits, export_encoder, write_config, write_manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -41,15 +42,60 @@ def index_files(run: Run) -> dict[str, bytes]:
     return {uri.removeprefix(run.uri): storage.read_bytes(uri) for uri in uris}
 
 
+OLD_DIM, NEW_DIM = 6, 9
+
+
+def write_sound_config(folder: Path, **changes: Any) -> str:
+    """A run as one would want it: a new encoder that is trained, an old one that is poor, and pairs to learn from."""
+    data = folder / "data"
+    if not data.exists():
+        data.mkdir(parents=True)
+        export_encoder(data / "old.pt2", OLD_DIM, seed=1)
+        export(data / "new.pt2", trained())
+        write_manifest(data / "gallery.parquet", *digits(300))
+        write_manifest(data / "training.parquet", *digits(1200, first=300))
+    encoders = {
+        "old": {"export": "old.pt2", "dim": OLD_DIM, "preprocess": PREPROCESS},
+        "new": {"export": "new.pt2", "dim": NEW_DIM, "preprocess": PREPROCESS},
+    }
+    fit = {"loss": "alignment+uncertainty", "inner_width": 64, "epochs": 30, "batch_size": 64, "lr": 5e-3}
+    return write_config(folder, encoders=encoders, fit=fit, **changes)
+
+
+def trained() -> nn.Module:
+    """A linear discriminant of the digits, fitted on the training images."""
+    bunch = load_digits()
+    pixels = (bunch.images * 15).astype(np.uint8).reshape(len(bunch.images), -1) / 255
+    discriminant = LinearDiscriminantAnalysis(n_components=NEW_DIM).fit(pixels[300:1500], bunch.target[300:1500])
+    linear = nn.Linear(64, NEW_DIM)
+    with torch.no_grad():
+        linear.weight.copy_(torch.from_numpy(discriminant.scalings_[:, :NEW_DIM].T))
+        linear.bias.copy_(torch.from_numpy(-discriminant.xbar_ @ discriminant.scalings_[:, :NEW_DIM]))
+    return nn.Sequential(nn.Flatten(), linear)
+
+
+def export(path: Path, encoder: nn.Module) -> None:
+    batch = torch.export.Dim("batch", min=1, max=65536)
+    program = torch.export.export(encoder.eval(), (torch.zeros(2, 1, 8, 8),), dynamic_shapes=({0: batch},))
+    torch.export.save(program, path)
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[..., str]) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a sound run that nobody has stopped."""
     folder = tmp_path_factory.mktemp("sound")
-    path = make_run(folder)
-    result = fastfill("backfill", "--config", path)
+    result = fastfill("backfill", "--config", write_sound_config(folder))
     assert result.exit_code == 0, result.output
     assert "prod is not moved" not in result.stderr
     return folder
+
+
+def fitted_copy(finished: Path, folder: Path, **changes: Any) -> str:
+    """A run that is to begin, with the data, the pairs and the transformation of the one that is finished."""
+    shutil.copytree(finished / "data", folder / "data")
+    for name in ("pairs", "transformation"):
+        shutil.copytree(finished / "run" / name, folder / "run" / name)
+    return write_sound_config(folder, **changes)
 
 
 def test_every_commit_of_a_sound_run_is_measured_and_promoted(finished: Path) -> None:
@@ -65,7 +111,7 @@ def test_every_commit_of_a_sound_run_is_measured_and_promoted(finished: Path) ->
 def test_a_transformation_of_shuffled_pairs_is_not_served_before_all_is_embedded(
     finished: Path, tmp_path: Path
 ) -> None:
-    path = write_config(tmp_path, pairs__columns={"old_embedding": "old", "new_embedding": "new"})
+    path = write_sound_config(tmp_path, pairs__columns={"old_embedding": "old", "new_embedding": "new"})
     parts = storage.list_files(str(finished / "run" / "pairs" / "train"), ".parquet")
     pairs = pa.concat_tables([storage.read_parquet(part, ["old", "new"]) for part in parts])
     shuffled = np.random.default_rng(0).permutation(len(pairs))
@@ -90,7 +136,7 @@ class _Brightness(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.linear = nn.Linear(1, 20)
+        self.linear = nn.Linear(1, NEW_DIM)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         embeddings: torch.Tensor = self.linear(images.mean(dim=(1, 2, 3), keepdim=True).flatten(1))
@@ -100,10 +146,8 @@ class _Brightness(nn.Module):
 def test_a_new_model_that_is_worse_than_the_old_one_is_stopped_before_an_image_of_the_gallery_is_embedded(
     tmp_path: Path,
 ) -> None:
-    path = write_config(tmp_path)
-    batch = torch.export.Dim("batch", min=1, max=65536)
-    program = torch.export.export(_Brightness().eval(), (torch.zeros(2, 1, 8, 8),), dynamic_shapes=({0: batch},))
-    torch.export.save(program, tmp_path / "data" / "new.pt2")
+    path = write_sound_config(tmp_path)
+    export(tmp_path / "data" / "new.pt2", _Brightness())
     for _ in range(2):
         result = fastfill("backfill", "--config", path)
         assert result.exit_code == 3, result.output
@@ -119,7 +163,7 @@ def test_a_wave_with_swapped_ids_is_not_published_and_is_mended_by_embedding_it_
 ) -> None:
     for name in ("data", "run"):
         shutil.copytree(finished / name, tmp_path / name)
-    path = write_config(tmp_path)
+    path = write_sound_config(tmp_path)
     run = Run(load_config(path).run)
     plan = read_plan(run)
     assert plan is not None
@@ -157,12 +201,7 @@ def swap_ids(part: str) -> None:
 
 
 def test_a_backfill_that_was_stopped_goes_on_to_the_same_bytes(finished: Path, tmp_path: Path) -> None:
-    for name in ("data", "run"):
-        shutil.copytree(finished / name, tmp_path / name)
-    shutil.rmtree(tmp_path / "run")
-    for name in ("pairs", "transformation"):
-        shutil.copytree(finished / "run" / name, tmp_path / "run" / name)
-    path = write_config(tmp_path)
+    path = fitted_copy(finished, tmp_path)
     run, uninterrupted = Run(str(tmp_path / "run")), Run(str(finished / "run"))
     stopped = fastfill("backfill", "--config", path, "--stop-when", "fraction>=0.15", "--stop-when", "hours>=5")
     assert stopped.exit_code == 0, stopped.output
@@ -179,13 +218,11 @@ def test_a_backfill_that_was_stopped_goes_on_to_the_same_bytes(finished: Path, t
 
 
 def test_a_gallery_without_labels_is_gated_and_stopped_by_what_it_recalls(finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished / "data", tmp_path / "data")
-    columns = {"id": "name", "image": "image"}
-    path = write_config(tmp_path, gallery__columns=columns)
+    path = fitted_copy(finished, tmp_path, gallery__columns={"id": "name", "image": "image"})
     refused = fastfill("backfill", "--config", path, "--stop-when", "top1>=48")
     assert refused.exit_code == 2
     assert "the gallery has no labels" in refused.stderr
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "run.json").exists()
     result = fastfill("backfill", "--config", path, "--stop-when", "recall10>=0.6*full")
     assert result.exit_code == 0, result.output
     found = status(path)
