@@ -158,7 +158,7 @@ def predict(model: dict[str, Float32], columns: Float32) -> Float32:
     """What the learned policy's networks give, (N,) float32, of standardised signals (N, S).
 
     Args:
-        model: of E networks: `weight` (E, S, H), `bias` (E, H), `out` (E, H), `shift` ().
+        model: of E networks: `weight` (E, S, H), `bias` (E, H), `out` (E, H), `shift` (1,).
         columns: float32.
     """
     total = np.zeros(len(columns), np.float32)

@@ -27,7 +27,7 @@ NO_LABEL = -1
 
 _MOST_PAIRS = 16_384
 _MOST_QUERIES = 4096
-_REACH = 10  # a query retrieves what is nearer than the tenth of the new embeddings
+_REACH = 10  # a query retrieves what is as near as the tenth of the pairs
 _MODEL = "model."
 
 
@@ -43,7 +43,7 @@ class Reference:
         centroids: (K, d_new), class means of the new embeddings, or those of k-means where there are no labels.
         centroid_labels: (K,) the classes; None for k-means.
         queries: (Q, d_new) new embeddings of some of the pairs, `query_rows` (Q,) says of which.
-        reach: (Q,) the distance (negative product for `ip`) of the query's tenth nearest new embedding.
+        reach: (Q,) the squared distance (negative product for `ip`) of the query's tenth nearest transformed vector.
         classifier_weight: (C, d_new), and `classifier_bias` (C,): the new encoder's own classifier, or a fitted one.
         mean, scale: (S,) of the signals that the learned policy sees, `signals` their names.
         model: the learned policy's tensors.
@@ -151,7 +151,7 @@ def build_reference(
         centroid_labels=centroid_labels,
         queries=new[kept][query_rows],
         query_rows=query_rows,
-        reach=_reach(new[kept], query_rows, metric),
+        reach=_reach(new[kept], z[kept], query_rows, metric),
         classifier_weight=weight,
         classifier_bias=bias,
         label_names=None if label_names is None else tuple(label_names),
@@ -180,14 +180,14 @@ def _centroids(new: Float32, labels: Int64, seed: int) -> tuple[Float32, Int64 |
     return means[known], classes[known]
 
 
-def _reach(new: Float32, rows: Int64, metric: str) -> Float32:
+def _reach(new: Float32, z: Float32, rows: Int64, metric: str) -> Float32:
     k = min(_REACH, len(new) - 1)
     if metric != "ip":
-        return nearest(new[rows], new, k, rows)[0][:, -1]
+        return nearest(new[rows], z, k, rows)[0][:, -1]
     found = np.empty(len(rows), np.float32)
     for start in range(0, len(rows), 1024):
         part = rows[start : start + 1024]
-        far = keys(new[part], new, metric)
+        far = keys(new[part], z, metric)
         far[np.arange(len(part)), part] = np.inf
         found[start : start + 1024] = np.partition(far, k - 1, axis=1)[:, k - 1]
     return found

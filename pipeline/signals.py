@@ -20,6 +20,7 @@ from pipeline.schema import Float32, Int64
 Columns = dict[str, Float32]
 
 _NEIGHBOURS = 10
+_SLACK = np.float32(1e-4)  # the tenth pair is within reach, whatever the last bits of its distance are
 _NUMBERS_AT_ONCE = 2**24  # 64 MB: logits, or distances to the queries
 
 
@@ -144,20 +145,22 @@ def _largest_share(labels: Int64) -> Float32:
 
 def _hubness(block: Block, reference: Reference) -> Columns:
     """How many queries have the image within their reach, as a share of their mean; and whom it would be wrong for."""
-    hits = keys(block.z, reference.queries, reference.metric) <= reference.reach
+    reach = reference.reach + _SLACK * np.abs(reference.reach)
+    hits = keys(block.z, reference.queries, reference.metric) <= reach
     there = np.flatnonzero(block.own >= 0)
     places = np.searchsorted(reference.query_rows, block.own[there])
     known = places < len(reference.query_rows)
     there, places = there[known], places[known]
     known = reference.query_rows[places] == block.own[there]
     hits[there[known], places[known]] = False
-    counts = hits.sum(axis=1) * np.float32(len(reference.old) / len(reference.queries) / _NEIGHBOURS)
+    share = np.float32(len(reference.old) / len(reference.queries) / _NEIGHBOURS)
+    counts = hits.sum(axis=1) * share
     found = {"hubness": 1 / (1 + counts), "hits": counts}
     labels = reference.labels[reference.query_rows]
     if reference.classifier_weight is not None and reference.centroid_labels is not None:
         shares = probabilities(block.z, reference)
         right = np.where(labels >= 0, shares[:, np.minimum(np.maximum(labels, 0), shares.shape[1] - 1)], 0)
-        found["hits_right"] = (hits * right).sum(axis=1) * np.float32(len(reference.old) / len(hits[0]) / _NEIGHBOURS)
+        found["hits_right"] = (hits * right).sum(axis=1) * share
     return found
 
 

@@ -27,7 +27,7 @@ _KEYS_AT_ONCE = 2**22
 
 _NETWORKS = 4
 _WIDTH = 32
-_EPOCHS = 60
+_STEPS, _EPOCHS = 400, (20, 60)  # as many steps, within these epochs (m): with more it learns the noise
 _BATCH = 256
 _LR = 2e-3
 _DECAY = 1e-2
@@ -89,8 +89,7 @@ def fit_learned(scored: Scored, reference: Reference, harm: Float32, seed: int) 
     scale = np.where(scale > 0, scale, 1).astype(np.float32)
     centre, spread = float(harm.mean()), float(harm.std()) or 1.0
     x_ns, y_n = torch.from_numpy((columns - mean) / scale), torch.from_numpy((harm - centre) / spread)
-    networks = [_fit_network(x_ns, y_n.clamp(-_CLIP, _CLIP), seed + number) for number in range(_NETWORKS)]
-    weight, bias, out, shift = (torch.stack(tensors).numpy() for tensors in zip(*networks, strict=True))
+    weight, bias, out, shift = (tensor.numpy() for tensor in _fit_networks(x_ns, y_n.clamp(-_CLIP, _CLIP), seed))
     model = {
         "weight": weight,
         "bias": bias,
@@ -100,24 +99,27 @@ def fit_learned(scored: Scored, reference: Reference, harm: Float32, seed: int) 
     return replace(reference, signals=tuple(known), mean=mean, scale=scale, model=model)
 
 
-def _fit_network(x_ns: torch.Tensor, y_n: torch.Tensor, seed: int) -> tuple[torch.Tensor, ...]:
-    """weight (S, H), bias (H,), out (H,), shift () of one network."""
+def _fit_networks(x_ns: torch.Tensor, y_n: torch.Tensor, seed: int) -> list[torch.Tensor]:
+    """weight (E, S, H), bias (E, H), out (E, H), shift (E,): E networks side by side, each with its own shuffle."""
     random = torch.Generator().manual_seed(seed)
-    width = x_ns.shape[1]
-    weight_sh = (torch.rand((width, _WIDTH), generator=random) * 2 - 1) / width**0.5
-    out_h = (torch.rand(_WIDTH, generator=random) * 2 - 1) / _WIDTH**0.5
-    tensors = [weight_sh, torch.zeros(_WIDTH), out_h, torch.zeros(())]
+    num, width = x_ns.shape
+    weight_esh = (torch.rand((_NETWORKS, width, _WIDTH), generator=random) * 2 - 1) / width**0.5
+    out_eh = (torch.rand((_NETWORKS, _WIDTH), generator=random) * 2 - 1) / _WIDTH**0.5
+    tensors = [weight_esh, torch.zeros(_NETWORKS, _WIDTH), out_eh, torch.zeros(_NETWORKS)]
     for tensor in tensors:
         tensor.requires_grad_()
     optimizer = torch.optim.AdamW(tensors, lr=_LR, weight_decay=_DECAY)
-    for _ in range(_EPOCHS):
-        for rows_b in torch.randperm(len(x_ns), generator=random).split(_BATCH):
-            predicted_b = functional.relu(x_ns[rows_b] @ tensors[0] + tensors[1]) @ tensors[2] + tensors[3]
-            loss = (predicted_b - y_n[rows_b]).square().mean()
+    epochs = int(np.clip(_STEPS * _BATCH // num, *_EPOCHS))
+    for _ in range(epochs):
+        shuffles_en = torch.stack([torch.randperm(num, generator=random) for _ in range(_NETWORKS)])
+        for rows_eb in shuffles_en.split(_BATCH, dim=1):
+            hidden_ebh = functional.relu(torch.bmm(x_ns[rows_eb], tensors[0]) + tensors[1][:, None])
+            predicted_eb = torch.bmm(hidden_ebh, tensors[2][:, :, None])[..., 0] + tensors[3][:, None]
+            loss = (predicted_eb - y_n[rows_eb]).square().mean(dim=1).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return tuple(tensor.detach() for tensor in tensors)
+    return [tensor.detach() for tensor in tensors]
 
 
 def _queries(
