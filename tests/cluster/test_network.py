@@ -8,10 +8,8 @@ the worker's raylet ends itself when it hears so. Then a supervisor (systemd, Ku
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -53,11 +51,11 @@ class TwoHosts:
     def start(self) -> None:
         """The head, then the worker."""
         head = ["--head", f"--port={self._port}", f"--temp-dir={self._folder}", "--num-cpus=0"]
-        self._start(self._hosts.head, self._head, [*head, "--include-dashboard=false", "--disable-usage-stats"])
+        self._start(self._hosts.head, self._head, *head, "--include-dashboard=false", "--disable-usage-stats")
         self.start_worker()
 
     def start_worker(self) -> None:
-        self._start(self._hosts.worker, self._worker, [f"--address={self.address}", f"--num-cpus={NODE_CPUS}"])
+        self._start(self._hosts.worker, self._worker, f"--address={self.address}", f"--num-cpus={NODE_CPUS}")
 
     @contextmanager
     def supervised(self) -> Iterator[None]:
@@ -87,20 +85,10 @@ class TwoHosts:
         self._head.end()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _start(self, host: str, marked: Marked, words: list[str]) -> None:
-        ray = [str(Path(sys.executable).parent / "ray"), "start", f"--node-ip-address={host}"]
-        done = subprocess.run(
-            [*self._hosts.on(host), *ray, "--object-store-memory=100000000", *words],
-            env=os.environ | self._environment | marked.environment | {"RAY_AUTH_MODE": "disabled"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=60,
-            check=False,
+    def _start(self, host: str, marked: Marked, *words: str) -> None:
+        marked.ray_start(
+            f"--node-ip-address={host}", *words, environment=self._environment, prefix=self._hosts.on(host)
         )
-        if done.returncode:
-            raise RuntimeError(done.stdout)
 
 
 @pytest.fixture(scope="module")
