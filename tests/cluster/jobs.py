@@ -12,6 +12,8 @@ from pathlib import Path
 
 from tests.faults.scene import ROOT
 
+STOP_SECONDS = 30.0  # in which a job has to end that is told to
+
 
 @dataclass(frozen=True)
 class Jobs:

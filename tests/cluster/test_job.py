@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 
 from pipeline import storage
-from tests.cluster.jobs import Jobs
+from tests.cluster.jobs import STOP_SECONDS, Jobs
 from tests.faults.scene import WAVES, Scene, add_worker
 from tests.faults.test_kill_matrix import created_commits
 from tests.faulty_proxy import FaultyProxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-STOP_SECONDS = 30.0  # in which a job has to end that is told to
 LONG_FIT = ("fit.epochs=150", "fit.max_failures=0")  # half a minute; the first failure that counts would end it
 
 
