@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from pipeline.actors import LOAD_CPUS, WRITE_CPUS
 from tests.cluster.fleet import NODES, ON_GPUS, Fleet, fleet, wait_until_empty, watching
 from tests.faults.scene import ROOT
 from tests.seaweed import weed_binary
@@ -52,7 +53,8 @@ print(actor_pool(Backfill(gpus_per_actor=1, max_actors=3), "auto"))
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "waiting for nodes: 0.75 CPUs, 1 GPUs needed, 0 CPUs, 0 GPUs there" in done.stderr
+    needed = f"{LOAD_CPUS + WRITE_CPUS:g} CPUs, 1 GPUs"
+    assert f"waiting for nodes: {needed} needed, 0 CPUs, 0 GPUs there" in done.stderr
     assert done.stdout == "Pool(smallest=1, first=1, largest=3, cpus=0.0, gpus=1.0)\n"
 
 
