@@ -57,8 +57,8 @@ class Jobs:
             time.sleep(1.0)
         return status
 
-    def nodes_of_actors(self, kind: str) -> list[str]:
-        """The node of each actor that there is or was of this kind, in the order of their start."""
+    def nodes_of_actors(self, kind: str) -> dict[str, str]:
+        """The node of each actor that there is or was of this kind, by the actor's id."""
         found = json.loads(self.ray("list", "actors", "--format", "json", "--limit", "1000", "--detail"))
         actors = [actor for actor in found if kind in (actor["class_name"] + actor["repr_name"])]
-        return [actor["node_id"] for actor in sorted(actors, key=lambda actor: int(actor["start_time_ms"] or 0))]
+        return {actor["actor_id"]: actor["node_id"] for actor in actors}

@@ -73,7 +73,7 @@ def test_a_submitted_cifar100_backfill_that_was_stopped_once_gives_the_bytes_of_
     jobs.submit("cifar100-2", CONFIG, *submitted)
     assert jobs.wait("cifar100-2", 400) == "succeeded", jobs.job("logs", "cifar100-2")
     assert f"wave {WAVES} of {WAVES} published" in jobs.job("logs", "cifar100-2")
-    assert set(jobs.nodes_of_actors("EmbedStage")) == {node.node_id for node in gpu_cluster.worker_nodes}
+    assert set(jobs.nodes_of_actors("EmbedStage").values()) == {node.node_id for node in gpu_cluster.worker_nodes}
 
     assert content(run) == content(local)
     assert snapshot.list_commits(run) == snapshot.list_commits(local) == list(range(WAVES + 1))
