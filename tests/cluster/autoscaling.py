@@ -83,8 +83,9 @@ class AutoscaledCluster:
         }
 
     def kill(self, node: str) -> None:
-        """SIGKILL for everything that runs on a node: the machine has gone."""
-        kill(descendants(self.nodes()[node]))
+        """SIGKILL for everything that runs on a node, if it is still there: the machine has gone."""
+        pid = self.nodes().get(node)
+        kill(descendants(pid) if pid else [])
 
     def monitor_log(self) -> str:
         """What the autoscaler says."""

@@ -20,7 +20,7 @@ from tests.seaweed import weed_binary
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 KILL_SECONDS = 20.0
-IMAGE_SECONDS = 0.35
+IMAGE_SECONDS = 0.6
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_node_that_is_lost_every_20_seconds_loses_nothing(growing: Fleet) -> N
     name = "spot"
     growing.scene.prepare(name, like="undisturbed")
     with watching(growing.cluster, KILL_SECONDS) as sight:
-        output = growing.scene.finish(name, *ON_GPUS, seconds=240)
-    assert len(sight.kills) >= 2, f"it was over too soon to lose nodes:\n{output}"
+        output = growing.scene.finish(name, *ON_GPUS, seconds=400)
+    assert sight.struck >= 3, f"it was over too soon to lose nodes that embed:\n{output}"
     assert len({node for actors in sight.actors for node in actors}) > NODES, "no machine came for a lost one"
     assert not growing.differences(name, "undisturbed")
