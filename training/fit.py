@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -29,21 +28,20 @@ from ray.train import (
     Checkpoint,
     CheckpointConfig,
     DataConfig,
-    FailureConfig,
     LoggingConfig,
     RunConfig,
     ScalingConfig,
-    TrainingFailedError,
     UserCallback,
 )
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import offset as offsets
 from pipeline import reference, selection, storage
 from pipeline.actors import may_grow
 from pipeline.config import Config, Fit
-from pipeline.errors import ConfigError, DataError, FastfillError, TransientError
+from pipeline.errors import ConfigError, DataError
 from pipeline.offset import Classifier, Offset
 from pipeline.run import Run, check_settings_of, fix_settings, stage_settings
 from pipeline.schema import Float32
@@ -54,6 +52,7 @@ from pipeline.transformation import (
     read_info,
     save_transformation,
 )
+from training.attempts import fit_to_the_end, no_failure_but_announced_ones
 from training.candidates import settings_of
 from training.knowledge import reference_of
 from training.learner import Epoch, FitData, Job, Learner, PairArrays, make_arrays
@@ -96,7 +95,7 @@ def fit(
     Raises:
         ConfigError: the settings do not fit the data: no labels for the loss, too few parts or pairs.
         DataError: the pairs break their contract, or the loss became infinite.
-        TransientError: workers failed more than `fit.max_failures` times.
+        TransientError: workers failed more than `fit.max_failures` times on nodes that live.
         IncompatibleRun: another driver has fitted it with other settings meanwhile.
     """
     settings = stage_settings(config, "fit")
@@ -163,16 +162,20 @@ def _train(config: Config, run: Run, job: Job, on_epoch: Callable[[Epoch], None]
     _drop_broken_snapshot(storage.join(folder, _fingerprint(job)))
     os.environ.setdefault(_POLL_SECONDS, "0.2")  # each epoch waits for the controller's next look, 2 s by default
     os.environ.setdefault(_START_SECONDS, "1800")  # workers may wait for nodes; a withdrawn request brings none
+    scaling = _scaling(config)  # of all attempts: GPUs that are lost are waited for, and not done without
     with _quiet_data(), _reporting(on_epoch) as callbacks:
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"job": job},
-            scaling_config=_scaling(config),
-            run_config=_run_config(job, folder, callbacks),
-            datasets={f"train-{rank}": _share(job, rank) for rank in range(job.fit.num_workers)},
-            dataset_config=DataConfig(datasets_to_split=[]),
-        )
-        checkpoint = _run_trainer(trainer)
+
+        def make_trainer() -> TorchTrainer:
+            return TorchTrainer(
+                _worker,
+                train_loop_config={"job": job},
+                scaling_config=scaling,
+                run_config=_run_config(job, folder, callbacks),
+                datasets={f"train-{rank}": _share(job, rank) for rank in range(job.fit.num_workers)},
+                dataset_config=DataConfig(datasets_to_split=[]),
+            )
+
+        checkpoint = fit_to_the_end(make_trainer, job.fit.max_failures)
     state, network = _read_checkpoint(checkpoint, torch.device("cpu")), job.network()
     network.load_state_dict(state["network"])
     if state["classifier"] is None:
@@ -208,33 +211,6 @@ def _worker(config: dict[str, Job]) -> None:
             ray.train.report({**figures, "pid": os.getpid()}, checkpoint=saved)
 
 
-def _run_trainer(trainer: TorchTrainer) -> Checkpoint:
-    """Run it; Ctrl-C raises KeyboardInterrupt as anywhere else, and still does so afterwards."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        checkpoint: Checkpoint | None = trainer.fit().checkpoint
-    except SystemExit as stopped:  # Ray Train's handler of Ctrl-C would end the program with exit code 0
-        raise KeyboardInterrupt from stopped
-    except TrainingFailedError as error:
-        raise _cause(error) from error
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
-    assert checkpoint is not None, "a finished fit has a checkpoint"
-    return checkpoint
-
-
-def _cause(error: TrainingFailedError) -> FastfillError:
-    """The worker's own error where it is one of ours."""
-    failures: dict[int, object] = getattr(error, "worker_failures", {})
-    for failure in failures.values():
-        inner = getattr(failure, "_base_exc", failure)
-        if isinstance(inner, FastfillError):
-            return inner
-    remedy = "run the same command again: it goes on after the last whole epoch"
-    return TransientError("the fit failed", found=error, where="Ray Train", remedy=remedy)
-
-
 @contextmanager
 def _quiet_data() -> Iterator[None]:
     """Ray Data without progress bars and log lines in the user's terminal."""
@@ -267,7 +243,10 @@ def _reporting(on_epoch: Callable[[Epoch], None] | None) -> Iterator[list[UserCa
     if on_epoch is None:
         yield []
         return
-    queue = Queue(actor_options={"num_cpus": 0})
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(
+        actor_options={"num_cpus": 0, "scheduling_strategy": here}
+    )  # elsewhere its node might go, and the fit
 
     def listen() -> None:
         while (figures := queue.get()) is not None:
@@ -290,10 +269,7 @@ def _run_config(job: Job, folder: str, callbacks: list[UserCallback]) -> RunConf
         name=_fingerprint(job),
         storage_path=path,
         storage_filesystem=filesystem,
-        failure_config=FailureConfig(  # type: ignore[call-arg]  # the same
-            max_failures=job.fit.max_failures,
-            max_preemption_failures=-1,  # a node that was announced to go is nobody's failure
-        ),
+        failure_config=no_failure_but_announced_ones(),
         checkpoint_config=CheckpointConfig(num_to_keep=2),
         callbacks=callbacks,  # type: ignore[arg-type]  # the same
         worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
