@@ -23,6 +23,7 @@ from pipeline.ranking import Float64
 
 REACHED = (95, 99)
 _BAND = 2.0  # standard errors
+BAND_SAYS = "with two standard errors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +45,20 @@ class Expected:
     low: Float64
     high: Float64
 
-    def to_json(self) -> dict[str, object]:
-        """As JSON shows it, with the fractions at which 95 and 99 per cent of the end are reached, and their band."""
-        reached = {
-            str(percent): {
-                "fraction": fraction_for(self.values, self.fractions, percent),
-                "low": fraction_for(self.high, self.fractions, percent, self.values[-1]),
-                "high": fraction_for(self.low, self.fractions, percent, self.values[-1]),
-            }
+    def reached(self) -> dict[int, tuple[float, float, float]]:
+        """For 95 and 99 per cent of the end: the fraction from which on the curve stays there, and its band."""
+        end = float(self.values[-1])
+        curves = (self.values, self.high, self.low)
+        return {
+            percent: tuple(fraction_for(curve, self.fractions, percent, end) for curve in curves)  # type: ignore[misc]
             for percent in REACHED
+        }
+
+    def to_json(self) -> dict[str, object]:
+        """As JSON shows it."""
+        reached = {
+            str(percent): dict(zip(("fraction", "low", "high"), found, strict=True))
+            for percent, found in self.reached().items()
         }
         return {name: getattr(self, name).tolist() for name in self.__slots__} | {"reached": reached}
 

@@ -28,6 +28,7 @@ from pipeline.reference import load_reference
 from pipeline.run import Run
 from pipeline.schema import Int64, splitmix64, vectors_from_arrow
 from pipeline.selection import read_selection, resolve_policy
+from pipeline.shift import same_side
 from pipeline.transformation import apply, load_transformation, read_part
 from training.learner import Job, make_arrays
 from training.pairs import build_pairs, fit_data
@@ -63,6 +64,16 @@ def expected_curve(config: Config, run: Run, plan: Plan) -> Curves | None:
     found = {name: expect(curves[:, :, column], fractions, ends[name]) for column, name in enumerate(names)}
     storage.put(uri, json.dumps({name: item.to_json() for name, item in found.items()}, allow_nan=False).encode())
     return found
+
+
+def likeness(config: Config, run: Run, plan: Plan) -> float | None:
+    """`shift.same_side` of the held-out pairs and the probe set; None without a probe set."""
+    probe = probe_set.gather(config, run, plan)
+    if probe is None:
+        return None
+    parts = storage.list_files(run.path("pairs", "held_out"), ".parquet")
+    old = np.concatenate([vectors_from_arrow(storage.read_parquet(uri, ["old"])["old"]) for uri in parts])
+    return same_side(old, probe.old, config.seed)
 
 
 def _shapes(config: Config, run: Run) -> tuple[tuple[str, ...], Float64]:
