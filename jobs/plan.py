@@ -68,7 +68,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
         show_expected(expected, found)
     if alike is not None and alike >= APART:
         console().print(
-            f"[bold red]The pairs do not look like the gallery:[/] by old embeddings {alike:.0%} of an image's neighbours "
+            f"[bold red]The pairs do not look like the gallery:[/] by old embeddings {alike:.0%} of neighbours "
             "are from its own side, where 50% would be alike. What was measured on held-out pairs may not hold here.",
             soft_wrap=True,
         )
