@@ -85,10 +85,11 @@ def ensure_fit(config: Config, run: Run, bars: Bars) -> TransformationInfo:
 
     def show(epoch: dict[str, float]) -> None:
         telemetry.observe_epoch(epoch)
-        bars.images("fit: epochs", int(epoch["epoch"]) + 1, config.fit.epochs, f"loss {epoch['loss']:.4f}")
+        bars.images("fit: epochs", int(epoch["epoch"]) + 1, int(epoch["epochs"]), f"loss {epoch['loss']:.4f}")
 
-    bars.images("fit: epochs", 0, config.fit.epochs)
-    return fit(config, run, fit_data(config, run, pairs), show)
+    if config.select is None:
+        bars.images("fit: epochs", 0, config.fit.epochs)
+    return fit(config, run, fit_data(config, run, pairs), show, bars.images)
 
 
 def ensure_plan(config: Config, run: Run, bars: Bars) -> Plan:

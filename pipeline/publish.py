@@ -7,16 +7,19 @@ embedded in. A wave that is committed is never committed again. It does not know
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline import snapshot, storage, telemetry
 from pipeline.codebook import train_codebook, write_codebook
 from pipeline.config import Config
 from pipeline.errors import GateRefused
+from pipeline.offset import PART
 from pipeline.plan import Plan
 from pipeline.promotion import Promotion
 from pipeline.run import Run, fix_settings, stage_settings
@@ -24,6 +27,7 @@ from pipeline.schema import Float32, vectors_from_arrow
 from pipeline.seal import Sealer
 from pipeline.snapshot import Commit, Counts, SegmentRef, Writer
 from pipeline.stop import Stop
+from pipeline.transformation import read_part
 
 _CHECK_SECONDS = 10.0
 """How long a driver that was taken over may go on embedding before it looks; each look is one small GET."""
@@ -158,7 +162,7 @@ class Publisher:
     def _train_codebook(self) -> tuple[str, str]:
         index, settings = self._config.index, stage_settings(self._config, "index")
         data = train_codebook(
-            _training_vectors(self._run, index.train_vectors),
+            _training_vectors(self._run, self._plan, index.train_vectors),
             index,
             self._config.gallery.metric,
             self._plan.num_gallery,
@@ -169,11 +173,27 @@ class Publisher:
         return write_codebook(self._run, data)
 
 
-def _training_vectors(run: Run, wanted: int) -> Float32:
-    """New-space vectors of the training pairs; the pairs' parts are stripes, so the first ones are a sample."""
+def _training_vectors(run: Run, plan: Plan, wanted: int) -> Float32:
+    """What a codebook has to know: new embeddings, of the training pairs; and what is served with an offset.
+
+    An offset lies where new embeddings do not vary, so a codebook of these alone would not keep it.
+    """
+    pairs = (
+        storage.read_parquet(uri, ["new"])["new"] for uri in storage.list_files(run.path("pairs", "train"), ".parquet")
+    )
+    if read_part(run, PART) is None:
+        return _first(pairs, wanted)
+    parts = (storage.read_parquet(run.part("transformed", part), ["vector"]) for part in range(plan.num_parts))
+    return np.concatenate(
+        [_first(pairs, wanted - wanted // 2), _first((part["vector"] for part in parts), wanted // 2)]
+    )
+
+
+def _first(columns: Iterable[pa.ChunkedArray], wanted: int) -> Float32:
+    """The first vectors; parts of pairs are stripes, and those of the gallery as the manifest has them."""
     found: list[Float32] = []
-    for uri in storage.list_files(run.path("pairs", "train"), ".parquet"):
-        found.append(vectors_from_arrow(storage.read_parquet(uri, ["new"])["new"]))
+    for column in columns:
+        found.append(vectors_from_arrow(column))
         if sum(map(len, found)) >= wanted:
             break
     return np.concatenate(found)[:wanted]

@@ -87,20 +87,19 @@ class Quality:
 def full_estimate(known: Reference, start: Quality) -> Figures:
     """What the full new model is expected to reach on the probe set, in per cent; only what can be told.
 
-    Among the probe images alone labels are rarer than in the gallery, so what the new model reaches there is
-    scaled by what snapshot 0 reaches in the whole gallery over what it reaches among them.
+    Among the probe images alone labels are rarer than in the gallery. So what the new model gains there over the
+    transformed vectors is added to what snapshot 0 reaches in the whole gallery, as `expected` does.
 
     Args:
         known: the run's reference.
         start: the quality of commit 0.
     """
     new, transformed = top(known.within_new), top(known.within_transformed)
-    scaled = {
-        name: min(100.0, new[name] * start.figures[name] / transformed[name])
+    sums = {
+        name: float(np.clip(start.figures[name] + new[name] - transformed[name], 0, 100))
         for name in new.keys() & start.figures.keys()
-        if transformed[name] > 0
     }
-    return scaled | {"recall10": 100.0}
+    return sums | {"recall10": 100.0}
 
 
 def read_reference(run: Run) -> Reference | None:
