@@ -30,7 +30,7 @@ COMMANDS = {
     },
     "fit": SHARED,
     "plan": SHARED | {"--measure"},
-    "backfill": SHARED | {"--retry-rejects", "--new-run"},
+    "backfill": SHARED | {"--retry-rejects", "--new-run", "--stop-when"},
     "status": SHARED,
     "search": SHARED | {"--column", "-k", "--tag", "--commit", "--limit"},
     "evaluate": SHARED | {"--curve", "--commit"},
