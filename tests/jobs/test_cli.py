@@ -28,7 +28,7 @@ COMMANDS = {
         *("--to", "--suffix", "--uri-column", "--key-column", "--stat", "--hash", "--replace", "--no-ray"),
         *("--config", "--print-config", "--json", "--help", "-h"),
     },
-    "fit": SHARED,
+    "fit": SHARED | {"--select"},
     "plan": SHARED | {"--measure"},
     "backfill": SHARED | {"--retry-rejects", "--new-run", "--stop-when"},
     "status": SHARED,
