@@ -92,8 +92,8 @@ class ReportData:
     config: Tree
     probe: list[Tree] = field(default_factory=list)
     standing: Tree | None = None
-    selection: Tree | None
-    expected: Tree | None
+    selection: Tree | None = None
+    expected: Tree | None = None
 
 
 def collect(config: Config, run: Run) -> ReportData:
