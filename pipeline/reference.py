@@ -95,7 +95,7 @@ class Reference:
             tensors = load(data)
         except (SafetensorError, ValueError, KeyError) as error:
             raise DataError("not what policies know of pairs", found=repr(error), where=where) from error
-        model = {name.removeprefix(_MODEL): tensors.pop(name) for name in list(tensors) if name.startswith(_MODEL)}
+        model = {name.removeprefix(_MODEL): tensors.pop(name) for name in sorted(tensors) if name.startswith(_MODEL)}
         tuples = {name: tuple(value) for name, value in words.items() if isinstance(value, list)}
         return cls(**{**words, **tuples, **tensors, "model": model or None})
 

@@ -37,6 +37,7 @@ from training.pairs import build_pairs, fit_data
 from training.select import APPLY_BATCH, FINAL, Fold, curves_of, order_by
 
 _FOLDS = 4
+_LEAST_FOLDED = 1000  # pairs; with fewer, what a fold says of the band is noise, and some labels are there once
 _MOST_PAIRS = 5000
 _LEAST_LABELLED = 100
 _SALT = 0x51AB
@@ -95,9 +96,10 @@ def _shapes(config: Config, run: Run) -> tuple[tuple[str, ...], Float64]:
     part, fold = read_part(run, offsets.PART), Fold(held_out, z, s, None)
     served = z if part is None else Offset.from_bytes(part).apply(z, s)
     priority = load_policy(policy, config.seed, load_reference(run))(fold.scored())
-    places = (splitmix64(np.arange(len(z)), _SALT) % np.uint64(_FOLDS)).astype(np.int64)
+    num_folds = _FOLDS if len(z) >= _LEAST_FOLDED else 1
+    places = (splitmix64(np.arange(len(z)), _SALT) % np.uint64(num_folds)).astype(np.int64)
     curves = []
-    for number in range(_FOLDS):
+    for number in range(num_folds):
         rows = np.flatnonzero(places == number)
         some = fold.take(rows)
         orders = {policy: [order_by(priority[rows], config.seed)]}
