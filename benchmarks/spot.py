@@ -1,11 +1,12 @@
 """How fast a backfill is while spot machines come and go: the rate and the nodes over time, as SVG and figures.
 
-Ray's own autoscaler brings up to three nodes to a run that starts with none; in a second run one of them is taken
-away every 20 seconds, by SIGKILL and without a notice. Nodes are raylets of one machine and the encoder sleeps for
-each image, as if it were a network on a GPU: so the figures say how the stream takes losses, and nothing of images
-per second anywhere else. The second run has to publish what the first one did, or nothing is written.
+Ray's own autoscaler brings up to three nodes to a run that starts with none; in a second run, once all three embed, the
+one that has been there longest is taken away every 20 seconds, by SIGKILL and without a notice. Nodes are raylets of
+one machine and the encoder sleeps for each image, as if it were a network on a GPU: so the figures say how the stream
+takes losses, and nothing of images per second anywhere else. The second run has to publish what the first one did, or
+nothing is written.
 
-    python -m benchmarks.spot --out benchmarks/results/2026-11-24-spot.md --plot docs/spot.svg
+    python -m benchmarks.spot --out benchmarks/results/2026-11-26-spot.md --plot docs/spot.svg
 """
 
 from __future__ import annotations

@@ -172,6 +172,19 @@ def _check_sources(config: Config) -> None:
             expected="for both, or for neither",
             where=f"{missing}.columns.side",
         )
+    if config.fit.offset != "none" and config.gallery.metric == "ip":
+        raise ConfigError(
+            "an inner product does not see an offset",
+            expected="none",
+            found=config.fit.offset,
+            where="fit.offset, gallery.metric",
+        )
+    if config.fit.offset == "confidence" and pairs.label is None and config.fit.classifier is None:
+        raise ConfigError(
+            "an offset by confidence needs a classifier, or labels to fit one on",
+            where="fit.classifier, pairs.columns.label",
+            remedy="set fit.offset to uncertainty, which needs neither",
+        )
     if needs_labels(config.fit.loss) and pairs.label is None:
         raise ConfigError(
             f"the loss {config.fit.loss!r} needs labels",

@@ -6,11 +6,15 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.faulty_proxy import FaultyProxy
 from tests.seaweed import SeaweedFS, weed_binary
+
+if TYPE_CHECKING:
+    from pipeline.run import Run
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -38,6 +42,14 @@ def cifar100() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the CIFAR-100 data and encoders in {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def local_cifar100(cifar100: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run of this machine alone, for tests that make the same one in another place."""
+    from tests.cifar100 import make_local_run
+
+    return make_local_run(cifar100, tmp_path_factory.mktemp("cifar100"))
 
 
 @pytest.fixture(scope="session")

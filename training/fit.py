@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -29,20 +28,21 @@ from ray.train import (
     Checkpoint,
     CheckpointConfig,
     DataConfig,
-    FailureConfig,
     LoggingConfig,
     RunConfig,
     ScalingConfig,
-    TrainingFailedError,
     UserCallback,
 )
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import reference, storage
+from pipeline import offset as offsets
+from pipeline import reference, selection, storage
 from pipeline.actors import may_grow
 from pipeline.config import Config, Fit
-from pipeline.errors import ConfigError, DataError, FastfillError, TransientError
+from pipeline.errors import ConfigError, DataError
+from pipeline.offset import Classifier, Offset
 from pipeline.run import Run, check_settings_of, fix_settings, stage_settings
 from pipeline.schema import Float32
 from pipeline.transformation import (
@@ -52,13 +52,16 @@ from pipeline.transformation import (
     read_info,
     save_transformation,
 )
+from training.attempts import fit_to_the_end, no_failure_but_announced_ones
+from training.candidates import settings_of
 from training.knowledge import reference_of
-from training.learner import Epoch, FitData, Job, Learner, make_arrays
+from training.learner import Epoch, FitData, Job, Learner, PairArrays, make_arrays
 from training.losses import needs_labels
-from training.measure import measure
+from training.measure import measure, transform
+from training.select import OnStep, select
 
-Fitted = tuple[TransformationNetwork, tuple[Float32, Float32 | None] | None]
-"""The network, and the classifier where the loss needed one: weight (C, d_new), bias (C,)."""
+Fitted = tuple[TransformationNetwork, Classifier | None]
+"""The network, and the classifier where the loss or the offset needed one."""
 
 _LOG = logging.getLogger(__name__)
 _STATE = "state.pt"
@@ -67,34 +70,57 @@ _POLL_SECONDS = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 _START_SECONDS = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 
-def fit(config: Config, run: Run, data: FitData, on_epoch: Callable[[Epoch], None] | None = None) -> TransformationInfo:
+def fit(
+    config: Config,
+    run: Run,
+    data: FitData,
+    on_epoch: Callable[[Epoch], None] | None = None,
+    on_step: OnStep = lambda what, done, total: None,
+) -> TransformationInfo:
     """Fit, measure and save the run's transformation; one that is there already is left as it is.
+
+    With a `select` section the loss, the network and the offset are chosen first, by measurement.
 
     A fit that was stopped goes on after its last whole epoch. With the gallery metric `cosine` the
     targets are normalised as well, and a given classifier is applied to unit vectors.
 
     Args:
+        config: the run's.
+        run: with its pairs.
+        data: the pairs.
+        on_step: of a selection, told what is done, how much of it, and of how much.
         on_epoch: called from a thread of this process after each epoch with `epoch` (from 0), `epochs`,
             `loss`, `alignment`, `lr`, `images_per_second` and `pid` (of rank 0's process).
 
     Raises:
         ConfigError: the settings do not fit the data: no labels for the loss, too few parts or pairs.
         DataError: the pairs break their contract, or the loss became infinite.
-        TransientError: workers failed more than `fit.max_failures` times.
+        TransientError: workers failed more than `fit.max_failures` times on nodes that live.
         IncompatibleRun: another driver has fitted it with other settings meanwhile.
     """
     settings = stage_settings(config, "fit")
     if has_transformation(run):
         check_settings_of(run, "fit", settings)
         return read_info(run)
+    chosen = None
+    if config.select is not None:
+        chosen = select(config, run, data, on_step)
+        config = config.model_copy(update={"fit": settings_of(chosen, config.fit)})
     job = make_job(config, data)
     network, classifier = _train(config, run, job, on_epoch)
     held_out = pa.concat_tables([storage.read_parquet(uri) for uri in data.held_out_parts])
     pairs = make_arrays(held_out, job)
-    info = measure(config, job, network, pairs)
-    known = reference_of(config, network, held_out, pairs, classifier or data.classifier, data.label_names)
+    z, s = transform(config, network, pairs)
+    offset = None if config.fit.offset == "none" else _offset(config, classifier, z, s, pairs)
+    served = z if offset is None else offset.apply(z, s)
+    info = measure(config, job, pairs, served, s)
+    given = None if data.classifier is None else Classifier(*data.classifier)
+    known = reference_of(config, held_out, pairs, z, s, served, classifier or given, data.label_names)
     fix_settings(run, "fit", settings)
-    save_transformation(run, network, info, {reference.PART: known.to_bytes()})
+    parts = {reference.PART: known.to_bytes()}
+    parts |= {} if offset is None else {offsets.PART: offset.to_bytes()}
+    parts |= {} if chosen is None else {selection.PART: chosen.to_json().encode()}
+    save_transformation(run, network, info, parts)
     storage.delete(_training_folder(run))
     return info
 
@@ -106,7 +132,7 @@ def make_job(config: Config, data: FitData) -> Job:
         ConfigError, DataError: as `fit`.
     """
     fit, workers = config.fit, config.fit.num_workers
-    if needs_labels(fit.loss):
+    if needs_labels(fit.loss) or fit.offset == "confidence":
         _check_classes(fit, data)
     if len(data.train_parts) < workers:
         raise ConfigError(
@@ -136,22 +162,32 @@ def _train(config: Config, run: Run, job: Job, on_epoch: Callable[[Epoch], None]
     _drop_broken_snapshot(storage.join(folder, _fingerprint(job)))
     os.environ.setdefault(_POLL_SECONDS, "0.2")  # each epoch waits for the controller's next look, 2 s by default
     os.environ.setdefault(_START_SECONDS, "1800")  # workers may wait for nodes; a withdrawn request brings none
+    scaling = _scaling(config)  # of all attempts: GPUs that are lost are waited for, and not done without
     with _quiet_data(), _reporting(on_epoch) as callbacks:
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"job": job},
-            scaling_config=_scaling(config),
-            run_config=_run_config(job, folder, callbacks),
-            datasets={f"train-{rank}": _share(job, rank) for rank in range(job.fit.num_workers)},
-            dataset_config=DataConfig(datasets_to_split=[]),
-        )
-        checkpoint = _run_trainer(trainer)
+
+        def make_trainer() -> TorchTrainer:
+            return TorchTrainer(
+                _worker,
+                train_loop_config={"job": job},
+                scaling_config=scaling,
+                run_config=_run_config(job, folder, callbacks),
+                datasets={f"train-{rank}": _share(job, rank) for rank in range(job.fit.num_workers)},
+                dataset_config=DataConfig(datasets_to_split=[]),
+            )
+
+        checkpoint = fit_to_the_end(make_trainer, job.fit.max_failures)
     state, network = _read_checkpoint(checkpoint, torch.device("cpu")), job.network()
     network.load_state_dict(state["network"])
     if state["classifier"] is None:
         return network, None
     weight, bias = state["classifier"]
-    return network, (weight.numpy(), None if bias is None else bias.numpy())
+    return network, Classifier(weight.numpy(), None if bias is None else bias.numpy())
+
+
+def _offset(config: Config, classifier: Classifier | None, z: Float32, s: Float32, pairs: PairArrays) -> Offset:
+    kind, strength = config.fit.offset, config.fit.offset_strength
+    assert kind != "none", "nothing to fit"
+    return offsets.fit_offset(kind, strength, z, s, pairs.new, classifier, config.gallery.metric)
 
 
 def _worker(config: dict[str, Job]) -> None:
@@ -173,33 +209,6 @@ def _worker(config: dict[str, Job]) -> None:
                 torch.save(learner.state(), Path(folder, _STATE))
             saved = Checkpoint.from_directory(folder) if rank == 0 else None
             ray.train.report({**figures, "pid": os.getpid()}, checkpoint=saved)
-
-
-def _run_trainer(trainer: TorchTrainer) -> Checkpoint:
-    """Run it; Ctrl-C raises KeyboardInterrupt as anywhere else, and still does so afterwards."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        checkpoint: Checkpoint | None = trainer.fit().checkpoint
-    except SystemExit as stopped:  # Ray Train's handler of Ctrl-C would end the program with exit code 0
-        raise KeyboardInterrupt from stopped
-    except TrainingFailedError as error:
-        raise _cause(error) from error
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
-    assert checkpoint is not None, "a finished fit has a checkpoint"
-    return checkpoint
-
-
-def _cause(error: TrainingFailedError) -> FastfillError:
-    """The worker's own error where it is one of ours."""
-    failures: dict[int, object] = getattr(error, "worker_failures", {})
-    for failure in failures.values():
-        inner = getattr(failure, "_base_exc", failure)
-        if isinstance(inner, FastfillError):
-            return inner
-    remedy = "run the same command again: it goes on after the last whole epoch"
-    return TransientError("the fit failed", found=error, where="Ray Train", remedy=remedy)
 
 
 @contextmanager
@@ -234,7 +243,10 @@ def _reporting(on_epoch: Callable[[Epoch], None] | None) -> Iterator[list[UserCa
     if on_epoch is None:
         yield []
         return
-    queue = Queue(actor_options={"num_cpus": 0})
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(
+        actor_options={"num_cpus": 0, "scheduling_strategy": here}
+    )  # elsewhere its node might go, and the fit
 
     def listen() -> None:
         while (figures := queue.get()) is not None:
@@ -257,10 +269,7 @@ def _run_config(job: Job, folder: str, callbacks: list[UserCallback]) -> RunConf
         name=_fingerprint(job),
         storage_path=path,
         storage_filesystem=filesystem,
-        failure_config=FailureConfig(  # type: ignore[call-arg]  # the same
-            max_failures=job.fit.max_failures,
-            max_preemption_failures=-1,  # a node that was announced to go is nobody's failure
-        ),
+        failure_config=no_failure_but_announced_ones(),
         checkpoint_config=CheckpointConfig(num_to_keep=2),
         callbacks=callbacks,  # type: ignore[arg-type]  # the same
         worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
@@ -337,7 +346,7 @@ def _read_checkpoint(checkpoint: Checkpoint, device: torch.device) -> dict[str, 
 
 
 def _check_classes(fit: Fit, data: FitData) -> None:
-    if data.num_classes is None:
+    if data.num_classes is None and needs_labels(fit.loss):
         raise ConfigError(
             f"the loss {fit.loss!r} needs labels",
             expected="pairs.columns.label",
@@ -346,13 +355,21 @@ def _check_classes(fit: Fit, data: FitData) -> None:
             remedy="set fit.loss to alignment+uncertainty, which needs neither labels nor a classifier",
         )
     if data.classifier is None:
+        if data.num_classes is None:
+            raise ConfigError(
+                "an offset by confidence needs a classifier, or labels to fit one on",
+                expected="fit.classifier or pairs.columns.label",
+                where="fit.offset",
+                remedy="set fit.offset to uncertainty, which needs neither",
+            )
         return
     weight, bias = data.classifier
-    fits = weight.shape[0] >= data.num_classes and weight.shape[1] == data.d_new
+    num_classes = data.num_classes or 1
+    fits = weight.shape[0] >= num_classes and weight.shape[1] == data.d_new
     if not fits or (bias is not None and bias.shape != weight.shape[:1]):
         raise DataError(
             "the classifier does not fit the pairs",
-            expected=f"weight ({data.num_classes}, {data.d_new}), bias ({data.num_classes},)",
+            expected=f"weight ({num_classes}, {data.d_new}), bias ({num_classes},)",
             found=f"weight {weight.shape}, bias {None if bias is None else bias.shape}",
             where="fit.classifier",
         )

@@ -14,44 +14,42 @@ from numpy.typing import NDArray
 
 from pipeline.config import Config
 from pipeline.evaluate import evaluate
+from pipeline.offset import Classifier
 from pipeline.policy import Scored
 from pipeline.reference import Reference, build_reference
 from pipeline.schema import Float32, Int64
-from pipeline.transformation import TransformationNetwork, apply, resolve_device
 from training.harm import fit_learned, harm
 from training.learner import PairArrays
 from training.losses import NO_LABEL
 
-_APPLY_BATCH = 8192
 _MEASURED = 16_384
 
 
 def reference_of(
     config: Config,
-    network: TransformationNetwork,
     table: pa.Table,
     pairs: PairArrays,
-    classifier: tuple[Float32, Float32 | None] | None,
+    z: Float32,
+    s: Float32,
+    served: Float32,
+    classifier: Classifier | None,
     label_names: tuple[str, ...] | None,
-    served: Float32 | None = None,
 ) -> Reference:
     """The reference of a fitted network, with the learned policy's model, and the need of each group.
 
     Args:
-        config: `gallery.metric`, `seed` and `device` count.
-        network: the network, on the CPU.
+        config: `gallery.metric` and `seed` count.
         table: the held-out pairs as they are stored: `index`, and maybe `group`.
         pairs: the same by ascending index.
+        z: (N, d) float32, as h gives them.
+        s: (N,) float32.
+        served: (N, d) float32, the transformed vectors as they are served.
         classifier: on new embeddings.
         label_names: the label of each class number, where that is not the number itself.
-        served: (N, d) float32, the transformed vectors as they are served; None: as h gives them.
     """
-    device = resolve_device("cpu" if config.device == "cpu" else "auto")
-    z, s = apply(network.to(device).eval(), pairs.old, pairs.side, device, _APPLY_BATCH)
-    network.cpu()
-    served = z if served is None else served
+    weights = None if classifier is None else (classifier.weight, classifier.bias)
     metric, seed, labels = config.gallery.metric, config.seed, measurable(pairs.labels)
-    known = build_reference(pairs.old, z, s, pairs.new, pairs.labels, classifier, metric, seed, label_names)
+    known = build_reference(pairs.old, z, s, pairs.new, pairs.labels, weights, metric, seed, label_names)
     rows = np.sort(np.random.default_rng(seed).permutation(len(z))[:_MEASURED])
     none = np.full(len(rows), None, dtype=object)
     scored = Scored(rows, s[rows], z[rows], pairs.old[rows], none, none)

@@ -8,10 +8,7 @@ Whatever is started here is marked, and only that is ended.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +30,13 @@ EMPTY += [
     "rsync_exclude",
     "rsync_filter",
 ]  # what the reader of the file wants to be there
+FAKE = {
+    "RAY_FAKE_CLUSTER": "1",
+    "RAY_enable_autoscaler_v2": "1",
+    "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+    NODE_ID: FAKE_HEAD_NODE_ID,
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+}  # of the head's environment
 NODE = {"CPU": 3, "GPU": 1, "object_store_memory": 100 * 2**20}
 
 
@@ -79,8 +83,9 @@ class AutoscaledCluster:
         }
 
     def kill(self, node: str) -> None:
-        """SIGKILL for everything that runs on a node: the machine has gone."""
-        kill(descendants(self.nodes()[node]))
+        """SIGKILL for everything that runs on a node, if it is still there: the machine has gone."""
+        pid = self.nodes().get(node)
+        kill(descendants(pid) if pid else [])
 
     def monitor_log(self) -> str:
         """What the autoscaler says."""
@@ -95,32 +100,9 @@ class AutoscaledCluster:
     def _start(self) -> None:
         config = self.folder / "cluster.yaml"
         config.write_text(json.dumps(self._config()))  # JSON is YAML
-        command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--disable-usage-stats"]
-        command += [f"--port={self.port}", f"--temp-dir={self.folder}", f"--autoscaling-config={config}"]
-        command += ["--num-cpus=0", "--num-gpus=0", "--include-dashboard=false", "--object-store-memory=100000000"]
-        done = subprocess.run(
-            command,
-            env=os.environ | self.environment | self._marks(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(done.stdout)
-
-    def _marks(self) -> dict[str, str]:
-        return {
-            **self.marked.environment,
-            "RAY_AUTH_MODE": "disabled",
-            "RAY_FAKE_CLUSTER": "1",
-            "RAY_enable_autoscaler_v2": "1",
-            "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
-            NODE_ID: FAKE_HEAD_NODE_ID,
-            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-        }
+        head = ["--head", f"--port={self.port}", f"--temp-dir={self.folder}", f"--autoscaling-config={config}"]
+        head += ["--num-cpus=0", "--num-gpus=0", "--include-dashboard=false", "--disable-usage-stats"]
+        self.marked.ray_start(*head, environment=self.environment | FAKE)
 
     def _config(self) -> dict[str, Any]:
         head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}

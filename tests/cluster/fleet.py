@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -45,11 +46,12 @@ class Fleet:
 
 @dataclass
 class Sight:
-    """The embedding actors of each node at some moments, and which nodes were taken away when; seconds of monotonic."""
+    """The embedding actors of each node at some moments, and when nodes were taken away; seconds of monotonic."""
 
     times: list[float] = field(default_factory=list)
     actors: list[dict[str, int]] = field(default_factory=list)
     kills: list[float] = field(default_factory=list)
+    struck: int = 0  # of these nodes, those that were embedding
 
 
 @contextmanager
@@ -77,19 +79,30 @@ def fleet(folder: Path, image_seconds: float) -> Iterator[Fleet]:
 
 @contextmanager
 def watching(cluster: AutoscaledCluster, kill_seconds: float = 0.0) -> Iterator[Sight]:
-    """Look twice a second until the block ends; take a node that embeds away every so often, if at all."""
+    """Look twice a second until the block ends.
+
+    Args:
+        kill_seconds: if not 0, the node that has been there longest is taken away every so often, from the moment on
+            when every node embeds. Before that there is but one, and a machine takes longer than that to start.
+    """
     sight, done = Sight(), threading.Event()
-    start = time.monotonic()
 
     def look() -> None:
+        since, due = dict[str, float](), math.inf
         while not done.wait(0.5):
-            found = cluster.actors()
-            sight.times.append(time.monotonic())
+            found, now = cluster.actors(), time.monotonic()
+            sight.times.append(now)
             sight.actors.append(found)
-            busy = [node for node, count in found.items() if count]
-            if kill_seconds and busy and time.monotonic() > start + (len(sight.kills) + 1) * kill_seconds:
-                cluster.kill(busy[len(sight.kills) % len(busy)])
-                sight.kills.append(time.monotonic())
+            for node in found:
+                since.setdefault(node, now)
+            if kill_seconds and due == math.inf and sum(found.values()) >= NODES:
+                due = now
+            if found and now >= due:
+                oldest = min(found, key=lambda node: since[node])
+                cluster.kill(oldest)
+                sight.kills.append(now)
+                sight.struck += found[oldest] > 0
+                due += kill_seconds
 
     thread = threading.Thread(target=look)
     thread.start()

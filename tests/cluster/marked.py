@@ -1,9 +1,13 @@
-"""The processes of a test's own cluster: `ray start` leaves them behind, and a killed raylet its agents."""
+"""`ray start`, and the processes of it: it leaves them behind, and a killed raylet its agents."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.faults.scene import kill
@@ -16,6 +20,22 @@ class Marked:
 
     def __init__(self) -> None:
         self.environment = {MARK: uuid.uuid4().hex}
+
+    def ray_start(self, *words: str, environment: dict[str, str], prefix: Sequence[str] = ()) -> None:
+        """`ray start` with these words, after what runs it on another host; raises RuntimeError with what it said."""
+        ray = [str(Path(sys.executable).parent / "ray"), "start", "--object-store-memory=100000000"]
+        done = subprocess.run(
+            [*prefix, *ray, *words],
+            env=os.environ | environment | self.environment | {"RAY_AUTH_MODE": "disabled"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(done.stdout)
 
     def processes(self, words: str = "") -> list[int]:
         """Those whose command holds these words; Ray's workers write over their environment and are not found."""

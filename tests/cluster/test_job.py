@@ -2,78 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.faults.scene import ROOT, WAVES, Scene, add_worker
+from pipeline import storage
+from tests.cluster.jobs import STOP_SECONDS, Jobs
+from tests.faults.scene import WAVES, Scene, add_worker
 from tests.faults.test_kill_matrix import created_commits
 from tests.faulty_proxy import FaultyProxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-STOP_SECONDS = 30.0  # in which a job has to end that is told to
+LONG_FIT = ("fit.epochs=150", "fit.max_failures=0")  # half a minute; the first failure that counts would end it
 
 
-class Jobs:
-    """Ray's job commands, against the cluster's dashboard."""
-
-    def __init__(self, scene: Scene, cluster: Any) -> None:
-        self._scene = scene
-        self._address = f"http://{cluster.head_node.webui_url}"
-
-    def ray(self, *words: str, ok: bool = True) -> str:
-        """One `ray` command; what it prints."""
-        command = [str(Path(sys.executable).parent / "ray"), *words]
-        environment = self._scene.environment(RAY_AUTH_MODE="disabled", RAY_API_SERVER_ADDRESS=self._address)
-        environment.pop("PYTHONPATH", None)  # the job has what it needs in its working folder
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-        )
-        assert done.returncode == 0 or not ok, done.stdout
-        return done.stdout
-
-    def job(self, action: str, *words: str, ok: bool = True) -> str:
-        return self.ray("job", action, "--address", self._address, *words, ok=ok)
-
-    def submit(self, name: str, run: str) -> None:
-        """Submit a backfill, as the README says."""
-        backfill = ["python", "jobs/backfill.py", "--config", str(self._scene.config)]
-        self.job(
-            *("submit", "--submission-id", name, "--no-wait", "--working-dir", "."),
-            *("--", *backfill, "--set", f"run={self._scene.run(run).uri}"),
-        )
-
-    def status(self, name: str) -> str:
-        """PENDING or RUNNING, or `stopped`, `succeeded`, `failed`: as `ray job status` says it."""
-        text = self.job("status", name, ok=False)
-        found = re.search(rf"Job '{name}' (?:was )?(stopped|succeeded|failed)|: (PENDING|RUNNING)", text)
-        assert found is not None, text
-        return found[1] or found[2]
-
-    def wait(self, name: str, seconds: float) -> str:
-        """Its status once it has ended."""
-        deadline = time.monotonic() + seconds
-        while (status := self.status(name)) in ("PENDING", "RUNNING"):
-            assert time.monotonic() < deadline, self.job("logs", name)
-            time.sleep(1.0)
-        return status
-
-    def nodes_of_actors(self) -> set[str]:
-        """The nodes that have or had an embedding actor."""
-        found = json.loads(self.ray("list", "actors", "--format", "json", "--limit", "1000", "--detail"))
-        return {actor["node_id"] for actor in found if "EmbedStage" in (actor["class_name"] + actor["repr_name"])}
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def jobs(scene: Scene, cluster: Any) -> Jobs:
-    return Jobs(scene, cluster)
+    return Jobs(f"http://{cluster.head_node.webui_url}", scene.environment())
+
+
+def submit(jobs: Jobs, scene: Scene, job: str, run: str, *settings: str, script: str = "backfill") -> None:
+    jobs.submit(job, scene.config, f"run={scene.run(run).uri}", *settings, script=script)
 
 
 def check_same(scene: Scene, proxy: FaultyProxy, name: str) -> None:
@@ -93,15 +44,26 @@ def wait_for_commit(number: int, scene: Scene, name: str, jobs: Jobs, job: str) 
         time.sleep(0.5)
 
 
+def take_away(node: Any, cluster: Any, jobs: Jobs, notice_seconds: int) -> None:
+    """A spot machine's notice, where there is one, and its end; another one comes."""
+    if notice_seconds:
+        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        drain = ["drain-node", "--address", cluster.address, "--node-id", node.node_id, *reason]
+        jobs.ray(*drain, "--deadline-remaining-seconds", str(notice_seconds))
+        time.sleep(notice_seconds)
+    cluster.remove_node(node, allow_graceful=False)
+    add_worker(cluster)
+
+
 def test_a_submitted_backfill_runs_on_all_nodes_and_publishes_the_same(
     scene: Scene, cluster: Any, calm: FaultyProxy, jobs: Jobs
 ) -> None:
     name = "submitted"
     scene.prepare(name, like="undisturbed")
     calm.delays[r"/images/"] = 0.3
-    jobs.submit(name, name)
+    submit(jobs, scene, name, name)
     assert jobs.wait(name, 240) == "succeeded", jobs.job("logs", name)
-    assert jobs.nodes_of_actors() >= {node.node_id for node in cluster.worker_nodes}
+    assert set(jobs.nodes_of_actors("EmbedStage").values()) >= {node.node_id for node in cluster.worker_nodes}
     logs = jobs.job("logs", name)
     assert f"wave {WAVES} of {WAVES} published" in logs
     assert "report: " in logs
@@ -112,7 +74,7 @@ def test_a_stopped_job_ends_soon_and_the_next_one_goes_on(scene: Scene, calm: Fa
     name = "stopped"
     scene.prepare(name, like="undisturbed")
     calm.delays[r"/images/"] = 1.5
-    jobs.submit("stopped-1", name)
+    submit(jobs, scene, "stopped-1", name)
     wait_for_commit(2, scene, name, jobs, "stopped-1")
     start = time.monotonic()
     jobs.job("stop", "stopped-1")
@@ -122,7 +84,7 @@ def test_a_stopped_job_ends_soon_and_the_next_one_goes_on(scene: Scene, calm: Fa
     there = scene.published(name)
     assert 2 <= max(there) < WAVES, "it was not stopped in the middle"
     calm.delays.clear()
-    jobs.submit("stopped-2", name)
+    submit(jobs, scene, "stopped-2", name)
     assert jobs.wait("stopped-2", 240) == "succeeded", jobs.job("logs", "stopped-2")
     check_same(scene, calm, name)
 
@@ -130,18 +92,46 @@ def test_a_stopped_job_ends_soon_and_the_next_one_goes_on(scene: Scene, calm: Fa
 def test_a_node_that_is_drained_and_goes_loses_nothing(
     scene: Scene, cluster: Any, calm: FaultyProxy, jobs: Jobs
 ) -> None:
-    """A spot machine's notice, and its end 10 seconds later; another one comes."""
     name = "drained"
     scene.prepare(name, like="undisturbed")
     calm.delays[r"/images/"] = 1.0
-    jobs.submit(name, name)
+    submit(jobs, scene, name, name)
     wait_for_commit(1, scene, name, jobs, name)
-    node = cluster.worker_nodes[0] if isinstance(cluster.worker_nodes, list) else next(iter(cluster.worker_nodes))
-    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-    drain = ["drain-node", "--address", cluster.address, "--node-id", node.node_id, *reason]
-    jobs.ray(*drain, "--deadline-remaining-seconds", "10")
-    time.sleep(10)
-    cluster.remove_node(node, allow_graceful=False)
-    add_worker(cluster)
+    take_away(next(iter(cluster.worker_nodes)), cluster, jobs, notice_seconds=10)
     assert jobs.wait(name, 240) == "succeeded", jobs.job("logs", name)
     check_same(scene, calm, name)
+
+
+@pytest.fixture(scope="module")
+def fit_alone(scene: Scene, jobs: Jobs) -> str:
+    """The name of a run with nothing but a fit, from which no node was taken."""
+    submit(jobs, scene, "fit-alone", "fit-alone", *LONG_FIT, script="fit")
+    assert jobs.wait("fit-alone", 180) == "succeeded", jobs.job("logs", "fit-alone")
+    return "fit-alone"
+
+
+@pytest.mark.parametrize("notice_seconds", [10, 0], ids=["drained", "lost"])
+def test_a_fit_whose_node_goes_counts_no_failure_and_gives_the_same_weights(
+    scene: Scene, cluster: Any, calm: FaultyProxy, jobs: Jobs, fit_alone: str, notice_seconds: int
+) -> None:
+    name = f"fit-{notice_seconds}"
+    before = jobs.nodes_of_actors("RayTrainWorker").keys()
+    submit(jobs, scene, name, name, *LONG_FIT, script="fit")
+    deadline = time.monotonic() + 90
+    while not any(method == "PUT" and f"/{name}/transformation/training/" in path for method, path, _ in calm.log[:]):
+        assert time.monotonic() < deadline, jobs.job("logs", name)
+        time.sleep(0.2)
+    ((first, at),) = [item for item in jobs.nodes_of_actors("RayTrainWorker").items() if item[0] not in before]
+    (node,) = [node for node in cluster.worker_nodes if node.node_id == at]
+    take_away(node, cluster, jobs, notice_seconds)
+    assert jobs.wait(name, 240) == "succeeded", jobs.job("logs", name)
+    others = [item for item in jobs.nodes_of_actors("RayTrainWorker").items() if item[0] not in {*before, first}]
+    assert others, "it was over before its node had gone"
+    assert at not in {node for _, node in others}
+    assert weights(scene, name) == weights(scene, fit_alone)
+
+
+def weights(scene: Scene, name: str) -> list[str]:
+    """The files of a run's transformation: their names have the sha256 of what is in them."""
+    files = storage.list_files(scene.run(name).transformation, ".safetensors")
+    return [uri.rpartition("/")[2] for uri in files]

@@ -1,17 +1,15 @@
 """A head and a worker on two hosts, and the worker's cable pulled for 30 seconds in mid-run.
 
 The worker loses the head and the store at once. What Ray makes of that is the head's to decide, by its health checks:
-by its defaults it waits longer than that and the worker goes on; with stricter ones it declares the worker dead, and
-the worker's raylet ends itself when it hears so. Then a supervisor (systemd, KubeRay, a loop around `ray start
---block`) starts it again; in this test the test does.
+with patient ones it waits and the worker goes on; with strict ones it declares the worker dead, and the worker's raylet
+ends itself when it hears so. Then a supervisor (systemd, KubeRay, a loop around `ray start --block`) starts it again;
+in this test the test does. By Ray's defaults, half a minute may end either way: nothing is to be lost in both.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -31,6 +29,7 @@ from tests.seaweed import SeaweedFS, free_ports, weed_binary
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 CUT_SECONDS = 30.0
+PATIENT = {"RAY_health_check_failure_threshold": "30"}
 STRICT = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
@@ -53,11 +52,11 @@ class TwoHosts:
     def start(self) -> None:
         """The head, then the worker."""
         head = ["--head", f"--port={self._port}", f"--temp-dir={self._folder}", "--num-cpus=0"]
-        self._start(self._hosts.head, self._head, [*head, "--include-dashboard=false", "--disable-usage-stats"])
+        self._start(self._hosts.head, self._head, *head, "--include-dashboard=false", "--disable-usage-stats")
         self.start_worker()
 
     def start_worker(self) -> None:
-        self._start(self._hosts.worker, self._worker, [f"--address={self.address}", f"--num-cpus={NODE_CPUS}"])
+        self._start(self._hosts.worker, self._worker, f"--address={self.address}", f"--num-cpus={NODE_CPUS}")
 
     @contextmanager
     def supervised(self) -> Iterator[None]:
@@ -87,20 +86,10 @@ class TwoHosts:
         self._head.end()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _start(self, host: str, marked: Marked, words: list[str]) -> None:
-        ray = [str(Path(sys.executable).parent / "ray"), "start", f"--node-ip-address={host}"]
-        done = subprocess.run(
-            [*self._hosts.on(host), *ray, "--object-store-memory=100000000", *words],
-            env=os.environ | self._environment | marked.environment | {"RAY_AUTH_MODE": "disabled"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=60,
-            check=False,
+    def _start(self, host: str, marked: Marked, *words: str) -> None:
+        marked.ray_start(
+            f"--node-ip-address={host}", *words, environment=self._environment, prefix=self._hosts.on(host)
         )
-        if done.returncode:
-            raise RuntimeError(done.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +133,13 @@ def ray_on(scene: Scene, hosts: Hosts, health_checks: dict[str, str]) -> Iterato
         cluster.stop()
 
 
-@pytest.mark.parametrize("health_checks", [{}, STRICT], ids=["defaults", "strict"])
+@pytest.mark.parametrize(
+    ("health_checks", "restarts"),
+    [({}, {0, 1}), (PATIENT, {0}), (STRICT, {1})],
+    ids=["defaults", "patient", "strict"],
+)
 def test_a_worker_that_is_cut_off_for_30_seconds_loses_nothing(
-    far_scene: Scene, hosts: Hosts, health_checks: dict[str, str]
+    far_scene: Scene, hosts: Hosts, health_checks: dict[str, str], restarts: set[int]
 ) -> None:
     scene, proxy, name = far_scene, far_scene.proxy, f"cut-{len(health_checks)}"
     scene.prepare(name, like="undisturbed")
@@ -171,7 +164,7 @@ def test_a_worker_that_is_cut_off_for_30_seconds_loses_nothing(
             raise AssertionError(f"still running 180 s after:\n{driver.communicate()[0]}") from None
     assert driver.returncode == 0, output
     assert max(there) < WAVES, "the cut came too late to do harm"
-    assert cluster.restarts == (1 if health_checks else 0)
+    assert cluster.restarts in restarts
     assert scene.published(name) == scene.published("undisturbed")
     assert set(scene.published(name)) == set(range(WAVES + 1))
     assert all(count == 1 for count in created_commits(proxy.log, name).values())

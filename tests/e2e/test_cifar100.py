@@ -25,10 +25,9 @@ from pipeline.gallery import load_gallery
 from pipeline.images import Limits, decode_image
 from pipeline.run import Run
 from pipeline.search import Searcher
+from tests.cifar100 import CONFIG
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
-
-CONFIG = str(Path(__file__).resolve().parents[2] / "jobs" / "configs" / "cifar100.yaml")
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +17,7 @@ import pytest
 
 from pipeline import snapshot, storage
 from pipeline.run import Run
-from tests.e2e.test_cifar100 import CONFIG
+from tests.cifar100 import CONFIG, WAVES, fastfill, options, pairs_of, settings
 from tests.seaweed import SeaweedFS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
@@ -40,42 +38,10 @@ class Data:
         return f"{row:05d}.png"
 
 
-def fastfill(*words: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "jobs.cli", *words], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def data(cifar100: Path) -> Data:
     table = pq.read_table(cifar100 / "test.parquet", columns=["image", "label"])
     return Data(table["image"].to_pylist(), [str(label) for label in table["label"].to_pylist()])
-
-
-@pytest.fixture(scope="module")
-def local(cifar100: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A local run over the images in the Parquet file, with few pairs: what is fitted does not matter here."""
-    folder = tmp_path_factory.mktemp("local")
-    pairs = pq.read_table(cifar100 / "train.parquet").slice(0, 4000)
-    pq.write_table(pairs, folder / "train.parquet")
-    run = Run(str(folder / "run"))
-    fastfill("backfill", "--config", CONFIG, *settings(run.uri, cifar100, folder / "train.parquet"))
-    return run
-
-
-def settings(run: str, cifar100: Path, train: Path | str, **gallery: str) -> list[str]:
-    """What differs from the shipped config."""
-    items = {
-        "run": run,
-        "data_root": str(cifar100),
-        "pairs.manifest": str(train),
-        "gallery.columns.group": "null",
-        "fit.epochs": "5",
-        "plan.waves": "8",
-        "evaluate.max_images": "1",
-        **gallery,
-    }
-    return [word for key, value in items.items() for word in ("--set", f"{key}={value}")]
 
 
 def as_objects(data: Data, bucket: str) -> str:
@@ -103,29 +69,28 @@ def as_tars(data: Data, bucket: str) -> str:
 
 @pytest.mark.parametrize("layout", [as_objects, as_tars])
 def test_a_run_from_and_to_s3_publishes_the_bytes_of_a_local_run(
-    local: Run, data: Data, cifar100: Path, seaweed: SeaweedFS, bucket: str, layout: Any
+    local_cifar100: Run, data: Data, cifar100: Path, seaweed: SeaweedFS, bucket: str, layout: Any
 ) -> None:
     manifest = layout(data, bucket)
     places = pa.concat_tables([storage.read_parquet(uri) for uri in storage.list_files(manifest, ".parquet")])
     assert places.num_rows == 10_000
     run = Run(f"{bucket}/run")
     for folder in FIT_FIRST:
-        for uri in storage.list_files(local.path(folder)):
-            storage.put(run.uri + uri.removeprefix(local.uri), storage.read_bytes(uri))
+        for uri in storage.list_files(local_cifar100.path(folder)):
+            storage.put(run.uri + uri.removeprefix(local_cifar100.uri), storage.read_bytes(uri))
     columns = {name: name for name in ("uri", "etag")} | {"id": "key", "image": "null", "group": "null"}
     columns |= {name: name for name in ("offset", "length", "label") if name in places.schema.names}
     words = {f"gallery.columns.{role}": name for role, name in columns.items()} | {"gallery.manifest": manifest}
     if "label" not in columns:
         words["gallery.columns.label"] = "null"
     start = time.monotonic()
-    train = json.loads(storage.read_bytes(local.settings))["config"]["pairs"]["manifest"][0]
-    fastfill("backfill", "--config", CONFIG, *settings(run.uri, cifar100, train, **words))
+    fastfill("backfill", "--config", CONFIG, *options(settings(run.uri, cifar100, pairs_of(local_cifar100), **words)))
     print(f"{layout.__name__}: {time.monotonic() - start:.0f} s")
-    for number in snapshot.list_commits(local):
-        expected, found = (snapshot.read_commit(item, number) for item in (local, run))
+    for number in snapshot.list_commits(local_cifar100):
+        expected, found = (snapshot.read_commit(item, number) for item in (local_cifar100, run))
         assert found.content() == expected.content()
         for ref in found.segments:
             assert storage.sha256(run.path(ref.path)) == ref.sha256
-    assert snapshot.list_commits(run)[-1] == 8
+    assert snapshot.list_commits(run)[-1] == WAVES
     report = json.loads(fastfill("audit", "--json", "--config", CONFIG, "--set", f"run={run.uri}"))
     assert report["ok"], report["problems"]

@@ -212,8 +212,12 @@ def kill(pids: list[int]) -> int:
 
 
 @contextmanager
-def ray_nodes(environment: dict[str, str]) -> Iterator[Any]:
-    """A Ray cluster of separate processes: a head without CPUs, which takes jobs, and two workers."""
+def ray_nodes(environment: dict[str, str], gpus: int = 0) -> Iterator[Any]:
+    """A Ray cluster of separate processes: a head without CPUs, which takes jobs, and two workers.
+
+    Args:
+        gpus: of each worker; a word that decides where an actor goes, and nothing else.
+    """
     from ray.cluster_utils import Cluster
 
     before = dict(os.environ)
@@ -224,7 +228,7 @@ def ray_nodes(environment: dict[str, str]) -> Iterator[Any]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **dashboard})
     try:
         for _ in range(2):
-            add_worker(cluster)
+            add_worker(cluster, gpus)
         yield cluster
     finally:
         cluster.shutdown()
@@ -232,11 +236,11 @@ def ray_nodes(environment: dict[str, str]) -> Iterator[Any]:
         os.environ.update(before)
 
 
-def add_worker(cluster: Any) -> Any:
+def add_worker(cluster: Any, gpus: int = 0) -> Any:
     """One more worker node, with a folder of its own: of a shared one, each unpacks a job's code over the others'."""
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # the path of a socket must be short
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return cluster.add_node(num_cpus=NODE_CPUS, object_store_memory=100 * 2**20, temp_dir=folder)
+    return cluster.add_node(num_cpus=NODE_CPUS, num_gpus=gpus, object_store_memory=100 * 2**20, temp_dir=folder)
 
 
 def _vectors(values: np.ndarray[Any, Any]) -> pa.FixedSizeListArray:
