@@ -118,7 +118,9 @@ def test_a_fit_whose_node_goes_counts_no_failure_and_gives_the_same_weights(
     before = jobs.nodes_of_actors("RayTrainWorker").keys()
     submit(jobs, scene, name, name, *LONG_FIT, script="fit")
     deadline = time.monotonic() + 90
-    while not any(method == "PUT" and f"/{name}/transformation/training/" in path for method, path, _ in calm.log[:]):
+    while not any(
+        method == "PUT" and f"/{name}/" in path and "/state.pt" in path for method, path, _ in list(calm.log)
+    ):
         assert time.monotonic() < deadline, jobs.job("logs", name)
         time.sleep(0.2)
     ((first, at),) = [item for item in jobs.nodes_of_actors("RayTrainWorker").items() if item[0] not in before]
