@@ -207,7 +207,9 @@ def _job(config: Config, data: FitData, recipe: Recipe) -> Job:
 
 
 def _held(table: pa.Table, places: Int64, fold: int, settings: Select, job: Job) -> PairArrays:
-    return make_arrays(table.take(pa.array(np.flatnonzero(places == fold)[: settings.max_measured])), job)
+    rows = np.flatnonzero(places == fold)
+    chance = splitmix64(table["index"].to_numpy()[rows], job.seed + 4)  # the index may follow the labels
+    return make_arrays(table.take(pa.array(rows[np.argsort(chance, kind="stable")[: settings.max_measured]])), job)
 
 
 def _fit_fold(

@@ -123,6 +123,19 @@ def test_what_is_measured_was_not_trained_on(tmp_path: Path, monkeypatch: pytest
     assert held0 <= train1
 
 
+def test_of_a_large_fold_a_chance_sample_is_measured_not_the_first_labels(tmp_path: Path) -> None:
+    """Pairs whose index follows their labels, as a training set in folders by class has it."""
+    config = config_of(tmp_path, max_measured=100)
+    table = _pairs(config, _data(tmp_path))[0].sort_by("label")
+    table = table.set_column(0, "index", selecting.pa.array(np.arange(table.num_rows)))
+    job = selecting._job(config, _data(tmp_path), selecting.Recipe("fastfill", 0.1, 16, 4))
+    assert config.select is not None
+    held = selecting._held(table, np.zeros(table.num_rows, np.int64), 0, config.select, job)
+    assert len(held.old) == 100
+    assert held.labels is not None
+    assert set(held.labels.tolist()) == set(table["label"].to_pylist())
+
+
 def _pairs(config: Config, data: selecting.FitData) -> tuple[selecting.pa.Table, Int64]:
     parts = [storage.read_parquet(uri) for uri in [*data.train_parts, *data.held_out_parts]]
     table = selecting.pa.concat_tables(parts).sort_by("index")
