@@ -5,10 +5,10 @@
 Measured on CIFAR-100 with its two encoders and the example config, from the command's start to the files that each
 stage leaves, and beside it the plain alternative: the bare loop of `benchmarks.throughput`, which reads, decodes and
 embeds as many images with the same encoder in one process, and saves; both take turns. The gallery has 10,000 images
-of 32x32, so fixed costs (Ray, embedding 50,000 training pairs by both encoders, the fit) are nearly all of it. What larger galleries and costlier encoders would give is computed from
-measured parts, and marked so: fixed costs; the time per image of plan and snapshot 0, from a second run whose gallery
-has 60,000 images; and the steady rate of the bare loop, with the CIFAR encoder and with ResNet-18 at 224 on
-photographs.
+of 32x32, so fixed costs (Ray, embedding 50,000 training pairs by both encoders, the fit) are nearly all of it. What
+larger galleries and costlier encoders would give is computed from measured parts, and marked so: fixed costs; the time
+per image of plan and snapshot 0, from a second run whose gallery has 60,000 images; and the steady rate of the bare
+loop, with the CIFAR encoder and with ResNet-18 at 224 on photographs.
 """
 
 from __future__ import annotations
