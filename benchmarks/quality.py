@@ -42,6 +42,7 @@ from pipeline.evaluate import METRICS, Metrics, evaluate, oracle_order, random_o
 from pipeline.expected import REACHED, fraction_for
 from pipeline.policy import POLICIES, load_policy
 from pipeline.ranking import Float64
+from pipeline.run import Run
 from pipeline.schema import Float32, Int64
 from pipeline.selection import Selection
 from training.candidates import settings_of
@@ -137,10 +138,9 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], Selection]:
     few: dict[str, object] = {"fit.epochs": 3, "fit.warmup_epochs": 1} if arguments.short else {}
     _, gallery = cache_embeddings(load_config(CONFIG, (f"data_root={arguments.data}",)), arguments.folder)
     arguments.data_root = arguments.data
-    with tempfile.TemporaryDirectory() as folder, started_ray():
-        # `few` last: the short form is for neither fit
-        pairs = arguments.folder / "pairs.parquet"
-        config = configure(arguments, pairs, f"{folder}/run", few)
+    pairs, kept = arguments.folder / "pairs.parquet", arguments.folder / ("short" if arguments.short else "whole")
+    with started_ray():
+        config = configure(arguments, pairs, str(kept / "run"), few)
         run, data = prepare(config)
         tables = [
             pa.concat_tables(map(storage.read_parquet, parts)) for parts in (data.train_parts, data.held_out_parts)
@@ -149,9 +149,9 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], Selection]:
         images = Images(data, make_arrays(tables[0], job), make_arrays(tables[1], job), tables[1], gallery)
         published = {loss: configure(arguments, pairs, "none", PUBLISHED | few | {"fit.loss": loss}) for loss in LOSSES}
         selecting = config.model_copy(update={"select": Select()})
-        started = time.monotonic()
-        selection = select(selecting, run, data, lambda what, done, total: _say(f"{what}: {done} of {total}"))
-        _say(f"selected in {time.monotonic() - started:.0f} s: {selection.chosen}")
+        selection = _selected(
+            selecting, run, data, kept / f"selection-{_digest(selecting.fit.model_dump(mode='json'))}"
+        )
     chosen = config.model_copy(update={"fit": settings_of(selection, config.fit)})
     old = evaluate(gallery.old, gallery.old, gallery.labels, gallery.labels, self_match=True)
     rows: list[Row] = []
@@ -168,17 +168,28 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], Selection]:
 
 def _kept(folder: Path, config: Config, images: Images, seed: int) -> Curves:
     """`simulate`, or what it gave when this script was stopped after it."""
-    decides = [config.fit.model_dump(mode="json"), seed, images.data.num_train, _commit()]
-    file = folder / f"curves-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]}.npz"
+    decides = [config.fit.model_dump(mode="json"), seed, images.data.num_train]
+    file = folder / f"curves-{_digest(decides)}.npz"
     if not file.exists():
         np.savez(file, **simulate(config, images, seed))  # type: ignore[arg-type]  # none is called allow_pickle
     with np.load(file) as arrays:
         return dict(arrays)
 
 
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "HEAD:training", "HEAD:pipeline"], capture_output=True, text=True)
-    return done.stdout
+def _selected(config: Config, run: Run, data: FitData, file: Path) -> Selection:
+    """The selection, or what it was when this script was stopped after it; fits that it made are kept until then."""
+    if not file.exists():
+        started = time.monotonic()
+        found = select(config, run, data, lambda what, done, total: _say(f"{what}: {done} of {total}"))
+        _say(f"selected in {time.monotonic() - started:.0f} s: {found.chosen}")
+        file.write_text(found.to_json())
+    return Selection.from_json(file.read_text())
+
+
+def _digest(decides: object) -> str:
+    """Names a result by its settings and the code that it came from."""
+    code = subprocess.run(["git", "rev-parse", "HEAD:training", "HEAD:pipeline"], capture_output=True, check=True)
+    return hashlib.sha256(json.dumps(decides).encode() + code.stdout).hexdigest()[:16]
 
 
 def _name(selection: Selection) -> str:

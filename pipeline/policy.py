@@ -2,7 +2,6 @@
 
 An image with a higher priority comes earlier; ties are broken by the plan. A policy sees one part of
 the gallery at a time, so a priority must not depend on what else is in the part (but for float32 round-off).
-What the policies of this module are worth is measured in benchmarks/results/.
 """
 
 from __future__ import annotations

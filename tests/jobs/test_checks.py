@@ -80,6 +80,11 @@ def test_a_sound_config_passes_with_images_and_with_embeddings(check: Check) -> 
         ({"index__factory": "IVF256,Flat"}, ConfigError, "expected: at least 256\n  found: 180"),
         ({"index__factory": "IVF8,Flat", "index__train_vectors": 7}, ConfigError, "expected: at least 8\n  found: 7"),
         ({"plan__waves": 200}, ConfigError, "a wave has no image"),
+        ({"plan__policy": "entropy"}, ConfigError, "expected: fit.classifier, or(.|\n)*found: plan.policy entropy"),
+        ({"plan__policy": "neighbour_purity", "pairs__columns__label": None}, ConfigError, "pairs.columns.label"),
+        ({"plan__traffic": True}, ConfigError, "expected: gallery.columns.traffic"),
+        ({"plan__group_boost": 1.0}, ConfigError, "expected: pairs.columns.group and .label"),
+        ({"plan__policy": "no_such_module:order"}, ConfigError, "the policy's function cannot be found"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_was_found(

@@ -43,7 +43,7 @@ def same(left: Reference, right: Reference) -> bool:
             if one.dtype != other.dtype or not np.array_equal(one, other):
                 return False
         elif isinstance(one, dict):
-            if list(one) != list(other) or any(not np.array_equal(one[name], other[name]) for name in one):
+            if one.keys() != other.keys() or any(not np.array_equal(one[name], other[name]) for name in one):
                 return False
         elif one != other:
             return False

@@ -21,6 +21,7 @@ from pipeline.config import Config, LossMode
 from pipeline.config_file import validate
 from pipeline.errors import ConfigError, DataError, TransientError
 from pipeline.evaluate import METRICS, order_by_priority, simulate_curve
+from pipeline.reference import load_reference
 from pipeline.run import Run
 from pipeline.schema import Float32, Int64, vectors_to_arrow
 from pipeline.transformation import TransformationInfo, TransformationNetwork, apply, load_transformation
@@ -361,3 +362,25 @@ def _kill(figures: Epoch, seen: list[Epoch], at: tuple[int, int]) -> None:
     if figures["epoch"] >= at[len(pids) - 1]:
         with suppress(ProcessLookupError):  # what it had reported before it died comes after
             os.kill(int(figures["pid"]), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("mode", ["alignment+uncertainty", "fastfill"])
+def test_a_fit_leaves_its_policies_what_they_know(
+    tmp_path: Path, mode: LossMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Train is left out, which takes seconds to start: what comes out of it is the same to the bit."""
+    config, run, data = _config(tmp_path, loss=mode), Run(str(tmp_path / "run")), _data(tmp_path)
+
+    def train(config: Config, run: Run, job: Job, on_epoch: object) -> fitting.Fitted:
+        learner = _learner(job)
+        learner.run_epoch()
+        return learner.network, learner.classifier
+
+    monkeypatch.setattr(fitting, "_train", train)
+    fit(config, run, data)
+    known = load_reference(run)
+    assert known is not None
+    held_out = _read(data.held_out_parts, make_job(config, data))
+    assert np.array_equal(known.old, held_out.old)
+    assert known.model is not None
+    assert (known.classifier_weight is not None) == (mode == "fastfill")
