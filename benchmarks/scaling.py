@@ -56,9 +56,7 @@ def figure(value: float, unit: str, how: str) -> dict[str, object]:
     return {"value": float(f"{value:.4g}"), "unit": unit, "how": how}
 
 
-def seconds_of(
-    call: Callable[[], object], repeats: int = 5, clock: Callable[[], float] = time.perf_counter
-) -> float:
+def seconds_of(call: Callable[[], object], repeats: int = 5, clock: Callable[[], float] = time.perf_counter) -> float:
     """The median of some calls, after one that is not counted."""
     taken = []
     for _ in range(repeats + 1):
