@@ -69,7 +69,7 @@ def tune(
 
     Raises:
         DataError: not one image of the sample can be embedded.
-        ConfigError: the cluster has no room for the stream.
+        ConfigError: the cluster has no room for the stream, or the device for a batch.
     """
     pool = actor_pool(config.backfill, config.device)
     rows = _sample(run, plan, config.seed)
