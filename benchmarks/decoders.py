@@ -78,7 +78,10 @@ def by_imagecodecs(preprocess: Preprocess) -> Decode:
     import imagecodecs
 
     def decode(data: bytes) -> Pixels:
-        return np.atleast_3d(imagecodecs.jpeg8_decode(data) if data[:1] == b"\xff" else imagecodecs.png_decode(data))
+        pixels: Pixels = np.atleast_3d(
+            imagecodecs.jpeg8_decode(data) if data[:1] == b"\xff" else imagecodecs.png_decode(data)
+        )
+        return pixels
 
     return by_arrays(decode, preprocess)
 
@@ -104,7 +107,7 @@ def by_opencv_alone(preprocess: Preprocess) -> Decode:
     assert isinstance(crop, int)
 
     def whole(data: bytes) -> Pixels:
-        array = decode(data)
+        array: Pixels = decode(data)
         height, width = array.shape[:2]
         scale = side / min(height, width)
         size = (int(width * scale), int(height * scale))
@@ -124,7 +127,7 @@ def by_libvips(preprocess: Preprocess) -> Decode:
     assert isinstance(crop, int)
 
     def whole(data: bytes) -> Pixels:
-        array = pyvips.Image.thumbnail_buffer(data, 10**7, height=side).numpy()  # landscape pictures only
+        array: Pixels = pyvips.Image.thumbnail_buffer(data, 10**7, height=side).numpy()  # landscape pictures only
         top, left = round((array.shape[0] - crop) / 2), round((array.shape[1] - crop) / 2)
         return array[top : top + crop, left : left + crop].transpose(2, 0, 1)
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +27,7 @@ import pyarrow.fs
 import s3fs
 from obstore.store import S3Store
 
-from benchmarks.measure import Spread, header, ratio, table
+from benchmarks.measure import Spread, header, interleave, ratio, table
 from pipeline import fetch
 from pipeline.config import Fetch
 from pipeline.fetch import Place
@@ -213,9 +214,11 @@ def run(num_objects: int, size: int, repeats: int) -> dict[str, list[Sample]]:
         for client in clients.values():  # connections, credentials, caches
             client.fetch(keys[: 4 * IN_FLIGHT])
         samples: dict[str, list[Sample]] = {name: [] for name in clients}
-        for _ in range(repeats):
-            for name, client in clients.items():
-                samples[name].append(measure(client, keys, size))
+
+        def sample(name: str) -> None:
+            samples[name].append(measure(clients[name], keys, size))
+
+        interleave({name: partial(sample, name) for name in clients}, repeats)
         runner.run(close(clients))
         return samples
 

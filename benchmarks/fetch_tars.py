@@ -17,11 +17,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measure import header
+from benchmarks.measure import header, interleave
 from pipeline import storage
 from pipeline.config import Fetch
 from pipeline.fetch import Place, fetch
@@ -93,13 +94,14 @@ def main() -> None:
         for fraction in FRACTIONS:
             wanted = places(tars, per_tar, size, fraction)
             samples: dict[str, list[Sample]] = {name: [] for name in ways()}
-            for repeat in range(repeats + 1):
-                for name, settings in ways().items():
-                    sample = measure(wanted, settings)
-                    if repeat:  # the first one opens connections
-                        samples[name].append(sample)
-            for name, taken in samples.items():
-                print(line(f"{fraction:.0%}", name, len(wanted), taken, samples["one request per image"]), flush=True)
+
+            def sample(name: str, wanted: list[Place] = wanted, samples: dict[str, list[Sample]] = samples) -> None:
+                samples[name].append(measure(wanted, ways()[name]))
+
+            interleave({name: partial(sample, name) for name in samples}, repeats, warm_up=1)  # opens connections
+            kept = {name: taken[1:] for name, taken in samples.items()}
+            for name, taken in kept.items():
+                print(line(f"{fraction:.0%}", name, len(wanted), taken, kept["one request per image"]), flush=True)
 
 
 def line(wanted: str, name: str, images: int, taken: list[Sample], base: list[Sample]) -> str:

@@ -3,11 +3,12 @@
     python -m benchmarks.first_benefit [--short] [--repeats 5] [--data FOLDER]
 
 Measured on CIFAR-100 with its two encoders and the example config, from the command's start to the files that each
-stage leaves, and beside it the plain alternative: one process that reads, decodes and embeds all images with the same
-encoder, and saves. The gallery has 10,000 images of 32x32, so fixed costs (Ray, embedding 50,000 training pairs by both
-encoders, the fit) are nearly all of it. What larger galleries and costlier encoders would give is computed from
-measured parts, and marked so: fixed costs; the time per image of plan and snapshot 0, from a second run whose gallery
-has 60,000 images; and the rate of the plain loop, with the CIFAR encoder and with ResNet-18 at 224 on photographs.
+stage leaves, and beside it the plain alternative: the bare loop of `benchmarks.throughput`, which reads, decodes and
+embeds as many images with the same encoder in one process, and saves; both take turns. The gallery has 10,000 images
+of 32x32, so fixed costs (Ray, embedding 50,000 training pairs by both encoders, the fit) are nearly all of it. What
+larger galleries and costlier encoders would give is computed from measured parts, and marked so: fixed costs; the time
+per image of plan and snapshot 0, from a second run whose gallery has 60,000 images; and the steady rate of the bare
+loop, with the CIFAR encoder and with ResNet-18 at 224 on photographs.
 """
 
 from __future__ import annotations
@@ -15,26 +16,17 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet as pq
-import torch
-
-from benchmarks.decode import LIMITS, photographs
-from benchmarks.measure import Spread, header, table
+from benchmarks import throughput
+from benchmarks.measure import Spread, header, interleave, table
 from benchmarks.small_run import STAGES, Job, data_folder, part_of_cifar
-from pipeline.config import Preprocess
-from pipeline.images import decoder
 
 TARGET_PERCENT = 5
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
-CIFAR = Preprocess(size=32)
-IMAGENET = Preprocess(resize=256, center_crop=224)
 SMALL = "`new.pt2` at 32x32, PNG"
+LARGE = "ResNet-18 at 224, JPEG of 500x375"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,32 +49,28 @@ class Costs:
         return 100 * until * rate / images
 
 
-def plain_rate(data: Iterable[bytes], preprocess: Preprocess, model: torch.nn.Module, batch: int = 128) -> float:
-    """Images per second of a loop without Ray: decode, embed, save; all cores in the forward pass."""
-    start, vectors, pixels = time.perf_counter(), [], []
-    images, decode = list(data), decoder(preprocess, LIMITS)
-    with torch.inference_mode(), tempfile.TemporaryFile() as sink:
-        for number, item in enumerate(images, start=1):
-            pixels.append(decode(item))
-            if len(pixels) == batch or number == len(images):
-                vectors.append(model(torch.from_numpy(np.stack(pixels)).float() / 255))
-                pixels.clear()
-        np.save(sink, torch.cat(vectors).numpy())
-    return len(images) / (time.perf_counter() - start)
+class Loops:
+    """The bare loop's rates, one more of each case at every call."""
 
+    def __init__(self, folder: Path, data: Path, short: bool) -> None:
+        folder.mkdir()
+        self._cases = {
+            SMALL: throughput.make_case("cifar", folder / "cifar", 2000 if short else 10_000, {}, data),
+            LARGE: throughput.make_case("jpeg", folder / "jpeg", 128 if short else 512, {}),
+        }
+        self.found: dict[str, list[throughput.Rate]] = {name: [] for name in self._cases}
 
-def rates(data: Path, short: bool) -> dict[str, Spread]:
-    """The plain loop's rates on this machine, over three repeats."""
-    from torchvision.models import resnet18
+    def __call__(self) -> None:
+        for name, case in self._cases.items():
+            self.found[name].append(throughput.bare(case))
 
-    rows = pq.read_table(data / "test.parquet", columns=["image"])["image"].to_pylist()[: 2000 if short else 10_000]
-    cifar = torch.export.load(data / "new.pt2").module()
-    torch.manual_seed(0)
-    large, photos = resnet18().eval(), photographs(32 if short else 128, 500, 375)
-    return {
-        SMALL: Spread.of([plain_rate(rows, CIFAR, cifar) for _ in range(3)]),
-        "ResNet-18 at 224, JPEG of 500x375": Spread.of([plain_rate(photos, IMAGENET, large, 32) for _ in range(3)]),
-    }
+    def whole(self, name: str) -> Spread:
+        """Images per second with all that one run costs."""
+        return Spread.of(rate.whole for rate in self.found[name])
+
+    def steady(self, name: str) -> Spread:
+        """Images per second of a long run."""
+        return Spread.of(rate.steady or rate.whole for rate in self.found[name])
 
 
 def larger(folder: Path, data: Path) -> Job:
@@ -104,7 +92,7 @@ def measured(seconds: list[dict[str, float]], images: int, loop: Spread) -> str:
         f"{table(['from the start of `fastfill backfill` to', 'seconds'], rows)}\n\n"
         f"Snapshot 0 is visible after {of_ours.text(',.0f')} % of the {Spread.of(ours).text('.1f')} s that embedding "
         f"and publishing all waves took from there, and after {of_loop.text(',.0f')} % of the "
-        f"{images / loop.median:.1f} s of the plain loop. Target: below {TARGET_PERCENT} %."
+        f"{images / loop.median:.1f} s of the bare loop. Target: below {TARGET_PERCENT} %."
     )
 
 
@@ -128,7 +116,7 @@ def computed(seconds: list[dict[str, float]], second: dict[str, float], added: i
         "## Computed, not measured: larger galleries\n\n"
         f"Fixed {costs.fixed:.0f} s, or {costs.fixed_given:.0f} s where the pairs' embeddings are given. Plan and "
         f"snapshot 0 took {after_fit(first):.1f} s, and {after_fit(second):.1f} s with {added:,} images more: "
-        f"{1e6 * per_image:.0f} µs per image. A full re-embedding is taken as images / rate of the plain loop on "
+        f"{1e6 * per_image:.0f} µs per image. A full re-embedding is taken as images / rate of the bare loop on "
         f"this machine. The gallery's old embeddings are there, as a real one's are.\n\n"
         f"{table(['gallery of', *(f'{size:,}' for size in SIZES)], rows)}\n\n"
         f"Below {TARGET_PERCENT} % for any gallery only where the encoder does less than "
@@ -144,21 +132,24 @@ def main() -> None:
     arguments = parser.parse_args()
     data = data_folder(arguments.data)
     print(f"{header(['torchvision', 'simplejpeg'])} Median (lowest - highest).\n", flush=True)
-    loops = rates(data, arguments.short)
-    lines = [f"- {name}: {rate.text(',.0f')} images/s" for name, rate in loops.items()]
-    print("Plain loop, all cores in the forward pass:\n\n" + "\n".join(lines) + "\n", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = part_of_cifar(folder / "part", data, 2000, 5000) if arguments.short else ()
         images, repeats = (2000, 1) if arguments.short else (10_000, arguments.repeats)
-        seconds = [
-            Job(folder / f"run-{number}", data, settings).backfill(until=STAGES["last wave published"])
-            for number in range(repeats)
-        ]
-        print(measured(seconds, images, loops[SMALL]), flush=True)
+        loops, seconds = Loops(folder / "loops", data, arguments.short), list[dict[str, float]]()
+
+        def ours() -> None:
+            job = Job(folder / f"run-{len(seconds)}", data, settings)
+            seconds.append(job.backfill(until=STAGES["last wave published"]))
+
+        interleave({"loops": loops, "ours": ours}, repeats)
+        rows = [[name, loops.whole(name).text(",.0f"), loops.steady(name).text(",.0f")] for name in loops.found]
+        print(table(["bare loop, images/s", "whole", "steady"], rows) + "\n", flush=True)
+        print(measured(seconds, images, loops.whole(SMALL)), flush=True)
         if not arguments.short:
             second = larger(folder, data).backfill(until=STAGES["snapshot 0 visible"])
-            print("\n" + computed(seconds, second, 50_000, loops), flush=True)
+            rates = {name: loops.steady(name) for name in loops.found}
+            print("\n" + computed(seconds, second, 50_000, rates), flush=True)
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def _kept(folder: Path, config: Config, images: Images, seed: int) -> Curves:
     decides = [config.fit.model_dump(mode="json"), seed, images.data.num_train]
     file = folder / f"curves-{_digest(decides)}.npz"
     if not file.exists():
-        np.savez(file, **simulate(config, images, seed))
+        np.savez(file, **simulate(config, images, seed))  # type: ignore[arg-type]  # none is called allow_pickle
     with np.load(file) as arrays:
         return dict(arrays)
 

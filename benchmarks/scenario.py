@@ -28,7 +28,7 @@ class Cluster:
     nodes: int
     actors: int = 8
     cores: float = 96.0
-    load_slots: int = 192
+    load_slots: int = 96
     model_seconds: float = 0.0
     start_seconds: float = 0.0
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from benchmarks.scenario import Cluster, Faults, Job, Outcome, Seconds
 from benchmarks.simulation import Simulation
+from pipeline.actors import LOAD_CPUS
 from pipeline.plan import UNITS_PER_FILE
 
 HERE = Path(__file__).parent
@@ -31,7 +32,6 @@ GPUS = (16, 32, 64, 128, 256, 512, 1024)
 GPUS_PER_NODE = 8
 CONCURRENCY = 32  # fetch.concurrency
 TABLES = ("rates", "losses", "whole")
-LOAD_CPUS = 0.5  # stream._LOAD_CPUS
 PLAN_PART_ROWS = 131_072  # manifest._PARTITION_ROWS
 THREADS = 16  # storage._WAITING: a task waits for so many parts at once
 GALLERY = 1_000_000_000

@@ -21,11 +21,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 
 from benchmarks.scenario import Cluster, Job, Seconds
 from benchmarks.simulation import Simulation
 from jobs.options import start_ray
 from pipeline import planner, storage, telemetry
+from pipeline.actors import LOAD_CPUS, actor_pool
 from pipeline.backfill import backfill
 from pipeline.config import Config
 from pipeline.config_file import load_config
@@ -74,13 +76,18 @@ def make_run(folder: str, images: Path, job: Job) -> tuple[Config, Run, Plan]:
     storage.put(run.part(SCORED, 0), storage.parquet_bytes(schema, [rows]))
     pairs = pa.table({"new": vectors_to_arrow(noise[:1_000])})
     storage.put(run.path("pairs", "train", "part-00000.parquet"), storage.parquet_bytes(pairs.schema, [pairs]))
-    sizes = wave_sizes(job.waves, job.images)
-    found = planner.find_cuts(
-        np.cumsum(sizes)[:-1], 1, lambda search: planner._count_parts(run, SCORED, 1, search, config.seed)
+    waves, _ = planner.arrange(config, run, SCORED, [job.images])
+    plan = Plan(
+        config.plan.policy, config.seed, job.images, 1, job.shards, dim, job.unit_images, tuple(waves), "benchmark"
     )
-    planner._lay_out(run, SCORED, 1, found, config)
-    units = planner._cut_units(run, 1, len(sizes), job.shards, job.unit_images)
-    return config, run, planner._describe(config, run, [job.images], 0, sizes, units, found)
+    return config, run, plan
+
+
+def cluster(config: Config, start_seconds: float) -> Cluster:
+    """This machine as Ray has it: the actors that fit, and load tasks in what is left of the CPUs."""
+    pool, cpus = actor_pool(config.backfill, "cpu"), int(ray.cluster_resources()["CPU"])
+    slots = int((cpus - pool.first * pool.cpus) // LOAD_CPUS)
+    return Cluster(1, actors=pool.first, cores=cpus, load_slots=slots, start_seconds=start_seconds)
 
 
 def measure(images: Path, job: Job) -> Measured:
@@ -145,7 +152,6 @@ def main() -> None:
     arguments = parser.parse_args()
     start_ray()
     train, test = DATA / "train.parquet", DATA / "test.parquet"
-    slots = 2  # load tasks of 0.5 CPU beside an actor of one; their seconds were measured side by side
     print(f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}; {pq.read_metadata(train).num_rows} images at most")
     print("| repeat | foretold, s | real, s | foretold / real | published: foretold | real | load, embed ms/image |")
     print("|---|---|---|---|---|---|---|")
@@ -154,8 +160,7 @@ def main() -> None:
         large = measure(test, Job(10_000, 1_000, waves=4, shards=4))
         seconds, start = fitted(small, large)
         job = Job(arguments.images, 500, waves=10, shards=4)
-        cluster = Cluster(1, actors=1, cores=slots, load_slots=slots, start_seconds=start)
-        told = Simulation(job, cluster, seconds).run()
+        told = Simulation(job, cluster(load_config(str(CONFIG), (f"data_root={DATA}",)), start), seconds).run()
         real = measure(train, job)
         text = f"{1000 * seconds.load_image:.3f}, {1000 * seconds.embed_image:.3f}"
         print(

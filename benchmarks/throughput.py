@@ -11,8 +11,9 @@ What is embedded: `jpeg`, photographs of about 500x375 by a ResNet-18 at 224 wit
 
 `whole` is the time from the call to the last durable vector: of ours and the recipe on a Ray that runs, with
 their actors still to start; of the bare loop with the model still to load, its imports not counted.
-`steady` is the rate in the middle half of the images: between units that are durable, between batches that are done.
-Of the recipe only the whole is known.
+`steady` is the rate in the middle half of the images: of ours over whole rounds of durable units, one of each actor,
+where there are any; of the bare loop between batches. Of the recipe only the whole is known. The whole is what counts.
+The recipe has one actor, whose network may use all cores: Ray would give it one thread.
 
     python -m benchmarks.throughput --case cifar --repeats 5
 """
@@ -68,12 +69,20 @@ class Rate:
     steady: float | None
 
 
-def steady(moments: list[tuple[float, int]]) -> float:
-    """Images per second in the middle half, from (seconds, images so far)."""
+def steady(moments: list[tuple[float, int]], per_round: int = 1) -> float | None:
+    """Images per second in the middle half, from (seconds, images so far); None where that is no whole round.
+
+    Args:
+        moments: in order.
+        per_round: moments that come at about the same time, since so many actors work side by side.
+    """
     total = moments[-1][1]
-    first = next(item for item in moments if item[1] >= total / 4)
-    last = next(item for item in moments if item[1] >= total * 3 / 4)
-    return (last[1] - first[1]) / (last[0] - first[0])
+    first = next(place for place, (_, count) in enumerate(moments) if count >= total / 4)
+    last = next(place for place, (_, count) in enumerate(moments) if count >= total * 3 / 4)
+    last -= (last - first) % per_round
+    if last == first:
+        return None
+    return (moments[last][1] - moments[first][1]) / (moments[last][0] - moments[first][0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +98,17 @@ class Case:
         """Whether each image is a file."""
         return (self.folder / "jpeg").is_dir()
 
+    @property
+    def table(self) -> Path:
+        """CIFAR-100's training images, which lie beside the encoder."""
+        return Path(str(self.config.encoders.new.export)).parent / "train.parquet"
+
     def encoded(self) -> Iterator[bytes]:
         """The bytes of each image, read as they are asked for."""
         if self.is_files:
             yield from (Path(path).read_bytes() for path, _ in self.places())
             return
-        batches = pq.ParquetFile(CIFAR / "train.parquet").iter_batches(BATCH["cifar"], columns=["image"])
+        batches = pq.ParquetFile(self.table).iter_batches(BATCH["cifar"], columns=["image"])
         yield from itertools.islice((image for batch in batches for image in batch["image"].to_pylist()), self.images)
 
     def places(self) -> Iterator[tuple[str, int | None]]:
@@ -102,7 +116,7 @@ class Case:
         if self.is_files:
             yield from ((str(path), None) for path in sorted((self.folder / "jpeg").iterdir())[: self.images])
         else:
-            yield from ((f"{CIFAR / 'train.parquet'}#image", row) for row in range(self.images))
+            yield from ((f"{self.table}#image", row) for row in range(self.images))
 
     def units(self) -> list[Unit]:
         """The gallery as units of work, whose places are in a Parquet file."""
@@ -114,12 +128,12 @@ class Case:
         return [Unit(1, number, uri, number, len(piece)) for number, piece in enumerate(pieces)]
 
 
-def make_case(name: str, folder: Path, images: int, backfill: dict[str, str]) -> Case:
-    """A case with its files; `backfill` changes settings of that section."""
+def make_case(name: str, folder: Path, images: int, backfill: dict[str, str], data: Path = CIFAR) -> Case:
+    """A case with its files; `backfill` changes settings of that section, `data` is where CIFAR-100 lies."""
     folder.mkdir()
     if name == "cifar":
         preprocess = {"size": 32, "pixel_range": 255, "mean": [125.3, 123.0, 113.9], "std": [63.0, 62.1, 66.7]}
-        encoder: dict[str, Any] = {"export": str(CIFAR / "new.pt2"), "dim": 128, "preprocess": preprocess}
+        encoder: dict[str, Any] = {"export": str(data / "new.pt2"), "dim": 128, "preprocess": preprocess}
     else:
         (folder / "jpeg").mkdir()
         for number in range(images):
@@ -127,7 +141,12 @@ def make_case(name: str, folder: Path, images: int, backfill: dict[str, str]) ->
         encoder = {"function": "benchmarks.throughput:resnet18", "dim": 512}
         encoder["preprocess"] = {"resize": 256, "center_crop": 224}
     source = {"manifest": "none", "columns": {"id": "id", "image": "image"}}
-    tree = {"run": str(folder / "run"), "device": "cpu", "encoders": {"new": encoder}, "gallery": source}
+    tree: dict[str, object] = {
+        "run": str(folder / "run"),
+        "device": "cpu",
+        "encoders": {"new": encoder},
+        "gallery": source,
+    }
     tree |= {"pairs": source, "backfill": BACKFILL | {"batch_size": BATCH[name]} | backfill}
     return Case(folder, images, validate(tree, where="benchmark"))
 
@@ -183,13 +202,15 @@ def ours(case: Case) -> Rate:
     run = str(case.folder / "run")
     log = VectorLog(f"{run}/embedded", f"{run}/rejects", case.config.encoders.new.dim, 8)
     units = case.units()
-    start, moments, count = time.perf_counter(), [], 0
+    start, moments, count, actors = time.perf_counter(), [], 0, set()
     for _, ack in embed_stream([Work(case.config.encoders.new, log, units)], case.config):
         assert not ack.rejected, "an image was rejected"
         count += ack.embedded
+        actors.add(ack.actor)
         moments.append((time.perf_counter(), count))
+    seconds = time.perf_counter() - start
     assert count == case.images
-    return Rate(case.images / (time.perf_counter() - start), steady(moments))
+    return Rate(case.images / seconds, steady(moments, len(actors)))
 
 
 class Predictor:
@@ -200,13 +221,14 @@ class Predictor:
 
         from pipeline.encoders import load_encoder
 
+        torch.set_num_threads(os.cpu_count() or 1)
         self._model = load_encoder(encoder, torch.device("cpu"))
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         import torch
 
         with torch.inference_mode():
-            return {"embedding": self._model(torch.from_numpy(np.stack(batch["pixels"]))).numpy()}
+            return {"embedding": self._model(torch.from_numpy(np.stack(list(batch["pixels"])))).numpy()}
 
 
 def recipe(case: Case) -> Rate:
@@ -224,7 +246,7 @@ def recipe(case: Case) -> Rate:
     if case.is_files:
         images = ray.data.read_binary_files(str(case.folder / "jpeg"))
     else:
-        images = ray.data.read_parquet(str(CIFAR / "train.parquet")).select_columns(["image"]).limit(case.images)
+        images = ray.data.read_parquet(str(case.table)).select_columns(["image"]).limit(case.images)
         images = images.rename_columns({"image": "bytes"})
     images.map(decode).map_batches(
         Predictor,
@@ -261,7 +283,10 @@ def show(name: str, case: Case, rates: dict[str, list[Rate]]) -> None:
         whole = {item: [rate.whole for rate in rates[item]] for item in rates}
         part = {item: [rate.steady for rate in rates[item] if rate.steady] for item in rates}
         lines = [
-            (f"ours / {item}", *(ratio(v["ours"], v[item]).text() if v[item] else "" for v in (whole, part)))
+            (
+                f"ours / {item}",
+                *(ratio(v["ours"], v[item]).text() if v[item] and v["ours"] else "" for v in (whole, part)),
+            )
             for item in others
         ]
         print("\n" + measure.table(["ratio", "whole", "steady"], lines), flush=True)

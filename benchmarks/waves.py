@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks import measure
@@ -107,12 +108,16 @@ def main() -> None:
     print(measure.header(), flush=True)
     start_ray()
     with tempfile.TemporaryDirectory() as folder:
-        runs = {}
+        runs: dict[int, tuple[config.Config, Run, Plan]] = {}
         for waves in WAVES:
             chosen = settings(Path(folder), waves, images)
             runs[waves] = (chosen, *prepare(chosen, runs[WAVES[0]][0] if runs else None))
         found: dict[int, list[Result]] = {waves: [] for waves in WAVES}
-        measure.interleave({str(w): lambda w=w: found[w].append(measure_run(*runs[w])) for w in WAVES}, repeats)
+
+        def keep(waves: int) -> None:
+            found[waves].append(measure_run(*runs[waves]))
+
+        measure.interleave({str(waves): partial(keep, waves) for waves in WAVES}, repeats)
     print(f"\n{images:,} images\n")
     rows = []
     for waves, results in found.items():

@@ -107,17 +107,18 @@ def show_estimate(found: Estimate) -> None:
     )
     hours = f"{found.gpu_hours:,.2f} GPU hours, " if rates.gpus else ""
     table.add_row("cost", f"{hours}{found.node_hours:,.2f} node hours{money}")
+    decoder, loads = ("device", "read") if rates.decodes_on_device else ("core", "read and decode")
     each = f"{rates.forward[found.batch_size]:,.0f} images/s per actor on {rates.device}"
     table.add_row(
         "measured",
-        f"fetch {rates.fetch:,.0f} images/s per task, decode {rates.decode:,.0f} per core, forward {each}; "
+        f"fetch {rates.fetch:,.0f} images/s per task, decode {rates.decode:,.0f} per {decoder}, forward {each}; "
         f"{rates.images:,} images through {rates.actors} actors",
     )
     table.add_row("bottleneck", found.bottleneck)
     table.add_row(
         "recommended",
         f"backfill.batch_size={found.batch_size} backfill.max_actors={found.max_actors}, and for each actor "
-        f"{found.cpus_per_actor:g} cores that read and decode",
+        f"{found.loading_cpus_per_actor:g} cores that {loads}",
     )
     out.print(table)
 

@@ -1,13 +1,17 @@
 """Decode and resize JPEGs where the encoder runs: nvJPEG on a GPU, through torchvision.
 
 Guarantee: a bad image becomes a reject, as in `images`; what is no JPEG of the wanted colours, or what the device's
-decoder refuses, is decoded there. No GPU was at hand when this was written: tests hold the same calls on the CPU
-to `images`.
+decoder refuses, is decoded there. A device that cannot even decode a good JPEG is not asked for others, and the log
+says so; one that fails (out of memory, an error of CUDA) ends the task. No GPU was at hand when this was written: tests
+hold the same calls on the CPU to `images`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -18,11 +22,23 @@ from PIL import Image
 from pipeline.config import Preprocess
 from pipeline.images import Limits, Reject, check_shape, decode_image, open_image, resized_size
 
-_AT_ONCE = 64  # JPEGs in one call of the decoder; they are of any size, and all of them are in memory
+_AT_ONCE = 64  # JPEGs in one call of the decoder, at most,
+_PIXELS_AT_ONCE = 2**26  # and of so many pixels in all, or one: 200 MB of colours on the device
+_DEVICE_FAILS = (torch.OutOfMemoryError, torch.AcceleratorError)  # whatever the image; both are RuntimeErrors
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """Height and width of a JPEG, and what it is resized to, if it is."""
+
+    size: tuple[int, int]
+    resized: tuple[int, int] | None
 
 
 class DeviceDecoder:
-    """Encoded images to pixels on a device."""
+    """Encoded images to pixels on a device; one is made per actor, and tries the device once."""
 
     def __init__(self, preprocess: Preprocess, limits: Limits, device: torch.device) -> None:
         from torchvision.io import ImageReadMode, decode_jpeg
@@ -30,56 +46,81 @@ class DeviceDecoder:
         self._preprocess, self._limits, self._device = preprocess, limits, device
         self._colours, mode = ("RGB", ImageReadMode.RGB) if preprocess.channels == 3 else ("L", ImageReadMode.GRAY)
         self._decode_jpeg = partial(decode_jpeg, mode=mode, device=device)
+        self._takes_jpegs, self._refused = self._probe(), False
 
     def decode(self, encoded: Sequence[bytes]) -> tuple[torch.Tensor, dict[int, Reject]]:
-        """(B, C, H, W) uint8 on the device, zeros for rejects; and row -> why that image is rejected."""
-        height, width = cast(tuple[int, int], self._preprocess.image_size)
-        pixels = torch.zeros(
-            (len(encoded), self._preprocess.channels, height, width), dtype=torch.uint8, device=self._device
-        )
+        """(B, C, H, W) uint8 on the device, zeros for rejects; and row -> why that image is rejected.
+
+        Raises:
+            torch.OutOfMemoryError, torch.AcceleratorError: the device fails, whatever the image.
+        """
+        shape = (len(encoded), self._preprocess.channels, *cast(tuple[int, int], self._preprocess.image_size))
+        pixels = torch.zeros(shape, dtype=torch.uint8, device=self._device)
         rejects: dict[int, Reject] = {}
-        for first in range(0, len(encoded), _AT_ONCE):
-            rows = range(first, min(first + _AT_ONCE, len(encoded)))
-            self._decode_some(encoded, rows, pixels, rejects)
+        headers: dict[int, _Header] = {}
+        for row, data in enumerate(encoded):
+            try:
+                header = self._header(data)
+                if header is None:
+                    pixels[row] = self._on_cpu(data)
+                else:
+                    headers[row] = header
+            except Reject as reject:
+                rejects[row] = reject
+        for rows in _together(headers):
+            for row, picture in self._pictures(encoded, rows).items():
+                try:
+                    pixels[row] = self._finished(encoded[row], headers[row], picture)
+                except Reject as reject:
+                    rejects[row] = reject
         return pixels, rejects
 
-    def _decode_some(
-        self, encoded: Sequence[bytes], rows: range, pixels: torch.Tensor, rejects: dict[int, Reject]
-    ) -> None:
-        headers: dict[int, Image.Image] = {}
-        for row in rows:
-            try:
-                image = open_image(encoded[row], self._limits)
-                if image.format == "JPEG" and image.mode == self._colours:
-                    headers[row] = image
-                else:
-                    pixels[row] = self._on_cpu(encoded[row])
-            except Reject as reject:
-                rejects[row] = reject
-        for row, picture in self._pictures(encoded, list(headers)).items():
-            try:
-                if picture is None or picture.shape[1:] != (headers[row].height, headers[row].width):
-                    pixels[row] = self._on_cpu(encoded[row])
-                else:
-                    pixels[row] = self._fitted(picture, resized_size(headers[row], self._preprocess, self._limits))
-            except Reject as reject:
-                rejects[row] = reject
+    def _probe(self) -> bool:
+        """Whether the device decodes a good JPEG: torchvision may lack nvJPEG, or the GPU what that needs."""
+        sink = io.BytesIO()
+        Image.new(self._colours, (16, 16)).save(sink, "jpeg")
+        try:
+            self._decode_jpeg(_tensor(sink.getvalue()))
+        except _DEVICE_FAILS:
+            raise
+        except RuntimeError as error:
+            _LOG.warning("%s decodes no JPEGs, the CPU does it all: %s", self._device, str(error).partition("\n")[0])
+            return False
+        return True
+
+    def _header(self, data: bytes) -> _Header | None:
+        """None where the image is not for the device's decoder."""
+        image = open_image(data, self._limits)
+        if not self._takes_jpegs or image.format != "JPEG" or image.mode != self._colours:
+            return None
+        return _Header((image.height, image.width), resized_size(image, self._preprocess, self._limits))
 
     def _pictures(self, encoded: Sequence[bytes], rows: list[int]) -> dict[int, torch.Tensor | None]:
         """(C, H, W) uint8 of each row, all in one call; None for what the decoder refuses."""
-        data = {row: torch.frombuffer(bytearray(encoded[row]), dtype=torch.uint8) for row in rows}
-        if not data:
-            return {}
+        data = [_tensor(encoded[row]) for row in rows]
         try:
-            return dict(zip(data, self._decode_jpeg(list(data.values())), strict=True))
+            return dict(zip(rows, self._decode_jpeg(data), strict=True))
+        except _DEVICE_FAILS:
+            raise
         except RuntimeError:  # of one that is damaged; which one it does not say
-            return {row: self._picture(item) for row, item in data.items()}
+            return {row: self._picture(item) for row, item in zip(rows, data, strict=True)}
 
     def _picture(self, data: torch.Tensor) -> torch.Tensor | None:
         try:
             return cast(torch.Tensor, self._decode_jpeg(data))
+        except _DEVICE_FAILS:
+            raise
         except RuntimeError:
             return None
+
+    def _finished(self, data: bytes, header: _Header, picture: torch.Tensor | None) -> torch.Tensor:
+        if picture is not None and picture.shape[1:] == header.size:
+            return self._fitted(picture, header.resized)
+        pixels = self._on_cpu(data)  # or a reject: then it was the image, not the device
+        if not self._refused:
+            _LOG.warning("%s refused a JPEG that the CPU decodes; such ones are decoded there", self._device)
+            self._refused = True
+        return pixels
 
     def _fitted(self, picture: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
         from torchvision.transforms import InterpolationMode
@@ -95,3 +136,21 @@ class DeviceDecoder:
 
     def _on_cpu(self, data: bytes) -> torch.Tensor:
         return torch.from_numpy(np.array(decode_image(data, self._preprocess, self._limits)))
+
+
+def _together(headers: Mapping[int, _Header]) -> Iterator[list[int]]:
+    """The rows of one call each: all pictures of a call are in memory at once, in full."""
+    rows, total = list[int](), 0
+    for row, header in headers.items():
+        height, width = header.size
+        if rows and (len(rows) == _AT_ONCE or total + height * width > _PIXELS_AT_ONCE):
+            yield rows
+            rows, total = [], 0
+        rows.append(row)
+        total += height * width
+    if rows:
+        yield rows
+
+
+def _tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)

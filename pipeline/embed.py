@@ -12,6 +12,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -20,9 +21,13 @@ import torch
 from pipeline import config as settings
 from pipeline import worker_metrics
 from pipeline.encoders import EmbeddingModel, load_encoder
-from pipeline.images import Limits, Pixels, Reject
+from pipeline.errors import ConfigError
+from pipeline.images import Limits, Pixels
 from pipeline.schema import Float32, vectors_to_arrow
 from pipeline.transformation import resolve_device
+
+if TYPE_CHECKING:
+    from pipeline.device_decode import DeviceDecoder
 
 _IN_FLIGHT = 2
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,13 +36,16 @@ _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": 
 class Embedder:
     """An encoder on its device; also used in-process, where a few images are embedded without Ray.
 
-    On a GPU one batch computes while the next is copied: pinned memory, one copy each way, and nothing waits
-    for a batch before the following one is on its way.
+    On a GPU one batch computes while the next is copied: pinned memory, one copy each way, a stream of their own for
+    those to the device, and nothing waits for a batch before the following one is on its way. That is within one call
+    of `embed`: units of one batch, such as those of 256 images at 224x224, are copied and computed in turns, unless
+    `batch_size` is set to half a unit or two actors share a GPU.
     """
 
     def __init__(self, encoder: settings.Encoder, device: str, batch_size: int, threads: int) -> None:
         torch.set_num_threads(threads)
         self._device = resolve_device(device)
+        self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._batch_size = batch_size
         self._precision = _PRECISIONS[encoder.precision]
         self._model: EmbeddingModel = load_encoder(encoder, self._device)
@@ -67,13 +75,15 @@ class Embedder:
         Args:
             pixels: (N, C, H, W) uint8, repeated where a batch is larger.
             sizes: batch sizes, ascending.
-            seconds: about how long to measure; sizes that would take longer are left out.
+            seconds: about how long to measure, compilation not counted; sizes that would take longer are left out.
 
         Returns:
             at least the rate of the smallest size.
+
+        Raises:
+            ConfigError: memory does not hold the smallest size.
         """
-        configured, found = self._batch_size, dict[int, float]()
-        deadline = time.perf_counter() + seconds
+        configured, found, left = self._batch_size, dict[int, float](), seconds
         try:
             for size in sizes:
                 self._batch_size = size
@@ -82,12 +92,15 @@ class Embedder:
                     self.embed(batches[:size])  # kernels are chosen, memory is taken
                     start = time.perf_counter()
                     self.embed(batches)
-                except torch.OutOfMemoryError:
+                except torch.OutOfMemoryError as error:
                     torch.cuda.empty_cache()
+                    if not found:
+                        raise self._too_small(batches[:size]) from error
                     break
                 spent = time.perf_counter() - start
                 found[size] = len(batches) / spent
-                if time.perf_counter() + 3 * spent > deadline:  # the next has twice as many, and warms up
+                left -= 1.5 * spent  # with the warm-up, but for what is done once
+                if 3 * spent > left:  # the next has twice as many
                     break
         finally:
             self._batch_size = configured
@@ -98,28 +111,46 @@ class Embedder:
         """Where it runs."""
         return self._device
 
-    def _copied(self, pixels: Pixels) -> torch.Tensor:
-        """On the device; a copy in any case, for blocks of the object store are read-only."""
-        cuda = self._device.type == "cuda"
-        batch = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=cuda)
-        batch.numpy()[:] = pixels
-        return batch.to(self._device, memory_format=torch.channels_last, non_blocking=True) if cuda else batch
+    def _too_small(self, batch: Pixels) -> ConfigError:
+        return ConfigError(
+            "the device's memory does not hold a batch",
+            expected=f"room for {len(batch)} images of {batch.shape[1:]} and the encoder",
+            found=f"out of memory on {self._device}",
+            where="device",
+            remedy="let fewer actors share the GPU (backfill.gpus_per_actor), or take a device with more memory",
+        )
+
+    def _copied(self, pixels: Pixels, num_rows: int) -> torch.Tensor:
+        """On the device, zeros after the pixels; a copy in any case, for blocks of the object store are read-only."""
+        host = torch.empty((num_rows, *pixels.shape[1:]), dtype=torch.uint8, pin_memory=self._copies is not None)
+        host.numpy()[: len(pixels)], host.numpy()[len(pixels) :] = pixels, 0
+        if self._copies is None:
+            return host
+        with torch.cuda.stream(self._copies):
+            batch = host.to(self._device, non_blocking=True)
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_stream(self._copies)
+        batch.record_stream(computing)  # or its memory would be given to the next copy while it is read
+        return batch
 
     @torch.inference_mode()
     def _launch(self, pixels: Pixels | torch.Tensor) -> _Batch:
         """Start a batch; on a GPU this returns before it is done."""
-        cuda = self._device.type == "cuda"
-        batch = pixels if isinstance(pixels, torch.Tensor) else self._copied(pixels)
-        if self._padded and len(batch) < self._batch_size:
-            batch = torch.cat([batch, batch.new_zeros((self._batch_size - len(batch), *batch.shape[1:]))])
+        num_rows = self._batch_size if self._padded else len(pixels)
+        if not isinstance(pixels, torch.Tensor):
+            batch = self._copied(pixels, num_rows)
+        elif len(pixels) < num_rows:
+            batch = torch.cat([pixels, pixels.new_zeros((num_rows - len(pixels), *pixels.shape[1:]))])
+        else:
+            batch = pixels
         with torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32):
             embeddings = self._network(batch)[: len(pixels)]
-        if not cuda:
+        if self._copies is None:
             return _Batch(embeddings, None)
         host = torch.empty(embeddings.shape, dtype=torch.float32, pin_memory=True)
         host.copy_(embeddings, non_blocking=True)
         done = torch.cuda.Event()
-        done.record()
+        done.record(torch.cuda.current_stream(self._device))
         return _Batch(host, done)
 
 
@@ -143,6 +174,7 @@ class EmbedStage:
     def __init__(self, encoders: list[settings.Encoder], backfill: settings.Backfill, device: str) -> None:
         self._encoders, self._backfill, self._device = encoders, backfill, device
         self._embedders: dict[int, Embedder] = {}
+        self._decoders: dict[int, DeviceDecoder] = {}
         self._name = uuid.uuid4().hex[:16]  # tells it from others where its units are counted
 
     def _embedder(self, work: int) -> Embedder:
@@ -152,13 +184,22 @@ class EmbedStage:
             )
         return self._embedders[work]
 
+    def _decoder(self, work: int) -> DeviceDecoder:
+        from pipeline.device_decode import DeviceDecoder  # here: it takes seconds, and few want it
+
+        if work not in self._decoders:
+            limits = Limits(self._backfill.max_image_pixels, self._backfill.max_image_bytes)
+            preprocess, device = self._encoders[work].preprocess, self._embedder(work).device
+            self._decoders[work] = DeviceDecoder(preprocess, limits, device)
+        return self._decoders[work]
+
     def __call__(self, block: pa.Table) -> pa.Table:
         start = time.perf_counter()
         work = block["work"][0].as_py()
         encoder, embedder = self._encoders[work], self._embedder(work)
         stages, reasons = block["stage"].to_pylist(), block["reason"].to_pylist()
         if "encoded" in block.column_names:
-            pixels, rejects = self._decode(block["encoded"].to_pylist(), encoder.preprocess, embedder.device)
+            pixels, rejects = self._decoder(work).decode(block["encoded"].to_pylist())
             for row, reject in rejects.items():
                 if not stages[row]:  # it was fetched
                     stages[row], reasons[row] = reject.stage, reject.reason
@@ -185,11 +226,3 @@ class EmbedStage:
                 "vector": vectors_to_arrow(vectors),
             }
         )
-
-    def _decode(
-        self, encoded: list[bytes], preprocess: settings.Preprocess, device: torch.device
-    ) -> tuple[torch.Tensor, dict[int, Reject]]:
-        from pipeline.device_decode import DeviceDecoder  # here: it takes seconds, and few want it
-
-        limits = Limits(self._backfill.max_image_pixels, self._backfill.max_image_bytes)
-        return DeviceDecoder(preprocess, limits, device).decode(encoded)

@@ -25,7 +25,8 @@ class Rates:
         bytes_fetched_per_image: as they came, with the gaps between ranges.
         requests_per_image: to the store, or reads of files.
         fetch: images per second of one load task that only fetches.
-        decode: images per second of one core that only decodes and preprocesses.
+        decode: images per second of one core that only decodes and preprocesses; or of one actor's device.
+        decodes_on_device: whether the actor decodes; else the load tasks do.
         forward: images per second of one actor alone, by batch size.
         stream: images per second of everything together, with `actors`; what the estimate goes by.
         start_seconds: from the start of a stream to its first durable unit, less that unit's own time.
@@ -50,6 +51,17 @@ class Rates:
     nodes: int
     gpus_per_actor: float
     device: str
+    decodes_on_device: bool = False
+
+    @property
+    def load(self) -> float:
+        """Images per second of one load task: it fetches, then decodes what the actor does not."""
+        return self.fetch if self.decodes_on_device else 1 / (1 / self.fetch + 1 / self.decode)
+
+    def actor(self, batch_size: int) -> float:
+        """Images per second of one actor with all that it does."""
+        forward = self.forward[batch_size]
+        return 1 / (1 / self.decode + 1 / forward) if self.decodes_on_device else forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +77,7 @@ class Estimate:
         bottleneck: `fetch`, `decode` or `forward`: what is used up first.
         batch_size: the smallest that is about as fast as the fastest.
         max_actors: how many the cluster's GPUs, or else its cores, hold.
-        cpus_per_actor: cores that read and decode what one actor embeds.
+        loading_cpus_per_actor: cores that read, and decode unless the device does, what one actor embeds.
         rates: what it was computed from.
     """
 
@@ -78,7 +90,7 @@ class Estimate:
     bottleneck: str
     batch_size: int
     max_actors: int
-    cpus_per_actor: float
+    loading_cpus_per_actor: float
     rates: Rates = field(repr=False)
 
     def to_json(self) -> dict[str, object]:
@@ -100,7 +112,6 @@ def estimate(rates: Rates, images: int, largest_pool: int, prices: Telemetry) ->
     node_hours, gpu_hours = hours * rates.nodes, hours * rates.gpus
     priced = prices.node_hour_price or prices.gpu_hour_price
     batch_size = best_batch(rates.forward)
-    load = 1 / (1 / rates.fetch + 1 / rates.decode)  # of one task: it fetches, then decodes
     return Estimate(
         images=images,
         bytes=round(images * rates.bytes_fetched_per_image),
@@ -108,10 +119,10 @@ def estimate(rates: Rates, images: int, largest_pool: int, prices: Telemetry) ->
         node_hours=node_hours,
         gpu_hours=gpu_hours,
         money=node_hours * prices.node_hour_price + gpu_hours * prices.gpu_hour_price if priced else None,
-        bottleneck=_bottleneck(rates, load, rates.forward[batch_size]),
+        bottleneck=_bottleneck(rates, batch_size),
         batch_size=batch_size,
         max_actors=largest_pool,
-        cpus_per_actor=math.ceil(round(10 * rates.forward[batch_size] / load, 6)) / 10,
+        loading_cpus_per_actor=math.ceil(round(10 * rates.actor(batch_size) / rates.load, 6)) / 10,
         rates=rates,
     )
 
@@ -122,10 +133,9 @@ def best_batch(forward: Mapping[int, float]) -> int:
     return min(size for size, rate in forward.items() if rate >= _WITHIN * most)
 
 
-def _bottleneck(rates: Rates, load: float, forward: float) -> str:
+def _bottleneck(rates: Rates, batch_size: int) -> str:
     """Actors on GPUs have the cores for loading; actors on CPU share them, so the dearer step is what counts."""
-    if rates.gpus_per_actor and rates.actors * forward <= rates.cpus * load:
-        return "forward"
-    if not rates.gpus_per_actor and forward <= load:
-        return "forward"
-    return "fetch" if rates.fetch < rates.decode else "decode"
+    actors, loads = (rates.actors, rates.cpus) if rates.gpus_per_actor else (1, 1)
+    if actors * rates.actor(batch_size) <= loads * rates.load:
+        return "decode" if rates.decodes_on_device and rates.decode < rates.forward[batch_size] else "forward"
+    return "fetch" if rates.decodes_on_device or rates.fetch < rates.decode else "decode"

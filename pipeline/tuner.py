@@ -11,8 +11,9 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -23,12 +24,15 @@ from pipeline import storage
 from pipeline.actors import Pool, actor_pool
 from pipeline.errors import DataError
 from pipeline.estimate import Estimate, Rates, estimate
-from pipeline.images import Limits, Place, Reject, decode_image
+from pipeline.images import Limits, Pixels, Place, Reject, decoder
 from pipeline.plan import Plan
 from pipeline.run import Run
 from pipeline.schema import UNITS, Unit, UnitAck
 from pipeline.stream import Work, embed_stream
 from pipeline.vector_log import VectorLog
+
+if TYPE_CHECKING:
+    import torch
 
 _FOLDER = "tuning"
 _UNITS = 64  # of the plan, from which the sample comes
@@ -65,7 +69,7 @@ def tune(
 
     Raises:
         DataError: not one image of the sample can be embedded.
-        ConfigError: the cluster has no room for the stream.
+        ConfigError: the cluster has no room for the stream, or the device for a batch.
     """
     pool = actor_pool(config.backfill, config.device)
     rows = _sample(run, plan, config.seed)
@@ -100,33 +104,58 @@ def _measure_alone(config: settings.Config, rows: list[pa.Table], seconds: float
     limits = Limits(backfill.max_image_pixels, backfill.max_image_bytes)
     embedder = Embedder(encoder, config.device, backfill.batch_size, backfill.threads_per_actor)
     spent = {"fetch": 0.0, "decode": 0.0}
-    fetched, pixels = 0, []
+    count, good = 0, list[Pixels]()
+    decode = _decoder(encoder.preprocess, limits, embedder.device)
     deadline = time.perf_counter() + seconds / 2
     for table in rows:
         places = [Place(**row) for row in table.drop_columns(["id"]).to_pylist()]
         start = time.perf_counter()
         encoded = [data for data, _ in fetch(places, limits.max_bytes, config.fetch)]
         spent["fetch"] += time.perf_counter() - start
-        fetched += len(encoded)
-        start = time.process_time()
-        for data in encoded:
-            try:
-                pixels.append(decode_image(data, encoder.preprocess, limits) if isinstance(data, bytes) else None)
-            except Reject:
-                pixels.append(None)
-        spent["decode"] += time.process_time() - start
-        if time.perf_counter() > deadline or len(pixels) >= max(_BATCHES):
+        count += len(encoded)
+        pixels, seconds_taken = decode([data for data in encoded if isinstance(data, bytes)])
+        spent["decode"] += seconds_taken
+        good += pixels
+        if time.perf_counter() > deadline or count >= max(_BATCHES):
             break
-    good = [image for image in pixels if image is not None]
     if not good:
         raise DataError(
             "not one image of the sample can be embedded",
             expected="images that the new encoder takes",
-            found=f"{len(pixels)} rejects",
+            found=f"{count} rejects",
             where=f"{rows[0]['uri'][0]} and others of the plan",
         )
     forward = embedder.rates(np.stack(good), _BATCHES, seconds / 2)
-    return _Alone(fetched / spent["fetch"], len(pixels) / spent["decode"], forward, str(embedder.device))
+    return _Alone(count / spent["fetch"], count / spent["decode"], forward, str(embedder.device))
+
+
+def _decoder(
+    preprocess: settings.Preprocess, limits: Limits, device: torch.device
+) -> Callable[[list[bytes]], tuple[list[Pixels], float]]:
+    """What decodes in the stream: to the pixels of good images, and the seconds that it took a core, or the device."""
+    if preprocess.decoder == "device":
+        from pipeline.device_decode import DeviceDecoder
+
+        on_device = DeviceDecoder(preprocess, limits, device)
+
+        def decode_there(encoded: list[bytes]) -> tuple[list[Pixels], float]:
+            start = time.perf_counter()
+            pixels, rejects = on_device.decode(encoded)
+            found: Pixels = pixels.cpu().numpy()  # which waits for the device
+            seconds = time.perf_counter() - start
+            return [found[row] for row in range(len(encoded)) if row not in rejects], seconds
+
+        return decode_there
+    decode_one = decoder(preprocess, limits)
+
+    def decode_here(encoded: list[bytes]) -> tuple[list[Pixels], float]:
+        start, found = time.process_time(), []
+        for data in encoded:
+            with suppress(Reject):
+                found.append(decode_one(data))
+        return found, time.process_time() - start
+
+    return decode_here
 
 
 def _measure_stream(
@@ -177,6 +206,7 @@ def _measure_stream(
         nodes=sum(node["Alive"] for node in ray.nodes()),
         gpus_per_actor=pool.gpus,
         device=alone.device,
+        decodes_on_device=config.encoders.new.preprocess.decoder == "device",
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import logging
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from PIL import Image
 
 from benchmarks.photographs import photograph
+from pipeline import device_decode
 from pipeline.config import Preprocess
 from pipeline.device_decode import DeviceDecoder
 from pipeline.images import Limits, Pixels, Reject, decode_image
@@ -84,3 +87,65 @@ def test_more_images_than_one_call_takes_keep_their_rows() -> None:
     assert not rejects
     for row in range(70):
         np.testing.assert_array_equal(pixels[row], pixels[row % 3])
+
+
+def test_large_pictures_are_decoded_in_smaller_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_decode, "_PIXELS_AT_ONCE", 45_000)
+    decoder = DeviceDecoder(SIZED, LIMITS, torch.device("cpu"))
+    calls, decode_jpeg = [], decoder._decode_jpeg
+
+    def counted(data: list[torch.Tensor]) -> list[torch.Tensor]:
+        calls.append(len(data))
+        return decode_jpeg(data)
+
+    monkeypatch.setattr(decoder, "_decode_jpeg", counted)
+    images = [photograph(number, *size) for number, size in enumerate([(200, 100), (100, 200), (300, 200), (100, 100)])]
+    pixels, rejects = decoder.decode(images)
+    assert calls == [2, 1, 1]
+    assert not rejects
+    np.testing.assert_array_equal(pixels, decode(images)[0])
+
+
+def failing(error: Exception) -> Callable[..., torch.Tensor]:
+    """Stands for a device that is not here: what torchvision raises on one without nvJPEG, or without memory."""
+
+    def decode_jpeg(*args: object, **kwargs: object) -> torch.Tensor:
+        raise error
+
+    return decode_jpeg
+
+
+def test_a_device_that_decodes_no_jpeg_is_tried_once_and_the_cpu_decodes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("torchvision.io.decode_jpeg", failing(RuntimeError("not compiled with nvJPEG")))
+    with caplog.at_level(logging.WARNING):
+        decoder = DeviceDecoder(SIZED, LIMITS, torch.device("cpu"))
+        pixels = [decoder.decode([photograph(1, 200, 150)])[0] for _ in range(2)]
+    assert [record.getMessage() for record in caplog.records] == [
+        "cpu decodes no JPEGs, the CPU does it all: not compiled with nvJPEG"
+    ]
+    for found in pixels:
+        np.testing.assert_array_equal(found[0], decode_image(photograph(1, 200, 150), SIZED, LIMITS))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), torch.AcceleratorError("CUDA error")])
+def test_a_device_that_fails_is_not_taken_for_a_damaged_image(
+    monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
+    decoder = DeviceDecoder(SIZED, LIMITS, torch.device("cpu"))
+    monkeypatch.setattr(decoder, "_decode_jpeg", failing(error))
+    with pytest.raises(type(error)):
+        decoder.decode([photograph(1, 200, 150)])
+
+
+def test_an_image_that_only_the_device_refuses_is_decoded_on_the_cpu_and_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    decoder = DeviceDecoder(SIZED, LIMITS, torch.device("cpu"))
+    monkeypatch.setattr(decoder, "_decode_jpeg", failing(RuntimeError("not supported")))
+    with caplog.at_level(logging.WARNING):
+        pixels, rejects = decoder.decode([photograph(1, 200, 150)] * 2)
+    assert not rejects
+    assert pixels.any(dim=(1, 2, 3)).all()
+    assert len(caplog.records) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from pipeline.config import Encoder
 from pipeline.embed import Embedder
+from pipeline.errors import ConfigError
 
 DIM = 20
 PIXELS = np.random.default_rng(0).integers(0, 256, (37, 1, 8, 8), dtype=np.uint8)
@@ -74,3 +76,46 @@ def test_rates_are_measured_up_to_the_batch_that_memory_does_not_hold(monkeypatc
 
 def test_rates_of_the_smallest_batch_are_measured_whatever_the_time() -> None:
     assert list(embedder(16).rates(PIXELS, [16, 32], seconds=0.0)) == [16]
+
+
+def test_memory_that_does_not_hold_the_smallest_batch_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = embedder(16)
+
+    def full(batch: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(found, "_network", full)
+    with pytest.raises(ConfigError, match="memory does not hold a batch"):
+        found.rates(PIXELS, [16, 32], seconds=60.0)
+    assert found._batch_size == 16
+
+
+def test_the_first_call_of_a_size_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = embedder(16)
+    network, compiled = found._network, set[int]()
+
+    def slow_at_first(batch: torch.Tensor) -> torch.Tensor:
+        if len(batch) not in compiled:
+            compiled.add(len(batch))
+            time.sleep(1.0)
+        return network(batch)
+
+    monkeypatch.setattr(found, "_network", slow_at_first)
+    assert list(found.rates(PIXELS, [16, 32], seconds=0.9)) == [16, 32]
+
+
+def test_a_compiled_network_sees_batches_of_one_shape_and_memory_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = embedder(16)
+    network, seen = found._network, set[tuple[torch.Size, tuple[int, ...]]]()
+
+    def noted(batch: torch.Tensor) -> torch.Tensor:
+        seen.add((batch.shape, batch.stride()))
+        return network(batch)
+
+    monkeypatch.setattr(found, "_network", noted)
+    monkeypatch.setattr(found, "_padded", True)
+    vectors = found.embed(PIXELS)
+    assert len(seen) == 1
+    np.testing.assert_allclose(vectors, embedder(16).embed(PIXELS), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(found.embed(torch.from_numpy(PIXELS)), vectors)
+    assert len(seen) == 1

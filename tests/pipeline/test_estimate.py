@@ -50,8 +50,14 @@ def test_the_smallest_batch_that_is_about_as_fast_is_recommended() -> None:
 
 
 def test_the_cores_that_feed_an_actor_are_its_rate_over_that_of_a_core() -> None:
-    assert estimate(ON_GPU, 1, 4, Telemetry()).cpus_per_actor == 1.0  # 3,000 over 1 / (1/9,000 + 1/4,500)
-    assert estimate(replace(ON_GPU, decode=1_000.0), 1, 4, Telemetry()).cpus_per_actor == 3.4
+    assert estimate(ON_GPU, 1, 4, Telemetry()).loading_cpus_per_actor == 1.0  # 3,000 over 1 / (1/9,000 + 1/4,500)
+    assert estimate(replace(ON_GPU, decode=1_000.0), 1, 4, Telemetry()).loading_cpus_per_actor == 3.4
+
+
+def test_where_the_actor_decodes_it_is_slower_and_the_cores_only_read() -> None:
+    there = replace(ON_GPU, decode=6_000.0, decodes_on_device=True)
+    assert there.actor(256) == pytest.approx(2_000.0)  # 1 / (1/3,000 + 1/6,000)
+    assert estimate(replace(there, fetch=1_000.0), 1, 4, Telemetry()).loading_cpus_per_actor == 2.0
 
 
 @pytest.mark.parametrize(
@@ -63,6 +69,9 @@ def test_the_cores_that_feed_an_actor_are_its_rate_over_that_of_a_core() -> None
         (ON_GPU, "forward"),
         (replace(ON_GPU, decode=500.0), "decode"),
         (replace(ON_GPU, fetch=400.0), "fetch"),
+        (replace(ON_GPU, decode=500.0, decodes_on_device=True), "decode"),
+        (replace(ON_GPU, decode=9_000.0, decodes_on_device=True), "forward"),
+        (replace(ON_GPU, fetch=100.0, decode=9_000.0, decodes_on_device=True), "fetch"),
     ],
 )
 def test_the_bottleneck_is_what_is_used_up_first(rates: Rates, bottleneck: str) -> None:
