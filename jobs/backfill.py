@@ -14,21 +14,38 @@ if TYPE_CHECKING:
     from pipeline.plan import Plan
     from pipeline.progress import Progress
     from pipeline.run import Run
+    from pipeline.stop import Stop
+
+_STOP_WHEN = """Stop once this is so, and keep all; may be given more than once, and any suffices. top1, top5 or
+recall10 on the probe set, in per cent or as a share of the full new model's (top1>=0.99*full); fraction>=0.3 of the
+gallery; hours>=2 or money>=150 since the command began. The same command without it goes on."""
 
 
 @command("backfill")
 @click.option("--retry-rejects", is_flag=True, help="Embed again what was rejected in waves not yet published.")
 @click.option("--new-run", is_flag=True, help="Start a run beside the one that is there, under RUN-2, RUN-3, ...")
-def main(config_path: str, overrides: tuple[str, ...], as_json: bool, retry_rejects: bool, new_run: bool) -> None:
+@click.option("--stop-when", multiple=True, metavar="EXPRESSION", help=_STOP_WHEN)
+def main(
+    config_path: str,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    retry_rejects: bool,
+    new_run: bool,
+    stop_when: tuple[str, ...],
+) -> None:
     """Do everything that is not done yet: fit, plan, embed and publish wave by wave, write the report.
 
-    Safe to run again at any time, after any failure, with the same config.
+    Safe to run again at any time, after any failure, with the same config. Each snapshot is measured on the probe set
+    before prod moves; one that the gate refuses ends the backfill with exit code 3, and prod stays where it is.
     """
     from jobs.bars import Bars
     from jobs.status import is_complete
+    from pipeline import stop
     from pipeline.run import free_uri
 
     config = load(config_path, overrides)
+    conditions = [stop.parse(text) for text in stop_when]
+    stop.check(conditions, config)
     if new_run:
         config = config.model_copy(update={"run": free_uri(config.run)})
         console().print(f"A new run; every other command finds it with --set run={config.run}", soft_wrap=True)
@@ -37,26 +54,28 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, retry_reje
         if retry_rejects:
             _say_what_stays(config)
         restore_report(config)
+        _promote_last(config)
     else:
         start_ray()
         with Bars(console()) as bars:
-            run_all(config, bars, retry_rejects)
+            run_all(config, bars, retry_rejects, stop.Stop(conditions))
     finish(config, as_json)
 
 
-def run_all(config: Config, bars: Bars, retry_rejects: bool = False) -> Progress:
+def run_all(config: Config, bars: Bars, retry_rejects: bool = False, stop: Stop | None = None) -> Progress:
     """Every step that is missing, in order, its figures on show; Ray is started by the caller."""
     from pipeline import telemetry
 
     with telemetry.serving(config) as url:
         bars.console.print(f"run: {config.run}   metrics: {url}", soft_wrap=True)
-        return _run_steps(config, bars, retry_rejects)
+        return _run_steps(config, bars, retry_rejects, stop)
 
 
-def _run_steps(config: Config, bars: Bars, retry_rejects: bool) -> Progress:
+def _run_steps(config: Config, bars: Bars, retry_rejects: bool, stop: Stop | None) -> Progress:
     from jobs.prepare import ensure_embeddings, ensure_fit, ensure_plan, open_run
     from pipeline import telemetry
     from pipeline.backfill import backfill
+    from pipeline.errors import GateRefused
 
     run = open_run(config, bars)
     if retry_rejects:
@@ -74,13 +93,47 @@ def _run_steps(config: Config, bars: Bars, retry_rejects: bool) -> Progress:
         text = f"{rate}wave {progress.wave} of {progress.waves} published{retries}"
         bars.images("backfill", done, progress.gallery, text)
 
-    progress = backfill(config, run, plan, show)
+    try:
+        progress = backfill(config, run, plan, show, stop)
+    except GateRefused:
+        write_report(config, run, plan, bars)
+        raise
+    if progress.stopped is not None:
+        bars.console.print(f"stopped, as asked: {progress.stopped}", soft_wrap=True)
     if progress.reading.images:
         bars.console.print(f"images read: {progress.reading}", soft_wrap=True)
     elif progress.reading.retries:
         bars.console.print(f"no image was left to read; {progress.reading.retries:,} retries", soft_wrap=True)
     write_report(config, run, plan, bars)
     return progress
+
+
+def _promote_last(config: Config) -> None:
+    """Judge the last commit of a finished run where prod does not serve it: the limits may be others now.
+
+    Raises:
+        GateRefused: it is refused again.
+    """
+    from pipeline import snapshot
+    from pipeline.plan import read_plan
+    from pipeline.promotion import Promotion
+    from pipeline.run import Run
+
+    run = Run(config.run)
+    prod, candidate, plan = (
+        snapshot.read_tag(run, snapshot.PROD),
+        snapshot.read_tag(run, snapshot.CANDIDATE),
+        read_plan(run),
+    )
+    if candidate is None or candidate.commit is None or plan is None or config.publish.promote == "manual":
+        return
+    if prod is not None and (prod.pinned or prod.commit == candidate.commit):
+        return
+    start_ray()
+    promotion = Promotion(config, run, plan)
+    commit = snapshot.read_commit(run, candidate.commit)
+    promotion.settle(commit)
+    promotion.finish(commit)
 
 
 def restore_report(config: Config) -> None:

@@ -26,7 +26,6 @@ def check_settings(config: Config, dims: dict[str, int]) -> None:
     from pipeline import manifest
     from pipeline.encoders import load_encoder
     from pipeline.plan import wave_sizes
-    from pipeline.policy import load_policy
     from pipeline.transformation import resolve_device
 
     _check_sources(config)
@@ -36,7 +35,7 @@ def check_settings(config: Config, dims: dict[str, int]) -> None:
     check_widths(config, manifest.widths(config.gallery), manifest.widths(config.pairs))
     wave_sizes(config.plan.waves, images)
     _check_training(config, images, pairs)
-    load_policy(config.plan.policy, config.seed)
+    _check_policy(config)
     resolve_device(config.device)
     for encoder in (config.encoders.old, config.encoders.new):
         if encoder is not None:
@@ -123,6 +122,30 @@ def _check_training(config: Config, images: int, pairs: int) -> None:
     check_trainable(config.index.factory, images, vectors, config.encoders.new.dim)
 
 
+def _check_policy(config: Config) -> None:
+    """A function of the user's own can be found; what one of ours needs will be there."""
+    from pipeline.errors import ConfigError
+    from pipeline.policy import POLICIES, load_policy
+    from training.losses import needs_labels
+
+    plan, gallery, pairs = config.plan, config.gallery.columns, config.pairs.columns
+    needs = POLICIES[plan.policy].needs if plan.policy in POLICIES else frozenset[str]()
+    if plan.policy not in POLICIES:
+        load_policy(plan.policy, config.seed)
+    classifier = config.fit.classifier is not None or (needs_labels(config.fit.loss) and pairs.label is not None)
+    for wanted, there, where in (
+        ("classifier" in needs, classifier, "fit.classifier, or pairs.columns.label and a loss that fits one"),
+        ("labels" in needs, pairs.label is not None, "pairs.columns.label"),
+        ("gallery_labels" in needs, gallery.label is not None, "gallery.columns.label"),
+        (plan.traffic, gallery.traffic is not None, "gallery.columns.traffic"),
+        (plan.group_boost > 0, pairs.group is not None and pairs.label is not None, "pairs.columns.group and .label"),
+        (plan.group_boost > 0, gallery.group is not None, "gallery.columns.group"),
+    ):
+        if wanted and not there:
+            found = f"plan.policy {plan.policy}, traffic {plan.traffic}, group_boost {plan.group_boost:g}"
+            raise ConfigError("the plan's order needs what is not given", expected=where, found=found, where="plan")
+
+
 def _check_sources(config: Config) -> None:
     from pipeline.errors import ConfigError
     from training.losses import needs_labels
@@ -148,6 +171,19 @@ def _check_sources(config: Config) -> None:
             f"side information is given for the {given} and not for the {missing}",
             expected="for both, or for neither",
             where=f"{missing}.columns.side",
+        )
+    if config.fit.offset != "none" and config.gallery.metric == "ip":
+        raise ConfigError(
+            "an inner product does not see an offset",
+            expected="none",
+            found=config.fit.offset,
+            where="fit.offset, gallery.metric",
+        )
+    if config.fit.offset == "confidence" and pairs.label is None and config.fit.classifier is None:
+        raise ConfigError(
+            "an offset by confidence needs a classifier, or labels to fit one on",
+            where="fit.classifier, pairs.columns.label",
+            remedy="set fit.offset to uncertainty, which needs neither",
         )
     if needs_labels(config.fit.loss) and pairs.label is None:
         raise ConfigError(

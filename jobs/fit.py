@@ -4,29 +4,82 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import click
+
 from jobs.options import command, console, load, print_json, start_ray
 
 if TYPE_CHECKING:
+    from pipeline.selection import Selection
     from pipeline.transformation import TransformationInfo
 
 
 @command("fit")
-def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
+@click.option("--select", "selecting", is_flag=True, help="Choose loss, offset and order by measurement first.")
+def main(config_path: str, overrides: tuple[str, ...], as_json: bool, selecting: bool) -> None:
     """Fit the transformation from old to new embeddings, and measure it on held-out pairs.
 
-    Where the pairs are given as images, both embeddings are computed first, once.
+    Where the pairs are given as images, both embeddings are computed first, once. With --select, or a `select`
+    section in the config, losses, offsets and orders are tried on held-out pairs, and the best ones are taken;
+    `plan.policy: selected` then takes the order.
     """
     from dataclasses import asdict
 
     from jobs.bars import Bars
     from jobs.prepare import ensure_fit, open_run
+    from pipeline.config import Select
+    from pipeline.selection import read_selection
 
     config = load(config_path, overrides)
+    if selecting and config.select is None:
+        config = config.model_copy(update={"select": Select()})
     start_ray()
     with Bars(console()) as bars:
         run = open_run(config, bars)
         info = ensure_fit(config, run, bars)
-    print_json(asdict(info)) if as_json else show(info)
+    selection = read_selection(run)
+    if as_json:
+        print_json(asdict(info) | ({} if selection is None else {"selection": asdict(selection)}))
+        return
+    if selection is not None:
+        show_selection(selection)
+        if config.plan.policy != "selected":
+            text = f"plan.policy is {config.plan.policy}: set it to selected to take {selection.chosen.policy}"
+            console().print(text, soft_wrap=True)
+    elif selecting:
+        console().print("This run has a transformation that was not selected; `--set run=` starts another.")
+    show(info)
+
+
+def show_selection(selection: Selection, most: int = 12) -> None:
+    """Print the best candidates, the chosen one marked."""
+    from rich.table import Table
+
+    counts = " and ".join(selection.metrics)
+    names = list(selection.chosen.area)
+    title = f"{len(selection.candidates)} candidates by the area of {counts}, {selection.folds} folds"
+    table = Table(title=title)
+    for name in ("", "loss", "width", "epochs", "offset", "order"):
+        table.add_column(name)
+    for name in (*names, "start", "to 95 %", "behind"):
+        table.add_column(name, justify="right")
+    shown = selection.candidates[:most]
+    for row in shown if selection.chosen in shown else (*shown, selection.chosen):
+        weight = f" {row.lambda_disc:g}" if "disc" in row.loss or row.loss == "fastfill" else ""
+        offset = row.offset if row.offset == "none" else f"{row.offset} {row.offset_strength:g}"
+        first = selection.metrics[0]
+        table.add_row(
+            "*" if row == selection.chosen else "",
+            row.loss + weight,
+            str(row.inner_width),
+            str(row.epochs),
+            offset,
+            row.policy,
+            *(f"{row.area[name]:.1f} ± {row.area_std[name]:.1f}" for name in names),
+            f"{row.start[first]:.1f}",
+            f"{row.fraction95[first]:.0%}",
+            f"{row.behind:.2f} ± {row.behind_error:.2f}",
+        )
+    console().print(table)
 
 
 def show(info: TransformationInfo) -> None:

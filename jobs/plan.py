@@ -9,7 +9,10 @@ import click
 from jobs.options import command, console, load, print_json, start_ray
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pipeline.estimate import Estimate
+    from pipeline.expected import Expected
     from pipeline.plan import Plan
 
 
@@ -28,30 +31,47 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
 
     Then measure how fast a sample of its images is read, decoded and embedded here, and estimate the whole:
     images, bytes, time, machine hours, money, and the settings that suit. Nothing of what is embedded is kept.
+    With a probe set, also the quality that is to be expected on the way, and what most of it costs.
     """
     from dataclasses import asdict
 
     from jobs.bars import Bars
-    from jobs.prepare import ensure_fit, ensure_plan, open_run
+    from jobs.prepare import ensure_embeddings, ensure_fit, ensure_plan, open_run
+    from pipeline.shift import APART
     from pipeline.tuner import tune
+    from training.expect import expected_curve, likeness
 
     config = load(config_path, overrides)
     start_ray()
     found = None
     with Bars(console()) as bars:
         run = open_run(config, bars)
+        ensure_embeddings(config, run, bars)
         ensure_fit(config, run, bars)
         plan = ensure_plan(config, run, bars)
+        with bars.step("expect"):
+            expected, alike = expected_curve(config, run, plan), likeness(config, run, plan)
         if seconds:
             found = tune(
                 config, run, plan, seconds, lambda done, what: bars.images("measure", int(done), int(seconds), what)
             )
     if as_json:
-        print_json(asdict(plan) | ({"estimate": found.to_json()} if found else {}))
+        curves = {name: curve.to_json() for name, curve in (expected or {}).items()}
+        print_json(
+            asdict(plan) | {"expected": curves, "same_side": alike} | ({"estimate": found.to_json()} if found else {})
+        )
         return
     show(plan)
     if found:
         show_estimate(found)
+    if expected:
+        show_expected(expected, found)
+    if alike is not None and alike >= APART:
+        console().print(
+            f"[bold red]The pairs do not look like the gallery:[/] by old embeddings {alike:.0%} of neighbours "
+            "are from its own side, where 50% would be alike. What was measured on held-out pairs may not hold here.",
+            soft_wrap=True,
+        )
 
 
 def show(plan: Plan) -> None:
@@ -100,6 +120,30 @@ def show_estimate(found: Estimate) -> None:
         f"{found.cpus_per_actor:g} cores that read and decode",
     )
     out.print(table)
+
+
+def show_expected(expected: Mapping[str, Expected], estimate: Estimate | None) -> None:
+    """Print what the gallery is expected to be worth at both ends, and how much of it 95 and 99 per cent take."""
+    from datetime import timedelta
+
+    from rich.table import Table
+
+    from pipeline.expected import BAND_SAYS
+
+    table = Table(title=f"expected quality in per cent, {BAND_SAYS}")
+    for name in ("metric", "at first", "in the end", "95 % of that", "99 % of that"):
+        table.add_column(name, justify="left" if name == "metric" else "right")
+    for name, curve in expected.items():
+        ends = [f"{curve.values[at]:.1f} ({curve.low[at]:.1f} - {curve.high[at]:.1f})" for at in (0, -1)]
+        costs = []
+        for fraction, low, high in curve.reached().values():
+            cost = f"after {fraction:.0%} ({low:.0%} - {high:.0%})"
+            if estimate is not None:
+                cost += f", {timedelta(seconds=round(estimate.seconds * fraction))}"
+                cost += "" if estimate.money is None else f", {estimate.money * fraction:,.2f} in money"
+            costs.append(cost)
+        table.add_row(name, *ends, *costs)
+    console().print(table)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Everything that comes before the backfill, in order, each step only where it is not done yet.
 
-    checks -> gallery, pairs (normalised) -> run.json -> pairs (embedded) -> fit -> old embeddings -> plan
+    checks -> gallery, pairs (normalised) -> run.json -> probe set (drawn) -> pairs, probe set (embedded) -> fit
+    -> old embeddings -> plan
 
 The cheap checks come first: nothing is embedded or fitted for a run whose gallery cannot be used.
 """
@@ -57,12 +58,14 @@ def open_run(config: Config, bars: Bars) -> Run:
 
 
 def ensure_embeddings(config: Config, run: Run, bars: Bars) -> None:
-    """All embeddings that fit and plan will need, in one stream; each of them would do its own part otherwise."""
+    """All embeddings that fit, plan and the probe set will need, in one stream; each of these would do its own part
+    otherwise. Of a run that is planned already only the probe set can be missing."""
     from pipeline.embeddings import embed_missing
     from pipeline.plan import read_plan
+    from pipeline.probe_set import FOLDER, draw
 
-    if read_plan(run) is None:
-        embed_missing(config, run, ["pairs", "gallery"], bars.images)
+    probe = [] if draw(config, run) is None else [FOLDER]
+    embed_missing(config, run, probe if read_plan(run) is not None else ["pairs", "gallery", *probe], bars.images)
 
 
 def ensure_fit(config: Config, run: Run, bars: Bars) -> TransformationInfo:
@@ -82,10 +85,11 @@ def ensure_fit(config: Config, run: Run, bars: Bars) -> TransformationInfo:
 
     def show(epoch: dict[str, float]) -> None:
         telemetry.observe_epoch(epoch)
-        bars.images("fit: epochs", int(epoch["epoch"]) + 1, config.fit.epochs, f"loss {epoch['loss']:.4f}")
+        bars.images("fit: epochs", int(epoch["epoch"]) + 1, int(epoch["epochs"]), f"loss {epoch['loss']:.4f}")
 
-    bars.images("fit: epochs", 0, config.fit.epochs)
-    return fit(config, run, fit_data(config, run, pairs), show)
+    if config.select is None:
+        bars.images("fit: epochs", 0, config.fit.epochs)
+    return fit(config, run, fit_data(config, run, pairs), show, bars.images)
 
 
 def ensure_plan(config: Config, run: Run, bars: Bars) -> Plan:

@@ -14,17 +14,18 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, commit: in
     """Move prod to a snapshot, and let later ones follow again after a rollback.
 
     Refused (exit code 3) where the transformed gallery is worse than the old one on held-out pairs and
-    the snapshot still serves transformed vectors.
+    the snapshot still serves transformed vectors, and where the gate refuses it by its figures on the probe set.
     """
     from pipeline import snapshot
     from pipeline.gate import blockers
     from pipeline.run import Run, read_settings
 
-    run = Run(load(config_path, overrides).run)
+    config = load(config_path, overrides)
+    run = Run(config.run)
     read_settings(run)
     candidate = snapshot.read_tag(run, snapshot.CANDIDATE)
     number = commit if commit is not None or candidate is None else candidate.commit
-    reasons = [] if number is None else blockers(run, snapshot.read_commit(run, number))
+    reasons = [] if number is None else blockers(run, snapshot.read_commit(run, number), config.gate)
     tag = snapshot.promote(run, number, blockers=reasons, force=force)
     print_json({"prod": tag.commit, "previous": tag.previous}) if as_json else console().print(
         f"prod now serves commit {tag.commit} (before: {'none' if tag.previous is None else tag.previous})"

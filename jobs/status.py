@@ -28,6 +28,9 @@ class Status(TypedDict):
     eta_seconds: float | None
     commit: int | None
     prod: int | None
+    quality: dict[str, float] | None
+    refused: list[str]
+    stopped: str | None
 
 
 @command("status")
@@ -43,13 +46,17 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 def read_status(run_uri: str) -> Status:
     """The figures of a run; before its plan is made there is no gallery to count against."""
-    from pipeline import snapshot, vector_log
+    from pipeline import quality, snapshot, vector_log
     from pipeline.plan import read_plan
     from pipeline.progress import Tracker, recent_rate
     from pipeline.run import Run
+    from pipeline.standing import read_standing
 
     run = Run(run_uri)
     candidate, prod = snapshot.read_tag(run, "candidate"), snapshot.read_tag(run, "prod")
+    standing = read_standing(run)
+    latest = candidate.commit if candidate else None
+    measured = quality.read_quality(run, latest) if latest is not None else None
     status = Status(
         run=run_uri,
         gallery=None,
@@ -64,6 +71,9 @@ def read_status(run_uri: str) -> Status:
         eta_seconds=None,
         commit=candidate.commit if candidate else None,
         prod=prod.commit if prod else None,
+        quality=measured.figures if measured else None,
+        refused=list(standing.refused) if standing else [],
+        stopped=standing.stopped if standing else None,
     )
     plan = read_plan(run)
     if plan is None:
@@ -76,6 +86,9 @@ def read_status(run_uri: str) -> Status:
         run=run_uri,
         commit=status["commit"],
         prod=status["prod"],
+        quality=status["quality"],
+        refused=status["refused"],
+        stopped=status["stopped"],
         gallery=progress.gallery,
         embedded=progress.durable,
         durable=progress.durable,
@@ -129,6 +142,12 @@ def show(status: Status, run: Run) -> None:
         table.add_row("time left", _duration(status["eta_seconds"]))
     table.add_row("latest commit", _number(status["commit"], ""))
     table.add_row("prod", _number(status["prod"], ""))
+    if status["quality"] is not None:
+        table.add_row("on the probe set", ", ".join(f"{name} {value:.3g}" for name, value in status["quality"].items()))
+    if status["refused"]:
+        table.add_row("not promoted", "\n".join(status["refused"]))
+    if status["stopped"] is not None:
+        table.add_row("stopped, as asked", status["stopped"])
     console().print(table)
     _show_rejects(run, plan)
 

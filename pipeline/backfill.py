@@ -16,10 +16,13 @@ from pipeline.plan import Plan
 from pipeline.progress import Progress, Tracker
 from pipeline.publish import Publisher
 from pipeline.run import Run
+from pipeline.stop import Stop
 from pipeline.stream import Work, embed_stream
 
 
-def backfill(config: Config, run: Run, plan: Plan, on_progress: Callable[[Progress], None]) -> Progress:
+def backfill(
+    config: Config, run: Run, plan: Plan, on_progress: Callable[[Progress], None], stop: Stop | None = None
+) -> Progress:
     """Do everything that is not done yet, up to the last wave; safe to run again at any time.
 
     Args:
@@ -27,13 +30,15 @@ def backfill(config: Config, run: Run, plan: Plan, on_progress: Callable[[Progre
         run: the run, with its transformation in place.
         plan: the run's plan.
         on_progress: told the figures after every unit.
+        stop: when to stop before that; what is durable then is kept, and units in flight are embedded again.
 
     Returns:
-        the figures at the end.
+        the figures at the end, and which condition has stopped it.
 
     Raises:
         DataError: a wave has more rejects than `max_reject_fraction`; it is not published.
         SnapshotConflict: another driver took the run over.
+        GateRefused: a snapshot is not promoted; what is published before it is served on.
     """
     log = plan.log(run)
     tracker = Tracker(plan, log, config.backfill.max_reject_fraction, config.backfill.reject_allowance)
@@ -46,17 +51,18 @@ def backfill(config: Config, run: Run, plan: Plan, on_progress: Callable[[Progre
         telemetry.observe_driver(asked - counted)
         counted = asked
         progress = tracker.progress(publisher.published)
-        progress = replace(progress, reading=progress.reading.with_driver(storage.retries(before)))
+        reading = progress.reading.with_driver(storage.retries(before))
+        progress = replace(progress, reading=reading, stopped=publisher.stopped)
         telemetry.observe_progress(progress, publisher.waiting)
         on_progress(progress)
         return progress
 
-    with Publisher(config, run, plan) as publisher:
+    with Publisher(config, run, plan, stop) as publisher:
         publisher.submit(0).result()  # the whole gallery is served in the new space before an image is read
         report()
         for wave in tracker.whole_waves():
             publisher.submit(wave)
-        work = Work(config.encoders.new, log, tracker.pending(run))
+        work = Work(config.encoders.new, log, tracker.pending(run) if publisher.stopped is None else [])
         with telemetry.RUNNING.track_inprogress():
             for _, ack in embed_stream([work], config):
                 telemetry.observe_unit(ack)
@@ -64,5 +70,8 @@ def backfill(config: Config, run: Run, plan: Plan, on_progress: Callable[[Progre
                 for wave in tracker.whole_waves():
                     publisher.submit(wave)
                 publisher.check()
+                publisher.check_budget()
                 report()
+                if publisher.stopped is not None:
+                    break
     return report()

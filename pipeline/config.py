@@ -10,22 +10,23 @@ import os
 import re
 from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from pipeline.config_method import POLICY_NAMES as POLICY_NAMES
+from pipeline.config_method import Classifier as Classifier
+from pipeline.config_method import Count, Evaluate, Fraction, Plan, Probe, Section
+from pipeline.config_method import Fit as Fit
+from pipeline.config_method import Gate as Gate
+from pipeline.config_method import LossMode as LossMode
+from pipeline.config_method import Measure as Measure
+from pipeline.config_method import Offset as Offset
+from pipeline.config_method import Select as Select
 
 Metric = Literal["l2", "ip", "cosine"]
-LossMode = Literal["alignment", "alignment+uncertainty", "alignment+discriminative", "fastfill"]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=1)]
 Side = Count | tuple[Count, Count]
 
 _UNIT_BYTES = 64 * 2**20
 _MAX_UNIT_IMAGES = 2048
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, and unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Preprocess(Section):
@@ -136,6 +137,7 @@ class Columns(Section):
     side: str | None = None
     label: str | None = None
     group: str | None = None
+    traffic: str | None = None
 
     @model_validator(mode="after")
     def _whole_ranges(self) -> Self:
@@ -170,54 +172,6 @@ class Pairs(Manifest):
 
 
 AnyManifest = TypeVar("AnyManifest", bound=Manifest)
-
-
-class Classifier(Section):
-    """The new encoder's own linear classifier: a safetensors file with `weight` and maybe `bias`."""
-
-    path: str
-
-
-class Fit(Section):
-    """The transformation's loss, network and optimisation; the defaults are the paper's."""
-
-    loss: LossMode = "fastfill"
-    classifier: Classifier | None = None
-    lambda_disc: Annotated[float, Field(ge=0.0)] = 1.0
-    label_smoothing: Fraction = 0.1
-    inner_width: Count = 2048
-    epochs: Count = 80
-    warmup_epochs: Annotated[int, Field(ge=0)] = 5
-    batch_size: Count = 1024
-    lr: Annotated[float, Field(gt=0)] = 5e-4
-    weight_decay: Annotated[float, Field(ge=0)] = 2.0**-15
-    freeze_batchnorm_at: Fraction = 0.5
-    precision: Literal["float32", "bfloat16", "auto"] = "float32"
-    num_workers: Count = 1
-    max_failures: Annotated[int, Field(ge=-1)] = 3
-
-
-class Plan(Section):
-    """The order and the waves.
-
-    `waves` is a count (fine at the start, coarser later) or the fractions of the gallery, which
-    add up to 1. A unit is the piece of a wave that one task embeds and writes; by default as many
-    images as fill 64 MiB once decoded, 2,048 at most. An image that was deleted since the manifest was
-    made is a reject; with `deleted_images: drop` its vector also leaves the index when its wave is published.
-    """
-
-    policy: str = "uncertainty"
-    waves: Count | tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = 20
-    unit_images: Count | None = None
-    deleted_images: Literal["keep", "drop"] = "keep"
-
-    @model_validator(mode="after")
-    def _whole(self) -> Self:
-        if isinstance(self.waves, tuple) and abs(sum(self.waves) - 1.0) > 1e-6:
-            raise ValueError(f"waves: the fractions must add up to 1, these add up to {sum(self.waves):.6g}")
-        if self.policy not in ("uncertainty", "random") and not re.fullmatch(r"[\w.]+:\w+", self.policy):
-            raise ValueError(f"policy: expected uncertainty, random or module:function, found {self.policy!r}")
-        return self
 
 
 class Backfill(Section):
@@ -286,18 +240,6 @@ class Index(Section):
     train_vectors: Count = 262_144
 
 
-class Evaluate(Section):
-    """METHOD's protocol: 22 points, random order as the mean over 5 seeds.
-
-    The curve takes every labelled image as a query, which is quadratic: above `max_images` a backfill
-    does not measure it.
-    """
-
-    points: Annotated[int, Field(ge=2)] = 22
-    random_seeds: Count = 5
-    max_images: Count = 200_000
-
-
 class Publish(Section):
     """`auto` moves `prod` to every commit that passes the gate; `manual` leaves it to `promote`."""
 
@@ -350,11 +292,14 @@ class Config(Section):
     gallery: Gallery
     pairs: Pairs
     fit: Fit = Fit()
+    select: Select | None = None
     plan: Plan = Plan()
     backfill: Backfill = Backfill()
     fetch: Fetch = Fetch()
     index: Index = Index()
     evaluate: Evaluate = Evaluate()
+    probe: Probe = Probe()
+    gate: Gate = Gate()
     publish: Publish = Publish()
     telemetry: Telemetry = Telemetry()
     storage: Storage = Storage()

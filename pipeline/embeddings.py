@@ -24,6 +24,13 @@ from pipeline.vector_log import VectorLog
 
 logger = logging.getLogger(__name__)
 
+_NEEDED = {"gallery": ("old",), "pairs": ("old", "new"), "probe-set": ("new",)}
+_LOST = {
+    "gallery": "they have no vector, so they are not served",
+    "pairs": "they are left out of the fit",
+    "probe-set": "they are left out of what snapshots are measured on",
+}
+
 OnUnits = Callable[[str, int, int], None]
 """Told (what, images done, images in all) as images are embedded."""
 
@@ -31,13 +38,13 @@ OnUnits = Callable[[str, int, int], None]
 def embed_missing(config: Config, run: Run, folders: Sequence[str], on_units: OnUnits) -> None:
     """Embed the images of normalised manifests where their embeddings did not come with them, in one stream.
 
-    The gallery needs its old embeddings, the pairs need both. An image that cannot be read has none; how many
-    these are, and where their reasons are, is logged as a warning.
+    The gallery needs its old embeddings, the pairs need both, the probe set needs the new ones. An image that
+    cannot be read has none; how many these are, and where their reasons are, is logged as a warning.
 
     Args:
         config: the run's config.
         run: the run, with these manifests normalised.
-        folders: of `gallery` and `pairs`.
+        folders: of `gallery`, `pairs` and `probe-set`.
         on_units: told of progress.
 
     Raises:
@@ -56,28 +63,33 @@ def embed_missing(config: Config, run: Run, folders: Sequence[str], on_units: On
             total.append(rows.num_rows)
             done.append(rows.num_rows - sum(unit.images for unit in units))
             rejected.append(sum(vector_log.count_rejects(log).values()))
-            rejects.check_manifest(rejected[-1], total[-1], config.backfill, folder, log.rejects_uri)
+            _check_rejects(config, folder, rejected[-1], total[-1], log)
             if units:
                 on_units(f"{folder}: {role} embeddings", done[-1], total[-1])
     for index, ack in embed_stream(work, config):
         (folder, role), log = names[index], work[index].log
         done[index] += ack.embedded + ack.rejected
         rejected[index] += ack.rejected
-        rejects.check_manifest(rejected[index], total[index], config.backfill, folder, log.rejects_uri)
+        _check_rejects(config, folder, rejected[index], total[index], log)
         on_units(f"{folder}: {role} embeddings", done[index], total[index])
     for (folder, role), item, bad, images in zip(names, work, rejected, total, strict=True):
         if bad:
             _warn(folder, role, bad, images, item.log)
 
 
+def _check_rejects(config: Config, folder: str, rejected: int, images: int, log: VectorLog) -> None:
+    """Too many rejects stop the work, but for the probe set: the wave of an image is what its reject counts in."""
+    if folder != "probe-set":
+        rejects.check_manifest(rejected, images, config.backfill, folder, log.rejects_uri)
+
+
 @cache
 def _warn(folder: str, role: str, rejected: int, images: int, log: VectorLog) -> None:
     """Once in a process: the backfill comes here for all manifests first, and then for each."""
-    lost = "they have no vector, so they are not served" if folder == "gallery" else "they are left out of the fit"
     logger.warning(
         "%d of %d images of the %s cannot be read by the %s encoder: %s. The reasons are in %s; `fastfill status` "
         "shows them.",
-        *(rejected, images, folder, role, lost, log.rejects_uri),
+        *(rejected, images, folder, role, _LOST[folder], log.rejects_uri),
     )
 
 
@@ -89,8 +101,7 @@ def embedding_log(config: Config, run: Run, folder: str, role: str) -> VectorLog
 
 
 def _missing(folder: str, rows: Manifest) -> list[str]:
-    roles = ("old",) if folder == "gallery" else ("old", "new")
-    return [role for role in roles if f"{role}_embedding" not in rows.dims]
+    return [role for role in _NEEDED[folder] if f"{role}_embedding" not in rows.dims]
 
 
 def _encoder(config: Config, folder: str, role: str) -> Encoder:

@@ -70,8 +70,8 @@ def load_gallery(run: Run) -> GalleryArrays:
     """
     table = _sorted(transformed_table(run, _COLUMNS), run.path("transformed"))
     ids = table["id"].to_numpy()
-    labels, label_names = _codes(table["label"])
-    groups, group_names = _codes(table["group"])
+    labels, label_names = codes_of(table["label"])
+    groups, group_names = codes_of(table["group"])
     transformed = vectors_from_arrow(table["vector"])
     embedded, embedded_mask = transformed.copy(), np.zeros(len(ids), np.bool_)
     log = _read_vectors(storage.list_files(run.path("embedded"), ".parquet"), "vector", run.path("embedded"))
@@ -189,6 +189,19 @@ def find_rows(ids: Int64, wanted: Int64, where: str) -> Int64:
     return rows
 
 
+def codes_of(column: pa.ChunkedArray[pa.StringScalar]) -> tuple[Int64, tuple[str, ...]]:
+    """A column of names as numbers: (N,) int64 into the sorted names, -1 for null; and these names."""
+    encoded = column.combine_chunks().dictionary_encode()
+    names = encoded.dictionary.to_numpy(zero_copy_only=False).astype(np.str_)
+    rank = np.empty(len(names), np.int64)
+    order = np.argsort(names)
+    rank[order] = np.arange(len(names))
+    codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    known = codes >= 0
+    codes[known] = rank[codes[known]]
+    return codes, tuple(str(name) for name in names[order])
+
+
 def _old_embeddings(run: Run, ids: Int64) -> Float32:
     """(N, d_old): from the manifest where they came with it, else from the log of those computed."""
     folder = run.path("gallery")
@@ -238,16 +251,3 @@ def _sorted(table: pa.Table, where: str) -> pa.Table:
         found = f"{len(twice)} repeated, such as {ids[order][twice[:3]].tolist()}"
         raise DataError("an id is there more than once", expected="each id once", found=found, where=where)
     return table.take(order).combine_chunks()
-
-
-def _codes(column: pa.ChunkedArray[pa.StringScalar]) -> tuple[Int64, tuple[str, ...]]:
-    """(N,) int64 and the sorted names; -1 for null."""
-    encoded = column.combine_chunks().dictionary_encode()
-    names = encoded.dictionary.to_numpy(zero_copy_only=False).astype(np.str_)
-    rank = np.empty(len(names), np.int64)
-    order = np.argsort(names)
-    rank[order] = np.arange(len(names))
-    codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-    known = codes >= 0
-    codes[known] = rank[codes[known]]
-    return codes, tuple(str(name) for name in names[order])

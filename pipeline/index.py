@@ -1,6 +1,6 @@
 """Segments: the FAISS index in pieces, one per (shard, wave).
 
-After the codebook, before the snapshot; with the codebook the only importer of faiss. A segment is
+After the codebook, before the snapshot; with the codebook the importer of faiss for the index. A segment is
 inverted lists with explicit ids, and borrows the codebook's quantizer.
 Guarantee: the same rows give the same segment bytes in whatever order they come, and searching segments
 gives what one index of all their vectors would give. Knows nothing of commits, plans or images.

@@ -245,6 +245,7 @@ _EXPECTED = {
     "offset": "an integer",
     "length": "an integer",
     "etag": "string",
+    "traffic": "numbers",
     **dict.fromkeys(("label", "group"), "strings, numbers, booleans or dates"),
     **dict.fromkeys(EMBEDDINGS, "a list of float32 or float16, fixed in size"),
 }
@@ -259,6 +260,7 @@ def _fits(role: str, kind: pa.DataType) -> bool:
         "offset": (types.is_integer,),
         "length": (types.is_integer,),
         "etag": _TEXT,
+        "traffic": (types.is_integer, types.is_floating),
         **dict.fromkeys(("label", "group"), (_is_name,)),
         **dict.fromkeys(EMBEDDINGS, (_is_vector,)),
     }

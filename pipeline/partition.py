@@ -68,13 +68,15 @@ def write_part(
     for role in ("label", "group"):
         name = getattr(names, role)
         columns[role] = table[name].cast(pa.string()) if name else pa.nulls(count, pa.string())
+    if names.traffic is not None:
+        columns["traffic"] = _traffic(table[names.traffic], part, names.traffic)
     dims = {}
     for role in EMBEDDINGS:
         name = getattr(names, role)
         if name is not None:
             columns[role], dims[role] = _embedding(table[name], part, name)
     rows = pa.table(columns)
-    schema = manifest_schema(dims)
+    schema = manifest_schema(dims, traffic=names.traffic is not None)
     groups = (rows.slice(start, unit_rows) for start in range(0, count, unit_rows))
     storage.put(run.part(folder, number), storage.parquet_bytes(schema, groups))
     return Part(count, dims, rooted)
@@ -141,6 +143,20 @@ def _rooted(uris: pa.Array | pa.ChunkedArray, root: str) -> tuple[pa.Array | pa.
         return uris, False
     tails = pc.replace_substring_regex(uris, r"^(\./+)+", "")
     return pc.if_else(relative, pc.binary_join_element_wise(root.rstrip("/"), tails, "/"), uris), True
+
+
+def _traffic(column: pa.ChunkedArray, part: Partition, name: str) -> pa.Array:
+    """A checked weight per image, as float32."""
+    weights = column.cast(pa.float32()).to_numpy()
+    wrong = np.flatnonzero(~np.isfinite(weights) | (weights < 0))
+    if len(wrong):
+        raise DataError(
+            "a traffic weight is not usable",
+            expected="a number from 0 on",
+            found=column[int(wrong[0])],
+            where=_where(part, int(wrong[0]), name),
+        )
+    return pa.array(weights)
 
 
 def _embedding(column: pa.ChunkedArray, part: Partition, name: str) -> tuple[pa.Array, int]:

@@ -75,6 +75,7 @@ class Progress:
         waves: waves in the plan.
         images_per_second: over the last minute of work, None where there was none.
         reading: what this driver's units took to read.
+        stopped: which condition has stopped the backfill, with the figures; None where none has.
     """
 
     gallery: int
@@ -85,6 +86,7 @@ class Progress:
     waves: int
     images_per_second: float | None
     reading: Reading = Reading()
+    stopped: str | None = None
 
     @property
     def left(self) -> int:

@@ -6,25 +6,28 @@ embedded in. A wave that is committed is never committed again. It does not know
 
 from __future__ import annotations
 
-import logging
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline import snapshot, storage, telemetry
 from pipeline.codebook import train_codebook, write_codebook
 from pipeline.config import Config
-from pipeline.gate import blockers
+from pipeline.errors import GateRefused
+from pipeline.offset import PART
 from pipeline.plan import Plan
+from pipeline.promotion import Promotion
 from pipeline.run import Run, fix_settings, stage_settings
 from pipeline.schema import Float32, vectors_from_arrow
 from pipeline.seal import Sealer
 from pipeline.snapshot import Commit, Counts, SegmentRef, Writer
-
-logger = logging.getLogger(__name__)
+from pipeline.stop import Stop
+from pipeline.transformation import read_part
 
 _CHECK_SECONDS = 10.0
 """How long a driver that was taken over may go on embedding before it looks; each look is one small GET."""
@@ -33,8 +36,8 @@ _CHECK_SECONDS = 10.0
 class Publisher:
     """The run's one writer of snapshots, and the thread it works in."""
 
-    def __init__(self, config: Config, run: Run, plan: Plan) -> None:
-        """Takes the run over from whoever wrote to it before."""
+    def __init__(self, config: Config, run: Run, plan: Plan, stop: Stop | None = None) -> None:
+        """Takes the run over from whoever wrote to it before; `stop` says when to leave waves unpublished."""
         self._config, self._run, self._plan = config, run, plan
         self._writer = Writer.acquire(run)
         self._commit = snapshot.read_commit(run, latest) if (latest := self._writer.latest) is not None else None
@@ -43,7 +46,8 @@ class Publisher:
         self._sealer = self._make_sealer()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._futures: list[Future[None]] = []
-        self._warned = False
+        self._promotion = Promotion(config, run, plan, stop or Stop())
+        self._over = False
         self._checked = time.monotonic()
 
     @property
@@ -56,8 +60,16 @@ class Publisher:
         """Waves that were submitted and are not published yet."""
         return sum(not future.done() for future in self._futures)
 
+    @property
+    def stopped(self) -> str | None:
+        """Which condition to stop is met, with the figures; None while none is."""
+        return self._promotion.stopped
+
     def submit(self, wave: int) -> Future[None]:
-        """Publish a wave (0: everything as transformed) after those submitted before it."""
+        """Publish a wave (0: everything as transformed) after those submitted before it.
+
+        Of a run that goes on, wave 0 stands for its last commit, which is judged anew: the limits may be others.
+        """
         self._futures.append(self._pool.submit(self._publish, wave))
         return self._futures[-1]
 
@@ -66,12 +78,20 @@ class Publisher:
 
         Raises:
             SnapshotConflict: another driver took the run over.
+            GateRefused: the gate stopped the backfill.
         """
         while self._futures and self._futures[0].done():
             self._futures.pop(0).result()
         if time.monotonic() - self._checked >= _CHECK_SECONDS:
             self._writer.check()
             self._checked = time.monotonic()
+
+    def check_budget(self) -> None:
+        """Stop where a budget is spent: waves that are not being published yet are left."""
+        reason = self._promotion.stop.by_budget(time.monotonic(), telemetry.spent())
+        if reason is not None and self._commit is not None and not self._over:
+            self._over = True
+            self._promotion.stop_now(self._commit, reason)
 
     def __enter__(self) -> Self:
         return self
@@ -84,31 +104,38 @@ class Publisher:
         if error is None:
             for future in self._futures:
                 future.result()
+            if self._commit is not None:
+                self._promotion.finish(self._commit)
 
     def _publish(self, wave: int) -> None:
-        if self._commit is not None and wave <= self._commit.number:
+        if self._over or (self._commit is not None and 0 < wave <= self._commit.number):
             return
+        try:
+            if wave or self._commit is None:
+                self._commit = self._seal(wave)
+            self._promotion.settle(self._commit)
+        except GateRefused:
+            self._over = True
+            raise
+        self._over = self.stopped is not None
+
+    def _seal(self, wave: int) -> Commit:
         start = time.perf_counter()
         if self._commit is None:
             segments = self._sealer.transformed([item.wave for item in self._plan.waves])
         else:
             kept = [segment for segment in self._commit.segments if segment.wave != wave]
             segments = kept + self._sealer.embedded(wave)
+        draft = self._draft(wave, segments)
         sealed = time.perf_counter()
-        self._commit = self._writer.publish(self._draft(wave, segments))
+        if wave:
+            self._promotion.inspect(draft)
+        publishing = time.perf_counter()
+        commit = self._writer.publish(draft)
         telemetry.STAGE_SECONDS.labels("seal").observe(sealed - start)
-        telemetry.STAGE_SECONDS.labels("publish").observe(time.perf_counter() - sealed)
-        telemetry.observe_commit(self._commit)
-        if self._config.publish.promote == "auto":
-            self._promote(self._commit)
-
-    def _promote(self, commit: Commit) -> None:
-        reasons = blockers(self._run, commit)
-        telemetry.GATE_REFUSED.set(bool(reasons))
-        snapshot.auto_promote(self._run, commit.number, reasons)
-        if reasons and not self._warned:
-            self._warned = True
-            logger.warning("prod is not moved to commit %d: %s", commit.number, "; ".join(reasons))
+        telemetry.STAGE_SECONDS.labels("publish").observe(time.perf_counter() - publishing)
+        telemetry.observe_commit(commit)
+        return commit
 
     def _draft(self, wave: int, segments: list[SegmentRef]) -> Commit:
         return Commit(
@@ -135,7 +162,7 @@ class Publisher:
     def _train_codebook(self) -> tuple[str, str]:
         index, settings = self._config.index, stage_settings(self._config, "index")
         data = train_codebook(
-            _training_vectors(self._run, index.train_vectors),
+            _training_vectors(self._run, self._plan, index.train_vectors),
             index,
             self._config.gallery.metric,
             self._plan.num_gallery,
@@ -146,11 +173,27 @@ class Publisher:
         return write_codebook(self._run, data)
 
 
-def _training_vectors(run: Run, wanted: int) -> Float32:
-    """New-space vectors of the training pairs; the pairs' parts are stripes, so the first ones are a sample."""
+def _training_vectors(run: Run, plan: Plan, wanted: int) -> Float32:
+    """What a codebook has to know: new embeddings, of the training pairs; and what is served with an offset.
+
+    An offset lies where new embeddings do not vary, so a codebook of these alone would not keep it.
+    """
+    pairs = (
+        storage.read_parquet(uri, ["new"])["new"] for uri in storage.list_files(run.path("pairs", "train"), ".parquet")
+    )
+    if read_part(run, PART) is None:
+        return _first(pairs, wanted)
+    parts = (storage.read_parquet(run.part("transformed", part), ["vector"]) for part in range(plan.num_parts))
+    return np.concatenate(
+        [_first(pairs, wanted - wanted // 2), _first((part["vector"] for part in parts), wanted // 2)]
+    )
+
+
+def _first(columns: Iterable[pa.ChunkedArray], wanted: int) -> Float32:
+    """The first vectors; parts of pairs are stripes, and those of the gallery as the manifest has them."""
     found: list[Float32] = []
-    for uri in storage.list_files(run.path("pairs", "train"), ".parquet"):
-        found.append(vectors_from_arrow(storage.read_parquet(uri, ["new"])["new"]))
+    for column in columns:
+        found.append(vectors_from_arrow(column))
         if sum(map(len, found)) >= wanted:
             break
     return np.concatenate(found)[:wanted]

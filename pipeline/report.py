@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from typing import Any
 
@@ -21,7 +21,7 @@ import yaml
 from jinja2 import Environment
 
 from pipeline import curve as curves
-from pipeline import plots, snapshot, storage, vector_log
+from pipeline import plots, quality, snapshot, storage, vector_log
 from pipeline.config import Config
 from pipeline.errors import DataError
 from pipeline.gallery import new_embeddings_given
@@ -30,6 +30,7 @@ from pipeline.progress import Progress, Tracker
 from pipeline.ranking import Float64
 from pipeline.rejects import read_all as read_rejects
 from pipeline.run import Run
+from pipeline.standing import read_standing
 
 Tree = dict[str, Any]  # Any: JSON
 
@@ -37,6 +38,15 @@ _BINS = 60
 _PARTS_PER_BIN = 4
 _IDLE_SECONDS = 30.0  # a pause between two parts that is longer, and far longer than is usual in the run,
 _IDLE_FACTOR = 20  # is a run that was interrupted, not one that is slow
+_PROBE_COLUMNS = [
+    ("top1", "top-1"),
+    ("top5", "top-5"),
+    ("recall10", "recall of the full model's 10"),
+    ("own", "find themselves"),
+    ("negative_flips", "negative flips"),
+    ("group_gap", "group gap"),
+    ("slot_share", "slot share"),
+]
 _COLUMNS = [("top1", "top-1"), ("top5", "top-5"), ("map", "mAP")]
 
 
@@ -58,6 +68,8 @@ class ReportData:
             `idle_seconds` of these in which the run was interrupted.
         rejects: stage, reason (its kind, the word before the colon), images, and an example; the most frequent first.
         transformation: its description with the held-out figures.
+        probe: figures on the probe set, of the old model (commit None) and of each measured commit.
+        standing: what became of the last commit: the fields of `standing.Standing`.
         config: the run's settings.
     """
 
@@ -74,6 +86,8 @@ class ReportData:
     rejects: list[Tree]
     transformation: Tree | None
     config: Tree
+    probe: list[Tree] = field(default_factory=list)
+    standing: Tree | None = None
 
 
 def collect(config: Config, run: Run) -> ReportData:
@@ -102,6 +116,8 @@ def collect(config: Config, run: Run) -> ReportData:
         rejects=_rejects(run, plan),
         transformation=json.loads(marker[0]) if marker else None,
         config=config.model_dump(mode="json", exclude_none=True),
+        probe=_probe(run),
+        standing=None if (standing := read_standing(run)) is None else asdict(standing),
     )
 
 
@@ -115,6 +131,7 @@ def render(data: ReportData) -> str:
     return environment.from_string(template).render(
         data=data,
         columns=_COLUMNS,
+        probe_columns=_PROBE_COLUMNS,
         rows=headline(data),
         charts=_charts(data),
         config=yaml.safe_dump(data.config, sort_keys=False, allow_unicode=True),
@@ -223,6 +240,13 @@ def _progress(run: Run, plan: Plan | None, published: int) -> Progress | None:
 
 def _figures(commit: snapshot.Commit) -> Tree:
     return {"commit": commit.number, "created": _utc(commit.created_unix_seconds), **asdict(commit.counts)}
+
+
+def _probe(run: Run) -> list[Tree]:
+    known, measured = quality.read_reference(run), quality.read_all(run)
+    old = [] if known is None else [{"commit": None, "title": "old / old", "figures": known.figures}]
+    rows = [{"commit": item.commit, "title": f"commit {item.commit}", "figures": item.figures} for item in measured]
+    return [*old, *rows] if measured else []
 
 
 def _uncertainty(run: Run, plan: Plan | None) -> Tree | None:

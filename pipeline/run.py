@@ -26,7 +26,10 @@ RUNTIME = {
     "device",
     "backfill",
     "fetch",
+    "select",
     "evaluate",
+    "probe",
+    "gate",
     "publish",
     "telemetry",
     "storage",
@@ -77,7 +80,7 @@ STAGES = {
     "plan": Stage(
         "plan/settings.json",
         "plan/plan.json",
-        ("plan.policy", "plan.waves", "index.shards", "content of plan.policy"),
+        ("plan.policy", "plan.traffic", "plan.group_boost", "plan.waves", "index.shards", "content of plan.policy"),
     ),
     "index": Stage("index/settings.json", f"index/commits/{0:020d}.json", ("index.factory", "index.train_vectors")),
 }

@@ -58,9 +58,10 @@ def vector_type(dim: int) -> pa.DataType:
     return pa.list_(pa.float32(), dim)
 
 
-def manifest_schema(dims: dict[str, int]) -> pa.Schema:
-    """A normalised manifest: MANIFEST and one vector column per entry of `dims` (column name -> width)."""
-    return pa.schema([*MANIFEST, *(pa.field(name, vector_type(dim)) for name, dim in dims.items())])
+def manifest_schema(dims: dict[str, int], traffic: bool = False) -> pa.Schema:
+    """A normalised manifest: MANIFEST, traffic where it is given, and a vector column per entry of `dims` (widths)."""
+    weight = [pa.field("traffic", pa.float32())] if traffic else []
+    return pa.schema([*MANIFEST, *weight, *(pa.field(name, vector_type(dim)) for name, dim in dims.items())])
 
 
 def transformed_schema(dim: int) -> pa.Schema:

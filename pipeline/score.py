@@ -17,10 +17,13 @@ from pipeline.actors import actor_pool
 from pipeline.config import Config
 from pipeline.embeddings import embedding_log, read_embeddings
 from pipeline.errors import DataError
-from pipeline.policy import Scored
+from pipeline.offset import PART, Offset
+from pipeline.policy import Policy, Scored
+from pipeline.reference import load_reference
 from pipeline.run import Run
 from pipeline.schema import Float32, transformed_schema, vectors_from_arrow, vectors_to_arrow
-from pipeline.transformation import apply, load_transformation, resolve_device
+from pipeline.selection import resolve_policy
+from pipeline.transformation import apply, load_transformation, read_part, resolve_device
 
 _APPLY_BATCH = 8192
 
@@ -37,7 +40,7 @@ def score_gallery(config: Config, run: Run, folder: str) -> list[int]:
     """
     gallery = manifest.read_manifest(run, "gallery")
     assert gallery is not None, "the gallery is normalised before it is scored"
-    policy.load_policy(config.plan.policy, config.seed)  # a typing error shows here, before any work
+    load_run_policy(config, run)  # a typing error shows here, before any work
     parts = len(gallery.rows)
     pool = actor_pool(config.backfill, config.device)
     counts = (
@@ -56,6 +59,17 @@ def score_gallery(config: Config, run: Run, folder: str) -> list[int]:
     return [row["images"] for row in sorted(counts, key=lambda row: row["part"])]
 
 
+def load_run_policy(config: Config, run: Run) -> Policy:
+    """The policy of the plan, with what its transformation knows of pairs.
+
+    Raises:
+        ConfigError: it cannot be found, or the transformation was not fitted with what it needs.
+        DataError: there is no transformation, or a file of it is missing or damaged.
+    """
+    plan, name = config.plan, resolve_policy(run, config.plan.policy)
+    return policy.load_policy(name, config.seed, load_reference(run), plan.traffic, plan.group_boost)
+
+
 class _Scorer:
     """The actor: holds h, writes one scored part a call."""
 
@@ -63,7 +77,9 @@ class _Scorer:
         self._config, self._run, self._folder = config, run, folder
         self._device = resolve_device(config.device)
         self._network, self._info = load_transformation(run, self._device)
-        self._policy = policy.load_policy(config.plan.policy, config.seed)
+        offset = read_part(run, PART)
+        self._offset = None if offset is None else Offset.from_bytes(offset)
+        self._policy = load_run_policy(config, run)
 
     def __call__(self, batch: dict[str, np.typing.NDArray[np.int64]]) -> dict[str, list[int]]:
         part = int(batch["id"][0])
@@ -84,11 +100,13 @@ class _Scorer:
             )
         transformed, uncertainty = apply(self._network, old, _side(rows), self._device, _APPLY_BATCH)
         columns = {name: rows[name].to_numpy() for name in ("id", "label", "group")}
-        scored = Scored(columns["id"], uncertainty, transformed, old, columns["label"], columns["group"])
+        traffic = rows["traffic"].to_numpy() if "traffic" in rows.schema.names else None
+        scored = Scored(columns["id"], uncertainty, transformed, old, columns["label"], columns["group"], traffic)
         priority = policy.prioritise(self._policy, scored, where=f"plan.policy: {self._config.plan.policy}")
         table = rows.append_column("uncertainty", pa.array(uncertainty))
         table = table.append_column("priority", pa.array(priority))
-        table = table.append_column("vector", vectors_to_arrow(transformed))
+        served = transformed if self._offset is None else self._offset.apply(transformed, uncertainty)
+        table = table.append_column("vector", vectors_to_arrow(served))
         schema = pa.schema([f for f in transformed_schema(transformed.shape[1]) if f.name not in ("wave", "shard")])
         storage.put(uri, storage.parquet_bytes(schema, [table]))
         return int(rows.num_rows)

@@ -76,6 +76,13 @@ WAVE_QUALITY = Gauge(
     ["wave", "measure"],
     registry=REGISTRY,
 )
+PROBE_QUALITY = Gauge(
+    "fastfill_probe_quality_ratio",
+    "Quality of the latest commit on the probe set, as ratios: top1, top5, recall10, own, slot_share, negative_flips, "
+    "group_gap.",
+    ["measure"],
+    registry=REGISTRY,
+)
 HELD_OUT_QUALITY = Gauge(
     "fastfill_held_out_quality_ratio",
     "Retrieval quality on held-out pairs, 0 to 1: old/old, transformed, new/new.",
@@ -112,7 +119,8 @@ IMAGES_CHANGED = Counter(
 )
 STAGE_SECONDS = Histogram(
     "fastfill_stage_seconds",
-    "Seconds a unit or a wave spends in a stage: load (which is fetch and decode), embed, write, seal, publish.",
+    "Seconds a unit or a wave spends in a stage: load (which is fetch and decode), embed, write, seal, publish, "
+    "measure.",
     ["stage"],
     buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
     registry=REGISTRY,
@@ -240,6 +248,18 @@ def observe_quality(wave: int, figures: Mapping[str, float]) -> None:
     for measure in _MEASURES:
         if measure in figures:
             WAVE_QUALITY.labels(str(wave), measure).set(figures[measure] / 100)
+
+
+def observe_probe(figures: Mapping[str, float]) -> None:
+    """Set the quality of the latest commit on the probe set, of `quality.Quality.figures`; of no earlier one."""
+    PROBE_QUALITY.clear()
+    for measure, value in figures.items():
+        PROBE_QUALITY.labels(measure).set(value if measure == "slot_share" else value / 100)
+
+
+def spent() -> float:
+    """What the machines of this driver have cost so far, by the prices of the config."""
+    return REGISTRY.get_sample_value("fastfill_cost_total") or 0.0
 
 
 def observe_curve(curve: Mapping[str, Any]) -> None:  # Any: the document of `evaluate --curve --json`

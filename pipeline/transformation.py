@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
@@ -146,8 +147,16 @@ def has_transformation(run: Run) -> bool:
     return storage.exists(storage.join(run.transformation, _MARKER))
 
 
-def save_transformation(run: Run, network: TransformationNetwork, info: TransformationInfo) -> None:
+def save_transformation(
+    run: Run, network: TransformationNetwork, info: TransformationInfo, parts: Mapping[str, bytes] | None = None
+) -> None:
     """Write the weights, then the marker that names their digest; the transformation exists from then on.
+
+    Args:
+        run: the run.
+        network: fitted.
+        info: its description.
+        parts: what else belongs to it, by file name: the offset, the selection, what policies know of pairs.
 
     Raises:
         SnapshotConflict: the run has a transformation already.
@@ -159,11 +168,26 @@ def save_transformation(run: Run, network: TransformationNetwork, info: Transfor
     weights = save_safetensors(tensors)
     sha256 = hashlib.sha256(weights).hexdigest()
     storage.put(storage.join(run.transformation, _WEIGHTS.format(sha256)), weights)
-    document = json.loads(info.to_json()) | {"weights_sha256": sha256}
+    digests = {name: _put_part(run, name, data) for name, data in (parts or {}).items()}
+    document = json.loads(info.to_json()) | {"weights_sha256": sha256, "parts": digests}
     try:  # equal bytes are the same transformation, whoever wrote them: no attempt id
         storage.put_if_absent(marker, json.dumps(document, indent=1).encode())
     except storage.AlreadyExists:
         raise _conflict(marker) from None
+
+
+def read_part(run: Run, name: str) -> bytes | None:
+    """A part that the transformation was saved with, or None where it has none of this name.
+
+    Raises:
+        DataError: there is no transformation, or the part is missing or damaged.
+    """
+    sha256 = json.loads(_read_marker(run)[1]).get("parts", {}).get(name)
+    return (
+        None
+        if sha256 is None
+        else _read_whole(run, _part_uri(run, name, sha256), sha256, f"the transformation's {name}")
+    )
 
 
 def read_info(run: Run) -> TransformationInfo:
@@ -186,20 +210,12 @@ def load_transformation(run: Run, device: torch.device) -> tuple[TransformationN
     info = TransformationInfo.from_json(text, where)
     expected = json.loads(text).get("weights_sha256")
     path = storage.join(run.transformation, _WEIGHTS.format(expected))
-    remedy = f"delete {run.transformation} and run `fastfill fit` again"
-    try:
-        weights = storage.read_bytes(path)
-    except FileNotFoundError:
-        raise DataError("the transformation's weights are missing", where=path, remedy=remedy) from None
-    found = hashlib.sha256(weights).hexdigest()
-    if found != expected:
-        raise DataError(
-            "the transformation's weights are damaged", expected=expected, found=found, where=path, remedy=remedy
-        )
+    weights = _read_whole(run, path, expected, "the transformation's weights")
     network = info.network()
     try:
         network.load_state_dict(load_safetensors(weights))
     except (SafetensorError, RuntimeError) as error:
+        remedy = _again(run)
         raise DataError("the weights do not fit the network", found=error, where=path, remedy=remedy) from error
     return network.to(device).eval(), info
 
@@ -251,6 +267,33 @@ def _block(d_in: int, d_out: int) -> nn.Sequential:
 
 def _branch(d_in: int, d_new: int) -> nn.Sequential:
     return nn.Sequential(_block(d_in, 2 * d_in), _block(2 * d_in, 2 * d_new))
+
+
+def _put_part(run: Run, name: str, data: bytes) -> str:
+    sha256 = hashlib.sha256(data).hexdigest()
+    storage.put(_part_uri(run, name, sha256), data)
+    return sha256
+
+
+def _part_uri(run: Run, name: str, sha256: str) -> str:
+    stem, _, ending = name.partition(".")
+    return storage.join(run.transformation, f"{stem}-{sha256}.{ending}")
+
+
+def _read_whole(run: Run, path: str, sha256: str | None, what: str) -> bytes:
+    """A file of the transformation, its digest checked."""
+    try:
+        data = storage.read_bytes(path)
+    except FileNotFoundError:
+        raise DataError(f"{what} are missing", where=path, remedy=_again(run)) from None
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise DataError(f"{what} are damaged", expected=sha256, found=found, where=path, remedy=_again(run))
+    return data
+
+
+def _again(run: Run) -> str:
+    return f"delete {run.transformation} and run `fastfill fit` again"
 
 
 def _check_shape(name: str, values: Float32, expected: tuple[int, int | None]) -> None:

@@ -37,11 +37,14 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import storage
+from pipeline import offset as offsets
+from pipeline import reference, selection, storage
 from pipeline.actors import may_grow
 from pipeline.config import Config, Fit
 from pipeline.errors import ConfigError, DataError
+from pipeline.offset import Classifier, Offset
 from pipeline.run import Run, check_settings_of, fix_settings, stage_settings
+from pipeline.schema import Float32
 from pipeline.transformation import (
     TransformationInfo,
     TransformationNetwork,
@@ -50,9 +53,15 @@ from pipeline.transformation import (
     save_transformation,
 )
 from training.attempts import fit_to_the_end, no_failure_but_announced_ones
-from training.learner import Epoch, FitData, Job, Learner, make_arrays
+from training.candidates import settings_of
+from training.knowledge import reference_of
+from training.learner import Epoch, FitData, Job, Learner, PairArrays, make_arrays
 from training.losses import needs_labels
-from training.measure import measure
+from training.measure import measure, transform
+from training.select import OnStep, select
+
+Fitted = tuple[TransformationNetwork, Classifier | None]
+"""The network, and the classifier where the loss or the offset needed one."""
 
 _LOG = logging.getLogger(__name__)
 _STATE = "state.pt"
@@ -61,13 +70,25 @@ _POLL_SECONDS = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 _START_SECONDS = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 
-def fit(config: Config, run: Run, data: FitData, on_epoch: Callable[[Epoch], None] | None = None) -> TransformationInfo:
+def fit(
+    config: Config,
+    run: Run,
+    data: FitData,
+    on_epoch: Callable[[Epoch], None] | None = None,
+    on_step: OnStep = lambda what, done, total: None,
+) -> TransformationInfo:
     """Fit, measure and save the run's transformation; one that is there already is left as it is.
+
+    With a `select` section the loss, the network and the offset are chosen first, by measurement.
 
     A fit that was stopped goes on after its last whole epoch. With the gallery metric `cosine` the
     targets are normalised as well, and a given classifier is applied to unit vectors.
 
     Args:
+        config: the run's.
+        run: with its pairs.
+        data: the pairs.
+        on_step: of a selection, told what is done, how much of it, and of how much.
         on_epoch: called from a thread of this process after each epoch with `epoch` (from 0), `epochs`,
             `loss`, `alignment`, `lr`, `images_per_second` and `pid` (of rank 0's process).
 
@@ -81,12 +102,25 @@ def fit(config: Config, run: Run, data: FitData, on_epoch: Callable[[Epoch], Non
     if has_transformation(run):
         check_settings_of(run, "fit", settings)
         return read_info(run)
+    chosen = None
+    if config.select is not None:
+        chosen = select(config, run, data, on_step)
+        config = config.model_copy(update={"fit": settings_of(chosen, config.fit)})
     job = make_job(config, data)
-    network = _train(config, run, job, on_epoch)
+    network, classifier = _train(config, run, job, on_epoch)
     held_out = pa.concat_tables([storage.read_parquet(uri) for uri in data.held_out_parts])
-    info = measure(config, job, network, make_arrays(held_out, job))
+    pairs = make_arrays(held_out, job)
+    z, s = transform(config, network, pairs)
+    offset = None if config.fit.offset == "none" else _offset(config, classifier, z, s, pairs)
+    served = z if offset is None else offset.apply(z, s)
+    info = measure(config, job, pairs, served, s)
+    given = None if data.classifier is None else Classifier(*data.classifier)
+    known = reference_of(config, held_out, pairs, z, s, served, classifier or given, data.label_names)
     fix_settings(run, "fit", settings)
-    save_transformation(run, network, info)
+    parts = {reference.PART: known.to_bytes()}
+    parts |= {} if offset is None else {offsets.PART: offset.to_bytes()}
+    parts |= {} if chosen is None else {selection.PART: chosen.to_json().encode()}
+    save_transformation(run, network, info, parts)
     storage.delete(_training_folder(run))
     return info
 
@@ -98,7 +132,7 @@ def make_job(config: Config, data: FitData) -> Job:
         ConfigError, DataError: as `fit`.
     """
     fit, workers = config.fit, config.fit.num_workers
-    if needs_labels(fit.loss):
+    if needs_labels(fit.loss) or fit.offset == "confidence":
         _check_classes(fit, data)
     if len(data.train_parts) < workers:
         raise ConfigError(
@@ -122,7 +156,7 @@ def make_job(config: Config, data: FitData) -> Job:
     return Job(fit, data, config.seed, config.gallery.metric == "cosine", smallest // rank_batch, rank_batch)
 
 
-def _train(config: Config, run: Run, job: Job, on_epoch: Callable[[Epoch], None] | None) -> TransformationNetwork:
+def _train(config: Config, run: Run, job: Job, on_epoch: Callable[[Epoch], None] | None) -> Fitted:
     """Run Ray Train to the last epoch, and load the last checkpoint."""
     folder = _training_folder(run)
     _drop_broken_snapshot(storage.join(folder, _fingerprint(job)))
@@ -142,9 +176,18 @@ def _train(config: Config, run: Run, job: Job, on_epoch: Callable[[Epoch], None]
             )
 
         checkpoint = fit_to_the_end(make_trainer, job.fit.max_failures)
-    network = job.network()
-    network.load_state_dict(_read_checkpoint(checkpoint, torch.device("cpu"))["network"])
-    return network
+    state, network = _read_checkpoint(checkpoint, torch.device("cpu")), job.network()
+    network.load_state_dict(state["network"])
+    if state["classifier"] is None:
+        return network, None
+    weight, bias = state["classifier"]
+    return network, Classifier(weight.numpy(), None if bias is None else bias.numpy())
+
+
+def _offset(config: Config, classifier: Classifier | None, z: Float32, s: Float32, pairs: PairArrays) -> Offset:
+    kind, strength = config.fit.offset, config.fit.offset_strength
+    assert kind != "none", "nothing to fit"
+    return offsets.fit_offset(kind, strength, z, s, pairs.new, classifier, config.gallery.metric)
 
 
 def _worker(config: dict[str, Job]) -> None:
@@ -303,7 +346,7 @@ def _read_checkpoint(checkpoint: Checkpoint, device: torch.device) -> dict[str, 
 
 
 def _check_classes(fit: Fit, data: FitData) -> None:
-    if data.num_classes is None:
+    if data.num_classes is None and needs_labels(fit.loss):
         raise ConfigError(
             f"the loss {fit.loss!r} needs labels",
             expected="pairs.columns.label",
@@ -312,13 +355,21 @@ def _check_classes(fit: Fit, data: FitData) -> None:
             remedy="set fit.loss to alignment+uncertainty, which needs neither labels nor a classifier",
         )
     if data.classifier is None:
+        if data.num_classes is None:
+            raise ConfigError(
+                "an offset by confidence needs a classifier, or labels to fit one on",
+                expected="fit.classifier or pairs.columns.label",
+                where="fit.offset",
+                remedy="set fit.offset to uncertainty, which needs neither",
+            )
         return
     weight, bias = data.classifier
-    fits = weight.shape[0] >= data.num_classes and weight.shape[1] == data.d_new
+    num_classes = data.num_classes or 1
+    fits = weight.shape[0] >= num_classes and weight.shape[1] == data.d_new
     if not fits or (bias is not None and bias.shape != weight.shape[:1]):
         raise DataError(
             "the classifier does not fit the pairs",
-            expected=f"weight ({data.num_classes}, {data.d_new}), bias ({data.num_classes},)",
+            expected=f"weight ({num_classes}, {data.d_new}), bias ({num_classes},)",
             found=f"weight {weight.shape}, bias {None if bias is None else bias.shape}",
             where="fit.classifier",
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
+from pipeline import offset
 from pipeline.config import Fit
 from pipeline.errors import DataError
 from pipeline.schema import Float32, Int64, vectors_from_arrow
@@ -41,6 +42,7 @@ class FitData:
         num_train: rows of all train parts.
         num_classes: labels are in [0, num_classes); None where no pair has a label.
         classifier: the new encoder's own, weight (C, d_new) and bias (C,) or None, float32.
+        label_names: the label of each class number, where that is not the number itself.
     """
 
     train_parts: list[str]
@@ -51,6 +53,7 @@ class FitData:
     d_new: int
     d_side: int | None = None
     classifier: tuple[Float32, Float32 | None] | None = None
+    label_names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +157,14 @@ class Learner:
             "classifier": None if known is None else (known.weight_cd, known.bias_c),
         }
 
+    @property
+    def classifier(self) -> offset.Classifier | None:
+        """The classifier that `prepare` took or fitted, as arrays; None where none was needed."""
+        if self._classifier is None:
+            return None
+        bias = self._classifier.bias_c
+        return offset.Classifier(self._classifier.weight_cd.cpu().numpy(), None if bias is None else bias.cpu().numpy())
+
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state()`."""
         self.epoch = state["epoch"]
@@ -163,15 +174,16 @@ class Learner:
             self._classifier = Classifier(*state["classifier"])
 
     def prepare(self) -> None:
-        """Take the given classifier, or fit one, where the loss needs one and `restore` did not bring it."""
-        data = self._job.data
-        if self._classifier is not None or data.num_classes is None or not needs_labels(self._job.fit.loss):
+        """Take the given classifier, or fit one, where the loss or the offset needs one and `restore` brought none."""
+        data, fit = self._job.data, self._job.fit
+        if self._classifier is not None or not (needs_labels(fit.loss) or fit.offset == "confidence"):
             return
         if data.classifier is not None:
             weight, bias = data.classifier
             bias_c = None if bias is None else torch.tensor(bias).to(self._device)
             self._classifier = Classifier(torch.tensor(weight).to(self._device), bias_c)
             return
+        assert data.num_classes is not None, "checked before the fit"
         new_nd, label_n = (self._columns[name].to(self._device) for name in ("new", "label"))
         self._classifier = fit_classifier(
             new_nd, label_n, data.num_classes, lambda epoch: self._batches(epoch, stream=1), self._wrap

@@ -10,11 +10,11 @@ import logging
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 
+from pipeline.agreement import nearest
 from pipeline.config import Config
 from pipeline.evaluate import evaluate, recall
-from pipeline.schema import Float32, Int64
+from pipeline.schema import Float32
 from pipeline.transformation import Figures, TransformationInfo, TransformationNetwork, apply, resolve_device
 from training.learner import Job, PairArrays
 from training.losses import NO_LABEL
@@ -22,23 +22,30 @@ from training.losses import NO_LABEL
 _LOG = logging.getLogger(__name__)
 _MEASURED_PAIRS = 10_000
 _APPLY_BATCH = 8192
-_NEIGHBOURS = 10
 
 
-def measure(config: Config, job: Job, network: TransformationNetwork, pairs: PairArrays) -> TransformationInfo:
-    """Measure a fitted network on pairs it has not seen, and warn if it is worse than doing nothing.
+def transform(config: Config, network: TransformationNetwork, pairs: PairArrays) -> tuple[Float32, Float32]:
+    """z (N, d_new) and s (N,) float32 of the pairs; the network is moved to where `config.device` says, and back."""
+    device = torch.device("cpu") if config.device == "cpu" else resolve_device("auto")
+    z, s = apply(network.to(device).eval(), pairs.old, pairs.side, device, _APPLY_BATCH)
+    network.cpu()
+    return z, s
+
+
+def measure(config: Config, job: Job, pairs: PairArrays, z: Float32, s: Float32) -> TransformationInfo:
+    """Measure a transformation on pairs it has not seen, and warn if it is worse than doing nothing.
 
     Alignment and rank correlation are over all pairs, retrieval over at most 10,000 of them, which are
     the gallery and the queries at once. Without labels, retrieval is the share of the 10 nearest of
     new/new that are found.
 
     Args:
-        network: on the CPU; it is moved to where `config.device` says and back.
+        config: the run's.
+        job: what was fitted.
         pairs: the held-out pairs.
+        z: (N, d_new), as they would be served.
+        s: (N,) their uncertainties.
     """
-    device = torch.device("cpu") if config.device == "cpu" else resolve_device("auto")
-    z, s = apply(network.to(device).eval(), pairs.old, pairs.side, device, _APPLY_BATCH)
-    network.cpu()
     error = np.square(pairs.new - z).mean(axis=1)
     found = _retrieval(pairs, z, config.gallery.metric)
     new, old = found["transformed"], found["old_old"]
@@ -96,22 +103,8 @@ def _retrieval(pairs: PairArrays, z: Float32, metric: str) -> dict[str, dict[str
     old, new, z = pairs.old[rows], pairs.new[rows], z[rows]
     kinds = {"transformed": (new, z), "old_old": (old, old), "new_new": (new, new)}
     if labels is None or pairs.labels is None:
-        nearest = {kind: _nearest(*sides, metric) for kind, sides in kinds.items()}
-        return {kind: {"agreement10": recall(rows, nearest["new_new"])} for kind, rows in nearest.items()}
+        own = np.arange(len(rows))
+        found = {kind: nearest(*sides, own, metric) for kind, sides in kinds.items()}
+        return {kind: {"agreement10": recall(each, found["new_new"])} for kind, each in found.items()}
     names = pairs.labels[rows]
     return {kind: evaluate(*kinds[kind], names, names, metric=metric, self_match=True).as_dict() for kind in kinds}
-
-
-def _nearest(queries: Float32, gallery: Float32, metric: str) -> Int64:
-    """Each query's 10 nearest rows but its own, (Q, 10) int64, or fewer where there are fewer."""
-    query_qd, base_nd = torch.from_numpy(queries), torch.from_numpy(gallery)
-    if metric == "cosine":
-        query_qd, base_nd = functional.normalize(query_qd, dim=1), functional.normalize(base_nd, dim=1)
-    offset_n = base_nd.square().sum(dim=1) / 2 if metric == "l2" else torch.zeros(len(base_nd))
-    found = []
-    for start in range(0, len(query_qd), 1024):
-        scores_bn = query_qd[start : start + 1024] @ base_nd.T - offset_n
-        own = torch.arange(len(scores_bn))
-        scores_bn[own, start + own] = -torch.inf
-        found.append(scores_bn.topk(min(_NEIGHBOURS, len(base_nd) - 1), dim=1).indices)
-    return torch.cat(found).numpy()

@@ -43,6 +43,7 @@ class Pairs:
         d_old, d_new: widths; d_side is None without side information.
         num_classes: of the labels, None without labels.
         rejected: images that could not be embedded by both encoders.
+        label_names: the label of each class number, where that is not the number itself.
     """
 
     num_train: int
@@ -52,6 +53,7 @@ class Pairs:
     d_side: int | None
     num_classes: int | None
     rejected: int
+    label_names: tuple[str, ...] | None = None
 
 
 def build_pairs(config: Config, run: Run, on_units: OnUnits = lambda what, done, total: None) -> Pairs:
@@ -63,7 +65,7 @@ def build_pairs(config: Config, run: Run, on_units: OnUnits = lambda what, done,
     """
     done = storage.read_versioned(_marker(run))
     if done is not None:
-        return Pairs(**json.loads(done[0]))
+        return _from_json(done[0])
     rows = manifest.read_manifest(run, "pairs")
     assert rows is not None, "the pairs are normalised before they are embedded"
     embed_missing(config, run, ["pairs"], on_units)
@@ -73,7 +75,7 @@ def build_pairs(config: Config, run: Run, on_units: OnUnits = lambda what, done,
     rejects.check_manifest(rejected, rows.num_rows, config.backfill, "pairs", run.path("pairs"))
     if table.num_rows < MIN_PAIRS:
         raise DataError("too few training pairs", expected=f"at least {MIN_PAIRS}", found=table.num_rows)
-    labels, num_classes = _codes(table["label"])
+    labels, num_classes, label_names = _codes(table["label"])
     ids = table["index"].to_numpy()
     held_out = split(ids, labels, config.pairs.held_out_fraction, config.seed)
     table = table.set_column(table.schema.get_field_index("label"), "label", pa.array(labels, mask=labels < 0))
@@ -92,9 +94,16 @@ def build_pairs(config: Config, run: Run, on_units: OnUnits = lambda what, done,
         d_side=widths["side"],
         num_classes=num_classes,
         rejected=rejected,
+        label_names=label_names,
     )
     storage.put(_marker(run), json.dumps(asdict(pairs)).encode())
     return pairs
+
+
+def _from_json(data: bytes) -> Pairs:
+    values = json.loads(data)
+    names = values.get("label_names")
+    return Pairs(**values | {"label_names": None if names is None else tuple(names)})
 
 
 def has_pairs(run: Run) -> bool:
@@ -117,6 +126,7 @@ def fit_data(config: Config, run: Run, pairs: Pairs) -> FitData:
         d_new=pairs.d_new,
         d_side=pairs.d_side,
         classifier=_classifier(config.fit.classifier, pairs.d_new),
+        label_names=pairs.label_names,
     )
 
 
@@ -140,7 +150,7 @@ def num_training(num_pairs: int, held_out_fraction: float) -> int:
 
 
 def _join(run: Run, part: int, logs: dict[str, VectorLog]) -> pa.Table:
-    """One part's pairs: index, label, old, new, and side where it is given; rows without both are left out."""
+    """One part's pairs: index, label, group, old, new, and side where it is given; rows without both are left out."""
     rows, old = read_embeddings(run, "pairs", part, "old_embedding", logs["old"])
     other, new = read_embeddings(run, "pairs", part, "new_embedding", logs["new"])
     both = np.intersect1d(rows["id"].to_numpy(), other["id"].to_numpy())
@@ -148,6 +158,7 @@ def _join(run: Run, part: int, logs: dict[str, VectorLog]) -> pa.Table:
     columns = {
         "index": pa.array(both),
         "label": rows["label"].take(pa.array(left)),
+        "group": rows["group"].take(pa.array(left)),
         "old": vectors_to_arrow(old[left]),
         "new": vectors_to_arrow(new[right]),
     }
@@ -162,20 +173,21 @@ def _places(rows: pa.Table, ids: Int64) -> Int64:
     return order[np.searchsorted(there[order], ids)]
 
 
-def _codes(labels: pa.ChunkedArray) -> tuple[NDArray[np.int32], int | None]:
+def _codes(labels: pa.ChunkedArray) -> tuple[NDArray[np.int32], int | None, tuple[str, ...] | None]:
     """Labels as class numbers, -1 where there is none: a classifier's rows as they are, else in sorted order.
 
     Integers from _MOST_ROWS on are names (of products, say) and no classifier's rows.
+
+    Returns:
+        the numbers, how many classes there are, and the classes' names where they are not the numbers.
     """
     names = [name for name in pc.unique(labels).to_pylist() if name is not None]
     if not names:
-        return np.full(len(labels), -1, dtype=np.int32), None
-    if all(name.isdecimal() and int(name) < _MOST_ROWS for name in names):
-        codes = {name: int(name) for name in names}
-    else:
-        codes = {name: code for code, name in enumerate(sorted(names))}
+        return np.full(len(labels), -1, dtype=np.int32), None, None
+    numbers = all(name.isdecimal() and int(name) < _MOST_ROWS for name in names)
+    codes = {name: int(name) if numbers else code for code, name in enumerate(sorted(names))}
     lookup = np.array([codes.get(name, -1) for name in labels.to_pylist()], dtype=np.int32)
-    return lookup, max(codes.values()) + 1
+    return lookup, max(codes.values()) + 1, None if numbers else tuple(sorted(names))
 
 
 def _width(table: pa.Table, name: str) -> int | None:

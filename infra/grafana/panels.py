@@ -108,6 +108,11 @@ OVERVIEW: Rows = {
             "The curve as published: wave 0 is all transformed. Choose one run. It is there once it was measured.",
             "bars",
         ),
+        lines(
+            "Latest snapshot on the probe set",
+            units.PercentUnit,
+            ("{{measure}}", f"max by (measure) (fastfill_probe_quality_ratio{RUN})"),
+        ),
         Panel(
             "On held-out pairs",
             units.PercentUnit,
@@ -265,7 +270,7 @@ INDEX: Rows = {
         ),
         lines("Age of the latest snapshot", units.Seconds, record("snapshot_age_seconds")),
         lines("Seconds of a wave: seal", units.Seconds, *quantiles("seal")),
-        lines("Seconds of a wave: publish", units.Seconds, *quantiles("publish")),
+        lines("Seconds of a wave: publish, measure", units.Seconds, *quantiles("publish|measure")),
         lines("Kept back by the gate", units.Short, newest("gate_refused")),
         lines(
             "Best quality of a snapshot that was measured",

@@ -19,6 +19,7 @@ from pipeline import index, segments, snapshot, storage
 from pipeline.config import Config, Gallery, Index
 from pipeline.config_file import validate
 from pipeline.evaluate import order_by_priority
+from pipeline.manifest import Manifest
 from pipeline.plan import Plan, Wave, wave_sizes
 from pipeline.run import Run
 from pipeline.schema import (
@@ -70,7 +71,10 @@ def known(num: int = 300, num_labels: int = 12, seed: int = 0) -> Known:
 
 @dataclass(frozen=True)
 class Options:
-    """What the run is like; `embedded_waves` None means all of them, `rejects` are spread over the gallery."""
+    """What the run is like; `embedded_waves` None means all of them, `rejects` are spread over the gallery.
+
+    The segments of `swapped_wave` hold each image's embedded vector under the id of another image of the wave.
+    """
 
     waves: int = 4
     shards: int = 2
@@ -86,6 +90,7 @@ class Options:
     commits: bool = True
     transformation: bool = True
     seconds_per_unit: float = 2.0
+    swapped_wave: int | None = None
 
 
 @dataclass(frozen=True)
@@ -183,6 +188,8 @@ def _write_gallery(layout: _Layout) -> None:
             "vector": vectors_to_arrow(images.transformed),
         }
     )
+    described = Manifest([num // 2, num - num // 2], options.unit_images, dims, "synthetic")
+    storage.put(run.path("gallery", "manifest.json"), json.dumps(asdict(described)).encode())
     halves = [slice(0, num // 2), slice(num // 2, num)]
     for part, half in enumerate(halves):
         rows = np.arange(num)[half]
@@ -190,7 +197,10 @@ def _write_gallery(layout: _Layout) -> None:
         storage.put(run.part("gallery", part), data)
         shuffled = rows[::-1].copy()
         schema = transformed_schema(images.transformed.shape[1])
-        storage.put(run.part("transformed", part), storage.parquet_bytes(schema, [scored.take(shuffled)]))
+        cells = [(wave, shard) for wave in range(1, options.waves + 1) for shard in range(options.shards)]
+        place_of = np.stack([layout.waves[shuffled], shard_of(images.ids[shuffled], options.shards)], axis=1)
+        groups = (scored.take(shuffled[(place_of == cell).all(axis=1)]) for cell in cells)
+        storage.put(run.part("transformed", part), storage.parquet_bytes(schema, groups))
         if options.old_in_log:
             old = _log_rows(images.ids[half], images.old[half], options.shards)
             storage.put(run.path("gallery", "old", f"wave-{part:03d}", "unit-00000.parquet"), old)
@@ -297,9 +307,12 @@ def _segment(layout: _Layout, codebook: codebooks.Codebook, number: int, wave: i
     images = layout.images
     rows = np.flatnonzero((layout.waves == wave) & (shard_of(images.ids, layout.options.shards) == shard))
     is_embedded = ~layout.rejected[rows] & (wave <= number)
+    embedded = images.embedded[rows]
+    if wave == layout.options.swapped_wave:
+        embedded = np.roll(embedded, 1, axis=0)
     members = segments.Rows(
         ids=images.ids[rows],
-        vectors=np.where(is_embedded[:, None], images.embedded[rows], images.transformed[rows]),
+        vectors=np.where(is_embedded[:, None], embedded, images.transformed[rows]),
         kinds=np.where(is_embedded, "embedded", "transformed"),
         uncertainties=images.uncertainty[rows],
         groups=pa.array([images.groups[row] if images.groups else None for row in rows], pa.string()),

@@ -130,7 +130,7 @@ def test_a_configured_unit_is_taken_as_it_is() -> None:
             tree(encoders={"new": {"export": "a", "dim": 4, "preprocess": {"size": 8, "mean": [1, 2]}}}),
             "mean has 2 values",
         ),
-        (tree(plan={"policy": "best"}), "uncertainty, random or module:function"),
+        (tree(plan={"policy": "best"}), "random, uncertainty, norm"),
         (tree(backfill={"min_actors": 3, "max_actors": 2}), "max_actors (2) must be at least min_actors (3)"),
         (tree(gallery={"manifest": "a", "columns": {"uri": "u", "offset": "o"}}), "offset and length go together"),
         (tree(device="tpu"), "device: "),

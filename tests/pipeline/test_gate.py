@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.commits import Commit, Counts
-from pipeline.gate import blockers
+from pipeline.config import Gate
+from pipeline.gate import assess, blockers, mixed_up
+from pipeline.quality import Quality, Reference
 from pipeline.run import Run
 from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
 
@@ -48,3 +51,74 @@ def test_a_blocker_says_the_figures_and_how_many_images_wait(runs: dict[bool, Ru
     (sentence,) = blockers(runs[False], commit(gallery=3000, embedded=995, rejected=5))
     assert "transformed top1 12.3, map 5.0 against old_old top1 20.0, map 7.0" in sentence
     assert "2,000 images are still transformed" in sentence
+
+
+def reference(old: list[int]) -> Reference:
+    ranks = tuple(old)
+    return Reference(ranks, (5,) * len(ranks), 10, ranks, ranks, ranks)
+
+
+def measured(ranks: list[int], number: int = 3, own: tuple[tuple[int, int, int], ...] = ()) -> Quality:
+    return Quality(number, "attempt", {}, tuple(ranks), (5,) * len(ranks), own, ())
+
+
+def answers(right: int, of: int) -> list[int]:
+    return [1] * right + [0] * (of - right)
+
+
+@pytest.mark.parametrize(("right", "refused"), [(500, False), (495, False), (480, False), (470, True), (300, True)])
+def test_a_fall_counts_where_it_is_larger_than_the_limit_and_its_noise(right: int, refused: bool) -> None:
+    known, served = reference(answers(200, 1000)), measured(answers(500, 1000), number=2)
+    found = assess(known, measured(answers(right, 1000)), served, 100, Gate())
+    assert [refusal.check for refusal in found] == (["fall"] if refused else [])
+    if refused:
+        assert f"top-1 is {right / 10:.1f}, against 50.0" in found[0].sentence
+        assert "commit 2, which prod serves" in found[0].sentence
+        assert "gate.max_fall is 1" in found[0].sentence
+
+
+def test_what_only_trembles_is_promoted_however_few_queries_there_are() -> None:
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(500):
+        queries = int(rng.integers(20, 400))
+        before = rng.random(queries) < 0.5
+        now = np.where(rng.random(queries) < 0.1, rng.random(queries) < 0.5, before)
+        known = reference([0] * queries)
+        ranks = now.astype(int).tolist()
+        refused += bool(assess(known, measured(ranks), measured(before.astype(int).tolist(), 2), 10, Gate()))
+    assert refused <= 1
+
+
+def test_below_the_old_model_is_mended_by_going_on_as_long_as_images_wait() -> None:
+    known = reference(answers(500, 1000))
+    for waiting in (0, 10):
+        (refusal,) = assess(known, measured(answers(400, 1000)), None, waiting, Gate())
+        assert (refusal.check, refusal.mends) == ("old_old", waiting > 0)
+        assert "top-1 is 40.0, against 50.0" in refusal.sentence
+    assert assess(known, measured(answers(500, 1000)), None, 0, Gate()) == []
+
+
+@pytest.mark.parametrize(
+    ("own", "refused"),
+    [
+        ([(1, 0, 1)], 0),  # one image says little
+        ([(1, 0, 4)], 1),
+        ([(1, 46, 50)], 0),
+        ([(1, 30, 50)], 1),
+        ([(1, 50, 50), (2, 1, 9), (3, 20, 20)], 1),
+        ([(wave, 1, 2) for wave in range(1, 20)], 1),  # no wave alone, but all together
+        ([], 0),
+    ],
+)
+def test_a_wave_is_mixed_up_where_chance_cannot_explain_it(own: list[tuple[int, int, int]], refused: int) -> None:
+    found = mixed_up(measured([1], own=tuple(own)), 90.0)
+    assert len(found) == refused
+
+
+def test_a_share_of_all_or_none_is_a_limit_too() -> None:
+    assert mixed_up(measured([1], own=((1, 5, 5),)), 100.0) == []
+    assert len(mixed_up(measured([1], own=((1, 4, 5),)), 100.0)) == 1
+    assert mixed_up(measured([1], own=((1, 0, 5000),)), 0.0) == []
+    assert len(mixed_up(measured([1], own=((1, 0, 5000),)), 90.0)) == 1
+    assert mixed_up(measured([1], own=((1, 0, 50),)), None) == []

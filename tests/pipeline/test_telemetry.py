@@ -36,13 +36,13 @@ def endpoint() -> str:
 
 
 LABELS = {
-    "stage": {"load", "fetch", "decode", "preprocess", "embed", "write", "seal", "publish", "other"},
+    "stage": {"load", "fetch", "decode", "preprocess", "embed", "write", "seal", "publish", "measure", "other"},
     "cause": set(RETRY_CAUSES),
     "reason": {reason for _, reason in REJECT_REASONS},
     "kind": {"get", "put", "head", "list", "delete", "image", "transformed", "embedded"},
     "direction": {"get", "put"},
     "gallery": {"old_old", "transformed", "new_new"},
-    "measure": {"top1", "top5", "map", "agreement10", "recall10"},
+    "measure": {"top1", "top5", "map", "agreement10", "recall10", "own", "slot_share", "negative_flips", "group_gap"},
 }
 """Every value that a label may have; `wave` is a number, and `le` the histograms' own."""
 
@@ -218,6 +218,15 @@ def test_prometheus_finds_the_endpoint_in_a_file_until_a_good_end(tmp_path: Path
     with pytest.raises(RuntimeError, match="a driver dies"), telemetry.serving(config):
         raise RuntimeError("a driver dies")
     assert discovery.exists()
+
+
+def test_the_quality_on_the_probe_set_is_that_of_the_latest_commit_alone(endpoint: str) -> None:
+    telemetry.observe_probe({"top1": 48.5, "recall10": 61.0, "slot_share": 1.2})
+    telemetry.observe_probe({"top1": 50.5, "recall10": 64.0})
+    found = scrape(endpoint)
+    assert found["fastfill_probe_quality_ratio:top1"] == pytest.approx(0.505)
+    assert found["fastfill_probe_quality_ratio:recall10"] == pytest.approx(0.64)
+    assert "fastfill_probe_quality_ratio:slot_share" not in found
 
 
 def test_without_a_rate_there_are_figures_all_the_same(endpoint: str) -> None:

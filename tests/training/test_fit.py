@@ -23,12 +23,12 @@ from pipeline.errors import ConfigError, DataError, TransientError
 from pipeline.evaluate import METRICS, order_by_priority, simulate_curve
 from pipeline.run import Run
 from pipeline.schema import Float32, Int64, vectors_to_arrow
-from pipeline.transformation import TransformationNetwork, apply, load_transformation
+from pipeline.transformation import TransformationInfo, TransformationNetwork, apply, load_transformation
 from training import fit as fitting
 from training import learner as learning
 from training.fit import fit, make_job
 from training.learner import Epoch, FitData, Job, Learner, PairArrays, make_arrays
-from training.measure import measure, spearman
+from training.measure import measure, spearman, transform
 
 CPU = torch.device("cpu")
 D_OLD, D_NEW, CLASSES, PARTS = 8, 12, 5, 4
@@ -112,6 +112,10 @@ def _fit_here(job: Job) -> TransformationNetwork:
     return learner.network
 
 
+def _measured(config: Config, job: Job, network: TransformationNetwork, pairs: PairArrays) -> TransformationInfo:
+    return measure(config, job, pairs, *transform(config, network, pairs))
+
+
 def _assert_same_weights(found: TransformationNetwork, expected: TransformationNetwork) -> None:
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(found.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
@@ -131,7 +135,7 @@ def test_each_mode_aligns_and_ranks_by_error(tmp_path: Path, mode: LossMode) -> 
     config = _config(tmp_path, loss=mode, epochs=30)
     job = make_job(config, _data(tmp_path))
     pairs = _read(job.data.held_out_parts, job)
-    before, after = (measure(config, job, network, pairs) for network in (job.network(), _fit_here(job)))
+    before, after = (_measured(config, job, network, pairs) for network in (job.network(), _fit_here(job)))
     assert isinstance(after.held_out["alignment"], float)
     assert isinstance(after.held_out["spearman"], float)
     assert after.held_out["alignment"] < 0.7 * before.held_out["alignment"]  # type: ignore[operator]  # a float too
@@ -144,7 +148,7 @@ def test_each_mode_aligns_and_ranks_by_error(tmp_path: Path, mode: LossMode) -> 
 def test_the_modes_for_foundation_models_fit_without_labels(tmp_path: Path, mode: LossMode) -> None:
     config = _config(tmp_path, loss=mode)
     job = make_job(config, _data(tmp_path, labelled=False))
-    info = measure(config, job, _fit_here(job), _read(job.data.held_out_parts, job))
+    info = _measured(config, job, _fit_here(job), _read(job.data.held_out_parts, job))
     assert info.held_out["new_new"] == {"agreement10": 100.0}
     assert set(info.held_out) == {"alignment", "spearman", "transformed", "old_old", "new_new"}
 
@@ -160,7 +164,7 @@ def test_cosine_fits_unit_vectors(tmp_path: Path) -> None:
     job = make_job(config, _data(tmp_path))
     pairs = _read(job.data.held_out_parts, job)
     np.testing.assert_allclose(np.linalg.norm(pairs.new, axis=1), 1, rtol=1e-5)
-    info = measure(config, job, _fit_here(job), pairs)
+    info = _measured(config, job, _fit_here(job), pairs)
     assert info.normalize
     assert info.better_than_old
 
@@ -168,7 +172,7 @@ def test_cosine_fits_unit_vectors(tmp_path: Path) -> None:
 def test_bfloat16_fits_too(tmp_path: Path) -> None:
     config = _config(tmp_path, precision="bfloat16", epochs=20)
     job = make_job(config, _data(tmp_path))
-    info = measure(config, job, _fit_here(job), _read(job.data.held_out_parts, job))
+    info = _measured(config, job, _fit_here(job), _read(job.data.held_out_parts, job))
     assert info.better_than_old
 
 
@@ -277,7 +281,7 @@ def test_a_transformation_worse_than_the_old_model_is_a_warning(
     config = _config(tmp_path)
     job = make_job(config, _data(tmp_path))
     with caplog.at_level(logging.WARNING):
-        info = measure(config, job, job.network(), _read(job.data.held_out_parts, job))
+        info = _measured(config, job, job.network(), _read(job.data.held_out_parts, job))
     assert not info.better_than_old
     assert "worse than the old model" in caplog.text
     assert re.search(r"\(top1 \d+\.\d, top5 \d+\.\d, map \d+\.\d against top1", caplog.text)
@@ -332,7 +336,7 @@ def test_two_workers_fit_as_well_as_one(tmp_path: Path) -> None:
     for name in ("top1", "map"):
         assert abs(areas[2][name] - areas[1][name]) <= 0.5, areas
         assert areas[1][f"start {name}"] + 5 < areas[1][name] < areas[1][f"end {name}"] - 5, "else it shows nothing"
-    figures = measure(_config(tmp_path, **settings), alone_job, alone, held_out)
+    figures = _measured(_config(tmp_path, **settings), alone_job, alone, held_out)
     assert together.held_out["alignment"] == pytest.approx(figures.held_out["alignment"], rel=0.1)
     assert together.better_than_old
 

@@ -94,7 +94,9 @@ def test_the_number_that_trains_is_known_before_the_split(num: int, fraction: fl
 
 
 def codes(labels: list[str | None]) -> tuple[list[int], int | None]:
-    found, count = _codes(pa.chunked_array([pa.array(labels, pa.string())]))
+    found, count, names = _codes(pa.chunked_array([pa.array(labels, pa.string())]))
+    if names is not None:
+        assert [names[code] if code >= 0 else None for code in found] == labels
     assert found.dtype == np.int32
     return found.tolist(), count
 
@@ -144,9 +146,9 @@ def test_each_pair_trains_or_is_held_out_and_none_does_both(tmp_path: Path) -> N
     rng, num = np.random.default_rng(0), 150
     old, new = rng.normal(size=(num, 3)).astype(np.float32), rng.normal(size=(num, 5)).astype(np.float32)
     ids = rng.choice(10**9, num, replace=False)
-    columns = {"id": ids, "label": [f"{row % 3}" for row in range(num)]}
+    columns = {"id": ids, "label": [f"{row % 3}" for row in range(num)], "kind": [f"{row % 2}" for row in range(num)]}
     pq.write_table(pa.table(columns | {"o": old.tolist(), "n": new.tolist()}), tmp_path / "pairs.parquet")
-    names = {"id": "id", "label": "label", "old_embedding": "o", "new_embedding": "n"}
+    names = {"id": "id", "label": "label", "group": "kind", "old_embedding": "o", "new_embedding": "n"}
     source = {"manifest": str(tmp_path / "pairs.parquet"), "columns": names}
     encoder = {"export": "never-loaded.pt2", "dim": 5, "preprocess": {"size": 8}}
     tree = {"run": str(tmp_path / "run"), "encoders": {"new": encoder}, "gallery": source, "pairs": source}
@@ -162,6 +164,7 @@ def test_each_pair_trains_or_is_held_out_and_none_does_both(tmp_path: Path) -> N
         assert np.array_equal(vectors_from_arrow(part["old"]), old[rows])
         assert np.array_equal(vectors_from_arrow(part["new"]), new[rows])
         assert part["label"].to_pylist() == [row % 3 for row in rows]
+        assert part["group"].to_pylist() == [f"{row % 2}" for row in rows]
     assert build_pairs(config, run) == pairs
 
 

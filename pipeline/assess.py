@@ -1,0 +1,147 @@
+"""Measure snapshots on the probe set, by what their readers find.
+
+After the neighbours, before the gate. Guarantee: a commit is measured once, and gives the same figures whoever
+measures it. It does not judge.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.commits import Commit
+from pipeline.config import Config
+from pipeline.neighbours import Found, Neighbours, in_old_gallery, in_snapshot, nearest_rows
+from pipeline.plan import Plan
+from pipeline.points import SLOTS
+from pipeline.probe_set import ProbeSet
+from pipeline.quality import (
+    MIN_QUERIES,
+    Figures,
+    Quality,
+    Reference,
+    read_quality,
+    read_reference,
+    recall,
+    top,
+    write_quality,
+    write_reference,
+)
+from pipeline.run import Run
+from pipeline.schema import Int64
+
+Bools = NDArray[np.bool_]
+
+_MIN_EXPECTED = 50.0  # slots: with fewer, the share of the transformed ones is mostly noise
+
+
+def reference(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> Reference:
+    """What snapshots are compared with, measured once and kept."""
+    found = read_reference(run)
+    if found is not None:
+        return found
+    nearest, counts = in_old_gallery(config, run, plan, probe)
+    metric, k = config.gallery.metric, min(SLOTS, len(probe.ids) - 1)
+    new = nearest_rows(probe.new, probe.new, metric, k, own=True)[0]
+    old = nearest_rows(probe.old, probe.old, metric, k, own=True)[0]
+    transformed = nearest_rows(probe.new, probe.transformed, metric, k, own=True)[0]
+    among = np.bincount(probe.labels[probe.labels >= 0], minlength=len(probe.label_names))
+    matched, inside = (_matched(probe.labels, some) for some in (counts, among))
+    made = Reference(
+        old=_ranks(nearest.without(probe.ids).labels, probe.labels, matched),
+        old_recalled=_recalled(old, new),
+        num_neighbours=k,
+        within_old=_ranks(probe.labels[old], probe.labels, inside),
+        within_transformed=_ranks(probe.labels[transformed], probe.labels, inside),
+        within_new=_ranks(probe.labels[new], probe.labels, inside),
+    )
+    write_reference(run, made)
+    return made
+
+
+def measure(run: Run, plan: Plan, probe: ProbeSet, known: Reference, commit: Commit) -> Quality:
+    """The quality of a commit, measured now or as it was stored.
+
+    Raises:
+        DataError: a segment is missing or damaged.
+    """
+    stored = read_quality(run, commit.number)
+    if stored is not None and stored.attempt_id == commit.attempt_id:
+        return stored
+    made = examine(run, plan, probe, known, commit)
+    write_quality(run, made)
+    return made
+
+
+def examine(run: Run, plan: Plan, probe: ProbeSet, known: Reference, commit: Commit) -> Quality:
+    """The quality of a commit that may be a draft yet: it is not stored.
+
+    Raises:
+        DataError: a segment is missing or damaged.
+    """
+    return assess(probe, known, commit, in_snapshot(run, plan, probe, commit))
+
+
+def assess(probe: ProbeSet, known: Reference, commit: Commit, found: Found) -> Quality:
+    """The figures of what was found in a commit."""
+    nearest = found.nearest.without(probe.ids)
+    ranks = _ranks(nearest.labels, probe.labels, np.array(known.old) >= 0)
+    gallery = np.where(found.embedded[:, None], probe.new, probe.transformed)
+    k = known.num_neighbours
+    exact = nearest_rows(probe.new, probe.new, commit.metric, k, own=True)[0]
+    recalled = _recalled(nearest_rows(probe.new, gallery, commit.metric, k, own=True)[0], exact)
+    own = _own(probe, found) if commit.metric != "ip" else ()  # by inner product an image need not be its nearest
+    figures = top(ranks) | recall(recalled, k)
+    answered = np.array(known.old) == 1
+    if known.labelled and answered.any():
+        figures["negative_flips"] = 100 * float((np.array(ranks)[answered] != 1).mean())
+    figures |= _slot_share(nearest, commit)
+    groups = _groups(probe, np.array(ranks))
+    if len(groups) > 1:
+        shares = [100 * right / queries for _, right, queries in groups]
+        figures["group_gap"] = max(shares) - min(shares)
+    if own:
+        figures["own"] = 100 * sum(hits for _, hits, _ in own) / sum(images for *_, images in own)
+    return Quality(commit.number, commit.attempt_id, figures, ranks, recalled, own, groups)
+
+
+def _matched(labels: Int64, counts: Int64) -> Bools:
+    """Which labels (Q,) another image has too, from how many images have each of them."""
+    matched: Bools = np.append(counts, 0)[labels] > 1  # -1, for none, is the last
+    return matched
+
+
+def _ranks(neighbours: Int64, labels: Int64, matched: Bools) -> tuple[int, ...]:
+    """The rank of the first neighbour with the query's label, from the labels (Q, k) of the nearest."""
+    same = neighbours == labels[:, None]
+    ranks = np.where(same.any(axis=1), same.argmax(axis=1) + 1, 0)
+    return tuple(np.where(matched, ranks, -1).tolist())
+
+
+def _recalled(found: Int64, exact: Int64) -> tuple[int, ...]:
+    """How many of each row of `exact` (Q, k) are in that of `found` (Q, k)."""
+    return tuple((exact[:, :, None] == found[:, None, :]).any(axis=2).sum(axis=1).tolist())
+
+
+def _own(probe: ProbeSet, found: Found) -> tuple[tuple[int, int, int], ...]:
+    hit = (found.nearest.ids[:, :SLOTS] == probe.ids[:, None]).any(axis=1)
+    waves = np.unique(probe.wave[found.embedded]).tolist()
+    members = {wave: found.embedded & (probe.wave == wave) for wave in waves}
+    return tuple((wave, int(hit[rows].sum()), int(rows.sum())) for wave, rows in members.items())
+
+
+def _slot_share(nearest: Neighbours, commit: Commit) -> Figures:
+    slots = nearest.ids >= 0
+    share = commit.counts.transformed / max(1, commit.counts.vectors)
+    if share * slots.sum() < _MIN_EXPECTED:
+        return {}
+    return {"slot_share": float(nearest.transformed[slots].mean()) / share}
+
+
+def _groups(probe: ProbeSet, ranks: Int64) -> tuple[tuple[str, int, int], ...]:
+    members = [ranks[(probe.groups == group) & (ranks >= 0)] for group in range(len(probe.group_names))]
+    return tuple(
+        (name, int((mine == 1).sum()), len(mine))
+        for name, mine in zip(probe.group_names, members, strict=True)
+        if len(mine) >= MIN_QUERIES
+    )

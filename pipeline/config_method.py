@@ -1,0 +1,171 @@
+"""Settings that decide what a backfill is worth: how it is fitted and chosen, in which order, how it is judged.
+
+Part of `pipeline.config`, which has the rest.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+LossMode = Literal["alignment", "alignment+uncertainty", "alignment+discriminative", "fastfill"]
+Offset = Literal["none", "uncertainty", "confidence"]
+Measure = Literal["top1", "top5", "map", "recall10"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+
+POLICY_NAMES = (
+    "random",
+    "uncertainty",
+    "norm",
+    "entropy",
+    "least_confidence",
+    "margin",
+    "centroid",
+    "class_mean",
+    "neighbour_distance",
+    "neighbour_residual",
+    "neighbour_purity",
+    "hubness",
+    "learned",
+)
+"""Those of `pipeline.policy`, the simplest first."""
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Classifier(Section):
+    """The new encoder's own linear classifier: a safetensors file with `weight` and maybe `bias`."""
+
+    path: str
+
+
+class Fit(Section):
+    """The transformation's loss, network and optimisation; the defaults are the paper's.
+
+    `offset` is not the paper's: transformed vectors are served a little further from every query, the more
+    the less certain they are, `confidence` by the new encoder's classifier, `uncertainty` by s. `offset_strength` is
+    the share of the expected squared error that is added to their squared distances.
+    """
+
+    loss: LossMode = "fastfill"
+    classifier: Classifier | None = None
+    offset: Offset = "none"
+    offset_strength: Annotated[float, Field(gt=0.0)] = 0.5
+    lambda_disc: Annotated[float, Field(ge=0.0)] = 1.0
+    label_smoothing: Fraction = 0.1
+    inner_width: Count = 2048
+    epochs: Count = 80
+    warmup_epochs: Annotated[int, Field(ge=0)] = 5
+    batch_size: Count = 1024
+    lr: Annotated[float, Field(gt=0)] = 5e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 2.0**-15
+    freeze_batchnorm_at: Fraction = 0.5
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    num_workers: Count = 1
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+
+
+class Select(Section):
+    """What `fastfill fit --select` chooses between, by the area of curves on pairs that were held out.
+
+    Each recipe (loss, `lambda_disc` where the loss has that term, inner width, epochs) is fitted once per fold, on
+    the other folds; of what a fold holds out, at most `max_measured` pairs are gallery and queries of a simulated
+    backfill. `metrics` says what counts, as their mean; without labels it is `recall10`, as in `gate`. Where a list of
+    `fit`'s settings is empty, `fit` says it; with no policies, all that can be are tried.
+    """
+
+    losses: tuple[LossMode, ...] = ("alignment+uncertainty", "fastfill")
+    lambdas: tuple[Annotated[float, Field(ge=0.0)], ...] = (0.1, 1.0)
+    inner_widths: tuple[Count, ...] = ()
+    epochs: tuple[Count, ...] = ()
+    offsets: tuple[Offset, ...] = ("none", "uncertainty", "confidence")
+    strengths: tuple[Annotated[float, Field(gt=0.0)], ...] = (0.25, 0.5, 0.75)
+    policies: tuple[str, ...] = ()
+    metrics: tuple[Measure, ...] = ("top1", "map")
+    folds: Annotated[int, Field(ge=2)] = 3
+    finalists: Count = 3
+    max_pairs: Count = 100_000
+    max_measured: Annotated[int, Field(ge=100)] = 5000
+
+
+class Plan(Section):
+    """The order and the waves.
+
+    `waves` is a count (fine at the start, coarser later) or the fractions of the gallery, which
+    add up to 1. A unit is the piece of a wave that one task embeds and writes; by default as many
+    images as fill 64 MiB once decoded, 2,048 at most. An image that was deleted since the manifest was
+    made is a reject; with `deleted_images: drop` its vector also leaves the index when its wave is published.
+
+    With `traffic`, what it costs to leave an image transformed counts as often as `gallery.columns.traffic` says.
+    With `group_boost`, it counts up to 1 + group_boost times for the groups (`pairs.columns.group`) that suffer most
+    on held-out pairs, so that the worst one catches up early.
+    """
+
+    policy: str = "uncertainty"
+    traffic: bool = False
+    group_boost: Annotated[float, Field(ge=0.0)] = 0.0
+    waves: Count | tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = 20
+    unit_images: Count | None = None
+    deleted_images: Literal["keep", "drop"] = "keep"
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if isinstance(self.waves, tuple) and abs(sum(self.waves) - 1.0) > 1e-6:
+            raise ValueError(f"waves: the fractions must add up to 1, these add up to {sum(self.waves):.6g}")
+        if self.policy not in (*POLICY_NAMES, "selected") and not re.fullmatch(r"[\w.]+:\w+", self.policy):
+            names = ", ".join(POLICY_NAMES)
+            raise ValueError(f"policy: expected one of {names}, or module:function, found {self.policy!r}")
+        return self
+
+
+class Evaluate(Section):
+    """METHOD's protocol: 22 points, random order as the mean over 5 seeds.
+
+    The curve takes every labelled image as a query, which is quadratic: above `max_images` a backfill
+    does not measure it.
+    """
+
+    points: Annotated[int, Field(ge=2)] = 22
+    random_seeds: Count = 5
+    max_images: Count = 200_000
+
+
+class Probe(Section):
+    """The probe set: images of the gallery that every snapshot is measured on before `prod` moves.
+
+    As many as `images`, but no more than a tenth of the gallery where that is 200 or more; they are embedded before
+    the plan, and again in their waves. The set is drawn once, when the run starts. With 0 there is none: only
+    the held-out pairs are looked at.
+    """
+
+    images: Annotated[int, Field(ge=0)] = 1000
+
+
+class Gate(Section):
+    """What keeps a snapshot from `prod`, by its figures on the probe set; in per cent, and none is not looked at.
+
+    A figure counts as beyond a limit only where it is so by more than its noise: three standard errors, of the
+    difference per query where two snapshots are compared; two below the old model while images are transformed. Where
+    the gallery has labels quality is top-1, else it is `recall10`: the share of an image's ten nearest under the new
+    model that the snapshot finds.
+
+    A refusal that the backfill itself mends (transformed vectors that are worse than the old ones, or crowd out the
+    others) never stops it.
+    On any other, `stop` ends the backfill, and `go_on` embeds and publishes all, without moving `prod`; both with
+    exit code 3, the latter where the last snapshot is refused too.
+    """
+
+    on_refusal: Literal["stop", "go_on"] = "stop"
+    max_fall: Annotated[float, Field(ge=0)] = 1.0
+    min_own: Annotated[float, Field(ge=0, le=100)] | None = 90.0
+    min_slot_share: Annotated[float, Field(ge=0)] | None = 0.1
+    max_slot_share: Annotated[float, Field(gt=0)] | None = 10.0
+    max_negative_flips: Annotated[float, Field(ge=0, le=100)] | None = None
+    max_group_gap: Annotated[float, Field(ge=0, le=100)] | None = None

@@ -1,0 +1,246 @@
+"""The nearest images of each probe image: among the old embeddings of the whole gallery, and in a snapshot.
+
+Guarantee: a snapshot's are those that its readers are given, found wave by wave: one wave differs between a
+commit and the next, so only that wave is searched, and what was found in each is kept beside the probe set. The
+search runs where the segments lie, with the labels of what it finds; the driver holds Q x NEIGHBOURS numbers per
+wave, whatever the gallery's size. It does not know what is measured with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import reduce
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline import fan_out, index, storage
+from pipeline import plan as plans
+from pipeline.codebook import Codebook
+from pipeline.commits import Commit, SegmentRef
+from pipeline.config import Config
+from pipeline.embeddings import embedding_log, read_embeddings
+from pipeline.index import Segment
+from pipeline.plan import Plan
+from pipeline.points import SLOTS
+from pipeline.probe_set import FOLDER, ProbeSet
+from pipeline.run import Run
+from pipeline.schema import Float32, Int64
+from pipeline.vector_log import VectorLog
+
+NEIGHBOURS = SLOTS + 1  # one of them may be the image itself
+
+_SCORES_AT_ONCE = 2**24  # 64 MB
+_BYTES_AT_ONCE = 2**30  # of segments that one task searches
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """The k nearest of each of Q images, best first.
+
+    Attributes:
+        ids: (Q, k) int64; -1 where there are fewer.
+        keys: (Q, k) float32, the smaller the nearer; inf where there are fewer.
+        labels: (Q, k) int64, an index into the probe set's `label_names`, -1 for any other label and for none.
+        transformed: (Q, k) bool, whether what was found is a transformed vector.
+    """
+
+    ids: Int64
+    keys: Float32
+    labels: Int64
+    transformed: NDArray[np.bool_]
+
+    @classmethod
+    def none(cls, num_queries: int, k: int = NEIGHBOURS) -> Neighbours:
+        """Where there is nothing to be found."""
+        shape = (num_queries, k)
+        return cls(
+            np.full(shape, -1, np.int64),
+            np.full(shape, np.inf, np.float32),
+            np.full(shape, -1, np.int64),
+            np.zeros(shape, np.bool_),
+        )
+
+    def merge(self, other: Neighbours) -> Neighbours:
+        """The nearest of both, as many as either has; equal ones by smaller id."""
+        both = [np.concatenate([getattr(self, item.name), getattr(other, item.name)], axis=1) for item in fields(self)]
+        order = np.lexsort((both[0], both[1]), axis=1)[:, : self.ids.shape[1]]
+        return Neighbours(*(np.take_along_axis(values, order, axis=1) for values in both))
+
+    def without(self, own: Int64) -> Neighbours:
+        """(Q, k - 1): without each image's own id (Q,), or without the last where it was not found."""
+        k = self.ids.shape[1]
+        mine = self.ids == own[:, None]
+        mine[~mine.any(axis=1), -1] = True
+        order = np.argsort(mine, axis=1, kind="stable")[:, : k - 1]
+        return Neighbours(*(np.take_along_axis(getattr(self, item.name), order, axis=1) for item in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a wave, or a whole snapshot, gives.
+
+    Attributes:
+        nearest: of its vectors.
+        embedded: (Q,) bool, the probe images whose embedded vector is among them.
+    """
+
+    nearest: Neighbours
+    embedded: NDArray[np.bool_]
+
+    def merge(self, other: Found) -> Found:
+        """What both give together."""
+        return Found(self.nearest.merge(other.nearest), self.embedded | other.embedded)
+
+
+def in_old_gallery(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> tuple[Neighbours, Int64]:
+    """By exact search with the probe's old embeddings over all that the gallery has, part by part.
+
+    Returns:
+        the nearest, and how many images have each of the probe's labels, (num_labels,) int64.
+    """
+    log = embedding_log(config, run, "gallery", "old")
+    shared = (run, log, probe.old, probe.label_names, config.gallery.metric)
+    nearest, counts = Neighbours.none(len(probe.ids)), np.zeros(len(probe.label_names), np.int64)
+    for some, in_part in fan_out.each(_in_old_part, shared, range(plan.num_parts), plan.num_gallery):
+        nearest, counts = nearest.merge(some), counts + in_part
+    return nearest, counts
+
+
+def in_snapshot(run: Run, plan: Plan, probe: ProbeSet, commit: Commit) -> Found:
+    """What a search with the probe's new embeddings finds in a commit; only waves not searched before are.
+
+    Raises:
+        DataError: a segment is missing or damaged.
+    """
+    waves: dict[int, list[SegmentRef]] = defaultdict(list)
+    for ref in commit.segments:
+        waves[ref.wave].append(ref)
+    stored = {wave: _uri(run, commit, refs) for wave, refs in waves.items()}
+    missing = [wave for wave, uri in stored.items() if not storage.exists(uri)]
+    pieces = [refs for wave in missing for refs in _portions(waves[wave])]
+    images = sum(ref.vectors for wave in missing for ref in waves[wave])
+    found: dict[int, Found] = {}
+    each = fan_out.each(_in_segments, (run, plan, probe, commit), pieces, images)
+    for refs, some in zip(pieces, each, strict=True):
+        wave = refs[0].wave
+        found[wave] = found[wave].merge(some) if wave in found else some
+    for wave in missing:
+        storage.put(stored[wave], _to_parquet(found[wave]))
+    kept = [_from_parquet(stored[wave]) for wave in waves.keys() - found.keys()]
+    return reduce(Found.merge, [*kept, *found.values()])
+
+
+def nearest_rows(queries: Float32, gallery: Float32, metric: str, k: int, own: bool = False) -> tuple[Int64, Float32]:
+    """The rows of the k nearest by exact search, (Q, k) int64, and their keys, (Q, k) float32, smaller is nearer.
+
+    Args:
+        queries: (Q, d) float32.
+        gallery: (N, d) float32, N > k.
+        metric: l2, ip or cosine.
+        k: at most N, or N - 1 with `own`.
+        own: query i is row i, which does not count for it.
+    """
+    left, right = (_unit(side) if metric == "cosine" else side for side in (queries, gallery))
+    offset = np.einsum("nd,nd->n", right, right) / 2 if metric == "l2" else np.zeros(len(right), np.float32)
+    rows, keys = np.empty((len(left), k), np.int64), np.empty((len(left), k), np.float32)
+    size = max(1, _SCORES_AT_ONCE // len(right))
+    for start in range(0, len(left), size):
+        part = slice(start, min(start + size, len(left)))
+        scores = offset - left[part] @ right.T
+        if own:
+            scores[np.arange(len(scores)), np.arange(part.start, part.stop)] = np.inf
+        order = np.argsort(scores, axis=1, kind="stable")[:, :k] if k == scores.shape[1] else _smallest(scores, k)
+        rows[part], keys[part] = order, np.take_along_axis(scores, order, axis=1)
+    return rows, keys
+
+
+def _smallest(scores: Float32, k: int) -> Int64:
+    chosen = np.sort(np.argpartition(scores, k - 1, axis=1)[:, :k], axis=1)
+    order = np.argsort(np.take_along_axis(scores, chosen, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(chosen, order, axis=1)
+
+
+def _unit(vectors: Float32) -> Float32:
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: Float32 = np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)
+    return unit
+
+
+def _in_old_part(
+    run: Run, log: VectorLog, queries: Float32, label_names: tuple[str, ...], metric: str, part: int
+) -> tuple[Neighbours, Int64]:
+    table, old = read_embeddings(run, "gallery", part, "old_embedding", log)
+    labels, counts = _codes(table["label"], label_names)
+    ids: Int64 = table["id"].to_numpy()
+    if not len(ids):
+        return Neighbours.none(len(queries)), counts
+    rows, keys = nearest_rows(queries, old, metric, min(NEIGHBOURS, len(ids)))
+    few = Neighbours(ids[rows], keys, labels[rows], np.zeros(rows.shape, np.bool_))
+    return Neighbours.none(len(queries)).merge(few), counts
+
+
+def _in_segments(run: Run, plan: Plan, probe: ProbeSet, commit: Commit, refs: Sequence[SegmentRef]) -> Found:
+    """Search some segments of one wave, and say what was found."""
+    codebook = Codebook.open(run, commit.codebook_path, commit.codebook_sha256)
+    segments = [Segment.open(run, codebook, ref) for ref in refs]
+    distances, ids = index.search(codebook, segments, probe.new, NEIGHBOURS, commit.nprobe)
+    keys = np.where(ids < 0, np.float32(np.inf), distances if commit.metric == "l2" else -distances)
+    shards = range(min(ref.shard for ref in refs), max(ref.shard for ref in refs) + 1)
+    planned = plans.read_transformed(run, plan, refs[0].wave, ["id", "label"], shards)
+    sidecars = pa.concat_tables([storage.read_parquet(run.path(ref.sidecar_path), ["id", "kind"]) for ref in refs])
+    new = sidecars.filter(pa.compute.equal(sidecars["kind"], "embedded"))["id"].to_numpy()
+    labels = _look_up(ids, planned["id"].to_numpy(), _codes(planned["label"], probe.label_names)[0])
+    return Found(Neighbours(ids, keys, labels, (ids >= 0) & ~np.isin(ids, new)), np.isin(probe.ids, new))
+
+
+def _codes(column: pa.ChunkedArray, names: tuple[str, ...]) -> tuple[Int64, Int64]:
+    """Labels as indices into the sorted names, -1 for others (N,), and how often each name is there."""
+    found = pa.compute.index_in(column, value_set=pa.array(names, pa.string()), skip_nulls=True)
+    codes: Int64 = found.fill_null(-1).to_numpy().astype(np.int64)
+    return codes, np.bincount(codes[codes >= 0], minlength=len(names))
+
+
+def _look_up(ids: Int64, known: Int64, values: Int64) -> Int64:
+    """The value of each id, of the shape of `ids`; -1 for an id that is not known."""
+    if not len(known):
+        return np.full(ids.shape, -1, np.int64)
+    order = np.argsort(known)
+    places = order[np.minimum(np.searchsorted(known[order], ids), len(known) - 1)]
+    return np.where(known[places] == ids, values[places], -1)
+
+
+def _portions(refs: list[SegmentRef]) -> list[list[SegmentRef]]:
+    """A wave's segments by shard, as many to a task as make a good piece of work."""
+    refs = sorted(refs, key=lambda ref: ref.shard)
+    step = max(1, len(refs) * _BYTES_AT_ONCE // max(1, sum(ref.bytes for ref in refs)))
+    return [refs[first : first + step] for first in range(0, len(refs), step)]
+
+
+def _uri(run: Run, commit: Commit, refs: list[SegmentRef]) -> str:
+    """Where what is found in a wave is kept: by the content of its segments, and by how they are searched."""
+    content = [commit.codebook_sha256, commit.nprobe, sorted((ref.shard, ref.sha256) for ref in refs)]
+    digest = hashlib.sha256(repr(content).encode()).hexdigest()
+    return run.path(FOLDER, "neighbours", f"wave-{refs[0].wave:03d}-{digest[:16]}.parquet")
+
+
+def _to_parquet(found: Found) -> bytes:
+    """One row per probe image."""
+    k = found.nearest.ids.shape[1]
+    columns = {
+        item.name: pa.FixedSizeListArray.from_arrays(pa.array(getattr(found.nearest, item.name).reshape(-1)), k)
+        for item in fields(Neighbours)
+    }
+    table = pa.table({**columns, "embedded": pa.array(found.embedded)})
+    return storage.parquet_bytes(table.schema, [table])
+
+
+def _from_parquet(uri: str) -> Found:
+    table = storage.read_parquet(uri)
+    columns = [table[item.name].combine_chunks() for item in fields(Neighbours)]
+    values = [column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1) for column in columns]
+    return Found(Neighbours(*values), table["embedded"].to_numpy())

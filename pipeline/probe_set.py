@@ -1,0 +1,189 @@
+"""The probe set: a sample of the gallery's own images, on which every snapshot is measured before `prod` moves.
+
+    gallery/part-* -> draw -> probe-set/part-00000 -> the embedding stream -> probe-set/new
+    -> gather, with what the plan knows of these images -> probe-set/set.parquet
+
+Guarantee: which images it holds is a function of their ids and their number alone, so a run that is started
+again, anywhere, has the same ones. Each is embedded in its wave like any other image. It knows no metric.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline import fan_out, manifest, storage
+from pipeline.config import Config
+from pipeline.embeddings import embedding_log, read_embeddings
+from pipeline.gallery import codes_of
+from pipeline.manifest import Manifest
+from pipeline.plan import Plan
+from pipeline.quality import FOLDER as FOLDER
+from pipeline.run import Run
+from pipeline.schema import (
+    Float32,
+    Int64,
+    manifest_schema,
+    splitmix64,
+    vectors_from_arrow,
+    vectors_to_arrow,
+)
+from pipeline.vector_log import VectorLog
+
+_SALT = 0x9120BE  # of this sample alone: whatever else is chosen by a hash of ids is independent of it
+_LEAST = 200  # images that a small gallery gives, as far as it has them
+_SHARE = 10  # of a larger gallery at most one image in so many
+_PLANNED = ["id", "wave", "uncertainty", "label", "group", "vector"]
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeSet:
+    """Q images of the gallery, sorted by id: those that both encoders could read.
+
+    Attributes:
+        ids: (Q,) int64.
+        old: (Q, d_old) float32.
+        new: (Q, d_new) float32, the new encoder on the images.
+        transformed: (Q, d_new) float32, h of the old embeddings.
+        uncertainty: (Q,) float32.
+        wave: (Q,) int64, from 1, in which the backfill embeds the image.
+        labels: (Q,) int64, an index into `label_names`, or -1 for none.
+        groups: (Q,) int64, an index into `group_names`, or -1 for none.
+        label_names: sorted.
+        group_names: sorted.
+    """
+
+    ids: Int64
+    old: Float32
+    new: Float32
+    transformed: Float32
+    uncertainty: Float32
+    wave: Int64
+    labels: Int64
+    groups: Int64
+    label_names: tuple[str, ...]
+    group_names: tuple[str, ...]
+
+
+def size(wanted: int, num_gallery: int) -> int:
+    """How many images are drawn where so many are wanted."""
+    return min(wanted, max(_LEAST, num_gallery // _SHARE), num_gallery)
+
+
+def draw(config: Config, run: Run) -> Manifest | None:
+    """Choose the images and write where they are as a normalised manifest; nothing where that is done.
+
+    The number of images is that of the first time. Where the gallery's parts were written again, because its images
+    were moved, these are too.
+
+    Returns:
+        the manifest; None where there is to be no probe set.
+    """
+    if not config.probe.images:
+        return None
+    gallery, done = manifest.read_manifest(run, "gallery"), manifest.read_manifest(run, FOLDER)
+    assert gallery is not None, "the gallery is normalised before images are drawn from it"
+    if done is not None and (done.digest, done.root) == (gallery.digest, gallery.root):
+        return done
+    count = done.num_rows if done is not None else size(config.probe.images, gallery.num_rows)
+    found = list(fan_out.each(_lowest, (run, count), range(len(gallery.rows)), gallery.num_rows))
+    hashes = np.concatenate([some for some, _ in found])
+    limit = np.sort(hashes)[count - 1]  # unique: the hash is a bijection, and so are ids
+    rows = pa.concat_tables([rows.filter(pa.array(some <= limit)) for some, rows in found]).sort_by("id")
+    groups = (rows.slice(start, gallery.unit_rows) for start in range(0, count, gallery.unit_rows))
+    storage.put(run.part(FOLDER, 0), storage.parquet_bytes(manifest_schema(gallery.dims), groups))
+    drawn = replace(gallery, rows=[count])
+    storage.put(run.path(FOLDER, "manifest.json"), json.dumps(asdict(drawn)).encode())
+    return drawn
+
+
+def gather(config: Config, run: Run, plan: Plan) -> ProbeSet | None:
+    """The probe set with all that is known of its images once the plan is made and they are embedded; kept.
+
+    Returns:
+        None where none is wanted or was drawn, or fewer than two of its images have all their embeddings.
+    """
+    drawn = manifest.read_manifest(run, FOLDER)
+    if drawn is None or not config.probe.images:
+        return None
+    if not storage.exists(_gathered(run)):
+        rows, new = read_embeddings(run, FOLDER, 0, "new_embedding", embedding_log(config, run, FOLDER, "new"))
+        ids: Int64 = rows["id"].to_numpy()
+        planned = pa.concat_tables(fan_out.each(_planned, (run, ids), range(plan.num_parts), plan.num_gallery))
+        planned = planned.take(pa.array(np.argsort(planned["id"].to_numpy())))
+        places = np.searchsorted(ids, planned["id"].to_numpy())
+        if "old_embedding" in rows.schema.names:
+            old = vectors_from_arrow(rows["old_embedding"])[places]
+        else:
+            old = _computed(config, run, plan, drawn, planned["id"].to_numpy())
+        planned = planned.append_column("new", vectors_to_arrow(new[places]))
+        planned = planned.append_column("old", vectors_to_arrow(old))
+        storage.put(_gathered(run), storage.parquet_bytes(planned.schema, [planned]))
+    return load(run)
+
+
+def load(run: Run) -> ProbeSet | None:
+    """The probe set as `gather` kept it; None where it is not there, or has fewer than two images."""
+    if not storage.exists(_gathered(run)):
+        return None
+    table = storage.read_parquet(_gathered(run))
+    if table.num_rows < 2:
+        return None
+    labels, label_names = codes_of(table["label"])
+    groups, group_names = codes_of(table["group"])
+    return ProbeSet(
+        ids=table["id"].to_numpy(),
+        old=vectors_from_arrow(table["old"]),
+        new=vectors_from_arrow(table["new"]),
+        transformed=vectors_from_arrow(table["vector"]),
+        uncertainty=table["uncertainty"].to_numpy(),
+        wave=table["wave"].to_numpy().astype(np.int64),
+        labels=labels,
+        groups=groups,
+        label_names=label_names,
+        group_names=group_names,
+    )
+
+
+def _gathered(run: Run) -> str:
+    return run.path(FOLDER, "set.parquet")
+
+
+def _lowest(run: Run, count: int, part: int) -> tuple[NDArray[np.uint64], pa.Table]:
+    """Of a part of the gallery, the rows with the lowest hashes, as many as are wanted in all, and these hashes."""
+    uri = run.part("gallery", part)
+    ids: Int64 = storage.read_parquet(uri, ["id"])["id"].to_numpy()
+    hashes = splitmix64(ids, _SALT)
+    chosen = np.argsort(hashes)[:count]
+    rows = storage.read_parquet(uri).take(pa.array(np.sort(chosen)))
+    return hashes[np.sort(chosen)], rows
+
+
+def _planned(run: Run, ids: Int64, part: int) -> pa.Table:
+    """What the plan knows of those images of a part that are among `ids`, sorted."""
+    uri = run.part("transformed", part)
+    there = np.flatnonzero(np.isin(storage.read_parquet(uri, ["id"])["id"].to_numpy(), ids))
+    return storage.read_parquet(uri, _PLANNED).take(pa.array(there))
+
+
+def _computed(config: Config, run: Run, plan: Plan, drawn: Manifest, ids: Int64) -> Float32:
+    """(Q, d_old): the old embeddings of some images, from the log of those that were computed."""
+    log = embedding_log(config, run, "gallery", "old")
+    found = fan_out.each(_computed_in, (run, ids, drawn.unit_rows, log), range(plan.num_parts), plan.num_gallery)
+    tables = [table for some in found for table in some]
+    if not tables:
+        return np.empty((0, log.dim), np.float32)
+    table = pa.concat_tables(tables)
+    return vectors_from_arrow(table["vector"].take(pa.array(np.argsort(table["id"].to_numpy()))))
+
+
+def _computed_in(run: Run, ids: Int64, unit_rows: int, log: VectorLog, part: int) -> list[pa.Table]:
+    """Those of one part of the gallery: only the units that hold one of the images are read."""
+    rows = np.flatnonzero(np.isin(storage.read_parquet(run.part("gallery", part), ["id"])["id"].to_numpy(), ids))
+    uris = [log.part(part, int(unit)) for unit in np.unique(rows // unit_rows)]
+    tables = (storage.read_parquet(uri, ["id", "vector"]) for uri in uris)
+    return [table.filter(pa.array(np.isin(table["id"].to_numpy(), ids))) for table in tables]

@@ -1,0 +1,176 @@
+"""Before and after a commit: measure it on the probe set, move `prod` where the gate lets it, say whether to go on.
+
+Guarantee: `prod` never moves to a commit that was not measured, where there is a probe set, or that the gate
+refuses; and a wave that is mixed up is not committed, for what is committed cannot be mended. What became of the last
+snapshot is kept in `reports/standing.json`. It does not publish.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field, replace
+
+from pipeline import assess, gate, quality, snapshot, telemetry
+from pipeline.commits import Commit
+from pipeline.config import Config
+from pipeline.errors import ConfigError, GateRefused
+from pipeline.gate import Refusal
+from pipeline.plan import Plan
+from pipeline.probe_set import ProbeSet, gather
+from pipeline.quality import Quality, Reference
+from pipeline.run import Run
+from pipeline.standing import Standing, write_standing
+from pipeline.stop import Stop
+
+_REMEDY = (
+    "see the report, and docs/operations.md for each check. If a limit is wrong, change it in `gate` and run the same "
+    "command again: it judges this commit anew; to serve it all the same, `fastfill promote --force`"
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Promotion:
+    """What one driver knows of the quality of what it publishes.
+
+    Attributes:
+        stopped: which condition ends the backfill, with the figures; None while none does.
+        refusals: why the last commit was not promoted.
+    """
+
+    config: Config
+    run: Run
+    plan: Plan
+    stop: Stop = field(default_factory=Stop)
+    stopped: str | None = None
+    refusals: list[Refusal] = field(default_factory=list)
+    _probe: tuple[ProbeSet, Reference] | None = None
+    _opened: bool = False
+    _warned: set[str] = field(default_factory=set)
+
+    def inspect(self, draft: Commit) -> None:
+        """Refuse a wave whose images are not found under their ids, before it is published.
+
+        Raises:
+            GateRefused: it is refused, and `gate.on_refusal` is `stop`.
+            DataError: a segment is missing or damaged.
+        """
+        least = self.config.gate.min_own
+        if self.config.gate.on_refusal == "go_on" or least is None or (probe := self._open()) is None:
+            return
+        measured = assess.examine(self.run, self.plan, *probe, draft)
+        wave = tuple(item for item in measured.own if item[0] == draft.number)
+        found = gate.mixed_up(replace(measured, own=wave), least)
+        if found:
+            self.refusals = found
+            self._keep(draft)
+            telemetry.GATE_REFUSED.set(1)
+            raise self._refused(
+                f"wave {draft.number} is not published",
+                "see docs/operations.md: find out what mixed it up, move the wave's parts out of the run "
+                f"({self.plan.log(self.run).parts_uri}/wave-{draft.number:03d}), and run the same command again: the "
+                "wave is embedded again",
+            )
+
+    def settle(self, commit: Commit) -> None:
+        """Measure and judge a commit, and move `prod` to it where nothing is against it.
+
+        Raises:
+            GateRefused: it is refused, and `gate.on_refusal` is `stop`.
+            ConfigError: a condition to stop can never be met.
+            DataError: a segment is missing or damaged.
+        """
+        measured = self._measure(commit)
+        automatic = self.config.publish.promote == "auto"
+        self.refusals = gate.judge(self.run, commit, self.config.gate) if automatic else []
+        self._keep(commit)
+        if automatic:
+            telemetry.GATE_REFUSED.set(bool(self.refusals))
+            snapshot.auto_promote(self.run, commit.number, [refusal.sentence for refusal in self.refusals])
+            self._warn(commit)
+        if self.config.gate.on_refusal == "stop" and not all(refusal.mends for refusal in self.refusals):
+            raise self._refused(f"commit {commit.number} is not promoted", _REMEDY)
+        if (met := self._met(commit, measured)) is not None:
+            self.stop_now(commit, met)
+
+    def stop_now(self, commit: Commit, reason: str) -> None:
+        """Keep that the backfill ends here, and why."""
+        self.stopped = reason
+        self._keep(commit)
+
+    def finish(self, commit: Commit) -> None:
+        """Where the last wave is published: what the gate keeps from `prod` is no success.
+
+        Raises:
+            GateRefused: the last commit is refused.
+        """
+        if self.refusals and commit.number == commit.num_waves:
+            raise self._refused(f"commit {commit.number} is not promoted", _REMEDY)
+
+    def _open(self) -> tuple[ProbeSet, Reference] | None:
+        if not self._opened:
+            self._opened = True
+            probe = gather(self.config, self.run, self.plan)
+            self._probe = None if probe is None else (probe, assess.reference(self.config, self.run, self.plan, probe))
+        return self._probe
+
+    def _measure(self, commit: Commit) -> Quality | None:
+        probe = self._open()
+        if probe is None:
+            return None
+        start = time.perf_counter()
+        measured = assess.measure(self.run, self.plan, *probe, commit)
+        telemetry.STAGE_SECONDS.labels("measure").observe(time.perf_counter() - start)
+        telemetry.observe_probe(measured.figures)
+        return measured
+
+    def _met(self, commit: Commit, measured: Quality | None) -> str | None:
+        fraction = (commit.counts.gallery - commit.counts.transformed + commit.counts.rejected) / commit.counts.gallery
+        figures = {"fraction": fraction} | (measured.figures if measured is not None else {})
+        return self.stop.by_quality(figures, self._full())
+
+    def _full(self) -> dict[str, float]:
+        """What the full new model is expected to reach; nothing where nobody asks.
+
+        Raises:
+            ConfigError: it is asked for and cannot be told.
+        """
+        asked = [item for item in self.stop.conditions if item.of_full]
+        if not asked:
+            return {}
+        start = quality.read_quality(self.run, 0)
+        known = {} if self._probe is None or start is None else quality.full_estimate(self._probe[1], start)
+        for item in asked:
+            if item.figure not in known:
+                raise ConfigError(
+                    f"--stop-when {item.text!r} can never be met: the full new model's {item.figure} cannot be told",
+                    expected=f"{quality.MIN_QUERIES} probe images that share a label with another one, and snapshot 0",
+                    where=f"probe.images: {self.config.probe.images}",
+                    remedy="take recall10, or a number instead of `full`; a run that starts with more probe.images "
+                    "can tell it",
+                )
+        return known
+
+    def _keep(self, commit: Commit) -> None:
+        refused = tuple(refusal.sentence for refusal in self.refusals)
+        write_standing(self.run, Standing(commit.number, refused, self.stopped))
+
+    def _warn(self, commit: Commit) -> None:
+        """Once per check: a snapshot that is refused is mostly followed by others that are."""
+        checks = {refusal.check for refusal in self.refusals}
+        if not checks <= self._warned:
+            self._warned |= checks
+            text = "; ".join(refusal.sentence for refusal in self.refusals)
+            logger.warning("prod is not moved to commit %d: %s", commit.number, text)
+
+    def _refused(self, what: str, remedy: str) -> GateRefused:
+        tag = snapshot.read_tag(self.run, snapshot.PROD)
+        serves = "nothing yet" if tag is None or tag.commit is None else f"commit {tag.commit}"
+        return GateRefused(
+            f"{what}:\n" + "\n".join(f"  - {refusal.sentence}" for refusal in self.refusals),
+            found=f"prod serves {serves}",
+            where=self.run.uri,
+            remedy=remedy,
+        )

@@ -1,0 +1,153 @@
+"""What a snapshot is worth, on the probe set: its figures, and the answers per query that they are made of.
+
+What `assess` measures and the gate looks at. `probe-set/reference.json`, made once, is what every snapshot is compared
+with; `reports/probe-set/<commit>.json` is written once a commit is measured, whole or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.commits import from_json, to_json
+from pipeline.run import Run
+
+Figures = dict[str, float]
+
+FOLDER = "probe-set"
+"""Where the probe set lies, and its figures below `reports`. A run's `probe` is a store's own, and gc empties it."""
+
+MIN_QUERIES = 10
+"""Of a group, or of the whole probe set: with fewer, top-1 moves by more than ten points with one query."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What does not change from one snapshot to the next. A rank is that of the first image of the query's label.
+
+    Ranks count from 1; 0 is beyond SLOTS, and -1 stands for a query without a match. One per probe image.
+
+    Attributes:
+        old: ranks of the old model, queries and gallery, by exact search over the whole gallery.
+        old_recalled: of the nearest probe images under the new model, how many are among the nearest under the old.
+        num_neighbours: the nearest that `recall10` looks at: 10, or fewer in a tiny probe set.
+        within_old: ranks among the probe images alone, old model.
+        within_transformed: the same, new queries and transformed gallery.
+        within_new: the same, new model.
+    """
+
+    old: tuple[int, ...]
+    old_recalled: tuple[int, ...]
+    num_neighbours: int
+    within_old: tuple[int, ...]
+    within_transformed: tuple[int, ...]
+    within_new: tuple[int, ...]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether quality is measured by labels: enough queries have a match."""
+        return sum(rank >= 0 for rank in self.old) >= MIN_QUERIES
+
+    @property
+    def figures(self) -> Figures:
+        """Of the old model."""
+        return top(self.old) | recall(self.old_recalled, self.num_neighbours)
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """A commit on the probe set.
+
+    Attributes:
+        commit: its number.
+        attempt_id: of the commit file that was measured.
+        figures: in per cent `top1`, `top5` (with labels), `recall10`, `negative_flips` (of the queries that the old
+            model answers right, those that this does not), `group_gap` (top-1 of the best group less that of the
+            worst), `own` (of the embedded probe images, those that find themselves among the nearest 10); and
+            `slot_share`, the transformed vectors' share in the nearest 10 over that in the index. One that cannot
+            be told is not there.
+        ranks: as in `Reference`, one per probe image.
+        recalled: the same as `Reference.old_recalled`, of this snapshot.
+        own: per embedded wave, how many of its probe images find themselves, and how many there are.
+        groups: per group of enough queries, how many of them are answered at rank 1, and how many there are.
+    """
+
+    commit: int
+    attempt_id: str
+    figures: Figures
+    ranks: tuple[int, ...]
+    recalled: tuple[int, ...]
+    own: tuple[tuple[int, int, int], ...]
+    groups: tuple[tuple[str, int, int], ...]
+
+
+def full_estimate(known: Reference, start: Quality) -> Figures:
+    """What the full new model is expected to reach on the probe set, in per cent; only what can be told.
+
+    Among the probe images alone labels are rarer than in the gallery. So what the new model gains there over the
+    transformed vectors is added to what snapshot 0 reaches in the whole gallery, as `expected` does.
+
+    Args:
+        known: the run's reference.
+        start: the quality of commit 0.
+    """
+    new, transformed = top(known.within_new), top(known.within_transformed)
+    sums = {
+        name: float(np.clip(start.figures[name] + new[name] - transformed[name], 0, 100))
+        for name in new.keys() & start.figures.keys()
+    }
+    return sums | {"recall10": 100.0}
+
+
+def read_reference(run: Run) -> Reference | None:
+    """As `assess.reference` stored it, or None."""
+    found = storage.read_versioned(_reference_uri(run))
+    return from_json(Reference, found[0], _reference_uri(run)) if found else None
+
+
+def read_quality(run: Run, commit: int) -> Quality | None:
+    """As `assess.measure` stored it, or None where the commit is not measured."""
+    uri = _quality_uri(run, commit)
+    found = storage.read_versioned(uri)
+    return from_json(Quality, found[0], uri) if found else None
+
+
+def read_all(run: Run) -> list[Quality]:
+    """Of all commits that are measured, ascending."""
+    uris = storage.list_files(run.path("reports", FOLDER), ".json")
+    return [from_json(Quality, storage.read_bytes(uri), uri) for uri in uris]
+
+
+def write_reference(run: Run, made: Reference) -> None:
+    """Keep what snapshots are compared with."""
+    storage.put(_reference_uri(run), to_json(made))
+
+
+def write_quality(run: Run, made: Quality) -> None:
+    """Keep the quality of a commit."""
+    storage.put(_quality_uri(run, made.commit), to_json(made))
+
+
+def top(ranks: Sequence[int]) -> Figures:
+    """`top1` and `top5` in per cent over the queries with a match; nothing where these are too few."""
+    measured = np.array([rank for rank in ranks if rank >= 0])
+    if len(measured) < MIN_QUERIES:
+        return {}
+    right = measured > 0
+    return {f"top{k}": 100 * float((right & (measured <= k)).mean()) for k in (1, 5)}
+
+
+def recall(recalled: Sequence[int], num_neighbours: int) -> Figures:
+    """`recall10` in per cent, from how many of so many neighbours are recalled."""
+    return {"recall10": 100 * float(np.mean(recalled)) / num_neighbours}
+
+
+def _reference_uri(run: Run) -> str:
+    return run.path(FOLDER, "reference.json")
+
+
+def _quality_uri(run: Run, commit: int) -> str:
+    return run.path("reports", FOLDER, f"{commit:020d}.json")

@@ -1,0 +1,115 @@
+"""What a selection found: the table of all candidates, the one that was chosen, and its curve.
+
+Part of the transformation that was fitted by it. `training.select` makes it; the plan takes the policy from it, and
+fit and report show it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Self
+
+from pipeline.errors import ConfigError
+from pipeline.run import Run
+from pipeline.transformation import read_part
+
+PART = "selection.json"
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One row of the table; figures are means over the folds, in per cent.
+
+    Attributes:
+        loss, lambda_disc, inner_width, epochs, offset, offset_strength: settings of `fit`.
+        policy: the order.
+        area: by metric, the plain mean of the curve's points.
+        area_std: by metric, the sample deviation over the folds.
+        start: by metric, with nothing embedded yet.
+        fraction95, fraction99: by metric, the fraction from which on the curve stays at so many per cent of its end.
+        behind: of the best candidate, in points of the score: the mean of the metrics that count.
+        behind_error: the standard error of that, paired by fold.
+    """
+
+    loss: str
+    lambda_disc: float
+    inner_width: int
+    epochs: int
+    offset: str
+    offset_strength: float
+    policy: str
+    area: Figures
+    area_std: Figures
+    start: Figures
+    fraction95: Figures
+    fraction99: Figures
+    behind: float
+    behind_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The outcome.
+
+    Attributes:
+        metrics: whose mean area counts.
+        folds: how often each recipe was fitted.
+        num_measured: pairs of a fold that were gallery and queries.
+        chosen: the candidate.
+        candidates: all of them, the best score first.
+        ends: old/old and new/new over the folds; empty without labels.
+        fractions: of the points of `curves`.
+        curves: of the chosen one, per metric and fold its value at each point.
+    """
+
+    metrics: tuple[str, ...]
+    folds: int
+    num_measured: int
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+    ends: dict[str, Figures]
+    fractions: tuple[float, ...]
+    curves: dict[str, list[list[float]]]
+
+    def to_json(self) -> str:
+        """As one JSON object."""
+        return json.dumps(asdict(self), indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """The inverse of `to_json`."""
+        tree = json.loads(text)
+        tree["chosen"] = Candidate(**tree["chosen"])
+        tree["candidates"] = tuple(Candidate(**item) for item in tree["candidates"])
+        return cls(**tree | {name: tuple(tree[name]) for name in ("metrics", "fractions")})
+
+
+def read_selection(run: Run) -> Selection | None:
+    """The selection that the run's transformation was fitted by, or None where its settings were given.
+
+    Raises:
+        DataError: there is no transformation, or the file is missing or damaged.
+    """
+    data = read_part(run, PART)
+    return None if data is None else Selection.from_json(data)
+
+
+def resolve_policy(run: Run, policy: str) -> str:
+    """The policy that `plan.policy` means: where that is `selected`, the one that was.
+
+    Raises:
+        ConfigError: nothing was selected.
+    """
+    if policy != "selected":
+        return policy
+    found = read_selection(run)
+    if found is None:
+        raise ConfigError(
+            "no policy was selected for this run",
+            expected="a transformation that was fitted with a `select` section, or with `fastfill fit --select`",
+            where="plan.policy: selected",
+            remedy="name a policy in plan.policy, or start a run with a `select` section",
+        )
+    return found.chosen.policy

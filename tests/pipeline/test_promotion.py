@@ -1,0 +1,278 @@
+"""Snapshots of small runs, with real segments and tags, before the gate: what is promoted, and what never is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline import quality, snapshot, storage
+from pipeline.config import Config, Gate
+from pipeline.errors import GateRefused
+from pipeline.plan import read_plan
+from pipeline.probe_set import draw
+from pipeline.promotion import Promotion
+from pipeline.run import Run
+from pipeline.schema import Float32
+from pipeline.standing import read_standing
+from pipeline.stop import Stop, parse
+from tests.pipeline.synthetic_run import Known, Options, known, make_run
+
+LAST = 4
+
+
+def probed(folder: Path, images: Known, **options: Any) -> tuple[Config, Run]:
+    """A run whose commits are all published and not judged yet; its probe set is drawn."""
+    config, run = make_run(folder, images, Options(waves=LAST, new_in_manifest=True, **options))
+    storage.delete_files([run.tag("prod")])
+    assert draw(config, run) is not None
+    return config, run
+
+
+def promotion(config: Config, run: Run, *stop: str) -> Promotion:
+    plan = read_plan(run)
+    assert plan is not None
+    return Promotion(config, run, plan, Stop([parse(text) for text in stop]))
+
+
+def settle(config: Config, run: Run, first: int = 0, last: int = LAST) -> list[list[str]]:
+    """Judge commits in order, as a driver that publishes them does; gives the checks that each fails."""
+    gate = promotion(config, run)
+    failed = []
+    for number in range(first, last + 1):
+        gate.settle(snapshot.read_commit(run, number))
+        failed.append([refusal.check for refusal in gate.refusals])
+    gate.finish(snapshot.read_commit(run, last))
+    return failed
+
+
+def prod(run: Run) -> int | None:
+    tag = snapshot.read_tag(run, snapshot.PROD)
+    return tag.commit if tag else None
+
+
+def limited(config: Config, **limits: Any) -> Config:
+    return config.model_copy(update={"gate": Gate(**limits)})
+
+
+def well_known(num: int = 600) -> Known:
+    """Images whose old embeddings are good, so that it shows where something is worse."""
+    images = known(num)
+    noise = np.random.default_rng(3).normal(size=images.old.shape)
+    return replace(images, old=(images.embedded[:, :8] + 0.3 * noise).astype(np.float32))
+
+
+def fit_linear(old: Float32, new: Float32) -> Float32:
+    """The least-squares transformation of the old embeddings, fitted on these pairs, applied to them."""
+    return (old @ np.linalg.lstsq(old, new, rcond=None)[0]).astype(np.float32)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_sound_run_is_promoted_commit_by_commit(tmp_path: Path, metric: str, seed: int) -> None:
+    config, run = probed(tmp_path, known(seed=seed), metric=metric, rejects=5)
+    assert settle(config, run) == [[]] * (LAST + 1)
+    assert prod(run) == LAST
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_sound_run_without_labels_is_promoted_too(tmp_path: Path, seed: int) -> None:
+    config, run = probed(tmp_path, replace(known(seed=seed), labels=None, groups=None))
+    assert settle(config, run) == [[]] * (LAST + 1)
+    assert "top1" not in quality.read_all(run)[0].figures
+
+
+def test_what_is_recalled_may_fall_on_the_way_and_prod_waits_for_what_is_better(tmp_path: Path) -> None:
+    images = known(num=2000)
+    shrunk = replace(images, transformed=images.embedded / 2, labels=None, groups=None)
+    config, run = probed(tmp_path, shrunk)
+    failed = settle(config, run)
+    recalled = [item.figures["recall10"] for item in quality.read_all(run)]
+    assert min(recalled) < recalled[0] - 5, "the case is one"
+    assert failed[0] == failed[-1] == []
+    assert {check for checks in failed for check in checks} == {"fall"}
+    assert prod(run) == LAST
+
+
+def test_every_figure_is_that_of_exact_search_over_what_the_commit_holds(tmp_path: Path) -> None:
+    images = known()
+    config, run = probed(tmp_path, images, commits=True)
+    settle(config, run)
+    order = np.argsort(images.ids)
+    labels = np.array(images.labels)[order]
+    waves = storage_waves(run)
+    probe = np.isin(images.ids[order], storage.read_parquet(run.path("probe-set", "set.parquet"))["id"].to_numpy())
+    for number, measured in enumerate(quality.read_all(run)):
+        vectors = np.where((waves <= number)[:, None], images.embedded[order], images.transformed[order])
+        distances = ((images.embedded[order][probe][:, None] - vectors[None]) ** 2).sum(axis=2)
+        distances[np.arange(len(distances)), np.flatnonzero(probe)] = np.inf
+        nearest = labels[np.argsort(distances, axis=1, kind="stable")[:, :10]] == labels[probe][:, None]
+        assert measured.figures["top1"] == pytest.approx(100 * nearest[:, 0].mean())
+        assert measured.figures["top5"] == pytest.approx(100 * nearest[:, :5].any(axis=1).mean())
+
+
+def storage_waves(run: Run) -> np.ndarray[Any, Any]:
+    """The wave of each image, by ascending id."""
+    tables = [storage.read_parquet(uri, ["id", "wave"]) for uri in storage.list_files(run.path("transformed"))]
+    ids, waves = (np.concatenate([table[name].to_numpy() for table in tables]) for name in ("id", "wave"))
+    return np.asarray(waves[np.argsort(ids)])
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_transformation_of_shuffled_pairs_is_never_served_and_does_not_stop_the_backfill(
+    tmp_path: Path, labelled: bool
+) -> None:
+    images = well_known()
+    if not labelled:
+        images = replace(images, labels=None, groups=None)
+    shuffled = np.random.default_rng(1).permutation(len(images.ids))
+    bad = replace(images, transformed=fit_linear(images.old, images.embedded[shuffled]))
+    config, run = probed(tmp_path, bad)
+    gate = promotion(config, run)
+    gate.settle(snapshot.read_commit(run, 0))
+    assert [refusal.check for refusal in gate.refusals] == ["old_old"]
+    assert "600 images are still transformed" in gate.refusals[0].sentence
+    assert prod(run) is None
+    failed = settle(config, run, first=1)
+    assert failed[-1] == []
+    assert prod(run) == LAST
+
+
+def test_a_new_model_that_is_worse_than_the_old_one_stops_the_backfill_at_snapshot_0(tmp_path: Path) -> None:
+    images = well_known()
+    noise = np.random.default_rng(1).normal(size=images.embedded.shape).astype(np.float32)
+    worse = replace(images, embedded=noise, transformed=fit_linear(images.old, noise))
+    config, run = probed(tmp_path, worse)
+    with pytest.raises(GateRefused, match="the new model is worse than the old one: top-1") as caught:
+        settle(config, run)
+    assert caught.value.exit_code == 3
+    assert prod(run) is None
+    standing = read_standing(run)
+    assert standing is not None
+    assert (standing.commit, len(standing.refused)) == (0, len(set(standing.refused)))
+
+
+def test_a_new_model_that_is_worse_is_refused_at_the_end_where_all_is_to_be_embedded(tmp_path: Path) -> None:
+    images = well_known()
+    noise = np.random.default_rng(1).normal(size=images.embedded.shape).astype(np.float32)
+    config, run = probed(tmp_path, replace(images, embedded=noise))
+    with pytest.raises(GateRefused, match="commit 4 is not promoted"):
+        settle(limited(config, on_refusal="go_on"), run)
+    assert prod(run) is None
+
+
+@pytest.mark.parametrize("wave", [2, 3, 4])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_wave_with_swapped_ids_is_stopped_and_the_wave_before_it_served_on(
+    tmp_path: Path, wave: int, labelled: bool
+) -> None:
+    images = known(num=600)
+    if not labelled:
+        images = replace(images, labels=None, groups=None)
+    config, run = probed(tmp_path, images, swapped_wave=wave)
+    with pytest.raises(GateRefused, match=rf"probe images of wave {wave} find themselves .* gate.min_own is 90"):
+        settle(config, run)
+    assert prod(run) == wave - 1
+
+
+@pytest.mark.parametrize("wave", [2, 4])
+def test_a_wave_with_swapped_ids_is_refused_before_it_is_committed(tmp_path: Path, wave: int) -> None:
+    config, run = probed(tmp_path, known(num=600), swapped_wave=wave)
+    gate = promotion(config, run)
+    for number in range(1, wave):
+        gate.inspect(snapshot.read_commit(run, number))
+    with pytest.raises(GateRefused, match=rf"wave {wave} is not published:\n  - only \d of \d+ probe images") as caught:
+        gate.inspect(snapshot.read_commit(run, wave))
+    assert caught.value.exit_code == 3
+    assert f"embedded/wave-{wave:03d}" in str(caught.value)
+    promotion(limited(config, on_refusal="go_on"), run).inspect(snapshot.read_commit(run, wave))
+    promotion(limited(config, min_own=None), run).inspect(snapshot.read_commit(run, wave))
+
+
+def test_going_on_after_a_refusal_ends_refused_where_the_last_snapshot_is(tmp_path: Path) -> None:
+    config, run = probed(tmp_path, known(num=600), swapped_wave=2)
+    with pytest.raises(GateRefused, match="commit 4 is not promoted"):
+        settle(limited(config, on_refusal="go_on"), run)
+    assert prod(run) == 1
+    assert [item.commit for item in quality.read_all(run)] == list(range(LAST + 1))
+
+
+def test_a_refused_commit_is_judged_anew_by_the_limits_of_the_next_start(tmp_path: Path) -> None:
+    config, run = probed(tmp_path, known(num=600), swapped_wave=4)
+    for _ in range(2):
+        with pytest.raises(GateRefused):
+            settle(config, run)
+    assert settle(limited(config, min_own=None, max_fall=100), run, first=LAST) == [[]]
+    assert prod(run) == LAST
+
+
+@pytest.mark.parametrize(
+    ("limit", "sentence"),
+    [
+        ({"max_slot_share": 0.01}, r"transformed vectors have \S+ times their share .* gate.max_slot_share is 0.01"),
+        ({"min_slot_share": 50}, r"transformed vectors have \S+ times their share .* gate.min_slot_share is 50"),
+    ],
+)
+def test_a_slot_share_out_of_bounds_keeps_prod_back_until_nothing_is_transformed(
+    tmp_path: Path, limit: dict[str, float], sentence: str
+) -> None:
+    config, run = probed(tmp_path, known(num=600))
+    gate = promotion(limited(config, **limit), run)
+    for number in range(LAST):
+        gate.settle(snapshot.read_commit(run, number))
+        (refusal,) = gate.refusals
+        assert re.search(sentence, refusal.sentence)
+    assert prod(run) is None
+    assert settle(limited(config, **limit), run, first=LAST) == [[]]
+
+
+def test_lost_answers_beyond_the_limit_stop_the_backfill(tmp_path: Path) -> None:
+    config, run = probed(tmp_path, known(num=600))
+    with pytest.raises(GateRefused, match=r"\S+ per cent of the \d+ queries .* gate.max_negative_flips is 0"):
+        settle(limited(config, max_negative_flips=0), run)
+
+
+def test_a_group_that_is_left_behind_is_named(tmp_path: Path) -> None:
+    images = known(num=1000)
+    assert images.groups is not None
+    left = np.array(images.groups) == "group 1"
+    noise = 5 * np.random.default_rng(0).normal(size=images.embedded.shape).astype(np.float32)
+    config, run = probed(tmp_path, replace(images, embedded=np.where(left[:, None], noise, images.embedded)))
+    with pytest.raises(GateRefused, match=r"groups differ by .* for 'group 1' .* gate.max_group_gap is 10"):
+        settle(limited(config, max_group_gap=10), run)
+
+
+def test_without_a_probe_set_only_the_held_out_pairs_are_looked_at(tmp_path: Path) -> None:
+    config, run = probed(tmp_path, known(num=600), swapped_wave=2)
+    off = config.model_copy(update={"probe": config.probe.model_copy(update={"images": 0})})
+    assert settle(off, run) == [[]] * (LAST + 1)
+    assert quality.read_all(run) == []
+
+
+def test_a_condition_is_met_by_the_first_commit_that_reaches_it(tmp_path: Path) -> None:
+    config, run = probed(tmp_path, known(num=600))
+    gate = promotion(config, run, "top1>=0.97*full")
+    for number in range(LAST + 1):
+        gate.settle(snapshot.read_commit(run, number))
+        if gate.stopped:
+            break
+    full = quality.full_estimate(quality.read_reference(run), quality.read_quality(run, 0))["top1"]  # type: ignore[arg-type]
+    reached = [item.figures["top1"] >= 0.97 * full for item in quality.read_all(run)]
+    assert reached == [False] * (len(reached) - 1) + [True]
+    standing = read_standing(run)
+    assert standing is not None
+    assert standing.stopped == gate.stopped
+    assert prod(run) == number
+
+
+def test_what_is_stored_of_a_commit_is_not_measured_again(tmp_path: Path) -> None:
+    config, run = probed(tmp_path, known())
+    settle(config, run)
+    stored = {uri: storage.read_bytes(uri) for uri in storage.list_files(run.path("reports", "probe-set"))}
+    storage.delete(run.path("index", "segments"))  # what a new measurement would need
+    settle(config, run)
+    assert {uri: storage.read_bytes(uri) for uri in storage.list_files(run.path("reports", "probe-set"))} == stored

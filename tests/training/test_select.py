@@ -1,0 +1,129 @@
+"""The selection: measured on pairs that nothing of it was fitted on, the same each time, and kept until it is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import storage
+from pipeline.config import Config
+from pipeline.config_file import validate
+from pipeline.errors import ConfigError
+from pipeline.run import Run
+from pipeline.schema import Int64
+from pipeline.selection import read_selection, resolve_policy
+from pipeline.transformation import read_info
+from tests.training.test_fit import D_NEW, _data
+from training import select as selecting
+from training.fit import fit
+from training.select import FOLDER, select
+
+POLICIES = ("random", "uncertainty", "entropy", "learned")
+
+
+def config_of(folder: Path, **select_settings: object) -> Config:
+    chosen = {"folds": 2, "lambdas": [0.1], "strengths": [0.5], "finalists": 2, "policies": POLICIES}
+    tree: dict[str, object] = {
+        "run": str(folder / "run"),
+        "device": "cpu",
+        "encoders": {"new": {"export": "new.pt2", "dim": D_NEW, "preprocess": {"size": 4}}},
+        "gallery": {"manifest": "gallery", "columns": {}},
+        "pairs": {"manifest": "pairs", "columns": {}},
+        "fit": {"inner_width": 16, "epochs": 4, "batch_size": 64, "warmup_epochs": 1, "lr": 5e-3},
+        "plan": {"policy": "selected"},
+        "select": chosen | {"max_measured": 200} | select_settings,
+    }
+    return validate(tree, where="test")
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Say nothing."""
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_selections_are_the_same_and_a_kept_fit_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, config = _data(tmp_path, hard=True), config_of(tmp_path)
+    run, told = Run(config.run), []
+    monkeypatch.setattr(storage, "delete", lambda uri: None)  # what is kept stays, as if it had been stopped there
+    first = select(config, run, data, lambda *words: told.append(words))
+    times = {uri: storage.stat(uri).modified_seconds for uri in storage.list_files(run.path(FOLDER))}
+    assert len(times) == 2 * 2  # recipes x folds
+    second = select(config, run, data, silent)
+    assert second.to_json() == first.to_json()
+    assert {uri: storage.stat(uri).modified_seconds for uri in times} == times
+    assert [words for words in told if words[0] == "select: fits"][-1][1:] == (4, 4)
+    assert {row.policy for row in first.candidates} == set(POLICIES)
+    assert {row.loss for row in first.candidates} <= {"alignment+uncertainty", "fastfill"}
+    scores = [np.mean([row.area[name] for name in first.metrics]) for row in first.candidates]
+    assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_fit_takes_what_was_selected_and_the_plan_its_policy(tmp_path: Path) -> None:
+    config, run = (
+        config_of(tmp_path, policies=["uncertainty"], losses=["alignment+uncertainty"]),
+        Run(str(tmp_path / "run")),
+    )
+    fit(config, run, _data(tmp_path))
+    found = read_selection(run)
+    assert found is not None
+    assert read_info(run).loss == found.chosen.loss == "alignment+uncertainty"
+    assert resolve_policy(run, "selected") == "uncertainty"
+    assert not storage.list_files(run.path(FOLDER))
+
+
+def test_a_policy_that_was_not_selected_is_named_as_missing(tmp_path: Path) -> None:
+    from tests.pipeline.test_gate import fitted
+
+    with pytest.raises(ConfigError, match="no policy was selected"):
+        resolve_policy(fitted(tmp_path, True), "selected")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_without_labels_it_goes_by_what_the_new_model_would_find(tmp_path: Path) -> None:
+    config = config_of(tmp_path, policies=["random", "uncertainty"])
+    found = select(config, Run(config.run), _data(tmp_path, labelled=False), silent)
+    assert found.metrics == ("recall10",)
+    assert found.chosen.loss == "alignment+uncertainty"
+    assert all(curve[-1] == 100 for curve in found.curves["recall10"])
+
+
+def test_losses_that_all_need_labels_are_refused_without_any(tmp_path: Path) -> None:
+    config = config_of(tmp_path, losses=["fastfill"])
+    with pytest.raises(ConfigError, match="needs labels"):
+        select(config, Run(config.run), _data(tmp_path, labelled=False), silent)
+
+
+def test_what_is_measured_was_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the rows that the fit of a fold is given, and those that it holds out."""
+    seen: list[tuple[set[bytes], set[bytes]]] = []
+
+    class Stop(Exception):
+        pass
+
+    def look(job: object, train: selecting.PairArrays, held: selecting.PairArrays, *rest: object) -> None:
+        seen.append(({row.tobytes() for row in train.new}, {row.tobytes() for row in held.new}))
+        raise Stop
+
+    monkeypatch.setattr(selecting, "fit_alone", look)
+    config, data = config_of(tmp_path), _data(tmp_path)
+    table, places = _pairs(config, data)
+    recipe = selecting.Recipe("fastfill", 0.1, 16, 4)
+    for fold in range(2):
+        with pytest.raises(Stop):
+            selecting._fit_fold(config, data, (table, places), recipe, fold, str(tmp_path / "none"))
+    (train0, held0), (train1, held1) = seen
+    assert not train0 & held0
+    assert not train1 & held1
+    assert not held0 & held1
+    assert held0 <= train1
+
+
+def _pairs(config: Config, data: selecting.FitData) -> tuple[selecting.pa.Table, Int64]:
+    parts = [storage.read_parquet(uri) for uri in [*data.train_parts, *data.held_out_parts]]
+    table = selecting.pa.concat_tables(parts).sort_by("index")
+    return table, np.arange(table.num_rows) % 2

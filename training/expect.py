@@ -1,0 +1,156 @@
+"""The expected curve of a planned gallery, from its held-out pairs and its probe set; kept as `reports/expected.json`.
+
+After the plan, before the first image. Guarantee: it reads what the run has, and asks for no image. The arithmetic is
+`pipeline.expected`'s.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipeline import offset as offsets
+from pipeline import probe_set, storage
+from pipeline.agreement import nearest
+from pipeline.config import Config
+from pipeline.evaluate import METRICS, Metrics, evaluate, recall
+from pipeline.expected import Ends, Expected, expect
+from pipeline.gallery import codes_of, transformed_table
+from pipeline.offset import Offset
+from pipeline.plan import Plan
+from pipeline.policy import load_policy
+from pipeline.probe_set import ProbeSet
+from pipeline.ranking import Float64
+from pipeline.reference import load_reference
+from pipeline.run import Run
+from pipeline.schema import Int64, splitmix64, vectors_from_arrow
+from pipeline.selection import read_selection, resolve_policy
+from pipeline.shift import same_side
+from pipeline.transformation import apply, load_transformation, read_part
+from training.learner import Job, make_arrays
+from training.pairs import build_pairs, fit_data
+from training.select import APPLY_BATCH, FINAL, Fold, curves_of, order_by
+
+_FOLDS = 4
+_MOST_PAIRS = 5000
+_SALT = 0x51AB
+Curves = dict[str, Expected]
+
+
+def expected_curve(config: Config, run: Run, plan: Plan) -> Curves | None:
+    """By metric: top1, top5 and map with labels, else recall10; computed once.
+
+    A gallery above `evaluate.max_images` is represented by a sample of so many images, and the figures are those of a
+    gallery of that size.
+
+    Returns:
+        None where the run has no probe set, or the gallery and the pairs do not both have labels, or both none.
+    """
+    uri = run.path("reports", "expected.json")
+    stored = storage.read_versioned(uri)
+    if stored is not None:
+        return {name: Expected.from_json(item) for name, item in json.loads(stored[0]).items()}
+    probe = probe_set.gather(config, run, plan)
+    if probe is None:
+        return None
+    names, curves = _shapes(config, run)
+    ends = _ends(config, run, plan, probe)
+    if any(name not in ends for name in names):
+        return None
+    fractions = np.linspace(0, 1, FINAL.points)
+    found = {name: expect(curves[:, :, column], fractions, ends[name]) for column, name in enumerate(names)}
+    storage.put(uri, json.dumps({name: item.to_json() for name, item in found.items()}, allow_nan=False).encode())
+    return found
+
+
+def likeness(config: Config, run: Run, plan: Plan) -> float | None:
+    """`shift.same_side` of the held-out pairs and the probe set; None without a probe set."""
+    probe = probe_set.gather(config, run, plan)
+    if probe is None:
+        return None
+    parts = storage.list_files(run.path("pairs", "held_out"), ".parquet")
+    old = np.concatenate([vectors_from_arrow(storage.read_parquet(uri, ["old"])["old"]) for uri in parts])
+    return same_side(old, probe.old, config.seed)
+
+
+def _shapes(config: Config, run: Run) -> tuple[tuple[str, ...], Float64]:
+    """The metrics, and per fold of held-out pairs their curves under the run's order, (F, P, M)."""
+    policy = resolve_policy(run, config.plan.policy)
+    selection = read_selection(run)
+    if selection is not None and selection.chosen.policy == policy:  # of pairs that the policy knows nothing of
+        names = tuple(selection.curves)
+        return names, np.stack([np.array(selection.curves[name]) for name in names], axis=2)
+    pairs = build_pairs(config, run)
+    job = Job(config.fit, fit_data(config, run, pairs), config.seed, config.gallery.metric == "cosine", 0, 0)
+    table = pa.concat_tables([storage.read_parquet(uri) for uri in job.data.held_out_parts]).sort_by("index")
+    held_out = make_arrays(table.slice(0, _MOST_PAIRS), job)
+    network, _ = load_transformation(run, torch.device("cpu"))
+    z, s = apply(network, held_out.old, held_out.side, torch.device("cpu"), APPLY_BATCH)
+    part, fold = read_part(run, offsets.PART), Fold(held_out, z, s, None)
+    served = z if part is None else Offset.from_bytes(part).apply(z, s)
+    priority = load_policy(policy, config.seed, load_reference(run))(fold.scored())
+    places = (splitmix64(np.arange(len(z)), _SALT) % np.uint64(_FOLDS)).astype(np.int64)
+    curves = []
+    for number in range(_FOLDS):
+        rows = np.flatnonzero(places == number)
+        some = fold.take(rows)
+        orders = {policy: [order_by(priority[rows], config.seed)]}
+        names, found = curves_of(config, served[rows], some, orders, FINAL)
+        curves.append(found[policy])
+    return names, np.stack(curves)
+
+
+def _ends(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> dict[str, Ends]:
+    """What the probe set says of the gallery before and after; labels of the gallery where it has them."""
+    metric, rows = config.gallery.metric, np.arange(len(probe.ids))
+    queries = np.flatnonzero(probe.labels >= 0)
+    if len(queries) < len(rows) or not _share_labels(probe):
+        exact = nearest(probe.new, probe.new, rows, metric)
+        first = recall(nearest(probe.new, probe.transformed, rows, metric), exact)
+        error = 100 * np.sqrt(first / 100 * (1 - first / 100) / len(rows))
+        return {"recall10": Ends(first, 100.0, float(error), 0.0)}
+    table = transformed_table(run, ["id", "label", "vector"])
+    table = table.filter(pa.compute.is_valid(table["label"]))
+    ids: Int64 = table["id"].to_numpy()
+    if len(ids) > config.evaluate.max_images:
+        chance = splitmix64(ids, _SALT)
+        wanted = (chance <= np.partition(chance, config.evaluate.max_images)[config.evaluate.max_images]) | np.isin(
+            ids, probe.ids
+        )
+        table, ids = table.filter(pa.array(wanted)), ids[wanted]
+    codes, names = codes_of(table["label"])
+    places = np.searchsorted(np.array(names), np.array(probe.label_names))[probe.labels]
+    vectors = vectors_from_arrow(table["vector"])
+    whole = evaluate(probe.new, vectors, places, codes, metric=metric, query_ids=probe.ids, gallery_ids=ids)
+    inside = [
+        evaluate(probe.new, side, places, places, metric=metric, self_match=True)
+        for side in (probe.transformed, probe.new)
+    ]
+    return {name: _end(name, whole, inside[0], inside[1]) for name in METRICS}
+
+
+def _share_labels(probe: ProbeSet) -> bool:
+    return len(np.unique(probe.labels)) < len(probe.labels)
+
+
+def _end(name: str, whole: Metrics, before: Metrics, after: Metrics) -> Ends:
+    """Standard errors over the probe's queries; of the end that of the sum, whose parts share their queries."""
+    start, rise = per_query(name, whole), per_query(name, after) - per_query(name, before)
+    total = start + rise
+
+    def error(values: Float64) -> float:
+        return float(np.nanstd(values, ddof=1) / np.sqrt(np.isfinite(values).sum()))
+
+    end = float(np.clip(np.nanmean(start) + np.nanmean(rise), 0, 100))
+    return Ends(float(np.nanmean(start)), end, error(start), error(total))
+
+
+def per_query(name: str, found: Metrics) -> Float64:
+    """A metric of each query in per cent, (Q,); NaN where it has no match."""
+    if name == "map":
+        return 100 * found.average_precision
+    limit = {"top1": 1, "top5": 5}[name]
+    return np.where(found.first_rank > 0, 100.0 * (found.first_rank <= limit), np.nan)
