@@ -28,7 +28,7 @@ test-faults: $(VENV)/installed  ## kills, faulty stores, two drivers on a real c
 bench: $(VENV)/installed  ## the short form of every benchmark: a quarter of an hour
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name --short || exit 1; echo; done
 
-test-cluster: $(VENV)/installed  ## jobs, CIFAR-100 as a job, lost nodes, Prometheus, an autoscaler, a cable pulled: 40 minutes
+test-cluster: $(VENV)/installed  ## jobs, CIFAR-100 as a job, lost nodes, Prometheus, an autoscaler, a cable pulled: over half an hour
 	$(BIN)/python -m pytest -m slow tests/cluster
 
 test-scale: $(VENV)/installed  ## a million images listed, indexed, planned: ten minutes
