@@ -125,7 +125,8 @@ def main() -> None:
     if problems:
         raise SystemExit("\n".join(problems))
     head = ["run", "nodes lost", "nodes in all", "first durable, s", "last durable, s", "images/s between"]
-    text = "\n\n".join([caption, f"{arguments.image_seconds:g} s per image.", table(head, [calm.row(), spot.row()])])
+    what = f"{arguments.image_seconds:g} s per image; one run of each; both published the same, each wave once."
+    text = "\n\n".join([caption, what, table(head, [calm.row(), spot.row()])])
     print(text)
     if arguments.out:
         arguments.out.write_text(f"# A backfill on machines that come and go\n\n{text}\n")
