@@ -30,11 +30,13 @@ from pipeline.progress import Progress, Tracker
 from pipeline.ranking import Float64
 from pipeline.rejects import read_all as read_rejects
 from pipeline.run import Run
+from pipeline.selection import read_selection
 from pipeline.standing import read_standing
 
 Tree = dict[str, Any]  # Any: JSON
 
 _BINS = 60
+_CANDIDATES = 12
 _PARTS_PER_BIN = 4
 _IDLE_SECONDS = 30.0  # a pause between two parts that is longer, and far longer than is usual in the run,
 _IDLE_FACTOR = 20  # is a run that was interrupted, not one that is slow
@@ -70,6 +72,8 @@ class ReportData:
         transformation: its description with the held-out figures.
         probe: figures on the probe set, of the old model (commit None) and of each measured commit.
         standing: what became of the last commit: the fields of `standing.Standing`.
+        selection: the metrics that count, the number of folds and of candidates, and the best ones.
+        expected: by metric, as `plan --json` prints it.
         config: the run's settings.
     """
 
@@ -88,6 +92,8 @@ class ReportData:
     config: Tree
     probe: list[Tree] = field(default_factory=list)
     standing: Tree | None = None
+    selection: Tree | None = None
+    expected: Tree | None = None
 
 
 def collect(config: Config, run: Run) -> ReportData:
@@ -118,6 +124,8 @@ def collect(config: Config, run: Run) -> ReportData:
         config=config.model_dump(mode="json", exclude_none=True),
         probe=_probe(run),
         standing=None if (standing := read_standing(run)) is None else asdict(standing),
+        selection=_selection(run) if marker else None,
+        expected=json.loads(expected[0]) if (expected := storage.read_versioned(_expected_uri(run))) else None,
     )
 
 
@@ -208,6 +216,20 @@ def _charts(data: ReportData) -> dict[str, str]:
         edges, rates = np.array(data.throughput["edges_seconds"]), np.array(data.throughput["rates"])
         charts["throughput"] = plots.throughput_plot(edges, rates)
     return charts
+
+
+def _expected_uri(run: Run) -> str:
+    return run.path("reports", "expected.json")
+
+
+def _selection(run: Run) -> Tree | None:
+    """The selection without its curves, and of its candidates the first ones and the chosen one."""
+    found = read_selection(run)
+    if found is None:
+        return None
+    shown = [item for item in found.candidates if item == found.chosen or item in found.candidates[:_CANDIDATES]]
+    rows = [asdict(item) | {"chosen": item == found.chosen} for item in shown]
+    return {"metrics": found.metrics, "folds": found.folds, "count": len(found.candidates), "candidates": rows}
 
 
 def _figures_uri(run: Run) -> str:

@@ -7,9 +7,11 @@ After the plan, before the first image. Guarantee: it reads what the run has, an
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from pipeline import offset as offsets
@@ -26,7 +28,7 @@ from pipeline.probe_set import ProbeSet
 from pipeline.ranking import Float64
 from pipeline.reference import load_reference
 from pipeline.run import Run
-from pipeline.schema import Int64, splitmix64, vectors_from_arrow
+from pipeline.schema import Float32, Int64, splitmix64, vectors_from_arrow
 from pipeline.selection import read_selection, resolve_policy
 from pipeline.shift import same_side
 from pipeline.transformation import apply, load_transformation, read_part
@@ -36,6 +38,7 @@ from training.select import APPLY_BATCH, FINAL, Fold, curves_of, order_by
 
 _FOLDS = 4
 _MOST_PAIRS = 5000
+_LEAST_LABELLED = 100
 _SALT = 0x51AB
 Curves = dict[str, Expected]
 
@@ -105,40 +108,64 @@ def _shapes(config: Config, run: Run) -> tuple[tuple[str, ...], Float64]:
 
 def _ends(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> dict[str, Ends]:
     """What the probe set says of the gallery before and after; labels of the gallery where it has them."""
-    metric, rows = config.gallery.metric, np.arange(len(probe.ids))
-    queries = np.flatnonzero(probe.labels >= 0)
-    if len(queries) < len(rows) or not _share_labels(probe):
+    metric, rows = config.gallery.metric, np.flatnonzero(probe.labels >= 0)
+    if len(rows) < _LEAST_LABELLED or len(np.unique(probe.labels[rows])) == len(rows):
+        rows = np.arange(len(probe.ids))
         exact = nearest(probe.new, probe.new, rows, metric)
         first = recall(nearest(probe.new, probe.transformed, rows, metric), exact)
         error = 100 * np.sqrt(first / 100 * (1 - first / 100) / len(rows))
         return {"recall10": Ends(first, 100.0, float(error), 0.0)}
     table = transformed_table(run, ["id", "label", "vector"])
-    table = table.filter(pa.compute.is_valid(table["label"]))
+    table = table.filter(pc.is_valid(table["label"]))
     ids: Int64 = table["id"].to_numpy()
     if len(ids) > config.evaluate.max_images:
         chance = splitmix64(ids, _SALT)
-        wanted = (chance <= np.partition(chance, config.evaluate.max_images)[config.evaluate.max_images]) | np.isin(
-            ids, probe.ids
-        )
+        limit = np.partition(chance, config.evaluate.max_images)[config.evaluate.max_images]
+        wanted = (chance <= limit) | np.isin(ids, probe.ids)
         table, ids = table.filter(pa.array(wanted)), ids[wanted]
     codes, names = codes_of(table["label"])
-    places = np.searchsorted(np.array(names), np.array(probe.label_names))[probe.labels]
-    vectors = vectors_from_arrow(table["vector"])
-    whole = evaluate(probe.new, vectors, places, codes, metric=metric, query_ids=probe.ids, gallery_ids=ids)
-    inside = [
-        evaluate(probe.new, side, places, places, metric=metric, self_match=True)
-        for side in (probe.transformed, probe.new)
-    ]
-    return {name: _end(name, whole, inside[0], inside[1]) for name in METRICS}
+    places = np.searchsorted(np.array(names), np.array(probe.label_names))[probe.labels[rows]]
+    gallery = Labelled(ids, vectors_from_arrow(table["vector"]), codes)
+    return ends_of(Labelled(probe.ids[rows], probe.new[rows], places), probe.transformed[rows], gallery, metric)
 
 
-def _share_labels(probe: ProbeSet) -> bool:
-    return len(np.unique(probe.labels)) < len(probe.labels)
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """N images: ids (N,) int64, vectors (N, d) float32, labels (N,) int64."""
+
+    ids: Int64
+    vectors: Float32
+    labels: Int64
+
+
+def ends_of(probe: Labelled, transformed: Float32, gallery: Labelled, metric: str) -> dict[str, Ends]:
+    """By top1, top5 and map: the gallery as it is served at first, and as it is expected to be in the end.
+
+    Args:
+        probe: images of the gallery by their new embeddings.
+        transformed: (Q, d) float32, the same images as they are served.
+        gallery: as it is served.
+        metric: l2, ip or cosine.
+    """
+    whole = evaluate(
+        probe.vectors,
+        gallery.vectors,
+        probe.labels,
+        gallery.labels,
+        metric=metric,
+        query_ids=probe.ids,
+        gallery_ids=gallery.ids,
+    )
+    before, after = (
+        evaluate(probe.vectors, side, probe.labels, probe.labels, metric=metric, self_match=True)
+        for side in (transformed, probe.vectors)
+    )
+    return {name: _end(name, whole, before, after) for name in METRICS}
 
 
 def _end(name: str, whole: Metrics, before: Metrics, after: Metrics) -> Ends:
     """Standard errors over the probe's queries; of the end that of the sum, whose parts share their queries."""
-    start, rise = per_query(name, whole), per_query(name, after) - per_query(name, before)
+    start, rise = _per_query(name, whole), _per_query(name, after) - _per_query(name, before)
     total = start + rise
 
     def error(values: Float64) -> float:
@@ -148,7 +175,7 @@ def _end(name: str, whole: Metrics, before: Metrics, after: Metrics) -> Ends:
     return Ends(float(np.nanmean(start)), end, error(start), error(total))
 
 
-def per_query(name: str, found: Metrics) -> Float64:
+def _per_query(name: str, found: Metrics) -> Float64:
     """A metric of each query in per cent, (Q,); NaN where it has no match."""
     if name == "map":
         return 100 * found.average_precision

@@ -32,6 +32,11 @@ def fastfill(*arguments: str) -> Result:
     return CliRunner().invoke(main, list(arguments), catch_exceptions=False)
 
 
+def said(result: Result) -> str:
+    """What a command said to people, without the ends of its lines."""
+    return " ".join(result.stderr.split())
+
+
 def status(path: str) -> Any:
     return json.loads(fastfill("status", "--config", path, "--json").stdout)
 
@@ -86,7 +91,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sound")
     result = fastfill("backfill", "--config", write_sound_config(folder))
     assert result.exit_code == 0, result.output
-    assert "prod is not moved" not in result.stderr
+    assert "prod is not moved" not in said(result)
     return folder
 
 
@@ -117,14 +122,14 @@ def test_a_transformation_of_shuffled_pairs_is_not_served_before_all_is_embedded
     shuffled = np.random.default_rng(0).permutation(len(pairs))
     table = {"old": pairs["old"], "new": pairs["new"].take(pa.array(shuffled))}
     pq.write_table(pa.table(table), tmp_path / "data" / "training.parquet")
-    early = fastfill("backfill", "--config", path, "--stop-when", "fraction>=0.1")
+    early = fastfill("backfill", "--config", path, "--stop-when", "fraction>=0.05")
     assert early.exit_code == 0, early.output
-    assert "prod is not moved to commit 0: on held-out pairs" in early.stderr
-    assert "the snapshot is worse than the old model and gallery: top-1 is" in early.stderr
+    assert "prod is not moved to commit 0: on held-out pairs" in said(early)
+    assert "the snapshot is worse than the old model and gallery: top-1 is" in said(early)
     assert status(path)["prod"] is None
     refused = fastfill("promote", "--config", path)
     assert refused.exit_code == 3
-    assert "the snapshot is worse than the old model and gallery" in refused.stderr
+    assert "the snapshot is worse than the old model and gallery" in said(refused)
     last = fastfill("backfill", "--config", path)
     assert last.exit_code == 0, last.output
     assert status(path)["prod"] == 5
@@ -151,8 +156,8 @@ def test_a_new_model_that_is_worse_than_the_old_one_is_stopped_before_an_image_o
     for _ in range(2):
         result = fastfill("backfill", "--config", path)
         assert result.exit_code == 3, result.output
-        assert "commit 0 is not promoted" in result.stderr
-        assert "the new model is worse than the old one: top-1 among the probe images is" in result.stderr
+        assert "commit 0 is not promoted" in said(result)
+        assert "the new model is worse than the old one: top-1 among the probe images is" in said(result)
         found = status(path)
         assert (found["prod"], found["commit"], found["durable"]) == (None, 0, 0)
         assert "new model is worse" in " ".join(found["refused"])
@@ -173,8 +178,8 @@ def test_a_wave_with_swapped_ids_is_not_published_and_is_mended_by_embedding_it_
     for _ in range(2):
         result = fastfill("backfill", "--config", path)
         assert result.exit_code == 3, result.output
-        assert "wave 3 is not published" in result.stderr
-        assert "probe images of wave 3 find themselves among their 10 nearest" in result.stderr
+        assert "wave 3 is not published" in said(result)
+        assert "probe images of wave 3 find themselves among" in said(result)
         found = status(path)
         assert (found["prod"], found["commit"]) == (2, 2)
         assert "of wave 3" in found["refused"][0]
@@ -205,7 +210,7 @@ def test_a_backfill_that_was_stopped_goes_on_to_the_same_bytes(finished: Path, t
     run, uninterrupted = Run(str(tmp_path / "run")), Run(str(finished / "run"))
     stopped = fastfill("backfill", "--config", path, "--stop-when", "fraction>=0.15", "--stop-when", "hours>=5")
     assert stopped.exit_code == 0, stopped.output
-    assert "stopped, as asked: fraction>=0.15: fraction is 0.2" in stopped.stderr
+    assert "stopped, as asked: fraction>=0.15: fraction is 0.2" in said(stopped)
     found = status(path)
     assert (found["prod"], found["commit"]) == (2, 2)
     assert found["stopped"].startswith("fraction>=0.15")
@@ -221,7 +226,7 @@ def test_a_gallery_without_labels_is_gated_and_stopped_by_what_it_recalls(finish
     path = fitted_copy(finished, tmp_path, gallery__columns={"id": "name", "image": "image"})
     refused = fastfill("backfill", "--config", path, "--stop-when", "top1>=48")
     assert refused.exit_code == 2
-    assert "the gallery has no labels" in refused.stderr
+    assert "the gallery has no labels" in said(refused)
     assert not (tmp_path / "run" / "run.json").exists()
     result = fastfill("backfill", "--config", path, "--stop-when", "recall10>=0.6*full")
     assert result.exit_code == 0, result.output
@@ -236,5 +241,5 @@ def test_an_expression_that_is_not_understood_is_refused_before_work_starts(tmp_
     path = write_config(tmp_path)
     result = fastfill("backfill", "--config", path, "--stop-when", "speed>=3")
     assert result.exit_code == 2
-    assert "fraction>=0.3" in result.stderr
+    assert "fraction>=0.3" in said(result)
     assert not (tmp_path / "run").exists()

@@ -130,6 +130,7 @@ def test_the_driver_counts_each_of_its_own_retries_once(endpoint: str, monkeypat
     """A publisher and a stream that only fail now and then, in place of the real ones."""
     publisher, tracker = MagicMock(), MagicMock()
     publisher.__enter__.return_value = publisher
+    publisher.stopped = None
     publisher.submit.side_effect = lambda _: COUNTS.add("retries:InternalError", 3) or MagicMock()
     tracker.progress.side_effect = lambda _: progress(reading=Reading(images=32, retries=3))
     tracker.whole_waves.side_effect = [[], [1], [2]]
