@@ -2,9 +2,11 @@
 
 The worker loses the head and the store at once. What Ray makes of that is the head's to decide, by its health checks.
 With strict ones it declares the worker dead, and the worker's raylet ends itself when it hears so. Then a supervisor
-(systemd, KubeRay, a loop around `ray start --block`) starts it again; in this test the test does. By Ray's defaults, half
-a minute may end either way. Not here: checks so patient (30 failures) that the worker is never declared dead. Then the
-answers to tasks may be lost and nobody asks again: on 2026-11-26 such a run stood still until it was ended.
+(systemd, KubeRay, a loop around `ray start --block`) starts it again; in this test the test does. By Ray's defaults,
+half a minute may end either way.
+
+Not here: checks so patient (30 failures) that the worker is never declared dead. Then the answers to tasks may be lost
+and nobody asks again: on 2026-11-26 such a run stood still until it was ended.
 """
 
 from __future__ import annotations
