@@ -5,8 +5,8 @@ With strict ones it declares the worker dead, and the worker's raylet ends itsel
 (systemd, KubeRay, a loop around `ray start --block`) starts it again; in this test the test does. By Ray's defaults,
 half a minute may end either way.
 
-Not here: checks so patient (30 failures) that the worker is never declared dead. Then the answers to tasks may be lost
-and nobody asks again: on 2026-11-26 such a run stood still until it was ended.
+Not here: checks so patient (30 failures) that the worker is never declared dead. On 2026-11-26 such a run stood still
+until it was ended, three minutes after the cable was back: its workers idle, the driver waiting.
 """
 
 from __future__ import annotations
