@@ -20,7 +20,7 @@ test: $(VENV)/installed  ## the default suite: under ten minutes on two cores
 
 test-slow: $(VENV)/installed  ## what takes minutes: kills, whole CIFAR-100 runs, jobs of a cluster, Prometheus
 	$(BIN)/python -m pytest -m slow --durations 15 --ignore tests/faults --ignore tests/scale \
-		--ignore tests/cluster/test_autoscaler.py --ignore tests/cluster/test_network.py
+		$(foreach name,autoscaler network fit,--ignore tests/cluster/test_$(name).py)
 
 test-faults: $(VENV)/installed  ## kills, faulty stores, two drivers on a real cluster: ten minutes and more
 	$(BIN)/python -m pytest -m slow tests/faults
@@ -28,7 +28,7 @@ test-faults: $(VENV)/installed  ## kills, faulty stores, two drivers on a real c
 bench: $(VENV)/installed  ## the short form of every benchmark: a quarter of an hour
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name --short || exit 1; echo; done
 
-test-cluster: $(VENV)/installed  ## jobs, CIFAR-100 as a job, Prometheus, an autoscaler, a cable pulled: half an hour
+test-cluster: $(VENV)/installed  ## jobs, CIFAR-100 as a job, lost nodes, Prometheus, an autoscaler, a cable pulled: over half an hour
 	$(BIN)/python -m pytest -m slow tests/cluster
 
 test-scale: $(VENV)/installed  ## a million images listed, indexed, planned: ten minutes

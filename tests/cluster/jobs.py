@@ -9,8 +9,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tests.faults.scene import ROOT
+from tests.faults.scene import ROOT, Scene, add_worker
 
 STOP_SECONDS = 30.0  # in which a job has to end that is told to
 
@@ -62,3 +63,18 @@ class Jobs:
         found = json.loads(self.ray("list", "actors", "--format", "json", "--limit", "1000", "--detail"))
         actors = [actor for actor in found if kind in (actor["class_name"] + actor["repr_name"])]
         return {actor["actor_id"]: actor["node_id"] for actor in actors}
+
+
+def submit(jobs: Jobs, scene: Scene, job: str, run: str, *settings: str, script: str = "backfill") -> None:
+    jobs.submit(job, scene.config, f"run={scene.run(run).uri}", *settings, script=script)
+
+
+def take_away(node: Any, cluster: Any, jobs: Jobs, notice_seconds: int) -> None:
+    """A spot machine's notice, where there is one, and its end; another one comes."""
+    if notice_seconds:
+        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        drain = ["drain-node", "--address", cluster.address, "--node-id", node.node_id, *reason]
+        jobs.ray(*drain, "--deadline-remaining-seconds", str(notice_seconds))
+        time.sleep(notice_seconds)
+    cluster.remove_node(node, allow_graceful=False)
+    add_worker(cluster)

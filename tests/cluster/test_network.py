@@ -1,9 +1,12 @@
 """A head and a worker on two hosts, and the worker's cable pulled for 30 seconds in mid-run.
 
-The worker loses the head and the store at once. What Ray makes of that is the head's to decide, by its health checks:
-with patient ones it waits and the worker goes on; with strict ones it declares the worker dead, and the worker's raylet
-ends itself when it hears so. Then a supervisor (systemd, KubeRay, a loop around `ray start --block`) starts it again;
-in this test the test does. By Ray's defaults, half a minute may end either way: nothing is to be lost in both.
+The worker loses the head and the store at once. What Ray makes of that is the head's to decide, by its health checks.
+With strict ones it declares the worker dead, and the worker's raylet ends itself when it hears so. Then a supervisor
+(systemd, KubeRay, a loop around `ray start --block`) starts it again; in this test the test does. By Ray's defaults,
+half a minute may end either way.
+
+Not here: checks so patient (30 failures) that the worker is never declared dead. On 2026-11-26 such a run stood still
+until it was ended, three minutes after the cable was back: its workers idle, the driver waiting.
 """
 
 from __future__ import annotations
@@ -29,7 +32,6 @@ from tests.seaweed import SeaweedFS, free_ports, weed_binary
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 CUT_SECONDS = 30.0
-PATIENT = {"RAY_health_check_failure_threshold": "30"}
 STRICT = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
@@ -135,8 +137,8 @@ def ray_on(scene: Scene, hosts: Hosts, health_checks: dict[str, str]) -> Iterato
 
 @pytest.mark.parametrize(
     ("health_checks", "restarts"),
-    [({}, {0, 1}), (PATIENT, {0}), (STRICT, {1})],
-    ids=["defaults", "patient", "strict"],
+    [({}, {0, 1}), (STRICT, {1})],
+    ids=["defaults", "strict"],
 )
 def test_a_worker_that_is_cut_off_for_30_seconds_loses_nothing(
     far_scene: Scene, hosts: Hosts, health_checks: dict[str, str], restarts: set[int]
