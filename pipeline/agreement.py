@@ -62,5 +62,5 @@ def nearest(queries: Float32, gallery: Float32, own: Int64, metric: str) -> Int6
 
 
 def _prepared(vectors: Float32, metric: str) -> Tensor:
-    tensor = torch.from_numpy(vectors)
+    tensor = torch.tensor(vectors)  # a copy: arrays that come from Parquet are not writable
     return functional.normalize(tensor, dim=1) if metric == "cosine" else tensor
