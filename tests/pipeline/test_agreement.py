@@ -1,0 +1,51 @@
+"""The curve without labels: two ways to the same number, and the ends that are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pipeline.agreement import NEIGHBOURS, agreement_curve, nearest
+from pipeline.schema import Float32, Int64
+
+NUM, DIM, POINTS = 60, 5, 4
+
+
+def vectors(seed: int) -> Float32:
+    """(N, d), not writable, as vectors from Parquet are."""
+    found = np.random.default_rng(seed).normal(size=(NUM, DIM)).astype(np.float32)
+    found.flags.writeable = False
+    return found
+
+
+def by_sorting(queries: Float32, gallery: Float32, own: Int64, metric: str) -> list[set[int]]:
+    if metric == "cosine":
+        queries, gallery = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (queries, gallery))
+    keys = -queries @ gallery.T if metric == "ip" else np.square(queries[:, None] - gallery).sum(axis=2)
+    keys[np.arange(len(own)), own] = np.inf
+    return [set(row) for row in np.argsort(keys, axis=1)[:, :NEIGHBOURS].tolist()]
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+def test_the_nearest_are_those_of_a_full_sort_without_the_query_itself(metric: str) -> None:
+    own = np.arange(5, 45)
+    found = nearest(vectors(0)[own], vectors(1), own, metric)
+    assert [set(row) for row in found.tolist()] == by_sorting(vectors(0)[own], vectors(1), own, metric)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_each_point_is_the_share_of_the_new_models_neighbours_in_that_mixture(metric: str) -> None:
+    transformed, embedded, order, own = (
+        vectors(0),
+        vectors(1),
+        np.random.default_rng(2).permutation(NUM),
+        np.arange(NUM),
+    )
+    found = agreement_curve(transformed, embedded, own, {"some": order}, POINTS, metric)["some"]
+    exact = by_sorting(embedded, embedded, own, metric)
+    for point in range(POINTS):
+        state = transformed.copy()
+        state[order[: point * NUM // (POINTS - 1)]] = embedded[order[: point * NUM // (POINTS - 1)]]
+        shares = [len(a & b) / NEIGHBOURS for a, b in zip(by_sorting(embedded, state, own, metric), exact, strict=True)]
+        assert found[point] == pytest.approx(100 * np.mean(shares))
+    assert found[-1] == 100
