@@ -56,6 +56,7 @@ def test_readme_is_short() -> None:
     assert len(README.splitlines()) < 200
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_commands_and_python_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -304,6 +304,7 @@ def test_a_snapshot_cut_short_by_a_crash_is_dropped(tmp_path: Path, caplog: pyte
     assert "from the first epoch" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_killed_workers_and_a_second_start_change_nothing(tmp_path: Path) -> None:
     config, run, data = _config(tmp_path, epochs=14, max_failures=1), Run(str(tmp_path / "run")), _data(tmp_path)
