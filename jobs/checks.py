@@ -123,16 +123,17 @@ def _check_training(config: Config, images: int, pairs: int) -> None:
 
 
 def _check_policy(config: Config) -> None:
-    """A function of the user's own can be found; what one of ours needs will be there."""
+    """A function of the user's own can be found; what one of ours needs will be there. What `selected` stands for is
+    known once the transformation is fitted, of policies that had what they need."""
     from pipeline.errors import ConfigError
     from pipeline.policy import POLICIES, load_policy
-    from training.losses import needs_labels
+    from training.losses import needs_classifier
 
     plan, gallery, pairs = config.plan, config.gallery.columns, config.pairs.columns
     needs = POLICIES[plan.policy].needs if plan.policy in POLICIES else frozenset[str]()
-    if plan.policy not in POLICIES:
+    if ":" in plan.policy:
         load_policy(plan.policy, config.seed)
-    classifier = config.fit.classifier is not None or (needs_labels(config.fit.loss) and pairs.label is not None)
+    classifier = config.fit.classifier is not None or (needs_classifier(config.fit) and pairs.label is not None)
     for wanted, there, where in (
         ("classifier" in needs, classifier, "fit.classifier, or pairs.columns.label and a loss that fits one"),
         ("labels" in needs, pairs.label is not None, "pairs.columns.label"),

@@ -56,7 +56,7 @@ from training.attempts import fit_to_the_end, no_failure_but_announced_ones
 from training.candidates import settings_of
 from training.knowledge import reference_of
 from training.learner import Epoch, FitData, Job, Learner, PairArrays, make_arrays
-from training.losses import needs_labels
+from training.losses import needs_classifier, needs_labels
 from training.measure import measure, transform
 from training.select import OnStep, select
 
@@ -132,7 +132,7 @@ def make_job(config: Config, data: FitData) -> Job:
         ConfigError, DataError: as `fit`.
     """
     fit, workers = config.fit, config.fit.num_workers
-    if needs_labels(fit.loss) or fit.offset == "confidence":
+    if needs_classifier(fit):
         _check_classes(fit, data)
     if len(data.train_parts) < workers:
         raise ConfigError(

@@ -23,7 +23,7 @@ from pipeline.config import Fit
 from pipeline.errors import DataError
 from pipeline.schema import Float32, Int64, vectors_from_arrow
 from pipeline.transformation import TransformationNetwork
-from training.losses import NO_LABEL, Classifier, Loss, combined, fit_classifier, needs_labels, uses_uncertainty
+from training.losses import NO_LABEL, Classifier, Loss, combined, fit_classifier, needs_classifier, uses_uncertainty
 
 Epoch = dict[str, float]
 Wrap = Callable[[nn.Module], nn.Module]
@@ -176,7 +176,7 @@ class Learner:
     def prepare(self) -> None:
         """Take the given classifier, or fit one, where the loss or the offset needs one and `restore` brought none."""
         data, fit = self._job.data, self._job.fit
-        if self._classifier is not None or not (needs_labels(fit.loss) or fit.offset == "confidence"):
+        if self._classifier is not None or not needs_classifier(fit):
             return
         if data.classifier is not None:
             weight, bias = data.classifier

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
-from pipeline.config import LossMode
+from pipeline.config import Fit, LossMode
 
 NO_LABEL = -1
 _CLASSIFIER_EPOCHS = 20
@@ -42,6 +42,11 @@ class Loss:
 def needs_labels(mode: LossMode) -> bool:
     """Whether the mode has the discriminative term."""
     return mode in ("alignment+discriminative", "fastfill")
+
+
+def needs_classifier(fit: Fit) -> bool:
+    """Whether a fit takes the given classifier, or fits one: for its loss, or for its offset."""
+    return needs_labels(fit.loss) or fit.offset == "confidence"
 
 
 def uses_uncertainty(mode: LossMode) -> bool:

@@ -56,6 +56,13 @@ def test_a_sound_config_passes_with_images_and_with_embeddings(check: Check) -> 
 
 
 @pytest.mark.parametrize(
+    "changes", [{"plan__policy": "selected"}, {"plan__policy": "entropy", "fit__offset": "confidence"}]
+)
+def test_an_order_for_which_the_fit_will_leave_what_it_needs_passes(check: Check, changes: dict[str, Any]) -> None:
+    check(**changes)
+
+
+@pytest.mark.parametrize(
     ("changes", "kind", "said"),
     [
         (
