@@ -48,6 +48,7 @@ from pipeline.selection import Selection
 from training.candidates import settings_of
 from training.knowledge import reference_of
 from training.learner import FitData, Job, PairArrays, make_arrays
+from training.losses import needs_labels
 from training.select import Fold, fit_alone, order_by, select
 
 CONFIG = str(Path(__file__).resolve().parents[1] / "jobs" / "configs" / "cifar100.yaml")
@@ -194,7 +195,7 @@ def _digest(decides: object) -> str:
 
 def _name(selection: Selection) -> str:
     chosen = selection.chosen
-    weight = f" {chosen.lambda_disc:g}" if chosen.loss in LOSSES[2:] else ""
+    weight = f" {chosen.lambda_disc:g}" if needs_labels(chosen.loss) else ""
     offset = "no offset" if chosen.offset == "none" else f"offset {chosen.offset} {chosen.offset_strength:g}"
     return f"selected: {chosen.loss}{weight}, {chosen.inner_width}, {offset}"
 

@@ -54,6 +54,8 @@ def show_selection(selection: Selection, most: int = 12) -> None:
     """Print the best candidates, the chosen one marked."""
     from rich.table import Table
 
+    from training.losses import needs_labels
+
     counts = " and ".join(selection.metrics)
     names = list(selection.chosen.area)
     title = f"{len(selection.candidates)} candidates by the area of {counts}, {selection.folds} folds"
@@ -64,7 +66,7 @@ def show_selection(selection: Selection, most: int = 12) -> None:
         table.add_column(name, justify="right")
     shown = selection.candidates[:most]
     for row in shown if selection.chosen in shown else (*shown, selection.chosen):
-        weight = f" {row.lambda_disc:g}" if "disc" in row.loss or row.loss == "fastfill" else ""
+        weight = f" {row.lambda_disc:g}" if needs_labels(row.loss) else ""
         offset = row.offset if row.offset == "none" else f"{row.offset} {row.offset_strength:g}"
         first = selection.metrics[0]
         table.add_row(

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.schema import Float32
+from pipeline.schema import Float32, tensor_metadata
 
 OffsetKind = Literal["uncertainty", "confidence"]
 
@@ -101,8 +101,7 @@ class Offset:
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
         """The inverse of `to_bytes`."""
-        length = int.from_bytes(data[:8], "little")  # the header, as the format has it: metadata is not in `load`
-        numbers = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["offset"])
+        numbers = tensor_metadata(data, "offset")
         tensors = load(data)
         weight = tensors.get("weight")
         classifier = None if weight is None else Classifier(weight, tensors.get("bias"))

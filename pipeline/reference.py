@@ -19,7 +19,7 @@ from safetensors.numpy import load, save
 from pipeline.errors import DataError
 from pipeline.nearest import cluster, nearest
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64
+from pipeline.schema import Float32, Int64, tensor_metadata
 from pipeline.transformation import read_part
 
 PART = "reference.safetensors"
@@ -90,8 +90,7 @@ class Reference:
             DataError: it was not written by `to_bytes`.
         """
         try:
-            length = int.from_bytes(data[:8], "little")  # of the header: `load` does not give the metadata
-            words = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["reference"])
+            words = tensor_metadata(data, "reference")
             tensors = load(data)
         except (SafetensorError, ValueError, KeyError) as error:
             raise DataError("not what policies know of pairs", found=repr(error), where=where) from error

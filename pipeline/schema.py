@@ -6,8 +6,10 @@ which everything is transformed. Units count from 0 inside their wave, shards fr
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -162,6 +164,16 @@ class UnitAck:
     actor: str = ""
     retry_counts: Sequence[int] = ()
     reject_counts: Sequence[int] = ()
+
+
+def tensor_metadata(data: bytes, key: str) -> Any:
+    """A JSON value from the metadata of safetensors, which `safetensors.numpy.load` does not give.
+
+    Raises:
+        ValueError, KeyError: it is not there.
+    """
+    length = int.from_bytes(data[:8], "little")  # of the header, which is JSON as well
+    return json.loads(json.loads(data[8 : 8 + length])["__metadata__"][key])
 
 
 def splitmix64(values: Int64, seed: int) -> NDArray[np.uint64]:

@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Self
 
+from pipeline.config import LossMode
 from pipeline.errors import ConfigError
 from pipeline.run import Run
 from pipeline.transformation import read_part
@@ -33,7 +34,7 @@ class Candidate:
         behind_error: the standard error of that, paired by fold.
     """
 
-    loss: str
+    loss: LossMode
     lambda_disc: float
     inner_width: int
     epochs: int

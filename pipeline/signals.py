@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.nearest import nearest
+from pipeline.offset import Classifier
 from pipeline.reference import NO_LABEL, Reference, keys
 from pipeline.schema import Float32, Int64
 
@@ -82,16 +83,9 @@ def _classes(reference: Reference) -> Float32 | Int64:
     return reference.labels[:0] if reference.classifier_weight is None else reference.classifier_weight
 
 
-def probabilities(z: Float32, reference: Reference) -> Float32:
-    """softmax(W z + b), (N, C) float32."""
+def _probabilities(z: Float32, reference: Reference) -> Float32:
     assert reference.classifier_weight is not None, "asked only where there is a classifier"
-    logits = z @ reference.classifier_weight.T
-    if reference.classifier_bias is not None:
-        logits += reference.classifier_bias
-    logits -= logits.max(axis=1, keepdims=True)
-    np.exp(logits, out=logits)
-    logits /= logits.sum(axis=1, keepdims=True)
-    return logits
+    return Classifier(reference.classifier_weight, reference.classifier_bias).probabilities(z)
 
 
 def _itself(block: Block, reference: Reference) -> Columns:
@@ -103,7 +97,7 @@ def _itself(block: Block, reference: Reference) -> Columns:
 
 def _confidence(block: Block, reference: Reference) -> Columns:
     """Of the classifier on z: the entropy, and how near its best class is to the second, and to certainty."""
-    shares = probabilities(block.z, reference)
+    shares = _probabilities(block.z, reference)
     logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
     best = np.sort(np.partition(shares, -2, axis=1)[:, -2:], axis=1) if shares.shape[1] > 1 else shares[:, [0, 0]]
     return {
@@ -158,7 +152,7 @@ def _hubness(block: Block, reference: Reference) -> Columns:
     found = {"hubness": 1 / (1 + counts), "hits": counts}
     labels = reference.labels[reference.query_rows]
     if reference.classifier_weight is not None and reference.centroid_labels is not None:
-        shares = probabilities(block.z, reference)
+        shares = _probabilities(block.z, reference)
         right = np.where(labels >= 0, shares[:, np.minimum(np.maximum(labels, 0), shares.shape[1] - 1)], 0)
         found["hits_right"] = (hits * right).sum(axis=1) * share
     return found
