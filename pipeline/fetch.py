@@ -25,7 +25,7 @@ from pipeline.config import Fetch
 from pipeline.errors import DataError, TransientError
 from pipeline.object_store import COUNTS
 from pipeline.schema import DELETED, Int64
-from pipeline.store import Span
+from pipeline.store import Reader, Span
 
 WAITED = "microseconds:image"
 """In `storage.counts`: for how long decoding had to wait for images' bytes."""
@@ -133,6 +133,7 @@ class _Unit:
     def __init__(self, places: list[Place], max_bytes: int, settings: Fetch) -> None:
         self._places, self._max_bytes, self._settings = places, max_bytes, settings
         self._found: list[Fetched | None] = [None] * len(places)
+        self._readers: dict[str, Reader] = {}
 
     def fetched(self) -> Iterator[Fetched]:
         """Each image in order; what has been given is forgotten."""
@@ -187,7 +188,7 @@ class _Unit:
     def _run(self, read: _Read) -> None:
         """Read, and leave each image of it, or its reject, at its row."""
         try:
-            reader, name = storage.image_reader(read.uri, self._settings)
+            reader, name = self._reader(read.uri)
             if read.pieces is None:
                 self._leave(read.rows, reader.whole(name, self._max_bytes))
                 return
@@ -203,6 +204,13 @@ class _Unit:
                     self._run(_Read(read.uri, [row], [Piece(self._span(self._places[row]), [row])]))
                 return
             self._leave(read.rows, (_reject(error, read.uri), None))
+
+    def _reader(self, uri: str) -> tuple[Reader, str]:
+        """Looked up once per unit: to look at the environment for each image costs as much as the rest of our work."""
+        scheme, name = storage.split(uri)
+        if scheme not in self._readers:
+            self._readers[scheme] = storage.image_reader(scheme, self._settings)
+        return self._readers[scheme], name
 
     def _span(self, place: Place) -> Span:
         start = place.offset or 0
@@ -248,7 +256,7 @@ class _Unit:
         if reject is not _MISSING and not reject.reason.startswith("unreadable"):
             return reject
         try:
-            reader, name = storage.image_reader(path, self._settings)
+            reader, name = self._reader(path)
             list(reader.spans(name, [(0, 1)]))
         except OSError as error:
             return _reject(error, path)

@@ -84,7 +84,7 @@ def join(uri: str, *parts: str) -> str:
 
 def is_local(uri: str) -> bool:
     """Whether the object lies on a file system of this machine."""
-    return _scheme(uri) == "file"
+    return split(uri)[0] == "file"
 
 
 def exists(uri: str) -> bool:
@@ -187,10 +187,15 @@ def local_file(uri: str) -> Iterator[Path]:
         yield path
 
 
-def image_reader(uri: str, fetch: config.Fetch) -> tuple[Reader, str]:
-    """What reads images from the URI's store, in many small requests, and the object's name there."""
-    scheme, name = _scheme(uri), _locate(uri)[1]
-    return _reader(scheme, os.environ.get(_SETTINGS, ""), os.getpid(), fetch, _account()), name
+def split(uri: str) -> tuple[str, str]:
+    """The scheme of a URI, `file` for a path, and the object's name in its store."""
+    scheme, separator, name = uri.partition("://")
+    return (scheme, name) if separator else ("file", uri)
+
+
+def image_reader(scheme: str, fetch: config.Fetch) -> Reader:
+    """What reads images from the store of a scheme, in many small requests."""
+    return _reader(scheme, os.environ.get(_SETTINGS, ""), os.getpid(), fetch, _account())
 
 
 def arrow_filesystem(uri: str) -> tuple[FileSystem, str]:
@@ -305,13 +310,8 @@ def at_once(function: Callable[[T], U], items: Iterable[T]) -> list[U]:
 
 def _locate(uri: str) -> tuple[Store, str]:
     """The store that a URI belongs to, and the object's name there."""
-    scheme = _scheme(uri)
-    name = uri.partition("://")[2] if "://" in uri else uri
+    scheme, name = split(uri)
     return _store(scheme, os.environ.get(_SETTINGS, ""), os.getpid(), _account()), name
-
-
-def _scheme(uri: str) -> str:
-    return uri.partition("://")[0] if "://" in uri else "file"
 
 
 def _account() -> tuple[str, ...]:
