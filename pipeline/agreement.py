@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional
 
 from pipeline.evaluate import recall
+from pipeline.nearest import nearest
 from pipeline.ranking import Float64
 from pipeline.schema import Float32, Int64
 
 NEIGHBOURS = 10
-_QUERIES_AT_ONCE = 1024
 
 
 def agreement_curve(
@@ -34,7 +31,7 @@ def agreement_curve(
         points: P, at least 2.
         metric: l2, ip or cosine.
     """
-    exact = nearest(embedded[queries], embedded, queries, metric)
+    exact = among(embedded[queries], embedded, queries, metric)
     cuts = np.arange(points) * len(embedded) // (points - 1)
     curves = {}
     for name, order in orders.items():
@@ -42,25 +39,11 @@ def agreement_curve(
         for start, end in zip(np.concatenate([[0], cuts]), cuts, strict=False):
             rows = order[start:end]
             state[rows] = embedded[rows]
-            values.append(recall(nearest(embedded[queries], state, queries, metric), exact))
+            values.append(recall(among(embedded[queries], state, queries, metric), exact))
         curves[name] = np.array(values)
     return curves
 
 
-def nearest(queries: Float32, gallery: Float32, own: Int64, metric: str) -> Int64:
+def among(queries: Float32, gallery: Float32, own: Int64, metric: str) -> Int64:
     """Each query's NEIGHBOURS nearest rows but its own, (Q, K) int64, or fewer where there are fewer."""
-    query_qd, base_nd = _prepared(queries, metric), _prepared(gallery, metric)
-    offset_n = base_nd.square().sum(dim=1) / 2 if metric == "l2" else torch.zeros(len(base_nd))
-    found, own_q = [], torch.from_numpy(own)
-    for start in range(0, len(query_qd), _QUERIES_AT_ONCE):
-        some = slice(start, start + _QUERIES_AT_ONCE)
-        scores_bn = query_qd[some] @ base_nd.T - offset_n
-        scores_bn[torch.arange(len(scores_bn)), own_q[some]] = -torch.inf
-        found.append(scores_bn.topk(min(NEIGHBOURS, len(base_nd) - 1), dim=1).indices)
-    result: Int64 = torch.cat(found).numpy()
-    return result
-
-
-def _prepared(vectors: Float32, metric: str) -> Tensor:
-    tensor = torch.tensor(vectors)  # a copy: arrays that come from Parquet are not writable
-    return functional.normalize(tensor, dim=1) if metric == "cosine" else tensor
+    return nearest(queries, gallery, min(NEIGHBOURS, len(gallery) - 1), own, metric)[1]

@@ -6,12 +6,15 @@ measures it. It does not judge.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.commits import Commit
 from pipeline.config import Config
-from pipeline.neighbours import Found, Neighbours, in_old_gallery, in_snapshot, nearest_rows
+from pipeline.nearest import nearest
+from pipeline.neighbours import Found, Neighbours, in_old_gallery, in_snapshot
 from pipeline.plan import Plan
 from pipeline.points import SLOTS
 from pipeline.probe_set import ProbeSet
@@ -40,15 +43,17 @@ def reference(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> Referenc
     found = read_reference(run)
     if found is not None:
         return found
-    nearest, counts = in_old_gallery(config, run, plan, probe)
+    in_old, counts = in_old_gallery(config, run, plan, probe)
     metric, k = config.gallery.metric, min(SLOTS, len(probe.ids) - 1)
-    new = nearest_rows(probe.new, probe.new, metric, k, own=True)[0]
-    old = nearest_rows(probe.old, probe.old, metric, k, own=True)[0]
-    transformed = nearest_rows(probe.new, probe.transformed, metric, k, own=True)[0]
+    own = np.arange(len(probe.ids))
+    new, old, transformed = (
+        nearest(*sides, k, own, metric)[1]
+        for sides in ((probe.new, probe.new), (probe.old, probe.old), (probe.new, probe.transformed))
+    )
     among = np.bincount(probe.labels[probe.labels >= 0], minlength=len(probe.label_names))
     matched, inside = (_matched(probe.labels, some) for some in (counts, among))
     made = Reference(
-        old=_ranks(nearest.without(probe.ids).labels, probe.labels, matched),
+        old=_ranks(in_old.without(probe.ids).labels, probe.labels, matched),
         old_recalled=_recalled(old, new),
         num_neighbours=k,
         within_old=_ranks(probe.labels[old], probe.labels, inside),
@@ -59,8 +64,13 @@ def reference(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> Referenc
     return made
 
 
-def measure(run: Run, plan: Plan, probe: ProbeSet, known: Reference, commit: Commit) -> Quality:
+def measure(
+    run: Run, plan: Plan, probe: ProbeSet, known: Reference, commit: Commit, examined: Quality | None = None
+) -> Quality:
     """The quality of a commit, measured now or as it was stored.
+
+    Args:
+        examined: of its draft, where that was examined already.
 
     Raises:
         DataError: a segment is missing or damaged.
@@ -68,7 +78,8 @@ def measure(run: Run, plan: Plan, probe: ProbeSet, known: Reference, commit: Com
     stored = read_quality(run, commit.number)
     if stored is not None and stored.attempt_id == commit.attempt_id:
         return stored
-    made = examine(run, plan, probe, known, commit)
+    made = examine(run, plan, probe, known, commit) if examined is None else examined
+    made = replace(made, attempt_id=commit.attempt_id)
     write_quality(run, made)
     return made
 
@@ -84,18 +95,19 @@ def examine(run: Run, plan: Plan, probe: ProbeSet, known: Reference, commit: Com
 
 def assess(probe: ProbeSet, known: Reference, commit: Commit, found: Found) -> Quality:
     """The figures of what was found in a commit."""
-    nearest = found.nearest.without(probe.ids)
-    ranks = _ranks(nearest.labels, probe.labels, np.array(known.old) >= 0)
+    others = found.nearest.without(probe.ids)
+    ranks = _ranks(others.labels, probe.labels, np.array(known.old) >= 0)
     gallery = np.where(found.embedded[:, None], probe.new, probe.transformed)
     k = known.num_neighbours
-    exact = nearest_rows(probe.new, probe.new, commit.metric, k, own=True)[0]
-    recalled = _recalled(nearest_rows(probe.new, gallery, commit.metric, k, own=True)[0], exact)
+    rows = np.arange(len(probe.ids))
+    exact, mixed = (nearest(probe.new, side, k, rows, commit.metric)[1] for side in (probe.new, gallery))
+    recalled = _recalled(mixed, exact)
     own = _own(probe, found) if commit.metric != "ip" else ()  # by inner product an image need not be its nearest
     figures = top(ranks) | recall(recalled, k)
     answered = np.array(known.old) == 1
     if known.labelled and answered.any():
         figures["negative_flips"] = 100 * float((np.array(ranks)[answered] != 1).mean())
-    figures |= _slot_share(nearest, commit)
+    figures |= _slot_share(others, commit)
     groups = _groups(probe, np.array(ranks))
     if len(groups) > 1:
         shares = [100 * right / queries for _, right, queries in groups]

@@ -20,10 +20,16 @@ from typing import Self
 import numpy as np
 
 from pipeline.ranking import Float64
+from pipeline.run import Run
 
 REACHED = (95, 99)
 _BAND = 2.0  # standard errors
 BAND_SAYS = "with two standard errors"
+
+
+def expected_uri(run: Run) -> str:
+    """Where the expected curve of a run is kept."""
+    return run.path("reports", "expected.json")
 
 
 @dataclass(frozen=True, slots=True)

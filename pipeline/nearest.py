@@ -1,4 +1,4 @@
-"""Exact neighbours and clusters among a few thousand vectors, for policies; by FAISS.
+"""Exact neighbours and clusters among vectors that fit into memory; by FAISS.
 
 Guarantee: the same arrays give the same bits on the same machine. It knows nothing of segments or runs.
 """
@@ -13,19 +13,29 @@ from pipeline.schema import Float32, Int64
 _ITERATIONS = 20
 
 
-def nearest(queries: Float32, base: Float32, k: int, own: Int64 | None = None) -> tuple[Float32, Int64]:
-    """The k nearest rows of `base` (M, d) by squared Euclidean distance: distances and rows, both (N, k), best first.
+def nearest(
+    queries: Float32, base: Float32, k: int, own: Int64 | None = None, metric: str = "l2"
+) -> tuple[Float32, Int64]:
+    """The k nearest rows of `base` by exact search: keys float32 and rows int64, both (N, k), best first.
+
+    A key is the squared Euclidean distance, or the negative inner product: the smaller, the nearer.
 
     Args:
         queries: (N, d) float32.
-        base: (M, d) float32, M > k.
-        k: at most M - 1.
+        base: (M, d) float32.
+        k: at most M, or M - 1 with `own`.
         own: (N,) int64, the row that does not count for a query, or -1.
+        metric: l2, ip or cosine.
     """
-    distances, rows = faiss.knn(np.ascontiguousarray(queries), np.ascontiguousarray(base), k + 1)
-    left_out = np.zeros(rows.shape, np.bool_) if own is None else rows == own[:, None]
+    kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+    left, right = (_unit(side) if metric == "cosine" else np.ascontiguousarray(side) for side in (queries, base))
+    keys, rows = faiss.knn(left, right, k if own is None else k + 1, metric=kind)
+    keys = np.maximum(keys, 0) if metric == "l2" else -keys
+    if own is None:
+        return keys, rows
+    left_out = rows == own[:, None]
     left_out[~left_out.any(axis=1), -1] = True
-    return np.maximum(distances[~left_out].reshape(-1, k), 0), rows[~left_out].reshape(-1, k)
+    return keys[~left_out].reshape(-1, k), rows[~left_out].reshape(-1, k)
 
 
 def cluster(vectors: Float32, num_clusters: int, seed: int) -> Float32:
@@ -40,3 +50,9 @@ def cluster(vectors: Float32, num_clusters: int, seed: int) -> Float32:
     )
     kmeans.train(np.ascontiguousarray(vectors))
     return np.asarray(kmeans.centroids, np.float32)
+
+
+def _unit(vectors: Float32) -> Float32:
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: Float32 = np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)
+    return unit

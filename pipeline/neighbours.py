@@ -25,6 +25,7 @@ from pipeline.commits import Commit, SegmentRef
 from pipeline.config import Config
 from pipeline.embeddings import embedding_log, read_embeddings
 from pipeline.index import Segment
+from pipeline.nearest import nearest
 from pipeline.plan import Plan
 from pipeline.points import SLOTS
 from pipeline.probe_set import FOLDER, ProbeSet
@@ -34,7 +35,6 @@ from pipeline.vector_log import VectorLog
 
 NEIGHBOURS = SLOTS + 1  # one of them may be the image itself
 
-_SCORES_AT_ONCE = 2**24  # 64 MB
 _BYTES_AT_ONCE = 2**30  # of segments that one task searches
 
 
@@ -135,42 +135,6 @@ def in_snapshot(run: Run, plan: Plan, probe: ProbeSet, commit: Commit) -> Found:
     return reduce(Found.merge, [*kept, *found.values()])
 
 
-def nearest_rows(queries: Float32, gallery: Float32, metric: str, k: int, own: bool = False) -> tuple[Int64, Float32]:
-    """The rows of the k nearest by exact search, (Q, k) int64, and their keys, (Q, k) float32, smaller is nearer.
-
-    Args:
-        queries: (Q, d) float32.
-        gallery: (N, d) float32, N > k.
-        metric: l2, ip or cosine.
-        k: at most N, or N - 1 with `own`.
-        own: query i is row i, which does not count for it.
-    """
-    left, right = (_unit(side) if metric == "cosine" else side for side in (queries, gallery))
-    offset = np.einsum("nd,nd->n", right, right) / 2 if metric == "l2" else np.zeros(len(right), np.float32)
-    rows, keys = np.empty((len(left), k), np.int64), np.empty((len(left), k), np.float32)
-    size = max(1, _SCORES_AT_ONCE // len(right))
-    for start in range(0, len(left), size):
-        part = slice(start, min(start + size, len(left)))
-        scores = offset - left[part] @ right.T
-        if own:
-            scores[np.arange(len(scores)), np.arange(part.start, part.stop)] = np.inf
-        order = np.argsort(scores, axis=1, kind="stable")[:, :k] if k == scores.shape[1] else _smallest(scores, k)
-        rows[part], keys[part] = order, np.take_along_axis(scores, order, axis=1)
-    return rows, keys
-
-
-def _smallest(scores: Float32, k: int) -> Int64:
-    chosen = np.sort(np.argpartition(scores, k - 1, axis=1)[:, :k], axis=1)
-    order = np.argsort(np.take_along_axis(scores, chosen, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(chosen, order, axis=1)
-
-
-def _unit(vectors: Float32) -> Float32:
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit: Float32 = np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)
-    return unit
-
-
 def _in_old_part(
     run: Run, log: VectorLog, queries: Float32, label_names: tuple[str, ...], metric: str, part: int
 ) -> tuple[Neighbours, Int64]:
@@ -179,7 +143,7 @@ def _in_old_part(
     ids: Int64 = table["id"].to_numpy()
     if not len(ids):
         return Neighbours.none(len(queries)), counts
-    rows, keys = nearest_rows(queries, old, metric, min(NEIGHBOURS, len(ids)))
+    keys, rows = nearest(queries, old, min(NEIGHBOURS, len(ids)), metric=metric)
     few = Neighbours(ids[rows], keys, labels[rows], np.zeros(rows.shape, np.bool_))
     return Neighbours.none(len(queries)).merge(few), counts
 

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field, replace
 
 from pipeline import assess, gate, quality, snapshot, telemetry
-from pipeline.commits import Commit
+from pipeline.commits import Commit, SegmentRef
 from pipeline.config import Config
 from pipeline.errors import ConfigError, GateRefused
 from pipeline.gate import Refusal
@@ -48,6 +48,7 @@ class Promotion:
     refusals: list[Refusal] = field(default_factory=list)
     _probe: tuple[ProbeSet, Reference] | None = None
     _opened: bool = False
+    _examined: tuple[tuple[SegmentRef, ...], Quality] | None = None  # the last draft's segments, and what they gave
     _warned: set[str] = field(default_factory=set)
 
     def inspect(self, draft: Commit) -> None:
@@ -61,6 +62,7 @@ class Promotion:
         if self.config.gate.on_refusal == "go_on" or least is None or (probe := self._open()) is None:
             return
         measured = assess.examine(self.run, self.plan, *probe, draft)
+        self._examined = draft.segments, measured
         wave = tuple(item for item in measured.own if item[0] == draft.number)
         found = gate.mixed_up(replace(measured, own=wave), least)
         if found:
@@ -121,7 +123,9 @@ class Promotion:
         if probe is None:
             return None
         start = time.perf_counter()
-        measured = assess.measure(self.run, self.plan, *probe, commit)
+        segments, examined = self._examined or ((), None)
+        same = examined if segments == commit.segments else None  # another driver's may be there instead
+        measured = assess.measure(self.run, self.plan, *probe, commit, same)
         telemetry.STAGE_SECONDS.labels("measure").observe(time.perf_counter() - start)
         telemetry.observe_probe(measured.figures)
         return measured

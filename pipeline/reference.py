@@ -180,13 +180,5 @@ def _centroids(new: Float32, labels: Int64, seed: int) -> tuple[Float32, Int64 |
 
 
 def _reach(new: Float32, z: Float32, rows: Int64, metric: str) -> Float32:
-    k = min(_REACH, len(new) - 1)
-    if metric != "ip":
-        return nearest(new[rows], z, k, rows)[0][:, -1]
-    found = np.empty(len(rows), np.float32)
-    for start in range(0, len(rows), 1024):
-        part = rows[start : start + 1024]
-        far = keys(new[part], z, metric)
-        far[np.arange(len(part)), part] = np.inf
-        found[start : start + 1024] = np.partition(far, k - 1, axis=1)[:, k - 1]
-    return found
+    far, _ = nearest(new[rows], z, min(_REACH, len(new) - 1), rows, "ip" if metric == "ip" else "l2")
+    return far[:, -1]

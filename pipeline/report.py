@@ -24,6 +24,7 @@ from pipeline import curve as curves
 from pipeline import plots, quality, snapshot, storage, vector_log
 from pipeline.config import Config
 from pipeline.errors import DataError
+from pipeline.expected import expected_uri
 from pipeline.gallery import new_embeddings_given
 from pipeline.plan import Plan, read_plan
 from pipeline.progress import Progress, Tracker
@@ -125,7 +126,7 @@ def collect(config: Config, run: Run) -> ReportData:
         probe=_probe(run),
         standing=None if (standing := read_standing(run)) is None else asdict(standing),
         selection=_selection(run) if marker else None,
-        expected=json.loads(expected[0]) if (expected := storage.read_versioned(_expected_uri(run))) else None,
+        expected=json.loads(expected[0]) if (expected := storage.read_versioned(expected_uri(run))) else None,
     )
 
 
@@ -216,10 +217,6 @@ def _charts(data: ReportData) -> dict[str, str]:
         edges, rates = np.array(data.throughput["edges_seconds"]), np.array(data.throughput["rates"])
         charts["throughput"] = plots.throughput_plot(edges, rates)
     return charts
-
-
-def _expected_uri(run: Run) -> str:
-    return run.path("reports", "expected.json")
 
 
 def _selection(run: Run) -> Tree | None:

@@ -16,10 +16,10 @@ import torch
 
 from pipeline import offset as offsets
 from pipeline import probe_set, storage
-from pipeline.agreement import nearest
+from pipeline.agreement import among
 from pipeline.config import Config
 from pipeline.evaluate import METRICS, Metrics, evaluate, recall
-from pipeline.expected import Ends, Expected, expect
+from pipeline.expected import Ends, Expected, expect, expected_uri
 from pipeline.gallery import codes_of, transformed_table
 from pipeline.offset import Offset
 from pipeline.plan import Plan
@@ -53,7 +53,7 @@ def expected_curve(config: Config, run: Run, plan: Plan) -> Curves | None:
     Returns:
         None where the run has no probe set, or the gallery and the pairs do not both have labels, or both none.
     """
-    uri = run.path("reports", "expected.json")
+    uri = expected_uri(run)
     stored = storage.read_versioned(uri)
     if stored is not None:
         return {name: Expected.from_json(item) for name, item in json.loads(stored[0]).items()}
@@ -114,8 +114,8 @@ def _ends(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> dict[str, En
     metric, rows = config.gallery.metric, np.flatnonzero(probe.labels >= 0)
     if len(rows) < _LEAST_LABELLED or len(np.unique(probe.labels[rows])) == len(rows):
         rows = np.arange(len(probe.ids))
-        exact = nearest(probe.new, probe.new, rows, metric)
-        first = recall(nearest(probe.new, probe.transformed, rows, metric), exact)
+        exact = among(probe.new, probe.new, rows, metric)
+        first = recall(among(probe.new, probe.transformed, rows, metric), exact)
         error = 100 * np.sqrt(first / 100 * (1 - first / 100) / len(rows))
         return {"recall10": Ends(first, 100.0, float(error), 0.0)}
     table = transformed_table(run, ["id", "label", "vector"])

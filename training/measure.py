@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.agreement import nearest
+from pipeline.agreement import among
 from pipeline.config import Config
 from pipeline.evaluate import evaluate, recall
 from pipeline.schema import Float32
@@ -104,7 +104,7 @@ def _retrieval(pairs: PairArrays, z: Float32, metric: str) -> dict[str, dict[str
     kinds = {"transformed": (new, z), "old_old": (old, old), "new_new": (new, new)}
     if labels is None or pairs.labels is None:
         own = np.arange(len(rows))
-        found = {kind: nearest(*sides, own, metric) for kind, sides in kinds.items()}
+        found = {kind: among(*sides, own, metric) for kind, sides in kinds.items()}
         return {kind: {"agreement10": recall(each, found["new_new"])} for kind, each in found.items()}
     names = pairs.labels[rows]
     return {kind: evaluate(*kinds[kind], names, names, metric=metric, self_match=True).as_dict() for kind in kinds}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.agreement import NEIGHBOURS, agreement_curve, nearest
+from pipeline.agreement import NEIGHBOURS, agreement_curve, among
 from pipeline.schema import Float32, Int64
 
 NUM, DIM, POINTS = 60, 5, 4
@@ -29,7 +29,7 @@ def by_sorting(queries: Float32, gallery: Float32, own: Int64, metric: str) -> l
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
 def test_the_nearest_are_those_of_a_full_sort_without_the_query_itself(metric: str) -> None:
     own = np.arange(5, 45)
-    found = nearest(vectors(0)[own], vectors(1), own, metric)
+    found = among(vectors(0)[own], vectors(1), own, metric)
     assert [set(row) for row in found.tolist()] == by_sorting(vectors(0)[own], vectors(1), own, metric)
 
 
