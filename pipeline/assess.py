@@ -65,11 +65,18 @@ def reference(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> Referenc
 
 
 def measure(
-    run: Run, plan: Plan, probe: ProbeSet, known: Reference, commit: Commit, examined: Quality | None = None
+    run: Run,
+    plan: Plan,
+    probe: ProbeSet,
+    known: Reference,
+    commit: Commit,
+    waves: dict[str, Found],
+    examined: Quality | None = None,
 ) -> Quality:
     """The quality of a commit, measured now or as it was stored.
 
     Args:
+        waves: see `neighbours.in_snapshot`.
         examined: of its draft, where that was examined already.
 
     Raises:
@@ -78,19 +85,21 @@ def measure(
     stored = read_quality(run, commit.number)
     if stored is not None and stored.attempt_id == commit.attempt_id:
         return stored
-    made = examine(run, plan, probe, known, commit) if examined is None else examined
+    made = examine(run, plan, probe, known, commit, waves) if examined is None else examined
     made = replace(made, attempt_id=commit.attempt_id)
     write_quality(run, made)
     return made
 
 
-def examine(run: Run, plan: Plan, probe: ProbeSet, known: Reference, commit: Commit) -> Quality:
-    """The quality of a commit that may be a draft yet: it is not stored.
+def examine(
+    run: Run, plan: Plan, probe: ProbeSet, known: Reference, commit: Commit, waves: dict[str, Found]
+) -> Quality:
+    """The quality of a commit that may be a draft yet: it is not stored; `waves` as in `neighbours.in_snapshot`.
 
     Raises:
         DataError: a segment is missing or damaged.
     """
-    return assess(probe, known, commit, in_snapshot(run, plan, probe, commit))
+    return assess(probe, known, commit, in_snapshot(run, plan, probe, commit, waves))
 
 
 def assess(probe: ProbeSet, known: Reference, commit: Commit, found: Found) -> Quality:

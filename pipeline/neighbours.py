@@ -111,8 +111,11 @@ def in_old_gallery(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> tup
     return nearest, counts
 
 
-def in_snapshot(run: Run, plan: Plan, probe: ProbeSet, commit: Commit) -> Found:
+def in_snapshot(run: Run, plan: Plan, probe: ProbeSet, commit: Commit, known: dict[str, Found]) -> Found:
     """What a search with the probe's new embeddings finds in a commit; only waves not searched before are.
+
+    Args:
+        known: what this process found in waves so far, for the next commit; those of this one are all that is left.
 
     Raises:
         DataError: a segment is missing or damaged.
@@ -120,19 +123,21 @@ def in_snapshot(run: Run, plan: Plan, probe: ProbeSet, commit: Commit) -> Found:
     waves: dict[int, list[SegmentRef]] = defaultdict(list)
     for ref in commit.segments:
         waves[ref.wave].append(ref)
-    stored = {wave: _uri(run, commit, refs) for wave, refs in waves.items()}
-    missing = [wave for wave, uri in stored.items() if not storage.exists(uri)]
-    pieces = [refs for wave in missing for refs in _portions(waves[wave])]
-    images = sum(ref.vectors for wave in missing for ref in waves[wave])
-    found: dict[int, Found] = {}
-    each = fan_out.each(_in_segments, (run, plan, probe, commit), pieces, images)
-    for refs, some in zip(pieces, each, strict=True):
-        wave = refs[0].wave
-        found[wave] = found[wave].merge(some) if wave in found else some
-    for wave in missing:
-        storage.put(stored[wave], _to_parquet(found[wave]))
-    kept = [_from_parquet(stored[wave]) for wave in waves.keys() - found.keys()]
-    return reduce(Found.merge, [*kept, *found.values()])
+    stored = {_uri(run, commit, refs): refs for refs in waves.values()}
+    for uri in known.keys() - stored.keys():
+        del known[uri]
+    known |= {uri: _from_parquet(uri) for uri in stored.keys() - known.keys() if storage.exists(uri)}
+    missing = {uri: refs for uri, refs in stored.items() if uri not in known}
+    pieces = [(uri, some) for uri, refs in missing.items() for some in _portions(refs)]
+    images = sum(ref.vectors for refs in missing.values() for ref in refs)
+    found: dict[str, Found] = {}
+    each = fan_out.each(_in_segments, (run, plan, probe, commit), [refs for _, refs in pieces], images)
+    for (uri, _), some in zip(pieces, each, strict=True):
+        found[uri] = found[uri].merge(some) if uri in found else some
+    for uri, some in found.items():
+        storage.put(uri, _to_parquet(some))
+    known |= found
+    return reduce(Found.merge, known.values())
 
 
 def _in_old_part(

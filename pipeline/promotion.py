@@ -16,6 +16,7 @@ from pipeline.commits import Commit, SegmentRef
 from pipeline.config import Config
 from pipeline.errors import ConfigError, GateRefused
 from pipeline.gate import Refusal
+from pipeline.neighbours import Found
 from pipeline.plan import Plan
 from pipeline.probe_set import ProbeSet, gather
 from pipeline.quality import Quality, Reference
@@ -48,7 +49,8 @@ class Promotion:
     refusals: list[Refusal] = field(default_factory=list)
     _probe: tuple[ProbeSet, Reference] | None = None
     _opened: bool = False
-    _examined: tuple[tuple[SegmentRef, ...], Quality] | None = None  # the last draft's segments, and what they gave
+    _examined: tuple[set[SegmentRef], Quality] | None = None  # the last draft's segments, and what they gave
+    _found: dict[str, Found] = field(default_factory=dict)  # what the probe set finds in each wave
     _warned: set[str] = field(default_factory=set)
 
     def inspect(self, draft: Commit) -> None:
@@ -61,8 +63,8 @@ class Promotion:
         least = self.config.gate.min_own
         if self.config.gate.on_refusal == "go_on" or least is None or (probe := self._open()) is None:
             return
-        measured = assess.examine(self.run, self.plan, *probe, draft)
-        self._examined = draft.segments, measured
+        measured = assess.examine(self.run, self.plan, *probe, draft, self._found)
+        self._examined = set(draft.segments), measured
         wave = tuple(item for item in measured.own if item[0] == draft.number)
         found = gate.mixed_up(replace(measured, own=wave), least)
         if found:
@@ -123,9 +125,9 @@ class Promotion:
         if probe is None:
             return None
         start = time.perf_counter()
-        segments, examined = self._examined or ((), None)
-        same = examined if segments == commit.segments else None  # another driver's may be there instead
-        measured = assess.measure(self.run, self.plan, *probe, commit, same)
+        segments, examined = self._examined or (set(), None)
+        same = examined if segments == set(commit.segments) else None  # another driver's may be there instead
+        measured = assess.measure(self.run, self.plan, *probe, commit, self._found, same)
         telemetry.STAGE_SECONDS.labels("measure").observe(time.perf_counter() - start)
         telemetry.observe_probe(measured.figures)
         return measured

@@ -81,7 +81,7 @@ def tune(
         rates = _measure_stream(config, pool, folder, rows, alone, seconds, on_time)
     finally:
         storage.delete(folder)
-    found = estimate(rates, plan.num_gallery, pool.first, config.telemetry)
+    found = estimate(rates, plan.num_gallery, len(plan.waves), pool.first, config.telemetry)
     storage.put(estimate_uri(run), json.dumps(found.to_json(), indent=1).encode())
     return found
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import quality, snapshot, storage
+from pipeline import assess, quality, snapshot, storage
 from pipeline.config import Config, Gate
 from pipeline.errors import GateRefused
 from pipeline.plan import read_plan
@@ -96,6 +96,24 @@ def test_what_is_recalled_may_fall_on_the_way_and_prod_waits_for_what_is_better(
     assert failed[0] == failed[-1] == []
     assert {check for checks in failed for check in checks} == {"fall"}
     assert prod(run) == LAST
+
+
+def test_a_draft_that_was_examined_is_not_searched_again_as_a_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = probed(tmp_path, known(), commits=True)
+    settle(config, run)
+    alone = quality.read_all(run)
+    storage.delete(run.path("reports", "probe-set"))
+    examined, examine = list[int](), assess.examine
+    monkeypatch.setattr(assess, "examine", lambda *of: (examined.append(of[4].number), examine(*of))[1])
+    gate = promotion(config, run)
+    for number in range(1, LAST + 1):
+        commit = snapshot.read_commit(run, number)
+        gate.inspect(replace(commit, attempt_id="", segments=commit.segments[::-1]))  # a draft's are in no order
+        gate.settle(commit)
+    assert quality.read_all(run) == alone[1:]
+    assert examined == list(range(1, LAST + 1))
 
 
 def test_every_figure_is_that_of_exact_search_over_what_the_commit_holds(tmp_path: Path) -> None:
