@@ -5,13 +5,12 @@ and per unit (the sums of `fastfill_stage_seconds`) and the start. From these al
 backfill of other images (the training set), units and waves, which is then run. Everything is real (images, encoder,
 Ray, log, segments, commits) but the transformed vectors, which are noise: no fit is needed then.
 
-    flock /tmp/heavy.lock python -m benchmarks.simulation_check --repeats 3
+    python -m benchmarks.simulation_check --repeats 3
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -20,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
+from benchmarks.measure import header
 from benchmarks.scenario import Cluster, Job, Seconds
 from benchmarks.simulation import Simulation
 from jobs.options import start_ray
@@ -35,6 +34,7 @@ from pipeline.plan import Plan, wave_sizes
 from pipeline.progress import Progress
 from pipeline.run import Run
 from pipeline.schema import transformed_schema, vectors_to_arrow
+from pipeline.transformation import TransformationInfo, save_transformation
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar100"
 CONFIG = Path(__file__).resolve().parents[1] / "jobs" / "configs" / "cifar100.yaml"
@@ -76,6 +76,11 @@ def make_run(folder: str, images: Path, job: Job) -> tuple[Config, Run, Plan]:
     storage.put(run.part(SCORED, 0), storage.parquet_bytes(schema, [rows]))
     pairs = pa.table({"new": vectors_to_arrow(noise[:1_000])})
     storage.put(run.path("pairs", "train", "part-00000.parquet"), storage.parquet_bytes(pairs.schema, [pairs]))
+    old_dim = config.encoders.old.dim if config.encoders.old is not None else dim
+    info = TransformationInfo(
+        old_dim, dim, None, 8, False, config.fit.loss, config.seed, 0, 0, 0, better_than_old=False
+    )
+    save_transformation(run, info.network(), info)  # untrained: it is there, and nothing is transformed by it
     waves, _ = planner.arrange(config, run, SCORED, [job.images])
     plan = Plan(
         config.plan.policy, config.seed, job.images, 1, job.shards, dim, job.unit_images, tuple(waves), "benchmark"
@@ -152,7 +157,7 @@ def main() -> None:
     arguments = parser.parse_args()
     start_ray()
     train, test = DATA / "train.parquet", DATA / "test.parquet"
-    print(f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}; {pq.read_metadata(train).num_rows} images at most")
+    print(f"{header()}\n", flush=True)
     print("| repeat | foretold, s | real, s | foretold / real | published: foretold | real | load, embed ms/image |")
     print("|---|---|---|---|---|---|---|")
     for repeat in range(arguments.repeats):
