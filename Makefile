@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Not among them: a cluster that loses nodes (spot), whole fits (quality, loss_modes, fit_steps), and what foretells
+# others (scaling, simulation_check): each takes many minutes and has no short form.
 BENCHMARKS := throughput waves decode fetch fetch_tars plan index fit startup first_benefit manifest simulate
 
 .PHONY: demo test test-slow test-faults test-cluster test-scale bench check format clean

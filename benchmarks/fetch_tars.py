@@ -30,7 +30,7 @@ from tests.seaweed import SeaweedFS, s3_client
 
 BUCKET = "tars"
 HEADER_BYTES = 512
-FRACTIONS = (0.01, 0.05, 0.25, 1.0)
+FRACTIONS = (0.01, 0.05, 0.25)  # from one half on a tar is read whole, whatever the gap
 
 
 @dataclass(frozen=True, slots=True)

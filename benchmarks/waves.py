@@ -3,7 +3,7 @@
 A whole backfill (`pipeline.backfill`) of CIFAR-100's training images, 50,000 as a gallery, on a local Ray; fit and
 plan are made before. The rate is that from the first durable unit to the last, the first unit not counted. The
 delay of a wave is from the time of its last part in the vector log to the time of its commit, as files: what a
-reader has to wait that asks at once.
+reader waits who asks for that commit; `prod` follows once the gate has judged it.
 
     python -m benchmarks.waves --repeats 5
 """
@@ -78,8 +78,8 @@ def prepare(chosen: config.Config, like: config.Config | None) -> tuple[Run, Pla
 
 
 def measure_run(chosen: config.Config, run: Run, plan: Plan) -> Result:
-    for name in ("embedded", "rejects", "index", "reports"):
-        shutil.rmtree(Path(run.uri) / name, ignore_errors=True)
+    for name in ("embedded", "rejects", "index", "reports", "probe-set/neighbours", "probe-set/reference.json"):
+        storage.delete(storage.join(run.uri, name))
     moments: list[tuple[float, int]] = []
 
     def note(progress: Progress) -> None:

@@ -103,7 +103,9 @@ def show_estimate(found: Estimate) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_row("to embed", f"{found.images:,} images, {found.bytes / 1e9:,.2f} GB to fetch")
     table.add_row(
-        "time", f"{timedelta(seconds=round(found.seconds))} on this cluster, at {rates.stream:,.0f} images per second"
+        "time",
+        f"{timedelta(seconds=round(found.seconds))} on this cluster as configured, "
+        f"at {rates.stream:,.0f} images per second",
     )
     hours = f"{found.gpu_hours:,.2f} GPU hours, " if rates.gpus else ""
     table.add_row("cost", f"{hours}{found.node_hours:,.2f} node hours{money}")

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -58,21 +57,32 @@ class DeviceDecoder:
         pixels = torch.zeros(shape, dtype=torch.uint8, device=self._device)
         rejects: dict[int, Reject] = {}
         headers: dict[int, _Header] = {}
+        others, refused = list[int](), list[int]()  # what the CPU decodes; because the device does not
         for row, data in enumerate(encoded):
             try:
                 header = self._header(data)
                 if header is None:
-                    pixels[row] = self._on_cpu(data)
+                    others.append(row)
                 else:
                     headers[row] = header
             except Reject as reject:
                 rejects[row] = reject
         for rows in _together(headers):
             for row, picture in self._pictures(encoded, rows).items():
+                if picture is None or picture.shape[1:] != headers[row].size:
+                    others.append(row)
+                    refused.append(row)
+                    continue
                 try:
-                    pixels[row] = self._finished(encoded[row], headers[row], picture)
+                    pixels[row] = self._fitted(picture, headers[row].resized)
                 except Reject as reject:
                     rejects[row] = reject
+        on_cpu = self._on_cpu(encoded, others, rejects)
+        if len(on_cpu):
+            pixels[[row for row in others if row not in rejects]] = on_cpu.to(self._device, non_blocking=True)
+        if not self._refused and not rejects.keys() >= set(refused):  # else it was the images, not the device
+            _LOG.warning("%s refused a JPEG that the CPU decodes; such ones are decoded there", self._device)
+            self._refused = True
         return pixels, rejects
 
     def _probe(self) -> bool:
@@ -113,15 +123,6 @@ class DeviceDecoder:
         except RuntimeError:
             return None
 
-    def _finished(self, data: bytes, header: _Header, picture: torch.Tensor | None) -> torch.Tensor:
-        if picture is not None and picture.shape[1:] == header.size:
-            return self._fitted(picture, header.resized)
-        pixels = self._on_cpu(data)  # or a reject: then it was the image, not the device
-        if not self._refused:
-            _LOG.warning("%s refused a JPEG that the CPU decodes; such ones are decoded there", self._device)
-            self._refused = True
-        return pixels
-
     def _fitted(self, picture: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms.v2 import functional
@@ -134,8 +135,17 @@ class DeviceDecoder:
         check_shape(picture.shape[1:], self._preprocess)
         return picture
 
-    def _on_cpu(self, data: bytes) -> torch.Tensor:
-        return torch.from_numpy(np.array(decode_image(data, self._preprocess, self._limits)))
+    def _on_cpu(self, encoded: Sequence[bytes], rows: list[int], rejects: dict[int, Reject]) -> torch.Tensor:
+        """(M, C, H, W) uint8 of those rows that are no rejects, for one copy to the device; adds the rejects."""
+        shape = (len(rows), self._preprocess.channels, *cast(tuple[int, int], self._preprocess.image_size))
+        host, count = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda"), 0
+        for row in rows:
+            try:
+                host.numpy()[count] = decode_image(encoded[row], self._preprocess, self._limits)
+                count += 1
+            except Reject as reject:
+                rejects[row] = reject
+        return host[:count]
 
 
 def _together(headers: Mapping[int, _Header]) -> Iterator[list[int]]:

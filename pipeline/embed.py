@@ -7,6 +7,7 @@ the vectors.
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections import deque
@@ -38,8 +39,7 @@ class Embedder:
 
     On a GPU one batch computes while the next is copied: pinned memory, one copy each way, a stream of their own for
     those to the device, and nothing waits for a batch before the following one is on its way. That is within one call
-    of `embed`: units of one batch, such as those of 256 images at 224x224, are copied and computed in turns, unless
-    `batch_size` is set to half a unit or two actors share a GPU.
+    of `embed`, so a unit is cut into two batches at least; but for a compiled network, whose batches have one size.
     """
 
     def __init__(self, encoder: settings.Encoder, device: str, batch_size: int, threads: int) -> None:
@@ -57,12 +57,15 @@ class Embedder:
     def embed(self, pixels: Pixels | torch.Tensor) -> Float32:
         """(N, C, H, W) uint8, in the host's memory or on the device, to (N, d) float32, in order.
 
-        In batches of the configured size.
+        In batches of at most the configured size.
         """
         vectors = np.zeros((len(pixels), self._model.dim), dtype=np.float32)
         waiting: deque[tuple[int, _Batch]] = deque()
-        for start in range(0, len(pixels), self._batch_size):
-            waiting.append((start, self._launch(pixels[start : start + self._batch_size])))
+        size = self._batch_size
+        if self._copies is not None and not self._padded:
+            size = min(size, max(1, math.ceil(len(pixels) / _IN_FLIGHT)))
+        for start in range(0, len(pixels), size):
+            waiting.append((start, self._launch(pixels[start : start + size])))
             if len(waiting) == _IN_FLIGHT:
                 _land(*waiting.popleft(), vectors)
         for item in waiting:

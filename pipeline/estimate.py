@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 
 from pipeline.config import Telemetry
 
-_WAVE_CPU_SECONDS = 0.4
+WAVE_CPU_SECONDS = 0.4
 """What publishing a wave takes of the cores that the stream has else, on two of them; small where there are many."""
 
 _WITHIN = 0.97
@@ -72,9 +72,10 @@ class Estimate:
     """What is to be expected, and what to set.
 
     Attributes:
-        images: to be embedded.
+        images: of the plan.
         bytes: to be fetched for them.
-        seconds: from the start of the stream to the last durable image, on the cluster as it is.
+        seconds: from the start of the stream to the last durable image, on the cluster and with the settings as they
+            are; Ray's start and snapshot 0 come before it.
         node_hours, gpu_hours: of the whole cluster for that time.
         money: in the currency of the configured prices, None where none is configured.
         bottleneck: `fetch`, `decode` or `forward`: what is used up first.
@@ -106,12 +107,12 @@ def estimate(rates: Rates, images: int, waves: int, largest_pool: int, prices: T
 
     Args:
         rates: measured on the cluster that it will run on.
-        images: still to be embedded.
+        images: of the whole plan, whatever is embedded already.
         waves: in which they are published.
-        largest_pool: actors that the cluster has room for.
+        largest_pool: actors that the cluster has room for, whatever is configured.
         prices: per node and per GPU.
     """
-    publishing = waves * _WAVE_CPU_SECONDS / max(1.0, rates.cpus)
+    publishing = waves * WAVE_CPU_SECONDS / max(1.0, rates.cpus)
     seconds = rates.start_seconds + images / rates.stream + publishing
     hours = seconds / 3600
     node_hours, gpu_hours = hours * rates.nodes, hours * rates.gpus

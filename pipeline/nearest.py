@@ -35,7 +35,7 @@ def nearest(
         return keys, rows
     left_out = rows == own[:, None]
     left_out[~left_out.any(axis=1), -1] = True
-    return keys[~left_out].reshape(-1, k), rows[~left_out].reshape(-1, k)
+    return keys[~left_out].reshape(len(rows), k), rows[~left_out].reshape(len(rows), k)
 
 
 def cluster(vectors: Float32, num_clusters: int, seed: int) -> Float32:

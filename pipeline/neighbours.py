@@ -105,10 +105,10 @@ def in_old_gallery(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> tup
     """
     log = embedding_log(config, run, "gallery", "old")
     shared = (run, log, probe.old, probe.label_names, config.gallery.metric)
-    nearest, counts = Neighbours.none(len(probe.ids)), np.zeros(len(probe.label_names), np.int64)
+    found, counts = Neighbours.none(len(probe.ids)), np.zeros(len(probe.label_names), np.int64)
     for some, in_part in fan_out.each(_in_old_part, shared, range(plan.num_parts), plan.num_gallery):
-        nearest, counts = nearest.merge(some), counts + in_part
-    return nearest, counts
+        found, counts = found.merge(some), counts + in_part
+    return found, counts
 
 
 def in_snapshot(run: Run, plan: Plan, probe: ProbeSet, commit: Commit, known: dict[str, Found]) -> Found:

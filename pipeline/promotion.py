@@ -8,7 +8,7 @@ snapshot is kept in `reports/standing.json`. It does not publish.
 from __future__ import annotations
 
 import logging
-import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 from pipeline import assess, gate, quality, snapshot, telemetry
@@ -63,7 +63,8 @@ class Promotion:
         least = self.config.gate.min_own
         if self.config.gate.on_refusal == "go_on" or least is None or (probe := self._open()) is None:
             return
-        measured = assess.examine(self.run, self.plan, *probe, draft, self._found)
+        with telemetry.STAGE_SECONDS.labels("measure").time():
+            measured = assess.examine(self.run, self.plan, *probe, draft, self._found)
         self._examined = set(draft.segments), measured
         wave = tuple(item for item in measured.own if item[0] == draft.number)
         found = gate.mixed_up(replace(measured, own=wave), least)
@@ -124,11 +125,12 @@ class Promotion:
         probe = self._open()
         if probe is None:
             return None
-        start = time.perf_counter()
         segments, examined = self._examined or (set(), None)
-        same = examined if segments == set(commit.segments) else None  # another driver's may be there instead
-        measured = assess.measure(self.run, self.plan, *probe, commit, self._found, same)
-        telemetry.STAGE_SECONDS.labels("measure").observe(time.perf_counter() - start)
+        known = examined is not None and examined.commit == commit.number and segments == set(commit.segments)
+        with nullcontext() if known else telemetry.STAGE_SECONDS.labels("measure").time():
+            measured = assess.measure(
+                self.run, self.plan, *probe, commit, self._found, examined if known else None
+            )  # another driver's commit may be there instead of the draft
         telemetry.observe_probe(measured.figures)
         return measured
 

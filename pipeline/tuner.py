@@ -81,7 +81,8 @@ def tune(
         rates = _measure_stream(config, pool, folder, rows, alone, seconds, on_time)
     finally:
         storage.delete(folder)
-    found = estimate(rates, plan.num_gallery, len(plan.waves), pool.first, config.telemetry)
+    room = actor_pool(config.backfill.model_copy(update={"max_actors": None}), config.device).first
+    found = estimate(rates, plan.num_gallery, len(plan.waves), room, config.telemetry)
     storage.put(estimate_uri(run), json.dumps(found.to_json(), indent=1).encode())
     return found
 
@@ -125,8 +126,13 @@ def _measure_alone(config: settings.Config, rows: list[pa.Table], seconds: float
             found=f"{count} rejects",
             where=f"{rows[0]['uri'][0]} and others of the plan",
         )
-    forward = embedder.rates(np.stack(good), _BATCHES, seconds / 2)
+    forward = embedder.rates(np.stack(good), batch_sizes(settings.unit_images(config)), seconds / 2)
     return _Alone(count / spent["fetch"], count / spent["decode"], forward, str(embedder.device))
+
+
+def batch_sizes(unit_images: int) -> list[int]:
+    """What is worth measuring: batches are cut inside a unit."""
+    return [size for size in _BATCHES if size <= unit_images] or [unit_images]
 
 
 def _decoder(

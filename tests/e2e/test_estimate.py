@@ -12,6 +12,8 @@ from click.testing import CliRunner, Result
 from jobs.cli import main
 from pipeline import storage
 from pipeline.config_file import load_config
+from pipeline.estimate import WAVE_CPU_SECONDS
+from pipeline.plan import read_plan
 from pipeline.run import Run
 from pipeline.tuner import estimate_uri
 
@@ -37,7 +39,10 @@ def test_plan_estimates_the_backfill_and_keeps_nothing_else_of_it(make_run: Call
     rates = found["rates"]
     assert found["images"] == 300
     assert min(rates["fetch"], rates["decode"], rates["stream"], *rates["forward"].values()) > 0
-    assert found["seconds"] == pytest.approx(rates["start_seconds"] + 300 / rates["stream"])
+    plan = read_plan(run)
+    assert plan is not None
+    publishing = len(plan.waves) * WAVE_CPU_SECONDS / rates["cpus"]
+    assert found["seconds"] == pytest.approx(rates["start_seconds"] + 300 / rates["stream"] + publishing)
     assert found["money"] == pytest.approx(2.0 * found["node_hours"])
     assert found["bytes"] == round(300 * rates["bytes_fetched_per_image"])
 

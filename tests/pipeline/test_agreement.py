@@ -49,3 +49,7 @@ def test_each_point_is_the_share_of_the_new_models_neighbours_in_that_mixture(me
         shares = [len(a & b) / NEIGHBOURS for a, b in zip(by_sorting(embedded, state, own, metric), exact, strict=True)]
         assert found[point] == pytest.approx(100 * np.mean(shares))
     assert found[-1] == 100
+
+
+def test_a_gallery_of_the_query_alone_has_no_neighbours() -> None:
+    assert among(vectors(0)[:1], vectors(0)[:1], np.arange(1), "l2").shape == (1, 0)

@@ -34,3 +34,8 @@ def test_the_configured_decoder_is_measured_and_rejects_are_left_out(
     assert np.stack(pixels).shape == (2, 3, 80, 80)
     assert seconds > 0
     assert made == ([torch.device("cpu")] if where == "device" else [])
+
+
+@pytest.mark.parametrize(("unit_images", "sizes"), [(256, [32, 64, 128, 256]), (100, [32, 64]), (20, [20])])
+def test_only_batches_that_a_unit_holds_are_measured(unit_images: int, sizes: list[int]) -> None:
+    assert tuner.batch_sizes(unit_images) == sizes
