@@ -22,10 +22,11 @@ CONFIG = ROOT / "jobs" / "configs" / "cifar100.yaml"
 
 FIRST_IMAGE = "pairs/**/unit-*.parquet"
 STAGES = {
-    "first image embedded": FIRST_IMAGE,
+    "first unit embedded": FIRST_IMAGE,
     "pairs embedded": "pairs/pairs.json",
     "fitted": "transformation/transformation.json",
     "planned": "plan/plan.json",
+    "snapshot 0 measured": f"reports/probe-set/{0:020d}.json",
     "snapshot 0 visible": "index/tags/prod.json",
     "last wave published": f"index/commits/{20:020d}.json",
 }

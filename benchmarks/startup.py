@@ -45,7 +45,7 @@ def first_images(folder: Path, data: Path, settings: tuple[str, ...], starts: in
     for number in range(starts):
         found["python -c 'import ray; ray.init()'"] += interleave({"": timed([sys.executable, "-c", ray])}, 1)[""]
         job = Job(folder / f"start-{number}", data, settings)
-        found["first image embedded"].append(job.backfill(until=FIRST_IMAGE)["first image embedded"])
+        found["first image embedded"].append(job.backfill(until=FIRST_IMAGE)["first unit embedded"])
     return found
 
 
