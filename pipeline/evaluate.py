@@ -185,15 +185,13 @@ def simulate_curve(
     task.run([transformed, np.where(possible[:, None], embedded, transformed)], score, progress)
     start, end = (_metrics(first_rank[0, point], average_precision[0, point], num) for point in (0, -1))
     means = np.stack([_means(*scores) for scores in zip(first_rank, average_precision, strict=True)])
-    curves = {name: _order_curve(means[[own == name for own in names]], cuts / num) for name in orders}
-    kept = None
-    if per_query:
-        members = {name: [own == name for own in names] for name in orders}
-        kept = {name: (first_rank[mine], average_precision[mine]) for name, mine in members.items()}
-    if detail is None or shown is None:
-        return Simulation(cuts / num, curves, start, end, None, kept)
-    index = names.index(detail)
-    found = Detail(first_rank[index], average_precision[index], slot_share(slots[:, task.num_matches > 0], shown))
+    members = {name: [own == name for own in names] for name in orders}
+    curves = {name: _order_curve(means[mine], cuts / num) for name, mine in members.items()}
+    kept = {name: (first_rank[mine], average_precision[mine]) for name, mine in members.items()} if per_query else None
+    found = None
+    if detail is not None and shown is not None:
+        share, index = slot_share(slots[:, task.num_matches > 0], shown), names.index(detail)
+        found = Detail(first_rank[index], average_precision[index], share)
     return Simulation(cuts / num, curves, start, end, found, kept)
 
 
