@@ -16,7 +16,7 @@ kept.
     python -m benchmarks.quality --short             # one fit of a few epochs: whether it runs
 
 The other cases are measured with 12 points and 2,500 queries, on fits of 20 epochs and width 512: what the selection
-chooses between beside what it chose. With no labels of the pairs what counts is `recall10`, and the figures by labels
+chooses between beside what it chose, by 2,500 pairs of each fold. With no labels of the pairs what counts is `recall10`, and the figures by labels
 are what the selection could not see.
 """
 
@@ -94,7 +94,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], Selection]:
         config = configure(arguments, pairs, str(kept / "run"), settings)
         run, data = prepare(config)
         images = images_of(config, data, gallery)
-        selecting = config.model_copy(update={"select": Select()})
+        selecting = config.model_copy(update={"select": Select() if case.given else Select(max_measured=2500)})
         selection = _selected(selecting, run, data, kept / f"selection-{digest(selecting.fit.model_dump(mode='json'))}")
     chosen = config.model_copy(update={"fit": settings_of(selection, config.fit)})
     old = evaluate(gallery.old, gallery.old, gallery.labels, gallery.labels, self_match=True)
