@@ -16,8 +16,8 @@ kept.
     python -m benchmarks.quality --short             # one fit of a few epochs: whether it runs
 
 The other cases are measured with 12 points and 2,500 queries, on fits of 20 epochs and width 512: what the selection
-chooses between beside what it chose, by 2,500 pairs of each fold. With no labels of the pairs what counts is `recall10`, and the figures by labels
-are what the selection could not see.
+chooses between beside what it chose, by 2,500 pairs of each fold. With no labels of the pairs what counts is
+`recall10`, and the figures by labels are what the selection could not see.
 """
 
 from __future__ import annotations

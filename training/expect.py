@@ -27,7 +27,7 @@ from pipeline.run import Run
 from pipeline.schema import Float32, Int64, splitmix64, vectors_from_arrow
 from pipeline.selection import read_selection, resolve_policy
 from pipeline.shift import same_side
-from training.held_out import SALT, held_out
+from training.held_out import SALT, HeldOut, held_out
 from training.select import FINAL, curves_of, order_by
 
 _FOLDS = 4
@@ -79,16 +79,27 @@ def _shapes(config: Config, run: Run) -> tuple[tuple[str, ...], Float64]:
     if selection is not None and selection.chosen.policy == policy:  # of pairs that the policy knows nothing of
         names = tuple(selection.curves)
         return names, np.stack([np.array(selection.curves[name]) for name in names], axis=2)
-    found = held_out(config, run)
-    priority = load_policy(policy, config.seed, found.reference)(found.fold.scored())
+    return curves_by_fold(config, held_out(config, run), policy)
+
+
+def curves_by_fold(config: Config, pairs: HeldOut, policy: str) -> tuple[tuple[str, ...], Float64]:
+    """The metrics, and per fold of the pairs their curves under a policy, (F, P, M) float64 in per cent.
+
+    Args:
+        config: `gallery.metric` and `seed` count.
+        pairs: with what the policy knows.
+        policy: by its name.
+    """
+    priority = load_policy(policy, config.seed, pairs.reference)(pairs.fold.scored())
     num_folds = _FOLDS if len(priority) >= _LEAST_FOLDED else 1
     places = (splitmix64(np.arange(len(priority)), SALT) % np.uint64(num_folds)).astype(np.int64)
-    curves = []
+    curves: list[Float64] = []
+    names: tuple[str, ...] = ()
     for number in range(num_folds):
         rows = np.flatnonzero(places == number)
         orders = {policy: [order_by(priority[rows], config.seed)]}
-        names, measured = curves_of(config, found.served[rows], found.fold.take(rows), orders, FINAL)
-        curves.append(measured[policy])
+        names, found = curves_of(config, pairs.served[rows], pairs.fold.take(rows), orders, FINAL)
+        curves.append(found[policy])
     return names, np.stack(curves)
 
 
