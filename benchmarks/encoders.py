@@ -65,7 +65,7 @@ class Recipe:
 
 
 RECIPES = {
-    "biased": Recipe(32, 64, 8, kept=0.1),
+    "biased": Recipe(32, 64, 8, kept=0.01),
     "unbiased": Recipe(32, 64, 8),
     "strong-old": Recipe(32, 128, 10),
     "barely-better": Recipe(32, 128, 14, seed=1),

@@ -17,12 +17,12 @@ from pipeline.run import Run, settings_digest
 
 @dataclass(frozen=True, slots=True)
 class Boost:
-    """What was chosen. Gaps are of the worst group, in points of mAP: what it lacks to the full new model.
+    """What was chosen. A gap is what the worst group lacks of the full new model's mAP more than groups do in the mean.
 
     Attributes:
         boost: the number.
         fraction: of the gallery that is embedded where gaps are looked at.
-        start: the gap with nothing embedded.
+        start: the gap with nothing embedded, in points.
         gap: the gap at `fraction` with this boost.
         bound: `plan.group_bound`.
         tried: by boost, the gap at `fraction`.
@@ -43,8 +43,8 @@ class Boost:
     def __str__(self) -> str:
         kept = "within" if self.kept else "no boost that was tried keeps it within"
         return (
-            f"group_boost {self.boost:g}: at {self.fraction:.0%} the worst group lacks {self.gap:.1f} points of mAP of "
-            f"{self.start:.1f} at the start, {kept} {self.bound:g} of it"
+            f"group_boost {self.boost:g}: at {self.fraction:.0%} the worst group is {self.gap:.1f} points of mAP "
+            f"behind the others, {self.start:.1f} at the start; {kept} {self.bound:g} of that"
         )
 
     def to_json(self) -> str:

@@ -106,7 +106,7 @@ class Plan(Section):
     With `traffic`, what it costs to leave an image transformed counts as often as `gallery.columns.traffic` says.
     With `group_boost`, it counts up to 1 + group_boost times for the groups (`pairs.columns.group`) that suffer most
     on held-out pairs, so that the worst one catches up early. With `group_bound` the number is chosen: the least with
-    which, on held-out pairs, a fifth of them embedded, the worst group lacks at most this share of what it lacks first.
+    which, on held-out pairs, a fifth of them embedded, the worst group is at most this share of its first gap behind.
     """
 
     policy: str = "uncertainty"

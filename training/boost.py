@@ -2,8 +2,9 @@
 
     held-out pairs as served, their groups -> an order per boost -> what each group lacks on the way -> the least boost
 
-What a group lacks is the average precision that its queries gain from here to the full new model: so a group that is
-hard for any encoder does not count as a gap. It is the need that the boost goes by (`knowledge.group_needs`).
+What a group lacks is the average precision that its queries gain from here to the full new model, and the gap is what
+the worst one lacks more than groups do in the mean. So it is no gap that a group is hard for any encoder, and neither
+what all lack. The same lack at the start is the need that the boost goes by (`knowledge.group_needs`).
 Guarantee: a function of the pairs, the policy, the bound and the seed. A column of traffic is not looked at: pairs have
 none.
 """
@@ -26,7 +27,7 @@ from training.held_out import HeldOut, held_out
 from training.losses import NO_LABEL
 from training.select import order_by
 
-BOOSTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+BOOSTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 EMBEDDED = 0.2
 _POINTS = 6  # of the curve, of which the second is at EMBEDDED
 _LEAST_QUERIES = 10  # as `quality.MIN_QUERIES`, of a group that is looked at
@@ -83,18 +84,19 @@ def choose_boost(config: Config, pairs: HeldOut, policy: str, bound: float) -> B
         per_query=True,
     )
     assert simulation.queries is not None
-    worst = {name: _worst(precision[0], pairs.groups[queries]) for name, (_, precision) in simulation.queries.items()}
-    tried = {f"{boost:g}": float(worst[f"{boost:g}"][1]) for boost in BOOSTS}
-    start = float(worst["0"][0])
+    gaps = {name: _gap(precision[0], pairs.groups[queries]) for name, (_, precision) in simulation.queries.items()}
+    tried = {f"{boost:g}": float(gaps[f"{boost:g}"][1]) for boost in BOOSTS}
+    start = float(gaps["0"][0])
     within = [boost for boost in BOOSTS if tried[f"{boost:g}"] <= bound * start]
     best = within[0] if within else min(BOOSTS, key=lambda boost: (tried[f"{boost:g}"], boost))
     return Boost(best, EMBEDDED, start, tried[f"{best:g}"], bound, tried)
 
 
-def _worst(precision: Float64, groups: np.typing.NDArray[np.object_]) -> Float64:
-    """How much the worst group lacks at each point, (P,) in points of mAP, from the precisions of queries (P, Q)."""
+def _gap(precision: Float64, groups: np.typing.NDArray[np.object_]) -> Float64:
+    """The worst group's gap at each point, (P,) in points of mAP, from the precisions of queries (P, Q)."""
     measured = np.isfinite(precision[0])
     gain, mine = 100 * (precision[-1] - precision)[:, measured], groups[measured]
     names = [name for name in {*mine.tolist()} - {None} if (mine == name).sum() >= _LEAST_QUERIES]
-    found: Float64 = np.max([gain[:, mine == name].mean(axis=1) for name in names], axis=0)
+    lack = np.stack([gain[:, mine == name].mean(axis=1) for name in names])
+    found: Float64 = lack.max(axis=0) - lack.mean(axis=0)
     return found

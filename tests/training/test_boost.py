@@ -63,7 +63,7 @@ def test_a_bound_that_no_boost_keeps_is_said_to_be_missed(tmp_path: Path) -> Non
     found = choose_boost(config(tmp_path), pairs(), "uncertainty", 0.01)
     assert not found.kept
     assert found.gap == min(found.tried.values())
-    assert "no boost that was tried keeps it within 0.01 of it" in str(found)
+    assert "no boost that was tried keeps it within 0.01 of that" in str(found)
 
 
 def test_pairs_without_groups_are_refused(tmp_path: Path) -> None:
