@@ -18,6 +18,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.boost import Boost, boost_uri, read_boost
 from pipeline.config import Config
+from pipeline.errors import ConfigError
 from pipeline.evaluate import simulate_curve
 from pipeline.policy import load_policy
 from pipeline.ranking import Float64
@@ -37,7 +38,7 @@ def ensure_boost(config: Config, run: Run) -> Boost | None:
     """The choice for this run, made where it is missing; None without `plan.group_bound`.
 
     Raises:
-        ConfigError: the transformation was fitted without groups of the pairs.
+        ConfigError: the transformation was fitted without groups of the pairs, or these have too few pairs.
     """
     bound, policy = config.plan.group_bound, resolve_policy(run, config.plan.policy)
     if bound is None:
@@ -60,7 +61,7 @@ def choose_boost(config: Config, pairs: HeldOut, policy: str, bound: float) -> B
         bound: the share of the worst group's gap at the start that may be left at EMBEDDED.
 
     Raises:
-        ConfigError: the policy's reference has no groups.
+        ConfigError: the policy's reference has no groups, or they have too few pairs.
     """
     scored = replace(pairs.fold.scored(), groups=pairs.groups)
     orders = {}
@@ -97,6 +98,14 @@ def _gap(precision: Float64, groups: np.typing.NDArray[np.object_]) -> Float64:
     measured = np.isfinite(precision[0])
     gain, mine = 100 * (precision[-1] - precision)[:, measured], groups[measured]
     names = [name for name in {*mine.tolist()} - {None} if (mine == name).sum() >= _LEAST_QUERIES]
+    if len(names) < 2:
+        raise ConfigError(
+            "too few held-out pairs to choose a boost by",
+            expected=f"two groups with {_LEAST_QUERIES} pairs each that another one's label matches",
+            found=f"{len(names)} such groups among {len(mine)} pairs",
+            where="plan.group_bound",
+            remedy="raise pairs.held_out_fraction, or give plan.group_boost",
+        )
     lack = np.stack([gain[:, mine == name].mean(axis=1) for name in names])
     found: Float64 = lack.max(axis=0) - lack.mean(axis=0)
     return found

@@ -71,6 +71,14 @@ def test_pairs_without_groups_are_refused(tmp_path: Path) -> None:
         choose_boost(config(tmp_path), pairs(grouped=False), "uncertainty", 0.5)
 
 
+def test_groups_of_few_pairs_are_refused(tmp_path: Path) -> None:
+    some = pairs()
+    lonely = np.where(np.arange(NUM) < 9, "group 1", None)
+    few = HeldOut(some.fold, some.served, lonely.astype(object), some.reference)
+    with pytest.raises(ConfigError, match=r"found: 0 such groups(.|\n)*raise pairs.held_out_fraction"):
+        choose_boost(config(tmp_path), few, "uncertainty", 0.5)
+
+
 def test_a_run_chooses_once_for_each_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[float] = []
 
