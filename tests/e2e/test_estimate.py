@@ -14,7 +14,6 @@ from pipeline import storage
 from pipeline.config_file import load_config
 from pipeline.run import Run
 from pipeline.tuner import estimate_uri
-from tests.galleries import write_config
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -47,16 +46,3 @@ def test_the_estimate_is_printed_for_people(make_run: Callable[..., str], tmp_pa
     text = fastfill("plan", "--config", make_run(tmp_path), "--measure", "1").stderr
     for word in ("to embed", "300 images", "node hours", "bottleneck", "backfill.batch_size="):
         assert word in text, text
-
-
-def test_a_bound_on_groups_becomes_a_boost_that_the_plan_shows(tmp_path: Path) -> None:
-    changes = {"plan__policy": "centroid", "pairs__held_out_fraction": 0.4, "pairs__columns__group": "group"}
-    bounded = write_config(tmp_path, plan__group_bound=0.01, **changes)
-    shown = fastfill("plan", "--config", bounded, "--measure", "0").stderr
-    run = Run(load_config(bounded).run)
-    found = json.loads(fastfill("plan", "--config", bounded, "--measure", "0", "--json").stdout)["group_boost"]
-    assert f"Subgroups, on held-out pairs: group_boost {found['boost']:g}:" in shown
-    given = write_config(tmp_path, run=str(tmp_path / "given"), plan__group_boost=found["boost"], **changes)
-    fastfill("plan", "--config", given, "--measure", "0")
-    plans = [json.loads(storage.read_bytes(item.plan)) for item in (run, Run(str(tmp_path / "given")))]
-    assert plans[0] == plans[1]
