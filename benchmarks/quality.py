@@ -11,47 +11,43 @@ old/old and new/new, the state before anything is embedded, and the fraction fro
 kept.
 
     python -m benchmarks.quality [--json]            # three fits of each: three quarters of an hour on two cores
+    python -m benchmarks.quality --encoders strong --labels coarse --fits 1       # another case (benchmarks.cases)
+    python -m benchmarks.quality --encoders no-classifier --labels none --fits 1
     python -m benchmarks.quality --short             # one fit of a few epochs: whether it runs
+
+The other cases are measured with 12 points and 2,500 queries, on fits of 20 epochs and width 512: what the selection
+chooses between beside what it chose, by 2,500 pairs of each fold. With no labels of the pairs what counts is
+`recall10`, and the figures by labels are what the selection could not see.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
-import pyarrow as pa
-import torch
 
+from benchmarks.backfills import OFFICIAL, Curves, Images, digest, images_of, simulate
+from benchmarks.cases import ENCODERS, LABELS, Case
 from benchmarks.fit import configure, prepare, started_ray
-from benchmarks.fit_data import Embedded, cache_embeddings
 from benchmarks.measure import header, table
 from benchmarks.small_run import data_folder
-from pipeline import offset as offsets
-from pipeline import storage
-from pipeline.config import Config, Select
-from pipeline.config_file import load_config
-from pipeline.evaluate import METRICS, Metrics, evaluate, oracle_order, random_order, share_of_gap, simulate_curve
+from pipeline.config import Config, LossMode, Select
+from pipeline.evaluate import METRICS, Metrics, evaluate, share_of_gap
 from pipeline.expected import REACHED, fraction_for
-from pipeline.policy import POLICIES, load_policy
 from pipeline.ranking import Float64
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64
 from pipeline.selection import Selection
 from training.candidates import settings_of
-from training.knowledge import reference_of
-from training.learner import FitData, Job, PairArrays, make_arrays
+from training.learner import FitData
 from training.losses import needs_labels
-from training.select import Fold, fit_alone, order_by, select
+from training.select import Detail, select
 
-CONFIG = str(Path(__file__).resolve().parents[1] / "jobs" / "configs" / "cifar100.yaml")
 LOSSES = ("alignment", "alignment+uncertainty", "alignment+discriminative", "fastfill")
 PUBLISHED: dict[str, object] = {
     "fit.inner_width": 2048,
@@ -59,77 +55,30 @@ PUBLISHED: dict[str, object] = {
     "fit.precision": "auto",
     "fit.epochs": 40,
 }
-_RANDOM_ORDERS = 5
+QUICK: dict[str, object] = {"fit.inner_width": 512, "fit.epochs": 20, "fit.precision": "auto"}
+COARSE = Detail(12, 2500)
+"""With other encoders than the given ones: few epochs, points and queries, as many tables are to be made."""
 
-Curves = dict[str, Float64]
+COLUMNS = (*METRICS, "recall10")
 Row = dict[str, object]
 
 
-@dataclass(frozen=True, slots=True)
-class Images:
-    """What is fitted on, what is held out (with its rows as they are stored), and the gallery."""
-
-    data: FitData
-    train: PairArrays
-    held_out: PairArrays
-    table: pa.Table
-    gallery: Embedded
-
-
-def simulate(config: Config, images: Images, seed: int) -> Curves:
-    """Fit once and backfill the gallery in every order: per order (P, 3), METRICS in per cent."""
-    gallery, held_out = images.gallery, images.held_out
-    fit = config.fit if config.fit.offset != "none" else config.fit.model_copy(update={"offset": "confidence"})
-    job = Job(fit, images.data, seed, False, 0, 0)  # with its classifier, which some orders look at
-    old, new = (np.concatenate(pair) for pair in ((held_out.old, gallery.old), (held_out.new, gallery.new)))
-    found = fit_alone(job, images.train, PairArrays(old, new, None, None), seed, torch.device("cpu"))
-    count = len(held_out.old)
-    known = Fold(held_out, found.z[:count], found.s[:count], found.classifier)
-    mine = Fold(PairArrays(gallery.old, gallery.new, None, None), found.z[count:], found.s[count:], found.classifier)
-    served, transformed = known.z, mine.z
-    if config.fit.offset != "none":
-        kind, strength = config.fit.offset, config.fit.offset_strength
-        offset = offsets.fit_offset(kind, strength, known.z, known.s, held_out.new, known.classifier, "l2")
-        served, transformed = offset.apply(known.z, known.s), offset.apply(mine.z, mine.s)
-    reference = reference_of(config, images.table, held_out, known.z, known.s, served, known.classifier, None)
-    orders = {
-        "random": [random_order(np.arange(len(mine.z)), seed + number) for number in range(_RANDOM_ORDERS)],
-        **{
-            name: [order_by(load_policy(name, seed, reference)(mine.scored()), seed)]
-            for name, policy in POLICIES.items()
-            if name != "random" and "gallery_labels" not in policy.needs
-        },
-        "oracle: distance": [oracle_order(transformed, gallery.new)],
-        "oracle: cross-entropy": [order_by(_cross_entropy(mine, gallery.labels), seed)],
-    }
-    labels = gallery.labels
-    simulation = simulate_curve(transformed, gallery.new, gallery.new, labels, labels, orders, self_match=True)
-    return {name: curve.values for name, curve in simulation.orders.items()}
-
-
-def _cross_entropy(fold: Fold, labels: Int64) -> Float32:
-    assert fold.classifier is not None, "CIFAR-100 comes with one"
-    shares = fold.classifier.probabilities(fold.z)[np.arange(len(labels)), labels]
-    return -np.log(np.maximum(shares, np.finfo(np.float32).tiny))
-
-
 def describe(fit: str, order: str, fits: list[Float64], old: Metrics) -> Row:
-    """A row of the table, from the curve of each fit."""
+    """A row of the table, from the curve of each fit; its columns are COLUMNS, or the first of them."""
     stack = np.stack(fits)
-    areas, mean = stack.mean(axis=1), stack.mean(axis=0)
+    areas, mean, names = stack.mean(axis=1), stack.mean(axis=0), COLUMNS[: stack.shape[2]]
     fractions = np.linspace(0, 1, len(mean))
-    row: Row = {"fit": fit, "order": order, **dict(zip(METRICS, areas.mean(axis=0).tolist(), strict=True))}
-    deviation = areas.std(axis=0, ddof=1) if len(fits) > 1 else np.zeros(len(METRICS))
-    row["std"] = dict(zip(METRICS, deviation.tolist(), strict=True))
-    row["start"] = dict(zip(METRICS, mean[0].tolist(), strict=True))
-    before = old.as_dict()
+    row: Row = {"fit": fit, "order": order, **dict(zip(names, areas.mean(axis=0).tolist(), strict=True))}
+    deviation = areas.std(axis=0, ddof=1) if len(fits) > 1 else np.zeros(len(names))
+    row["std"] = dict(zip(names, deviation.tolist(), strict=True))
+    row["start"] = dict(zip(names, mean[0].tolist(), strict=True))
     row["share_of_gap"] = {
-        name: share_of_gap(float(areas.mean(axis=0)[column]), before[name], float(mean[-1, column]))
-        for column, name in enumerate(METRICS)
+        name: share_of_gap(float(areas.mean(axis=0)[names.index(name)]), before, float(mean[-1, names.index(name)]))
+        for name, before in old.as_dict().items()
     }
     for percent in REACHED:
         row[f"fraction{percent}"] = {
-            name: fraction_for(mean[:, column], fractions, percent) for column, name in enumerate(METRICS)
+            name: fraction_for(mean[:, column], fractions, percent) for column, name in enumerate(names)
         }
     return row | {"fits": len(fits)}
 
@@ -137,42 +86,71 @@ def describe(fit: str, order: str, fits: list[Float64], old: Metrics) -> Row:
 def measure(arguments: argparse.Namespace) -> tuple[list[Row], Selection]:
     """All rows, and what was selected."""
     few: dict[str, object] = {"fit.epochs": 3, "fit.warmup_epochs": 1} if arguments.short else {}
-    _, gallery = cache_embeddings(load_config(CONFIG, (f"data_root={arguments.data}",)), arguments.folder)
-    arguments.data_root = arguments.data
-    pairs, kept = arguments.folder / "pairs.parquet", arguments.folder / ("short" if arguments.short else "whole")
+    case = Case(arguments.encoders, arguments.labels, Path(arguments.data), arguments.folder)
+    pairs, gallery = case.embedded()
+    arguments.data_root, settings = arguments.data, case.settings() | ({} if case.given else QUICK) | few
+    kept = arguments.folder / ("short" if arguments.short else f"whole{'' if case.given else '-' + case.labels}")
     with started_ray():
-        config = configure(arguments, pairs, str(kept / "run"), few)
+        config = configure(arguments, pairs, str(kept / "run"), settings)
         run, data = prepare(config)
-        tables = [
-            pa.concat_tables(map(storage.read_parquet, parts)) for parts in (data.train_parts, data.held_out_parts)
-        ]
-        job = Job(config.fit, data, config.seed, False, 0, 0)
-        images = Images(data, make_arrays(tables[0], job), make_arrays(tables[1], job), tables[1], gallery)
-        published = {loss: configure(arguments, pairs, "none", PUBLISHED | few | {"fit.loss": loss}) for loss in LOSSES}
-        selecting = config.model_copy(update={"select": Select()})
-        selection = _selected(
-            selecting, run, data, kept / f"selection-{_digest(selecting.fit.model_dump(mode='json'))}"
-        )
+        images = images_of(config, data, gallery)
+        selecting = config.model_copy(update={"select": Select() if case.given else Select(max_measured=2500)})
+        selection = _selected(selecting, run, data, kept / f"selection-{digest(selecting.fit.model_dump(mode='json'))}")
     chosen = config.model_copy(update={"fit": settings_of(selection, config.fit)})
     old = evaluate(gallery.old, gallery.old, gallery.labels, gallery.labels, self_match=True)
     rows: list[Row] = []
-    for name, setting in {**published, _name(selection): chosen}.items():
+    for name, others in {**single_choices(case), f"selected: {_name(selection)}": None}.items():
+        setting = chosen if others is None else configure(arguments, pairs, "none", settings | others | few)
         started = time.monotonic()
-        fits = [_kept(arguments.folder, setting, images, seed) for seed in range(arguments.fits)]
+        fits = [_kept(arguments.folder, setting, images, seed, case) for seed in range(arguments.fits)]
         _say(f"{name}: {time.monotonic() - started:.0f} s")
         rows += [describe(name, order, [curves[order] for curves in fits], old) for order in fits[0]]
-        if setting is chosen:
+        if others is None:
             order = selection.chosen.policy
             rows.append(describe(name, "selected", [curves[order] for curves in fits], old))
     return rows, selection
 
 
-def _kept(folder: Path, config: Config, images: Images, seed: int) -> Curves:
+def single_choices(case: Case) -> dict[str, dict[str, object]]:
+    """What a user could set without looking: by name, settings of the fit.
+
+    On the given encoders the four losses of METHOD as published. On others what the selection chooses between, in few
+    epochs, each served as it is and with an offset.
+    """
+    if case.given:
+        return {loss: PUBLISHED | {"fit.loss": loss} for loss in LOSSES}
+    losses: list[tuple[LossMode, float]] = [("alignment", 1.0), ("alignment+uncertainty", 1.0)]
+    losses += [] if case.labels == "none" else [("fastfill", 0.1), ("fastfill", 1.0)]
+    offset = "uncertainty" if case.labels == "none" else "confidence"
+    found: dict[str, dict[str, object]] = {}
+    for loss, weight in losses:
+        fit: dict[str, object] = {"fit.loss": loss, "fit.lambda_disc": weight}
+        name = f"{loss} {weight:g}" if needs_labels(loss) else loss
+        found |= {name: fit, f"{name}, offset {offset} 0.5": fit | {"fit.offset": offset}}
+    return found
+
+
+def lost(rows: list[Row], selection: Selection) -> str:
+    """How far the selected row is behind the best single choice, in the mean of the metrics that count."""
+
+    def score(row: Row) -> float:
+        return float(np.mean([cast(float, row[metric]) for metric in selection.metrics]))
+
+    mine = next(row for row in rows if row["order"] == "selected")
+    best = max((row for row in rows if not str(row["order"]).startswith("oracle")), key=score)
+    return (
+        f"By area in {' and '.join(selection.metrics)}: the selected row has {score(mine):.2f}, the best single choice "
+        f"{score(best):.2f} ({best['fit']}, by {best['order']}), {score(best) - score(mine):.2f} more."
+    )
+
+
+def _kept(folder: Path, config: Config, images: Images, seed: int, case: Case) -> Curves:
     """`simulate`, or what it gave when this script was stopped after it."""
     decides = [config.fit.model_dump(mode="json"), seed, images.data.num_train]
-    file = folder / f"curves-{_digest(decides)}.npz"
+    file = folder / f"curves-{digest(decides if case.given else [*decides, case.labels])}.npz"
     if not file.exists():
-        np.savez(file, **simulate(config, images, seed))  # type: ignore[arg-type]  # none is called allow_pickle
+        found = simulate(config, images, seed, folder, OFFICIAL if case.given else COARSE)
+        np.savez(file, **found)  # type: ignore[arg-type]  # none is called allow_pickle
     with np.load(file) as arrays:
         return dict(arrays)
 
@@ -187,17 +165,11 @@ def _selected(config: Config, run: Run, data: FitData, file: Path) -> Selection:
     return Selection.from_json(file.read_text())
 
 
-def _digest(decides: object) -> str:
-    """Names a result by its settings and the code that it came from."""
-    code = subprocess.run(["git", "rev-parse", "HEAD:training", "HEAD:pipeline"], capture_output=True, check=True)
-    return hashlib.sha256(json.dumps(decides).encode() + code.stdout).hexdigest()[:16]
-
-
 def _name(selection: Selection) -> str:
     chosen = selection.chosen
     weight = f" {chosen.lambda_disc:g}" if needs_labels(chosen.loss) else ""
     offset = "no offset" if chosen.offset == "none" else f"offset {chosen.offset} {chosen.offset_strength:g}"
-    return f"selected: {chosen.loss}{weight}, {chosen.inner_width}, {offset}"
+    return f"{chosen.loss}{weight}, {chosen.inner_width}, {offset}"
 
 
 def _say(text: str) -> None:
@@ -208,7 +180,7 @@ def _text(row: Row) -> list[str]:
     def figures(name: str, form: str = "{:.1f}") -> str:
         values = row if name == "area" else row[name]
         assert isinstance(values, dict)
-        return " / ".join(form.format(values[metric]) for metric in METRICS)
+        return " / ".join(form.format(values[metric]) for metric in COLUMNS if metric in values)
 
     cells = [str(row["fit"]), str(row["order"]), figures("area", "{:.2f}"), figures("std", "{:.2f}"), figures("start")]
     return [*cells, figures("share_of_gap", "{:.2f}"), figures("fraction95", "{:.0%}"), figures("fraction99", "{:.0%}")]
@@ -218,23 +190,28 @@ def main() -> None:
     """Print the table in Markdown, or as one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="the folder of CIFAR-100")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "fastfill-quality")
+    parser.add_argument("--encoders", default="given", choices=ENCODERS)
+    parser.add_argument("--labels", default="label", choices=LABELS, help="of the pairs; for coarse of the gallery too")
+    parser.add_argument("--folder", type=Path, help="by default one for each pair of encoders")
     parser.add_argument("--fits", type=int, default=3)
     parser.add_argument("--short", action="store_true", help="one fit of three epochs")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     arguments.data = str(data_folder(arguments.data))
     arguments.fits = 1 if arguments.short else arguments.fits
+    apart = "" if (arguments.encoders, arguments.labels) == ("given", "label") else f"-{arguments.encoders}"
+    arguments.folder = arguments.folder or Path(tempfile.gettempdir()) / f"fastfill-quality{apart}"
     head = header(["torch", "ray"])
     rows, selection = measure(arguments)
     if arguments.json:
-        print(json.dumps({"rows": rows, "selected": json.loads(selection.to_json())["chosen"]}))
+        chosen = json.loads(selection.to_json())["chosen"]
+        print(json.dumps({"rows": rows, "selected": chosen, "lost": lost(rows, selection)}))
         return
     print(head, end="\n\n")
     titles = [
         "fit",
         "order",
-        "area, top-1 / top-5 / mAP",
+        "area, top-1 / top-5 / mAP" + (" / recall10" if arguments.labels == "none" else ""),
         "deviation",
         "fraction 0",
         "share of the gap",
@@ -242,6 +219,7 @@ def main() -> None:
         "to 99 %",
     ]
     print(table(titles, [_text(row) for row in rows]))
+    print(f"\n{lost(rows, selection)}")
 
 
 if __name__ == "__main__":

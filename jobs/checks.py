@@ -130,6 +130,7 @@ def _check_policy(config: Config) -> None:
     from training.losses import needs_classifier
 
     plan, gallery, pairs = config.plan, config.gallery.columns, config.pairs.columns
+    boosted = plan.group_boost > 0 or plan.group_bound is not None
     needs = POLICIES[plan.policy].needs if plan.policy in POLICIES else frozenset[str]()
     if ":" in plan.policy:
         load_policy(plan.policy, config.seed)
@@ -139,11 +140,12 @@ def _check_policy(config: Config) -> None:
         ("labels" in needs, pairs.label is not None, "pairs.columns.label"),
         ("gallery_labels" in needs, gallery.label is not None, "gallery.columns.label"),
         (plan.traffic, gallery.traffic is not None, "gallery.columns.traffic"),
-        (plan.group_boost > 0, pairs.group is not None and pairs.label is not None, "pairs.columns.group and .label"),
-        (plan.group_boost > 0, gallery.group is not None, "gallery.columns.group"),
+        (boosted, pairs.group is not None and pairs.label is not None, "pairs.columns.group and .label"),
+        (boosted, gallery.group is not None, "gallery.columns.group"),
     ):
         if wanted and not there:
             found = f"plan.policy {plan.policy}, traffic {plan.traffic}, group_boost {plan.group_boost:g}"
+            found += "" if plan.group_bound is None else f", group_bound {plan.group_bound:g}"
             raise ConfigError("the plan's order needs what is not given", expected=where, found=found, where="plan")
 
 

@@ -37,6 +37,8 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
 
     from jobs.bars import Bars
     from jobs.prepare import ensure_embeddings, ensure_fit, ensure_plan, open_run
+    from pipeline.boost import read_boost
+    from pipeline.selection import resolve_policy
     from pipeline.shift import APART
     from pipeline.tuner import tune
     from training.expect import expected_curve, likeness
@@ -55,13 +57,18 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
             found = tune(
                 config, run, plan, seconds, lambda done, what: bars.images("measure", int(done), int(seconds), what)
             )
+    boost = read_boost(config, run, resolve_policy(run, config.plan.policy))
     if as_json:
         curves = {name: curve.to_json() for name, curve in (expected or {}).items()}
         print_json(
-            asdict(plan) | {"expected": curves, "same_side": alike} | ({"estimate": found.to_json()} if found else {})
+            asdict(plan)
+            | {"expected": curves, "same_side": alike, "group_boost": asdict(boost) if boost else None}
+            | ({"estimate": found.to_json()} if found else {})
         )
         return
     show(plan)
+    if boost:
+        console().print(f"Subgroups, on held-out pairs: {boost}.", soft_wrap=True)
     if found:
         show_estimate(found)
     if expected:

@@ -105,12 +105,14 @@ class Plan(Section):
 
     With `traffic`, what it costs to leave an image transformed counts as often as `gallery.columns.traffic` says.
     With `group_boost`, it counts up to 1 + group_boost times for the groups (`pairs.columns.group`) that suffer most
-    on held-out pairs, so that the worst one catches up early.
+    on held-out pairs, so that the worst one catches up early. With `group_bound` the number is chosen: the least with
+    which, on held-out pairs, a fifth of them embedded, the worst group is at most this share of its first gap behind.
     """
 
     policy: str = "uncertainty"
     traffic: bool = False
     group_boost: Annotated[float, Field(ge=0.0)] = 0.0
+    group_bound: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     waves: Count | tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = 20
     unit_images: Count | None = None
     deleted_images: Literal["keep", "drop"] = "keep"
@@ -122,6 +124,8 @@ class Plan(Section):
         if self.policy not in (*POLICY_NAMES, "selected") and not re.fullmatch(r"[\w.]+:\w+", self.policy):
             names = ", ".join(POLICY_NAMES)
             raise ValueError(f"policy: expected one of {names}, or module:function, found {self.policy!r}")
+        if self.group_bound is not None and (self.group_boost or self.policy == "random"):
+            raise ValueError("group_bound: it chooses group_boost, which must not be given, for a policy but random")
         return self
 
 

@@ -77,13 +77,18 @@ class Detail:
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """The curve of each order over `fractions` (P,) float64; `start` and `end` are the states at 0 and 1."""
+    """The curve of each order over `fractions` (P,) float64; `start` and `end` are the states at 0 and 1.
+
+    `queries` has, where it was asked for, of each order the first ranks (M, P, Q) int32 and the average precisions
+    (M, P, Q) float64 of its M permutations, as in `Detail`.
+    """
 
     fractions: Float64
     orders: dict[str, OrderCurve]
     start: Metrics
     end: Metrics
     detail: Detail | None
+    queries: dict[str, tuple[Int32, Float64]] | None = None
 
 
 def evaluate(
@@ -143,6 +148,7 @@ def simulate_curve(
     gallery_ids: Int64 | None = None,
     embeddable: Bools | None = None,
     detail: str | None = None,
+    per_query: bool = False,
     progress: Progress | None = None,
 ) -> Simulation:
     """The curve of each order: at point i the first floor(i * N / (points - 1)) images of it are embedded.
@@ -153,7 +159,8 @@ def simulate_curve(
         orders: name -> one or more permutations (N,) int64 of the gallery rows, the first to embed first.
         points: P, at least 2.
         embeddable: (N,) bool; where it is False (a reject) the vector stays transformed throughout.
-        detail: the order whose first permutation is returned per query.
+        detail: the order whose first permutation is returned per query, with its slot share.
+        per_query: return the scores of all orders per query.
 
     Raises:
         DataError: as in `evaluate`, or an order is not a permutation of the gallery.
@@ -178,12 +185,14 @@ def simulate_curve(
     task.run([transformed, np.where(possible[:, None], embedded, transformed)], score, progress)
     start, end = (_metrics(first_rank[0, point], average_precision[0, point], num) for point in (0, -1))
     means = np.stack([_means(*scores) for scores in zip(first_rank, average_precision, strict=True)])
-    curves = {name: _order_curve(means[[own == name for own in names]], cuts / num) for name in orders}
-    if detail is None or shown is None:
-        return Simulation(cuts / num, curves, start, end, None)
-    index = names.index(detail)
-    share = slot_share(slots[:, task.num_matches > 0], shown)
-    return Simulation(cuts / num, curves, start, end, Detail(first_rank[index], average_precision[index], share))
+    members = {name: [own == name for own in names] for name in orders}
+    curves = {name: _order_curve(means[mine], cuts / num) for name, mine in members.items()}
+    kept = {name: (first_rank[mine], average_precision[mine]) for name, mine in members.items()} if per_query else None
+    found = None
+    if detail is not None and shown is not None:
+        share, index = slot_share(slots[:, task.num_matches > 0], shown), names.index(detail)
+        found = Detail(first_rank[index], average_precision[index], share)
+    return Simulation(cuts / num, curves, start, end, found, kept)
 
 
 def by_group(first_rank: Int32, average_precision: Float64, groups: Int64, num_groups: int) -> Float64:

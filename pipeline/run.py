@@ -80,7 +80,10 @@ STAGES = {
     "plan": Stage(
         "plan/settings.json",
         "plan/plan.json",
-        ("plan.policy", "plan.traffic", "plan.group_boost", "plan.waves", "index.shards", "content of plan.policy"),
+        (
+            *("plan.policy", "plan.traffic", "plan.group_boost", "plan.group_bound", "plan.waves"),
+            *("index.shards", "content of plan.policy"),
+        ),
     ),
     "index": Stage("index/settings.json", f"index/commits/{0:020d}.json", ("index.factory", "index.train_vectors")),
 }

@@ -14,6 +14,7 @@ from ray.data import ActorPoolStrategy
 
 from pipeline import manifest, policy, storage
 from pipeline.actors import actor_pool
+from pipeline.boost import resolve_boost
 from pipeline.config import Config
 from pipeline.embeddings import embedding_log, read_embeddings
 from pipeline.errors import DataError
@@ -67,7 +68,7 @@ def load_run_policy(config: Config, run: Run) -> Policy:
         DataError: there is no transformation, or a file of it is missing or damaged.
     """
     plan, name = config.plan, resolve_policy(run, config.plan.policy)
-    return policy.load_policy(name, config.seed, load_reference(run), plan.traffic, plan.group_boost)
+    return policy.load_policy(name, config.seed, load_reference(run), plan.traffic, resolve_boost(config, run, name))
 
 
 class _Scorer:

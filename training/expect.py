@@ -12,35 +12,27 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
-from pipeline import offset as offsets
 from pipeline import probe_set, storage
 from pipeline.agreement import among
 from pipeline.config import Config
 from pipeline.evaluate import METRICS, Metrics, evaluate, recall
 from pipeline.expected import Ends, Expected, expect, expected_uri
 from pipeline.gallery import codes_of, transformed_table
-from pipeline.offset import Offset
 from pipeline.plan import Plan
 from pipeline.policy import load_policy
 from pipeline.probe_set import ProbeSet
 from pipeline.ranking import Float64
-from pipeline.reference import load_reference
 from pipeline.run import Run
 from pipeline.schema import Float32, Int64, splitmix64, vectors_from_arrow
 from pipeline.selection import read_selection, resolve_policy
 from pipeline.shift import same_side
-from pipeline.transformation import apply, load_transformation, read_part
-from training.learner import Job, make_arrays
-from training.pairs import build_pairs, fit_data
-from training.select import APPLY_BATCH, FINAL, Fold, curves_of, order_by
+from training.held_out import SALT, HeldOut, held_out
+from training.select import FINAL, curves_of, order_by
 
 _FOLDS = 4
 _LEAST_FOLDED = 1000  # pairs; with fewer, what a fold says of the band is noise, and some labels are there once
-_MOST_PAIRS = 5000
 _LEAST_LABELLED = 100
-_SALT = 0x51AB
 Curves = dict[str, Expected]
 
 
@@ -87,24 +79,26 @@ def _shapes(config: Config, run: Run) -> tuple[tuple[str, ...], Float64]:
     if selection is not None and selection.chosen.policy == policy:  # of pairs that the policy knows nothing of
         names = tuple(selection.curves)
         return names, np.stack([np.array(selection.curves[name]) for name in names], axis=2)
-    pairs = build_pairs(config, run)
-    job = Job(config.fit, fit_data(config, run, pairs), config.seed, config.gallery.metric == "cosine", 0, 0)
-    table = pa.concat_tables([storage.read_parquet(uri) for uri in job.data.held_out_parts]).sort_by("index")
-    chance = splitmix64(table["index"].to_numpy(), _SALT)
-    held_out = make_arrays(table.take(pa.array(np.argsort(chance, kind="stable")[:_MOST_PAIRS])), job)
-    network, _ = load_transformation(run, torch.device("cpu"))
-    z, s = apply(network, held_out.old, held_out.side, torch.device("cpu"), APPLY_BATCH)
-    part, fold = read_part(run, offsets.PART), Fold(held_out, z, s, None)
-    served = z if part is None else Offset.from_bytes(part).apply(z, s)
-    priority = load_policy(policy, config.seed, load_reference(run))(fold.scored())
-    num_folds = _FOLDS if len(z) >= _LEAST_FOLDED else 1
-    places = (splitmix64(np.arange(len(z)), _SALT) % np.uint64(num_folds)).astype(np.int64)
-    curves = []
+    return curves_by_fold(config, held_out(config, run), policy)
+
+
+def curves_by_fold(config: Config, pairs: HeldOut, policy: str) -> tuple[tuple[str, ...], Float64]:
+    """The metrics, and per fold of the pairs their curves under a policy, (F, P, M) float64 in per cent.
+
+    Args:
+        config: `gallery.metric` and `seed` count.
+        pairs: with what the policy knows.
+        policy: by its name.
+    """
+    priority = load_policy(policy, config.seed, pairs.reference)(pairs.fold.scored())
+    num_folds = _FOLDS if len(priority) >= _LEAST_FOLDED else 1
+    places = (splitmix64(np.arange(len(priority)), SALT) % np.uint64(num_folds)).astype(np.int64)
+    curves: list[Float64] = []
+    names: tuple[str, ...] = ()
     for number in range(num_folds):
         rows = np.flatnonzero(places == number)
-        some = fold.take(rows)
         orders = {policy: [order_by(priority[rows], config.seed)]}
-        names, found = curves_of(config, served[rows], some, orders, FINAL)
+        names, found = curves_of(config, pairs.served[rows], pairs.fold.take(rows), orders, FINAL)
         curves.append(found[policy])
     return names, np.stack(curves)
 
@@ -122,7 +116,7 @@ def _ends(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> dict[str, En
     table = table.filter(pc.is_valid(table["label"]))
     ids: Int64 = table["id"].to_numpy()
     if len(ids) > config.evaluate.max_images:
-        chance = splitmix64(ids, _SALT)
+        chance = splitmix64(ids, SALT)
         limit = np.partition(chance, config.evaluate.max_images)[config.evaluate.max_images]
         wanted = (chance <= limit) | np.isin(ids, probe.ids)
         table, ids = table.filter(pa.array(wanted)), ids[wanted]

@@ -190,7 +190,16 @@ def orders(space: tuple[Float32, Float32, Int64]) -> dict[str, list[Int64]]:
 def simulation(space: tuple[Float32, Float32, Int64], orders: dict[str, list[Int64]]) -> Simulation:
     transformed, embedded, labels = space
     return simulate_curve(
-        transformed, embedded, embedded, labels, labels, orders, self_match=True, points=POINTS, detail="oracle"
+        transformed,
+        embedded,
+        embedded,
+        labels,
+        labels,
+        orders,
+        self_match=True,
+        points=POINTS,
+        detail="oracle",
+        per_query=True,
     )
 
 
@@ -205,6 +214,22 @@ def test_every_order_ends_at_new_new_and_starts_at_the_transformed_gallery_to_th
     for curve in simulation.orders.values():
         assert curve.values[0].tolist() == [start.top1, start.top5, start.map]
         assert curve.values[-1].tolist() == [end.top1, end.top5, end.map]
+
+
+def test_scores_per_query_are_those_that_each_curve_is_the_mean_of(simulation: Simulation) -> None:
+    assert simulation.detail is not None
+    assert simulation.queries is not None
+    ranks, precision = simulation.queries["oracle"]
+    assert np.array_equal(ranks[0], simulation.detail.first_rank)
+    assert np.array_equal(precision[0], simulation.detail.average_precision)
+    ranks, precision = simulation.queries["random"]
+    assert len(ranks) == simulation.orders["random"].num_permutations
+    measured = ranks[0, 0] > 0
+    top1 = 100 * (ranks[:, :, measured] == 1).mean(axis=(0, 2))
+    np.testing.assert_allclose(top1, simulation.orders["random"].values[:, 0])
+    np.testing.assert_allclose(
+        100 * precision[..., measured].mean(axis=(0, 2)), simulation.orders["random"].values[:, 2]
+    )
 
 
 def test_every_point_is_the_evaluation_of_the_mixed_gallery(

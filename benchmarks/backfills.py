@@ -1,0 +1,160 @@
+"""One fit, and what the backfill of CIFAR-100's gallery gives with it in each order.
+
+    training pairs -> fit (kept in a folder) -> z, s of held-out pairs and gallery -> served vectors, what policies know
+    -> an order by each policy -> curves
+
+The gallery's labels go into the figures and the oracles alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from benchmarks.fit_data import Embedded
+from pipeline import offset as offsets
+from pipeline import storage
+from pipeline.agreement import agreement_curve
+from pipeline.config import Config
+from pipeline.evaluate import oracle_order, random_order, simulate_curve
+from pipeline.offset import Classifier
+from pipeline.policy import POLICIES, load_policy, missing
+from pipeline.ranking import Float64
+from pipeline.reference import Reference
+from pipeline.schema import Float32, Int64
+from training.knowledge import reference_of
+from training.learner import FitData, Job, PairArrays, make_arrays
+from training.select import Detail, Fold, fit_alone, order_by
+
+OFFICIAL = Detail(22, 10_000)
+"""The protocol of METHOD: 22 points, and every image of the gallery is a query."""
+
+_RANDOM_ORDERS = 5
+
+Curves = dict[str, Float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """What is fitted on, what is held out (with its rows as they are stored), and the gallery."""
+
+    data: FitData
+    train: PairArrays
+    held_out: PairArrays
+    table: pa.Table
+    gallery: Embedded
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """One fit: held-out pairs and gallery, both with their vectors as they are served, and what policies know."""
+
+    held_out: Fold
+    gallery: Fold
+    served: Float32
+    transformed: Float32
+    reference: Reference
+
+
+def images_of(config: Config, data: FitData, gallery: Embedded) -> Images:
+    """The pairs of a run in memory, beside the gallery."""
+    tables = [pa.concat_tables(map(storage.read_parquet, parts)) for parts in (data.train_parts, data.held_out_parts)]
+    job = Job(config.fit, data, config.seed, False, 0, 0)
+    return Images(data, make_arrays(tables[0], job), make_arrays(tables[1], job), tables[1], gallery)
+
+
+def fit_once(config: Config, images: Images, seed: int, folder: Path) -> tuple[Fold, Fold]:
+    """The held-out pairs and the gallery as one fit transforms them, before any offset; kept in the folder."""
+    gallery, held_out, count = images.gallery, images.held_out, len(images.held_out.old)
+    possible = images.data.classifier is not None or images.data.num_classes is not None
+    fit = config.fit.model_copy(update={"offset": "confidence" if possible else "none"})  # some orders ask a classifier
+    decides = [fit.model_dump(mode="json", exclude={"offset_strength"}), seed, images.data.num_train]
+    file = folder / f"fit-{digest(decides)}.npz"
+    if not file.exists():
+        old, new = (np.concatenate(pair) for pair in ((held_out.old, gallery.old), (held_out.new, gallery.new)))
+        job = Job(fit, images.data, seed, False, 0, 0)
+        found = fit_alone(job, images.train, PairArrays(old, new, None, None), seed, torch.device("cpu"))
+        known = found.classifier
+        parts = {"z": found.z, "s": found.s} | ({} if known is None else {"weight": known.weight})
+        parts |= {} if known is None or known.bias is None else {"bias": known.bias}
+        np.savez(file, **parts)  # type: ignore[arg-type]  # none is called allow_pickle
+    with np.load(file) as arrays:
+        z, s = arrays["z"], arrays["s"]
+        classifier = Classifier(arrays["weight"], arrays.get("bias")) if "weight" in arrays else None
+    mine = PairArrays(gallery.old, gallery.new, None, None)
+    return Fold(held_out, z[:count], s[:count], classifier), Fold(mine, z[count:], s[count:], classifier)
+
+
+def fitted(config: Config, images: Images, seed: int, folder: Path) -> Fitted:
+    """A fit with the config's offset, and what policies know of it."""
+    known, mine = fit_once(config, images, seed, folder)
+    served, transformed = known.z, mine.z
+    if config.fit.offset != "none":
+        kind, strength = config.fit.offset, config.fit.offset_strength
+        offset = offsets.fit_offset(kind, strength, known.z, known.s, known.pairs.new, known.classifier, "l2")
+        served, transformed = offset.apply(known.z, known.s), offset.apply(mine.z, mine.s)
+    reference = reference_of(config, images.table, known.pairs, known.z, known.s, served, known.classifier, None)
+    return Fitted(known, mine, served, transformed, reference)
+
+
+def orders_of(found: Fitted, seed: int) -> dict[str, list[Int64]]:
+    """The gallery's rows in each order by a policy that needs no labels of it, and several times at random."""
+    ids, scored = np.arange(len(found.transformed)), found.gallery.scored()
+    return {
+        "random": [random_order(ids, seed + number) for number in range(_RANDOM_ORDERS)],
+        **{
+            name: [order_by(load_policy(name, seed, found.reference)(scored), seed)]
+            for name, policy in POLICIES.items()
+            if name != "random" and "gallery_labels" not in policy.needs and not missing(name, found.reference)
+        },
+    }
+
+
+def simulate(config: Config, images: Images, seed: int, folder: Path, detail: Detail = OFFICIAL) -> Curves:
+    """Fit once and backfill the gallery in every order: per order (P, 3), METRICS in per cent.
+
+    Where the pairs have no labels a fourth column is `recall10`, of one random order.
+    """
+    gallery, found = images.gallery, fitted(config, images, seed, folder)
+    orders = orders_of(found, seed) | {"oracle: distance": [oracle_order(found.transformed, gallery.new)]}
+    labelled = found.gallery.classifier is not None
+    if labelled:
+        orders["oracle: cross-entropy"] = [order_by(_cross_entropy(found.gallery, gallery.labels), seed)]
+    ids, labels = np.arange(len(gallery.labels)), gallery.labels
+    queries = ids[:: -(-len(ids) // detail.queries)]
+    simulation = simulate_curve(
+        found.transformed,
+        gallery.new,
+        gallery.new[queries],
+        labels[queries],
+        labels,
+        orders,
+        points=detail.points,
+        query_ids=queries,
+        gallery_ids=ids,
+    )
+    curves = {name: curve.values for name, curve in simulation.orders.items()}
+    if labelled:
+        return curves
+    first = {name: some[0] for name, some in orders.items()}
+    recalled = agreement_curve(found.transformed, gallery.new, queries, first, detail.points, "l2")
+    return {name: np.column_stack([values, recalled[name]]) for name, values in curves.items()}
+
+
+def digest(decides: object) -> str:
+    """Names a result by its settings and the code that it came from."""
+    code = subprocess.run(["git", "rev-parse", "HEAD:training", "HEAD:pipeline"], capture_output=True, check=True)
+    return hashlib.sha256(json.dumps(decides).encode() + code.stdout).hexdigest()[:16]
+
+
+def _cross_entropy(fold: Fold, labels: Int64) -> Float32:
+    assert fold.classifier is not None, "asked only where there is one"
+    shares = fold.classifier.probabilities(fold.z)[np.arange(len(labels)), labels]
+    return -np.log(np.maximum(shares, np.finfo(np.float32).tiny))
