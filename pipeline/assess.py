@@ -14,7 +14,7 @@ from pipeline.config import Config
 from pipeline.neighbours import Found, Neighbours, in_old_gallery, in_snapshot, nearest_rows
 from pipeline.plan import Plan
 from pipeline.points import SLOTS
-from pipeline.probe_set import ProbeSet
+from pipeline.probe_set import ProbeSet, as_of
 from pipeline.quality import (
     MIN_QUERIES,
     Figures,
@@ -79,6 +79,7 @@ def examine(run: Run, plan: Plan, probe: ProbeSet, known: Reference, commit: Com
     Raises:
         DataError: a segment is missing or damaged.
     """
+    probe = as_of(run, plan, probe, commit.number)
     return assess(probe, known, commit, in_snapshot(run, plan, probe, commit))
 
 
