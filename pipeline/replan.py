@@ -44,11 +44,12 @@ def replan(config: Config, run: Run, plan: Plan, wave: int, on_step: OnStep = la
     Raises:
         DataError: images are missing, or the policy gave a NaN.
     """
+    place = run.relearnt(wave)
     if is_replanned(run, wave):
+        storage.delete(place.path(SCORED))  # of a driver that was killed before it did so
         return
     from pipeline.score import Scoring, score_parts  # here: the tasks of this module must not wait for torch
 
-    place = run.relearnt(wave)
     on_step("transform what is left")
     counts = score_parts(config, Scoring(run, place, SCORED, plan.place(run, wave + 1, wave - 1), wave))
     sizes = [item.images for item in plan.waves[wave:]]
@@ -60,16 +61,25 @@ def replan(config: Config, run: Run, plan: Plan, wave: int, on_step: OnStep = la
             where=place.path(SCORED),
             remedy="`fastfill audit` names what is damaged",
         )
+    try:
+        _lay_out(config, plan, place, wave, len(counts), on_step)
+    except DataError:
+        if not is_replanned(run, wave):  # else another driver was faster, and took the scored parts away
+            raise
+    storage.delete(place.path(SCORED))
+
+
+def _lay_out(config: Config, plan: Plan, place: Run, wave: int, parts: int, on_step: OnStep) -> None:
+    """From scored parts to the marker that says that all is there."""
+    sizes = [item.images for item in plan.waves[wave:]]
     on_step("cut what is left")
-    parts, shards = len(counts), plan.num_shards
-    ranks = np.cumsum(sizes)[:-1]
     found = planner.find_cuts(
-        ranks, lambda search: planner.count_parts(place, SCORED, parts, search.levels, config.seed)
+        np.cumsum(sizes)[:-1],
+        lambda search: planner.count_parts(place, SCORED, parts, search.levels, config.seed),
     )
     on_step("lay out what is left")
     planner.lay_out(place, SCORED, parts, found, config, wave + 1)
-    units = planner.cut_waves(place, parts, sizes, shards, plan.unit_images, wave + 1)
+    units = planner.cut_waves(place, parts, sizes, plan.num_shards, plan.unit_images, wave + 1)
     assert units == [item.units for item in plan.waves[wave:]], "of the same sizes"
     outcome = {"after_wave": wave, "images": sum(sizes), "fingerprint": hashlib.sha256(found.tobytes()).hexdigest()}
     storage.put_once(place.plan, json.dumps(outcome, indent=1).encode())
-    storage.delete(place.path(SCORED))

@@ -102,9 +102,7 @@ def relearn(
     Raises:
         ConfigError, DataError, TransientError: as `training.fit.fit` and `pipeline.replan.replan`.
     """
-    if replan.is_replanned(run, wave):
-        return None
-    place = run.relearnt(wave)
+    place, done = run.relearnt(wave), replan.is_replanned(run, wave)
     if not has_transformation(place):
         on_step("gather what is embedded")
         data = fit_data(config, run, build_pairs(config, run))
@@ -117,7 +115,7 @@ def relearn(
         else:
             _learn_transformation(config, run, plan, wave, data, images, on_epoch)
     replan.replan(config, run, plan, wave, on_step)
-    return read_learnt(run, wave)
+    return None if done else read_learnt(run, wave)
 
 
 def read_learnt(run: Run, wave: int) -> Learnt:
