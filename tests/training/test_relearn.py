@@ -28,6 +28,7 @@ from pipeline.index import Segment, decode
 from pipeline.local_store import LocalStore
 from pipeline.plan import Plan, read_plan, read_transformed
 from pipeline.probe_set import draw
+from pipeline.published import published_points
 from pipeline.reference import build_reference
 from pipeline.run import Run
 from pipeline.schema import Int64, UnitAck, vectors_from_arrow, vectors_to_arrow
@@ -272,6 +273,10 @@ def test_the_last_snapshot_is_that_of_a_run_that_learns_nothing(
     assert all(found[id] == expected[id] for id in ids)
     assert found.keys() == expected.keys()
     assert not storage.list_files(plain[1].path("relearnt"))
+    points, others = published_points(run), published_points(plain[1])
+    assert [point["fraction"] for point in points] == [point["fraction"] for point in others]
+    assert points[0] == others[0]
+    assert points[2] != others[2]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
