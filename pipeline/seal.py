@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -60,7 +59,7 @@ class Sealer:
         Raises:
             TransientError: one of the tasks is killed every time.
         """
-        return self._seal(partial(_seal_transformed, commit=commit), waves)
+        return self._seal(_seal_transformed, waves, commit)
 
     def embedded(self, wave: int) -> list[SegmentRef]:
         """Seal a wave whose units are all in the log, sorted by shard.
@@ -71,10 +70,12 @@ class Sealer:
         """
         return self._seal(_seal_embedded, [wave])
 
-    def _seal(self, function: Callable[..., list[SegmentRef]], waves: list[int]) -> list[SegmentRef]:
+    def _seal(self, function: Callable[..., list[SegmentRef]], waves: list[int], *more: int) -> list[SegmentRef]:
         """One task for each of a wave's shards, or for several of them where these are small."""
         tasks = [
-            (f"wave {wave}, {_text(shards)}", (self, wave, shards)) for wave in waves for shards in self.together(wave)
+            (f"wave {wave}, {_text(shards)}", (self, wave, shards, *more))
+            for wave in waves
+            for shards in self.together(wave)
         ]
         return [ref for refs in _run(function, tasks) for ref in refs]
 
@@ -131,7 +132,7 @@ def _text(shards: range) -> str:
     return f"shard {shards[0]}" if len(shards) == 1 else f"shards {shards[0]} to {shards[-1]}"
 
 
-def _seal_transformed(sealer: Sealer, wave: int, shards: range, commit: int = 0) -> list[SegmentRef]:
+def _seal_transformed(sealer: Sealer, wave: int, shards: range, commit: int) -> list[SegmentRef]:
     return _write(sealer, wave, shards, *_planned(sealer, wave, shards, commit), "transformed")
 
 

@@ -339,6 +339,22 @@ def test_of_two_drivers_that_learn_at_the_same_time_both_come_to_the_same(
     assert contents(run) == contents(whole[1])
 
 
+def test_a_driver_that_was_taken_over_and_comes_late_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has seen nothing of what the other one made, and its scores are others."""
+    config, run, plan, encoder = begin(tmp_path)
+    go_on(config, run, plan, encoder)
+    before, commits = files(run), contents(run)
+    prioritise = score.policy.prioritise
+    monkeypatch.setattr(replan, "is_replanned", lambda run, wave: False)
+    monkeypatch.setattr(score.policy, "prioritise", lambda *arguments, where: -prioritise(*arguments, where=where))
+    for wave in AFTER:
+        relearn(config, run, plan, wave)
+    assert files(run) == before
+    assert contents(run) == commits
+
+
 def test_a_reader_that_follows_sees_whole_snapshots_only(tmp_path: Path) -> None:
     config, run, plan, encoder = begin(tmp_path)
     seen: set[int] = set()
@@ -354,15 +370,24 @@ def test_a_reader_that_follows_sees_whole_snapshots_only(tmp_path: Path) -> None
 
 
 def test_the_probe_set_is_measured_where_its_images_lie(whole: tuple[Config, Run, Plan, Encoder]) -> None:
-    """By own: each embedded probe image is found under its id, in the wave in which it was embedded."""
-    _, run, plan, _ = whole
-    probe = set(storage.read_parquet(run.path("probe-set", "set.parquet"))["id"].to_pylist())
+    """Each embedded probe image is found under its id, in its wave; and top-1 is that of exact search in the commit."""
+    _, run, plan, encoder = whole
+    images, probe = encoder.images, set(storage.read_parquet(run.path("probe-set", "set.parquet"))["id"].to_pylist())
     done = {id for id in probe if id % REJECTED}
     for measured in quality.read_all(run):
         waves = range(1, measured.commit + 1)
         expected = [(wave, len(members(run, plan, wave) & done)) for wave in waves]
         assert [(wave, images) for wave, _, images in measured.own] == [item for item in expected if item[1]]
         assert measured.figures.get("own", 100) == 100
+        held = vectors(run, measured.commit)
+        gallery = np.stack([np.frombuffer(held[id], np.float32) for id in images.ids.tolist()])
+        rows = np.flatnonzero(np.isin(images.ids, list(probe)))
+        distances = np.square(images.embedded[rows][:, None] - gallery[None]).sum(axis=2)
+        distances[np.arange(len(rows)), rows] = np.inf
+        labels = np.array(images.labels)
+        assert measured.figures["top1"] == pytest.approx(
+            100 * (labels[distances.argmin(axis=1)] == labels[rows]).mean()
+        )
 
 
 def test_gc_removes_what_the_first_plan_had_and_keeps_what_a_commit_names(
