@@ -133,7 +133,7 @@ class Relearn(Section):
     policy knows is made anew, and h stays. The images that are left are then transformed, scored and cut again into
     the waves that are left, whose sizes stay; no image is embedded twice. The new h is taken only where it is nearer
     to the new encoder on images of the gallery that are left (the probe set's). The stream stands still meanwhile.
-    It pays where the pairs are of another kind than the gallery: docs/decisions/0005.
+    What it is worth, and when: docs/decisions/0005.
     """
 
     after_waves: tuple[Count, ...] = ()

@@ -18,7 +18,7 @@ from tests.e2e.test_gate import contents, fastfill, fitted_copy, index_files, sa
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
-RELEARN = {"after_waves": [2, 3]}
+RELEARN = {"after_waves": [3]}
 
 
 def served(run: Run, number: int) -> dict[int, Float32]:
@@ -35,7 +35,6 @@ def test_a_run_that_learns_on_the_way_ends_as_any_other_and_goes_on_to_the_same_
     path = fitted_copy(plain, tmp_path / "learning", relearn=RELEARN)
     result = fastfill("backfill", "--config", path)
     assert result.exit_code == 0, result.output
-    assert "learnt on the way after wave 2, from 60 images" in said(result)
     assert "learnt on the way after wave 3, from 120 images" in said(result)
     assert status(path)["prod"] == 5
     found = json.loads(fastfill("audit", "--config", path, "--json").stdout)
@@ -51,11 +50,10 @@ def test_a_run_that_learns_on_the_way_ends_as_any_other_and_goes_on_to_the_same_
         np.testing.assert_allclose(last[id], vector, rtol=1e-4, atol=1e-5)  # of units with other images beside it
 
     path = fitted_copy(plain, tmp_path / "stopped", relearn=RELEARN)
-    for condition in ("fraction>=0.05", "fraction>=0.15", "fraction>=0.35"):
-        assert fastfill("backfill", "--config", path, "--stop-when", condition).exit_code == 0
-        assert json.loads(fastfill("audit", "--config", path, "--json").stdout)["ok"]
+    assert fastfill("backfill", "--config", path, "--stop-when", "fraction>=0.15").exit_code == 0
+    assert status(path)["commit"] == 2
     assert fastfill("backfill", "--config", path).exit_code == 0
     stopped = Run(str(tmp_path / "stopped" / "run"))
     assert index_files(stopped) == index_files(run)
     assert contents(stopped) == contents(run)
-    assert not storage.exists(stopped.relearnt(2).path("scored", "part-00000.parquet"))
+    assert not storage.exists(stopped.relearnt(3).path("scored", "part-00000.parquet"))

@@ -44,6 +44,8 @@ from training.pairs import Pairs
 from training.relearn import read_learnt, relearn
 
 WAVES, AFTER = 5, (2, 3)
+ON_RAY = [(planner, name, getattr(planner, name)) for name in ("count_parts", "lay_out", "cut_waves")]
+ON_RAY += [(score, "score_parts", score.score_parts), (seal, "_run", seal._run)]
 REJECTED = 23  # of the ids, one in so many
 
 
@@ -353,6 +355,21 @@ def test_a_driver_that_was_taken_over_and_comes_late_changes_nothing(
         relearn(config, run, plan, wave)
     assert files(run) == before
     assert contents(run) == commits
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_by_tasks_of_ray_it_comes_to_the_same(
+    whole: tuple[Config, Run, Plan, Encoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the round-off of the transformation, which depends on threads."""
+    config, run, plan, encoder = begin(tmp_path)
+    for module, name, function in ON_RAY:
+        monkeypatch.setattr(module, name, function)
+    go_on(config, run, plan, encoder)
+    assert audit(run.uri).problems == []
+    for wave in range(1, WAVES + 1):
+        assert members(run, plan, wave) == members(whole[1], plan, wave)
+    assert encoder.asked == whole[3].asked
 
 
 def test_a_reader_that_follows_sees_whole_snapshots_only(tmp_path: Path) -> None:
