@@ -110,7 +110,7 @@ def units_files(folder: str) -> Figures:
 
 
 def transformed_part(folder: str) -> Figures:
-    """A part of `transformed/` as `_lay_out_part` writes it: one row group per (wave, shard)."""
+    """A part of `transformed/` as `lay_out_part` writes it: one row group per (wave, shard)."""
     found: Figures = {}
     count = PART_ROWS
     rows = pa.table(

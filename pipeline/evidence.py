@@ -7,6 +7,7 @@ are found by their statistics, not by where they should be. Does not know commit
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -112,6 +113,7 @@ class Cell:
     """What a (shard, wave) has to hold: all ids are sorted, and no vector is read before it is asked for.
 
     Attributes:
+        learnt: the wave after which it was planned so; 0 for the first plan.
         ids: its images, by the plan.
         embedded: those that the log holds.
         rejected: those in the rejects.
@@ -120,6 +122,7 @@ class Cell:
 
     shard: int
     wave: int
+    learnt: int
     ids: Int64
     embedded: Int64
     rejected: Int64
@@ -132,11 +135,12 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """The parts of the plan, and those of the log by wave."""
+    """The parts of the plan by the wave after which they were made, and those of the log by wave."""
 
     run: Run
     notes: Notes
-    plan: list[Part]
+    relearn_after: tuple[int, ...]
+    plan: dict[int, list[Part]]
     log: dict[int, list[Part]]
     rejects: dict[int, Int64]
     dropped: Int64
@@ -144,27 +148,45 @@ class Evidence:
     @classmethod
     def gather(cls, run: Run, notes: Notes, published: int, drops_deleted: bool) -> Evidence:
         """Read the footers of the plan, and those of the log up to wave `published`."""
-        plan = storage.list_files(run.path("transformed"), ".parquet")
+        waves = notes.attempt("plan", run.plan, _relearn_after, run) or []
+        relearn_after = tuple(wave for wave in waves if wave <= published)
+        plan = {
+            learnt: storage.list_files(run.relearnt(learnt).path("transformed"), ".parquet")
+            for learnt in (0, *relearn_after)
+        }
         log = {wave: uris for wave, uris in unit_files(run.path("embedded")).items() if wave <= published}
-        plan_parts = _parts(notes, "plan_part", plan, ["wave", "shard"])
+        plan_parts = {learnt: _parts(notes, "plan_part", uris, ["wave", "shard"]) for learnt, uris in plan.items()}
         log_parts = {wave: _parts(notes, "log_part", uris, ["shard"]) for wave, uris in log.items()}
         rejects = {wave: uris for wave, uris in reject_files(gallery_log(run)).items() if wave <= published}
         return cls(
             run,
             notes,
+            relearn_after,
             plan_parts,
             log_parts,
             {wave: _ids(notes, "reject_part", uris) for wave, uris in rejects.items()},
             _deleted([uri for uris in rejects.values() for uri in uris]) if drops_deleted else NO_IDS,
         )
 
-    def cell(self, shard: int, wave: int, rejected: Int64) -> Cell:
-        """Read the ids of a (shard, wave); `rejected` are its own."""
-        ids = self._rows(self.plan, [wave, shard], ["id"])
-        embedded = self._rows(self.log.get(wave, []), [shard], ["id"])
+    def learnt(self, wave: int, commit: int) -> int:
+        """After which wave the rows of a wave were planned, as a commit has them."""
+        before = min(commit, wave - 1)
+        return max((other for other in self.relearn_after if other <= before), default=0)
+
+    def is_final(self, wave: int, learnt: int) -> bool:
+        """Whether these are the images of the wave that are embedded in it."""
+        return learnt == self.learnt(wave, wave - 1)
+
+    def cell(self, shard: int, wave: int, learnt: int, rejected: Int64) -> Cell:
+        """Read the ids of a (shard, wave) as planned after wave `learnt`; `rejected` are its own."""
+        ids = self._rows(self.plan[learnt], [wave, shard], ["id"])
+        final = self.is_final(wave, learnt)
+        embedded = self._rows(self.log.get(wave, []), [shard], ["id"]) if final else None
+        rejected = rejected if final else NO_IDS
         return Cell(
             shard,
             wave,
+            learnt,
             NO_IDS if ids is None else np.sort(ids["id"].to_numpy()),
             NO_IDS if embedded is None else np.sort(embedded["id"].to_numpy()),
             np.sort(rejected),
@@ -176,7 +198,7 @@ class Evidence:
 
         None where a part cannot be read, or where plan and log do not fit together.
         """
-        rows = self._rows(self.plan, [cell.wave, cell.shard], ["id", "vector"])
+        rows = self._rows(self.plan[cell.learnt], [cell.wave, cell.shard], ["id", "vector"])
         if rows is None:
             return None
         vectors = vectors_from_arrow(rows.sort_by("id")["vector"])
@@ -224,6 +246,17 @@ def check_manifest(run: Run, notes: Notes) -> None:
         notes.checked["manifest_ids"] += len(given)
 
     notes.each(check, sorted(parts["gallery"].keys() | parts["transformed"].keys()))
+
+
+def _relearn_after(run: Run) -> list[int]:
+    """The waves after which the run planned anew.
+
+    Raises:
+        ValueError: the plan is no JSON.
+    """
+    found = storage.read_versioned(run.plan)
+    waves: list[int] = json.loads(found[0]).get("relearn_after", []) if found else []
+    return waves
 
 
 def _by_number(run: Run, folder: str) -> dict[int, str]:

@@ -3,6 +3,10 @@
 Guarantee: each id is in exactly one wave; wave sizes are exact; ties are broken by a stable hash of
 the id, so a plan is a pure function of (priorities, waves, seed). `plan/plan.json` is written last, by
 `planner`; this module reads it, and imports nothing heavy.
+
+The sizes of the waves and of their units never change. Which images they hold may, where the run learns on the way:
+once a wave of `relearn_after` is embedded, those of the waves after it are cut anew (`replan`). Until then no unit of a
+later wave is embedded, so what a wave holds when it is embedded is known from its number: `place` says where it lies.
 """
 
 from __future__ import annotations
@@ -51,6 +55,7 @@ class Plan:
         deleted_images: `keep` or `drop`, as `config.Plan` says.
         num_rejected: images of the gallery that are not in the plan: the old encoder could not read them, so
             they have no vector of any kind, and cannot be served.
+        relearn_after: the waves, ascending, after which what is left is planned anew.
     """
 
     policy: str
@@ -64,16 +69,31 @@ class Plan:
     fingerprint: str
     deleted_images: str = "keep"
     num_rejected: int = 0
+    relearn_after: tuple[int, ...] = ()
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The last wave of each stretch that is embedded without a stop: those of `relearn_after`, and the last one."""
+        return (*self.relearn_after, len(self.waves))
+
+    def learnt_after(self, commit: int) -> int:
+        """The wave after which a commit's transformed vectors were learnt; 0 for the first fit."""
+        return max((wave for wave in self.relearn_after if wave <= commit), default=0)
+
+    def place(self, run: Run, wave: int, commit: int | None = None) -> Run:
+        """Where the rows and units of a wave lie: as a commit has them, else as they are when it is embedded."""
+        before = wave - 1 if commit is None else min(commit, wave - 1)
+        return run.relearnt(self.learnt_after(before))
 
     def log(self, run: Run) -> VectorLog:
         """The vector log of the backfill."""
         return VectorLog(run.path("embedded"), run.path("rejects"), self.dim, self.num_shards)
 
     def units(self, run: Run) -> Iterable[Unit]:
-        """All units, in wave and locality order."""
+        """All units, in wave and locality order; the files of those that are planned anew later are not there yet."""
         for wave in self.waves:
             for first in range(0, wave.units, UNITS_PER_FILE):
-                uri = run.wave_units(wave.wave, first)
+                uri = self.place(run, wave.wave).wave_units(wave.wave, first)
                 for unit in range(first, min(first + UNITS_PER_FILE, wave.units)):
                     yield Unit(wave.wave, unit, uri, unit - first, self.unit_size(wave.wave, unit))
 
@@ -112,13 +132,26 @@ def read_plan(run: Run) -> Plan | None:
     if found is None:
         return None
     tree = json.loads(found[0])
-    return Plan(**tree | {"waves": tuple(Wave(**wave) for wave in tree["waves"])})
+    waves = tuple(Wave(**wave) for wave in tree["waves"])
+    return Plan(**tree | {"waves": waves, "relearn_after": tuple(tree.get("relearn_after", ()))})
 
 
-def read_transformed(run: Run, plan: Plan, wave: int, columns: list[str], shards: range | None = None) -> pa.Table:
-    """Columns of the transformed images of a wave, or of some of its shards, sorted by part."""
+def read_transformed(
+    run: Run, plan: Plan, wave: int, columns: list[str], shards: range | None = None, commit: int | None = None
+) -> pa.Table:
+    """Columns of the transformed images of a wave, or of some of its shards, sorted by part.
+
+    Args:
+        run: the run.
+        plan: its plan.
+        wave: which.
+        columns: of `transformed/`.
+        shards: None for all.
+        commit: the wave as this commit has it; None for as it is when it is embedded.
+    """
     first = (wave - 1) * plan.num_shards
     groups = [first + shard for shard in (range(plan.num_shards) if shards is None else shards)]
-    parts = (run.part("transformed", part) for part in range(plan.num_parts))
+    place = plan.place(run, wave, commit)
+    parts = (place.part("transformed", part) for part in range(plan.num_parts))
     read = partial(storage.read_parquet, columns=columns, row_groups=groups)
     return pa.concat_tables(storage.at_once(read, parts))

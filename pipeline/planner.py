@@ -114,9 +114,9 @@ def arrange(
     )
     on_step("lay out")
     fix_settings(run, "plan", stage_settings(config, "plan"))
-    _lay_out(run, scored, len(counts), found, config)
+    lay_out(run, scored, len(counts), found, config)
     on_step("cut units")
-    units = _cut_units(run, len(counts), sizes, config.index.shards, unit_images(config))
+    units = cut_waves(run, len(counts), sizes, config.index.shards, unit_images(config))
     return [Wave(i + 1, size, count) for i, (size, count) in enumerate(zip(sizes, units, strict=True))], found
 
 
@@ -160,17 +160,27 @@ def _keys(rows: pa.Table, seed: int) -> Digits:
     return cuts.digits(priority, rows["id"].to_numpy(), seed)
 
 
-def _lay_out(run: Run, scored: str, num_parts: int, found: Digits, config: Config) -> None:
-    task = ray.remote(num_cpus=_TASK_CPUS)(_lay_out_part)
-    ray.get([task.remote(run, scored, part, found, config) for part in range(num_parts)])
+def lay_out(run: Run, scored: str, num_parts: int, found: Digits, config: Config, first_wave: int = 1) -> None:
+    """Write `transformed/` from the scored parts: tasks of Ray.
+
+    Args:
+        run: the run, or the place of what is planned anew.
+        scored: the folder of the scored parts there.
+        num_parts: of the gallery.
+        found: the cut points.
+        config: the run's config.
+        first_wave: of those that are cut; the row groups of the waves before it are empty.
+    """
+    task = ray.remote(num_cpus=_TASK_CPUS)(lay_out_part)
+    ray.get([task.remote(run, scored, part, found, config, first_wave) for part in range(num_parts)])
 
 
-def _lay_out_part(run: Run, scored: str, part: int, found: Digits, config: Config) -> None:
+def lay_out_part(run: Run, scored: str, part: int, found: Digits, config: Config, first_wave: int) -> None:
     """Rewrite a scored part with one row group per (wave, shard), rows sorted by id."""
     rows = storage.read_parquet(run.part(scored, part))
     ids = rows["id"].to_numpy()
-    num_waves, num_shards = found.shape[1] + 1, config.index.shards
-    waves = cuts.bucket(_keys(rows, config.seed), found)
+    num_waves, num_shards = found.shape[1] + first_wave, config.index.shards
+    waves = cuts.bucket(_keys(rows, config.seed), found) + np.int32(first_wave - 1)
     shards = shard_of(ids, num_shards)
     groups = waves.astype(np.int64) * num_shards + shards
     order = np.lexsort((ids, groups))
@@ -178,24 +188,38 @@ def _lay_out_part(run: Run, scored: str, part: int, found: Digits, config: Confi
     rows = rows.append_column("wave", pa.array(waves + 1)).append_column("shard", pa.array(shards)).take(order)
     schema = transformed_schema(rows.schema.field("vector").type.list_size)
     row_groups = (rows.slice(start, end - start) for start, end in itertools.pairwise(starts))
-    storage.put(run.part("transformed", part), storage.parquet_bytes(schema, row_groups))
+    _write(run.part("transformed", part), storage.parquet_bytes(schema, row_groups), first_wave)
 
 
-def _cut_units(run: Run, num_parts: int, sizes: list[int], num_shards: int, unit_images: int) -> list[int]:
-    task = ray.remote(num_cpus=_TASK_CPUS)(_cut_wave)
-    waves = [task.remote(run, num_parts, i + 1, size, num_shards, unit_images) for i, size in enumerate(sizes)]
+def cut_waves(
+    run: Run, num_parts: int, sizes: list[int], num_shards: int, unit_images: int, first_wave: int = 1
+) -> list[int]:
+    """Write the units of the waves from `first_wave` on, of these sizes, by tasks of Ray; gives how many each has."""
+    task = ray.remote(num_cpus=_TASK_CPUS)(cut_wave)
+    waves = [
+        task.remote(run, num_parts, wave, size, num_shards, unit_images, first_wave)
+        for wave, size in enumerate(sizes, first_wave)
+    ]
     return ray.get(waves)
 
 
-def _cut_wave(run: Run, num_parts: int, wave: int, size: int, num_shards: int, unit_images: int) -> int:
+def cut_wave(run: Run, num_parts: int, wave: int, size: int, num_shards: int, unit_images: int, first_wave: int) -> int:
     """Write the units files of a wave in locality order: by object, then by offset or row in it."""
     groups = list(range((wave - 1) * num_shards, wave * num_shards))
     parts = [run.part("transformed", part) for part in range(num_parts)]
     units, num_units = cut_units(parts, groups, size, unit_images), -(-size // unit_images)
     for first in range(0, num_units, UNITS_PER_FILE):
         some = itertools.islice(units, UNITS_PER_FILE)
-        storage.put(run.wave_units(wave, first), storage.parquet_bytes(UNITS, some))
+        _write(run.wave_units(wave, first), storage.parquet_bytes(UNITS, some), first_wave)
     return num_units
+
+
+def _write(uri: str, data: bytes, first_wave: int) -> None:
+    """What is planned anew is created once: a driver that was taken over may still be at it when it is embedded."""
+    if first_wave == 1:
+        storage.put(uri, data)
+    else:
+        storage.put_once(uri, data)
 
 
 def _describe(config: Config, run: Run, counts: list[int], rejected: int, waves: list[Wave], found: Digits) -> Plan:
@@ -213,6 +237,7 @@ def _describe(config: Config, run: Run, counts: list[int], rejected: int, waves:
         fingerprint=hashlib.sha256(found.tobytes()).hexdigest(),
         deleted_images=config.plan.deleted_images,
         num_rejected=rejected,
+        relearn_after=config.relearn.after_waves,
     )
     digest = hashlib.sha256(json.dumps(asdict(plan)).encode()).hexdigest()
     return Plan(**{name: getattr(plan, name) for name in Plan.__slots__} | {"fingerprint": digest})

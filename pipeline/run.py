@@ -82,7 +82,7 @@ STAGES = {
         "plan/plan.json",
         (
             *("plan.policy", "plan.traffic", "plan.group_boost", "plan.group_bound", "plan.waves"),
-            *("index.shards", "content of plan.policy"),
+            *("index.shards", "relearn", "content of plan.policy"),
         ),
     ),
     "index": Stage("index/settings.json", f"index/commits/{0:020d}.json", ("index.factory", "index.train_vectors")),
@@ -121,6 +121,10 @@ class Run:
     def part(self, folder: str, number: int) -> str:
         """Part `number` of a folder of Parquet files."""
         return self.path(folder, f"part-{number:05d}.parquet")
+
+    def relearnt(self, wave: int) -> Run:
+        """What was learnt anew once a wave was embedded, laid out like a run of its own; the run itself for 0."""
+        return Run(self.path("relearnt", f"wave-{wave:03d}")) if wave else self
 
     def commit(self, number: int) -> str:
         """The commit file of snapshot `number`."""

@@ -2,14 +2,18 @@
 
 Guarantee: part k holds, for each image of gallery part k that has an old embedding, the transformed
 embedding, its uncertainty, and the policy's priority. No image is touched. A part that is there is
-not made again. The scored gallery is laid out by wave once the plan is known, and deleted then.
+not made again. The scored gallery is laid out by wave once the plan is known, and deleted then. Where a run learns on
+the way, the images that are left are scored again, by another transformation.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pyarrow as pa
 import ray.data
+from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
 
 from pipeline import manifest, policy, storage
@@ -22,15 +26,46 @@ from pipeline.offset import PART, Offset
 from pipeline.policy import Policy, Scored
 from pipeline.reference import load_reference
 from pipeline.run import Run
-from pipeline.schema import Float32, transformed_schema, vectors_from_arrow, vectors_to_arrow
+from pipeline.schema import Float32, Int64, transformed_schema, vectors_from_arrow, vectors_to_arrow
 from pipeline.selection import resolve_policy
 from pipeline.transformation import apply, load_transformation, read_part, resolve_device
 
 _APPLY_BATCH = 8192
 
 
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """What is scored, and by what.
+
+    Attributes:
+        run: the run.
+        place: whose transformation it is, and where the scored parts go: the run, or what was learnt anew.
+        folder: of these parts.
+        planned: where the images that are left are planned so far; None for the whole gallery.
+        after: only images of the waves after this one.
+    """
+
+    run: Run
+    place: Run
+    folder: str
+    planned: Run | None = None
+    after: int = 0
+
+    def left(self, part: int, ids: Int64) -> NDArray[np.bool_]:
+        """Which of some images of a part are to be scored, (N,) bool."""
+        if self.planned is None:
+            return np.ones(len(ids), np.bool_)
+        rows = storage.read_parquet(self.planned.part("transformed", part), ["id", "wave"])
+        return np.isin(ids, rows["id"].to_numpy()[rows["wave"].to_numpy() > self.after])
+
+
 def score_gallery(config: Config, run: Run, folder: str) -> list[int]:
-    """Transform and score every part of the gallery into a folder of the run.
+    """Transform and score every part of the gallery into a folder of the run; see `score_parts`."""
+    return score_parts(config, Scoring(run, run, folder))
+
+
+def score_parts(config: Config, scoring: Scoring) -> list[int]:
+    """Transform and score every part of the gallery, or of what is left of it.
 
     Returns:
         the number of images of each part.
@@ -39,16 +74,16 @@ def score_gallery(config: Config, run: Run, folder: str) -> list[int]:
         ConfigError: the policy raised something, or there is no room for an actor.
         DataError: the old embeddings do not fit the transformation, or the policy gave a NaN.
     """
-    gallery = manifest.read_manifest(run, "gallery")
+    gallery = manifest.read_manifest(scoring.run, "gallery")
     assert gallery is not None, "the gallery is normalised before it is scored"
-    load_run_policy(config, run)  # a typing error shows here, before any work
+    load_run_policy(config, scoring.run, scoring.place)  # a typing error shows here, before any work
     parts = len(gallery.rows)
     pool = actor_pool(config.backfill, config.device)
     counts = (
         ray.data.range(parts, override_num_blocks=parts)
         .map_batches(
-            _Scorer,
-            fn_constructor_args=(config, run, folder),
+            Scorer,
+            fn_constructor_args=(config, scoring),
             batch_size=1,
             batch_format="numpy",
             compute=ActorPoolStrategy(min_size=1, max_size=pool.largest),
@@ -60,44 +95,49 @@ def score_gallery(config: Config, run: Run, folder: str) -> list[int]:
     return [row["images"] for row in sorted(counts, key=lambda row: row["part"])]
 
 
-def load_run_policy(config: Config, run: Run) -> Policy:
-    """The policy of the plan, with what its transformation knows of pairs.
+def load_run_policy(config: Config, run: Run, place: Run) -> Policy:
+    """The policy of the plan, with what the transformation at `place` knows of pairs.
 
     Raises:
         ConfigError: it cannot be found, or the transformation was not fitted with what it needs.
         DataError: there is no transformation, or a file of it is missing or damaged.
     """
     plan, name = config.plan, resolve_policy(run, config.plan.policy)
-    return policy.load_policy(name, config.seed, load_reference(run), plan.traffic, resolve_boost(config, run, name))
+    boost = resolve_boost(config, run, name)
+    return policy.load_policy(name, config.seed, load_reference(place), plan.traffic, boost)
 
 
-class _Scorer:
-    """The actor: holds h, writes one scored part a call."""
+class Scorer:
+    """The actor: holds h, writes one scored part a call, which stays as it was written first."""
 
-    def __init__(self, config: Config, run: Run, folder: str) -> None:
-        self._config, self._run, self._folder = config, run, folder
+    def __init__(self, config: Config, scoring: Scoring) -> None:
+        self._config, self._scoring, place = config, scoring, scoring.place
         self._device = resolve_device(config.device)
-        self._network, self._info = load_transformation(run, self._device)
-        offset = read_part(run, PART)
+        self._network, self._info = load_transformation(place, self._device)
+        offset = read_part(place, PART)
         self._offset = None if offset is None else Offset.from_bytes(offset)
-        self._policy = load_run_policy(config, run)
+        self._policy = load_run_policy(config, scoring.run, place)
 
-    def __call__(self, batch: dict[str, np.typing.NDArray[np.int64]]) -> dict[str, list[int]]:
+    def __call__(self, batch: dict[str, Int64]) -> dict[str, list[int]]:
+        """Score the part of this number; gives how many images it has."""
         part = int(batch["id"][0])
-        uri = self._run.part(self._folder, part)
+        uri = self._scoring.place.part(self._scoring.folder, part)
         if storage.exists(uri):
             return {"part": [part], "images": [storage.read_parquet(uri, ["id"]).num_rows]}
         return {"part": [part], "images": [self._score(part, uri)]}
 
     def _score(self, part: int, uri: str) -> int:
-        log = embedding_log(self._config, self._run, "gallery", "old")
-        rows, old = read_embeddings(self._run, "gallery", part, "old_embedding", log)
+        run = self._scoring.run
+        log = embedding_log(self._config, run, "gallery", "old")
+        rows, old = read_embeddings(run, "gallery", part, "old_embedding", log)
+        left = self._scoring.left(part, rows["id"].to_numpy())
+        rows, old = rows.filter(pa.array(left)), old[left]
         if old.shape[1] != self._info.d_old:
             raise DataError(
                 "the gallery's old embeddings do not fit the transformation",
                 expected=f"width {self._info.d_old}",
                 found=f"width {old.shape[1]}",
-                where=self._run.part("gallery", part),
+                where=run.part("gallery", part),
             )
         transformed, uncertainty = apply(self._network, old, _side(rows), self._device, _APPLY_BATCH)
         columns = {name: rows[name].to_numpy() for name in ("id", "label", "group")}
@@ -109,7 +149,7 @@ class _Scorer:
         served = transformed if self._offset is None else self._offset.apply(transformed, uncertainty)
         table = table.append_column("vector", vectors_to_arrow(served))
         schema = pa.schema([f for f in transformed_schema(transformed.shape[1]) if f.name not in ("wave", "shard")])
-        storage.put(uri, storage.parquet_bytes(schema, [table]))
+        storage.put_once(uri, storage.parquet_bytes(schema, [table]))
         return int(rows.num_rows)
 
 

@@ -53,13 +53,13 @@ class Sealer:
     codebook_path: str
     codebook_sha256: str
 
-    def transformed(self, waves: list[int]) -> list[SegmentRef]:
-        """Seal waves as they are before any image is embedded, sorted by wave and shard.
+    def transformed(self, waves: list[int], commit: int = 0) -> list[SegmentRef]:
+        """Seal waves before any of their images is embedded, as this commit has them, sorted by wave and shard.
 
         Raises:
             TransientError: one of the tasks is killed every time.
         """
-        return self._seal(_seal_transformed, waves)
+        return self._seal(_seal_transformed, waves, commit)
 
     def embedded(self, wave: int) -> list[SegmentRef]:
         """Seal a wave whose units are all in the log, sorted by shard.
@@ -70,10 +70,12 @@ class Sealer:
         """
         return self._seal(_seal_embedded, [wave])
 
-    def _seal(self, function: Callable[[Sealer, int, range], list[SegmentRef]], waves: list[int]) -> list[SegmentRef]:
+    def _seal(self, function: Callable[..., list[SegmentRef]], waves: list[int], *more: int) -> list[SegmentRef]:
         """One task for each of a wave's shards, or for several of them where these are small."""
         tasks = [
-            (f"wave {wave}, {_text(shards)}", (self, wave, shards)) for wave in waves for shards in self.together(wave)
+            (f"wave {wave}, {_text(shards)}", (self, wave, shards, *more))
+            for wave in waves
+            for shards in self.together(wave)
         ]
         return [ref for refs in _run(function, tasks) for ref in refs]
 
@@ -130,8 +132,8 @@ def _text(shards: range) -> str:
     return f"shard {shards[0]}" if len(shards) == 1 else f"shards {shards[0]} to {shards[-1]}"
 
 
-def _seal_transformed(sealer: Sealer, wave: int, shards: range) -> list[SegmentRef]:
-    return _write(sealer, wave, shards, *_planned(sealer, wave, shards), "transformed")
+def _seal_transformed(sealer: Sealer, wave: int, shards: range, commit: int) -> list[SegmentRef]:
+    return _write(sealer, wave, shards, *_planned(sealer, wave, shards, commit), "transformed")
 
 
 def _seal_embedded(sealer: Sealer, wave: int, shards: range) -> list[SegmentRef]:
@@ -182,10 +184,10 @@ def _ids_of(unit: Unit) -> Int64:
     return ids
 
 
-def _planned(sealer: Sealer, wave: int, shards: range) -> tuple[Rows, NDArray[np.int32]]:
+def _planned(sealer: Sealer, wave: int, shards: range, commit: int | None = None) -> tuple[Rows, NDArray[np.int32]]:
     """The rows of some shards of a wave as the plan has them, sorted by id, and the shard of each, (n,)."""
     columns = ["id", "shard", "uncertainty", "group", "vector"]
-    table = plans.read_transformed(sealer.run, sealer.plan, wave, columns, shards).sort_by("id")
+    table = plans.read_transformed(sealer.run, sealer.plan, wave, columns, shards, commit).sort_by("id")
     rows = Rows(
         ids=table["id"].to_numpy(),
         vectors=vectors_from_arrow(table["vector"]),

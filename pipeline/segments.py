@@ -94,8 +94,7 @@ def put_by_content(run: Run, pattern: str, data: bytes) -> tuple[str, str]:
     """Store bytes under a name made of their sha256; returns the path inside the run, and the sha256."""
     sha256 = hashlib.sha256(data).hexdigest()
     path = pattern.format(sha256)
-    with contextlib.suppress(storage.AlreadyExists):  # then the same bytes are there
-        storage.put_if_absent(run.path(path), data)
+    storage.put_once(run.path(path), data)  # where it is there, the same bytes are
     return path, sha256
 
 

@@ -8,6 +8,7 @@ not know what the bytes mean.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import hashlib
@@ -16,7 +17,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -176,7 +176,7 @@ def open_input(uri: str) -> BufferedReader:
     return store.open(name)
 
 
-@contextmanager
+@contextlib.contextmanager
 def local_file(uri: str) -> Iterator[Path]:
     """A path on this machine that holds the object, for libraries that want a file name.
 
@@ -235,6 +235,12 @@ def put_if_absent(uri: str, data: bytes) -> None:
     store.put_if_absent(name, data)
 
 
+def put_once(uri: str, data: bytes) -> None:
+    """Create an object; where it is there already it stays as it is."""
+    with contextlib.suppress(AlreadyExists):
+        put_if_absent(uri, data)
+
+
 def compare_and_swap(uri: str, data: bytes, version: str | None) -> str:
     """Replace an object that is still at `version` (None: still missing), and return the new version.
 
@@ -275,7 +281,7 @@ def parquet_bytes(schema: pa.Schema, row_groups: Iterable[pa.Table]) -> bytes:
     return sink.getvalue()
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
     """A Parquet file for reading.
 

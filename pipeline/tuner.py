@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -88,11 +88,12 @@ def tune(
 
 
 def _sample(run: Run, plan: Plan, seed: int) -> list[pa.Table]:
-    """Up to 64 units of the whole plan, chosen at random, as rows in locality order."""
+    """Up to 64 units of the whole plan, as first made, chosen at random, as rows in locality order."""
+    first = replace(plan, relearn_after=())
     units = sum(wave.units for wave in plan.waves)
     chosen = np.random.default_rng(seed).permutation(units)[:_UNITS]
     wanted = set(chosen.tolist())
-    found = {number: unit for number, unit in enumerate(plan.units(run)) if number in wanted}
+    found = {number: unit for number, unit in enumerate(first.units(run)) if number in wanted}
     places = [(found[number].rows_uri, found[number].row_group) for number in chosen]
     return [storage.read_parquet(uri, UNITS.names, [row_group]) for uri, row_group in places]
 

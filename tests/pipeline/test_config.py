@@ -87,6 +87,20 @@ def test_all_problems_are_listed_at_once_each_with_its_key() -> None:
         assert f"  - {key}" in message
 
 
+@pytest.mark.parametrize(
+    ("after", "waves", "found"),
+    [
+        ([3, 2], 20, "ascending"),
+        ([2, 2], 20, "ascending"),
+        ([0], 20, "after_waves"),
+        ([20], 20, "wave 20 has none after it"),
+        ([2], [0.5, 0.5], "wave 2 has none after it"),
+    ],
+)
+def test_waves_after_which_nothing_can_be_learnt_are_refused(after: object, waves: object, found: str) -> None:
+    assert found in refusal(tree(relearn={"after_waves": after}, plan={"waves": waves}))
+
+
 @pytest.mark.parametrize("waves", [[0.5, 0.4], [0.5, 0.6], [1.0, 0.0], [1.5, -0.5], 0, []])
 def test_waves_that_do_not_make_up_the_gallery_are_refused(waves: object) -> None:
     assert re.search(r"\bwaves\b", refusal(tree(plan={"waves": waves})))

@@ -132,6 +132,7 @@ def test_the_driver_counts_each_of_its_own_retries_once(endpoint: str, monkeypat
     publisher.__enter__.return_value = publisher
     publisher.stopped = None
     publisher.submit.side_effect = lambda _: COUNTS.add("retries:InternalError", 3) or MagicMock()
+    publisher.submit_all.side_effect = lambda waves: [publisher.submit(wave) for wave in waves]
     tracker.progress.side_effect = lambda _: progress(reading=Reading(images=32, retries=3))
     tracker.whole_waves.side_effect = [[], [1], [2]]
     monkeypatch.setattr(driver, "Publisher", lambda *_: publisher)
@@ -140,7 +141,7 @@ def test_the_driver_counts_each_of_its_own_retries_once(endpoint: str, monkeypat
     monkeypatch.setattr(driver, "embed_stream", lambda *_: iter(acks))
     before = retries(scrape(endpoint))
     COUNTS.add("retries:InternalError")  # before it began
-    found = driver.backfill(MagicMock(), MagicMock(), MagicMock(), lambda _: None)
+    found = driver.backfill(MagicMock(), MagicMock(), MagicMock(stages=(2,), relearn_after=()), lambda _: None)
     assert found.reading.retries == 3 + 3 * 3  # of the units, and of commits 0 to 2
     assert retries(scrape(endpoint)) - before == 3 + 3 * 3
 
