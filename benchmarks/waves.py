@@ -31,6 +31,7 @@ from pipeline.run import Run
 ROOT = Path(__file__).resolve().parents[1]
 CIFAR = ROOT.parent / "shared" / "data" / "cifar100"
 WAVES = (1, 20)
+UNIT_IMAGES = 500  # in both: with units of 2,048 an actor that ends first would wait for a twentieth of the run
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ def settings(folder: Path, waves: int, images: int) -> config.Config:
         "fit.epochs": 1,
         "fit.warmup_epochs": 0,
         "plan.waves": waves,
+        "plan.unit_images": UNIT_IMAGES,
         "device": "cpu",
     }
     found = tuple(f"{name}={value}" for name, value in changes.items())
