@@ -20,12 +20,12 @@ demo: $(VENV)/installed  ## a whole backfill on real images, in minutes
 test: $(VENV)/installed  ## the default suite: under ten minutes on two cores
 	$(BIN)/python -m pytest -m 'not slow' --durations 15
 
-test-slow: $(VENV)/installed  ## what takes minutes: kills, whole CIFAR-100 runs, jobs of a cluster, Prometheus, the gate
+test-slow: $(VENV)/installed  ## what takes minutes: kills, whole CIFAR-100 runs, jobs of a cluster, the gate
 	$(BIN)/python -m pytest -m slow --durations 15 --ignore tests/faults --ignore tests/scale \
-		$(foreach name,autoscaler network fit cifar100,--ignore tests/cluster/test_$(name).py)
+		--ignore tests/e2e/test_cifar100_s3.py $(foreach name,autoscaler network fit cifar100 prometheus,--ignore tests/cluster/test_$(name).py)
 
-test-faults: $(VENV)/installed  ## kills, faulty stores, two drivers on a real cluster: ten minutes and more
-	$(BIN)/python -m pytest -m slow tests/faults
+test-faults: $(VENV)/installed  ## kills, faulty stores, two drivers on a real cluster, CIFAR-100 on S3: a quarter of an hour
+	$(BIN)/python -m pytest -m slow tests/faults tests/e2e/test_cifar100_s3.py
 
 bench: $(VENV)/installed  ## the short form of every benchmark: a quarter of an hour
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name --short || exit 1; echo; done

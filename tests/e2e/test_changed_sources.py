@@ -24,7 +24,7 @@ from pipeline.run import Run
 from pipeline.search import Searcher
 from tests.galleries import OLD_DIM, digits
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 IMAGES, CHANGED, DELETED = 60, 7, 23
 

@@ -62,6 +62,7 @@ def test_images_that_are_somewhere_else_are_refused_at_once_with_their_places(ga
     assert not (folder / "run" / "run.json").exists()
 
 
+@pytest.mark.slow
 def test_too_many_unreadable_images_stop_before_the_plan_and_can_be_mended(gallery: tuple[str, Path]) -> None:
     path, folder = gallery  # the data_root of before is mended
     result = fastfill("backfill", "--config", path)

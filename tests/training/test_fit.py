@@ -324,6 +324,7 @@ def test_killed_workers_and_a_second_start_change_nothing(tmp_path: Path) -> Non
     assert fit(config, run, data, on_epoch=lambda figures: pytest.fail("fitted again")) == info
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_workers_fit_as_well_as_one(tmp_path: Path) -> None:
     """Within half a point of area, and within a tenth of the alignment error."""

@@ -357,6 +357,7 @@ def test_a_driver_that_was_taken_over_and_comes_late_changes_nothing(
     assert contents(run) == commits
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_by_tasks_of_ray_it_comes_to_the_same(
     whole: tuple[Config, Run, Plan, Encoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
