@@ -26,7 +26,9 @@ def fastfill(*arguments: str) -> Result:
     return result
 
 
-def test_plan_estimates_the_backfill_prints_it_and_keeps_nothing_else_of_it(make_run: Callable[..., str], tmp_path: Path) -> None:
+def test_plan_estimates_the_backfill_prints_it_and_keeps_nothing_else_of_it(
+    make_run: Callable[..., str], tmp_path: Path
+) -> None:
     path = make_run(tmp_path, telemetry__node_hour_price=2.0)
     fastfill("plan", "--config", path, "--measure", "0")
     run = Run(load_config(path).run)
