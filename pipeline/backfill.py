@@ -81,8 +81,9 @@ def backfill(
                 if publisher.stopped is not None:
                     break
             if held < last and publisher.may_go_on():
+                learnt_from = tracker.whole_waves(last)  # which refuses a wave with too many rejects
                 (relearn or _cannot_learn)(last)
-                publisher.submit_all(tracker.whole_waves(last))
+                publisher.submit_all(learnt_from)
     return report()
 
 

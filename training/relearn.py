@@ -11,6 +11,7 @@ publish, and knows no commit.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
@@ -23,7 +24,7 @@ from pipeline import fan_out, probe_set, reference, replan, storage
 from pipeline import offset as offsets
 from pipeline.config import Config
 from pipeline.embeddings import embedding_log, read_embeddings
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.offset import Classifier, Offset
 from pipeline.plan import Plan
 from pipeline.reference import Reference
@@ -39,6 +40,7 @@ from training.learner import Epoch, FitData, Job, PairArrays, make_arrays
 from training.measure import transform
 from training.pairs import MIN_PAIRS, NUM_STRIPES, build_pairs, fit_data
 
+_LOG = logging.getLogger(__name__)
 _SALT = 0x1EA2  # of the sample alone
 _LEAST_PROBE = 50  # images that are left: with fewer, held-out embedded ones say which h is better
 _APPLY_BATCH = 8192
@@ -182,12 +184,18 @@ def _job(config: Config, data: FitData) -> Job:
     return Job(config.fit, data, config.seed, config.gallery.metric == "cosine", 0, 0)
 
 
+def _decide(place: Run, learnt: Learnt) -> Learnt:
+    """Keep what was decided, or find what was before a kill: on another machine the last bits may be others."""
+    storage.put_once(place.path("learnt.json"), json.dumps(asdict(learnt), indent=1).encode())
+    return Learnt(**json.loads(storage.read_bytes(place.path("learnt.json"))))
+
+
 def _keep(source: Run, place: Run, learnt: Learnt, known: Reference | None = None) -> None:
     """Let a transformation be that of a place, maybe with other knowledge for the policy."""
     network, info = load_transformation(source, torch.device("cpu"))
     parts = {name: data for name in (reference.PART, offsets.PART) if (data := read_part(source, name)) is not None}
     parts |= {} if known is None else {reference.PART: known.to_bytes()}
-    storage.put_once(place.path("learnt.json"), json.dumps(asdict(learnt), indent=1).encode())
+    _decide(place, learnt)
     save_transformation(place, network, info, parts)
 
 
@@ -225,13 +233,18 @@ def _learn_transformation(
     settings = config.fit if chosen is None else settings_of(chosen, config.fit)
     config = config.model_copy(update={"select": None, "fit": settings})
     if not has_transformation(tried):
-        fit(config, tried, _write_pairs(config, place, data, images, held), on_epoch)
+        try:
+            fit(config, tried, _write_pairs(config, place, data, images, held), on_epoch)
+        except (ConfigError, DataError) as error:  # the wave must be published all the same, and no setting may change
+            _LOG.warning("nothing is learnt after wave %d, for the fit failed: %s", wave, error)
+            _keep(source, place, Learnt(wave, "nothing", images.num_rows))
+            return
     held_out = images.filter(pa.array(held))
     if not held_out.num_rows:  # of a handful of images
         held_out = pa.concat_tables(map(storage.read_parquet, data.held_out_parts))
     unseen = _unseen(config, run, plan, wave, make_arrays(held_out, _job(config, data)))
     before, after = (_error(config, item, unseen) for item in (source, tried))
-    learnt = Learnt(wave, "transformation", images.num_rows, before, after)
+    learnt = _decide(place, Learnt(wave, "transformation", images.num_rows, before, after))
     _keep(tried if learnt.taken else source, place, learnt)
 
 

@@ -24,6 +24,7 @@ from pipeline.audit import audit
 from pipeline.codebook import Codebook
 from pipeline.collect import Rules, collect
 from pipeline.config import Config, Gate, Relearn
+from pipeline.errors import DataError
 from pipeline.index import Segment, decode
 from pipeline.local_store import LocalStore
 from pipeline.plan import Plan, read_plan, read_transformed
@@ -443,6 +444,20 @@ def test_a_transformation_that_is_worse_is_not_taken(tmp_path: Path, monkeypatch
     learnt = read_learnt(run, 2)
     assert not learnt.taken
     assert "not taken" in str(learnt)
+    assert audit(run.uri).problems == []
+
+
+def test_a_fit_that_fails_is_reported_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(config: Config, run: Run, data: FitData, on_epoch: object = None) -> None:
+        raise DataError("the loss is not finite")
+
+    monkeypatch.setattr(relearning, "fit", failing)
+    config, run, plan, encoder = begin(tmp_path, after=(2,))
+    go_on(config, run, plan, encoder)
+    assert read_learnt(run, 2).what == "nothing"
+    assert "nothing is learnt after wave 2" in caplog.text
     assert audit(run.uri).problems == []
 
 
