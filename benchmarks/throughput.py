@@ -280,16 +280,16 @@ def show(name: str, case: Case, rates: dict[str, list[Rate]]) -> None:
     print(measure.table(["images/s", "whole", "steady"], rows))
     if "ours" in rates:
         others = [item for item in rates if item != "ours"]
-        whole = {item: [rate.whole for rate in rates[item]] for item in rates}
-        part = {item: [rate.steady for rate in rates[item] if rate.steady] for item in rates}
-        lines = [
-            (
-                f"ours / {item}",
-                *(ratio(v["ours"], v[item]).text() if v[item] and v["ours"] else "" for v in (whole, part)),
-            )
-            for item in others
-        ]
+        lines = [(f"ours / {item}", *_ratios(rates["ours"], rates[item])) for item in others]
         print("\n" + measure.table(["ratio", "whole", "steady"], lines), flush=True)
+
+
+def _ratios(ours: list[Rate], others: list[Rate]) -> tuple[str, str]:
+    """Of the whole, and of the steady rates of those repeats in which both have one."""
+    steady = [(mine.steady, other.steady) for mine, other in zip(ours, others, strict=True)]
+    both = [(mine, other) for mine, other in steady if mine is not None and other is not None]
+    whole = ratio([rate.whole for rate in ours], [rate.whole for rate in others]).text()
+    return whole, ratio(*zip(*both, strict=True)).text() if both else ""
 
 
 def main() -> None:
