@@ -11,7 +11,7 @@ by itself, and the reference goes on where `--seconds` stopped it.
     python -m benchmarks.fit --parts reference --seconds 200   # a slice, not counting the measuring
     python -m benchmarks.fit --parts fit --seeds 0 1 2
     python -m benchmarks.fit --parts report
-    python -m benchmarks.fit --short                           # two minutes: the reference's time, not its quality
+    python -m benchmarks.fit --short                           # two minutes: whether it runs, on a tenth of the pairs
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ import torch
 from benchmarks.fit_data import Embedded, cache_embeddings, simulate
 from benchmarks.fit_reference import EPOCHS, Reference
 from benchmarks.measure import Spread, header, ratio, table
+from benchmarks.small_run import part_of_cifar
 from jobs.bars import Bars
 from jobs.options import console, start_ray
 from jobs.prepare import open_run
@@ -249,13 +250,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="of the reference's training, then stop")
     parser.add_argument("--short", action="store_true")
     arguments = parser.parse_args()
-    shipped = load_config(CONFIG, (f"data_root={arguments.data_root}",))
-    embedded = cache_embeddings(shipped, arguments.folder)
+    root = f"data_root={arguments.data_root}"
     if not arguments.short:
-        return run_parts(arguments, *embedded)
+        return run_parts(arguments, *cache_embeddings(load_config(CONFIG, (root,)), arguments.folder))
     with tempfile.TemporaryDirectory() as folder:
         arguments.folder, arguments.seeds, arguments.parts = Path(folder), [0], ["fit", "report"]
-        run_parts(arguments, *embedded)
+        few = part_of_cifar(Path(folder, "data"), Path(arguments.data_root), num_gallery=1000, num_pairs=5000)
+        run_parts(arguments, *cache_embeddings(load_config(CONFIG, (root, *few)), arguments.folder))
 
 
 def run_parts(arguments: argparse.Namespace, pairs: Path, gallery: Embedded) -> None:

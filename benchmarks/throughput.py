@@ -56,7 +56,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CIFAR = ROOT.parent / "shared" / "data" / "cifar100"
 BATCH = {"cifar": 256, "jpeg": 64}
 LONG = {"cifar": 50_000, "jpeg": 5_000}
-SHORT = {"cifar": 20_000, "jpeg": 600}
+SHORT = {"cifar": 6_000, "jpeg": 300}
 BACKFILL: dict[str, Any] = {}
 LIMITS = Limits(64_000_000, 64 * 2**20)
 
@@ -280,11 +280,11 @@ def show(name: str, case: Case, rates: dict[str, list[Rate]]) -> None:
     print(measure.table(["images/s", "whole", "steady"], rows))
     if "ours" in rates:
         others = [item for item in rates if item != "ours"]
-        lines = [(f"ours / {item}", *_ratios(rates["ours"], rates[item])) for item in others]
+        lines = [(f"ours / {item}", *ratios(rates["ours"], rates[item])) for item in others]
         print("\n" + measure.table(["ratio", "whole", "steady"], lines), flush=True)
 
 
-def _ratios(ours: list[Rate], others: list[Rate]) -> tuple[str, str]:
+def ratios(ours: list[Rate], others: list[Rate]) -> tuple[str, str]:
     """Of the whole, and of the steady rates of those repeats in which both have one."""
     steady = [(mine.steady, other.steady) for mine, other in zip(ours, others, strict=True)]
     both = [(mine, other) for mine, other in steady if mine is not None and other is not None]

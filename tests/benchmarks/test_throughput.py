@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.throughput import steady
+from benchmarks.throughput import Rate, ratios, steady
 
 
 def rounds(units: int) -> list[tuple[float, int]]:
@@ -23,3 +23,11 @@ def test_batches_that_come_one_by_one_need_no_round() -> None:
 
 def test_less_than_a_round_in_the_middle_has_no_steady_rate() -> None:
     assert steady(rounds(2), per_round=2) is None
+
+
+def test_a_repeat_without_a_steady_rate_is_left_out_of_that_ratio_alone() -> None:
+    ours, others = [Rate(10.0, None), Rate(20.0, 30.0)], [Rate(10.0, 10.0), Rate(10.0, 10.0)]
+    whole, part = ratios(ours, others)
+    assert whole.startswith("1.50 (1.00 - 2.00)")
+    assert part.startswith("3.00")
+    assert ratios(ours, [Rate(10.0, None), Rate(10.0, None)])[1] == ""
