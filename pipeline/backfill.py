@@ -81,9 +81,7 @@ def backfill(
                 if publisher.stopped is not None:
                     break
             if held < last and publisher.may_go_on():
-                learnt_from = tracker.whole_waves(last)  # which refuses a wave with too many rejects
-                (relearn or _cannot_learn)(last)
-                publisher.submit_all(learnt_from)
+                _learn(relearn or _cannot_learn, tracker, publisher, last)
     return report()
 
 
@@ -92,6 +90,12 @@ def _embed(config: Config, work: Work) -> Iterator[UnitAck]:
         for _, ack in embed_stream([work], config):
             telemetry.observe_unit(ack)
             yield ack
+
+
+def _learn(relearn: Callable[[int], None], tracker: Tracker, publisher: Publisher, wave: int) -> None:
+    ready = tracker.whole_waves(wave)  # which refuses a wave with too many rejects, before it is learnt from
+    relearn(wave)
+    publisher.submit_all(ready)
 
 
 def _cannot_learn(wave: int) -> None:
