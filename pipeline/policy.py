@@ -99,12 +99,14 @@ def missing(name: str, reference: Reference | None) -> set[str]:
 
 
 def prioritise(policy: Policy, scored: Scored, where: str) -> Float32:
-    """The priorities of a part, (N,) float32, checked.
+    """The priorities of a part, (N,) float32, checked; where it has no images the policy is not asked.
 
     Raises:
         ConfigError: the policy raised something.
         DataError: the policy gave another shape, or a NaN.
     """
+    if not len(scored.ids):
+        return np.zeros(0, np.float32)
     with user_code.own_code("the policy failed", where):
         priority = np.asarray(policy(scored), dtype=np.float32)
     if priority.shape != scored.ids.shape or np.isnan(priority).any():

@@ -143,9 +143,7 @@ class Scorer:
         columns = {name: rows[name].to_numpy() for name in ("id", "label", "group")}
         traffic = rows["traffic"].to_numpy() if "traffic" in rows.schema.names else None
         scored = Scored(columns["id"], uncertainty, transformed, old, columns["label"], columns["group"], traffic)
-        priority = np.zeros(0, np.float32)
-        if len(old):  # of a part of which nothing is left: a user's own function need not take that
-            priority = policy.prioritise(self._policy, scored, where=f"plan.policy: {self._config.plan.policy}")
+        priority = policy.prioritise(self._policy, scored, where=f"plan.policy: {self._config.plan.policy}")
         table = rows.append_column("uncertainty", pa.array(uncertainty))
         table = table.append_column("priority", pa.array(priority))
         served = transformed if self._offset is None else self._offset.apply(transformed, uncertainty)

@@ -122,7 +122,7 @@ def relearn(
 
 def read_learnt(run: Run, wave: int) -> Learnt:
     """What was learnt after a wave."""
-    return Learnt(**json.loads(storage.read_bytes(run.relearnt(wave).path("learnt.json"))))
+    return _read(run.relearnt(wave))
 
 
 def _before(run: Run, plan: Plan, wave: int) -> Run:
@@ -187,6 +187,10 @@ def _job(config: Config, data: FitData) -> Job:
 def _decide(place: Run, learnt: Learnt) -> Learnt:
     """Keep what was decided, or find what was before a kill: on another machine the last bits may be others."""
     storage.put_once(place.path("learnt.json"), json.dumps(asdict(learnt), indent=1).encode())
+    return _read(place)
+
+
+def _read(place: Run) -> Learnt:
     return Learnt(**json.loads(storage.read_bytes(place.path("learnt.json"))))
 
 
