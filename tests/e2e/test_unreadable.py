@@ -85,6 +85,7 @@ def test_too_many_unreadable_images_stop_before_the_plan_and_can_be_mended(galle
     assert "they have no vector, so they are not served" in said
 
 
+@pytest.mark.slow  # after the one before
 def test_what_could_not_be_read_is_counted_and_shown_and_the_rest_is_served(gallery: tuple[str, Path]) -> None:
     path, _ = gallery
     run = Run(load_config(path).run)
@@ -107,6 +108,7 @@ def test_what_could_not_be_read_is_counted_and_shown_and_the_rest_is_served(gall
     assert "The 10 rejects stay: their waves are published" in again.stderr
 
 
+@pytest.mark.slow  # after the one before
 def test_the_audit_misses_an_image_that_is_neither_planned_nor_rejected(gallery: tuple[str, Path]) -> None:
     path, _ = gallery
     assert json.loads(fastfill("audit", "--config", path, "--json").stdout)["ok"]
