@@ -182,7 +182,7 @@ def start_ray() -> None:
     # Ray Data's own wrapper loses the error of ours that it wraps, once it is pickled on its way here.
     ray.data.DataContext.get_current().raise_original_map_exception = True
     for handler in logging.getLogger("ray.data").handlers:
-        if "Session" not in type(handler).__name__:  # the session's log file keeps everything
+        if type(handler).__name__ == "PlainRayHandler":  # to stderr; the session's log file keeps everything
             handler.setLevel(logging.CRITICAL)  # an error comes to the user as an exception, once
     if ray.is_initialized():
         return

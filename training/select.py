@@ -42,7 +42,7 @@ from training.candidates import Candidate, Recipe, Row, Serving, choose, selecti
 from training.harm import fit_learned, harm
 from training.knowledge import measurable
 from training.learner import FitData, Job, Learner, PairArrays, make_arrays
-from training.losses import NO_LABEL, needs_labels
+from training.losses import NO_LABEL, needs_classifier, needs_labels
 
 OnStep = Callable[[str, int, int], None]
 FOLDER = "selecting"
@@ -116,7 +116,14 @@ def select(config: Config, run: Run, data: FitData, on_step: OnStep) -> Selectio
     screened = _measure(config, folds, tried, first, SCREENING, "screen", on_step)
     ranked = sorted(screened, key=lambda row: (-row.scores(columns).mean(), row.candidate.simplicity()))
     finalists = list(dict.fromkeys((row.candidate.recipe, row.candidate.serving) for row in ranked))
-    rows = _measure(config, folds, finalists[: settings.finalists], known, FINAL, "orders", on_step)
+    measured = _measure(config, folds, finalists[: settings.finalists], known, FINAL, "orders", on_step)
+    if not (rows := [row for row in measured if _can_be_planned(row.candidate, config, data)]):
+        raise ConfigError(
+            "no order to choose from can be had with the fits that were best",
+            expected="fit.classifier, or an order that needs no classifier",
+            found=", ".join(known),
+            where="select.policies",
+        )
     chosen = choose(rows, columns)
     storage.delete(run.path(FOLDER))
     some = folds[recipes[0]]
@@ -159,6 +166,13 @@ def _possible(policy: str, fold: Fold) -> bool:
     needs = POLICIES[policy].needs
     there = {"classifier": fold.classifier is not None, "labels": fold.labels() is not None, "learned": True}
     return all(there.get(item, False) for item in needs)
+
+
+def _can_be_planned(candidate: Candidate, config: Config, data: FitData) -> bool:
+    """Not an order by a classifier that no fit with these settings would have; the fits measured here all had one."""
+    settings = candidate.recipe.of(config.fit).model_copy(update={"offset": candidate.serving.offset})
+    there = data.classifier is not None or needs_classifier(settings)
+    return there or "classifier" not in POLICIES[candidate.policy].needs
 
 
 def _columns(settings: Select, fold: Fold) -> tuple[list[int], tuple[str, ...]]:

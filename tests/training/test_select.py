@@ -76,6 +76,18 @@ def test_the_fit_takes_what_was_selected_and_the_plan_its_policy(tmp_path: Path)
     assert not storage.list_files(run.path(FOLDER))
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_order_by_a_classifier_that_the_fit_would_not_have_is_not_chosen(tmp_path: Path) -> None:
+    label_free = {"losses": ["alignment+uncertainty"], "offsets": ["none"]}
+    data = _data(tmp_path)
+    assert data.classifier is None
+    config = config_of(tmp_path, **label_free, policies=["uncertainty", "entropy"])
+    assert {row.policy for row in select(config, Run(config.run), data, silent).candidates} == {"uncertainty"}
+    alone = config_of(tmp_path, **label_free, policies=["entropy"])
+    with pytest.raises(ConfigError, match="no order to choose from can be had"):
+        select(alone, Run(alone.run), data, silent)
+
+
 def test_a_policy_that_was_not_selected_is_named_as_missing(tmp_path: Path) -> None:
     from tests.pipeline.test_gate import fitted
 
