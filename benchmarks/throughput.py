@@ -297,7 +297,7 @@ def main() -> None:
     parser.add_argument("--case", choices=["jpeg", "cifar", "both"], default="both")
     parser.add_argument("--images", type=int, help="how many (default 5,000 photographs, 50,000 of CIFAR-100)")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--short", action="store_true", help="fewer images, two repeats")
+    parser.add_argument("--short", action="store_true", help="fewer images, one repeat: whether it runs")
     parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of `backfill`")
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
@@ -319,7 +319,7 @@ def main() -> None:
                 continue
             images = given.images or (SHORT if given.short else LONG)[name]
             case = make_case(name, Path(folder) / name, images, dict(item.split("=") for item in given.set))
-            show(name, case, compare(case, 2 if given.short else given.repeats, given.only))
+            show(name, case, compare(case, 1 if given.short else given.repeats, given.only))
 
 
 if __name__ == "__main__":
