@@ -30,7 +30,7 @@ from pipeline.ranking import Float64
 from pipeline.reference import Reference
 from pipeline.schema import Float32, Int64
 from training.knowledge import reference_of
-from training.learner import FitData, Job, PairArrays, make_arrays
+from training.learner import FitData, Job, PairArrays, can_classify, make_arrays
 from training.select import Detail, Fold, fit_alone, order_by
 
 OFFICIAL = Detail(22, 10_000)
@@ -73,13 +73,13 @@ def images_of(config: Config, data: FitData, gallery: Embedded) -> Images:
 def fit_once(config: Config, images: Images, seed: int, folder: Path) -> tuple[Fold, Fold]:
     """The held-out pairs and the gallery as one fit transforms them, before any offset; kept in the folder."""
     gallery, held_out, count = images.gallery, images.held_out, len(images.held_out.old)
-    possible = images.data.classifier is not None or images.data.num_classes is not None
-    fit = config.fit.model_copy(update={"offset": "confidence" if possible else "none"})  # some orders ask a classifier
-    decides = [fit.model_dump(mode="json", exclude={"offset_strength"}), seed, images.data.num_train]
+    fit = config.fit.model_copy(update={"offset": "none"})
+    labels = None if images.train.labels is None else hashlib.sha256(images.train.labels.tobytes()).hexdigest()
+    decides = [fit.model_dump(mode="json", exclude={"offset_strength"}), seed, images.data.num_train, labels]
     file = folder / f"fit-{digest(decides)}.npz"
     if not file.exists():
         old, new = (np.concatenate(pair) for pair in ((held_out.old, gallery.old), (held_out.new, gallery.new)))
-        job = Job(fit, images.data, seed, False, 0, 0)
+        job = Job(fit, images.data, seed, False, 0, 0, can_classify(images.data))
         found = fit_alone(job, images.train, PairArrays(old, new, None, None), seed, torch.device("cpu"))
         known = found.classifier
         parts = {"z": found.z, "s": found.s} | ({} if known is None else {"weight": known.weight})

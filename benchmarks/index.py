@@ -45,6 +45,7 @@ from pipeline.run import Run
 from pipeline.schema import Float32, Int64, shard_of, transformed_schema, vectors_from_arrow, vectors_to_arrow
 from pipeline.seal import Sealer
 from pipeline.search import Searcher
+from pipeline.transformation import TransformationInfo, save_transformation
 from pipeline.vector_log import EmbeddedUnit
 
 PART_ROWS = 131_072
@@ -93,7 +94,7 @@ def settings(folder: str, dim: int, lists: int) -> Config:
 
 
 def make_plan(config: Config, run: Run, gallery: Gallery) -> Plan:
-    """Lay the gallery out by random priorities, and write what the codebook is trained on."""
+    """Lay the gallery out by random priorities, and write what the codebook is trained on; h is never applied."""
     num, dim = gallery.transformed.shape
     counts = []
     schema = pa.schema([field for field in transformed_schema(dim) if field.name not in ("wave", "shard")])
@@ -110,6 +111,8 @@ def make_plan(config: Config, run: Run, gallery: Gallery) -> Plan:
     waves, _ = planner.arrange(config, run, "scored", counts)
     pairs = pa.table({"new": vectors_to_arrow(gallery.embedded[: config.index.train_vectors])})
     storage.put(run.path("pairs", "train", "part-00000.parquet"), storage.parquet_bytes(pairs.schema, [pairs]))
+    info = TransformationInfo(dim, dim, None, 8, False, "alignment", 0, 1, len(pairs), 0, better_than_old=True)
+    save_transformation(run, info.network(), info)
     shards = config.index.shards
     return Plan("uncertainty", 0, num, len(counts), shards, dim, waves[0].images, tuple(waves), "benchmark")
 

@@ -34,6 +34,9 @@ POLICY_NAMES = (
 """Those of `pipeline.policy`, the simplest first."""
 
 
+_SOME = Field(min_length=1)
+
+
 class Section(BaseModel):
     """Base of every section: immutable, and unknown keys are errors."""
 
@@ -81,18 +84,24 @@ class Select(Section):
     `fit`'s settings is empty, `fit` says it; with no policies, all that can be are tried.
     """
 
-    losses: tuple[LossMode, ...] = ("alignment+uncertainty", "fastfill")
-    lambdas: tuple[Annotated[float, Field(ge=0.0)], ...] = (0.1, 1.0)
+    losses: Annotated[tuple[LossMode, ...], _SOME] = ("alignment+uncertainty", "fastfill")
+    lambdas: Annotated[tuple[Annotated[float, Field(ge=0.0)], ...], _SOME] = (0.1, 1.0)
     inner_widths: tuple[Count, ...] = ()
     epochs: tuple[Count, ...] = ()
-    offsets: tuple[Offset, ...] = ("none", "uncertainty", "confidence")
-    strengths: tuple[Annotated[float, Field(gt=0.0)], ...] = (0.25, 0.5, 0.75)
+    offsets: Annotated[tuple[Offset, ...], _SOME] = ("none", "uncertainty", "confidence")
+    strengths: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], _SOME] = (0.25, 0.5, 0.75)
     policies: tuple[str, ...] = ()
-    metrics: tuple[Measure, ...] = ("top1", "map")
+    metrics: Annotated[tuple[Measure, ...], _SOME] = ("top1", "map")
     folds: Annotated[int, Field(ge=2)] = 3
     finalists: Count = 3
     max_pairs: Count = 100_000
     max_measured: Annotated[int, Field(ge=100)] = 5000
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if unknown := [name for name in self.policies if name not in POLICY_NAMES]:
+            raise ValueError(f"policies: expected some of {', '.join(POLICY_NAMES)}, found {', '.join(unknown)}")
+        return self
 
 
 class Plan(Section):

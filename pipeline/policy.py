@@ -210,7 +210,7 @@ def _checked(name: str, reference: Reference | None) -> Reference:
 
 
 _REMEDIES = {
-    "classifier": "name a classifier in fit.classifier, or labels in pairs.columns.label",
+    "classifier": "name a classifier in fit.classifier, or labels of the pairs and a loss or an offset that fits one",
     "labels": "name pairs.columns.label",
     "learned": "fit the transformation again, or take another policy",
     "reference": "fit the transformation again, or take uncertainty or random",

@@ -59,7 +59,8 @@ class Selection:
         folds: how often each recipe was fitted.
         num_measured: pairs of a fold that were gallery and queries.
         chosen: the candidate.
-        candidates: all of them, the best score first.
+        candidates: all that were measured in full, the best score first.
+        screened: all that were tried, with a few orders, points and queries, by which finalists were found.
         ends: old/old and new/new over the folds; empty without labels.
         fractions: of the points of `curves`.
         curves: of the chosen one, per metric and fold its value at each point.
@@ -70,6 +71,7 @@ class Selection:
     num_measured: int
     chosen: Candidate
     candidates: tuple[Candidate, ...]
+    screened: tuple[Candidate, ...]
     ends: dict[str, Figures]
     fractions: tuple[float, ...]
     curves: dict[str, list[list[float]]]
@@ -83,7 +85,7 @@ class Selection:
         """The inverse of `to_json`."""
         tree = json.loads(text)
         tree["chosen"] = Candidate(**tree["chosen"])
-        tree["candidates"] = tuple(Candidate(**item) for item in tree["candidates"])
+        tree |= {name: tuple(Candidate(**item) for item in tree[name]) for name in ("candidates", "screened")}
         return cls(**tree | {name: tuple(tree[name]) for name in ("metrics", "fractions")})
 
 

@@ -89,7 +89,7 @@ def choose(rows: Iterable[Row], columns: Sequence[int]) -> Row:
 
     The error is that of the difference to the best, paired by fold.
     """
-    ranked = sorted(rows, key=lambda row: (-row.scores(columns).mean(), row.candidate.simplicity()))
+    ranked = _ranked(rows, columns)
     best = ranked[0].scores(columns)
 
     def as_good(row: Row) -> bool:
@@ -97,6 +97,19 @@ def choose(rows: Iterable[Row], columns: Sequence[int]) -> Row:
         return bool(behind.mean() <= behind.std(ddof=1) / np.sqrt(len(behind)))
 
     return min((row for row in ranked if as_good(row)), key=lambda row: row.candidate.simplicity())
+
+
+def finalists(rows: Iterable[Row], columns: Sequence[int], most: int) -> list[tuple[Recipe, Serving]]:
+    """Of what was screened the best, and whatever they are the best without an offset and what `choose` would take."""
+    ranked = _ranked(rows, columns)
+    found = list(dict.fromkeys((row.candidate.recipe, row.candidate.serving) for row in ranked))
+    plain = [item for item in found if item[1].offset == "none"]
+    simple = choose(ranked, columns).candidate
+    return list(dict.fromkeys([*found[:most], *plain[:1], (simple.recipe, simple.serving)]))
+
+
+def _ranked(rows: Iterable[Row], columns: Sequence[int]) -> list[Row]:
+    return sorted(rows, key=lambda row: (-row.scores(columns).mean(), row.candidate.simplicity()))
 
 
 def settings_of(selection: Selection, fit: Fit) -> Fit:
@@ -108,27 +121,37 @@ def settings_of(selection: Selection, fit: Fit) -> Fit:
 
 
 def selection_of(
-    rows: Sequence[Row], chosen: Row, names: Sequence[str], columns: Sequence[int], num_measured: int, ends: Ends
+    rows: Sequence[Row],
+    screened: Sequence[Row],
+    names: Sequence[str],
+    columns: Sequence[int],
+    num_measured: int,
+    ends: Ends,
 ) -> Selection:
-    """The outcome as it is stored and shown.
+    """The choice, and the outcome as it is stored and shown.
 
     Args:
-        rows: all that were measured.
-        chosen: one of them.
+        rows: all that were measured in full; one of them is chosen.
+        screened: all that were measured at first, with fewer points and queries.
         names: of the metrics.
         columns: which of them count.
         num_measured: pairs of a fold that were measured.
         ends: old/old and new/new.
     """
-    best = max((row.scores(columns) for row in rows), key=lambda scores: float(scores.mean()))
-    ranked = sorted(rows, key=lambda row: (-row.scores(columns).mean(), row.candidate.simplicity()))
+
+    def described(some: Sequence[Row]) -> tuple[Described, ...]:
+        ranked = _ranked(some, columns)
+        return tuple(_described(row, names, columns, ranked[0].scores(columns)) for row in ranked)
+
+    best, chosen = _ranked(rows, columns)[0].scores(columns), choose(rows, columns)
     points = chosen.curves.shape[1]
     return Selection(
         metrics=tuple(names[column] for column in columns),
         folds=len(best),
         num_measured=num_measured,
         chosen=_described(chosen, names, columns, best),
-        candidates=tuple(_described(row, names, columns, best) for row in ranked),
+        candidates=described(rows),
+        screened=described(screened),
         ends=ends,
         fractions=tuple(np.linspace(0, 1, points).tolist()),
         curves={name: chosen.curves[:, :, column].tolist() for column, name in enumerate(names)},

@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,13 @@ from pipeline.transformation import (
 from training.attempts import fit_to_the_end, no_failure_but_announced_ones
 from training.candidates import settings_of
 from training.knowledge import reference_of
-from training.learner import Epoch, FitData, Job, Learner, PairArrays, make_arrays
+from training.learner import Epoch, FitData, Job, Learner, PairArrays, can_classify, make_arrays
 from training.losses import needs_classifier, needs_labels
 from training.measure import measure, transform
-from training.select import OnStep, select
+from training.select import FOLDER, OnStep, select
 
 Fitted = tuple[TransformationNetwork, Classifier | None]
-"""The network, and the classifier where the loss or the offset needed one."""
+"""The network, and the classifier where the job needed one."""
 
 _LOG = logging.getLogger(__name__)
 _STATE = "state.pt"
@@ -106,7 +107,7 @@ def fit(
     if config.select is not None:
         chosen = select(config, run, data, on_step)
         config = config.model_copy(update={"fit": settings_of(chosen, config.fit)})
-    job = make_job(config, data)
+    job = replace(make_job(config, data), classify=chosen is not None and can_classify(data))
     network, classifier = _train(config, run, job, on_epoch)
     held_out = pa.concat_tables([storage.read_parquet(uri) for uri in data.held_out_parts])
     pairs = make_arrays(held_out, job)
@@ -122,6 +123,7 @@ def fit(
     parts |= {} if chosen is None else {selection.PART: chosen.to_json().encode()}
     save_transformation(run, network, info, parts)
     storage.delete(_training_folder(run))
+    storage.delete(run.path(FOLDER))
     return info
 
 
@@ -318,6 +320,7 @@ def _fingerprint(job: Job) -> str:
     data = job.data
     settings = job.fit.model_dump(mode="json", exclude={"classifier", "max_failures"})
     shape = [job.seed, job.normalize, data.num_train, data.num_classes, data.d_old, data.d_new, data.d_side]
+    shape += [job.classify] if job.classify else []
     digest = hashlib.sha256(json.dumps([settings, shape]).encode())
     for tensor in data.classifier or ():
         digest.update(b"" if tensor is None else tensor.tobytes())

@@ -56,6 +56,11 @@ class FitData:
     label_names: tuple[str, ...] | None = None
 
 
+def can_classify(data: FitData) -> bool:
+    """Whether there is a classifier, or what one can be fitted on."""
+    return data.classifier is not None or data.num_classes is not None
+
+
 @dataclass(frozen=True, slots=True)
 class PairArrays:
     """N pairs by ascending index: old (N, d_old), new (N, d_new), side (N, d_side) float32, labels (N,) int64."""
@@ -68,7 +73,10 @@ class PairArrays:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """All that a worker needs to know; every rank does `steps` per epoch of `rank_batch` pairs each."""
+    """All that a worker needs to know; every rank does `steps` per epoch of `rank_batch` pairs each.
+
+    With `classify` a classifier is taken or fitted even where neither loss nor offset needs one: for orders by it.
+    """
 
     fit: Fit
     data: FitData
@@ -76,6 +84,7 @@ class Job:
     normalize: bool
     steps: int
     rank_batch: int
+    classify: bool = False
 
     def network(self) -> TransformationNetwork:
         """The network with its first weights, a function of the seed."""
@@ -174,9 +183,9 @@ class Learner:
             self._classifier = Classifier(*state["classifier"])
 
     def prepare(self) -> None:
-        """Take the given classifier, or fit one, where the loss or the offset needs one and `restore` brought none."""
-        data, fit = self._job.data, self._job.fit
-        if self._classifier is not None or not needs_classifier(fit):
+        """Take the given classifier, or fit one, where the job needs one and `restore` brought none."""
+        data = self._job.data
+        if self._classifier is not None or not (self._job.classify or needs_classifier(self._job.fit)):
             return
         if data.classifier is not None:
             weight, bias = data.classifier

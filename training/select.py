@@ -5,18 +5,18 @@
           -> the simplest candidate within one standard error of the best, and the table of all
 
 Guarantee: what is measured on a fold was fitted without it: the network and its classifier, the offset, and what the
-policies know of pairs. The selection is a function of the pairs, the settings and the seed. A fit that is there is not
-made again. This module does not fit what is served in the end; `fit` does that, with the settings chosen here.
+policies know of pairs. Offset and policies are fitted on another fold, with the classifier that had not seen that one.
+The selection is a function of the pairs, the settings and the seed. A fit or a selection that is there is not made
+again. This module does not fit what is served in the end; `fit` does that, with the settings chosen here.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -38,11 +38,11 @@ from pipeline.run import Run
 from pipeline.schema import Float32, Int64, splitmix64
 from pipeline.selection import Selection
 from pipeline.transformation import apply, resolve_device
-from training.candidates import Candidate, Recipe, Row, Serving, choose, selection_of
+from training.candidates import Candidate, Recipe, Row, Serving, finalists, selection_of
 from training.harm import fit_learned, harm
 from training.knowledge import measurable
-from training.learner import FitData, Job, Learner, PairArrays, make_arrays
-from training.losses import NO_LABEL, needs_classifier, needs_labels
+from training.learner import FitData, Job, Learner, PairArrays, can_classify, make_arrays
+from training.losses import NO_LABEL, needs_labels
 
 OnStep = Callable[[str, int, int], None]
 FOLDER = "selecting"
@@ -65,7 +65,7 @@ SCREENING, FINAL = Detail(8, 2500), Detail(22, 5000)
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Pairs that a recipe was not fitted on, their z (N, d_new) and s (N,), and the classifier of the other folds."""
+    """Pairs that a recipe was not fitted on, their z (N, d_new) and s (N,), and a classifier that has not seen them."""
 
     pairs: PairArrays
     z: Float32
@@ -96,42 +96,54 @@ def select(config: Config, run: Run, data: FitData, on_step: OnStep) -> Selectio
 
     Args:
         config: `select` says what is tried.
-        run: where fits are kept until the selection is made.
+        run: where fits and the selection are kept, below FOLDER, until the caller has what it wants of them.
         data: all pairs; those that `fit` will hold out take part as any others.
         on_step: told what is done, how much of it, and of how much.
 
     Raises:
-        ConfigError: a loss or a metric needs labels that the pairs do not have.
+        ConfigError: a loss, a metric or an order needs labels that the pairs do not have.
         DataError: the pairs break their contract.
     """
     settings = config.select or Select()
     _check(settings, data)
+    kept = run.path(FOLDER, f"{_digest(config, data, settings.model_dump(mode='json'))}.json")
+    if storage.exists(kept):
+        return Selection.from_json(storage.read_bytes(kept))
+    found = _select(config, run, data, settings, on_step)
+    storage.put(kept, found.to_json().encode())
+    return found
+
+
+def _select(config: Config, run: Run, data: FitData, settings: Select, on_step: OnStep) -> Selection:
     recipes = _recipes(config, settings, data)
     folds = _fit_folds(config, run, data, settings, recipes, on_step)
     columns, names = _columns(settings, folds[recipes[0]][0])
-    known = [name for name in settings.policies or POLICIES if _possible(name, folds[recipes[0]][0])]
-    servings = _servings(config, settings, folds[recipes[0]][0])
+    known = [name for name in settings.policies or POLICIES if _possible(name, data)]
+    servings = _servings(config, settings, data)
     first = [name for name in _SCREENING if name in known] or known[:1]
     tried = [(recipe, serving) for recipe in recipes for serving in servings]
     screened = _measure(config, folds, tried, first, SCREENING, "screen", on_step)
-    ranked = sorted(screened, key=lambda row: (-row.scores(columns).mean(), row.candidate.simplicity()))
-    finalists = list(dict.fromkeys((row.candidate.recipe, row.candidate.serving) for row in ranked))
-    measured = _measure(config, folds, finalists[: settings.finalists], known, FINAL, "orders", on_step)
-    if not (rows := [row for row in measured if _can_be_planned(row.candidate, config, data)]):
-        raise ConfigError(
-            "no order to choose from can be had with the fits that were best",
-            expected="fit.classifier, or an order that needs no classifier",
-            found=", ".join(known),
-            where="select.policies",
-        )
-    chosen = choose(rows, columns)
-    storage.delete(run.path(FOLDER))
+    rows = _measure(config, folds, finalists(screened, columns, settings.finalists), known, FINAL, "orders", on_step)
     some = folds[recipes[0]]
-    return selection_of(rows, chosen, names, columns, len(some[0].s), _ends(config, some))
+    return selection_of(rows, screened, names, columns, len(some[0].s), _ends(config, some))
 
 
 def _check(settings: Select, data: FitData) -> None:
+    if settings.policies and not any(_possible(name, data) for name in settings.policies):
+        raise ConfigError(
+            "every order to choose from needs what is not given",
+            expected="labels in pairs.columns.label, fit.classifier, or other orders",
+            found=", ".join(settings.policies),
+            where="select.policies",
+        )
     if data.num_classes is not None:
+        if "recall10" in settings.metrics:
+            raise ConfigError(
+                "pairs with labels are measured by them",
+                expected=", ".join(METRICS),
+                found=", ".join(settings.metrics),
+                where="select.metrics",
+            )
         return
     wanting = [loss for loss in settings.losses if needs_labels(loss)]
     if wanting and len(wanting) == len(settings.losses):
@@ -154,25 +166,17 @@ def _recipes(config: Config, settings: Select, data: FitData) -> list[Recipe]:
     ]
 
 
-def _servings(config: Config, settings: Select, fold: Fold) -> list[Serving]:
-    kinds = [kind for kind in settings.offsets if kind != "confidence" or fold.classifier is not None]
+def _servings(config: Config, settings: Select, data: FitData) -> list[Serving]:
+    kinds = [kind for kind in settings.offsets if kind != "confidence" or can_classify(data)]
     kinds = [kind for kind in kinds if kind == "none" or config.gallery.metric != "ip"] or ["none"]
     return [
         Serving(kind, strength) for kind in kinds for strength in (settings.strengths if kind != "none" else (0.0,))
     ]
 
 
-def _possible(policy: str, fold: Fold) -> bool:
-    needs = POLICIES[policy].needs
-    there = {"classifier": fold.classifier is not None, "labels": fold.labels() is not None, "learned": True}
-    return all(there.get(item, False) for item in needs)
-
-
-def _can_be_planned(candidate: Candidate, config: Config, data: FitData) -> bool:
-    """Not an order by a classifier that no fit with these settings would have; the fits measured here all had one."""
-    settings = candidate.recipe.of(config.fit).model_copy(update={"offset": candidate.serving.offset})
-    there = data.classifier is not None or needs_classifier(settings)
-    return there or "classifier" not in POLICIES[candidate.policy].needs
+def _possible(policy: str, data: FitData) -> bool:
+    there = {"classifier": can_classify(data), "labels": data.num_classes is not None, "learned": True}
+    return all(there.get(item, False) for item in POLICIES[policy].needs)
 
 
 def _columns(settings: Select, fold: Fold) -> tuple[list[int], tuple[str, ...]]:
@@ -201,7 +205,11 @@ def _fit_folds(
     use_gpu = config.device.startswith("cuda") or (config.device == "auto" and gpus > 0)
     task = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(_fit_fold)
     work = [(recipe, fold) for recipe in recipes for fold in range(settings.folds)]
-    uris = {item: run.path(FOLDER, f"{_digest(config, data, settings, item)}.safetensors") for item in work}
+    shape = [settings.folds, settings.max_pairs, settings.max_measured]
+    uris = {
+        (recipe, fold): run.path(FOLDER, f"{_digest(config, data, [asdict(recipe), fold, *shape])}.safetensors")
+        for recipe, fold in work
+    }
     waiting = [task.remote(config, data, stored, recipe, fold, uris[recipe, fold]) for recipe, fold in work]
     on_step("select: fits", 0, len(work))
     for done in range(1, len(work) + 1):
@@ -215,9 +223,8 @@ def _fit_folds(
 
 
 def _job(config: Config, data: FitData, recipe: Recipe) -> Job:
-    wants_classifier = data.classifier is not None or data.num_classes is not None
-    fit = recipe.of(config.fit).model_copy(update={"offset": "confidence" if wants_classifier else "none"})
-    return Job(fit, data, config.seed, config.gallery.metric == "cosine", 0, 0)
+    fit = recipe.of(config.fit).model_copy(update={"offset": "none"})
+    return Job(fit, data, config.seed, config.gallery.metric == "cosine", 0, 0, can_classify(data))
 
 
 def _held(table: pa.Table, places: Int64, fold: int, settings: Select, job: Job) -> PairArrays:
@@ -255,7 +262,7 @@ def fit_alone(job: Job, train: PairArrays, held: PairArrays, seed: int, device: 
         device: where to compute.
     """
     batch = min(job.fit.batch_size, len(train.old))
-    job = dataclasses.replace(job, seed=seed, steps=len(train.old) // batch, rank_batch=batch)
+    job = replace(job, seed=seed, steps=len(train.old) // batch, rank_batch=batch)
     learner = Learner(job, train, 0, device, lambda module: module)
     learner.prepare()
     while learner.epoch < job.fit.epochs:
@@ -271,12 +278,13 @@ def _read_fold(pairs: PairArrays, uri: str) -> Fold:
     return Fold(pairs, tensors["z"], tensors["s"], classifier)
 
 
-def _digest(config: Config, data: FitData, settings: Select, item: tuple[Recipe, int]) -> str:
-    """Names a fit by all that decides it."""
-    recipe, fold = item
-    decides = [recipe.of(config.fit).model_dump(mode="json"), config.seed, config.gallery.metric, fold]
-    decides += [settings.folds, settings.max_pairs, settings.max_measured, data.num_train]
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
+def _digest(config: Config, data: FitData, decides: object) -> str:
+    """Names a fit, or a selection, by all that decides it."""
+    known = [config.fit.model_dump(mode="json"), config.seed, config.gallery.metric, data.num_train, decides]
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
+    for tensor in data.classifier or ():
+        digest.update(b"" if tensor is None else tensor.tobytes())
+    return digest.hexdigest()[:32]
 
 
 def _measure(
@@ -315,7 +323,7 @@ def measure_fold(
     Args:
         config: `gallery.metric` and `seed` count.
         fold: gallery and queries at once.
-        other: what the offset and the policies may know.
+        other: pairs that offset and policies are fitted on.
         serving: the offset.
         policies: their names.
         detail: P points, and how many queries at most.
@@ -325,8 +333,12 @@ def measure_fold(
         fitted = offsets.fit_offset(
             serving.offset, serving.strength, other.z, other.s, other.pairs.new, other.classifier, config.gallery.metric
         )
-        served, others = fitted.apply(fold.z, fold.s), fitted.apply(other.z, other.s)
+        others = fitted.apply(other.z, other.s)
+        served = replace(fitted, classifier=fold.classifier).apply(fold.z, fold.s)
     reference = _reference(config, other, others, policies)
+    if fold.classifier is not None:
+        weight, bias = fold.classifier.weight, fold.classifier.bias
+        reference = replace(reference, classifier_weight=weight, classifier_bias=bias)
     ids, scored = np.arange(len(served)), fold.scored()
     orders = {}
     for name in policies:

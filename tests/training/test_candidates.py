@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import Fit
-from training.candidates import Candidate, Recipe, Row, Serving, choose, selection_of, settings_of
+from training.candidates import Candidate, Recipe, Row, Serving, choose, finalists, selection_of, settings_of
 
 RECIPE = Recipe("fastfill", 0.1, 512, 40)
 NONE, CONFIDENCE = Serving("none", 0.0), Serving("confidence", 0.5)
@@ -43,11 +43,24 @@ def test_the_order_of_the_rows_does_not_matter(order: list[int]) -> None:
     assert choose([rows[number] for number in order], [0]) is rows[0]
 
 
+def test_the_simplest_of_the_good_and_the_best_without_an_offset_are_always_finalists() -> None:
+    strong, stronger, small = Serving("confidence", 0.5), Serving("confidence", 0.75), Recipe("fastfill", 0.1, 128, 40)
+    rows = [
+        row([52, 53, 54], serving=strong),
+        row([51.9, 52.9, 53.9], serving=stronger),
+        row([51.4, 53.5, 53.7], serving=strong, recipe=small),
+        row([47, 48, 49], recipe=small),
+        row([48, 49, 50]),
+    ]
+    assert finalists(rows, [0], 2) == [(RECIPE, strong), (RECIPE, stronger), (RECIPE, NONE), (small, strong)]
+
+
 def test_the_table_says_how_far_each_is_behind_and_the_settings_are_those_of_the_chosen() -> None:
     rows = [row([50, 51, 52], "entropy", CONFIDENCE), row([48, 49, 50])]
-    found = selection_of(rows, rows[0], ("top1",), [0], 100, {})
+    found = selection_of(rows, rows[1:], ("top1",), [0], 100, {})
     assert [item.behind for item in found.candidates] == pytest.approx([0, 2])
     assert found.chosen == found.candidates[0]
+    assert [(item.policy, item.behind) for item in found.screened] == [("random", 0)]
     assert type(found).from_json(found.to_json()) == found
     fit = settings_of(found, Fit(loss="alignment"))
     assert (fit.loss, fit.inner_width, fit.offset, fit.offset_strength) == ("fastfill", 512, "confidence", 0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from pipeline import storage
 from pipeline.config import Config
 from pipeline.config_file import validate
 from pipeline.errors import ConfigError
+from pipeline.policy import load_policy
+from pipeline.reference import load_reference
 from pipeline.run import Run
 from pipeline.schema import Int64
 from pipeline.selection import read_selection, resolve_policy
@@ -48,15 +51,20 @@ def test_two_selections_are_the_same_and_a_kept_fit_is_not_made_again(
 ) -> None:
     data, config = _data(tmp_path, hard=True), config_of(tmp_path)
     run, told = Run(config.run), []
-    monkeypatch.setattr(storage, "delete", lambda uri: None)  # what is kept stays, as if it had been stopped there
     first = select(config, run, data, lambda *words: told.append(words))
-    times = {uri: storage.stat(uri).modified_seconds for uri in storage.list_files(run.path(FOLDER))}
+    times = {uri: storage.stat(uri).modified_seconds for uri in storage.list_files(run.path(FOLDER), ".safetensors")}
     assert len(times) == 2 * 2  # recipes x folds
+    (kept,) = storage.list_files(run.path(FOLDER), ".json")
+    storage.delete_files([kept])  # as if it had been stopped before its end
     second = select(config, run, data, silent)
     assert second.to_json() == first.to_json()
     assert {uri: storage.stat(uri).modified_seconds for uri in times} == times
     assert [words for words in told if words[0] == "select: fits"][-1][1:] == (4, 4)
+    monkeypatch.setattr(selecting, "_select", None)
+    assert select(config, run, data, silent).to_json() == first.to_json()
     assert {row.policy for row in first.candidates} == set(POLICIES)
+    assert {row.offset for row in first.candidates} >= {"none"}
+    assert {row.offset for row in first.screened} == {"none", "uncertainty", "confidence"}
     assert {row.loss for row in first.candidates} <= {"alignment+uncertainty", "fastfill"}
     scores = [np.mean([row.area[name] for name in first.metrics]) for row in first.candidates]
     assert scores == sorted(scores, reverse=True)
@@ -76,18 +84,6 @@ def test_the_fit_takes_what_was_selected_and_the_plan_its_policy(tmp_path: Path)
     assert not storage.list_files(run.path(FOLDER))
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_an_order_by_a_classifier_that_the_fit_would_not_have_is_not_chosen(tmp_path: Path) -> None:
-    label_free = {"losses": ["alignment+uncertainty"], "offsets": ["none"]}
-    data = _data(tmp_path)
-    assert data.classifier is None
-    config = config_of(tmp_path, **label_free, policies=["uncertainty", "entropy"])
-    assert {row.policy for row in select(config, Run(config.run), data, silent).candidates} == {"uncertainty"}
-    alone = config_of(tmp_path, **label_free, policies=["entropy"])
-    with pytest.raises(ConfigError, match="no order to choose from can be had"):
-        select(alone, Run(alone.run), data, silent)
-
-
 def test_a_policy_that_was_not_selected_is_named_as_missing(tmp_path: Path) -> None:
     from tests.pipeline.test_gate import fitted
 
@@ -102,6 +98,62 @@ def test_without_labels_it_goes_by_what_the_new_model_would_find(tmp_path: Path)
     assert found.metrics == ("recall10",)
     assert found.chosen.loss == "alignment+uncertainty"
     assert all(curve[-1] == 100 for curve in found.curves["recall10"])
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_fit_keeps_the_classifier_of_a_selected_order(tmp_path: Path) -> None:
+    label_free = {"losses": ["alignment+uncertainty"], "offsets": ["none"]}
+    config, run = config_of(tmp_path, **label_free, policies=["entropy"]), Run(str(tmp_path / "run"))
+    data = _data(tmp_path)
+    assert data.classifier is None
+    fit(config, run, data)
+    known = load_reference(run)
+    assert known is not None
+    assert known.classifier_weight is not None
+    load_policy(resolve_policy(run, "selected"), config.seed, known)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [({"policies": ["class_mean"]}, "every order to choose from needs"), ({"metrics": ["recall10"]}, "measured by")],
+)
+def test_what_cannot_be_chosen_is_refused_before_anything_is_fitted(
+    tmp_path: Path, settings: dict[str, object], says: str
+) -> None:
+    config = config_of(tmp_path, **settings)
+    with pytest.raises(ConfigError, match=says):
+        select(config, Run(config.run), _data(tmp_path), silent)
+
+
+@pytest.mark.parametrize("settings", [{"policies": ["entropi"]}, {"losses": []}, {"strengths": []}, {"metrics": []}])
+def test_settings_with_nothing_to_choose_from_are_refused(tmp_path: Path, settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=f"select.{next(iter(settings))}|{next(iter(settings))}: expected"):
+        config_of(tmp_path, **settings)
+
+
+def test_a_fold_is_scored_with_the_classifier_that_has_not_seen_it(tmp_path: Path) -> None:
+    """A policy and an offset by confidence, with a classifier of `other` that would give another order."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(120, D_NEW)).astype(np.float32)
+    labels = rng.integers(0, 3, 120)
+    pairs = selecting.PairArrays(z, z + rng.normal(size=z.shape).astype(np.float32), None, labels)
+    mine, foreign = (selecting.Classifier(rng.normal(size=(3, D_NEW)).astype(np.float32), None) for _ in range(2))
+    s, config = np.zeros(120, np.float32), config_of(tmp_path)
+    fold, detail = selecting.Fold(pairs, z, s, mine), selecting.Detail(5, 100)
+    serving = selecting.Serving("confidence", 0.5)
+
+    def curve(classifier: selecting.Classifier) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+        other = selecting.Fold(pairs, z, s, mine)
+        scored = replace(fold, classifier=classifier)
+        return selecting.measure_fold(config, scored, other, serving, ["entropy"], detail)["entropy"]
+
+    fitted = selecting.offsets.fit_offset("confidence", 0.5, z, s, pairs.new, mine, "l2")
+    served = replace(fitted, classifier=foreign).apply(z, s)
+    shares = foreign.probabilities(z)
+    order = selecting.order_by(-(shares * np.log(shares)).sum(axis=1), config.seed)
+    by_hand = selecting.curves_of(config, served, fold, {"entropy": [order]}, detail)[1]["entropy"]
+    np.testing.assert_allclose(curve(foreign), by_hand)
+    assert not np.allclose(curve(mine), by_hand)
 
 
 def test_losses_that_all_need_labels_are_refused_without_any(tmp_path: Path) -> None:
