@@ -3,8 +3,9 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-# Not among them: a cluster that loses nodes (spot), whole fits (quality, loss_modes, fit_steps), and what foretells
-# others (scaling, simulation_check): each takes many minutes and has no short form.
+# Not among them, for each takes many minutes, or has a short form only to see whether it runs: a cluster that loses nodes
+# (spot), what foretells others (scaling, simulation_check), whole fits (quality, loss_modes, fit_steps), whole fits whose
+# backfills are compared (expected, relearn, subgroups), and encoders, which measures nothing: it trains what others need.
 BENCHMARKS := throughput waves decode fetch fetch_tars plan index fit startup first_benefit manifest simulate
 
 .PHONY: demo test test-slow test-faults test-cluster test-scale bench check format clean

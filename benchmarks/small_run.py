@@ -5,6 +5,7 @@ Stages are timed by the files that a run leaves when they are done, so nothing i
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -21,13 +22,14 @@ DATA = ROOT.parent / "shared" / "data" / "cifar100"
 CONFIG = ROOT / "jobs" / "configs" / "cifar100.yaml"
 
 FIRST_IMAGE = "pairs/**/unit-*.parquet"
+VISIBLE = "snapshot 0 visible"
 STAGES = {
     "first unit embedded": FIRST_IMAGE,
     "pairs embedded": "pairs/pairs.json",
     "fitted": "transformation/transformation.json",
     "planned": "plan/plan.json",
     "snapshot 0 measured": f"reports/probe-set/{0:020d}.json",
-    "snapshot 0 visible": "index/tags/prod.json",
+    VISIBLE: "index/tags/prod.json",
     "last wave published": f"index/commits/{20:020d}.json",
 }
 
@@ -53,6 +55,8 @@ class Job:
     def backfill(self, until: str | None = None) -> dict[str, float]:
         """Seconds from the command's start to the files of each stage, and to its end.
 
+        A stage that was not reached is missing; so is snapshot 0 where the gate kept it from being served.
+
         Args:
             until: stop it, as by Ctrl-C, as soon as there is a file of this pattern.
 
@@ -64,10 +68,9 @@ class Job:
             command("backfill", *self.options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT
         ) as process:
             while process.poll() is None:
-                for name, pattern in STAGES.items():
-                    if name not in seconds and (found := next(self.folder.glob(pattern), None)):
-                        seconds[name] = found.stat().st_mtime - started
-                if until is not None and next(self.folder.glob(until), None):
+                ends = until is not None and next(self.folder.glob(until), None) is not None
+                self._look(seconds, started)  # after `until`, whose own stage may be among them
+                if ends:
                     process.send_signal(signal.SIGINT)
                     process.wait(timeout=60)
                     return seconds
@@ -75,7 +78,17 @@ class Job:
             if process.returncode:
                 assert process.stderr is not None
                 raise RuntimeError(process.stderr.read().decode()[-2000:])
+        self._look(seconds, started)
         return seconds | {"report written, command ended": time.time() - started}
+
+    def _look(self, seconds: dict[str, float], started: float) -> None:
+        """Note the stages whose files are new."""
+        for name, pattern in STAGES.items():
+            if name in seconds or (found := next(self.folder.glob(pattern), None)) is None:
+                continue
+            written = found.stat().st_mtime
+            if name != VISIBLE or json.loads(found.read_text())["commit"] == 0:
+                seconds[name] = written - started
 
 
 def command(*words: str) -> list[str]:

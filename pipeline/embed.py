@@ -61,9 +61,7 @@ class Embedder:
         """
         vectors = np.zeros((len(pixels), self._model.dim), dtype=np.float32)
         waiting: deque[tuple[int, _Batch]] = deque()
-        size = self._batch_size
-        if self._copies is not None and not self._padded:
-            size = min(size, max(1, math.ceil(len(pixels) / _IN_FLIGHT)))
+        size = min(self._batch_size, self.largest_batch(len(pixels)))
         for start in range(0, len(pixels), size):
             waiting.append((start, self._launch(pixels[start : start + size])))
             if len(waiting) == _IN_FLIGHT:
@@ -71,6 +69,12 @@ class Embedder:
         for item in waiting:
             _land(*item, vectors)
         return vectors
+
+    def largest_batch(self, num_images: int) -> int:
+        """Images of the largest batch that `embed` makes of so many, whatever size is configured."""
+        if self._copies is None or self._padded:
+            return max(1, num_images)
+        return max(1, math.ceil(num_images / _IN_FLIGHT))
 
     def rates(self, pixels: Pixels, sizes: Iterable[int], seconds: float) -> dict[int, float]:
         """Images per second by batch size, from the smallest up to the first that memory does not hold.
@@ -92,7 +96,7 @@ class Embedder:
                 self._batch_size = size
                 batches = np.resize(pixels, (_IN_FLIGHT * size, *pixels.shape[1:]))
                 try:
-                    self.embed(batches[:size])  # kernels are chosen, memory is taken
+                    self.embed(batches)  # kernels are chosen, memory is taken
                     start = time.perf_counter()
                     self.embed(batches)
                 except torch.OutOfMemoryError as error:
@@ -102,8 +106,8 @@ class Embedder:
                     break
                 spent = time.perf_counter() - start
                 found[size] = len(batches) / spent
-                left -= 1.5 * spent  # with the warm-up, but for what is done once
-                if 3 * spent > left:  # the next has twice as many
+                left -= 2 * spent  # with the warm-up, but for what is done once
+                if 4 * spent > left:  # the next has twice as many
                     break
         finally:
             self._batch_size = configured

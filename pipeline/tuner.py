@@ -127,13 +127,14 @@ def _measure_alone(config: settings.Config, rows: list[pa.Table], seconds: float
             found=f"{count} rejects",
             where=f"{rows[0]['uri'][0]} and others of the plan",
         )
-    forward = embedder.rates(np.stack(good), batch_sizes(settings.unit_images(config)), seconds / 2)
+    sizes = batch_sizes(embedder.largest_batch(settings.unit_images(config)))
+    forward = embedder.rates(np.stack(good), sizes, seconds / 2)
     return _Alone(count / spent["fetch"], count / spent["decode"], forward, str(embedder.device))
 
 
-def batch_sizes(unit_images: int) -> list[int]:
-    """What is worth measuring: batches are cut inside a unit."""
-    return [size for size in _BATCHES if size <= unit_images] or [unit_images]
+def batch_sizes(largest: int) -> list[int]:
+    """What is worth measuring: no batch is larger than what a unit is cut into."""
+    return [size for size in _BATCHES if size <= largest] or [largest]
 
 
 def _decoder(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -99,6 +100,9 @@ def test_rates_say_where_they_come_from_and_measured_ones_are_in_the_results() -
         assert found[name] > 0, name
         assert "figure" in entry or entry["kind"] in ("measured", "documented", "assumed", "parameter"), name
         assert "figure" in entry or entry["source"], name
+        if entry.get("kind") == "measured":
+            (file,) = re.findall(r"results/[\w-]+\.md", entry["source"])
+            assert (simulate.HERE / file).exists(), name
 
 
 def test_a_point_that_the_gpus_bound_comes_to_their_rate_and_is_below_every_bound() -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from pipeline.config import Encoder
-from pipeline.embed import Embedder
+from pipeline.embed import Embedder, _Batch
 from pipeline.errors import ConfigError
+from pipeline.tuner import batch_sizes
 
 DIM = 20
 PIXELS = np.random.default_rng(0).integers(0, 256, (37, 1, 8, 8), dtype=np.uint8)
@@ -102,6 +103,46 @@ def test_the_first_call_of_a_size_may_take_its_time(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(found, "_network", slow_at_first)
     assert list(found.rates(PIXELS, [16, 32], seconds=0.9)) == [16, 32]
+
+
+def gpu_like(monkeypatch: pytest.MonkeyPatch, batch_size: int) -> tuple[Embedder, list[int]]:
+    """An embedder that cuts as on a GPU, and the sizes of the batches that it launches; that takes no stream."""
+    found, launched = embedder(batch_size), list[int]()
+
+    def launch(pixels: np.ndarray) -> _Batch:
+        launched.append(len(pixels))
+        return _Batch(torch.zeros(len(pixels), DIM), None)
+
+    monkeypatch.setattr(found, "_copies", object())
+    monkeypatch.setattr(found, "_launch", launch)
+    return found, launched
+
+
+@pytest.mark.parametrize(("unit", "largest"), [(256, 128), (37, 19), (1, 1)])
+def test_a_batch_that_is_recommended_on_a_gpu_is_one_that_a_unit_runs_in(
+    monkeypatch: pytest.MonkeyPatch, unit: int, largest: int
+) -> None:
+    sizes = batch_sizes(gpu_like(monkeypatch, unit)[0].largest_batch(unit))
+    assert max(sizes) == largest
+    for size in sizes:
+        found, launched = gpu_like(monkeypatch, size)
+        found.embed(np.resize(PIXELS, (unit, 1, 8, 8)))
+        assert max(launched) == size
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_compiled_network_takes_a_whole_unit_at_once_on_a_gpu(monkeypatch: pytest.MonkeyPatch, padded: bool) -> None:
+    found, launched = gpu_like(monkeypatch, 256)
+    monkeypatch.setattr(found, "_padded", padded)
+    found.embed(np.resize(PIXELS, (256, 1, 8, 8)))
+    assert launched == ([256] if padded else [128, 128])
+    assert found.largest_batch(256) == launched[0]
+
+
+def test_what_is_timed_on_a_gpu_was_run_before_in_batches_of_the_same_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, launched = gpu_like(monkeypatch, 256)
+    assert list(found.rates(PIXELS, [16, 32], seconds=60.0)) == [16, 32]
+    assert launched == [16] * 4 + [32] * 4
 
 
 def test_a_compiled_network_sees_batches_of_one_shape_and_memory_layout(monkeypatch: pytest.MonkeyPatch) -> None:

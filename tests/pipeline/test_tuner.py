@@ -36,6 +36,6 @@ def test_the_configured_decoder_is_measured_and_rejects_are_left_out(
     assert made == ([torch.device("cpu")] if where == "device" else [])
 
 
-@pytest.mark.parametrize(("unit_images", "sizes"), [(256, [32, 64, 128, 256]), (100, [32, 64]), (20, [20])])
-def test_only_batches_that_a_unit_holds_are_measured(unit_images: int, sizes: list[int]) -> None:
-    assert tuner.batch_sizes(unit_images) == sizes
+@pytest.mark.parametrize(("largest", "sizes"), [(256, [32, 64, 128, 256]), (100, [32, 64]), (20, [20])])
+def test_only_batches_that_a_unit_is_cut_into_are_measured(largest: int, sizes: list[int]) -> None:
+    assert tuner.batch_sizes(largest) == sizes
