@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _STDOUT = "jobs.stdout"
 _STOP_SECONDS = 20.0
+_stopping = threading.Event()
 
 
 def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
@@ -194,16 +195,20 @@ def start_ray() -> None:
             init(runtime_env={"env_vars": storage.environment()})
         else:
             init(address="local", num_cpus=max(2, os.cpu_count() or 2), include_dashboard=False)
-    signal.signal(signal.SIGTERM, _interrupt)  # after Ray's own, which would end the driver without a word
+    for number in (signal.SIGINT, signal.SIGTERM):  # after Ray's own, which would end the driver without a word
+        signal.signal(number, _interrupt)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """End as with Ctrl-C: `ray job stop`, a pod that is deleted, a machine that shuts down.
+    """End: Ctrl-C, `ray job stop`, a pod that is deleted, a machine that shuts down.
 
-    Whoever sends it waits half a minute and kills, so what has not ended by then is not waited for: nothing that is
-    durable depends on it.
+    Whoever sends SIGTERM waits half a minute and kills, and an interrupt may be lost in a library's callback; so what
+    has not ended by then is not waited for, nor is anything the second time: nothing that is durable depends on it.
     """
-    click.secho("stopping: SIGTERM", err=True)
+    if _stopping.is_set():
+        os._exit(130)
+    _stopping.set()
+    click.secho(f"stopping: {signal.Signals(number).name}; once more ends it at once", err=True)
     timer = threading.Timer(_STOP_SECONDS, os._exit, [130])
     timer.daemon = True
     timer.start()
