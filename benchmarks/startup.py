@@ -51,16 +51,16 @@ def first_images(folder: Path, data: Path, settings: tuple[str, ...], starts: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="5 repeats, 1 start of Ray")
+    parser.add_argument("--short", action="store_true", help="5 repeats, no start of Ray: first_benefit has one")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--starts", type=int, help="of Ray: 5, or 1 with --short")
+    parser.add_argument("--starts", type=int, help="of Ray: 5, or none with --short")
     parser.add_argument("--run", type=Path, help="a finished run of the example config")
     parser.add_argument("--data", help="the folder of CIFAR-100")
     arguments = parser.parse_args()
     data = data_folder(arguments.data)
     print(header(["pillow", "click"]), "Seconds: median (lowest - highest).\n", flush=True)
     repeats = 5 if arguments.short else arguments.repeats
-    starts = arguments.starts if arguments.starts is not None else 1 if arguments.short else 5
+    starts = arguments.starts if arguments.starts is not None else 0 if arguments.short else 5
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = part_of_cifar(folder / "data", data, num_gallery=2000, num_pairs=2000 if arguments.short else 5000)
