@@ -144,9 +144,9 @@ class Relearn(Section):
     Once a wave of `after_waves` is embedded, these images are pairs like any others: h and s are fitted again on the
     pairs and at most `images` of them, repeated until they are as many as the pairs; with `what: order` only what the
     policy knows is made anew, and h stays. The images that are left are then transformed, scored and cut again into
-    the waves that are left, whose sizes stay; no image is embedded twice. The new h is taken only where it is nearer
-    to the new encoder on images of the gallery that are left (the probe set's). The stream stands still meanwhile.
-    What it is worth, and when: docs/decisions/0005.
+    the waves that are left, whose sizes stay; no image is embedded twice. The new h is taken only where it is clearly
+    nearer to the new encoder on images of the gallery that are left (the probe set's). The stream stands still
+    meanwhile. What it is worth, and when: docs/decisions/0005.
     """
 
     after_waves: tuple[Count, ...] = ()

@@ -27,6 +27,7 @@ from pipeline.embeddings import embedding_log, read_embeddings
 from pipeline.errors import ConfigError, DataError
 from pipeline.offset import Classifier, Offset
 from pipeline.plan import Plan
+from pipeline.ranking import Float64
 from pipeline.reference import Reference
 from pipeline.run import Run
 from pipeline.schema import Int64, splitmix64, vectors_to_arrow
@@ -58,6 +59,7 @@ class Learnt:
         before: of the transformation that served so far, the mean |new - z|^2 of images that neither was fitted on;
             None where none was fitted.
         after: of the new one.
+        noise: the standard error of their difference, paired by image.
     """
 
     after_wave: int
@@ -65,11 +67,12 @@ class Learnt:
     images: int
     before: float | None = None
     after: float | None = None
+    noise: float = 0.0
 
     @property
     def taken(self) -> bool:
-        """Whether there is a new transformation, and it is the better one."""
-        return self.before is not None and self.after is not None and self.after < self.before
+        """Whether there is a new transformation, and it is the better one by more than chance would have it."""
+        return self.before is not None and self.after is not None and self.after < self.before - self.noise
 
     def __str__(self) -> str:
         """One line for people."""
@@ -77,7 +80,8 @@ class Learnt:
         if self.before is None or self.after is None:
             return text
         told = "taken" if self.taken else "not taken"
-        return f"{text}, {told}: squared error {self.after:.4g}, with the one before {self.before:.4g}"
+        errors = f"{self.after:.4g}, with the one before {self.before:.4g} (± {self.noise:.2g})"
+        return f"{text}, {told}: squared error {errors}"
 
 
 def relearn(
@@ -247,8 +251,10 @@ def _learn_transformation(
     if not held_out.num_rows:  # of a handful of images
         held_out = pa.concat_tables(map(storage.read_parquet, data.held_out_parts))
     unseen = _unseen(config, run, plan, wave, make_arrays(held_out, _job(config, data)))
-    before, after = (_error(config, item, unseen) for item in (source, tried))
-    learnt = _decide(place, Learnt(wave, "transformation", images.num_rows, before, after))
+    before, after = (_errors(item, unseen) for item in (source, tried))
+    noise = float((before - after).std() / np.sqrt(len(before)))
+    found = Learnt(wave, "transformation", images.num_rows, float(before.mean()), float(after.mean()), noise)
+    learnt = _decide(place, found)
     _keep(tried if learnt.taken else source, place, learnt)
 
 
@@ -286,7 +292,9 @@ def _unseen(config: Config, run: Run, plan: Plan, wave: int, held_out: PairArray
     return PairArrays(probe.old[rows], new, None, None)
 
 
-def _error(config: Config, place: Run, pairs: PairArrays) -> float:
+def _errors(place: Run, pairs: PairArrays) -> Float64:
+    """|new - z|^2 of each pair, (N,) float64."""
     network, _ = load_transformation(place, torch.device("cpu"))
     z, _ = apply(network, pairs.old, pairs.side, torch.device("cpu"), _APPLY_BATCH)
-    return float(np.square(pairs.new - z).sum(axis=1, dtype=np.float64).mean())
+    errors: Float64 = np.square(pairs.new - z).sum(axis=1, dtype=np.float64)
+    return errors
