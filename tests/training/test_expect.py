@@ -175,7 +175,7 @@ def selected() -> Selection:
     none: dict[str, float] = {}
     best = Candidate("alignment", 0.0, 16, 1, "none", 0.0, "uncertainty", none, none, none, none, none, 0.0, 0.0)
     curves = {name: [curve, curve] for name in ("top1", "top5", "map")}
-    return Selection(("top1",), 2, HELD_OUT, best, (best,), {}, tuple(np.linspace(0, 1, 22).tolist()), curves)
+    return Selection(("top1",), 2, HELD_OUT, best, (best,), (), {}, tuple(np.linspace(0, 1, 22).tolist()), curves)
 
 
 @pytest.mark.parametrize("changes", [{}, {"traffic": True}, {"group_boost": 2.0}])
