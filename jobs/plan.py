@@ -52,17 +52,18 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
         ensure_fit(config, run, bars)
         plan = ensure_plan(config, run, bars)
         with bars.step("expect"):
-            expected, alike = expected_curve(config, run, plan), likeness(config, run, plan)
+            outlook, alike = expected_curve(config, run, plan), likeness(config, run, plan)
         if seconds:
             found = tune(
                 config, run, plan, seconds, lambda done, what: bars.images("measure", int(done), int(seconds), what)
             )
     boost = read_boost(config, run, resolve_policy(run, config.plan.policy))
     if as_json:
-        curves = {name: curve.to_json() for name, curve in (expected or {}).items()}
+        expected = {name: curve.to_json() for name, curve in outlook.curves.items()}
         print_json(
             asdict(plan)
-            | {"expected": curves, "same_side": alike, "group_boost": asdict(boost) if boost else None}
+            | {"expected": expected, "expected_notes": outlook.notes}
+            | {"same_side": alike, "group_boost": asdict(boost) if boost else None}
             | ({"estimate": found.to_json()} if found else {})
         )
         return
@@ -71,8 +72,10 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
         console().print(f"Subgroups, on held-out pairs: {boost}.", soft_wrap=True)
     if found:
         show_estimate(found)
-    if expected:
-        show_expected(expected, found)
+    if outlook.curves:
+        show_expected(outlook.curves, found)
+    for note in outlook.notes:
+        console().print(note, soft_wrap=True)
     if alike is not None and alike >= APART:
         console().print(
             f"[bold red]The pairs do not look like the gallery:[/] by old embeddings {alike:.0%} of neighbours "
@@ -146,8 +149,9 @@ def show_expected(expected: Mapping[str, Expected], estimate: Estimate | None) -
     for name, curve in expected.items():
         ends = [f"{curve.values[at]:.1f} ({curve.low[at]:.1f} - {curve.high[at]:.1f})" for at in (0, -1)]
         costs = []
-        for fraction, low, high in curve.reached().values():
-            cost = f"after {fraction:.0%} ({low:.0%} - {high:.0%})"
+        for reached in curve.reached.values():
+            fraction = reached.fraction
+            cost = f"after {fraction:.0%} ({reached.low:.0%} - {reached.high:.0%})"
             if estimate is not None:
                 cost += f", {timedelta(seconds=round(estimate.seconds * fraction))}"
                 cost += "" if estimate.money is None else f", {estimate.money * fraction:,.2f} in money"

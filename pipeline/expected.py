@@ -9,13 +9,14 @@ the last is
 
 because a metric falls with the number of images that compete, much alike for both. Without labels the last state is
 100 by definition. The band is what sampling leaves open: the standard error of the ends over the probe's queries,
-and of the bend over folds of the pairs. Pure.
+and of the bend over folds of the pairs. What 95 and 99 per cent take has a band of its own, from draws of these errors:
+each gives a curve that is measured by its own end, for what is off at both ends alike changes little. Pure.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from pipeline.run import Run
 
 REACHED = (95, 99)
 _BAND = 2.0  # standard errors
+_BAND_QUANTILES = (0.0228, 0.9772)  # that lie so far out
+_DRAWS = 1000
 BAND_SAYS = "with two standard errors"
 
 
@@ -34,60 +37,90 @@ def expected_uri(run: Run) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """A metric before anything is embedded and when all is, in per cent, with standard errors in points."""
+    """A metric before anything is embedded and when all is, in per cent, with standard errors in points.
+
+    `correlation` is that of the two errors: both are measured by the same queries.
+    """
 
     start: float
     end: float
     start_error: float
     end_error: float
+    correlation: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """The fraction from which on a curve stays at so many per cent of its end, and its band."""
+
+    fraction: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """The expected curve of one metric over `fractions` (P,), in per cent; `low` and `high` are the band."""
+    """The expected curve of one metric over `fractions` (P,), in per cent; `low` and `high` are the band.
+
+    Attributes:
+        reached: for each of REACHED.
+        sample: how many images represent the gallery in it; 0 where it is the whole.
+    """
 
     fractions: Float64
     values: Float64
     low: Float64
     high: Float64
-
-    def reached(self) -> dict[int, tuple[float, float, float]]:
-        """For 95 and 99 per cent of the end: the fraction from which on the curve stays there, and its band."""
-        end = float(self.values[-1])
-        curves = (self.values, self.high, self.low)
-        return {
-            percent: tuple(fraction_for(curve, self.fractions, percent, end) for curve in curves)  # type: ignore[misc]
-            for percent in REACHED
-        }
+    reached: dict[int, Reached]
+    sample: int = 0
 
     def to_json(self) -> dict[str, object]:
         """As JSON shows it."""
-        reached = {
-            str(percent): dict(zip(("fraction", "low", "high"), found, strict=True))
-            for percent, found in self.reached().items()
-        }
-        return {name: getattr(self, name).tolist() for name in self.__slots__} | {"reached": reached}
+        reached = {str(percent): asdict(found) for percent, found in self.reached.items()}
+        return {name: getattr(self, name).tolist() for name in _CURVES} | {"reached": reached, "sample": self.sample}
 
     @classmethod
-    def from_json(cls, tree: dict[str, list[float]]) -> Self:
+    def from_json(cls, tree: dict[str, Any]) -> Self:
         """The inverse of `to_json`."""
-        return cls(**{name: np.array(tree[name]) for name in cls.__slots__})
+        reached = {int(percent): Reached(**found) for percent, found in tree["reached"].items()}
+        return cls(**{name: np.array(tree[name]) for name in _CURVES}, reached=reached, sample=tree.get("sample", 0))
 
 
-def expect(curves: Float64, fractions: Float64, ends: Ends) -> Expected:
+_CURVES = ("fractions", "values", "low", "high")
+
+
+def expect(curves: Float64, fractions: Float64, ends: Ends, sample: int = 0) -> Expected:
     """Lay the bend of held-out curves between the ends of a gallery.
 
     Args:
         curves: (F, P) of F folds, in per cent.
         fractions: (P,).
         ends: of the gallery.
+        sample: how many images represent it; 0 for all of them.
     """
     bend = curves - (1 - fractions) * curves[:, :1] - fractions * curves[:, -1:]
     values = (1 - fractions) * ends.start + fractions * ends.end + bend.mean(axis=0)
-    wobble = bend.std(axis=0, ddof=1) / np.sqrt(len(bend)) if len(bend) > 1 else np.zeros(len(fractions))
-    parts = [(1 - fractions) * ends.start_error, fractions * ends.end_error, wobble]
-    error = np.sqrt(np.square(parts).sum(axis=0))
-    return Expected(fractions, values, values - _BAND * error, values + _BAND * error)
+    num = len(bend)
+    wobble = (bend - bend.mean(axis=0)) / np.sqrt(num * max(num - 1, 1))  # (F, P): their squares sum to the variance
+    errors = np.concatenate([_end_errors(ends, fractions), wobble])
+    error = np.sqrt(np.square(errors).sum(axis=0))
+    reached = {percent: _reached(values, errors, fractions, percent) for percent in REACHED}
+    return Expected(fractions, values, values - _BAND * error, values + _BAND * error, reached, sample)
+
+
+def _end_errors(ends: Ends, fractions: Float64) -> Float64:
+    """(2, P): what a standard deviation of the error that start and end share moves, and of the end's own rest."""
+    shared = ends.correlation * ends.end_error
+    own = np.sqrt(max(ends.end_error**2 - shared**2, 0.0))
+    return np.stack([(1 - fractions) * ends.start_error + fractions * shared, fractions * own])
+
+
+def _reached(values: Float64, errors: Float64, fractions: Float64, percent: float) -> Reached:
+    """With the spread of curves drawn with independent errors (E, P), each measured by its own end."""
+    drawn = values + np.random.default_rng(0).normal(size=(_DRAWS, len(errors))) @ errors
+    found = np.quantile([fraction_for(curve, fractions, percent) for curve in drawn], _BAND_QUANTILES)
+    fraction = fraction_for(values, fractions, percent)
+    return Reached(fraction, float(min(found[0], fraction)), float(max(found[1], fraction)))
 
 
 def fraction_for(values: Float64, fractions: Float64, percent: float, full: float | None = None) -> float:

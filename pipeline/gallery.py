@@ -13,14 +13,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import storage, vector_log
+from pipeline import fan_out, storage, vector_log
 from pipeline.errors import DataError
 from pipeline.rejects import gallery_log
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64, vectors_from_arrow
+from pipeline.schema import Float32, Int64, splitmix64, vectors_from_arrow
 
 Bools = NDArray[np.bool_]
 
+_SALT = 0x6A11E2  # of the sample alone: other choices by a hash of ids are independent of it
 _COLUMNS = ["id", "wave", "priority", "uncertainty", "label", "group", "vector"]
 
 
@@ -112,6 +113,46 @@ def transformed_table(run: Run, columns: list[str]) -> pa.Table:
             "the gallery is not transformed yet", where=run.path("transformed"), remedy="run `fastfill backfill`"
         )
     return pa.concat_tables([storage.read_parquet(part, columns) for part in parts])
+
+
+def labelled_sample(run: Run, num_parts: int, num_gallery: int, most: int, other_than: Int64) -> tuple[pa.Table, int]:
+    """Id, label and vector of planned images with a label, in no order: at most so many, by a hash of their ids.
+
+    A large gallery is read by tasks, which give back what is sampled alone.
+
+    Args:
+        run: the run.
+        num_parts: of the plan.
+        num_gallery: images of the plan.
+        most: how many are wanted; all where there are fewer.
+        other_than: (n,) ids that are left out.
+
+    Returns:
+        the rows, and how many there are in the gallery.
+    """
+    shared, parts = (run, other_than), range(num_parts)
+    total = sum(fan_out.each(_count_labelled, shared, parts, num_gallery))
+    share = most / max(1, total)
+    table = pa.concat_tables(fan_out.each(_labelled, (*shared, share), parts, num_gallery))
+    if table.num_rows > most:  # chance gave some more than its share
+        chance = splitmix64(table["id"].to_numpy(), _SALT)
+        table = table.take(pa.array(np.sort(np.argsort(chance)[:most])))
+    return table, total
+
+
+def _count_labelled(run: Run, other_than: Int64, part: int) -> int:
+    rows = storage.read_parquet(run.part("transformed", part), ["id", "label"])
+    return int((rows["label"].is_valid().to_numpy() & ~np.isin(rows["id"].to_numpy(), other_than)).sum())
+
+
+def _labelled(run: Run, other_than: Int64, share: float, part: int) -> pa.Table:
+    """Of a part, the rows of so large a share of all hashes."""
+    rows = storage.read_parquet(run.part("transformed", part), ["id", "label", "vector"])
+    ids = rows["id"].to_numpy()
+    wanted = rows["label"].is_valid().to_numpy() & ~np.isin(ids, other_than)
+    if share < 1:
+        wanted &= splitmix64(ids, _SALT) < np.uint64(share * 2**64)
+    return rows.filter(pa.array(wanted))
 
 
 def has_labels(run: Run) -> bool:

@@ -87,6 +87,9 @@ class Quality:
 def full_estimate(known: Reference, start: Quality) -> Figures:
     """What the full new model is expected to reach on the probe set, in per cent; only what can be told.
 
+    `top1_error` and `top5_error` are their standard errors in points, of the sum, whose parts share their queries;
+    `recall10` is 100 by definition.
+
     Among the probe images alone labels are rarer than in the gallery. So what the new model gains there over the
     transformed vectors is added to what snapshot 0 reaches in the whole gallery, as `expected` does.
 
@@ -99,7 +102,16 @@ def full_estimate(known: Reference, start: Quality) -> Figures:
         name: float(np.clip(start.figures[name] + new[name] - transformed[name], 0, 100))
         for name in new.keys() & start.figures.keys()
     }
-    return sums | {"recall10": 100.0}
+    errors = {f"top{k}_error": _error(known, start, k) for k in (1, 5) if f"top{k}" in sums}
+    return sums | errors | {"recall10": 100.0}
+
+
+def _error(known: Reference, start: Quality, k: int) -> float:
+    """Of `top{k}` in `full_estimate`, over the queries with a match in the gallery and among the probe images."""
+    ranks = np.array([start.ranks, known.within_new, known.within_transformed])
+    ranks = ranks[:, (ranks >= 0).all(axis=0)]
+    answers = 100.0 * ((ranks > 0) & (ranks <= k))
+    return float((answers[0] + answers[1] - answers[2]).std(ddof=1) / np.sqrt(ranks.shape[1]))
 
 
 def read_reference(run: Run) -> Reference | None:

@@ -61,16 +61,16 @@ class Stop:
 
         Args:
             figures: of the snapshot, in per cent; `fraction` of the gallery, 0 to 1.
-            full: of the full new model, in per cent.
+            full: of the full new model, in per cent; a figure's standard error as `<figure>_error`.
         """
         for item in self.conditions:
             value, whole = figures.get(item.figure), full.get(item.figure) if item.of_full else 1.0
             if value is None or whole is None or value < item.limit * whole:
                 continue
-            of_full = (
-                f" ({item.limit:g} of an expected {whole:.1f} is {item.limit * whole:.1f})" if item.of_full else ""
-            )
-            return f"{item.text}: {item.figure} is {value:.4g}{of_full}"
+            error = full.get(f"{item.figure}_error")
+            known = "" if error is None else f" with a standard error of {error:.1f}"
+            of_full = f" ({item.limit:g} of an expected {whole:.1f}{known} is {item.limit * whole:.1f})"
+            return f"{item.text}: {item.figure} is {value:.4g}{of_full if item.of_full else ''}"
         return None
 
     def by_budget(self, now_seconds: float, money: float) -> str | None:

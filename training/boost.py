@@ -5,13 +5,11 @@
 What a group lacks is the average precision that its queries gain from here to the full new model, and the gap is what
 the worst one lacks more than groups do in the mean. So it is no gap that a group is hard for any encoder, and neither
 what all lack. The same lack at the start is the need that the boost goes by (`knowledge.group_needs`).
-Guarantee: a function of the pairs, the policy, the bound and the seed. A column of traffic is not looked at: pairs have
-none.
+Guarantee: a function of the pairs, the policy, the bound and the seed; no pair has trained the model that ranks it. A
+column of traffic is not looked at: pairs have none.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import numpy as np
 
@@ -20,11 +18,10 @@ from pipeline.boost import Boost, boost_uri, read_boost
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.evaluate import simulate_curve
-from pipeline.policy import load_policy
 from pipeline.ranking import Float64
 from pipeline.run import Run
 from pipeline.selection import resolve_policy
-from training.held_out import HeldOut, held_out
+from training.held_out import HeldOut, held_out, priorities
 from training.losses import NO_LABEL
 from training.select import order_by
 
@@ -55,7 +52,7 @@ def choose_boost(config: Config, pairs: HeldOut, policy: str, bound: float) -> B
     """The least of BOOSTS with which the worst group is within the bound; the one with the least gap where none is.
 
     Args:
-        config: `gallery.metric` and `seed` count.
+        config: `gallery` and `seed` count.
         pairs: with labels, and groups.
         policy: by its name.
         bound: the share of the worst group's gap at the start that may be left at EMBEDDED.
@@ -63,11 +60,9 @@ def choose_boost(config: Config, pairs: HeldOut, policy: str, bound: float) -> B
     Raises:
         ConfigError: the policy's reference has no groups, or they have too few pairs.
     """
-    scored = replace(pairs.fold.scored(), groups=pairs.groups)
-    orders = {}
-    for boost in (*BOOSTS[1:], *BOOSTS[:1]):  # one that asks for groups first
-        priority = load_policy(policy, config.seed, pairs.reference, group_boost=boost)(scored)
-        orders[f"{boost:g}"] = [order_by(priority, config.seed)]
+    boosts = (*BOOSTS[1:], *BOOSTS[:1])  # one that asks for groups first
+    found = priorities(config, pairs, policy, boosts)
+    orders = {f"{boost:g}": [order_by(some, config.seed)] for boost, some in zip(boosts, found, strict=True)}
     labels, new, ids = pairs.fold.pairs.labels, pairs.fold.pairs.new, np.arange(len(pairs.served))
     assert labels is not None, "groups have needs only where pairs have labels"
     queries = np.flatnonzero(labels != NO_LABEL)

@@ -7,59 +7,78 @@ After the plan, before the first image. Guarantee: it reads what the run has, an
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline import probe_set, storage
 from pipeline.agreement import among
+from pipeline.boost import resolve_boost
 from pipeline.config import Config
 from pipeline.evaluate import METRICS, Metrics, evaluate, recall
 from pipeline.expected import Ends, Expected, expect, expected_uri
-from pipeline.gallery import codes_of, transformed_table
+from pipeline.gallery import codes_of, labelled_sample
 from pipeline.plan import Plan
-from pipeline.policy import load_policy
 from pipeline.probe_set import ProbeSet
 from pipeline.ranking import Float64
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64, splitmix64, vectors_from_arrow
+from pipeline.schema import Float32, Int64, vectors_from_arrow
 from pipeline.selection import read_selection, resolve_policy
 from pipeline.shift import same_side
-from training.held_out import SALT, HeldOut, held_out
+from training.held_out import FOLDS, HeldOut, fold_places, held_out, priorities
 from training.select import FINAL, curves_of, order_by
 
-_FOLDS = 4
 _LEAST_FOLDED = 1000  # pairs; with fewer, what a fold says of the band is noise, and some labels are there once
 _LEAST_LABELLED = 100
-Curves = dict[str, Expected]
 
 
-def expected_curve(config: Config, run: Run, plan: Plan) -> Curves | None:
-    """By metric: top1, top5 and map with labels, else recall10; computed once.
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """The expected curves by metric, top1, top5 and map or recall10; none where `notes` says why.
+
+    `notes` are sentences on what the curves do not tell.
+    """
+
+    curves: dict[str, Expected]
+    notes: tuple[str, ...]
+
+
+def expected_curve(config: Config, run: Run, plan: Plan) -> Outlook:
+    """What is expected of the plan's order: by labels where gallery and pairs have them, else by recall10; kept.
 
     A gallery above `evaluate.max_images` is represented by a sample of so many images, and the figures are those of a
-    gallery of that size.
-
-    Returns:
-        None where the run has no probe set, or the gallery and the pairs do not both have labels, or both none.
+    gallery of that size. Nothing of the rest comes here.
     """
     uri = expected_uri(run)
     stored = storage.read_versioned(uri)
     if stored is not None:
-        return {name: Expected.from_json(item) for name, item in json.loads(stored[0]).items()}
+        return _outlook(config, {name: Expected.from_json(item) for name, item in json.loads(stored[0]).items()})
     probe = probe_set.gather(config, run, plan)
     if probe is None:
-        return None
-    names, curves = _shapes(config, run)
-    ends = _ends(config, run, plan, probe)
-    if any(name not in ends for name in names):
-        return None
+        why = "no two of its images have all embeddings" if config.probe.images else "probe.images is 0"
+        return Outlook({}, (f"No quality is expected: the run has no probe set to measure the gallery by ({why}).",))
+    rows = _queries(probe)
+    names, curves = _shapes(config, run, labelled=rows is not None)
+    if rows is None or names != METRICS:
+        ends, sample = _ends_by_agreement(config, probe), 0
+    else:
+        ends, sample = _ends_by_labels(config, run, plan, probe, rows)
     fractions = np.linspace(0, 1, FINAL.points)
-    found = {name: expect(curves[:, :, column], fractions, ends[name]) for column, name in enumerate(names)}
+    found = {name: expect(curves[:, :, column], fractions, ends[name], sample) for column, name in enumerate(names)}
     storage.put(uri, json.dumps({name: item.to_json() for name, item in found.items()}, allow_nan=False).encode())
-    return found
+    return _outlook(config, found)
+
+
+def _outlook(config: Config, curves: dict[str, Expected]) -> Outlook:
+    notes, sample = [], max(curve.sample for curve in curves.values())
+    if sample:
+        notes.append(
+            f"The gallery is represented by {sample:,} of its images (evaluate.max_images): the figures are those of a "
+            "gallery of that size, and lower in the whole, where more images compete."
+        )
+    if config.plan.traffic:
+        notes.append("The order goes by traffic too, which pairs do not have: the curve is the order's without it.")
+    return Outlook(curves, tuple(notes))
 
 
 def likeness(config: Config, run: Run, plan: Plan) -> float | None:
@@ -72,58 +91,78 @@ def likeness(config: Config, run: Run, plan: Plan) -> float | None:
     return same_side(old, probe.old, config.seed)
 
 
-def _shapes(config: Config, run: Run) -> tuple[tuple[str, ...], Float64]:
-    """The metrics, and per fold of held-out pairs their curves under the run's order, (F, P, M)."""
+def _shapes(config: Config, run: Run, labelled: bool) -> tuple[tuple[str, ...], Float64]:
+    """The metrics, and per fold of held-out pairs their curves under the run's order, (F, P, M).
+
+    A selection's curves are of pairs that its policy knows nothing of, but of the policy alone.
+    """
     policy = resolve_policy(run, config.plan.policy)
-    selection = read_selection(run)
-    if selection is not None and selection.chosen.policy == policy:  # of pairs that the policy knows nothing of
+    boost, selection = resolve_boost(config, run, policy), read_selection(run)
+    as_selected = selection is not None and selection.chosen.policy == policy and not boost and not config.plan.traffic
+    if selection is not None and as_selected and (labelled or "recall10" in selection.curves):
         names = tuple(selection.curves)
         return names, np.stack([np.array(selection.curves[name]) for name in names], axis=2)
-    return curves_by_fold(config, held_out(config, run), policy)
+    return curves_by_fold(config, held_out(config, run), policy, boost, labelled)
 
 
-def curves_by_fold(config: Config, pairs: HeldOut, policy: str) -> tuple[tuple[str, ...], Float64]:
+def curves_by_fold(
+    config: Config, pairs: HeldOut, policy: str, boost: float = 0.0, labelled: bool = True
+) -> tuple[tuple[str, ...], Float64]:
     """The metrics, and per fold of the pairs their curves under a policy, (F, P, M) float64 in per cent.
 
     Args:
-        config: `gallery.metric` and `seed` count.
-        pairs: with what the policy knows.
+        config: `gallery` and `seed` count.
+        pairs: with what the policy knows; `learned` is learnt again without the pairs that it ranks.
         policy: by its name.
+        boost: `group_boost`.
+        labelled: whether to measure by labels, where each fold has some that can be.
     """
-    priority = load_policy(policy, config.seed, pairs.reference)(pairs.fold.scored())
-    num_folds = _FOLDS if len(priority) >= _LEAST_FOLDED else 1
-    places = (splitmix64(np.arange(len(priority)), SALT) % np.uint64(num_folds)).astype(np.int64)
+    [priority] = priorities(config, pairs, policy, [boost])
+    num_folds = FOLDS if len(priority) >= _LEAST_FOLDED else 1
+    places = fold_places(len(priority), num_folds)
+    some = [np.flatnonzero(places == number) for number in range(num_folds)]
+    folds = [pairs.fold.take(rows) for rows in some]
+    if not labelled or any(fold.labels() is None for fold in folds):
+        folds = [replace(fold, pairs=replace(fold.pairs, labels=None)) for fold in folds]
     curves: list[Float64] = []
     names: tuple[str, ...] = ()
-    for number in range(num_folds):
-        rows = np.flatnonzero(places == number)
+    for rows, fold in zip(some, folds, strict=True):
         orders = {policy: [order_by(priority[rows], config.seed)]}
-        names, found = curves_of(config, pairs.served[rows], pairs.fold.take(rows), orders, FINAL)
+        names, found = curves_of(config, pairs.served[rows], fold, orders, FINAL)
         curves.append(found[policy])
     return names, np.stack(curves)
 
 
-def _ends(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> dict[str, Ends]:
-    """What the probe set says of the gallery before and after; labels of the gallery where it has them."""
-    metric, rows = config.gallery.metric, np.flatnonzero(probe.labels >= 0)
-    if len(rows) < _LEAST_LABELLED or len(np.unique(probe.labels[rows])) == len(rows):
-        rows = np.arange(len(probe.ids))
-        exact = among(probe.new, probe.new, rows, metric)
-        first = recall(among(probe.new, probe.transformed, rows, metric), exact)
-        error = 100 * np.sqrt(first / 100 * (1 - first / 100) / len(rows))
-        return {"recall10": Ends(first, 100.0, float(error), 0.0)}
-    table = transformed_table(run, ["id", "label", "vector"])
-    table = table.filter(pc.is_valid(table["label"]))
-    ids: Int64 = table["id"].to_numpy()
-    if len(ids) > config.evaluate.max_images:
-        chance = splitmix64(ids, SALT)
-        limit = np.partition(chance, config.evaluate.max_images)[config.evaluate.max_images]
-        wanted = (chance <= limit) | np.isin(ids, probe.ids)
-        table, ids = table.filter(pa.array(wanted)), ids[wanted]
+def _queries(probe: ProbeSet) -> Int64 | None:
+    """The probe images with a label, (Q,) int64; None where quality cannot be measured by these."""
+    rows = np.flatnonzero(probe.labels >= 0)
+    return None if len(rows) < _LEAST_LABELLED or len(np.unique(probe.labels[rows])) == len(rows) else rows
+
+
+def _ends_by_agreement(config: Config, probe: ProbeSet) -> dict[str, Ends]:
+    """Among the probe images alone; in the end each query finds what it finds."""
+    rows, metric = np.arange(len(probe.ids)), config.gallery.metric
+    exact = among(probe.new, probe.new, rows, metric)
+    first = recall(among(probe.new, probe.transformed, rows, metric), exact)
+    error = 100 * np.sqrt(first / 100 * (1 - first / 100) / len(rows))
+    return {"recall10": Ends(first, 100.0, float(error), 0.0)}
+
+
+def _ends_by_labels(config: Config, run: Run, plan: Plan, probe: ProbeSet, rows: Int64) -> tuple[dict[str, Ends], int]:
+    """What the queries say of the gallery before and after, and how large a sample of it was searched, or 0."""
+    queries = Labelled(probe.ids[rows], probe.new[rows], probe.labels[rows])
+    room = max(0, config.evaluate.max_images - len(rows))
+    table, total = labelled_sample(run, plan.num_parts, plan.num_gallery, room, queries.ids)
     codes, names = codes_of(table["label"])
-    places = np.searchsorted(np.array(names), np.array(probe.label_names))[probe.labels[rows]]
-    gallery = Labelled(ids, vectors_from_arrow(table["vector"]), codes)
-    return ends_of(Labelled(probe.ids[rows], probe.new[rows], places), probe.transformed[rows], gallery, metric)
+    known = {name: code for code, name in enumerate(probe.label_names)}
+    labels = np.array([known.get(name, -1) for name in names], np.int64)[codes]  # -1: no query's, whichever it is
+    gallery = Labelled(
+        np.concatenate([queries.ids, table["id"].to_numpy()]),
+        np.concatenate([probe.transformed[rows], vectors_from_arrow(table["vector"])]),
+        np.concatenate([queries.labels, labels]),
+    )
+    sample = len(gallery.ids) if table.num_rows < total else 0
+    return ends_of(queries, probe.transformed[rows], gallery, config.gallery.metric), sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +207,11 @@ def _end(name: str, whole: Metrics, before: Metrics, after: Metrics) -> Ends:
     def error(values: Float64) -> float:
         return float(np.nanstd(values, ddof=1) / np.sqrt(np.isfinite(values).sum()))
 
+    both = np.isfinite(total)
+    spread = np.std([start[both], total[both]], axis=1)
+    correlation = float(np.corrcoef(start[both], total[both])[0, 1]) if spread.all() else 0.0
     end = float(np.clip(np.nanmean(start) + np.nanmean(rise), 0, 100))
-    return Ends(float(np.nanmean(start)), end, error(start), error(total))
+    return Ends(float(np.nanmean(start)), end, error(start), error(total), correlation)
 
 
 def _per_query(name: str, found: Metrics) -> Float64:

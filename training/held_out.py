@@ -1,12 +1,13 @@
 """The held-out pairs of a run as its transformation sees them: what is simulated before the gallery is touched.
 
 Guarantee: the same run gives the same rows. The policies' reference was made of these very pairs: a pair is not its own
-neighbour in it, but `learned` has seen its harm.
+neighbour in it, and what `learned` has learnt of its harm is learnt again from others before the pair is ranked.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -17,16 +18,19 @@ from pipeline import offset as offsets
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.offset import Offset
-from pipeline.reference import Reference, load_reference
+from pipeline.policy import POLICIES, Scored, load_policy
+from pipeline.reference import NO_LABEL, Reference, load_reference
 from pipeline.run import Run
-from pipeline.schema import Float32, splitmix64
+from pipeline.schema import Float32, Int64, splitmix64
 from pipeline.transformation import apply, load_transformation, read_part
+from training.harm import fit_learned, harm
 from training.learner import Job, make_arrays
 from training.pairs import build_pairs, fit_data
 from training.select import APPLY_BATCH, Fold
 
-_MOST_PAIRS = 5000
+FOLDS = 4
 SALT = 0x51AB
+_MOST_PAIRS = 5000
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +61,68 @@ def held_out(config: Config, run: Run) -> HeldOut:
     served = z if part is None else Offset.from_bytes(part).apply(z, s)
     groups = table["group"].to_numpy() if "group" in table.schema.names else np.full(len(z), None, dtype=object)
     return HeldOut(Fold(arrays, z, s, None), served, groups, load_reference(run))
+
+
+def fold_places(num: int, num_folds: int) -> Int64:
+    """The fold of each pair, (N,) int64, by chance; folds differ in size by one at most."""
+    order = np.argsort(splitmix64(np.arange(num), SALT), kind="stable")
+    places = np.empty(num, np.int64)
+    places[order] = np.arange(num) % num_folds
+    return places
+
+
+def as_scored(config: Config, pairs: HeldOut) -> Scored:
+    """The pairs as a policy sees the gallery: with their groups, and with labels where the gallery has some."""
+    scored = replace(pairs.fold.scored(), groups=pairs.groups)
+    codes = pairs.fold.pairs.labels
+    if codes is None or config.gallery.columns.label is None:
+        return scored
+    names = None if pairs.reference is None else pairs.reference.label_names
+    labels = [None if code == NO_LABEL else str(code) if names is None else names[code] for code in codes.tolist()]
+    return replace(scored, labels=np.array(labels, dtype=object))
+
+
+def priorities(config: Config, pairs: HeldOut, policy: str, boosts: Sequence[float]) -> list[Float32]:
+    """The priority of each pair under the run's policy, (N,) float32, for each `group_boost`; without traffic.
+
+    `learned` ranks a pair by a model of the harm of other folds' pairs.
+
+    Args:
+        config: `gallery` and `seed` count.
+        pairs: of which the policy knows.
+        policy: by its name.
+        boosts: one priority each.
+
+    Raises:
+        ConfigError: the policy needs what the reference does not have.
+    """
+    scored = as_scored(config, pairs)
+    found = [np.empty(len(pairs.served), np.float32) for _ in boosts]
+    for rows, reference in _unseen(config, pairs, policy):
+        for boost, priority in zip(boosts, found, strict=True):
+            ranked = load_policy(policy, config.seed, reference, group_boost=boost)(_take(scored, rows))
+            priority[rows] = ranked
+    return found
+
+
+def _unseen(config: Config, pairs: HeldOut, policy: str) -> list[tuple[Int64, Reference | None]]:
+    """Rows, and a reference whose model they did not train; all rows at once where the policy has no model."""
+    reference, num = pairs.reference, len(pairs.served)
+    known = POLICIES.get(policy)
+    if known is None or "learned" not in known.needs or reference is None or reference.model is None:
+        return [(np.arange(num), reference)]
+    places, scored, parts = fold_places(num, FOLDS), pairs.fold.scored(), list[tuple[Int64, Reference | None]]()
+    labels, new, metric = pairs.fold.labels(), pairs.fold.pairs.new, config.gallery.metric
+    for fold in range(min(FOLDS, num)):
+        rest = np.flatnonzero(places != fold)
+        some = None if labels is None else labels[rest]
+        cost = harm(pairs.served[rest], new[rest], some, metric, config.seed)
+        model = fit_learned(_take(scored, rest), reference, cost, config.seed)
+        parts.append((np.flatnonzero(places == fold), model))
+    return parts
+
+
+def _take(scored: Scored, rows: Int64) -> Scored:
+    """Some of the rows; pairs have no traffic."""
+    names = ("ids", "uncertainty", "transformed", "old_embeddings", "labels", "groups")
+    return Scored(*(getattr(scored, name)[rows] for name in names))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -44,10 +46,41 @@ def test_the_fraction_is_where_the_curve_stays_above() -> None:
     assert fraction_for(np.array([50.0, 60.0, 70.0]), fractions, 95, full=100) == 1
 
 
+def test_an_error_that_both_ends_share_does_not_widen_what_99_per_cent_take() -> None:
+    """A curve that is off by a factor keeps its fractions: what is off is the end, too."""
+    curve = np.minimum(40 + 24 * FRACTIONS, 52)  # its end from half way on
+    tight = expect(np.stack([curve, curve]), FRACTIONS, Ends(40, 52, 0, 0)).reached[99]
+    found = expect(np.stack([curve, curve]), FRACTIONS, Ends(40, 52, 1.5, 1.5 * 52 / 40, 1.0)).reached[99]
+    assert tight.low == tight.fraction == tight.high
+    assert found.low > tight.fraction - 0.1
+    assert found.high < tight.fraction + 0.2, "not to 1, which the end kept where it is would give"
+
+
+@pytest.mark.parametrize("correlation", [-0.5, 0.0, 0.9])
+def test_the_band_of_what_95_per_cent_take_holds_so_many_of_other_samples(correlation: float) -> None:
+    """Against its definition: ends and bend are drawn anew, straight from their distribution."""
+    folds = np.stack([CURVE, 40 + 12 * FRACTIONS**0.6, 40 + 12 * FRACTIONS**0.45, 40 + 12 * FRACTIONS**0.55])
+    ends = Ends(40, 52, 0.5, 0.6, correlation)
+    found = expect(folds, FRACTIONS, ends).reached[95]
+    bend = folds - folds[:, :1] * (1 - FRACTIONS) - folds[:, -1:] * FRACTIONS
+    rng = np.random.default_rng(7)
+    shared = correlation * ends.start_error * ends.end_error
+    drawn = rng.multivariate_normal([40, 52], [[ends.start_error**2, shared], [shared, ends.end_error**2]], 4000)
+    bends = rng.multivariate_normal(bend.mean(axis=0), np.cov(bend, rowvar=False) / len(bend), 4000)
+    curves = drawn[:, :1] * (1 - FRACTIONS) + drawn[:, 1:] * FRACTIONS + bends
+    within = [found.low <= fraction_for(curve, FRACTIONS, 95) <= found.high for curve in curves]
+    assert np.mean(within) == pytest.approx(0.954, abs=0.02)
+
+
+def test_what_is_expected_does_not_change_from_one_time_to_the_next() -> None:
+    folds = np.stack([CURVE, 40 + 12 * FRACTIONS])
+    assert expect(folds, FRACTIONS, Ends(40, 52, 1, 1)).reached == expect(folds, FRACTIONS, Ends(40, 52, 1, 1)).reached
+
+
 def test_it_is_stored_whole() -> None:
-    found = expect(np.stack([CURVE, CURVE]), FRACTIONS, Ends(41, 50, 1, 2))
-    again = Expected.from_json(found.to_json())  # type: ignore[arg-type] - as JSON gives it
+    found = expect(np.stack([CURVE, CURVE]), FRACTIONS, Ends(41, 50, 1, 2), sample=1000)
+    again = Expected.from_json(json.loads(json.dumps(found.to_json())))
     assert again.values.tolist() == found.values.tolist()
-    reached = found.to_json()["reached"]
-    assert isinstance(reached, dict)
-    assert reached["95"]["low"] <= reached["95"]["fraction"] <= reached["95"]["high"]
+    assert again.reached == found.reached
+    assert again.sample == 1000
+    assert found.reached[95].low < found.reached[95].fraction < found.reached[95].high

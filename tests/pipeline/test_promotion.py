@@ -17,7 +17,7 @@ from pipeline.plan import read_plan
 from pipeline.probe_set import draw
 from pipeline.promotion import Promotion
 from pipeline.run import Run
-from pipeline.schema import Float32
+from pipeline.schema import Float32, Int64
 from pipeline.standing import read_standing
 from pipeline.stop import Stop, parse
 from tests.pipeline.synthetic_run import Known, Options, known, make_run
@@ -278,12 +278,14 @@ def test_a_condition_is_met_by_the_first_commit_that_reaches_it(tmp_path: Path) 
         gate.settle(snapshot.read_commit(run, number))
         if gate.stopped:
             break
-    full = quality.full_estimate(quality.read_reference(run), quality.read_quality(run, 0))["top1"]  # type: ignore[arg-type]
+    estimate = quality.full_estimate(quality.read_reference(run), quality.read_quality(run, 0))  # type: ignore[arg-type]
+    full, error = estimate["top1"], estimate["top1_error"]
     reached = [item.figures["top1"] >= 0.97 * full for item in quality.read_all(run)]
     assert reached == [False] * (len(reached) - 1) + [True]
     standing = read_standing(run)
     assert standing is not None
     assert standing.stopped == gate.stopped
+    assert f"an expected {full:.1f} with a standard error of {error:.1f}" in str(standing.stopped)
     assert prod(run) == number
 
 
@@ -294,3 +296,20 @@ def test_what_is_stored_of_a_commit_is_not_measured_again(tmp_path: Path) -> Non
     storage.delete(run.path("index", "segments"))  # what a new measurement would need
     settle(config, run)
     assert {uri: storage.read_bytes(uri) for uri in storage.list_files(run.path("reports", "probe-set"))} == stored
+
+
+def test_the_error_of_what_the_full_model_reaches_is_that_of_drawing_the_probe_images_anew() -> None:
+    rng = np.random.default_rng(0)
+    right = rng.random((3, 400)) < np.array([[0.4], [0.6], [0.5]])
+    ranks = np.where(right, 1, rng.choice([-1, 0, 2, 7], (3, 400), p=[0.02, 0.28, 0.4, 0.3]))
+
+    def estimate(rows: Int64) -> quality.Figures:
+        start, new, transformed = (tuple(some[rows].tolist()) for some in ranks)
+        known = quality.Reference(start, (1,) * len(rows), 10, start, transformed, new)
+        figures = quality.top(start)
+        return quality.full_estimate(known, quality.Quality(0, "", figures, start, (), (), ()))
+
+    drawn = [estimate(rng.integers(0, 400, 400)) for _ in range(2000)]
+    found = estimate(np.arange(400))
+    for name in ("top1", "top5"):
+        assert found[f"{name}_error"] == pytest.approx(np.std([item[name] for item in drawn]), rel=0.08)

@@ -15,6 +15,7 @@ import pytest
 from pipeline import curve as curves
 from pipeline import plots, storage, vector_log
 from pipeline.curve import curve
+from pipeline.expected import Ends, expect
 from pipeline.plan import read_plan
 from pipeline.report import ReportData, collect, headline, is_current, render, write_report
 from pipeline.run import Run
@@ -224,6 +225,15 @@ def test_above_max_images_no_curve_is_computed_and_the_page_says_why(tmp_path: P
     data = collect(small, run)
     assert data.curve is None
     assert "The gallery has 300 images, and evaluate.max_images is 299." in Page(render(data)).words
+
+
+@pytest.mark.parametrize("sample", [0, 400])
+def test_what_was_expected_is_there_and_says_of_how_many_images(finished: ReportData, sample: int) -> None:
+    curve, fractions = np.array([[40.0, 51.0, 52.0]]), np.array([0.0, 0.5, 1.0])
+    expected = expect(curve, fractions, Ends(41.5, 52.0, 0.0, 0.0), sample).to_json()
+    words = Page(render(replace(finished, expected={"top1": expected}))).words
+    assert "top1 41.5" in words
+    assert ("those of a sample of 400" in words) == bool(sample)
 
 
 def test_names_of_the_gallery_cannot_inject_markup(tmp_path: Path, images: Known) -> None:

@@ -72,6 +72,9 @@ def test_any_condition_suffices_and_says_its_figures() -> None:
     assert stop.by_quality({"top1": 49.4, "fraction": 0.2}, {"top1": 50.0}) is None
     met = stop.by_quality({"top1": 49.6, "fraction": 0.2}, {"top1": 50.0})
     assert met == "top1>=0.99*full: top1 is 49.6 (0.99 of an expected 50.0 is 49.5)"
+    met = stop.by_quality({"top1": 49.6, "fraction": 0.2}, {"top1": 50.0, "top1_error": 1.54})
+    assert met is not None
+    assert met.endswith("(0.99 of an expected 50.0 with a standard error of 1.5 is 49.5)")
     assert stop.by_quality({"top1": 10.0, "fraction": 0.3}, {"top1": 50.0}) == "fraction>=0.3: fraction is 0.3"
 
 

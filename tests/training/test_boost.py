@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def pairs(grouped: bool = True) -> HeldOut:
     known = build_reference(new, served, s, new, labels, None, "l2", 0)
     if grouped:
         names, need = group_needs(served, new, labels, groups, "l2")
-        known = boosts.replace(known, group_names=names, group_need=need)
+        known = replace(known, group_names=names, group_need=need)
     return HeldOut(Fold(PairArrays(new, new, None, labels), served, s, None), served, groups, known)
 
 
