@@ -1,0 +1,47 @@
+"""From a selection to the last snapshot by the commands alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from jobs.cli import main
+from pipeline import storage
+from pipeline.config_file import load_config
+from pipeline.plan import read_plan
+from pipeline.run import Run
+from pipeline.selection import read_selection
+from tests.galleries import write_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+SELECT = {"folds": 2, "lambdas": [0.1], "strengths": [0.5], "finalists": 1, "max_measured": 100}
+
+
+def fastfill(*arguments: str) -> Result:
+    result = CliRunner().invoke(main, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_what_was_selected_is_planned_backfilled_and_reported(tmp_path: Path) -> None:
+    path = write_config(tmp_path, select=SELECT, plan__policy="selected")
+    shown = " ".join(fastfill("fit", "--config", path).stderr.split())
+    run = Run(load_config(path).run)
+    found = read_selection(run)
+    assert found is not None
+    assert f"{len(found.candidates)} candidates by the area of" in shown
+    assert found.chosen.policy in shown
+    fastfill("plan", "--config", path, "--measure", "0")
+    plan = read_plan(run)
+    assert plan is not None
+    assert plan.policy == found.chosen.policy
+    fastfill("backfill", "--config", path)
+    report = json.loads(storage.read_bytes(run.path("reports", "report.json")))
+    assert report["selection"]["count"] == len(found.candidates)
+    status = json.loads(fastfill("status", "--config", path, "--json").stdout)
+    assert status["published"] == status["gallery"]
+    assert json.loads(fastfill("audit", "--config", path, "--json").stdout)["ok"]
