@@ -188,8 +188,9 @@ class Gate(Section):
 
     A figure counts as beyond a limit only where it is so by more than its noise: three standard errors, of the
     difference per query where two snapshots are compared; two below the old model while images are transformed. Where
-    the gallery has labels quality is top-1, else it is `recall10`: the share of an image's ten nearest under the new
-    model that the snapshot finds.
+    the gallery has labels quality is top-1, else it is `recall10`: of an image's ten nearest probe images under the new
+    model, the share that is nearest also by what the snapshot stores of them. `min_own` is of a wave's probe images,
+    those whose own vector is stored under their id; it needs no labels.
 
     A refusal that the backfill itself mends (transformed vectors that are worse than the old ones, or crowd out the
     others) never stops it.

@@ -27,7 +27,7 @@ NOISE = 3.0
 MENDED_NOISE = 2.0
 """The same where the backfill goes on all the same: a wrong guess only keeps `prod` back for a while."""
 
-_CHANCE = 0.001  # of a sound wave to have so few images that find themselves
+_CHANCE = 0.001  # of a sound wave to have so few images with their own vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def assess(known: Reference, measured: Quality, served: Quality | None, waiting:
 
 
 def mixed_up(measured: Quality, least: float | None) -> list[Refusal]:
-    """The waves whose images do not find themselves: other vectors are stored under their ids.
+    """The waves whose images have other vectors stored under their ids.
 
     Args:
         measured: the snapshot, or the draft of one.
@@ -101,7 +101,7 @@ def mixed_up(measured: Quality, least: float | None) -> list[Refusal]:
     if not bad and _at_most(*together, least / 100) < _CHANCE:
         texts = [f"{together[0]} of all {together[1]} embedded probe images"]
     return [
-        Refusal("own", f"only {text} find themselves among their 10 nearest, gate.min_own is {least:g} per cent")
+        Refusal("own", f"only {text} have their own vector under their id, gate.min_own is {least:g} per cent")
         for text in texts
     ]
 
@@ -140,7 +140,8 @@ def _fall(known: Reference, measured: Quality, served: Quality | None, waiting: 
     """Below the snapshot that is served.
 
     What is recalled may fall on the way in a sound run, where the transformed vectors are shorter than the embedded
-    ones: the two kinds keep apart. It ends at 100 per cent whatever happens, so going on mends it.
+    ones: the two kinds keep apart. It ends at 100 per cent where each image has its own vector, so going on mends it;
+    where one has not, `mixed_up` tells.
     """
     if served is None:
         return []

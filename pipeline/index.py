@@ -41,12 +41,7 @@ def build_segment(codebook: Codebook, ids: Int64, vectors: Float32) -> bytes:
     order = np.argsort(ids, kind="stable")
     ids = np.ascontiguousarray(ids[order], dtype=np.int64)
     _check_ids(ids, len(vectors))
-    prepared = codebook.prepare(vectors[order])
-    segment = codebook.new_segment()
-    if len(ids):
-        lists = np.ascontiguousarray(codebook.assign(prepared, 1)[0].reshape(-1))
-        segment.add_core(len(ids), faiss.swig_ptr(prepared), faiss.swig_ptr(ids), faiss.swig_ptr(lists))
-    return codebook.serialize(segment).tobytes()
+    return codebook.serialize(_filled(codebook, ids, vectors[order])).tobytes()
 
 
 class Segment:
@@ -145,10 +140,15 @@ def search(
     return keys * _sign(codebook.ivf), ids
 
 
-def decode(codebook: Codebook, segment: Segment) -> tuple[Int64, Float32]:
+def decode(codebook: Codebook, segment: Segment, wanted: Int64 | None = None) -> tuple[Int64, Float32]:
     """What a segment stores: ids (n,) int64, sorted, and the decoded vectors (n, d) float32.
 
     The vectors are those that were added where `codebook.exact`, else what the codec made of them.
+
+    Args:
+        codebook: the one that the segment was built with.
+        segment: is only read.
+        wanted: decode these ids alone, as far as they are there.
     """
     lists = segment.ivf.invlists
     assert lists is not None
@@ -156,17 +156,25 @@ def decode(codebook: Codebook, segment: Segment) -> tuple[Int64, Float32]:
     width = segment.ivf.code_size
     codes = [faiss.rev_swig_ptr(lists.get_codes(number), size * width) for number, size in sizes.items()]
     ids = [faiss.rev_swig_ptr(lists.get_ids(number), size) for number, size in sizes.items()]
-    vectors = np.empty((segment.num_vectors, segment.ivf.d), dtype=np.float32)
-    if not sizes:
+    all_ids = np.concatenate([np.empty(0, np.int64), *ids])
+    rows = np.argsort(all_ids)
+    rows = rows if wanted is None else rows[np.isin(all_ids[rows], wanted)]
+    if not len(rows):
         return np.empty(0, dtype=np.int64), np.empty((0, codebook.dim), dtype=np.float32)
-    numbers = np.repeat(np.array(list(sizes), dtype=np.int64), list(sizes.values()))
-    all_codes = np.concatenate(codes)
+    numbers = np.repeat(np.array(list(sizes), dtype=np.int64), list(sizes.values()))[rows]
+    some_codes = np.concatenate(codes).reshape(-1, width)[rows]
+    vectors = np.empty((len(rows), segment.ivf.d), dtype=np.float32)
     segment.ivf.decode_vectors(
-        len(vectors), faiss.swig_ptr(all_codes), faiss.swig_ptr(numbers), faiss.swig_ptr(vectors)
+        len(vectors), faiss.swig_ptr(some_codes), faiss.swig_ptr(numbers), faiss.swig_ptr(vectors)
     )
-    all_ids = np.concatenate(ids)
-    order = np.argsort(all_ids)
-    return all_ids[order], codebook.restore(vectors[order])
+    return all_ids[rows], codebook.restore(vectors)
+
+
+def as_stored(codebook: Codebook, vectors: Float32) -> Float32:
+    """What `decode` would give of these vectors (n, d), in their order, if they were stored: (n, d) float32."""
+    if codebook.exact:
+        return vectors
+    return decode(codebook, Segment(codebook, _filled(codebook, np.arange(len(vectors)), vectors)))[1]
 
 
 def merge(codebook: Codebook, segments: Iterable[Segment], nprobe: int) -> bytes:
@@ -281,6 +289,16 @@ def _merge(parts: list[tuple[Float32, Int64]], k: int) -> tuple[Float32, Int64]:
             keys, ids = keys[rows, nearest], ids[rows, nearest]
     order = np.lexsort((ids, keys), axis=1)[:, :k]
     return keys[rows, order], ids[rows, order]
+
+
+def _filled(codebook: Codebook, ids: Int64, vectors: Float32) -> faiss.IndexIVF:
+    """An index of these rows."""
+    prepared = codebook.prepare(vectors)
+    segment = codebook.new_segment()
+    if len(ids):
+        lists = np.ascontiguousarray(codebook.assign(prepared, 1)[0].reshape(-1))
+        segment.add_core(len(ids), faiss.swig_ptr(prepared), faiss.swig_ptr(ids), faiss.swig_ptr(lists))
+    return segment
 
 
 def _sign(ivf: faiss.IndexIVF) -> np.float32:

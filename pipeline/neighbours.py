@@ -1,9 +1,11 @@
 """The nearest images of each probe image: among the old embeddings of the whole gallery, and in a snapshot.
 
+Of a snapshot also what it stores under the probe images' own ids.
+
 Guarantee: a snapshot's are those that its readers are given, found wave by wave: one wave differs between a
 commit and the next, so only that wave is searched, and what was found in each is kept beside the probe set. The
 search runs where the segments lie, with the labels of what it finds; the driver holds Q x NEIGHBOURS numbers per
-wave, whatever the gallery's size. It does not know what is measured with them.
+wave, and Q vectors in all, whatever the gallery's size. It does not know what is measured with them.
 """
 
 from __future__ import annotations
@@ -30,11 +32,12 @@ from pipeline.plan import Plan
 from pipeline.points import SLOTS
 from pipeline.probe_set import FOLDER, ProbeSet
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64
+from pipeline.schema import Float32, Int64, vectors_from_arrow, vectors_to_arrow
 from pipeline.vector_log import VectorLog
 
 NEIGHBOURS = SLOTS + 1  # one of them may be the image itself
 
+_FORMAT = 2  # of what is kept of a wave; 1 had no vectors
 _BYTES_AT_ONCE = 2**30  # of segments that one task searches
 
 
@@ -87,14 +90,23 @@ class Found:
     Attributes:
         nearest: of its vectors.
         embedded: (Q,) bool, the probe images whose embedded vector is among them.
+        rows: (n,) int64, the probe images of which it holds a vector, embedded or transformed.
+        stored: (n, d) float32, that vector, decoded.
+        kept: (n, d) float32, what the codec makes of the image's new embedding.
     """
 
     nearest: Neighbours
     embedded: NDArray[np.bool_]
+    rows: Int64
+    stored: Float32
+    kept: Float32
 
     def merge(self, other: Found) -> Found:
         """What both give together."""
-        return Found(self.nearest.merge(other.nearest), self.embedded | other.embedded)
+        both = ((getattr(self, name), getattr(other, name)) for name in ("rows", "stored", "kept"))
+        return Found(
+            self.nearest.merge(other.nearest), self.embedded | other.embedded, *(np.concatenate(pair) for pair in both)
+        )
 
 
 def in_old_gallery(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> tuple[Neighbours, Int64]:
@@ -164,7 +176,18 @@ def _in_segments(run: Run, plan: Plan, probe: ProbeSet, commit: Commit, refs: Se
     sidecars = pa.concat_tables([storage.read_parquet(run.path(ref.sidecar_path), ["id", "kind"]) for ref in refs])
     new = sidecars.filter(pa.compute.equal(sidecars["kind"], "embedded"))["id"].to_numpy()
     labels = _look_up(ids, planned["id"].to_numpy(), _codes(planned["label"], probe.label_names)[0])
-    return Found(Neighbours(ids, keys, labels, (ids >= 0) & ~np.isin(ids, new)), np.isin(probe.ids, new))
+    own_ids, stored = (
+        np.concatenate(some)
+        for some in zip(*(index.decode(codebook, segment, probe.ids) for segment in segments), strict=True)
+    )
+    rows = np.searchsorted(probe.ids, own_ids)
+    return Found(
+        Neighbours(ids, keys, labels, (ids >= 0) & ~np.isin(ids, new)),
+        np.isin(probe.ids, new),
+        rows,
+        stored,
+        index.as_stored(codebook, probe.new[rows]),
+    )
 
 
 def _codes(column: pa.ChunkedArray, names: tuple[str, ...]) -> tuple[Int64, Int64]:
@@ -192,19 +215,23 @@ def _portions(refs: list[SegmentRef]) -> list[list[SegmentRef]]:
 
 def _uri(run: Run, commit: Commit, refs: list[SegmentRef]) -> str:
     """Where what is found in a wave is kept: by the content of its segments, and by how they are searched."""
-    content = [commit.codebook_sha256, commit.nprobe, sorted((ref.shard, ref.sha256) for ref in refs)]
+    content = [_FORMAT, commit.codebook_sha256, commit.nprobe, sorted((ref.shard, ref.sha256) for ref in refs)]
     digest = hashlib.sha256(repr(content).encode()).hexdigest()
     return run.path(FOLDER, "neighbours", f"wave-{refs[0].wave:03d}-{digest[:16]}.parquet")
 
 
 def _to_parquet(found: Found) -> bytes:
-    """One row per probe image."""
-    k = found.nearest.ids.shape[1]
+    """One row per probe image; the vectors are null where the wave holds none of the image."""
+    k, count = found.nearest.ids.shape[1], len(found.embedded)
+    places = np.full(count, -1)
+    places[found.rows] = np.arange(len(found.rows))
+    taken = pa.array(places, mask=places < 0)
+    vectors = {name: vectors_to_arrow(getattr(found, name)).take(taken) for name in ("stored", "kept")}
     columns = {
         item.name: pa.FixedSizeListArray.from_arrays(pa.array(getattr(found.nearest, item.name).reshape(-1)), k)
         for item in fields(Neighbours)
     }
-    table = pa.table({**columns, "embedded": pa.array(found.embedded)})
+    table = pa.table({**columns, "embedded": pa.array(found.embedded), **vectors})
     return storage.parquet_bytes(table.schema, [table])
 
 
@@ -212,4 +239,6 @@ def _from_parquet(uri: str) -> Found:
     table = storage.read_parquet(uri)
     columns = [table[item.name].combine_chunks() for item in fields(Neighbours)]
     values = [column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1) for column in columns]
-    return Found(Neighbours(*values), table["embedded"].to_numpy())
+    there = table["stored"].is_valid()
+    stored, kept = (vectors_from_arrow(table[name].filter(there)) for name in ("stored", "kept"))
+    return Found(Neighbours(*values), table["embedded"].to_numpy(), np.flatnonzero(there.to_numpy()), stored, kept)

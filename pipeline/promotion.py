@@ -54,7 +54,7 @@ class Promotion:
     _warned: set[str] = field(default_factory=set)
 
     def inspect(self, draft: Commit) -> None:
-        """Refuse a wave whose images are not found under their ids, before it is published.
+        """Refuse a wave whose images have other vectors under their ids, before it is published.
 
         Raises:
             GateRefused: it is refused, and `gate.on_refusal` is `stop`.

@@ -66,12 +66,14 @@ class Quality:
         attempt_id: of the commit file that was measured.
         figures: in per cent `top1`, `top5` (with labels), `recall10`, `negative_flips` (of the queries that the old
             model answers right, those that this does not), `group_gap` (top-1 of the best group less that of the
-            worst), `own` (of the embedded probe images, those that find themselves among the nearest 10); and
+            worst), `own` (of the embedded probe images, those whose own vector is stored under their id); and
             `slot_share`, the transformed vectors' share in the nearest 10 over that in the index. One that cannot
             be told is not there.
         ranks: as in `Reference`, one per probe image.
-        recalled: the same as `Reference.old_recalled`, of this snapshot.
-        own: per embedded wave, how many of its probe images find themselves, and how many there are.
+        recalled: of the nearest probe images under the new model, as the index's codec keeps them, how many are among
+            the nearest of what the snapshot stores of them: all of them once every image is embedded.
+        own: per embedded wave, how many of its probe images have their own vector stored under their id, as near as
+            another run of the encoder would give it, and how many there are.
         groups: per group of enough queries, how many of them are answered at rank 1, and how many there are.
     """
 

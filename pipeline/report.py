@@ -45,7 +45,7 @@ _PROBE_COLUMNS = [
     ("top1", "top-1"),
     ("top5", "top-5"),
     ("recall10", "recall of the full model's 10"),
-    ("own", "find themselves"),
+    ("own", "own vector under the id"),
     ("negative_flips", "negative flips"),
     ("group_gap", "group gap"),
     ("slot_share", "slot share"),

@@ -73,7 +73,8 @@ def known(num: int = 300, num_labels: int = 12, seed: int = 0) -> Known:
 class Options:
     """What the run is like; `embedded_waves` None means all of them, `rejects` are spread over the gallery.
 
-    The segments of `swapped_wave` hold each image's embedded vector under the id of another image of the wave.
+    The segments of `swapped_wave` hold each image's embedded vector under the id of another image of the wave;
+    `imprecision` is by how much of itself each number of an embedded vector in the segments is off.
     """
 
     waves: int = 4
@@ -91,6 +92,7 @@ class Options:
     transformation: bool = True
     seconds_per_unit: float = 2.0
     swapped_wave: int | None = None
+    imprecision: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -307,7 +309,8 @@ def _segment(layout: _Layout, codebook: codebooks.Codebook, number: int, wave: i
     images = layout.images
     rows = np.flatnonzero((layout.waves == wave) & (shard_of(images.ids, layout.options.shards) == shard))
     is_embedded = ~layout.rejected[rows] & (wave <= number)
-    embedded = images.embedded[rows]
+    noise = np.random.default_rng((wave, shard)).normal(size=(len(rows), images.embedded.shape[1]))
+    embedded = images.embedded[rows] * (1 + layout.options.imprecision * noise.astype(np.float32))
     if wave == layout.options.swapped_wave:
         embedded = np.roll(embedded, 1, axis=0)
     members = segments.Rows(

@@ -18,7 +18,7 @@ from pipeline import index, storage
 from pipeline.codebook import Codebook, check_trainable, resolve_factory, train_codebook
 from pipeline.config import Index, Metric
 from pipeline.errors import ConfigError, DataError
-from pipeline.index import Segment, build_segment, decode, gather, search
+from pipeline.index import Segment, as_stored, build_segment, decode, gather, search
 from pipeline.run import Run
 from pipeline.schema import Float32, Int64
 from pipeline.segments import Rows
@@ -217,6 +217,23 @@ def test_decode_gives_what_is_stored_sorted_by_id(tmp_path: Path, factory: str, 
     assert error < {"PQ4x4": 0.7, "SQ8": 0.7 if "PCA" in factory else 0.02}.get(factory.split(",")[-1], 1e-3)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_some_ids_are_decoded_as_all_are_and_as_they_would_be_stored(
+    tmp_path: Path, factory: str, metric: Metric
+) -> None:
+    ids, vectors = gallery()
+    book = codebook(factory, metric)
+    segment = opened(tmp_path, book, ids, vectors)
+    wanted = np.append(ids[::7], ids.max() + 1)
+    found_ids, found = decode(book, segment, wanted)
+    every_id, every = decode(book, segment)
+    np.testing.assert_array_equal(found_ids, np.sort(ids[::7]))
+    np.testing.assert_array_equal(found, every[np.isin(every_id, wanted)])
+    np.testing.assert_array_equal(found, as_stored(book, vectors[::7][np.argsort(ids[::7])]))
+    assert [part.shape for part in decode(book, segment, ids.max(keepdims=True) + 1)] == [(0,), (0, DIM)]
+
+
 def test_an_empty_segment_is_searched_and_decoded(tmp_path: Path) -> None:
     book = codebook()
     empty = opened(tmp_path, book, np.empty(0, np.int64), np.empty((0, DIM), np.float32))
@@ -224,6 +241,7 @@ def test_an_empty_segment_is_searched_and_decoded(tmp_path: Path) -> None:
     assert (ids == -1).all()
     assert np.isposinf(distances).all()
     assert [part.shape for part in decode(book, empty)] == [(0,), (0, DIM)]
+    assert [part.shape for part in decode(book, empty, np.array([3]))] == [(0,), (0, DIM)]
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,18 +184,59 @@ def test_a_new_model_that_is_worse_is_refused_at_the_end_where_all_is_to_be_embe
     assert prod(run) is None
 
 
+@pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
 @pytest.mark.parametrize("wave", [2, 3, 4])
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_wave_with_swapped_ids_is_stopped_and_the_wave_before_it_served_on(
-    tmp_path: Path, wave: int, labelled: bool
+    tmp_path: Path, wave: int, labelled: bool, metric: str
 ) -> None:
     images = known(num=600)
     if not labelled:
         images = replace(images, labels=None, groups=None)
-    config, run = probed(tmp_path, images, swapped_wave=wave)
-    with pytest.raises(GateRefused, match=rf"probe images of wave {wave} find themselves .* gate.min_own is 90"):
+    config, run = probed(tmp_path, images, swapped_wave=wave, metric=metric)
+    with pytest.raises(GateRefused, match=rf"probe images of wave {wave} have their own .* gate.min_own is 90"):
         settle(config, run)
     assert prod(run) == wave - 1
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_what_is_recalled_is_that_of_the_stored_vectors(tmp_path: Path, metric: str) -> None:
+    images = replace(known(num=600), labels=None, groups=None)
+    (sound, damaged) = (
+        probed(tmp_path / name, images, metric=metric, swapped_wave=wave) for name, wave in (("a", None), ("b", 3))
+    )
+    settle(*sound)
+    with suppress(GateRefused):
+        settle(limited(damaged[0], on_refusal="go_on", min_own=None), damaged[1])
+    ends = [quality.read_all(run)[-1].figures["recall10"] for _, run in (sound, damaged)]
+    assert ends[0] == 100
+    assert ends[1] < 90
+
+
+@pytest.mark.parametrize("factory", ["IVF4,SQ8", "IVF4,PQ2x4", "PCA4,IVF4,SQ8"])
+@pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
+def test_a_lossy_codec_is_no_wrong_vector_and_hides_none(tmp_path: Path, metric: str, factory: str) -> None:
+    images = replace(known(num=600), labels=None, groups=None)
+    config, run = probed(tmp_path / "sound", images, metric=metric, factory=factory, imprecision=0.005)
+    assert settle(limited(config, max_fall=100), run)[-1] == []
+    assert quality.read_all(run)[-1].figures["recall10"] > 90
+    config, run = probed(tmp_path / "swapped", images, metric=metric, factory=factory, swapped_wave=3)
+    with pytest.raises(GateRefused, match="probe images of wave 3 have their own"):
+        settle(limited(config, max_fall=100), run)
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_images_with_many_duplicates_are_no_reason_to_refuse(tmp_path: Path, metric: str) -> None:
+    images = known(num=600)
+    first = np.arange(600) // 20 * 20
+    same = replace(
+        images,
+        embedded=images.embedded[first],
+        labels=[images.labels[row] for row in first],  # type: ignore[index]
+    )
+    config, run = probed(tmp_path, same, metric=metric)
+    assert settle(config, run)[-1] == []
+    assert quality.read_all(run)[-1].figures["own"] == 100
 
 
 @pytest.mark.parametrize("wave", [2, 4])
