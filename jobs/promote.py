@@ -14,9 +14,10 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, commit: in
     """Move prod to a snapshot, and let later ones follow again after a rollback.
 
     Refused (exit code 3) where the transformed gallery is worse than the old one on held-out pairs and
-    the snapshot still serves transformed vectors, and where the gate refuses it by its figures on the probe set.
+    the snapshot still serves transformed vectors, where the gate refuses it by its figures on the probe set, and where
+    it is not measured on that yet.
     """
-    from pipeline import snapshot
+    from pipeline import quality, snapshot
     from pipeline.gate import blockers
     from pipeline.run import Run, read_settings
 
@@ -25,8 +26,15 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, commit: in
     read_settings(run)
     candidate = snapshot.read_tag(run, snapshot.CANDIDATE)
     number = commit if commit is not None or candidate is None else candidate.commit
-    reasons = [] if number is None else blockers(run, snapshot.read_commit(run, number), config.gate)
+    reasons = (
+        blockers(run, snapshot.read_commit(run, number), config.gate, probed=config.probe.images > 0)
+        if number is not None
+        else []
+    )
+    before = snapshot.read_tag(run, snapshot.PROD)
     tag = snapshot.promote(run, number, blockers=reasons, force=force)
+    if tag.commit is not None:
+        quality.keep_best(run, tag.commit, before.commit if before else None, anew=bool(reasons))
     print_json({"prod": tag.commit, "previous": tag.previous}) if as_json else console().print(
         f"prod now serves commit {tag.commit} (before: {'none' if tag.previous is None else tag.previous})"
     )

@@ -1,8 +1,9 @@
 """The gate: why a snapshot must not be served. Pure decisions on what is stored.
 
 The transformed gallery must not be worse than the old one (METHOD, "Guard"), on held-out pairs and on the probe
-set; and a snapshot must not be worse than the one that is served, nor beyond the limits of `config.Gate`. What it
-looks at was measured before (`quality`); a snapshot that was not measured is judged by the held-out pairs alone.
+set; and a snapshot must not be worse than the one that is served or the best that was, nor beyond the limits of
+`config.Gate`. What it looks at was measured before (`quality`); a snapshot that was not measured is judged by the
+held-out pairs alone, and not promoted by hand.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline import quality, snapshot
+from pipeline import probe_set, quality, snapshot
 from pipeline.commits import Commit
 from pipeline.config import Gate
 from pipeline.quality import Quality, Reference
@@ -48,37 +49,47 @@ class Refusal:
         return self.sentence
 
 
-def blockers(run: Run, commit: Commit, limits: Gate | None = None) -> list[str]:
-    """Why this snapshot must not become `prod`, one sentence each; empty where it may."""
-    return [refusal.sentence for refusal in judge(run, commit, limits or Gate())]
+def blockers(run: Run, commit: Commit, limits: Gate | None = None, probed: bool = True) -> list[str]:
+    """Why this snapshot must not become `prod`, one sentence each; empty where it may.
+
+    Args:
+        run: the run.
+        commit: the snapshot, which a driver may have published and not measured.
+        limits: the gate's.
+        probed: whether the config wants a probe set: a snapshot that is not measured on it yet is blocked.
+    """
+    found = [refusal.sentence for refusal in judge(run, commit, limits or Gate())]
+    if probed and _measured(run, commit) is None and probe_set.is_used(run):
+        found.append("it is not measured on the probe set yet: run `fastfill backfill`, or promote it with --force")
+    return found
 
 
 def judge(run: Run, commit: Commit, limits: Gate) -> list[Refusal]:
     """The checks that a snapshot fails, by what is stored of it, of the run, and of the snapshot that is served."""
     waiting = commit.counts.transformed - commit.counts.rejected
     found = _held_out(run, waiting)
-    known, measured = quality.read_reference(run), quality.read_quality(run, commit.number)
+    known, measured = quality.read_reference(run), _measured(run, commit)
     if known is None or measured is None:
         return found
-    prod = snapshot.read_tag(run, snapshot.PROD)
-    before = prod.commit if prod is not None else None
-    served = quality.read_quality(run, before) if before is not None and before < commit.number else None
-    return found + assess(known, measured, served, waiting, limits)
+    return found + assess(known, measured, _earlier(run, commit), waiting, limits)
 
 
-def assess(known: Reference, measured: Quality, served: Quality | None, waiting: int, limits: Gate) -> list[Refusal]:
+def assess(
+    known: Reference, measured: Quality, earlier: Sequence[Quality], waiting: int, limits: Gate
+) -> list[Refusal]:
     """The checks that a snapshot fails on the probe set.
 
     Args:
         known: the run's reference.
         measured: the snapshot.
-        served: the snapshot that `prod` serves; None where it serves none or a later one.
+        earlier: the snapshot that `prod` serves, then the best that it has served, if that is another; none of them
+            where it serves none or a later one.
         waiting: images that are transformed and yet to be embedded.
         limits: the gate's.
     """
     return [
         *_below_old(known, measured, waiting),
-        *_fall(known, measured, served, waiting, limits.max_fall),
+        *_fall(known, measured, earlier, waiting, limits.max_fall),
         *mixed_up(measured, limits.min_own),
         *_slot_share(measured, waiting, limits),
         *_negative_flips(known, measured, limits.max_negative_flips),
@@ -104,6 +115,20 @@ def mixed_up(measured: Quality, least: float | None) -> list[Refusal]:
         Refusal("own", f"only {text} have their own vector under their id, gate.min_own is {least:g} per cent")
         for text in texts
     ]
+
+
+def _measured(run: Run, commit: Commit) -> Quality | None:
+    found = quality.read_quality(run, commit.number)
+    return found if found is not None and found.attempt_id == commit.attempt_id else None
+
+
+def _earlier(run: Run, commit: Commit) -> list[Quality]:
+    prod = snapshot.read_tag(run, snapshot.PROD)
+    if prod is None or prod.commit is None or prod.commit >= commit.number:
+        return []
+    numbers = dict.fromkeys((prod.commit, quality.read_best(run, prod.commit)))
+    found = (quality.read_quality(run, number) for number in numbers if number is not None)
+    return [item for item in found if item is not None]
 
 
 def _held_out(run: Run, waiting: int) -> list[Refusal]:
@@ -136,21 +161,21 @@ def _below_old(known: Reference, measured: Quality, waiting: int) -> list[Refusa
     return found
 
 
-def _fall(known: Reference, measured: Quality, served: Quality | None, waiting: int, limit: float) -> list[Refusal]:
-    """Below the snapshot that is served.
+def _fall(known: Reference, measured: Quality, earlier: Sequence[Quality], waiting: int, limit: float) -> list[Refusal]:
+    """Below the snapshot that is served, or below the best one so far: a little less each time adds up.
 
     What is recalled may fall on the way in a sound run, where the transformed vectors are shorter than the embedded
     ones: the two kinds keep apart. It ends at 100 per cent where each image has its own vector, so going on mends it;
     where one has not, `mixed_up` tells.
     """
-    if served is None:
-        return []
-    name, now, before = _compared(known, (measured.ranks, measured.recalled), (served.ranks, served.recalled))
-    if _gain(now, before) >= -limit:
-        return []
-    sentence = f"the snapshot is worse than commit {served.commit}, which prod serves: {_text(name, now, before)}"
-    mends = not known.labelled and waiting > 0
-    return [Refusal("fall", f"{sentence}; gate.max_fall is {limit:g}", mends)]
+    for place, item in enumerate(earlier):
+        name, now, before = _compared(known, (measured.ranks, measured.recalled), (item.ranks, item.recalled))
+        if _gain(now, before) < -limit:
+            which = "the best that prod has served" if place else "which prod serves"
+            sentence = f"the snapshot is worse than commit {item.commit}, {which}: {_text(name, now, before)}"
+            mends = not known.labelled and waiting > 0
+            return [Refusal("fall", f"{sentence}; gate.max_fall is {limit:g}", mends)]
+    return []
 
 
 def _slot_share(measured: Quality, waiting: int, limits: Gate) -> list[Refusal]:

@@ -36,6 +36,7 @@ from pipeline.vector_log import VectorLog
 
 _SALT = 0x9120BE  # of this sample alone: whatever else is chosen by a hash of ids is independent of it
 _LEAST = 200  # images that a small gallery gives, as far as it has them
+_FEWEST = 2  # images: one alone has no neighbours
 _SHARE = 10  # of a larger gallery at most one image in so many
 _PLANNED = ["id", "wave", "uncertainty", "label", "group", "vector"]
 
@@ -146,7 +147,7 @@ def load(run: Run) -> ProbeSet | None:
     if not storage.exists(_gathered(run)):
         return None
     table = storage.read_parquet(_gathered(run))
-    if table.num_rows < 2:
+    if table.num_rows < _FEWEST:
         return None
     labels, label_names = codes_of(table["label"])
     groups, group_names = codes_of(table["group"])
@@ -162,6 +163,13 @@ def load(run: Run) -> ProbeSet | None:
         label_names=label_names,
         group_names=group_names,
     )
+
+
+def is_used(run: Run) -> bool:
+    """Whether commits of this run are measured: a set was drawn, and is not known to be too small."""
+    if storage.exists(_gathered(run)):
+        return len(storage.read_parquet(_gathered(run), ["id"])) >= _FEWEST
+    return manifest.read_manifest(run, FOLDER) is not None
 
 
 def _gathered(run: Run) -> str:

@@ -1,11 +1,13 @@
 """What a snapshot is worth, on the probe set: its figures, and the answers per query that they are made of.
 
 What `assess` measures and the gate looks at. `probe-set/reference.json`, made once, is what every snapshot is compared
-with; `reports/probe-set/<commit>.json` is written once a commit is measured, whole or not at all.
+with; `reports/probe-set/<commit>.json` is written once a commit is measured, whole or not at all; `reports/best.json`
+names the best of those that `prod` has served.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -135,6 +137,35 @@ def read_all(run: Run) -> list[Quality]:
     return [from_json(Quality, storage.read_bytes(uri), uri) for uri in uris]
 
 
+def read_best(run: Run, served: int | None) -> int | None:
+    """The best commit that `prod` has served, up to the one that it serves; None where that is not known.
+
+    Args:
+        run: the run.
+        served: the commit that `prod` points to. After a rollback what was served later is no measure any more.
+    """
+    found = storage.read_versioned(_best_uri(run))
+    if found is None or served is None:
+        return None
+    best: int = json.loads(found[0])["commit"]
+    return best if best <= served else None
+
+
+def keep_best(run: Run, commit: int, before: int | None, anew: bool = False) -> None:
+    """Keep that `prod` serves a commit now, where that is the best one so far.
+
+    Args:
+        run: the run.
+        commit: its number.
+        before: what `prod` served before.
+        anew: whatever was served before, this is what later commits are compared with: somebody has insisted on it.
+    """
+    best, measured = read_best(run, before), read_quality(run, commit)
+    known = read_quality(run, best) if best is not None and not anew else None
+    if known is None or (measured is not None and _value(measured) >= _value(known)):
+        storage.put(_best_uri(run), json.dumps({"commit": commit}).encode())
+
+
 def write_reference(run: Run, made: Reference) -> None:
     """Keep what snapshots are compared with."""
     storage.put(_reference_uri(run), to_json(made))
@@ -157,6 +188,15 @@ def top(ranks: Sequence[int]) -> Figures:
 def recall(recalled: Sequence[int], num_neighbours: int) -> Figures:
     """`recall10` in per cent, from how many of so many neighbours are recalled."""
     return {"recall10": 100 * float(np.mean(recalled)) / num_neighbours}
+
+
+def _value(measured: Quality) -> float:
+    """What the gate compares by."""
+    return measured.figures.get("top1", measured.figures["recall10"])
+
+
+def _best_uri(run: Run) -> str:
+    return run.path("reports", "best.json")
 
 
 def _reference_uri(run: Run) -> str:

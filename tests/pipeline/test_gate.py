@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import quality
 from pipeline.commits import Commit, Counts
 from pipeline.config import Gate
 from pipeline.gate import assess, blockers, mixed_up
@@ -69,12 +71,43 @@ def answers(right: int, of: int) -> list[int]:
 @pytest.mark.parametrize(("right", "refused"), [(500, False), (495, False), (480, False), (470, True), (300, True)])
 def test_a_fall_counts_where_it_is_larger_than_the_limit_and_its_noise(right: int, refused: bool) -> None:
     known, served = reference(answers(200, 1000)), measured(answers(500, 1000), number=2)
-    found = assess(known, measured(answers(right, 1000)), served, 100, Gate())
+    found = assess(known, measured(answers(right, 1000)), [served], 100, Gate())
     assert [refusal.check for refusal in found] == (["fall"] if refused else [])
     if refused:
         assert f"top-1 is {right / 10:.1f}, against 50.0" in found[0].sentence
         assert "commit 2, which prod serves" in found[0].sentence
         assert "gate.max_fall is 1" in found[0].sentence
+
+
+def test_a_little_less_with_each_wave_is_compared_with_the_best_and_not_only_with_the_last() -> None:
+    known, served, best = (
+        reference(answers(200, 5000)),
+        measured(answers(2450, 5000), 2),
+        measured(answers(2600, 5000), 1),
+    )
+    now = measured(answers(2420, 5000))
+    assert assess(known, now, [served], 100, Gate()) == []
+    (refusal,) = assess(known, now, [served, best], 100, Gate())
+    assert (refusal.check, refusal.mends) == ("fall", False)
+    assert "worse than commit 1, the best that prod has served: top-1 is 48.4, against 52.0" in refusal.sentence
+    (only,) = assess(known, measured(answers(2000, 5000)), [served, best], 100, Gate())
+    assert "commit 2, which prod serves" in only.sentence
+
+
+def test_the_best_commit_is_kept_until_a_rollback_or_somebody_insists(tmp_path: Path) -> None:
+    run = Run(str(tmp_path))
+    for number, top1 in enumerate((40.0, 45.0, 42.0, 45.0)):
+        quality.write_quality(run, replace(measured([1], number), figures={"top1": top1, "recall10": 50.0}))
+    found = []
+    for number in range(4):
+        quality.keep_best(run, number, number - 1 if number else None)
+        found.append(quality.read_best(run, number))
+    assert found == [0, 1, 1, 3]
+    assert quality.read_best(run, 2) is None  # prod was rolled back
+    quality.keep_best(run, 2, 0)
+    assert quality.read_best(run, 2) == 2
+    quality.keep_best(run, 0, 2, anew=True)
+    assert quality.read_best(run, 2) == 0
 
 
 def test_what_only_trembles_is_promoted_however_few_queries_there_are() -> None:
@@ -86,17 +119,17 @@ def test_what_only_trembles_is_promoted_however_few_queries_there_are() -> None:
         now = np.where(rng.random(queries) < 0.1, rng.random(queries) < 0.5, before)
         known = reference([0] * queries)
         ranks = now.astype(int).tolist()
-        refused += bool(assess(known, measured(ranks), measured(before.astype(int).tolist(), 2), 10, Gate()))
+        refused += bool(assess(known, measured(ranks), [measured(before.astype(int).tolist(), 2)], 10, Gate()))
     assert refused <= 1
 
 
 def test_below_the_old_model_is_mended_by_going_on_as_long_as_images_wait() -> None:
     known = reference(answers(500, 1000))
     for waiting in (0, 10):
-        (refusal,) = assess(known, measured(answers(400, 1000)), None, waiting, Gate())
+        (refusal,) = assess(known, measured(answers(400, 1000)), [], waiting, Gate())
         assert (refusal.check, refusal.mends) == ("old_old", waiting > 0)
         assert "top-1 is 40.0, against 50.0" in refusal.sentence
-    assert assess(known, measured(answers(500, 1000)), None, 0, Gate()) == []
+    assert assess(known, measured(answers(500, 1000)), [], 0, Gate()) == []
 
 
 @pytest.mark.parametrize(
