@@ -36,7 +36,8 @@ def main(
     """Do everything that is not done yet: fit, plan, embed and publish wave by wave, write the report.
 
     Safe to run again at any time, after any failure, with the same config. Each snapshot is measured on the probe set
-    before prod moves; one that the gate refuses ends the backfill with exit code 3, and prod stays where it is.
+    before prod moves; one that the gate refuses ends the backfill with exit code 3, and prod stays where it is. So does
+    one that later waves may mend, where it is the last one or --stop-when ends the backfill there.
     """
     from jobs.bars import Bars
     from jobs.status import is_complete

@@ -29,6 +29,8 @@ _REMEDY = (
     "command again: it judges this commit anew; to serve it all the same, `fastfill promote --force`"
 )
 
+_GO_ON = "the same command without --stop-when goes on, and may mend it by what it embeds"
+
 logger = logging.getLogger(__name__)
 
 
@@ -93,7 +95,7 @@ class Promotion:
         self._keep(commit)
         if automatic:
             telemetry.GATE_REFUSED.set(bool(self.refusals))
-            snapshot.auto_promote(self.run, commit.number, [refusal.sentence for refusal in self.refusals])
+            self._promote(commit)
             self._warn(commit)
         if self.config.gate.on_refusal == "stop" and not all(refusal.mends for refusal in self.refusals):
             raise self._refused(f"commit {commit.number} is not promoted", _REMEDY)
@@ -106,13 +108,25 @@ class Promotion:
         self._keep(commit)
 
     def finish(self, commit: Commit) -> None:
-        """Where the last wave is published: what the gate keeps from `prod` is no success.
+        """Where the backfill ends, after the last wave or as asked: what the gate keeps from `prod` is no success.
 
         Raises:
             GateRefused: the last commit is refused.
         """
-        if self.refusals and commit.number == commit.num_waves:
+        if not self.refusals:
+            return
+        if self.stopped is not None:
+            what = f"commit {commit.number} is not promoted, and the backfill stopped there, as asked ({self.stopped})"
+            mends = all(refusal.mends for refusal in self.refusals)
+            raise self._refused(what, f"{_GO_ON}; or {_REMEDY}" if mends else _REMEDY)
+        if commit.number == commit.num_waves:
             raise self._refused(f"commit {commit.number} is not promoted", _REMEDY)
+
+    def _promote(self, commit: Commit) -> None:
+        tag = snapshot.read_tag(self.run, snapshot.PROD)
+        moved = snapshot.auto_promote(self.run, commit.number, [refusal.sentence for refusal in self.refusals])
+        if moved:
+            quality.keep_best(self.run, commit.number, tag.commit if tag is not None else None)
 
     def _open(self) -> tuple[ProbeSet, Reference] | None:
         if not self._opened:
@@ -136,8 +150,8 @@ class Promotion:
 
     def _met(self, commit: Commit, measured: Quality | None) -> str | None:
         fraction = (commit.counts.gallery - commit.counts.transformed + commit.counts.rejected) / commit.counts.gallery
-        figures = {"fraction": fraction} | (measured.figures if measured is not None else {})
-        return self.stop.by_quality(figures, self._full())
+        figures = {} if measured is None or self.refusals else measured.figures  # what is refused reaches no quality
+        return self.stop.by_quality({"fraction": fraction} | figures, self._full())
 
     def _full(self) -> dict[str, float]:
         """What the full new model is expected to reach; nothing where nobody asks.

@@ -123,7 +123,8 @@ def test_a_transformation_of_shuffled_pairs_is_not_served_before_all_is_embedded
     table = {"old": pairs["old"], "new": pairs["new"].take(pa.array(shuffled))}
     pq.write_table(pa.table(table), tmp_path / "data" / "training.parquet")
     early = fastfill("backfill", "--config", path, "--stop-when", "fraction>=0.05")
-    assert early.exit_code == 0, early.output
+    assert early.exit_code == 3, early.output
+    assert "commit 1 is not promoted, and the backfill stopped there, as asked (fraction>=0.05" in said(early)
     assert "prod is not moved to commit 0: on held-out pairs" in said(early)
     assert "the snapshot is worse than the old model and gallery: top-1 is" in said(early)
     assert status(path)["prod"] is None

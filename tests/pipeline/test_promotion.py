@@ -14,6 +14,7 @@ import pytest
 from pipeline import assess, quality, snapshot, storage
 from pipeline.config import Config, Gate
 from pipeline.errors import GateRefused
+from pipeline.gate import blockers
 from pipeline.plan import read_plan
 from pipeline.probe_set import draw
 from pipeline.promotion import Promotion
@@ -329,6 +330,73 @@ def test_a_condition_is_met_by_the_first_commit_that_reaches_it(tmp_path: Path) 
     assert standing.stopped == gate.stopped
     assert f"an expected {full:.1f} with a standard error of {error:.1f}" in str(standing.stopped)
     assert prod(run) == number
+
+
+def test_prod_does_not_slide_down_by_little_with_each_wave(tmp_path: Path) -> None:
+    config, run = probed(tmp_path, known(num=600), commits=True)
+    settle(config, run)
+    for number in range(LAST + 1):  # top-1 falls by less than `max_fall` each time, and by more from first to last
+        before = quality.read_quality(run, number)
+        assert before is not None
+        ranks = tuple(1 if row < 180 - 5 * number else 0 for row in range(len(before.ranks)))
+        figures = before.figures | {"top1": 100 * sum(ranks) / len(ranks)}
+        quality.write_quality(run, replace(before, ranks=ranks, figures=figures))
+    storage.delete_files([run.tag("prod"), run.path("reports", "best.json")])
+    with pytest.raises(GateRefused, match="is worse than commit 0, the best that prod has served: top-1"):
+        settle(limited(config, max_fall=2), run)
+    assert quality.read_best(run, prod(run)) == 0
+
+
+def bad_at_first() -> Known:
+    """Images whose transformed vectors are worse than the old ones: every commit but the last is refused."""
+    images = well_known()
+    shuffled = np.random.default_rng(1).permutation(len(images.ids))
+    return replace(images, transformed=fit_linear(images.old, images.embedded[shuffled]))
+
+
+def test_a_snapshot_that_is_refused_reaches_no_quality(tmp_path: Path) -> None:
+    config, run = probed(tmp_path, bad_at_first())
+    gate = promotion(config, run, "top1>=1", "recall10>=1")
+    gate.settle(snapshot.read_commit(run, 0))
+    assert gate.refusals
+    assert gate.stopped is None
+    gate.finish(snapshot.read_commit(run, 0))
+    gate.settle(snapshot.read_commit(run, LAST))
+    assert str(gate.stopped).startswith("top1>=1")
+    gate.finish(snapshot.read_commit(run, LAST))
+
+
+def test_a_backfill_that_stops_as_asked_where_the_gate_refuses_is_no_success(tmp_path: Path) -> None:
+    config, run = probed(tmp_path, bad_at_first())
+    gate = promotion(config, run, "fraction>=0.01")
+    gate.settle(snapshot.read_commit(run, 0))
+    assert gate.stopped is None
+    gate.settle(first := snapshot.read_commit(run, 1))
+    assert gate.stopped is not None, "a refusal that going on mends ends nothing by itself"
+    with pytest.raises(GateRefused) as caught:
+        gate.finish(first)
+    assert caught.value.exit_code == 3
+    assert "stopped there, as asked (fraction>=0.01: fraction is" in str(caught.value)
+    assert "worse than the old model and gallery: top-1 is" in str(caught.value)
+    assert "without --stop-when goes on" in str(caught.value)
+    budget = promotion(config, run)
+    budget.settle(first)
+    budget.stop_now(first, "hours>=1: hours is 1")
+    with pytest.raises(GateRefused, match=r"as asked \(hours>=1"):
+        budget.finish(first)
+
+
+def test_a_commit_that_was_not_measured_is_promoted_by_force_alone(tmp_path: Path) -> None:
+    config, run = probed(tmp_path, known())
+    first = snapshot.read_commit(run, 0)
+    (sentence,) = blockers(run, first)  # killed before there was anything to compare with
+    assert "not measured on the probe set yet: run `fastfill backfill`, or promote it with --force" in sentence
+    assert blockers(run, first, probed=False) == []
+    settle(config, run, last=1)
+    assert blockers(run, snapshot.read_commit(run, 1)) == []
+    assert blockers(run, snapshot.read_commit(run, 2)) == [sentence]
+    quality.write_quality(run, replace(quality.read_all(run)[1], commit=2))  # of another attempt
+    assert blockers(run, snapshot.read_commit(run, 2)) == [sentence]
 
 
 def test_what_is_stored_of_a_commit_is_not_measured_again(tmp_path: Path) -> None:
