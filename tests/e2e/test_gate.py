@@ -18,7 +18,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import nn
 
 from jobs.cli import main
-from pipeline import snapshot, storage
+from pipeline import quality, snapshot, storage
 from pipeline.config_file import load_config
 from pipeline.plan import read_plan
 from pipeline.run import Run
@@ -192,6 +192,26 @@ def test_a_wave_with_swapped_ids_is_not_published_and_is_mended_by_embedding_it_
 def contents(run: Run) -> list[dict[str, object]]:
     """What every commit says, which names its segments by their content."""
     return [snapshot.read_commit(run, number).content() for number in snapshot.list_commits(run)]
+
+
+def test_a_commit_whose_driver_was_killed_before_measuring_it_is_promoted_by_the_backfill_alone(
+    finished: Path, tmp_path: Path
+) -> None:
+    for name in ("data", "run"):
+        shutil.copytree(finished / name, tmp_path / name)
+    path = write_sound_config(tmp_path)
+    run = Run(load_config(path).run)
+    storage.delete_files([run.tag("prod"), run.path("reports", "probe-set", f"{5:020d}.json")])
+    refused = fastfill("promote", "--config", path)
+    assert refused.exit_code == 3
+    assert "commit 5 is not promoted: - it is not measured on the probe set yet: run `fastfill backfill`" in said(
+        refused
+    )
+    assert status(path)["prod"] is None
+    assert fastfill("backfill", "--config", path).exit_code == 0
+    assert status(path)["prod"] == 5
+    assert quality.read_best(run, 5) is not None
+    assert fastfill("promote", "--config", path).exit_code == 0
 
 
 def swap_ids(part: str) -> None:
