@@ -82,8 +82,8 @@ def assess(
     Args:
         known: the run's reference.
         measured: the snapshot.
-        earlier: the snapshot that `prod` serves, then the best that it has served, if that is another; none of them
-            where it serves none or a later one.
+        earlier: the snapshot that `prod` serves, then the best that it has served and the one before this, as far as
+            these are others; none of them where it serves none or a later one.
         waiting: images that are transformed and yet to be embedded.
         limits: the gate's.
     """
@@ -126,7 +126,7 @@ def _earlier(run: Run, commit: Commit) -> list[Quality]:
     prod = snapshot.read_tag(run, snapshot.PROD)
     if prod is None or prod.commit is None or prod.commit >= commit.number:
         return []
-    numbers = dict.fromkeys((prod.commit, quality.read_best(run, prod.commit)))
+    numbers = dict.fromkeys((prod.commit, quality.read_best(run, prod.commit), commit.number - 1))
     found = (quality.read_quality(run, number) for number in numbers if number is not None)
     return [item for item in found if item is not None]
 
@@ -162,20 +162,25 @@ def _below_old(known: Reference, measured: Quality, waiting: int) -> list[Refusa
 
 
 def _fall(known: Reference, measured: Quality, earlier: Sequence[Quality], waiting: int, limit: float) -> list[Refusal]:
-    """Below the snapshot that is served, or below the best one so far: a little less each time adds up.
+    """Below the snapshot that is served, the one before, or the best one so far: a little less each time adds up.
 
-    What is recalled may fall on the way in a sound run, where the transformed vectors are shorter than the embedded
+    What one wave takes is a fault of that wave. What several take together a sound run may lose on the way, where an
+    offset makes the first snapshot better than those in the middle: `prod` stays, and the backfill goes on. What is
+    recalled may fall on the way in a sound run, where the transformed vectors are shorter than the embedded
     ones: the two kinds keep apart. It ends at 100 per cent where each image has its own vector, so going on mends it;
     where one has not, `mixed_up` tells.
     """
+    found = []
     for place, item in enumerate(earlier):
         name, now, before = _compared(known, (measured.ranks, measured.recalled), (item.ranks, item.recalled))
         if _gain(now, before) < -limit:
-            which = "the best that prod has served" if place else "which prod serves"
+            just_before = item.commit == measured.commit - 1
+            which = "the one before" if just_before else "the best that prod has served"
+            which = which if place else "which prod serves"
             sentence = f"the snapshot is worse than commit {item.commit}, {which}: {_text(name, now, before)}"
-            mends = not known.labelled and waiting > 0
-            return [Refusal("fall", f"{sentence}; gate.max_fall is {limit:g}", mends)]
-    return []
+            mends = waiting > 0 and not (known.labelled and just_before)
+            found.append(Refusal("fall", f"{sentence}; gate.max_fall is {limit:g}", mends))
+    return sorted(found, key=lambda refusal: refusal.mends)[:1]
 
 
 def _slot_share(measured: Quality, waiting: int, limits: Gate) -> list[Refusal]:

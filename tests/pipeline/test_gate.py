@@ -88,10 +88,26 @@ def test_a_little_less_with_each_wave_is_compared_with_the_best_and_not_only_wit
     now = measured(answers(2420, 5000))
     assert assess(known, now, [served], 100, Gate()) == []
     (refusal,) = assess(known, now, [served, best], 100, Gate())
-    assert (refusal.check, refusal.mends) == ("fall", False)
+    assert (refusal.check, refusal.mends) == ("fall", True)
+    assert [item.mends for item in assess(known, now, [served, best], 0, Gate())] == [False]
     assert "worse than commit 1, the best that prod has served: top-1 is 48.4, against 52.0" in refusal.sentence
     (only,) = assess(known, measured(answers(2000, 5000)), [served, best], 100, Gate())
     assert "commit 2, which prod serves" in only.sentence
+    assert not only.mends
+
+
+def test_where_prod_waits_behind_a_wave_is_compared_with_the_one_before() -> None:
+    known, served, before = (
+        reference(answers(200, 5000)),
+        measured(answers(2600, 5000), 1),
+        measured(answers(2450, 5000), 2),
+    )
+    (refusal,) = assess(known, measured(answers(2420, 5000)), [served, before], 100, Gate())
+    assert "commit 1, which prod serves" in refusal.sentence
+    assert refusal.mends
+    (refusal,) = assess(known, measured(answers(2000, 5000)), [served, before], 100, Gate())
+    assert "commit 2, the one before" in refusal.sentence
+    assert not refusal.mends
 
 
 def test_the_best_commit_is_kept_until_a_rollback_or_somebody_insists(tmp_path: Path) -> None:
