@@ -101,9 +101,9 @@ def test_two_pairs_are_enough_to_rank(tmp_path: Path) -> None:
 
 
 def test_a_policy_of_the_users_own_sees_all_pairs_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = tmp_path / "own_order.py"
+    own = tmp_path / "own_order_of_pairs.py"
     own.write_text("def order(scored):\n    return scored.uncertainty + len(scored.ids)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     pairs = replace(pairs_of(60), reference=None)
     assert isinstance(pairs.fold.scored(), Scored)
-    assert one(config_of(tmp_path), pairs, "own_order:order") == pytest.approx(pairs.fold.s + 60)
+    assert one(config_of(tmp_path), pairs, "own_order_of_pairs:order") == pytest.approx(pairs.fold.s + 60)

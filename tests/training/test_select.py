@@ -100,6 +100,7 @@ def test_without_labels_it_goes_by_what_the_new_model_would_find(tmp_path: Path)
     assert all(curve[-1] == 100 for curve in found.curves["recall10"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_fit_keeps_the_classifier_of_a_selected_order(tmp_path: Path) -> None:
     label_free = {"losses": ["alignment+uncertainty"], "offsets": ["none"]}
