@@ -9,7 +9,7 @@ import click
 from jobs.options import command, console, load, print_json, start_ray
 
 if TYPE_CHECKING:
-    from pipeline.selection import Selection
+    from pipeline.selection import Candidate, Selection
     from pipeline.transformation import TransformationInfo
 
 
@@ -82,6 +82,16 @@ def show_selection(selection: Selection, most: int = 12) -> None:
             f"{row.behind:.2f} ± {row.behind_error:.2f}",
         )
     console().print(table)
+    console().print(f"Chosen: {describe(selection.chosen)}.", soft_wrap=True, highlight=False)
+
+
+def describe(chosen: Candidate) -> str:
+    """The settings of a candidate in one line, which no terminal is too narrow for."""
+    from training.losses import needs_labels
+
+    loss = f"{chosen.loss} {chosen.lambda_disc:g}" if needs_labels(chosen.loss) else chosen.loss
+    offset = "no offset" if chosen.offset == "none" else f"offset by {chosen.offset} {chosen.offset_strength:g}"
+    return f"{loss}, width {chosen.inner_width}, {chosen.epochs} epochs, {offset}, in the order {chosen.policy}"
 
 
 def show(info: TransformationInfo) -> None:
