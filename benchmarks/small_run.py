@@ -87,7 +87,8 @@ class Job:
             if name in seconds or (found := next(self.folder.glob(pattern), None)) is None:
                 continue
             written = found.stat().st_mtime
-            if name != VISIBLE or json.loads(found.read_text())["commit"] == 0:
+            tag = json.loads(found.read_text()) if name == VISIBLE else {"commit": 0}
+            if 0 in (tag["commit"], tag.get("previous")):
                 seconds[name] = written - started
 
 

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
@@ -208,10 +208,11 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     if _stopping.is_set():
         os._exit(130)
     _stopping.set()
-    click.secho(f"stopping: {signal.Signals(number).name}; once more ends it at once", err=True)
     timer = threading.Timer(_STOP_SECONDS, os._exit, [130])
     timer.daemon = True
     timer.start()
+    with suppress(OSError):  # not through sys.stderr, which may be in the middle of a write
+        os.write(2, f"stopping: {signal.Signals(number).name}; once more ends it at once\n".encode())
     raise KeyboardInterrupt
 
 

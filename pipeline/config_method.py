@@ -192,8 +192,8 @@ class Gate(Section):
     model, the share that is nearest also by what the snapshot stores of them. `min_own` is of a wave's probe images,
     those whose own vector is stored under their id; it needs no labels.
 
-    A refusal that the backfill itself mends (transformed vectors that are worse than the old ones, or crowd out the
-    others) never stops it.
+    A refusal that the backfill itself may mend (transformed vectors that are worse than the old ones, or crowd out the
+    others; a fall over several waves) never stops it.
     On any other, `stop` ends the backfill, and `go_on` embeds and publishes all, without moving `prod`; both with
     exit code 3, the latter where the last snapshot is refused too.
     """

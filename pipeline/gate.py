@@ -49,6 +49,19 @@ class Refusal:
         return self.sentence
 
 
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """What a snapshot is compared with.
+
+    Attributes:
+        served: the commit that `prod` serves; None where it serves none or a later one.
+        measured: that, the best that it has served, and the one before this snapshot, each once, as far as measured.
+    """
+
+    served: int | None = None
+    measured: tuple[Quality, ...] = ()
+
+
 def blockers(run: Run, commit: Commit, limits: Gate | None = None, probed: bool = True) -> list[str]:
     """Why this snapshot must not become `prod`, one sentence each; empty where it may.
 
@@ -74,16 +87,13 @@ def judge(run: Run, commit: Commit, limits: Gate) -> list[Refusal]:
     return found + assess(known, measured, _earlier(run, commit), waiting, limits)
 
 
-def assess(
-    known: Reference, measured: Quality, earlier: Sequence[Quality], waiting: int, limits: Gate
-) -> list[Refusal]:
+def assess(known: Reference, measured: Quality, earlier: Earlier, waiting: int, limits: Gate) -> list[Refusal]:
     """The checks that a snapshot fails on the probe set.
 
     Args:
         known: the run's reference.
         measured: the snapshot.
-        earlier: the snapshot that `prod` serves, then the best that it has served and the one before this, as far as
-            these are others; none of them where it serves none or a later one.
+        earlier: what it is compared with.
         waiting: images that are transformed and yet to be embedded.
         limits: the gate's.
     """
@@ -122,13 +132,13 @@ def _measured(run: Run, commit: Commit) -> Quality | None:
     return found if found is not None and found.attempt_id == commit.attempt_id else None
 
 
-def _earlier(run: Run, commit: Commit) -> list[Quality]:
+def _earlier(run: Run, commit: Commit) -> Earlier:
     prod = snapshot.read_tag(run, snapshot.PROD)
     if prod is None or prod.commit is None or prod.commit >= commit.number:
-        return []
+        return Earlier()
     numbers = dict.fromkeys((prod.commit, quality.read_best(run, prod.commit), commit.number - 1))
     found = (quality.read_quality(run, number) for number in numbers if number is not None)
-    return [item for item in found if item is not None]
+    return Earlier(prod.commit, tuple(item for item in found if item is not None))
 
 
 def _held_out(run: Run, waiting: int) -> list[Refusal]:
@@ -161,7 +171,7 @@ def _below_old(known: Reference, measured: Quality, waiting: int) -> list[Refusa
     return found
 
 
-def _fall(known: Reference, measured: Quality, earlier: Sequence[Quality], waiting: int, limit: float) -> list[Refusal]:
+def _fall(known: Reference, measured: Quality, earlier: Earlier, waiting: int, limit: float) -> list[Refusal]:
     """Below the snapshot that is served, the one before, or the best one so far: a little less each time adds up.
 
     What one wave takes is a fault of that wave. What several take together a sound run may lose on the way, where an
@@ -171,12 +181,12 @@ def _fall(known: Reference, measured: Quality, earlier: Sequence[Quality], waiti
     where one has not, `mixed_up` tells.
     """
     found = []
-    for place, item in enumerate(earlier):
+    for item in earlier.measured:
         name, now, before = _compared(known, (measured.ranks, measured.recalled), (item.ranks, item.recalled))
         if _gain(now, before) < -limit:
             just_before = item.commit == measured.commit - 1
             which = "the one before" if just_before else "the best that prod has served"
-            which = which if place else "which prod serves"
+            which = "which prod serves" if item.commit == earlier.served else which
             sentence = f"the snapshot is worse than commit {item.commit}, {which}: {_text(name, now, before)}"
             mends = waiting > 0 and not (known.labelled and just_before)
             found.append(Refusal("fall", f"{sentence}; gate.max_fall is {limit:g}", mends))

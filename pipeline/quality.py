@@ -160,10 +160,13 @@ def keep_best(run: Run, commit: int, before: int | None, anew: bool = False) -> 
         before: what `prod` served before.
         anew: whatever was served before, this is what later commits are compared with: somebody has insisted on it.
     """
-    best, measured = read_best(run, before), read_quality(run, commit)
+    kept, measured = read_best(run, before), read_quality(run, commit)
+    best = before if kept is None else kept  # none is kept after a rollback
     known = read_quality(run, best) if best is not None and not anew else None
     if known is None or (measured is not None and _value(measured) >= _value(known)):
-        storage.put(_best_uri(run), json.dumps({"commit": commit}).encode())
+        best = commit
+    if best != kept:
+        storage.put(_best_uri(run), json.dumps({"commit": best}).encode())
 
 
 def write_reference(run: Run, made: Reference) -> None:

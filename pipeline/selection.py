@@ -85,7 +85,7 @@ class Selection:
         """The inverse of `to_json`."""
         tree = json.loads(text)
         tree["chosen"] = Candidate(**tree["chosen"])
-        tree |= {name: tuple(Candidate(**item) for item in tree[name]) for name in ("candidates", "screened")}
+        tree |= {name: tuple(Candidate(**item) for item in tree.get(name, ())) for name in ("candidates", "screened")}
         return cls(**tree | {name: tuple(tree[name]) for name in ("metrics", "fractions")})
 
 

@@ -242,7 +242,8 @@ def _learn_transformation(
     config = config.model_copy(update={"select": None, "fit": settings})
     if not has_transformation(tried):
         try:
-            fit(config, tried, _write_pairs(config, place, data, images, held), on_epoch)
+            mine = _write_pairs(config, place, data, images, held)
+            fit(config, tried, mine, on_epoch, classify=_classifies(source))
         except (ConfigError, DataError) as error:  # the wave must be published all the same, and no setting may change
             _LOG.warning("nothing is learnt after wave %d, for the fit failed: %s", wave, error)
             _keep(source, place, Learnt(wave, "nothing", images.num_rows))
@@ -256,6 +257,12 @@ def _learn_transformation(
     found = Learnt(wave, "transformation", images.num_rows, float(before.mean()), float(after.mean()), noise)
     learnt = _decide(place, found)
     _keep(tried if learnt.taken else source, place, learnt)
+
+
+def _classifies(source: Run) -> bool:
+    """Whether the policy may ask for a classifier: the transformation so far kept one."""
+    given = read_part(source, reference.PART)
+    return given is not None and Reference.from_bytes(given).classifier_weight is not None
 
 
 def _write_pairs(config: Config, place: Run, data: FitData, images: pa.Table, held: NDArray[np.bool_]) -> FitData:

@@ -14,7 +14,7 @@ from benchmarks import first_benefit, small_run
 from benchmarks.measure import Spread
 from benchmarks.small_run import STAGES, VISIBLE, Job
 
-WAITS = "import time; time.sleep(60)"
+WAITS = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_DFL); time.sleep(60)"
 
 
 class Late(PosixPath):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pipeline import quality
 from pipeline.commits import Commit, Counts
 from pipeline.config import Gate
-from pipeline.gate import assess, blockers, mixed_up
+from pipeline.gate import Earlier, assess, blockers, mixed_up
 from pipeline.quality import Quality, Reference
 from pipeline.run import Run
 from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
@@ -71,7 +71,7 @@ def answers(right: int, of: int) -> list[int]:
 @pytest.mark.parametrize(("right", "refused"), [(500, False), (495, False), (480, False), (470, True), (300, True)])
 def test_a_fall_counts_where_it_is_larger_than_the_limit_and_its_noise(right: int, refused: bool) -> None:
     known, served = reference(answers(200, 1000)), measured(answers(500, 1000), number=2)
-    found = assess(known, measured(answers(right, 1000)), [served], 100, Gate())
+    found = assess(known, measured(answers(right, 1000)), Earlier(2, (served,)), 100, Gate())
     assert [refusal.check for refusal in found] == (["fall"] if refused else [])
     if refused:
         assert f"top-1 is {right / 10:.1f}, against 50.0" in found[0].sentence
@@ -86,12 +86,12 @@ def test_a_little_less_with_each_wave_is_compared_with_the_best_and_not_only_wit
         measured(answers(2600, 5000), 1),
     )
     now = measured(answers(2420, 5000))
-    assert assess(known, now, [served], 100, Gate()) == []
-    (refusal,) = assess(known, now, [served, best], 100, Gate())
+    assert assess(known, now, Earlier(2, (served,)), 100, Gate()) == []
+    (refusal,) = assess(known, now, Earlier(2, (served, best)), 100, Gate())
     assert (refusal.check, refusal.mends) == ("fall", True)
-    assert [item.mends for item in assess(known, now, [served, best], 0, Gate())] == [False]
+    assert [item.mends for item in assess(known, now, Earlier(2, (served, best)), 0, Gate())] == [False]
     assert "worse than commit 1, the best that prod has served: top-1 is 48.4, against 52.0" in refusal.sentence
-    (only,) = assess(known, measured(answers(2000, 5000)), [served, best], 100, Gate())
+    (only,) = assess(known, measured(answers(2000, 5000)), Earlier(2, (served, best)), 100, Gate())
     assert "commit 2, which prod serves" in only.sentence
     assert not only.mends
 
@@ -102,12 +102,14 @@ def test_where_prod_waits_behind_a_wave_is_compared_with_the_one_before() -> Non
         measured(answers(2600, 5000), 1),
         measured(answers(2450, 5000), 2),
     )
-    (refusal,) = assess(known, measured(answers(2420, 5000)), [served, before], 100, Gate())
+    (refusal,) = assess(known, measured(answers(2420, 5000)), Earlier(1, (served, before)), 100, Gate())
     assert "commit 1, which prod serves" in refusal.sentence
     assert refusal.mends
-    (refusal,) = assess(known, measured(answers(2000, 5000)), [served, before], 100, Gate())
+    (refusal,) = assess(known, measured(answers(2000, 5000)), Earlier(1, (served, before)), 100, Gate())
     assert "commit 2, the one before" in refusal.sentence
     assert not refusal.mends
+    (refusal,) = assess(known, measured(answers(2000, 5000)), Earlier(0, (before,)), 100, Gate())  # 0 was not measured
+    assert "commit 2, the one before" in refusal.sentence
 
 
 def test_the_best_commit_is_kept_until_a_rollback_or_somebody_insists(tmp_path: Path) -> None:
@@ -124,6 +126,9 @@ def test_the_best_commit_is_kept_until_a_rollback_or_somebody_insists(tmp_path: 
     assert quality.read_best(run, 2) == 2
     quality.keep_best(run, 0, 2, anew=True)
     assert quality.read_best(run, 2) == 0
+    quality.keep_best(run, 3, None)
+    quality.keep_best(run, 2, 1)  # after a rollback from 3 to 1, which is better than 2
+    assert quality.read_best(run, 2) == 1
 
 
 def test_what_only_trembles_is_promoted_however_few_queries_there_are() -> None:
@@ -135,17 +140,19 @@ def test_what_only_trembles_is_promoted_however_few_queries_there_are() -> None:
         now = np.where(rng.random(queries) < 0.1, rng.random(queries) < 0.5, before)
         known = reference([0] * queries)
         ranks = now.astype(int).tolist()
-        refused += bool(assess(known, measured(ranks), [measured(before.astype(int).tolist(), 2)], 10, Gate()))
+        refused += bool(
+            assess(known, measured(ranks), Earlier(2, (measured(before.astype(int).tolist(), 2),)), 10, Gate())
+        )
     assert refused <= 1
 
 
 def test_below_the_old_model_is_mended_by_going_on_as_long_as_images_wait() -> None:
     known = reference(answers(500, 1000))
     for waiting in (0, 10):
-        (refusal,) = assess(known, measured(answers(400, 1000)), [], waiting, Gate())
+        (refusal,) = assess(known, measured(answers(400, 1000)), Earlier(), waiting, Gate())
         assert (refusal.check, refusal.mends) == ("old_old", waiting > 0)
         assert "top-1 is 40.0, against 50.0" in refusal.sentence
-    assert assess(known, measured(answers(500, 1000)), [], 0, Gate()) == []
+    assert assess(known, measured(answers(500, 1000)), Earlier(), 0, Gate()) == []
 
 
 @pytest.mark.parametrize(

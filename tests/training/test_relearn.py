@@ -75,7 +75,7 @@ class Encoder:
             yield 0, UnitAck(unit.wave, unit.unit, len(ids) - rejected, rejected, size, 0.0, 0.0, 0.0)
 
 
-def plain_fit(config: Config, run: Run, data: FitData, on_epoch: object = None) -> None:
+def plain_fit(config: Config, run: Run, data: FitData, on_epoch: object = None, classify: bool = False) -> None:
     """Some epochs, in this process."""
     job = Job(config.fit, data, config.seed, False, 2, min(64, data.num_train))
     pairs = make_arrays(pa.concat_tables(map(storage.read_parquet, data.train_parts)), job)
@@ -435,7 +435,7 @@ def test_only_the_order_is_learnt_where_that_is_asked_for(tmp_path: Path) -> Non
 
 
 def test_a_transformation_that_is_worse_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def worse(config: Config, run: Run, data: FitData, on_epoch: object = None) -> None:
+    def worse(config: Config, run: Run, data: FitData, on_epoch: object = None, classify: bool = False) -> None:
         save(run, biased(TransformationNetwork(data.d_old, data.d_new, 16), 300), data)
 
     monkeypatch.setattr(relearning, "fit", worse)
@@ -450,7 +450,7 @@ def test_a_transformation_that_is_worse_is_not_taken(tmp_path: Path, monkeypatch
 def test_a_fit_that_fails_is_reported_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def failing(config: Config, run: Run, data: FitData, on_epoch: object = None) -> None:
+    def failing(config: Config, run: Run, data: FitData, on_epoch: object = None, classify: bool = False) -> None:
         raise DataError("the loss is not finite")
 
     monkeypatch.setattr(relearning, "fit", failing)
