@@ -146,7 +146,7 @@ class Relearn(Section):
     policy knows is made anew, and h stays. The images that are left are then transformed, scored and cut again into
     the waves that are left, whose sizes stay; no image is embedded twice. The new h is taken only where it is clearly
     nearer to the new encoder on images of the gallery that are left (the probe set's). The stream stands still
-    meanwhile. What it is worth, and when: docs/decisions/0005.
+    meanwhile. With many pairs it did harm in mAP: docs/decisions/0005 before you turn it on.
     """
 
     after_waves: tuple[Count, ...] = ()
