@@ -54,8 +54,6 @@ def show_selection(selection: Selection, most: int = 12) -> None:
     """Print the best candidates, the chosen one marked."""
     from rich.table import Table
 
-    from training.losses import needs_labels
-
     counts = " and ".join(selection.metrics)
     names = list(selection.chosen.area)
     title = f"{len(selection.candidates)} candidates by the area of {counts}, {selection.folds} folds"
@@ -66,15 +64,13 @@ def show_selection(selection: Selection, most: int = 12) -> None:
         table.add_column(name, justify="right")
     shown = selection.candidates[:most]
     for row in shown if selection.chosen in shown else (*shown, selection.chosen):
-        weight = f" {row.lambda_disc:g}" if needs_labels(row.loss) else ""
-        offset = row.offset if row.offset == "none" else f"{row.offset} {row.offset_strength:g}"
         first = selection.metrics[0]
         table.add_row(
             "*" if row == selection.chosen else "",
-            row.loss + weight,
+            loss_of(row),
             str(row.inner_width),
             str(row.epochs),
-            offset,
+            offset_of(row),
             row.policy,
             *(f"{row.area[name]:.1f} ± {row.area_std[name]:.1f}" for name in names),
             f"{row.start[first]:.1f}",
@@ -87,11 +83,21 @@ def show_selection(selection: Selection, most: int = 12) -> None:
 
 def describe(chosen: Candidate) -> str:
     """The settings of a candidate in one line, which no terminal is too narrow for."""
+    offset = "no offset" if chosen.offset == "none" else f"offset by {offset_of(chosen)}"
+    settings = f"width {chosen.inner_width}, {chosen.epochs} epochs, {offset}, in the order {chosen.policy}"
+    return f"{loss_of(chosen)}, {settings}"
+
+
+def loss_of(candidate: Candidate) -> str:
+    """The loss, with the weight of its discriminative term where it has one."""
     from training.losses import needs_labels
 
-    loss = f"{chosen.loss} {chosen.lambda_disc:g}" if needs_labels(chosen.loss) else chosen.loss
-    offset = "no offset" if chosen.offset == "none" else f"offset by {chosen.offset} {chosen.offset_strength:g}"
-    return f"{loss}, width {chosen.inner_width}, {chosen.epochs} epochs, {offset}, in the order {chosen.policy}"
+    return candidate.loss + (f" {candidate.lambda_disc:g}" if needs_labels(candidate.loss) else "")
+
+
+def offset_of(candidate: Candidate) -> str:
+    """The offset with its strength, or `none`."""
+    return candidate.offset + (f" {candidate.offset_strength:g}" if candidate.offset != "none" else "")
 
 
 def show(info: TransformationInfo) -> None:

@@ -28,7 +28,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.offset import Classifier, Offset
 from pipeline.plan import Plan
 from pipeline.ranking import Float64
-from pipeline.reference import Reference
+from pipeline.reference import Reference, load_reference
 from pipeline.run import Run
 from pipeline.schema import Int64, splitmix64, vectors_to_arrow
 from pipeline.selection import read_selection
@@ -214,10 +214,10 @@ def _learn_order(config: Config, run: Run, plan: Plan, wave: int, data: FitData,
     pairs = make_arrays(table, job)
     network, _ = load_transformation(source, torch.device("cpu"))
     z, s = transform(config, network, pairs)
-    part, given = read_part(source, offsets.PART), read_part(source, reference.PART)
+    part, known = read_part(source, offsets.PART), load_reference(source)
     served = z if part is None else Offset.from_bytes(part).apply(z, s)
     classifier = None if data.classifier is None else Classifier(*data.classifier)
-    if given is not None and (known := Reference.from_bytes(given)).classifier_weight is not None:
+    if known is not None and known.classifier_weight is not None:
         classifier = Classifier(known.classifier_weight, known.classifier_bias)
     anew = reference_of(config, table, pairs, z, s, served, classifier, data.label_names)
     _keep(source, run.relearnt(wave), Learnt(wave, "order", images.num_rows), anew)
@@ -261,8 +261,8 @@ def _learn_transformation(
 
 def _classifies(source: Run) -> bool:
     """Whether the policy may ask for a classifier: the transformation so far kept one."""
-    given = read_part(source, reference.PART)
-    return given is not None and Reference.from_bytes(given).classifier_weight is not None
+    known = load_reference(source)
+    return known is not None and known.classifier_weight is not None
 
 
 def _write_pairs(config: Config, place: Run, data: FitData, images: pa.Table, held: NDArray[np.bool_]) -> FitData:

@@ -95,6 +95,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def finished_copy(finished: Path, folder: Path) -> str:
+    """The run that is finished, to be changed."""
+    for name in ("data", "run"):
+        shutil.copytree(finished / name, folder / name)
+    return write_sound_config(folder)
+
+
 def fitted_copy(finished: Path, folder: Path, **changes: Any) -> str:
     """A run that is to begin, with the data, the pairs and the transformation of the one that is finished."""
     shutil.copytree(finished / "data", folder / "data")
@@ -167,9 +174,7 @@ def test_a_new_model_that_is_worse_than_the_old_one_is_stopped_before_an_image_o
 def test_a_wave_with_swapped_ids_is_not_published_and_is_mended_by_embedding_it_again(
     finished: Path, tmp_path: Path
 ) -> None:
-    for name in ("data", "run"):
-        shutil.copytree(finished / name, tmp_path / name)
-    path = write_sound_config(tmp_path)
+    path = finished_copy(finished, tmp_path)
     run = Run(load_config(path).run)
     plan = read_plan(run)
     assert plan is not None
@@ -197,9 +202,7 @@ def contents(run: Run) -> list[dict[str, object]]:
 def test_a_commit_whose_driver_was_killed_before_measuring_it_is_promoted_by_the_backfill_alone(
     finished: Path, tmp_path: Path
 ) -> None:
-    for name in ("data", "run"):
-        shutil.copytree(finished / name, tmp_path / name)
-    path = write_sound_config(tmp_path)
+    path = finished_copy(finished, tmp_path)
     run = Run(load_config(path).run)
     storage.delete_files([run.tag("prod"), run.path("reports", "probe-set", f"{5:020d}.json")])
     refused = fastfill("promote", "--config", path)
