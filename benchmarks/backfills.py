@@ -29,9 +29,10 @@ from pipeline.policy import POLICIES, load_policy, missing
 from pipeline.ranking import Float64
 from pipeline.reference import Reference
 from pipeline.schema import Float32, Int64
+from training.folds import Fold, fit_alone
 from training.knowledge import reference_of
 from training.learner import FitData, Job, PairArrays, can_classify, make_arrays
-from training.select import Detail, Fold, fit_alone, order_by
+from training.simulate import Detail, order_by
 
 OFFICIAL = Detail(22, 10_000)
 """The protocol of METHOD: 22 points, and every image of the gallery is a query."""

@@ -36,7 +36,7 @@ from pipeline.ranking import Float64
 from pipeline.schema import Int64
 from training.expect import Labelled, curves_by_fold, ends_of
 from training.held_out import HeldOut
-from training.select import order_by
+from training.simulate import order_by
 
 ORDERS = ("uncertainty", "learned")
 SIZES = (1000, 2000, 5000)

@@ -47,7 +47,8 @@ from pipeline.selection import Selection
 from training.candidates import settings_of
 from training.learner import FitData
 from training.losses import needs_labels
-from training.select import Detail, select
+from training.select import select
+from training.simulate import Detail
 
 LOSSES = ("alignment", "alignment+uncertainty", "alignment+discriminative", "fastfill")
 PUBLISHED: dict[str, object] = {

@@ -45,7 +45,7 @@ from pipeline.ranking import Float64
 from pipeline.schema import Int64
 from training.boost import EMBEDDED, choose_boost
 from training.held_out import HeldOut
-from training.select import order_by
+from training.simulate import order_by
 
 OFFSETS = ("none", "confidence")
 POLICIES = ("uncertainty", "least_confidence", "learned")

@@ -10,6 +10,7 @@ from jobs.options import command, console, load, print_json, start_ray
 
 if TYPE_CHECKING:
     from pipeline.selection import Candidate, Selection
+    from pipeline.shift import Likeness
     from pipeline.transformation import TransformationInfo
 
 
@@ -25,7 +26,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, selecting:
     from dataclasses import asdict
 
     from jobs.bars import Bars
-    from jobs.prepare import ensure_fit, open_run
+    from jobs.prepare import ensure_fit, ensure_probe, open_run
     from pipeline.config import Select
     from pipeline.selection import read_selection
 
@@ -35,6 +36,8 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, selecting:
     start_ray()
     with Bars(console()) as bars:
         run = open_run(config, bars)
+        if config.select is not None:
+            ensure_probe(config, run, bars)
         info = ensure_fit(config, run, bars)
     selection = read_selection(run)
     if as_json:
@@ -56,7 +59,8 @@ def show_selection(selection: Selection, most: int = 12) -> None:
 
     counts = " and ".join(selection.metrics)
     names = list(selection.chosen.area)
-    title = f"{len(selection.candidates)} candidates by the area of {counts}, {selection.folds} folds"
+    what = "the probe set" if selection.measured_on == "probe" else "held-out pairs"
+    title = f"{len(selection.candidates)} candidates by the area of {counts} on {what}, {selection.folds} folds"
     table = Table(title=title)
     for name in ("", "loss", "width", "epochs", "offset", "order"):
         table.add_column(name)
@@ -79,6 +83,15 @@ def show_selection(selection: Selection, most: int = 12) -> None:
         )
     console().print(table)
     console().print(f"Chosen: {describe(selection.chosen)}.", soft_wrap=True, highlight=False)
+    if selection.learning is not None:
+        console().print(f"To learn on the way: {selection.learning}.", soft_wrap=True, highlight=False)
+    show_likeness(selection.likeness)
+
+
+def show_likeness(found: Likeness | None) -> None:
+    """Warn where the pairs do not look like the gallery."""
+    for sentence in () if found is None else found.warnings():
+        console().print(f"[bold red]{sentence}[/]", soft_wrap=True, highlight=False)
 
 
 def describe(chosen: Candidate) -> str:

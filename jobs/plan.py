@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from jobs.fit import show_likeness
 from jobs.options import command, console, load, print_json, start_ray
 
 if TYPE_CHECKING:
@@ -39,9 +40,8 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
     from jobs.prepare import ensure_embeddings, ensure_fit, ensure_plan, open_run
     from pipeline.boost import read_boost
     from pipeline.selection import resolve_policy
-    from pipeline.shift import APART
     from pipeline.tuner import tune
-    from training.expect import expected_curve, likeness
+    from training.expect import expected_curve, resemblance
 
     config = load(config_path, overrides)
     start_ray()
@@ -52,7 +52,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
         ensure_fit(config, run, bars)
         plan = ensure_plan(config, run, bars)
         with bars.step("expect"):
-            outlook, alike = expected_curve(config, run, plan), likeness(config, run, plan)
+            outlook, alike = expected_curve(config, run, plan), resemblance(config, run, plan)
         if seconds:
             found = tune(
                 config, run, plan, seconds, lambda done, what: bars.images("measure", int(done), int(seconds), what)
@@ -63,7 +63,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
         print_json(
             asdict(plan)
             | {"expected": expected, "expected_notes": outlook.notes}
-            | {"same_side": alike, "group_boost": asdict(boost) if boost else None}
+            | {"likeness": asdict(alike) if alike else None, "group_boost": asdict(boost) if boost else None}
             | ({"estimate": found.to_json()} if found else {})
         )
         return
@@ -76,12 +76,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
         show_expected(outlook.curves, found)
     for note in outlook.notes:
         console().print(note, soft_wrap=True)
-    if alike is not None and alike >= APART:
-        console().print(
-            f"[bold red]The pairs do not look like the gallery:[/] by old embeddings {alike:.0%} of neighbours "
-            "are from its own side, where 50% would be alike. What was measured on held-out pairs may not hold here.",
-            soft_wrap=True,
-        )
+    show_likeness(alike)
 
 
 def show(plan: Plan) -> None:

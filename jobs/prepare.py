@@ -68,6 +68,14 @@ def ensure_embeddings(config: Config, run: Run, bars: Bars) -> None:
     embed_missing(config, run, probe if read_plan(run) is not None else ["pairs", "gallery", *probe], bars.images)
 
 
+def ensure_probe(config: Config, run: Run, bars: Bars) -> None:
+    """The probe set with its embeddings, and those of the pairs: what a selection looks at, and no more."""
+    from pipeline.embeddings import embed_missing
+    from pipeline.probe_set import FOLDER, draw
+
+    embed_missing(config, run, ["pairs"] + ([] if draw(config, run) is None else [FOLDER]), bars.images)
+
+
 def ensure_fit(config: Config, run: Run, bars: Bars) -> TransformationInfo:
     """The fitted transformation; pairs are embedded and the fit is run where it is missing.
 

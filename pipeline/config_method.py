@@ -82,6 +82,9 @@ class Select(Section):
     the other folds; of what a fold holds out, at most `max_measured` pairs are gallery and queries of a simulated
     backfill. `metrics` says what counts, as their mean; without labels it is `recall10`, as in `gate`. Where a list of
     `fit`'s settings is empty, `fit` says it; with no policies, all that can be are tried.
+
+    With `measured_on: probe` the probe set is gallery and queries instead, a share of it for each fold: for pairs that
+    do not look like the gallery. Give it labels (`probe.manifest`), and some thousand images.
     """
 
     losses: Annotated[tuple[LossMode, ...], _SOME] = ("alignment+uncertainty", "fastfill")
@@ -92,6 +95,7 @@ class Select(Section):
     strengths: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], _SOME] = (0.25, 0.5, 0.75)
     policies: tuple[str, ...] = ()
     metrics: Annotated[tuple[Measure, ...], _SOME] = ("top1", "map")
+    measured_on: Literal["pairs", "probe"] = "pairs"
     folds: Annotated[int, Field(ge=2)] = 3
     finalists: Count = 3
     max_pairs: Count = 100_000
@@ -146,11 +150,13 @@ class Relearn(Section):
     policy knows is made anew, and h stays. The images that are left are then transformed, scored and cut again into
     the waves that are left, whose sizes stay; no image is embedded twice. The new h is taken only where it is clearly
     nearer to the new encoder on images of the gallery that are left (the probe set's). The stream stands still
-    meanwhile. With many pairs it did harm in mAP: docs/decisions/0005 before you turn it on.
+    meanwhile. With many pairs it did harm in mAP: docs/decisions/0005 before you turn it on, or let the selection
+    decide: with `what: selected` it simulates each way on what it measures on, and nothing is learnt where that does
+    not raise the area by more than a standard error, or where there are no labels to tell by.
     """
 
     after_waves: tuple[Count, ...] = ()
-    what: Literal["transformation", "order"] = "transformation"
+    what: Literal["transformation", "order", "selected"] = "transformation"
     images: Count = 200_000
 
     @model_validator(mode="after")

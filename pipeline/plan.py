@@ -18,6 +18,7 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.errors import ConfigError
@@ -102,6 +103,13 @@ class Plan:
         return min(self.unit_images, self.waves[wave - 1].images - unit * self.unit_images)
 
 
+def wave_ends(waves: int | tuple[float, ...]) -> NDArray[np.float64]:
+    """The fraction of the gallery that is embedded once each wave is, (W,) float64; see `wave_sizes`."""
+    shares = np.arange(1, waves + 1, dtype=np.float64) if isinstance(waves, int) else np.array(waves)
+    ends: NDArray[np.float64] = np.cumsum(shares) / shares.sum()
+    return ends
+
+
 def wave_sizes(waves: int | tuple[float, ...], num_gallery: int) -> list[int]:
     """The exact number of images of each wave, in order.
 
@@ -111,8 +119,7 @@ def wave_sizes(waves: int | tuple[float, ...], num_gallery: int) -> list[int]:
     Raises:
         ConfigError: a wave would have no image.
     """
-    shares = np.arange(1, waves + 1, dtype=np.float64) if isinstance(waves, int) else np.array(waves)
-    ends = np.floor(np.cumsum(shares) / shares.sum() * num_gallery + 1e-9).astype(np.int64)
+    ends = np.floor(wave_ends(waves) * num_gallery + 1e-9).astype(np.int64)
     ends[-1] = num_gallery
     sizes = np.diff(ends, prepend=0)
     if (sizes < 1).any():

@@ -53,13 +53,15 @@ def make_plan(config: Config, run: Run, on_step: Callable[[str], None] = lambda 
         check_settings_of(run, "plan", settings)
         return done
     from pipeline.score import score_gallery  # here: the tasks of this module must not wait for torch
+    from pipeline.selection import resolve_relearn
 
+    relearn_after = resolve_relearn(run, config.relearn).after_waves
     on_step("transform")
     scored = f"{SCORED}/{settings_digest(settings)}"
     counts = score_gallery(config, run, scored)
     rejected = _check_whole(run, counts)
     waves, found = arrange(config, run, scored, counts, on_step)
-    plan = _describe(config, run, counts, rejected, waves, found)
+    plan = _describe(config, run, counts, rejected, waves, found, relearn_after)
     try:  # equal bytes are the same plan, of a driver that planned at the same time: both may go on, no attempt id
         storage.put_if_absent(run.plan, json.dumps(asdict(plan), indent=1).encode())
     except storage.AlreadyExists:
@@ -222,7 +224,15 @@ def _write(uri: str, data: bytes, first_wave: int) -> None:
         storage.put_once(uri, data)
 
 
-def _describe(config: Config, run: Run, counts: list[int], rejected: int, waves: list[Wave], found: Digits) -> Plan:
+def _describe(
+    config: Config,
+    run: Run,
+    counts: list[int],
+    rejected: int,
+    waves: list[Wave],
+    found: Digits,
+    relearn_after: tuple[int, ...],
+) -> Plan:
     with storage.open_parquet(run.part("transformed", 0)) as file:
         dim = file.schema_arrow.field("vector").type.list_size
     plan = Plan(
@@ -237,7 +247,7 @@ def _describe(config: Config, run: Run, counts: list[int], rejected: int, waves:
         fingerprint=hashlib.sha256(found.tobytes()).hexdigest(),
         deleted_images=config.plan.deleted_images,
         num_rejected=rejected,
-        relearn_after=config.relearn.after_waves,
+        relearn_after=relearn_after,
     )
     digest = hashlib.sha256(json.dumps(asdict(plan)).encode()).hexdigest()
     return Plan(**{name: getattr(plan, name) for name in Plan.__slots__} | {"fingerprint": digest})

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Self
+from typing import Literal, Self
+
+import numpy as np
 
 from pipeline.config import LossMode
+from pipeline.config_method import Offset, Relearn
 from pipeline.errors import ConfigError
+from pipeline.ranking import Float64
 from pipeline.run import Run
+from pipeline.shift import Likeness
 from pipeline.transformation import read_part
 
 PART = "selection.json"
 Figures = dict[str, float]
+Learnt = Literal["nothing", "order", "transformation"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,7 @@ class Candidate:
     lambda_disc: float
     inner_width: int
     epochs: int
-    offset: str
+    offset: Offset
     offset_strength: float
     policy: str
     area: Figures
@@ -48,6 +54,44 @@ class Candidate:
     fraction99: Figures
     behind: float
     behind_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Learning:
+    """Whether it is worth while to learn on the way (`relearn`), with the chosen candidate.
+
+    Attributes:
+        what: what to learn again: `transformation`, `order` or `nothing`.
+        gain: by the same names, points of the score more than with nothing, as the mean over the folds; empty where
+            nothing has labels to tell by.
+        gain_error: the standard error of that.
+    """
+
+    what: Learnt
+    gain: Figures
+    gain_error: Figures
+
+    @classmethod
+    def decide(cls, scores: dict[Learnt, Float64]) -> Self:
+        """The way that gains most, of those that gain more than a standard error; else nothing.
+
+        Args:
+            scores: of each way and fold the area, as the mean over the metrics that count, (F,) float64.
+        """
+        gains = {way: score - scores["nothing"] for way, score in scores.items()}
+        gain: dict[str, float] = {way: float(some.mean()) for way, some in gains.items()}
+        error: dict[str, float] = {way: float(some.std(ddof=1) / np.sqrt(len(some))) for way, some in gains.items()}
+        clear = [way for way in scores if gain[way] > error[way]]
+        what: Learnt = max(clear, key=lambda way: gain[way], default="nothing")
+        return cls(what, gain, error)
+
+    def __str__(self) -> str:
+        """One line for people."""
+        if not self.gain:
+            return "nothing: without labels nobody can tell what it is worth"
+        others = [way for way in self.gain if way != "nothing"]
+        texts = [f"{way} {self.gain[way]:+.2f} ± {self.gain_error[way]:.2f}" for way in others]
+        return f"{self.what} (points of the area: {', '.join(texts)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +108,9 @@ class Selection:
         ends: old/old and new/new over the folds; empty without labels.
         fractions: of the points of `curves`.
         curves: of the chosen one, per metric and fold its value at each point.
+        measured_on: `pairs` that were held out, or images of the `probe` set.
+        likeness: of these pairs and the probe set; None without one.
+        learning: whether to learn on the way; None where that was not asked.
     """
 
     metrics: tuple[str, ...]
@@ -75,6 +122,9 @@ class Selection:
     ends: dict[str, Figures]
     fractions: tuple[float, ...]
     curves: dict[str, list[list[float]]]
+    measured_on: Literal["pairs", "probe"] = "pairs"
+    likeness: Likeness | None = None
+    learning: Learning | None = None
 
     def to_json(self) -> str:
         """As one JSON object."""
@@ -85,6 +135,8 @@ class Selection:
         """The inverse of `to_json`."""
         tree = json.loads(text)
         tree["chosen"] = Candidate(**tree["chosen"])
+        kinds = {"likeness": Likeness, "learning": Learning}
+        tree |= {name: kind(**tree[name]) for name, kind in kinds.items() if tree.get(name) is not None}
         tree |= {name: tuple(Candidate(**item) for item in tree.get(name, ())) for name in ("candidates", "screened")}
         return cls(**tree | {name: tuple(tree[name]) for name in ("metrics", "fractions")})
 
@@ -105,14 +157,36 @@ def resolve_policy(run: Run, policy: str) -> str:
     Raises:
         ConfigError: nothing was selected.
     """
-    if policy != "selected":
-        return policy
+    return policy if policy != "selected" else _selected(run, "plan.policy").chosen.policy
+
+
+def resolve_relearn(run: Run, relearn: Relearn) -> Relearn:
+    """What `relearn` means: with `what: selected`, what was found to be worth while, or to learn after no wave.
+
+    Raises:
+        ConfigError: nothing was selected, or not with these waves.
+    """
+    if relearn.what != "selected" or not relearn.after_waves:
+        return relearn
+    found = _selected(run, "relearn.what").learning
+    if found is None:
+        raise ConfigError(
+            "the selection was not asked whether to learn on the way",
+            expected="relearn.what: selected and relearn.after_waves when the transformation was fitted",
+            where="relearn.what: selected",
+            remedy="say what to learn in relearn.what, or start a run with these settings",
+        )
+    update = {"after_waves": ()} if found.what == "nothing" else {"what": found.what}
+    return relearn.model_copy(update=update)
+
+
+def _selected(run: Run, where: str) -> Selection:
     found = read_selection(run)
     if found is None:
         raise ConfigError(
-            "no policy was selected for this run",
+            "nothing was selected for this run",
             expected="a transformation that was fitted with a `select` section, or with `fastfill fit --select`",
-            where="plan.policy: selected",
-            remedy="name a policy in plan.policy, or start a run with a `select` section",
+            where=f"{where}: selected",
+            remedy=f"say it in {where}, or start a run with a `select` section",
         )
-    return found.chosen.policy
+    return found

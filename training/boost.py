@@ -23,7 +23,7 @@ from pipeline.run import Run
 from pipeline.selection import resolve_policy
 from training.held_out import HeldOut, held_out, priorities
 from training.losses import NO_LABEL
-from training.select import order_by
+from training.simulate import order_by
 
 BOOSTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 EMBEDDED = 0.2

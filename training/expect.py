@@ -24,9 +24,9 @@ from pipeline.ranking import Float64
 from pipeline.run import Run
 from pipeline.schema import Float32, Int64, vectors_from_arrow
 from pipeline.selection import read_selection, resolve_policy
-from pipeline.shift import same_side
+from pipeline.shift import Likeness, likeness
 from training.held_out import FOLDS, HeldOut, fold_places, held_out, priorities
-from training.select import FINAL, curves_of, order_by
+from training.simulate import FINAL, curves_of, order_by
 
 _LEAST_FOLDED = 1000  # pairs; with fewer, what a fold says of the band is noise, and some labels are there once
 _LEAST_LABELLED = 100
@@ -81,14 +81,17 @@ def _outlook(config: Config, curves: dict[str, Expected]) -> Outlook:
     return Outlook(curves, tuple(notes))
 
 
-def likeness(config: Config, run: Run, plan: Plan) -> float | None:
-    """`shift.same_side` of the held-out pairs and the probe set; None without a probe set."""
+def resemblance(config: Config, run: Run, plan: Plan) -> Likeness | None:
+    """Whether the held-out pairs look like the probe set, and are served as near; None without a probe set."""
     probe = probe_set.gather(config, run, plan)
     if probe is None:
         return None
-    parts = storage.list_files(run.path("pairs", "held_out"), ".parquet")
-    old = np.concatenate([vectors_from_arrow(storage.read_parquet(uri, ["old"])["old"]) for uri in parts])
-    return same_side(old, probe.old, config.seed)
+    pairs, new = held_out(config, run), probe.new
+    if config.gallery.metric == "cosine":
+        new = new / np.linalg.norm(new, axis=1, keepdims=True)
+    sides = (pairs.fold.pairs.new - pairs.served, new - probe.transformed)
+    mine, gallery = (np.square(side).sum(axis=1, dtype=np.float64) for side in sides)
+    return likeness(pairs.fold.pairs.old, probe.old, config.seed, (mine, gallery))
 
 
 def _shapes(config: Config, run: Run, labelled: bool) -> tuple[tuple[str, ...], Float64]:

@@ -55,11 +55,12 @@ from pipeline.transformation import (
 )
 from training.attempts import fit_to_the_end, no_failure_but_announced_ones
 from training.candidates import settings_of
+from training.folds import FOLDER, OnStep
 from training.knowledge import reference_of
 from training.learner import Epoch, FitData, Job, Learner, PairArrays, can_classify, make_arrays
 from training.losses import needs_classifier, needs_labels
 from training.measure import measure, transform
-from training.select import FOLDER, OnStep, select
+from training.select import select
 
 Fitted = tuple[TransformationNetwork, Classifier | None]
 """The network, and the classifier where the job needed one."""

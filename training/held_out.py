@@ -23,10 +23,10 @@ from pipeline.reference import NO_LABEL, Reference, load_reference
 from pipeline.run import Run
 from pipeline.schema import Float32, Int64, splitmix64
 from pipeline.transformation import apply, load_transformation, read_part
+from training.folds import APPLY_BATCH, Fold
 from training.harm import fit_learned, harm
 from training.learner import Job, make_arrays
 from training.pairs import build_pairs, fit_data
-from training.select import APPLY_BATCH, Fold
 
 FOLDS = 4
 SALT = 0x51AB

@@ -31,7 +31,7 @@ from pipeline.ranking import Float64
 from pipeline.reference import Reference, load_reference
 from pipeline.run import Run
 from pipeline.schema import Int64, splitmix64, vectors_to_arrow
-from pipeline.selection import read_selection
+from pipeline.selection import read_selection, resolve_relearn
 from pipeline.transformation import apply, has_transformation, load_transformation, read_part, save_transformation
 from pipeline.vector_log import VectorLog
 from training.candidates import settings_of
@@ -116,7 +116,7 @@ def relearn(
         on_step("learn from it")
         if images.num_rows < MIN_PAIRS:
             _keep(_before(run, plan, wave), place, Learnt(wave, "nothing", images.num_rows))
-        elif config.relearn.what == "order":
+        elif resolve_relearn(run, config.relearn).what == "order":
             _learn_order(config, run, plan, wave, data, images)
         else:
             _learn_transformation(config, run, plan, wave, data, images, on_epoch)

@@ -21,12 +21,12 @@ from pipeline.schema import Float32, vectors_to_arrow
 from pipeline.selection import Selection
 from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
 from tests.pipeline.synthetic_run import Known, Options, known, make_run
+from training.folds import Fold
 from training.harm import fit_learned, harm
 from training.held_out import HeldOut
 from training.knowledge import group_needs
 from training.learner import PairArrays
 from training.pairs import Pairs
-from training.select import Fold
 
 HELD_OUT = 300
 

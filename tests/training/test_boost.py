@@ -16,10 +16,10 @@ from pipeline.reference import build_reference
 from pipeline.run import Run
 from training import boost as boosts
 from training.boost import BOOSTS, choose_boost, ensure_boost
+from training.folds import Fold
 from training.held_out import HeldOut
 from training.knowledge import group_needs
 from training.learner import PairArrays
-from training.select import Fold
 
 NUM, WIDTH, CLASSES = 400, 6, 8
 BAD = 1  # of the four groups of two classes each

@@ -6,23 +6,30 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.config_file import validate
 from pipeline.errors import ConfigError
+from pipeline.offset import Classifier, fit_offset
 from pipeline.policy import load_policy
 from pipeline.reference import load_reference
 from pipeline.run import Run
-from pipeline.schema import Int64
 from pipeline.selection import read_selection, resolve_policy
 from pipeline.transformation import read_info
 from tests.training.test_fit import D_NEW, _data
+from training import folds
 from training import select as selecting
+from training.candidates import Recipe, Serving
 from training.fit import fit
-from training.select import FOLDER, select
+from training.folds import FOLDER, Fold
+from training.learner import FitData, PairArrays
+from training.select import select
+from training.simulate import Detail, curves_of, measure_fold, order_by
 
+RECIPE = Recipe("fastfill", 0.1, 16, 4)
 POLICIES = ("random", "uncertainty", "entropy", "learned")
 
 
@@ -87,7 +94,7 @@ def test_the_fit_takes_what_was_selected_and_the_plan_its_policy(tmp_path: Path)
 def test_a_policy_that_was_not_selected_is_named_as_missing(tmp_path: Path) -> None:
     from tests.pipeline.test_gate import fitted
 
-    with pytest.raises(ConfigError, match="no policy was selected"):
+    with pytest.raises(ConfigError, match="nothing was selected"):
         resolve_policy(fitted(tmp_path, True), "selected")
 
 
@@ -137,22 +144,22 @@ def test_a_fold_is_scored_with_the_classifier_that_has_not_seen_it(tmp_path: Pat
     rng = np.random.default_rng(0)
     z = rng.normal(size=(120, D_NEW)).astype(np.float32)
     labels = rng.integers(0, 3, 120)
-    pairs = selecting.PairArrays(z, z + rng.normal(size=z.shape).astype(np.float32), None, labels)
-    mine, foreign = (selecting.Classifier(rng.normal(size=(3, D_NEW)).astype(np.float32), None) for _ in range(2))
+    pairs = PairArrays(z, z + rng.normal(size=z.shape).astype(np.float32), None, labels)
+    mine, foreign = (Classifier(rng.normal(size=(3, D_NEW)).astype(np.float32), None) for _ in range(2))
     s, config = np.zeros(120, np.float32), config_of(tmp_path)
-    fold, detail = selecting.Fold(pairs, z, s, mine), selecting.Detail(5, 100)
-    serving = selecting.Serving("confidence", 0.5)
+    fold, detail = Fold(pairs, z, s, mine), Detail(5, 100)
+    serving = Serving("confidence", 0.5)
 
-    def curve(classifier: selecting.Classifier) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-        other = selecting.Fold(pairs, z, s, mine)
+    def curve(classifier: Classifier) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+        other = Fold(pairs, z, s, mine)
         scored = replace(fold, classifier=classifier)
-        return selecting.measure_fold(config, scored, other, serving, ["entropy"], detail)["entropy"]
+        return measure_fold(config, scored, other, serving, ["entropy"], detail)["entropy"]
 
-    fitted = selecting.offsets.fit_offset("confidence", 0.5, z, s, pairs.new, mine, "l2")
+    fitted = fit_offset("confidence", 0.5, z, s, pairs.new, mine, "l2")
     served = replace(fitted, classifier=foreign).apply(z, s)
     shares = foreign.probabilities(z)
-    order = selecting.order_by(-(shares * np.log(shares)).sum(axis=1), config.seed)
-    by_hand = selecting.curves_of(config, served, fold, {"entropy": [order]}, detail)[1]["entropy"]
+    order = order_by(-(shares * np.log(shares)).sum(axis=1), config.seed)
+    by_hand = curves_of(config, served, fold, {"entropy": [order]}, detail)[1]["entropy"]
     np.testing.assert_allclose(curve(foreign), by_hand)
     assert not np.allclose(curve(mine), by_hand)
 
@@ -170,17 +177,15 @@ def test_what_is_measured_was_not_trained_on(tmp_path: Path, monkeypatch: pytest
     class Stop(Exception):
         pass
 
-    def look(job: object, train: selecting.PairArrays, held: selecting.PairArrays, *rest: object) -> None:
+    def look(job: object, train: PairArrays, held: PairArrays, *rest: object) -> None:
         seen.append(({row.tobytes() for row in train.new}, {row.tobytes() for row in held.new}))
         raise Stop
 
-    monkeypatch.setattr(selecting, "fit_alone", look)
-    config, data = config_of(tmp_path), _data(tmp_path)
-    table, places = _pairs(config, data)
-    recipe = selecting.Recipe("fastfill", 0.1, 16, 4)
+    monkeypatch.setattr(folds, "fit_alone", look)
+    config, data, parts = config_of(tmp_path), _data(tmp_path), _parts(_data(tmp_path))
     for fold in range(2):
         with pytest.raises(Stop):
-            selecting._fit_fold(config, data, (table, places), recipe, fold, str(tmp_path / "none"))
+            folds._fit_fold(config, data, parts, RECIPE, fold, str(tmp_path / "none"))
     (train0, held0), (train1, held1) = seen
     assert not train0 & held0
     assert not train1 & held1
@@ -190,18 +195,17 @@ def test_what_is_measured_was_not_trained_on(tmp_path: Path, monkeypatch: pytest
 
 def test_of_a_large_fold_a_chance_sample_is_measured_not_the_first_labels(tmp_path: Path) -> None:
     """Pairs whose index follows their labels, as a training set in folders by class has it."""
-    config = config_of(tmp_path, max_measured=100)
-    table = _pairs(config, _data(tmp_path))[0].sort_by("label")
-    table = table.set_column(0, "index", selecting.pa.array(np.arange(table.num_rows)))
-    job = selecting._job(config, _data(tmp_path), selecting.Recipe("fastfill", 0.1, 16, 4))
-    assert config.select is not None
-    held = selecting._held(table, np.zeros(table.num_rows, np.int64), 0, config.select, job)
+    config, data = config_of(tmp_path), _data(tmp_path)
+    table = _parts(data).table.sort_by("label")
+    table = table.set_column(0, "index", pa.array(np.arange(table.num_rows)))
+    parts = folds.Split(table, np.zeros(table.num_rows, np.int64), None)
+    held = parts.held(0, folds.job_of(config, data, RECIPE), 100)
     assert len(held.old) == 100
     assert held.labels is not None
     assert set(held.labels.tolist()) == set(table["label"].to_pylist())
 
 
-def _pairs(config: Config, data: selecting.FitData) -> tuple[selecting.pa.Table, Int64]:
-    parts = [storage.read_parquet(uri) for uri in [*data.train_parts, *data.held_out_parts]]
-    table = selecting.pa.concat_tables(parts).sort_by("index")
-    return table, np.arange(table.num_rows) % 2
+def _parts(data: FitData) -> folds.Split:
+    tables = [storage.read_parquet(uri) for uri in [*data.train_parts, *data.held_out_parts]]
+    table = pa.concat_tables(tables).sort_by("index")
+    return folds.Split(table, np.arange(table.num_rows) % 2, None)

@@ -1,0 +1,219 @@
+"""Fits that have not seen what they are measured on: each recipe once per fold of the pairs, by tasks of Ray.
+
+    pairs -> folds -> fit each recipe on all folds but one -> z, s of the fold left out, and of a sample of the gallery
+
+Guarantee: a fold's network and classifier were fitted without it, and without the sample. A fit is a function of the
+pairs, the recipe, the settings and the seed, and one that is kept is not made again. It does not know what is measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from safetensors.numpy import load, save
+
+from pipeline import storage
+from pipeline.config import Config, Select
+from pipeline.offset import Classifier
+from pipeline.policy import Scored
+from pipeline.run import Run
+from pipeline.schema import Float32, Int64, splitmix64
+from pipeline.transformation import apply, resolve_device
+from training.candidates import Recipe
+from training.knowledge import measurable
+from training.learner import FitData, Job, Learner, PairArrays, can_classify, make_arrays
+
+OnStep = Callable[[str, int, int], None]
+FOLDER = "selecting"
+APPLY_BATCH = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """Pairs that a recipe was not fitted on, their z (N, d_new) and s (N,), and a classifier that has not seen them."""
+
+    pairs: PairArrays
+    z: Float32
+    s: Float32
+    classifier: Classifier | None
+
+    def scored(self) -> Scored:
+        """As policies see it: without labels, which a gallery may not have."""
+        none = np.full(len(self.s), None, dtype=object)
+        return Scored(np.arange(len(self.s)), self.s, self.z, self.pairs.old, none, none)
+
+    def take(self, rows: Int64) -> Fold:
+        """Some of the pairs."""
+        return Fold(taken(self.pairs, rows), self.z[rows], self.s[rows], self.classifier)
+
+    def labels(self) -> Int64 | None:
+        """The labels where quality can be measured by them."""
+        return measurable(self.pairs.labels)
+
+
+def taken(pairs: PairArrays, rows: Int64) -> PairArrays:
+    """Some of the pairs."""
+    side = None if pairs.side is None else pairs.side[rows]
+    labels = None if pairs.labels is None else pairs.labels[rows]
+    return PairArrays(pairs.old[rows], pairs.new[rows], side, labels)
+
+
+def joined(first: PairArrays, second: PairArrays) -> PairArrays:
+    """Both, one after the other; without labels, or side information, where one of them has none."""
+
+    def both(one: np.ndarray | None, other: np.ndarray | None) -> np.ndarray | None:
+        return None if one is None or other is None else np.concatenate([one, other])
+
+    old, new = np.concatenate([first.old, second.old]), np.concatenate([first.new, second.new])
+    return PairArrays(old, new, both(first.side, second.side), both(first.labels, second.labels))
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """The pairs that a selection sees.
+
+    Attributes:
+        table: N of them, by ascending index.
+        places: (N,) int64, the fold of each.
+        sample: images of the gallery to measure on; None where folds are measured on.
+    """
+
+    table: pa.Table
+    places: Int64
+    sample: PairArrays | None
+
+    def train(self, fold: int, job: Job) -> PairArrays:
+        """All pairs but a fold's."""
+        return make_arrays(self.table.take(pa.array(np.flatnonzero(self.places != fold))), job)
+
+    def held(self, fold: int, job: Job, most: int) -> PairArrays:
+        """A fold's pairs, at most so many of them."""
+        rows = np.flatnonzero(self.places == fold)
+        chance = splitmix64(self.table["index"].to_numpy()[rows], job.seed + 4)  # the index may follow the labels
+        return make_arrays(self.table.take(pa.array(rows[np.argsort(chance, kind="stable")[:most]])), job)
+
+    def digest(self) -> str:
+        """Of the sample: the pairs are what the run has."""
+        return "" if self.sample is None else hashlib.sha256(self.sample.new.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Fits:
+    """A recipe's fits, one per fold: what each gives of the fold that it left out, and of the sample."""
+
+    held: tuple[Fold, ...]
+    sample: tuple[Fold, ...]
+
+
+def split(config: Config, data: FitData, settings: Select, sample: PairArrays | None) -> Split:
+    """Cut the pairs into folds by a hash of their index; at most `max_pairs` of them."""
+    tables = [storage.read_parquet(uri) for uri in [*data.train_parts, *data.held_out_parts]]
+    table = pa.concat_tables(tables).sort_by("index")
+    chance = splitmix64(table["index"].to_numpy(), config.seed + 3)
+    rows = np.sort(np.argsort(chance, kind="stable")[: settings.max_pairs])
+    places = (chance[rows] % np.uint64(settings.folds)).astype(np.int64)
+    return Split(table.take(pa.array(rows)), places, sample)
+
+
+def fit_folds(
+    config: Config, run: Run, data: FitData, recipes: list[Recipe], parts: Split, on_step: OnStep
+) -> dict[Recipe, Fits]:
+    """Each recipe's fits; they are tasks, side by side as far as the cluster has room."""
+    settings, stored = config.select or Select(), ray.put(parts)
+    task = fitting_task(config, _fit_fold)
+    work = [(recipe, fold) for recipe in recipes for fold in range(settings.folds)]
+    shape = [settings.folds, settings.max_pairs, settings.max_measured, parts.digest()]
+    uris = {
+        (recipe, fold): run.path(FOLDER, f"{digest(config, data, [asdict(recipe), fold, *shape])}.safetensors")
+        for recipe, fold in work
+    }
+    waiting = [task.remote(config, data, stored, recipe, fold, uris[recipe, fold]) for recipe, fold in work]
+    on_step("select: fits", 0, len(work))
+    for done in range(1, len(work) + 1):
+        ready, waiting = ray.wait(waiting)
+        ray.get(ready)
+        on_step("select: fits", done, len(work))
+    job = job_of(config, data, recipes[0])
+    held = [parts.held(fold, job, settings.max_measured) for fold in range(settings.folds)]
+    return {
+        recipe: _fits([_read(held[fold], parts.sample, uris[recipe, fold]) for fold in range(settings.folds)])
+        for recipe in recipes
+    }
+
+
+def fitting_task(config: Config, function: Callable[..., object]) -> ray.remote_function.RemoteFunction:
+    """A function as a task that fits: on a GPU where the config, or the cluster, says so."""
+    gpus = ray.cluster_resources().get("GPU", 0)
+    use_gpu = config.device.startswith("cuda") or (config.device == "auto" and gpus > 0)
+    task: ray.remote_function.RemoteFunction = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(function)
+    return task
+
+
+def job_of(config: Config, data: FitData, recipe: Recipe) -> Job:
+    """What `fit_alone` needs to know to fit by a recipe."""
+    fit = recipe.of(config.fit).model_copy(update={"offset": "none"})
+    return Job(fit, data, config.seed, config.gallery.metric == "cosine", 0, 0, can_classify(data))
+
+
+def digest(config: Config, data: FitData, decides: object) -> str:
+    """Names a fit, or a selection, by all that decides it."""
+    known = [config.fit.model_dump(mode="json"), config.seed, config.gallery.metric, data.num_train, decides]
+    found = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
+    for tensor in data.classifier or ():
+        found.update(b"" if tensor is None else tensor.tobytes())
+    return found.hexdigest()[:32]
+
+
+def fit_alone(job: Job, train: PairArrays, held: PairArrays, seed: int, device: torch.device) -> Fold:
+    """Fit by a plain loop in this process, and transform what was held out.
+
+    Args:
+        job: whose `fit`, `data` and `normalize` count.
+        train: what to fit on.
+        held: what to transform.
+        seed: of the first weights and the shuffles.
+        device: where to compute.
+    """
+    batch = min(job.fit.batch_size, len(train.old))
+    job = replace(job, seed=seed, steps=len(train.old) // batch, rank_batch=batch)
+    learner = Learner(job, train, 0, device, lambda module: module)
+    learner.prepare()
+    while learner.epoch < job.fit.epochs:
+        learner.run_epoch()
+    z, s = apply(learner.network.eval(), held.old, held.side, device, APPLY_BATCH)
+    return Fold(held, z, s, learner.classifier)
+
+
+def _fit_fold(config: Config, data: FitData, parts: Split, recipe: Recipe, fold: int, uri: str) -> None:
+    """Fit on all folds but one, transform that one and the sample, and keep it; nothing where that is done."""
+    if storage.exists(uri):
+        return
+    job = job_of(config, data, recipe)
+    held = parts.held(fold, job, (config.select or Select()).max_measured)
+    both = held if parts.sample is None else joined(held, parts.sample)
+    found = fit_alone(job, parts.train(fold, job), both, config.seed + fold, resolve_device(config.device))
+    tensors = {"z": found.z, "s": found.s}
+    if found.classifier is not None:
+        bias = found.classifier.bias
+        tensors |= {"weight": found.classifier.weight} | ({} if bias is None else {"bias": bias})
+    storage.put(uri, save(tensors))
+
+
+def _read(held: PairArrays, sample: PairArrays | None, uri: str) -> list[Fold]:
+    """The fold's, and that of the sample where there is one."""
+    tensors = load(storage.read_bytes(uri))
+    weight, z, s, count = tensors.get("weight"), tensors["z"], tensors["s"], len(held.old)
+    classifier = None if weight is None else Classifier(weight, tensors.get("bias"))
+    found = [Fold(held, z[:count], s[:count], classifier)]
+    return found if sample is None else [*found, Fold(sample, z[count:], s[count:], classifier)]
+
+
+def _fits(folds: list[list[Fold]]) -> Fits:
+    return Fits(tuple(both[0] for both in folds), tuple(both[1] for both in folds if len(both) > 1))

@@ -1,0 +1,148 @@
+"""What learning on the way would be worth: the backfill of some images simulated with it and without.
+
+    train -> fit -> the gallery is served, ordered -> its first waves are embedded: pairs like any others
+    -> nothing, a new order, or a new fit -> what is left is served and ordered anew -> the curve, by labels
+
+Guarantee: at each point of a curve what is embedded counts by its new embedding, and of what is left nothing has been
+learnt. It decides by labels alone: a transformation whose vectors lie far from all others disturbs no query, and looks
+good by `recall10`, but what it moves away is not found. This module does not know runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.config import Config
+from pipeline.evaluate import METRICS
+from pipeline.policy import load_policy
+from pipeline.ranking import Float64
+from pipeline.schema import Float32, Int64, splitmix64
+from pipeline.selection import Learnt
+from training.candidates import Serving
+from training.folds import Fold, fit_alone, joined, taken
+from training.learner import Job, PairArrays
+from training.losses import NO_LABEL
+from training.simulate import Detail, curves_of, knowing, order_by
+
+WAYS: tuple[Learnt, ...] = ("nothing", "order", "transformation")
+"""What is learnt again, the simplest first; see `config.Relearn`."""
+
+_SALT = 0x2E1
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A gallery all of whose new embeddings are known, and what a transformation for it is fitted on.
+
+    Attributes:
+        config: `gallery.metric`, `pairs.held_out_fraction` and `seed` count.
+        job: how to fit.
+        train: pairs; a share of them is held out of each fit, for the offset and the policy.
+        gallery: images with labels.
+        serving: the offset.
+        policy: the order.
+        starts: the fractions of the gallery after which something is learnt, ascending.
+        detail: of the curves.
+        device: where to fit.
+    """
+
+    config: Config
+    job: Job
+    train: PairArrays
+    gallery: PairArrays
+    serving: Serving
+    policy: str
+    starts: tuple[float, ...]
+    detail: Detail
+    device: torch.device
+
+    def first(self) -> State:
+        """Before anything is embedded."""
+        return _fitted(self, np.empty(0, np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a fit gives of the gallery, and of pairs that it was not fitted on, which offset and policy know."""
+
+    gallery: Fold
+    known: Fold
+
+
+def curves(scene: Scene) -> dict[Learnt, Float64]:
+    """The curve of each way, (P, 3) float64: METRICS in per cent; where something is learnt it is known."""
+    first = scene.first()
+    return {way: curve(scene, way, first) for way in WAYS}
+
+
+def curve(scene: Scene, way: Learnt, first: State) -> Float64:
+    """The curve of one way, (P, 3)."""
+    num, points = len(scene.gallery.old), scene.detail.points
+    fractions, found = np.arange(points) / (points - 1), np.empty((points, len(METRICS)))
+    served, order = _served(scene, first, first)
+    state, starts = first, [0.0, *scene.starts] if way != "nothing" else [0.0]
+    for start, end in zip(starts, [*starts[1:], 2.0], strict=True):
+        if start:
+            done = order[: int(start * num)]
+            state = _fitted(scene, done) if way == "transformation" else first
+            served, rest = _served(scene, state, state if way == "transformation" else _with(state, done))
+            order = np.concatenate([done, rest[~np.isin(rest, done)]])
+        here = (fractions >= start) & (fractions < end)
+        some = curves_of(scene.config, served, state.gallery, {"": [order]}, scene.detail)[1][""]
+        found[here] = some[here]
+    return found
+
+
+def error_ratio(state: State, rows: Int64) -> float:
+    """The mean |new - z|^2 of some images of the gallery over that of held-out pairs."""
+    mine, known = state.gallery.take(rows), state.known
+    errors = [np.square(side.pairs.new - side.z).sum(axis=1).mean() for side in (mine, known)]
+    return float(errors[0] / errors[1])
+
+
+def _fitted(scene: Scene, done: Int64) -> State:
+    """Fit on the pairs and on images of the gallery that are embedded, repeated until they are as many (`relearn`)."""
+    pairs, gallery = scene.train, scene.gallery
+    apart, own = _held_out(scene, np.arange(len(pairs.old))), _held_out(scene, done)
+    train, known = taken(pairs, np.flatnonzero(~apart)), taken(pairs, np.flatnonzero(apart))
+    if len(done):
+        images = _unlabelled(gallery, pairs)
+        mine = np.tile(done[~own], max(1, len(train.old) // max(1, int((~own).sum()))))
+        train, known = joined(train, taken(images, mine)), joined(known, taken(images, done[own]))
+    both = joined(known, gallery)
+    found = fit_alone(scene.job, train, both, scene.job.seed, scene.device)
+    count = len(known.old)
+    parts = [Fold(known, found.z[:count], found.s[:count], found.classifier)]
+    parts.append(Fold(gallery, found.z[count:], found.s[count:], found.classifier))
+    return State(parts[1], parts[0])
+
+
+def _unlabelled(gallery: PairArrays, pairs: PairArrays) -> PairArrays:
+    """The gallery's images as a run learns from them, without the labels that they are measured by."""
+    labels = None if pairs.labels is None else np.full(len(gallery.old), NO_LABEL)
+    return replace(gallery, labels=labels)
+
+
+def _held_out(scene: Scene, rows: Int64) -> NDArray[np.bool_]:
+    most = np.uint64(int(2**64 * scene.config.pairs.held_out_fraction))
+    return splitmix64(rows, scene.job.seed + _SALT) < most
+
+
+def _with(state: State, done: Int64) -> State:
+    """The policy knows the embedded images as well: no transformation was fitted on them."""
+    gallery, known = state.gallery.take(done), state.known
+    z, s = np.concatenate([known.z, gallery.z]), np.concatenate([known.s, gallery.s])
+    pairs = joined(known.pairs, _unlabelled(gallery.pairs, known.pairs))
+    return replace(state, known=Fold(pairs, z, s, known.classifier))
+
+
+def _served(scene: Scene, state: State, knows: State) -> tuple[Float32, Int64]:
+    """The gallery as it is served by the offset of a fit, and its order by what policies know now."""
+    config, learned, gallery = scene.config, scene.policy == "learned", state.gallery
+    served, _ = knowing(config, gallery, state.known, scene.serving, learned=False)
+    _, reference = knowing(config, gallery, knows.known, scene.serving, learned)
+    return served, order_by(load_policy(scene.policy, config.seed, reference)(gallery.scored()), config.seed)

@@ -1,0 +1,130 @@
+"""Simulate the backfill of pairs that a fit has not seen: how they are served, the order, the curve.
+
+    a fold's z, s -> an offset and what policies know, of another fold -> served vectors, orders -> curves
+
+Guarantee: offset and policies are fitted on other pairs than are measured; the same arrays and seed give the same
+curve. It does not know how the transformation was fitted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pipeline import offset as offsets
+from pipeline.agreement import agreement_curve
+from pipeline.config import Config
+from pipeline.evaluate import METRICS, order_by_priority, random_order, simulate_curve
+from pipeline.policy import load_policy
+from pipeline.ranking import Float64
+from pipeline.reference import Reference, build_reference
+from pipeline.schema import Float32, Int64
+from training.candidates import Serving
+from training.folds import Fold
+from training.harm import fit_learned, harm
+from training.losses import NO_LABEL
+
+_RANDOM_SEEDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Detail:
+    """How finely a backfill is simulated: points of the curve, and queries at most."""
+
+    points: int
+    queries: int
+
+
+SCREENING, FINAL = Detail(8, 2500), Detail(22, 5000)
+
+
+def measure_fold(
+    config: Config, fold: Fold, other: Fold, serving: Serving, policies: list[str], detail: Detail
+) -> dict[str, Float64]:
+    """The curve of each order on one fold, (P, M) float64 in per cent.
+
+    Args:
+        config: `gallery.metric` and `seed` count.
+        fold: gallery and queries at once.
+        other: pairs that offset and policies are fitted on.
+        serving: the offset.
+        policies: their names.
+        detail: P points, and how many queries at most.
+    """
+    served, reference = knowing(config, fold, other, serving, "learned" in policies)
+    ids, scored = np.arange(len(served)), fold.scored()
+    orders = {}
+    for name in policies:
+        if name == "random":
+            orders[name] = [random_order(ids, config.seed + seed) for seed in range(_RANDOM_SEEDS)]
+        else:
+            orders[name] = [order_by(load_policy(name, config.seed, reference)(scored), config.seed)]
+    return curves_of(config, served, fold, orders, detail)[1]
+
+
+def knowing(config: Config, fold: Fold, other: Fold, serving: Serving, learned: bool) -> tuple[Float32, Reference]:
+    """How a fold is served, (N, d_new) float32, and what policies know of `other`, with the fold's own classifier.
+
+    Args:
+        config: `gallery.metric` and `seed` count.
+        fold: what is served.
+        other: pairs that offset and policies are fitted on.
+        serving: the offset.
+        learned: whether the policy `learned` is to know its model.
+    """
+    served, others = fold.z, other.z
+    if serving.offset != "none":
+        fitted = offsets.fit_offset(
+            serving.offset, serving.strength, other.z, other.s, other.pairs.new, other.classifier, config.gallery.metric
+        )
+        others = fitted.apply(other.z, other.s)
+        served = replace(fitted, classifier=fold.classifier).apply(fold.z, fold.s)
+    reference = _reference(config, other, others, learned)
+    if fold.classifier is not None:
+        weight, bias = fold.classifier.weight, fold.classifier.bias
+        reference = replace(reference, classifier_weight=weight, classifier_bias=bias)
+    return served, reference
+
+
+def order_by(priority: Float32, seed: int) -> Int64:
+    """Rows by descending priority, (N,) int64."""
+    return order_by_priority(priority, np.arange(len(priority)), seed)
+
+
+def curves_of(
+    config: Config, served: Float32, fold: Fold, orders: dict[str, list[Int64]], detail: Detail
+) -> tuple[tuple[str, ...], dict[str, Float64]]:
+    """The metrics, and the curve of each order, (P, M) float64 in per cent; the fold is gallery and queries at once."""
+    labels, metric, ids = fold.labels(), config.gallery.metric, np.arange(len(served))
+    if labels is None:
+        flat = {name: some[0] for name, some in orders.items()}
+        rows = ids[:: -(-len(ids) // detail.queries)]
+        curves = agreement_curve(served, fold.pairs.new, rows, flat, detail.points, metric)
+        return ("recall10",), {name: curve[:, None] for name, curve in curves.items()}
+    queries = np.flatnonzero(labels != NO_LABEL)
+    queries = queries[:: -(-len(queries) // detail.queries)]
+    simulation = simulate_curve(
+        served,
+        fold.pairs.new,
+        fold.pairs.new[queries],
+        labels[queries],
+        labels,
+        orders,
+        points=detail.points,
+        metric=metric,
+        query_ids=queries,
+        gallery_ids=ids,
+    )
+    return METRICS, {name: curve.values for name, curve in simulation.orders.items()}
+
+
+def _reference(config: Config, other: Fold, served: Float32, learned: bool) -> Reference:
+    pairs, metric = other.pairs, config.gallery.metric
+    known = None if other.classifier is None else (other.classifier.weight, other.classifier.bias)
+    reference = build_reference(pairs.old, other.z, other.s, pairs.new, pairs.labels, known, metric, config.seed)
+    if not learned:
+        return reference
+    return fit_learned(
+        other.scored(), reference, harm(served, pairs.new, other.labels(), metric, config.seed), config.seed
+    )
