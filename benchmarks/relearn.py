@@ -48,7 +48,7 @@ from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.evaluate import METRICS
 from pipeline.ranking import Float64
-from pipeline.schema import splitmix64, vectors_from_arrow
+from pipeline.schema import Float32, splitmix64, vectors_from_arrow
 from pipeline.selection import Learning, Learnt
 from pipeline.shift import likeness
 from training.candidates import Serving
@@ -202,9 +202,8 @@ def main() -> None:
     titles += [f"at {np.ceil(fraction * (POINTS - 1)) / (POINTS - 1):.0%}" for fraction in (*FRACTIONS, 0.5)]
     print(table(titles, [_text(row) for row in rows]))
     for row in rows[:: len(WAYS)]:
-        print(
-            f"\n{row['case']}: warned {row['warned']}; foreseen on the probe set: {row['probe']}; on pairs: {row['pairs']}"
-        )
+        foreseen = f"foreseen on the probe set: {row['probe']}; on pairs: {row['pairs']}"
+        print(f"\n{row['case']}: warned {row['warned']}; {foreseen}")
 
 
 if __name__ == "__main__":
