@@ -1,19 +1,21 @@
 """The expected curve against the real one on CIFAR-100, over several draws of the probe set.
 
-One fit with an offset; the gallery's real backfill by some orders, all 10,000 test images as queries, 22 points. Then
-probe sets are drawn, and from each `training.expect` makes what `fastfill plan` would say: the bend by held-out pairs,
-the ends by the probe set. `error` is the mean absolute error over the points, as the mean over the draws; `sampling`
-the same for the real curve itself, measured with the probe set's queries alone: what is left where everything but the
-queries is known. `cost` is the fraction from which on 95 % of the end is kept: the real one, the expected ones' mean,
-and the share of the draws that are within 15 % of it.
+Two fits: `published`, METHOD's recipe at width 2048, and `selected`, what the selection takes on these encoders
+(fastfill with lambda_disc 0.1, width 512, an offset by confidence). The gallery's real backfill by some orders, all
+10,000 test images as queries, 22 points. Then probe sets are drawn, and from each `training.expect` makes what
+`fastfill plan` would say: the bend by held-out pairs, the ends by the probe set. `error` is the mean absolute error
+over the points, as the mean over the draws; `sampling` the same for the real curve itself, measured with the probe
+set's queries alone: what is left where everything but the queries is known. `cost` is the fraction from which on 95 % of the
+end is kept: the real one, the expected ones' mean, and the share of the draws that are within 15 % of it.
 
-    python -m benchmarks.expected [--json]      # three minutes on two cores
+    python -m benchmarks.expected [--json]      # a quarter of an hour on two cores
     python -m benchmarks.expected --short       # a fit of three epochs, two draws: whether it runs
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -26,7 +28,7 @@ from benchmarks.backfills import OFFICIAL, Fitted, fitted, images_of
 from benchmarks.cases import Case
 from benchmarks.fit import configure, prepare, started_ray
 from benchmarks.measure import header, table
-from benchmarks.quality import QUICK
+from benchmarks.quality import PUBLISHED
 from benchmarks.small_run import data_folder
 from pipeline.config import Config
 from pipeline.evaluate import METRICS, simulate_curve
@@ -41,7 +43,16 @@ from training.simulate import order_by
 ORDERS = ("uncertainty", "learned")
 SIZES = (1000, 2000, 5000)
 REACHED, WITHIN = 95, 0.15
-OFFSET: dict[str, object] = {"fit.loss": "alignment+uncertainty", "fit.offset": "confidence"}
+RECIPES: dict[str, dict[str, object]] = {
+    "published": PUBLISHED | {"fit.loss": "fastfill"},
+    "selected": {
+        "fit.loss": "fastfill",
+        "fit.lambda_disc": 0.1,
+        "fit.inner_width": 512,
+        "fit.epochs": 40,
+        "fit.offset": "confidence",
+    },
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +146,13 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
     case = Case("given", "label", Path(arguments.data), arguments.folder)
     pairs, gallery = case.embedded()
     few: dict[str, object] = {"fit.epochs": 3, "fit.warmup_epochs": 1} if arguments.short else {}
-    arguments.data_root, settings = arguments.data, case.settings() | QUICK | few | OFFSET
+    arguments.data_root, kept = arguments.data, str(case.folder / ("short" if arguments.short else "run"))
     with started_ray():
-        config = configure(arguments, pairs, str(case.folder / ("short" if arguments.short else "run")), settings)
+        config = configure(arguments, pairs, kept, case.settings() | few)
         images = images_of(config, prepare(config)[1], gallery)
     rows = []
-    for seed in range(arguments.fits):
+    for name, seed in itertools.product(RECIPES, range(arguments.fits)):
+        config = configure(arguments, pairs, "none", case.settings() | RECIPES[name] | few)
         _KNOWN.clear()
         found = fitted(config, images, seed, case.folder)
         real = real_curves(found, gallery.labels, seed)
@@ -149,8 +161,8 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
             made = [guesses(config, found, gallery.labels, real, size, draw) for draw in draws]
             for order in ORDERS:
                 parts = describe(order, size, real[order].curve, [guess[order] for guess in made])
-                rows += [{"fit": seed} | part for part in parts]
-            print(f"fit {seed}, {size} probe images: done", file=sys.stderr, flush=True)
+                rows += [{"recipe": name, "fit": seed} | part for part in parts]
+            print(f"{name}, fit {seed}, {size} probe images: done", file=sys.stderr, flush=True)
     return rows
 
 

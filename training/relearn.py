@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow as pa
@@ -27,17 +27,17 @@ from pipeline.embeddings import embedding_log, read_embeddings
 from pipeline.errors import ConfigError, DataError
 from pipeline.offset import Classifier, Offset
 from pipeline.plan import Plan
-from pipeline.ranking import Float64
 from pipeline.reference import Reference, load_reference
 from pipeline.run import Run
 from pipeline.schema import Int64, splitmix64, vectors_to_arrow
 from pipeline.selection import read_selection, resolve_relearn
-from pipeline.transformation import apply, has_transformation, load_transformation, read_part, save_transformation
+from pipeline.transformation import has_transformation, load_transformation, read_part, save_transformation
 from pipeline.vector_log import VectorLog
 from training.candidates import settings_of
 from training.fit import fit
 from training.knowledge import reference_of
-from training.learner import Epoch, FitData, Job, PairArrays, make_arrays
+from training.learner import Epoch, FitData, Job, make_arrays
+from training.learnt import Learnt, compare
 from training.measure import transform
 from training.pairs import MIN_PAIRS, NUM_STRIPES, build_pairs, fit_data
 
@@ -46,42 +46,6 @@ _SALT = 0x1EA2  # of the sample alone
 _LEAST_PROBE = 50  # images that are left: with fewer, held-out embedded ones say which h is better
 _APPLY_BATCH = 8192
 _HASHES = 2**64
-
-
-@dataclass(frozen=True, slots=True)
-class Learnt:
-    """What was learnt after a wave; `relearnt/wave-WWW/learnt.json`.
-
-    Attributes:
-        after_wave: the wave.
-        what: `order` or `transformation`, as `config.Relearn` says; `nothing` where too few images are embedded.
-        images: embedded ones that were looked at.
-        before: of the transformation that served so far, the mean |new - z|^2 of images that neither was fitted on;
-            None where none was fitted.
-        after: of the new one.
-        noise: the standard error of their difference, paired by image.
-    """
-
-    after_wave: int
-    what: str
-    images: int
-    before: float | None = None
-    after: float | None = None
-    noise: float = 0.0
-
-    @property
-    def taken(self) -> bool:
-        """Whether there is a new transformation, and it is the better one by more than chance would have it."""
-        return self.before is not None and self.after is not None and self.after < self.before - self.noise
-
-    def __str__(self) -> str:
-        """One line for people."""
-        text = f"learnt on the way after wave {self.after_wave}, from {self.images:,} images: {self.what}"
-        if self.before is None or self.after is None:
-            return text
-        told = "taken" if self.taken else "not taken"
-        errors = f"{self.after:.4g}, with the one before {self.before:.4g} (± {self.noise:.2g})"
-        return f"{text}, {told}: squared error {errors}"
 
 
 def relearn(
@@ -195,7 +159,7 @@ def _decide(place: Run, learnt: Learnt) -> Learnt:
 
 
 def _read(place: Run) -> Learnt:
-    return Learnt(**json.loads(storage.read_bytes(place.path("learnt.json"))))
+    return Learnt.from_json(storage.read_bytes(place.path("learnt.json")))
 
 
 def _keep(source: Run, place: Run, learnt: Learnt, known: Reference | None = None) -> None:
@@ -251,11 +215,10 @@ def _learn_transformation(
     held_out = images.filter(pa.array(held))
     if not held_out.num_rows:  # of a handful of images
         held_out = pa.concat_tables(map(storage.read_parquet, data.held_out_parts))
-    unseen = _unseen(config, run, plan, wave, make_arrays(held_out, _job(config, data)))
-    before, after = (_errors(item, unseen) for item in (source, tried))
-    noise = float((before - after).std() / np.sqrt(len(before)))
-    found = Learnt(wave, "transformation", images.num_rows, float(before.mean()), float(after.mean()), noise)
-    learnt = _decide(place, found)
+    probe = probe_set.gather(config, run, plan)
+    kept = None if probe is None else probe_set.as_of(run, plan, probe, wave - 1)
+    errors, precision = compare(config, source, tried, wave, kept, make_arrays(held_out, _job(config, data)))
+    learnt = _decide(place, Learnt(wave, "transformation", images.num_rows, errors, precision))
     _keep(tried if learnt.taken else source, place, learnt)
 
 
@@ -283,25 +246,3 @@ def _write_pairs(config: Config, place: Run, data: FitData, images: pa.Table, he
         held_out_parts=[*data.held_out_parts, rest],
         num_train=data.num_train + times * mine.num_rows,
     )
-
-
-def _unseen(config: Config, run: Run, plan: Plan, wave: int, held_out: PairArrays) -> PairArrays:
-    """Images that neither transformation was fitted on: of the probe set those that are left, else held-out ones."""
-    probe = probe_set.gather(config, run, plan)
-    if probe is None or held_out.side is not None:  # the probe set keeps no side information
-        return held_out
-    rows = np.flatnonzero(probe_set.as_of(run, plan, probe, wave - 1).wave > wave)
-    if len(rows) < _LEAST_PROBE:
-        return held_out
-    new = probe.new[rows]
-    if config.gallery.metric == "cosine":
-        new = new / np.linalg.norm(new, axis=1, keepdims=True)
-    return PairArrays(probe.old[rows], new, None, None)
-
-
-def _errors(place: Run, pairs: PairArrays) -> Float64:
-    """|new - z|^2 of each pair, (N,) float64."""
-    network, _ = load_transformation(place, torch.device("cpu"))
-    z, _ = apply(network, pairs.old, pairs.side, torch.device("cpu"), _APPLY_BATCH)
-    errors: Float64 = np.square(pairs.new - z).sum(axis=1, dtype=np.float64)
-    return errors
