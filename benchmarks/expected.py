@@ -5,8 +5,8 @@ Two fits: `published`, METHOD's recipe at width 2048, and `selected`, what the s
 10,000 test images as queries, 22 points. Then probe sets are drawn, and from each `training.expect` makes what
 `fastfill plan` would say: the bend by held-out pairs, the ends by the probe set. `error` is the mean absolute error
 over the points, as the mean over the draws; `sampling` the same for the real curve itself, measured with the probe
-set's queries alone: what is left where everything but the queries is known. `cost` is the fraction from which on 95 % of the
-end is kept: the real one, the expected ones' mean, and the share of the draws that are within 15 % of it.
+set's queries alone: what is left where everything but the queries is known. `cost` is the fraction from which on 95 %
+of the end is kept: the real one, the expected ones' mean, and the share of the draws that are within 15 % of it.
 
     python -m benchmarks.expected [--json]      # a quarter of an hour on two cores
     python -m benchmarks.expected --short       # a fit of three epochs, two draws: whether it runs

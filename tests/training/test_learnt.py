@@ -69,6 +69,13 @@ def nearer_but_mixed_up(probe: ProbeSet) -> Float32:
     return noisy(np.tile(middle, (len(left(probe)), 1)), 0.1)
 
 
+def far_but_told_apart(probe: ProbeSet) -> Float32:
+    """Each class moved to a side of its own: farther than the middle is, and nearer than other classes are."""
+    sides = np.random.default_rng(2).normal(size=(8, 16))
+    sides *= 14 / np.linalg.norm(sides, axis=1, keepdims=True)
+    return (left(probe) + sides[probe_set().labels[probe.wave > WAVE]]).astype(np.float32)
+
+
 def test_the_nearer_one_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probe = probe_set()
     found = judged(tmp_path, monkeypatch, probe, {"source": noisy(left(probe), 2), "tried": noisy(left(probe), 1)})
@@ -78,7 +85,7 @@ def test_the_nearer_one_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_one_that_is_nearer_and_finds_less_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probe = probe_set()
-    vectors = {"source": noisy(left(probe), 5), "tried": nearer_but_mixed_up(probe)}
+    vectors = {"source": far_but_told_apart(probe), "tried": nearer_but_mixed_up(probe)}
     found = judged(tmp_path, monkeypatch, probe, vectors)
     assert found.error is not None
     assert found.error.after < found.error.before - found.error.noise
