@@ -36,6 +36,7 @@ def check_settings(config: Config, dims: dict[str, int]) -> None:
     wave_sizes(config.plan.waves, images)
     _check_training(config, images, pairs)
     _check_policy(config)
+    _check_sample(config)
     resolve_device(config.device)
     for encoder in (config.encoders.old, config.encoders.new):
         if encoder is not None:
@@ -120,6 +121,17 @@ def _check_training(config: Config, images: int, pairs: int) -> None:
         )
     vectors = min(training, config.index.train_vectors)
     check_trainable(config.index.factory, images, vectors, config.encoders.new.dim)
+
+
+def _check_sample(config: Config) -> None:
+    """The probe set's sample can be read and names images as the gallery does; whether they are there, `draw` sees."""
+    from pipeline import manifest
+    from pipeline.probe_sample import check_kind, read_sample
+
+    if config.probe.manifest is None or not config.probe.images:
+        return
+    name = config.gallery.columns.id
+    check_kind(read_sample(config.probe), name, name is not None and manifest.ids_are_integers(config.gallery))
 
 
 def _check_policy(config: Config) -> None:

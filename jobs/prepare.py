@@ -62,9 +62,9 @@ def ensure_embeddings(config: Config, run: Run, bars: Bars) -> None:
     otherwise. Of a run that is planned already only the probe set can be missing."""
     from pipeline.embeddings import embed_missing
     from pipeline.plan import read_plan
-    from pipeline.probe_set import FOLDER, draw
+    from pipeline.probe_set import FOLDER, draw, is_gathered
 
-    probe = [] if draw(config, run) is None else [FOLDER]
+    probe = [] if draw(config, run) is None or is_gathered(run) else [FOLDER]
     embed_missing(config, run, probe if read_plan(run) is not None else ["pairs", "gallery", *probe], bars.images)
 
 

@@ -2,11 +2,15 @@
 
 After the neighbours, before the gate. Guarantee: a commit is measured once, and gives the same figures whoever
 measures it. It does not judge.
+
+Ranks are those that readers are given, in the whole gallery. Where labels are of the user's sample and not of all the
+gallery, an answer without a label is neither right nor wrong: then its labelled images stand for the gallery, and
+ranks are among what is stored of them, by exact search.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +21,7 @@ from pipeline.nearest import nearest
 from pipeline.neighbours import Found, Neighbours, in_old_gallery, in_snapshot
 from pipeline.plan import Plan
 from pipeline.points import SLOTS
-from pipeline.probe_set import ProbeSet, as_of
+from pipeline.probe_set import ProbeSet, as_of, stands_alone
 from pipeline.quality import (
     MIN_QUERIES,
     Figures,
@@ -48,22 +52,19 @@ def reference(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> Referenc
     found = read_reference(run)
     if found is not None:
         return found
-    in_old, counts = in_old_gallery(config, run, plan, probe)
-    metric, k = config.gallery.metric, min(SLOTS, len(probe.ids) - 1)
-    own = np.arange(len(probe.ids))
+    alone = stands_alone(run, plan, probe)
     new, old, transformed = (
-        nearest(*sides, k, own, metric)[1]
+        _within(probe, *sides, config.gallery.metric, alone)
         for sides in ((probe.new, probe.new), (probe.old, probe.old), (probe.new, probe.transformed))
     )
-    among = np.bincount(probe.labels[probe.labels >= 0], minlength=len(probe.label_names))
-    matched, inside = (_matched(probe.labels, some) for some in (counts, among))
     made = Reference(
-        old=_ranks(in_old.without(probe.ids).labels, probe.labels, matched),
-        old_recalled=_recalled(old, new),
-        num_neighbours=k,
-        within_old=_ranks(probe.labels[old], probe.labels, inside),
-        within_transformed=_ranks(probe.labels[transformed], probe.labels, inside),
-        within_new=_ranks(probe.labels[new], probe.labels, inside),
+        old=old.ranks if alone else _in_old(config, run, plan, probe),
+        old_recalled=_recalled(old.nearest, new.nearest),
+        num_neighbours=new.nearest.shape[1],
+        within_old=old.ranks,
+        within_transformed=transformed.ranks,
+        within_new=new.ranks,
+        alone=alone,
     )
     write_reference(run, made)
     return made
@@ -111,15 +112,13 @@ def examine(
 def assess(probe: ProbeSet, known: Reference, commit: Commit, found: Found) -> Quality:
     """The figures of what was found in a commit."""
     others = found.nearest.without(probe.ids)
-    ranks = _ranks(others.labels, probe.labels, np.array(known.old) >= 0)
     kept, gallery = probe.new.copy(), probe.transformed.copy()  # of an image that the index dropped these stay
     kept[found.rows], gallery[found.rows] = found.kept, found.stored
-    k = known.num_neighbours
-    rows = np.arange(len(probe.ids))
-    exact, mixed = (nearest(probe.new, side, k, rows, commit.metric)[1] for side in (kept, gallery))
-    recalled = _recalled(mixed, exact)
+    exact, mixed = (_within(probe, probe.new, side, commit.metric, known.alone) for side in (kept, gallery))
+    recalled = _recalled(mixed.nearest, exact.nearest)
+    ranks = mixed.ranks if known.alone else _ranks(others.labels, probe.labels, np.array(known.old) >= 0)
     own = _own(probe, found.embedded, gallery, kept)
-    figures = top(ranks) | recall(recalled, k)
+    figures = top(ranks) | recall(recalled, known.num_neighbours)
     answered = np.array(known.old) == 1
     if known.labelled and answered.any():
         figures["negative_flips"] = 100 * float((np.array(ranks)[answered] != 1).mean())
@@ -131,6 +130,36 @@ def assess(probe: ProbeSet, known: Reference, commit: Commit, found: Found) -> Q
     if own:
         figures["own"] = 100 * sum(hits for _, hits, _ in own) / sum(images for *_, images in own)
     return Quality(commit.number, commit.attempt_id, figures, ranks, recalled, own, groups)
+
+
+@dataclass(frozen=True, slots=True)
+class _Within:
+    """What each probe image finds among the others: `nearest` (Q, k) int64, rows of the probe set, and its rank."""
+
+    nearest: Int64
+    ranks: tuple[int, ...]
+
+
+def _within(probe: ProbeSet, queries: Float32, side: Float32, metric: str, alone: bool) -> _Within:
+    """By exact search. For ranks the labelled images compete alone where these stand for the gallery, else all do."""
+    own = np.arange(len(probe.ids))
+    found = nearest(queries, side, min(SLOTS, len(own) - 1), own, metric)[1]
+    labelled = np.flatnonzero(probe.labels >= 0)
+    matched = _matched(probe.labels, np.bincount(probe.labels[labelled], minlength=len(probe.label_names)))
+    if not alone or len(labelled) == len(own):
+        return _Within(found, _ranks(probe.labels[found], probe.labels, matched))
+    if len(labelled) < 2:
+        return _Within(found, (-1,) * len(own))
+    places = np.full(len(own), -1)
+    places[labelled] = np.arange(len(labelled))
+    few = nearest(queries, side[labelled], min(SLOTS, len(labelled) - 1), places, metric)[1]
+    return _Within(found, _ranks(probe.labels[labelled[few]], probe.labels, matched))
+
+
+def _in_old(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> tuple[int, ...]:
+    """The ranks of the old model in the whole gallery."""
+    found, counts = in_old_gallery(config, run, plan, probe)
+    return _ranks(found.without(probe.ids).labels, probe.labels, _matched(probe.labels, counts))
 
 
 def _matched(labels: Int64, counts: Int64) -> Bools:

@@ -14,12 +14,13 @@ from pydantic import Field, model_validator
 
 from pipeline.config_method import POLICY_NAMES as POLICY_NAMES
 from pipeline.config_method import Classifier as Classifier
-from pipeline.config_method import Count, Evaluate, Fraction, Plan, Probe, Relearn, Section
+from pipeline.config_method import Count, Evaluate, Fraction, Plan, Relearn, Section
 from pipeline.config_method import Fit as Fit
 from pipeline.config_method import Gate as Gate
 from pipeline.config_method import LossMode as LossMode
 from pipeline.config_method import Measure as Measure
 from pipeline.config_method import Offset as Offset
+from pipeline.config_method import Probe as Probe
 from pipeline.config_method import Select as Select
 
 Metric = Literal["l2", "ip", "cosine"]

@@ -75,10 +75,15 @@ def resolve(config: Config) -> Config:
         vision = item.torchvision.model_copy(update={"state_dict": rooted(item.torchvision.state_dict)})
         return item.model_copy(update={"torchvision": vision})
 
-    def manifest(item: AnyManifest) -> AnyManifest:
-        paths = (item.manifest,) if isinstance(item.manifest, str) else item.manifest
-        return item.model_copy(update={"manifest": tuple(rooted(path) for path in paths)})
+    def files(given: str | tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(rooted(path) for path in ((given,) if isinstance(given, str) else given))
 
+    def manifest(item: AnyManifest) -> AnyManifest:
+        return item.model_copy(update={"manifest": files(item.manifest)})
+
+    probe = config.probe
+    if probe.manifest is not None:
+        probe = probe.model_copy(update={"manifest": files(probe.manifest)})
     fit = config.fit
     if fit.classifier is not None:
         fit = fit.model_copy(update={"classifier": Classifier(path=rooted(fit.classifier.path))})
@@ -90,6 +95,7 @@ def resolve(config: Config) -> Config:
             "encoders": encoders,
             "gallery": manifest(config.gallery),
             "pairs": manifest(config.pairs),
+            "probe": probe,
             "fit": fit,
         }
     )

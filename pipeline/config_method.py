@@ -178,15 +178,32 @@ class Evaluate(Section):
     max_images: Count = 200_000
 
 
+class SampleColumns(Section):
+    """Which column of `probe.manifest` holds what; `id` as in `gallery.columns.id`."""
+
+    id: str = "id"
+    label: str = "label"
+    group: str | None = None
+
+
 class Probe(Section):
     """The probe set: images of the gallery that every snapshot is measured on before `prod` moves.
 
     As many as `images`, but no more than a tenth of the gallery where that is 200 or more; they are embedded before
     the plan, and again in their waves. The set is drawn once, when the run starts. With 0 there is none: only
     the held-out pairs are looked at.
+
+    Labels cost people's time, and few galleries have them; some hundreds of images can be labelled by hand. With
+    `manifest` (Parquet files, as in `gallery`) the set is all images of the gallery that it names by their ids, however
+    many `images` says, with its labels, and its groups where a column is named. They go before the gallery's own; null
+    is no label. Take the images by chance: the sample stands for the gallery. Where any image of the gallery is without
+    a label, top-1 and top-5 are measured among the labelled images of the sample alone, where fewer compete: they are
+    higher than in the whole gallery, and compare one state with another.
     """
 
     images: Annotated[int, Field(ge=0)] = 1000
+    manifest: str | tuple[str, ...] | None = None
+    columns: SampleColumns = SampleColumns()
 
 
 class Gate(Section):
@@ -194,9 +211,9 @@ class Gate(Section):
 
     A figure counts as beyond a limit only where it is so by more than its noise: three standard errors, of the
     difference per query where two snapshots are compared; two below the old model while images are transformed. Where
-    the gallery has labels quality is top-1, else it is `recall10`: of an image's ten nearest probe images under the new
-    model, the share that is nearest also by what the snapshot stores of them. `min_own` is of a wave's probe images,
-    those whose own vector is stored under their id; it needs no labels.
+    the gallery or the sample of `probe.manifest` has labels quality is top-1, else it is `recall10`: of an image's ten
+    nearest probe images under the new model, the share that is nearest also by what the snapshot stores of them.
+    `min_own` is of a wave's probe images, those whose own vector is stored under their id; it needs no labels.
 
     A refusal that the backfill itself may mend (transformed vectors that are worse than the old ones, or crowd out the
     others; a fall over several waves) never stops it.

@@ -24,7 +24,7 @@ from pipeline.vector_log import VectorLog
 
 logger = logging.getLogger(__name__)
 
-_NEEDED = {"gallery": ("old",), "pairs": ("old", "new"), "probe-set": ("new",)}
+_NEEDED = {"gallery": ("old",), "pairs": ("old", "new"), "probe-set": ("old", "new")}
 _LOST = {
     "gallery": "they have no vector, so they are not served",
     "pairs": "they are left out of the fit",
@@ -38,7 +38,7 @@ OnUnits = Callable[[str, int, int], None]
 def embed_missing(config: Config, run: Run, folders: Sequence[str], on_units: OnUnits) -> None:
     """Embed the images of normalised manifests where their embeddings did not come with them, in one stream.
 
-    The gallery needs its old embeddings, the pairs need both, the probe set needs the new ones. An image that
+    The gallery needs its old embeddings, the pairs and the probe set need both. An image that
     cannot be read has none; how many these are, and where their reasons are, is logged as a warning.
 
     Args:

@@ -65,6 +65,7 @@ class Expected:
     Attributes:
         reached: for each of REACHED.
         sample: how many images represent the gallery in it; 0 where it is the whole.
+        sampled: why, in words, where they do.
     """
 
     fractions: Float64
@@ -73,23 +74,26 @@ class Expected:
     high: Float64
     reached: dict[int, Reached]
     sample: int = 0
+    sampled: str = ""
 
     def to_json(self) -> dict[str, object]:
         """As JSON shows it."""
         reached = {str(percent): asdict(found) for percent, found in self.reached.items()}
-        return {name: getattr(self, name).tolist() for name in _CURVES} | {"reached": reached, "sample": self.sample}
+        curves: dict[str, object] = {name: getattr(self, name).tolist() for name in _CURVES}
+        return curves | {"reached": reached, "sample": self.sample, "sampled": self.sampled}
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Self:
         """The inverse of `to_json`."""
         reached = {int(percent): Reached(**found) for percent, found in tree["reached"].items()}
-        return cls(**{name: np.array(tree[name]) for name in _CURVES}, reached=reached, sample=tree.get("sample", 0))
+        curves = {name: np.array(tree[name]) for name in _CURVES}
+        return cls(**curves, reached=reached, sample=tree.get("sample", 0), sampled=tree.get("sampled", ""))
 
 
 _CURVES = ("fractions", "values", "low", "high")
 
 
-def expect(curves: Float64, fractions: Float64, ends: Ends, sample: int = 0) -> Expected:
+def expect(curves: Float64, fractions: Float64, ends: Ends, sample: int = 0, sampled: str = "") -> Expected:
     """Lay the bend of held-out curves between the ends of a gallery.
 
     Args:
@@ -97,6 +101,7 @@ def expect(curves: Float64, fractions: Float64, ends: Ends, sample: int = 0) -> 
         fractions: (P,).
         ends: of the gallery.
         sample: how many images represent it; 0 for all of them.
+        sampled: why.
     """
     bend = curves - (1 - fractions) * curves[:, :1] - fractions * curves[:, -1:]
     values = (1 - fractions) * ends.start + fractions * ends.end + bend.mean(axis=0)
@@ -105,7 +110,7 @@ def expect(curves: Float64, fractions: Float64, ends: Ends, sample: int = 0) -> 
     errors = np.concatenate([_end_errors(ends, fractions), wobble])
     error = np.sqrt(np.square(errors).sum(axis=0))
     reached = {percent: _reached(values, errors, fractions, percent) for percent in REACHED}
-    return Expected(fractions, values, values - _BAND * error, values + _BAND * error, reached, sample)
+    return Expected(fractions, values, values - _BAND * error, values + _BAND * error, reached, sample, sampled)
 
 
 def _end_errors(ends: Ends, fractions: Float64) -> Float64:

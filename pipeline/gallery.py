@@ -131,13 +131,18 @@ def labelled_sample(run: Run, num_parts: int, num_gallery: int, most: int, other
         the rows, and how many there are in the gallery.
     """
     shared, parts = (run, other_than), range(num_parts)
-    total = sum(fan_out.each(_count_labelled, shared, parts, num_gallery))
+    total = count_labelled(run, num_parts, num_gallery, other_than)
     share = most / max(1, total)
     table = pa.concat_tables(fan_out.each(_labelled, (*shared, share), parts, num_gallery))
     if table.num_rows > most:  # chance gave some more than its share
         chance = splitmix64(table["id"].to_numpy(), _SALT)
         table = table.take(pa.array(np.sort(np.argsort(chance)[:most])))
     return table, total
+
+
+def count_labelled(run: Run, num_parts: int, num_gallery: int, other_than: Int64) -> int:
+    """How many planned images have a label; the arguments are those of `labelled_sample`."""
+    return sum(fan_out.each(_count_labelled, (run, other_than), range(num_parts), num_gallery))
 
 
 def _count_labelled(run: Run, other_than: Int64, part: int) -> int:

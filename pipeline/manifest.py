@@ -44,6 +44,7 @@ class Manifest:
         dims: embedding column -> width.
         digest: of the sources; changes with their content, not with their place.
         root: where the uris of images start that were relative; empty where there were none.
+        sample: of a probe set, the digest of the sample that names its images; empty where they were drawn by chance.
     """
 
     rows: list[int]
@@ -51,6 +52,7 @@ class Manifest:
     dims: dict[str, int]
     digest: str
     root: str = ""
+    sample: str = ""
 
     @property
     def num_rows(self) -> int:
@@ -72,10 +74,11 @@ def scan(source: settings.Manifest, dims: dict[str, int]) -> list[Partition]:
     partitions: list[Partition] = []
     first_row = 0
     kinds: dict[bool, str] = {}
-    for uri in _files(source):
+    for uri in files(source.manifest):
         with storage.open_parquet(uri) as file:
-            _check_columns(file.schema_arrow, source.columns, dims, uri)
-            _check_ids(file.schema_arrow, source.columns.id, kinds, uri)
+            check_columns(file.schema_arrow, source.columns, dims, uri)
+            _check_content(file.schema_arrow, source.columns, uri)
+            check_ids(file.schema_arrow, source.columns.id, kinds, uri)
             found = _cut(file.metadata, uri, first_row)
         partitions += found
         first_row += sum(part.num_rows for part in found)
@@ -86,11 +89,17 @@ def scan(source: settings.Manifest, dims: dict[str, int]) -> list[Partition]:
 
 def widths(source: settings.Manifest) -> dict[str, int]:
     """The widths of its embedding columns that the first file's footer tells: of those that are fixed in size."""
-    with storage.open_parquet(_files(source)[0]) as file:
+    with storage.open_parquet(files(source.manifest)[0]) as file:
         schema = file.schema_arrow
     columns = {role: getattr(source.columns, role) for role in EMBEDDINGS}
     kinds = {role: schema.field(name).type for role, name in columns.items() if name in schema.names}
     return {role: kind.list_size for role, kind in kinds.items() if pa.types.is_fixed_size_list(kind)}
+
+
+def ids_are_integers(source: settings.Manifest) -> bool:
+    """Whether the manifest's ids are integers or strings, by the first file's footer; it names their column."""
+    with storage.open_parquet(files(source.manifest)[0]) as file:
+        return bool(pa.types.is_integer(file.schema_arrow.field(source.columns.id).type))
 
 
 def digest(source: settings.Manifest) -> str:
@@ -99,7 +108,7 @@ def digest(source: settings.Manifest) -> str:
     A footer has the sizes and the statistics of every column; in a manifest above 1 GiB a change that
     keeps all of these is not seen.
     """
-    uris = _files(source)
+    uris = files(source.manifest)
     sizes = [storage.stat(uri).size_bytes for uri in uris]
     if sum(sizes) <= _HASHED_BYTES:
         return hashlib.sha256("".join(storage.sha256(uri) for uri in uris).encode()).hexdigest()
@@ -161,10 +170,14 @@ def units(run: Run, folder: str, manifest: Manifest) -> list[Unit]:
     return found
 
 
-def _files(source: settings.Manifest) -> list[str]:
-    patterns = (source.manifest,) if isinstance(source.manifest, str) else source.manifest
+def files(given: str | tuple[str, ...]) -> list[str]:
+    """The files that a manifest's setting stands for.
+
+    Raises:
+        DataError: there are none, or they are not complete yet.
+    """
     found = []
-    for pattern in patterns:
+    for pattern in (given,) if isinstance(given, str) else given:
         if is_incomplete(pattern):
             raise DataError(
                 "the manifest is not complete",
@@ -172,14 +185,19 @@ def _files(source: settings.Manifest) -> list[str]:
                 where=pattern,
                 remedy="run that command again: it goes on where it was stopped",
             )
-        files = storage.expand(pattern, ".parquet")
-        if not files:
+        uris = storage.expand(pattern, ".parquet")
+        if not uris:
             raise DataError("no manifest file is there", expected="Parquet files", where=pattern)
-        found += files
+        found += uris
     return found
 
 
-def _check_columns(schema: pa.Schema, columns: settings.Columns, dims: dict[str, int], uri: str) -> None:
+def check_columns(schema: pa.Schema, columns: settings.Columns, dims: dict[str, int], uri: str) -> None:
+    """The columns that are named are in a file, of a type and a width that can be used.
+
+    Raises:
+        DataError: one is not.
+    """
     for role, name in columns.model_dump().items():
         if name is None:
             continue
@@ -204,6 +222,9 @@ def _check_columns(schema: pa.Schema, columns: settings.Columns, dims: dict[str,
                 found=kind.list_size,
                 where=f"{uri}: column {name}",
             )
+
+
+def _check_content(schema: pa.Schema, columns: settings.Columns, uri: str) -> None:
     if columns.place and not {columns.image, columns.uri} & set(schema.names):
         raise DataError(
             "a file of the manifest does not say where its images are",
@@ -222,8 +243,12 @@ def _check_columns(schema: pa.Schema, columns: settings.Columns, dims: dict[str,
         )
 
 
-def _check_ids(schema: pa.Schema, name: str | None, kinds: dict[bool, str], uri: str) -> None:
-    """Ids are integers in all files, or strings in all; `kinds` remembers a file of each kind."""
+def check_ids(schema: pa.Schema, name: str | None, kinds: dict[bool, str], uri: str) -> None:
+    """Ids are integers in all files, or strings in all; `kinds` remembers a file of each kind.
+
+    Raises:
+        DataError: they are not.
+    """
     if name is None:
         return
     integers = bool(pa.types.is_integer(schema.field(name).type))

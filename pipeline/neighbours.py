@@ -48,7 +48,8 @@ class Neighbours:
     Attributes:
         ids: (Q, k) int64; -1 where there are fewer.
         keys: (Q, k) float32, the smaller the nearer; inf where there are fewer.
-        labels: (Q, k) int64, an index into the probe set's `label_names`, -1 for any other label and for none.
+        labels: (Q, k) int64, an index into the probe set's `label_names`, -1 for any other label and for none; that of
+            a probe image is the probe set's, of any other the gallery's.
         transformed: (Q, k) bool, whether what was found is a transformed vector.
     """
 
@@ -116,7 +117,7 @@ def in_old_gallery(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> tup
         the nearest, and how many images have each of the probe's labels, (num_labels,) int64.
     """
     log = embedding_log(config, run, "gallery", "old")
-    shared = (run, log, probe.old, probe.label_names, config.gallery.metric)
+    shared = (run, log, probe, config.gallery.metric)
     found, counts = Neighbours.none(len(probe.ids)), np.zeros(len(probe.label_names), np.int64)
     for some, in_part in fan_out.each(_in_old_part, shared, range(plan.num_parts), plan.num_gallery):
         found, counts = found.merge(some), counts + in_part
@@ -152,17 +153,16 @@ def in_snapshot(run: Run, plan: Plan, probe: ProbeSet, commit: Commit, known: di
     return reduce(Found.merge, known.values())
 
 
-def _in_old_part(
-    run: Run, log: VectorLog, queries: Float32, label_names: tuple[str, ...], metric: str, part: int
-) -> tuple[Neighbours, Int64]:
+def _in_old_part(run: Run, log: VectorLog, probe: ProbeSet, metric: str, part: int) -> tuple[Neighbours, Int64]:
     table, old = read_embeddings(run, "gallery", part, "old_embedding", log)
-    labels, counts = _codes(table["label"], label_names)
+    labels = _codes(table, probe)
+    counts = np.bincount(labels[labels >= 0], minlength=len(probe.label_names))
     ids: Int64 = table["id"].to_numpy()
     if not len(ids):
-        return Neighbours.none(len(queries)), counts
-    keys, rows = nearest(queries, old, min(NEIGHBOURS, len(ids)), metric=metric)
+        return Neighbours.none(len(probe.ids)), counts
+    keys, rows = nearest(probe.old, old, min(NEIGHBOURS, len(ids)), metric=metric)
     few = Neighbours(ids[rows], keys, labels[rows], np.zeros(rows.shape, np.bool_))
-    return Neighbours.none(len(queries)).merge(few), counts
+    return Neighbours.none(len(probe.ids)).merge(few), counts
 
 
 def _in_segments(run: Run, plan: Plan, probe: ProbeSet, commit: Commit, refs: Sequence[SegmentRef]) -> Found:
@@ -175,7 +175,7 @@ def _in_segments(run: Run, plan: Plan, probe: ProbeSet, commit: Commit, refs: Se
     planned = plans.read_transformed(run, plan, refs[0].wave, ["id", "label"], shards, commit.number)
     sidecars = pa.concat_tables([storage.read_parquet(run.path(ref.sidecar_path), ["id", "kind"]) for ref in refs])
     new = sidecars.filter(pa.compute.equal(sidecars["kind"], "embedded"))["id"].to_numpy()
-    labels = _look_up(ids, planned["id"].to_numpy(), _codes(planned["label"], probe.label_names)[0])
+    labels = _look_up(ids, planned["id"].to_numpy(), _codes(planned, probe))
     own_ids, stored = (
         np.concatenate(some)
         for some in zip(*(index.decode(codebook, segment, probe.ids) for segment in segments), strict=True)
@@ -190,11 +190,13 @@ def _in_segments(run: Run, plan: Plan, probe: ProbeSet, commit: Commit, refs: Se
     )
 
 
-def _codes(column: pa.ChunkedArray, names: tuple[str, ...]) -> tuple[Int64, Int64]:
-    """Labels as indices into the sorted names, -1 for others (N,), and how often each name is there."""
-    found = pa.compute.index_in(column, value_set=pa.array(names, pa.string()), skip_nulls=True)
+def _codes(images: pa.Table, probe: ProbeSet) -> Int64:
+    """(N,) labels of images as indices into the probe set's names, -1 for others; its own images have its labels."""
+    found = pa.compute.index_in(images["label"], value_set=pa.array(probe.label_names, pa.string()), skip_nulls=True)
     codes: Int64 = found.fill_null(-1).to_numpy().astype(np.int64)
-    return codes, np.bincount(codes[codes >= 0], minlength=len(names))
+    ids: Int64 = images["id"].to_numpy()
+    places = np.minimum(np.searchsorted(probe.ids, ids), len(probe.ids) - 1)
+    return np.where(probe.ids[places] == ids, probe.labels[places], codes)
 
 
 def _look_up(ids: Int64, known: Int64, values: Int64) -> Int64:

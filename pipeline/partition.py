@@ -62,7 +62,7 @@ def write_part(
     table = storage.read_parquet(part.uri, sorted(set(wanted)), part.row_groups)
     count = part.num_rows
     numbers = np.arange(count, dtype=np.int64)
-    ids, keys = _ids(table, names.id, part, numbers)
+    ids, keys = read_ids(table, names.id, part, numbers)
     columns: dict[str, pa.Array | pa.ChunkedArray] = {"id": ids, "key": keys, **_location(table, names, part, numbers)}
     columns["uri"], rooted = _rooted(columns["uri"], root) if names.uri else (columns["uri"], False)
     for role in ("label", "group"):
@@ -82,8 +82,12 @@ def write_part(
     return Part(count, dims, rooted)
 
 
-def _ids(table: pa.Table, name: str | None, part: Partition, numbers: Int64) -> tuple[pa.Array, pa.Array]:
-    """int64 ids: the user's own, or the row's number where these are strings (kept as keys) or missing."""
+def read_ids(table: pa.Table, name: str | None, part: Partition, numbers: Int64) -> tuple[pa.Array, pa.Array]:
+    """int64 ids: the user's own, or the row's number where these are strings (kept as keys) or missing.
+
+    Raises:
+        DataError: one is null, negative or too large.
+    """
     rows = pa.array(numbers + part.first_row)
     if name is None:
         return rows, pa.nulls(len(rows), pa.string())

@@ -1,10 +1,11 @@
 """The probe set: a sample of the gallery's own images, on which every snapshot is measured before `prod` moves.
 
-    gallery/part-* -> draw -> probe-set/part-00000 -> the embedding stream -> probe-set/new
+    gallery/part-* (and probe.manifest) -> draw -> probe-set/part-00000 -> the embedding stream -> probe-set/old, new
     -> gather, with what the plan knows of these images -> probe-set/set.parquet
 
-Guarantee: which images it holds is a function of their ids and their number alone, so a run that is started
-again, anywhere, has the same ones. Each is embedded in its wave like any other image. It knows no metric.
+Guarantee: which images it holds is a function of their ids and their number alone, or of the user's sample, so a
+run that is started again, anywhere, has the same ones. Each is embedded in its wave like any other image. It knows
+no metric.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from numpy.typing import NDArray
 from pipeline import fan_out, manifest, storage
 from pipeline.config import Config
 from pipeline.embeddings import embedding_log, read_embeddings
-from pipeline.gallery import codes_of
+from pipeline.errors import IncompatibleRun
+from pipeline.gallery import codes_of, count_labelled
 from pipeline.manifest import Manifest
 from pipeline.plan import Plan
+from pipeline.probe_sample import find_rows, read_sample
 from pipeline.quality import FOLDER as FOLDER
 from pipeline.run import Run
 from pipeline.schema import (
@@ -32,13 +35,13 @@ from pipeline.schema import (
     vectors_from_arrow,
     vectors_to_arrow,
 )
-from pipeline.vector_log import VectorLog
 
 _SALT = 0x9120BE  # of this sample alone: whatever else is chosen by a hash of ids is independent of it
 _LEAST = 200  # images that a small gallery gives, as far as it has them
 _FEWEST = 2  # images: one alone has no neighbours
 _SHARE = 10  # of a larger gallery at most one image in so many
-_PLANNED = ["id", "wave", "uncertainty", "label", "group", "vector"]
+_PLANNED = ["id", "wave", "uncertainty", "vector"]
+_GATHERED = ["id", "wave", "uncertainty", "label", "group", "vector", "new", "old"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,28 +81,50 @@ def size(wanted: int, num_gallery: int) -> int:
 def draw(config: Config, run: Run) -> Manifest | None:
     """Choose the images and write where they are as a normalised manifest; nothing where that is done.
 
-    The number of images is that of the first time. Where the gallery's parts were written again, because its images
-    were moved, these are too.
+    These are the images of the user's sample with its labels, or else some by chance, whose number is that of the
+    first time. Where the gallery's parts were written again, because its images were moved, these are too.
 
     Returns:
         the manifest; None where there is to be no probe set.
+
+    Raises:
+        DataError: the sample cannot be used, or names images that the gallery does not have.
+        IncompatibleRun: the set was drawn with another sample, or with none.
     """
     if not config.probe.images:
         return None
     gallery, done = manifest.read_manifest(run, "gallery"), manifest.read_manifest(run, FOLDER)
     assert gallery is not None, "the gallery is normalised before images are drawn from it"
-    if done is not None and (done.digest, done.root) == (gallery.digest, gallery.root):
-        return done
-    count = done.num_rows if done is not None else size(config.probe.images, gallery.num_rows)
-    found = list(fan_out.each(_lowest, (run, count), range(len(gallery.rows)), gallery.num_rows))
-    hashes = np.concatenate([some for some, _ in found])
-    limit = np.sort(hashes)[count - 1]  # unique: the hash is a bijection, and so are ids
-    rows = pa.concat_tables([rows.filter(pa.array(some <= limit)) for some, rows in found]).sort_by("id")
-    groups = (rows.slice(start, gallery.unit_rows) for start in range(0, count, gallery.unit_rows))
+    sample = None if config.probe.manifest is None else read_sample(config.probe)
+    digest = "" if sample is None else sample.digest
+    if done is not None:
+        _check_sample(run, done.sample, digest)
+        if (done.digest, done.root) == (gallery.digest, gallery.root):
+            return done
+    if sample is None:
+        count = done.num_rows if done is not None else size(config.probe.images, gallery.num_rows)
+        rows = _by_chance(run, gallery, count)
+    else:
+        rows = find_rows(run, gallery, sample, config.gallery.columns.id)
+    rows = rows.sort_by("id")
+    groups = (rows.slice(start, gallery.unit_rows) for start in range(0, rows.num_rows, gallery.unit_rows))
     storage.put(run.part(FOLDER, 0), storage.parquet_bytes(manifest_schema(gallery.dims), groups))
-    drawn = replace(gallery, rows=[count])
+    drawn = replace(gallery, rows=[rows.num_rows], sample=digest)
     storage.put(run.path(FOLDER, "manifest.json"), json.dumps(asdict(drawn)).encode())
     return drawn
+
+
+def embedded(config: Config, run: Run) -> pa.Table | None:
+    """The drawn images that both encoders could read, as they are before there is a plan.
+
+    Returns:
+        sorted by id: id, label and group (strings, null for none), old and new, and `side` where the gallery has it;
+        None where no set is wanted or was drawn, or fewer than two of its images have both embeddings.
+    """
+    if not config.probe.images or manifest.read_manifest(run, FOLDER) is None:
+        return None
+    found = _embedded(config, run)
+    return found if found.num_rows >= _FEWEST else None
 
 
 def gather(config: Config, run: Run, plan: Plan) -> ProbeSet | None:
@@ -108,23 +133,32 @@ def gather(config: Config, run: Run, plan: Plan) -> ProbeSet | None:
     Returns:
         None where none is wanted or was drawn, or fewer than two of its images have all their embeddings.
     """
-    drawn = manifest.read_manifest(run, FOLDER)
-    if drawn is None or not config.probe.images:
+    if not config.probe.images or manifest.read_manifest(run, FOLDER) is None:
         return None
-    if not storage.exists(_gathered(run)):
-        rows, new = read_embeddings(run, FOLDER, 0, "new_embedding", embedding_log(config, run, FOLDER, "new"))
-        ids: Int64 = rows["id"].to_numpy()
+    if not is_gathered(run):
+        known = _embedded(config, run)
+        ids: Int64 = known["id"].to_numpy()
         planned = pa.concat_tables(fan_out.each(_planned, (run, ids), range(plan.num_parts), plan.num_gallery))
         planned = planned.take(pa.array(np.argsort(planned["id"].to_numpy())))
-        places = np.searchsorted(ids, planned["id"].to_numpy())
-        if "old_embedding" in rows.schema.names:
-            old = vectors_from_arrow(rows["old_embedding"])[places]
-        else:
-            old = _computed(config, run, plan, drawn, planned["id"].to_numpy())
-        planned = planned.append_column("new", vectors_to_arrow(new[places]))
-        planned = planned.append_column("old", vectors_to_arrow(old))
+        known = known.take(pa.array(np.searchsorted(ids, planned["id"].to_numpy())))
+        for name in ("label", "group", "new", "old"):
+            planned = planned.append_column(name, known[name])
+        planned = planned.select(_GATHERED)
         storage.put(_gathered(run), storage.parquet_bytes(planned.schema, [planned]))
     return load(run)
+
+
+def stands_alone(run: Run, plan: Plan, probe: ProbeSet) -> bool:
+    """Whether quality by labels is told among the labelled probe images alone, which then stand for the gallery.
+
+    So it is where they are the user's sample, and with its labels not all images of the plan have one: an answer
+    without a label is neither right nor wrong.
+    """
+    drawn = manifest.read_manifest(run, FOLDER)
+    if drawn is None or not drawn.sample:
+        return False
+    others = count_labelled(run, plan.num_parts, plan.num_gallery, probe.ids)
+    return others + int((probe.labels >= 0).sum()) < plan.num_gallery
 
 
 def as_of(run: Run, plan: Plan, probe: ProbeSet, commit: int) -> ProbeSet:
@@ -144,7 +178,7 @@ def as_of(run: Run, plan: Plan, probe: ProbeSet, commit: int) -> ProbeSet:
 
 def load(run: Run) -> ProbeSet | None:
     """The probe set as `gather` kept it; None where it is not there, or has fewer than two images."""
-    if not storage.exists(_gathered(run)):
+    if not is_gathered(run):
         return None
     table = storage.read_parquet(_gathered(run))
     if table.num_rows < _FEWEST:
@@ -167,13 +201,54 @@ def load(run: Run) -> ProbeSet | None:
 
 def is_used(run: Run) -> bool:
     """Whether commits of this run are measured: a set was drawn, and is not known to be too small."""
-    if storage.exists(_gathered(run)):
+    if is_gathered(run):
         return len(storage.read_parquet(_gathered(run), ["id"])) >= _FEWEST
     return manifest.read_manifest(run, FOLDER) is not None
 
 
+def is_gathered(run: Run) -> bool:
+    """Whether `gather` has kept all that is known of the images: then nothing of them is embedded any more."""
+    return storage.exists(_gathered(run))
+
+
 def _gathered(run: Run) -> str:
     return run.path(FOLDER, "set.parquet")
+
+
+def _check_sample(run: Run, drawn: str, given: str) -> None:
+    """The set is what it was drawn from; both are digests of a sample, or empty."""
+    if drawn == given:
+        return
+    found = "no sample" if not given else "another sample" if drawn else "a sample"
+    raise IncompatibleRun(
+        "the probe set of this run was drawn already, and stays as it is",
+        expected=f"the sample of digest {drawn[:16]}" if drawn else "no sample: its images were drawn by chance",
+        found=found + (f", of digest {given[:16]}" if given else ""),
+        where=f"probe.manifest, {run.path(FOLDER, 'manifest.json')}",
+        remedy="put the sample back as it was, or start beside it with `fastfill backfill --new-run`",
+    )
+
+
+def _by_chance(run: Run, gallery: Manifest, count: int) -> pa.Table:
+    """The rows of the gallery with the lowest hashes."""
+    found = list(fan_out.each(_lowest, (run, count), range(len(gallery.rows)), gallery.num_rows))
+    hashes = np.concatenate([some for some, _ in found])
+    limit = np.sort(hashes)[count - 1]  # unique: the hash is a bijection, and so are ids
+    return pa.concat_tables([rows.filter(pa.array(some <= limit)) for some, rows in found])
+
+
+def _embedded(config: Config, run: Run) -> pa.Table:
+    """As `embedded`, however few they are."""
+    (rows, old), (others, new) = (
+        read_embeddings(run, FOLDER, 0, f"{role}_embedding", embedding_log(config, run, FOLDER, role))
+        for role in ("old", "new")
+    )
+    ids, other_ids = rows["id"].to_numpy(), others["id"].to_numpy()
+    in_new, in_old = np.isin(ids, other_ids), np.isin(other_ids, ids)
+    names = ["id", "label", "group", *(["side"] if "side" in rows.schema.names else [])]
+    found = rows.filter(pa.array(in_new)).select(names)
+    found = found.append_column("old", vectors_to_arrow(old[in_new]))
+    return found.append_column("new", vectors_to_arrow(new[in_old]))
 
 
 def _lowest(run: Run, count: int, part: int) -> tuple[NDArray[np.uint64], pa.Table]:
@@ -201,22 +276,3 @@ def _replanned(place: Run, plan: Plan, ids: Int64, learnt: int) -> pa.Table:
         found = pa.concat_tables(fan_out.each(_planned, (place, ids), range(plan.num_parts), left))
         storage.put(uri, storage.parquet_bytes(found.schema, [found]))
     return storage.read_parquet(uri)
-
-
-def _computed(config: Config, run: Run, plan: Plan, drawn: Manifest, ids: Int64) -> Float32:
-    """(Q, d_old): the old embeddings of some images, from the log of those that were computed."""
-    log = embedding_log(config, run, "gallery", "old")
-    found = fan_out.each(_computed_in, (run, ids, drawn.unit_rows, log), range(plan.num_parts), plan.num_gallery)
-    tables = [table for some in found for table in some]
-    if not tables:
-        return np.empty((0, log.dim), np.float32)
-    table = pa.concat_tables(tables)
-    return vectors_from_arrow(table["vector"].take(pa.array(np.argsort(table["id"].to_numpy()))))
-
-
-def _computed_in(run: Run, ids: Int64, unit_rows: int, log: VectorLog, part: int) -> list[pa.Table]:
-    """Those of one part of the gallery: only the units that hold one of the images are read."""
-    rows = np.flatnonzero(np.isin(storage.read_parquet(run.part("gallery", part), ["id"])["id"].to_numpy(), ids))
-    uris = [log.part(part, int(unit)) for unit in np.unique(rows // unit_rows)]
-    tables = (storage.read_parquet(uri, ["id", "vector"]) for uri in uris)
-    return [table.filter(pa.array(np.isin(table["id"].to_numpy(), ids))) for table in tables]

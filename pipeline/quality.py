@@ -33,12 +33,14 @@ class Reference:
     Ranks count from 1; 0 is beyond SLOTS, and -1 stands for a query without a match. One per probe image.
 
     Attributes:
-        old: ranks of the old model, queries and gallery, by exact search over the whole gallery.
+        old: ranks of the old model, queries and gallery, by exact search over the whole gallery, or as `alone` says.
         old_recalled: of the nearest probe images under the new model, how many are among the nearest under the old.
         num_neighbours: the nearest that `recall10` looks at: 10, or fewer in a tiny probe set.
         within_old: ranks among the probe images alone, old model.
         within_transformed: the same, new queries and transformed gallery.
         within_new: the same, new model.
+        alone: whether all ranks, also those of snapshots, are among the labelled images of the user's sample alone, by
+            exact search in what is stored of them: the gallery has no labels, or not all of it.
     """
 
     old: tuple[int, ...]
@@ -47,6 +49,7 @@ class Reference:
     within_old: tuple[int, ...]
     within_transformed: tuple[int, ...]
     within_new: tuple[int, ...]
+    alone: bool = False
 
     @property
     def labelled(self) -> bool:

@@ -109,8 +109,10 @@ def check(conditions: Sequence[Condition], config: Config) -> None:
     for item in conditions:
         if item.figure in QUALITIES and not config.probe.images:
             _refuse(item, "there is no probe set to measure it on", "probe.images", "set it above 0")
-        if item.figure in ("top1", "top5") and config.gallery.columns.label is None:
-            _refuse(item, "the gallery has no labels", "gallery.columns.label", "take recall10, which needs none")
+        labelled = config.gallery.columns.label is not None or config.probe.manifest is not None
+        if item.figure in ("top1", "top5") and not labelled:
+            where, remedy = "gallery.columns.label, probe.manifest", "take recall10, which needs none"
+            _refuse(item, "the gallery has no labels", where, remedy)
         if item.figure == "money" and not prices:
             names = "telemetry.node_hour_price, telemetry.gpu_hour_price"
             _refuse(item, "nothing has a price", names, "give what a node costs per hour, or what a GPU does")

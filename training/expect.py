@@ -30,6 +30,7 @@ from training.simulate import FINAL, curves_of, order_by
 
 _LEAST_FOLDED = 1000  # pairs; with fewer, what a fold says of the band is noise, and some labels are there once
 _LEAST_LABELLED = 100
+_LIMITED = "evaluate.max_images"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,9 @@ class Outlook:
 def expected_curve(config: Config, run: Run, plan: Plan) -> Outlook:
     """What is expected of the plan's order: by labels where gallery and pairs have them, else by recall10; kept.
 
-    A gallery above `evaluate.max_images` is represented by a sample of so many images, and the figures are those of a
-    gallery of that size. Nothing of the rest comes here.
+    A gallery above `evaluate.max_images` is represented by a sample of so many images, and one of which some have no
+    label by the others, or by the user's own sample; the figures are those of a gallery of that size. Nothing of the
+    rest comes here.
     """
     uri = expected_uri(run)
     stored = storage.read_versioned(uri)
@@ -60,21 +62,21 @@ def expected_curve(config: Config, run: Run, plan: Plan) -> Outlook:
     rows = _queries(probe)
     names, curves = _shapes(config, run, labelled=rows is not None)
     if rows is None or names != METRICS:
-        ends, sample = _ends_by_agreement(config, probe), 0
+        ends, sample = _ends_by_agreement(config, probe), (0, "")
     else:
         ends, sample = _ends_by_labels(config, run, plan, probe, rows)
     fractions = np.linspace(0, 1, FINAL.points)
-    found = {name: expect(curves[:, :, column], fractions, ends[name], sample) for column, name in enumerate(names)}
+    found = {name: expect(curves[:, :, column], fractions, ends[name], *sample) for column, name in enumerate(names)}
     storage.put(uri, json.dumps({name: item.to_json() for name, item in found.items()}, allow_nan=False).encode())
     return _outlook(config, found)
 
 
 def _outlook(config: Config, curves: dict[str, Expected]) -> Outlook:
-    notes, sample = [], max(curve.sample for curve in curves.values())
-    if sample:
+    notes, largest = [], max(curves.values(), key=lambda curve: curve.sample)
+    if largest.sample:
         notes.append(
-            f"The gallery is represented by {sample:,} of its images (evaluate.max_images): the figures are those of a "
-            "gallery of that size, and lower in the whole, where more images compete."
+            f"The gallery is represented by {largest.sample:,} of its images ({largest.sampled or _LIMITED}): the "
+            "figures are those of a gallery of that size, and lower in the whole, where more images compete."
         )
     if config.plan.traffic:
         notes.append("The order goes by traffic too, which pairs do not have: the curve is the order's without it.")
@@ -151,11 +153,14 @@ def _ends_by_agreement(config: Config, probe: ProbeSet) -> dict[str, Ends]:
     return {"recall10": Ends(first, 100.0, float(error), 0.0)}
 
 
-def _ends_by_labels(config: Config, run: Run, plan: Plan, probe: ProbeSet, rows: Int64) -> tuple[dict[str, Ends], int]:
-    """What the queries say of the gallery before and after, and how large a sample of it was searched, or 0."""
+def _ends_by_labels(
+    config: Config, run: Run, plan: Plan, probe: ProbeSet, rows: Int64
+) -> tuple[dict[str, Ends], tuple[int, str]]:
+    """What the queries say of the gallery before and after; and how large a sample of it was searched and why, or 0."""
     queries = Labelled(probe.ids[rows], probe.new[rows], probe.labels[rows])
-    room = max(0, config.evaluate.max_images - len(rows))
-    table, total = labelled_sample(run, plan.num_parts, plan.num_gallery, room, queries.ids)
+    alone = probe_set.stands_alone(run, plan, probe)  # as snapshots are measured
+    room = 0 if alone else max(0, config.evaluate.max_images - len(rows))
+    table, total = labelled_sample(run, plan.num_parts, plan.num_gallery, room, probe.ids)
     codes, names = codes_of(table["label"])
     known = {name: code for code, name in enumerate(probe.label_names)}
     labels = np.array([known.get(name, -1) for name in names], np.int64)[codes]  # -1: no query's, whichever it is
@@ -164,8 +169,14 @@ def _ends_by_labels(config: Config, run: Run, plan: Plan, probe: ProbeSet, rows:
         np.concatenate([probe.transformed[rows], vectors_from_arrow(table["vector"])]),
         np.concatenate([queries.labels, labels]),
     )
-    sample = len(gallery.ids) if table.num_rows < total else 0
-    return ends_of(queries, probe.transformed[rows], gallery, config.gallery.metric), sample
+    limited, labelled = table.num_rows < total, len(rows) + total
+    why = _LIMITED if limited else ""
+    if alone:
+        why = "the labelled ones of probe.manifest"
+    elif labelled < plan.num_gallery:
+        why = f"{_LIMITED}, of the {labelled:,} that have labels" if limited else "only these have labels"
+    ends = ends_of(queries, probe.transformed[rows], gallery, config.gallery.metric)
+    return ends, (len(gallery.ids) if why else 0, why)
 
 
 @dataclass(frozen=True, slots=True)

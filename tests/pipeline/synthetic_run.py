@@ -74,7 +74,8 @@ class Options:
     """What the run is like; `embedded_waves` None means all of them, `rejects` are spread over the gallery.
 
     The segments of `swapped_wave` hold each image's embedded vector under the id of another image of the wave;
-    `imprecision` is by how much of itself each number of an embedded vector in the segments is off.
+    `imprecision` is by how much of itself each number of an embedded vector in the segments is off. With `keys` the
+    user's ids are strings, `image <id>`.
     """
 
     waves: int = 4
@@ -93,6 +94,7 @@ class Options:
     seconds_per_unit: float = 2.0
     swapped_wave: int | None = None
     imprecision: float = 0.0
+    keys: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,8 @@ def _write_gallery(layout: _Layout) -> None:
         "label": pa.array(images.labels or [None] * num, pa.string()),
         "group": pa.array(images.groups or [None] * num, pa.string()),
     }
-    place = {"id": images.ids, "key": pa.nulls(num, pa.string()), **_location(num), **names}
+    keys = pa.array([f"image {image}" if options.keys else None for image in images.ids], pa.string())
+    place = {"id": images.ids, "key": keys, **_location(num), **names}
     dims = {} if options.old_in_log else {"old_embedding": images.old.shape[1]}
     dims |= {"new_embedding": images.embedded.shape[1]} if options.new_in_manifest else {}
     embeddings = {"old_embedding": images.old, "new_embedding": images.embedded}

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from rich.console import Console
 
+from jobs.bars import Bars
+from jobs.prepare import ensure_embeddings
 from pipeline import fan_out, manifest, storage
+from pipeline.config import Config
+from pipeline.errors import ConfigError, DataError, IncompatibleRun
 from pipeline.plan import read_plan
-from pipeline.probe_set import ProbeSet, draw, gather, size
+from pipeline.probe_set import ProbeSet, draw, embedded, gather, size
 from pipeline.run import Run
+from pipeline.schema import Int64, embedded_schema, manifest_schema, vectors_from_arrow, vectors_to_arrow
+from tests.pipeline.sample import put_sample
 from tests.pipeline.synthetic_run import Known, Options, known, make_run
 
 
@@ -77,12 +86,92 @@ def test_a_smaller_one_is_a_part_of_a_larger_one(tmp_path: Path) -> None:
     assert set(small.ids.tolist()) < set(large.ids.tolist())
 
 
-def test_old_embeddings_that_were_computed_are_found_in_their_log(tmp_path: Path) -> None:
+def log(run: Run, images: Known, ids: Int64, role: str = "old") -> None:
+    """What the embedding stream leaves of these images of the drawn set, in two units."""
+    vectors = images.old if role == "old" else images.embedded
+    for unit, some in enumerate(np.array_split(ids, 2)):
+        rows = [int(np.flatnonzero(images.ids == image)[0]) for image in some]
+        columns = {"id": some, "shard": np.zeros(len(some), np.int32), "source_etag": pa.nulls(len(some), pa.string())}
+        table = pa.table(columns | {"vector": vectors_to_arrow(vectors[rows])})
+        uri = run.path("probe-set", role, "wave-000", f"unit-{unit:05d}.parquet")
+        storage.put(uri, storage.parquet_bytes(embedded_schema(vectors.shape[1]), [table]))
+
+
+def made_by_encoders(folder: Path, images: Known, **options: bool) -> tuple[Config, Run]:
+    """A run whose old embeddings did not come with the gallery."""
+    config, run = make_run(folder, images, Options(commits=False, old_in_log=True, **options))
+    old = config.encoders.new.model_copy(update={"dim": images.old.shape[1]})
+    return config.model_copy(update={"encoders": config.encoders.model_copy(update={"old": old})}), run
+
+
+def test_old_embeddings_that_were_computed_are_found_in_its_own_log(tmp_path: Path) -> None:
     images = known(600)
-    options = Options(new_in_manifest=True, commits=False, old_in_log=True, unit_images=1000)
-    _, probe = drawn(tmp_path, images, options)
+    config, run = made_by_encoders(tmp_path, images, new_in_manifest=True)
+    assert draw(config, run) is not None
+    ids = storage.read_parquet(run.part("probe-set", 0), ["id"])["id"].to_numpy()
+    assert embedded(config, run) is None, "no old embedding is there yet"
+    log(run, images, ids[5:])  # the old encoder could not read the others
+    plan = read_plan(run)
+    assert plan is not None
+    probe = gather(config, run, plan)
+    assert probe is not None
+    np.testing.assert_array_equal(probe.ids, ids[5:])
     rows = [int(np.flatnonzero(images.ids == image)[0]) for image in probe.ids]
     np.testing.assert_array_equal(probe.old, images.old[rows])
+
+
+def test_what_is_embedded_of_it_is_known_without_a_plan(tmp_path: Path) -> None:
+    images = known(600)
+    config, run = made_by_encoders(tmp_path, images)
+    assert embedded(config, run) is None, "nothing is drawn"
+    assert draw(config, run) is not None
+    storage.delete(run.plan)
+    ids = storage.read_parquet(run.part("probe-set", 0), ["id"])["id"].to_numpy()
+    log(run, images, ids[3:])
+    log(run, images, ids[:-4], "new")
+    found = embedded(config, run)
+    assert found is not None
+    assert found.schema.names == ["id", "label", "group", "old", "new"]
+    np.testing.assert_array_equal(found["id"].to_numpy(), ids[3:-4])
+    rows = [int(np.flatnonzero(images.ids == image)[0]) for image in ids[3:-4]]
+    np.testing.assert_array_equal(vectors_from_arrow(found["old"]), images.old[rows])
+    np.testing.assert_array_equal(vectors_from_arrow(found["new"]), images.embedded[rows])
+    assert images.labels is not None
+    assert found["label"].to_pylist() == [images.labels[row] for row in rows]
+    off = config.model_copy(update={"probe": config.probe.model_copy(update={"images": 0})})
+    assert embedded(off, run) is None
+
+
+def test_side_information_of_the_gallery_comes_with_it(tmp_path: Path) -> None:
+    config, run = make_run(tmp_path, known(60), Options(new_in_manifest=True, commits=False))
+    gallery = manifest.read_manifest(run, "gallery")
+    assert gallery is not None
+    gallery = replace(gallery, dims=gallery.dims | {"side": 2})
+    storage.put(run.path("gallery", "manifest.json"), manifest_json(gallery))
+    for part in range(2):
+        rows = storage.read_parquet(run.part("gallery", part))
+        side = np.stack([rows["id"].to_numpy(), -rows["id"].to_numpy()], axis=1).astype(np.float32)
+        rows = rows.append_column("side", vectors_to_arrow(side))
+        storage.put(run.part("gallery", part), storage.parquet_bytes(manifest_schema(gallery.dims), [rows]))
+    assert draw(config, run) is not None
+    found = embedded(config, run)
+    assert found is not None
+    np.testing.assert_array_equal(vectors_from_arrow(found["side"])[:, 0], found["id"].to_numpy())
+
+
+def test_of_a_planned_run_nothing_is_embedded_again_once_all_of_it_is_known(tmp_path: Path) -> None:
+    images = known(600)
+    config, run = made_by_encoders(tmp_path, images, new_in_manifest=True)
+    bars, unable = Bars(Console(quiet=True)), config.encoders.model_copy(update={"old": None})
+    without = config.model_copy(update={"encoders": unable})
+    with pytest.raises(ConfigError, match="the probe-set's old embeddings are not given"):
+        ensure_embeddings(without, run, bars)
+    log(run, images, storage.read_parquet(run.part("probe-set", 0), ["id"])["id"].to_numpy())
+    plan = read_plan(run)
+    assert plan is not None
+    assert gather(config, run, plan) is not None
+    storage.delete(run.path("probe-set", "old"))  # as it was before the set had old embeddings of its own
+    ensure_embeddings(without, run, bars)
 
 
 def test_it_stays_as_it_was_drawn_whatever_is_asked_for_later(tmp_path: Path) -> None:
@@ -109,9 +198,6 @@ def test_images_that_were_moved_are_found_where_they_are_now(tmp_path: Path) -> 
 
 
 def manifest_json(value: manifest.Manifest) -> bytes:
-    import json
-    from dataclasses import asdict
-
     return json.dumps(asdict(value)).encode()
 
 
@@ -123,3 +209,141 @@ def test_a_large_gallery_is_looked_through_by_tasks_to_the_same_end(
     _, there = drawn(tmp_path / "there", known(600))
     np.testing.assert_array_equal(here.ids, there.ids)
     np.testing.assert_array_equal(here.transformed, there.transformed)
+
+
+OPTIONS = Options(new_in_manifest=True, commits=False)
+
+
+def drawn_rows(run: Run) -> pa.Table:
+    return storage.read_parquet(run.part("probe-set", 0))
+
+
+@pytest.mark.parametrize("strings", [False, True])
+def test_a_sample_s_images_are_the_set_with_the_sample_s_labels(tmp_path: Path, strings: bool) -> None:
+    images = known(600)
+    config, run = make_run(tmp_path, images, replace(OPTIONS, keys=strings))
+    rows = np.random.default_rng(1).permutation(600)[:250]
+    labels = [f"own {row % 4}" if row % 5 else None for row in rows]
+    ids = [f"image {image}" for image in images.ids[rows]] if strings else images.ids[rows]
+    config = put_sample(config, tmp_path, id=ids, label=labels, images=30)  # fewer than are named
+    found = draw(config, run)
+    assert found is not None
+    assert found.num_rows == 250
+    plan = read_plan(run)
+    assert plan is not None
+    probe = gather(config, run, plan)
+    assert probe is not None
+    order = np.argsort(images.ids[rows])
+    np.testing.assert_array_equal(probe.ids, images.ids[rows][order])
+    np.testing.assert_array_equal(probe.old, images.old[rows][order])
+    np.testing.assert_array_equal(probe.new, images.embedded[rows][order])
+    names = [None if label < 0 else probe.label_names[label] for label in probe.labels]
+    assert names == [labels[row] for row in order]
+    assert images.groups is not None
+    assert [probe.group_names[group] for group in probe.groups] == [images.groups[rows[row]] for row in order]
+
+
+def test_a_sample_s_groups_go_before_the_gallery_s_where_their_column_is_named(tmp_path: Path) -> None:
+    images = known(60)
+    config, run = make_run(tmp_path, images, OPTIONS)
+    groups = [None if image % 2 else "even" for image in images.ids]
+    config = put_sample(config, tmp_path, id=images.ids, label=[1] * 60, country=groups, columns={"group": "country"})
+    assert draw(config, run) is not None
+    rows = drawn_rows(run)
+    assert rows["group"].to_pylist() == [None if image % 2 else "even" for image in rows["id"].to_pylist()]
+    assert set(rows["label"].to_pylist()) == {"1"}
+
+
+def test_with_no_images_wanted_a_sample_is_left_aside(tmp_path: Path) -> None:
+    config, run = make_run(tmp_path, known(60), OPTIONS)
+    config = put_sample(config, tmp_path, id=[-1], label=[None], images=0)
+    assert draw(config, run) is None
+    assert manifest.read_manifest(run, "probe-set") is None
+
+
+@pytest.mark.parametrize("strings", [False, True])
+def test_images_that_the_gallery_does_not_have_are_named_and_nothing_is_drawn(tmp_path: Path, strings: bool) -> None:
+    images = known(60)
+    config, run = make_run(tmp_path, images, replace(OPTIONS, keys=strings))
+    ids = [*images.ids[:6].tolist(), *range(10_000, 10_004)]
+    named = [f"image {image}" for image in ids] if strings else ids
+    config = put_sample(config, tmp_path, id=named, label=["a"] * 10)
+    shown = "image 10000, image 10001, image 10002" if strings else "10000, 10001, 10002"
+    with pytest.raises(DataError, match=f"not in the gallery\n(.*\n)*  found: 4 of 10 that are not: {shown}, ...\n"):
+        draw(config, run)
+    assert storage.list_files(run.path("probe-set")) == []
+    draw(put_sample(config, tmp_path, id=named[:6], label=["a"] * 6), run)
+    assert drawn_rows(run).num_rows == 6
+
+
+@pytest.mark.parametrize(("strings", "found"), [(False, "strings"), (True, "integers")])
+def test_ids_of_another_kind_than_the_gallery_s_are_refused(tmp_path: Path, strings: bool, found: str) -> None:
+    images = known(60)
+    config, run = make_run(tmp_path, images, replace(OPTIONS, keys=strings))
+    ids = images.ids[:9] if strings else [f"image {image}" for image in images.ids[:9]]
+    with pytest.raises(DataError, match=f"not of the kind of the gallery's\n(.*\n)*  found: {found}"):
+        draw(put_sample(config, tmp_path, id=ids, label=["a"] * 9), run)
+
+
+def test_a_gallery_without_ids_has_no_sample(tmp_path: Path) -> None:
+    config, run = make_run(tmp_path, known(60), OPTIONS)
+    config = put_sample(config, tmp_path, id=[1, 2], label=["a", "a"])
+    columns = config.gallery.columns.model_copy(update={"id": None})
+    config = config.model_copy(update={"gallery": config.gallery.model_copy(update={"columns": columns})})
+    with pytest.raises(
+        DataError, match=r"names images by their ids, and the gallery has none(.|\n)*gallery.columns.id"
+    ):
+        draw(config, run)
+
+
+def sampled(config: Config, folder: Path, images: Known, rows: Int64, **changes: str) -> Config:
+    labels = [changes.get(str(image), "a") for image in images.ids[rows]]
+    return put_sample(config, folder, id=images.ids[rows], label=labels)
+
+
+def test_a_run_goes_on_with_the_sample_s_content_wherever_it_lies(tmp_path: Path) -> None:
+    images, rows = known(60), np.arange(20)
+    config, run = make_run(tmp_path / "run", images, OPTIONS)
+    first = draw(sampled(config, tmp_path / "here", images, rows), run)
+    files = {uri: storage.read_bytes(uri) for uri in storage.list_files(run.path("probe-set"))}
+    assert first is not None
+    assert first.sample
+    assert draw(sampled(config, tmp_path / "there", images, rows[::-1]), run) == first
+    assert {uri: storage.read_bytes(uri) for uri in storage.list_files(run.path("probe-set"))} == files
+    gallery = manifest.read_manifest(run, "gallery")
+    assert gallery is not None
+    storage.put(run.path("gallery", "manifest.json"), manifest_json(replace(gallery, root="/elsewhere")))
+    again = draw(sampled(config, tmp_path / "here", images, rows), run)
+    assert again == replace(first, root="/elsewhere")
+    assert drawn_rows(run)["label"].to_pylist() == ["a"] * 20
+
+
+def test_a_run_does_not_go_on_with_another_sample(tmp_path: Path) -> None:
+    images, rows = known(60), np.arange(20)
+    config, run = make_run(tmp_path, images, OPTIONS)
+    draw(sampled(config, tmp_path, images, rows), run)
+    others = {
+        "another sample": [
+            sampled(config, tmp_path / "label", images, rows, **{str(images.ids[3]): "b"}),
+            sampled(config, tmp_path / "more", images, np.arange(21)),
+        ],
+        "no sample": [config],
+    }
+    for found, configs in others.items():
+        for other in configs:
+            with pytest.raises(IncompatibleRun, match=rf"drawn already(.|\n)*found: {found}(.|\n)*--new-run"):
+                draw(other, run)
+
+
+def test_a_sample_is_not_added_to_a_run_that_has_drawn_its_set(tmp_path: Path) -> None:
+    images = known(60)
+    config, run = make_run(tmp_path, images, OPTIONS)
+    before = draw(config, run)
+    assert before is not None
+    old = {name: value for name, value in asdict(before).items() if name != "sample"}  # before there were samples
+    storage.put(run.path("probe-set", "manifest.json"), json.dumps(old).encode())
+    assert draw(config, run) == before
+    with pytest.raises(IncompatibleRun, match=r"by chance\n  found: a sample, of digest(.|\n)*--new-run"):
+        draw(sampled(config, tmp_path, images, np.arange(20)), run)
+    off = config.model_copy(update={"probe": config.probe.model_copy(update={"images": 0})})
+    assert draw(off, run) is None
