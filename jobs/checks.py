@@ -161,6 +161,35 @@ def _check_policy(config: Config) -> None:
             raise ConfigError("the plan's order needs what is not given", expected=where, found=found, where="plan")
 
 
+def _check_selected(config: Config) -> None:
+    """What is to be `selected` was, or will be; and what the selection is to measure will be there."""
+    from pipeline.errors import ConfigError
+    from pipeline.run import Run
+    from pipeline.selection import resolve_policy, resolve_relearn
+    from pipeline.transformation import has_transformation
+
+    run = Run(config.run)
+    if has_transformation(run):
+        resolve_policy(run, config.plan.policy)
+        resolve_relearn(run, config.relearn)
+        return
+    settings = {"plan.policy": config.plan.policy, "relearn.what": config.relearn.what}
+    wanted = [name for name, value in settings.items() if value == "selected"]
+    if wanted and config.select is None:
+        raise ConfigError(
+            "nothing is selected in this run",
+            expected="a `select` section, or `fastfill fit --select` first",
+            where=f"{' and '.join(wanted)}: selected",
+        )
+    if config.select is not None and config.select.measured_on == "probe" and not config.probe.images:
+        raise ConfigError(
+            "the selection is to measure on the probe set, and there is none",
+            expected="1 or more",
+            found=0,
+            where="probe.images, select.measured_on",
+        )
+
+
 def _check_sources(config: Config) -> None:
     from pipeline.errors import ConfigError
     from training.losses import needs_labels

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
@@ -27,21 +28,38 @@ def fastfill(*arguments: str) -> Result:
     return result
 
 
-def test_what_was_selected_is_planned_backfilled_and_reported(tmp_path: Path) -> None:
-    path = write_config(tmp_path, select=SELECT, plan__policy="selected")
+def test_what_was_selected_by_a_labelled_sample_is_planned_backfilled_and_reported(tmp_path: Path) -> None:
+    """The gallery has no labels, but for the images of the sample."""
+    write_config(tmp_path)
+    sample = pq.read_table(tmp_path / "data" / "gallery.parquet").slice(20, 220)
+    pq.write_table(sample.select(["name", "digit"]), tmp_path / "data" / "sample.parquet")
+    path = write_config(
+        tmp_path,
+        gallery__columns={"id": "name", "image": "image"},
+        probe={"manifest": "sample.parquet", "columns": {"id": "name", "label": "digit"}},
+        select=SELECT | {"measured_on": "probe"},
+        plan__policy="selected",
+        relearn={"after_waves": [3], "what": "selected"},
+    )
     shown = " ".join(fastfill("fit", "--config", path).stderr.split())
     run = Run(load_config(path).run)
     found = read_selection(run)
     assert found is not None
+    assert found.learning is not None
+    assert f"To learn on the way: {found.learning}." in shown
+    assert "on the probe set, 2 folds" in shown
     assert f"{len(found.candidates)} candidates by the area of" in shown
     assert f"in the order {found.chosen.policy}" in shown
     fastfill("plan", "--config", path, "--measure", "0")
     plan = read_plan(run)
     assert plan is not None
     assert resolve_policy(run, plan.policy) == found.chosen.policy
+    assert plan.relearn_after == (() if found.learning.what == "nothing" else (3,))
     fastfill("backfill", "--config", path)
     report = json.loads(storage.read_bytes(run.path("reports", "report.json")))
     assert report["selection"]["count"] == len(found.candidates)
+    assert report["selection"]["learning"] == str(found.learning)
+    assert all("top1" in commit["figures"] for commit in report["quality"])
     status = json.loads(fastfill("status", "--config", path, "--json").stdout)
     assert status["published"] == status["gallery"]
     assert json.loads(fastfill("audit", "--config", path, "--json").stdout)["ok"]

@@ -56,7 +56,8 @@ def test_a_sound_config_passes_with_images_and_with_embeddings(check: Check) -> 
 
 
 @pytest.mark.parametrize(
-    "changes", [{"plan__policy": "selected"}, {"plan__policy": "entropy", "fit__offset": "confidence"}]
+    "changes",
+    [{"plan__policy": "selected", "select": {}}, {"plan__policy": "entropy", "fit__offset": "confidence"}],
 )
 def test_an_order_for_which_the_fit_will_leave_what_it_needs_passes(check: Check, changes: dict[str, Any]) -> None:
     check(**changes)
@@ -96,6 +97,13 @@ def test_an_order_for_which_the_fit_will_leave_what_it_needs_passes(check: Check
             ConfigError,
             r"expected: pairs.columns.group and .label\n  found: plan.policy uncertainty, .*group_bound 0\.5",
         ),
+        ({"plan__policy": "selected"}, ConfigError, "nothing is selected(.|\n)*where: plan.policy: selected"),
+        (
+            {"relearn": {"after_waves": [1], "what": "selected"}},
+            ConfigError,
+            "nothing is selected(.|\n)*where: relearn.what: selected",
+        ),
+        ({"select": {"measured_on": "probe"}, "probe__images": 0}, ConfigError, "and there is none(.|\n)*probe.images"),
         ({"plan__policy": "no_such_module:order"}, ConfigError, "the policy's function cannot be found"),
     ],
 )

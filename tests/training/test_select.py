@@ -9,15 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import storage
-from pipeline.config import Config
+from pipeline import selection, storage
+from pipeline.config import Config, Select
 from pipeline.config_file import validate
+from pipeline.config_method import Relearn
 from pipeline.errors import ConfigError
 from pipeline.offset import Classifier, fit_offset
 from pipeline.policy import load_policy
 from pipeline.reference import load_reference
 from pipeline.run import Run
-from pipeline.selection import read_selection, resolve_policy
+from pipeline.schema import vectors_from_arrow
+from pipeline.selection import Candidate, Learning, Selection, read_selection, resolve_policy, resolve_relearn
 from pipeline.transformation import read_info
 from tests.training.test_fit import D_NEW, _data
 from training import folds
@@ -27,9 +29,20 @@ from training.fit import fit
 from training.folds import FOLDER, Fold
 from training.learner import FitData, PairArrays
 from training.select import select
-from training.simulate import Detail, curves_of, measure_fold, order_by
+from training.simulate import FINAL, Detail, curves_of, measure_fold, order_by
 
 RECIPE = Recipe("fastfill", 0.1, 16, 4)
+CHOSEN = Selection(
+    ("top1",),
+    2,
+    9,
+    Candidate("fastfill", 0.1, 16, 4, "none", 0, "random", {}, {}, {}, {}, {}, 0, 0),
+    (),
+    (),
+    {},
+    (),
+    {},
+)
 POLICIES = ("random", "uncertainty", "entropy", "learned")
 
 
@@ -105,6 +118,83 @@ def test_without_labels_it_goes_by_what_the_new_model_would_find(tmp_path: Path)
     assert found.metrics == ("recall10",)
     assert found.chosen.loss == "alignment+uncertainty"
     assert all(curve[-1] == 100 for curve in found.curves["recall10"])
+
+
+def sample_of(data: FitData, count: int, labelled: bool = True) -> pa.Table:
+    """Some pairs as the probe set of a gallery; what is drawn from one is in test_probe_set."""
+    rows = pa.concat_tables(map(storage.read_parquet, data.train_parts)).sort_by("index").slice(0, count)
+    names = [f"class {code}" for code in rows["label"].to_pylist()] if labelled else [None] * count
+    labels = pa.array(names, pa.string())
+    return pa.table({"id": rows["index"], "label": labels, "old": rows["old"], "new": rows["new"]})
+
+
+def probed(monkeypatch: pytest.MonkeyPatch, table: pa.Table) -> None:
+    monkeypatch.setattr(selecting.probe_set, "embedded", lambda config, run: table)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_probe_set_is_measured_in_place_of_pairs_and_decides_on_learning_on_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = _data(tmp_path, hard=True)
+    sample = sample_of(data, 201)
+    probed(monkeypatch, sample)
+    one = {"policies": ["uncertainty"], "losses": ["alignment+uncertainty"], "offsets": ["none"]}
+    relearn = Relearn(after_waves=(2,), what="selected")
+    config = config_of(tmp_path, **one, measured_on="probe").model_copy(update={"relearn": relearn})
+    run = Run(config.run)
+    found = select(config, run, data, silent)
+    assert (found.measured_on, found.num_measured) == ("probe", 101)
+    assert found.likeness is not None
+    assert found.likeness.error_ratio is not None
+    assert found.learning is not None
+    assert set(found.learning.gain) == {"nothing", "order", "transformation"}
+    assert Selection.from_json(found.to_json()) == found
+    recipe = Recipe("alignment+uncertainty", 1.0, config.fit.inner_width, config.fit.epochs)
+    parts = folds.split(config, data, config.select or Select(), selecting._sample(config, run, data))
+    fits = folds.fit_folds(config, run, data, [recipe], parts, silent)[recipe]
+    assert fits.sample[0].pairs.new.tobytes() == vectors_from_arrow(sample["new"]).tobytes()
+    for number, (held, mine) in enumerate(zip(fits.held, fits.sample, strict=True)):
+        share = mine.take(np.arange(number, 201, 2))
+        curve = measure_fold(config, share, held, Serving("none", 0), ["uncertainty"], FINAL)["uncertainty"]
+        np.testing.assert_allclose(np.array([found.curves[name][number] for name in found.curves]).T, curve)
+    monkeypatch.setattr(selection, "read_selection", lambda run: found)
+    wanted = {"nothing": (), "order": (2,), "transformation": (2,)}[found.learning.what]
+    assert resolve_relearn(run, relearn).after_waves == wanted
+
+
+@pytest.mark.parametrize(("count", "found"), [(0, 0), (150, 150)])
+def test_a_probe_set_that_is_too_small_to_choose_by_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, found: int
+) -> None:
+    data, config = _data(tmp_path), config_of(tmp_path, measured_on="probe")
+    if count:
+        probed(monkeypatch, sample_of(data, count))
+    with pytest.raises(ConfigError, match="too small to choose by") as error:
+        select(config, Run(config.run), data, silent)
+    assert error.value.details["found"] == found
+
+
+def test_what_is_measured_says_by_which_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, config = _data(tmp_path, labelled=False), config_of(tmp_path, measured_on="probe", metrics=["recall10"])
+    probed(monkeypatch, sample_of(_data(tmp_path / "labelled"), 300))
+    with pytest.raises(ConfigError, match="measured by them"):
+        select(config, Run(config.run), data, silent)
+
+
+def test_learning_on_the_way_that_nobody_was_asked_about_is_named_as_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relearn, run = Relearn(after_waves=(2,), what="selected"), Run(str(tmp_path))
+    given = Relearn(after_waves=(2,), what="order")
+    found: list[Selection | None] = [None, CHOSEN, replace(CHOSEN, learning=Learning("order", {}, {}))]
+    monkeypatch.setattr(selection, "read_selection", lambda run: found.pop(0))
+    with pytest.raises(ConfigError, match="nothing was selected"):
+        resolve_relearn(run, relearn)
+    with pytest.raises(ConfigError, match="was not asked whether to learn"):
+        resolve_relearn(run, relearn)
+    assert resolve_relearn(run, relearn) == given
+    assert resolve_relearn(run, given) == given
 
 
 @pytest.mark.slow
