@@ -59,7 +59,7 @@ def test_what_was_selected_by_a_labelled_sample_is_planned_backfilled_and_report
     report = json.loads(storage.read_bytes(run.path("reports", "report.json")))
     assert report["selection"]["count"] == len(found.candidates)
     assert report["selection"]["learning"] == str(found.learning)
-    assert all("top1" in commit["figures"] for commit in report["quality"])
+    assert all("top1" in commit["figures"] for commit in report["probe"])
     status = json.loads(fastfill("status", "--config", path, "--json").stdout)
     assert status["published"] == status["gallery"]
     assert json.loads(fastfill("audit", "--config", path, "--json").stdout)["ok"]
