@@ -58,6 +58,7 @@ def read_sample(source: Probe) -> Sample:
     """
     assert source.manifest is not None, "the config names a sample"
     names = Columns(**source.columns.model_dump())
+    columns = sorted(set(names.model_dump(exclude_none=True).values()))
     kinds: dict[bool, str] = {}
     tables, count = [], 0
     for uri in manifest.files(source.manifest):
@@ -66,9 +67,7 @@ def read_sample(source: Probe) -> Sample:
             manifest.check_ids(file.schema_arrow, names.id, kinds, uri)
             count += file.metadata.num_rows
             _check_count(count, 0, uri)
-            tables.append(
-                _rows(file.read(columns=sorted(set(names.model_dump(exclude_none=True).values()))), names, uri)
-            )
+            tables.append(_rows(file.read(columns=columns), names, uri))
     rows = pa.concat_tables(tables).sort_by("id")
     where = f"probe.manifest: {', '.join([source.manifest] if isinstance(source.manifest, str) else source.manifest)}"
     _check_count(count, _FEWEST, where)

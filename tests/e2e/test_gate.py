@@ -261,6 +261,38 @@ def test_a_gallery_without_labels_is_gated_and_stopped_by_what_it_recalls(finish
     assert "recall10>=0.6*full" in found["stopped"]
 
 
+def test_a_gallery_without_labels_is_gated_and_stopped_by_the_labels_of_a_sample(
+    finished: Path, tmp_path: Path
+) -> None:
+    rows = np.random.default_rng(0).permutation(300)[:150]
+    path = fitted_copy(
+        finished,
+        tmp_path,
+        gallery__columns={"id": "name", "image": "image"},
+        probe={"manifest": "sample.parquet", "columns": {"id": "name", "label": "digit"}},
+    )
+    gallery = pq.read_table(tmp_path / "data" / "gallery.parquet", columns=["name", "digit"])
+    strange = gallery.slice(0, 2).set_column(0, "name", pa.array(["gallery-1", "elsewhere"]))
+    pq.write_table(strange, tmp_path / "data" / "sample.parquet")
+    refused = fastfill("backfill", "--config", path)
+    assert refused.exit_code == 2
+    assert "found: 1 of 2 that are not: elsewhere" in said(refused)
+    pq.write_table(gallery.take(pa.array(rows)), tmp_path / "data" / "sample.parquet")
+    planned = json.loads(fastfill("plan", "--config", path, "--measure", "0", "--json").stdout)
+    assert list(planned["expected"]) == ["top1", "top5", "map"]
+    assert "150 of its images (the labelled ones of probe.manifest)" in planned["expected_notes"][0]
+    result = fastfill("backfill", "--config", path, "--stop-when", "top1>=0.95*full")
+    assert result.exit_code == 0, result.output
+    found = status(path)
+    assert found["quality"]["top1"] > 50
+    assert found["prod"] == found["commit"]
+    assert "top1>=0.95*full" in found["stopped"]
+    pq.write_table(gallery.take(pa.array(rows[1:])), tmp_path / "data" / "sample.parquet")
+    other = fastfill("backfill", "--config", path)
+    assert other.exit_code == 3
+    assert "the probe set of this run was drawn already" in said(other)
+
+
 def test_an_expression_that_is_not_understood_is_refused_before_work_starts(tmp_path: Path) -> None:
     path = write_config(tmp_path)
     result = fastfill("backfill", "--config", path, "--stop-when", "speed>=3")

@@ -114,6 +114,40 @@ def test_what_does_not_fit_is_refused_with_what_was_found(
         check(**changes)
 
 
+@pytest.mark.parametrize(
+    ("sample", "changes", "said"),
+    [
+        (None, {}, "no manifest file is there(.|\n)*sample.parquet"),
+        ({"id": ["gallery-1", "gallery-2"]}, {}, "no column for label\n  expected: 'label'"),
+        ({"id": ["gallery-1"] * 2, "label": [1, 2]}, {}, "more than once(.|\n)*found: gallery-1\n"),
+        ({"id": [1, 2], "label": [1, 2]}, {}, "expected: strings, as in the gallery's column name\n  found: integers"),
+        (
+            {"id": ["gallery-1", "gallery-2"], "label": [1, 2]},
+            {"gallery__columns__id": None},
+            "names images by their ids, and the gallery has none",
+        ),
+    ],
+)
+def test_a_probe_sample_is_read_before_any_work(
+    check: Check, tmp_path: Path, sample: dict[str, Any] | None, changes: dict[str, Any], said: str
+) -> None:
+    path = tmp_path / "sample.parquet"
+    if sample is not None:
+        pq.write_table(pa.table(sample), path)
+    with pytest.raises(DataError, match=said):
+        check(probe__manifest=str(path), **changes)
+
+
+def test_a_probe_sample_that_is_sound_passes_and_one_that_is_not_wanted_is_not_read(
+    check: Check, tmp_path: Path
+) -> None:
+    path = tmp_path / "sample.parquet"
+    pq.write_table(pa.table({"id": ["gallery-1", "no such image"], "label": [1, 2]}), path)
+    check(probe__manifest=str(path))
+    shutil.rmtree(tmp_path / "data")
+    check(probe__manifest="nowhere.parquet", probe__images=0)
+
+
 def test_too_few_pairs_are_refused(check: Check, data: Path, tmp_path: Path) -> None:
     few = tmp_path / "few.parquet"
     pq.write_table(pq.read_table(data / "data" / "training.parquet").slice(0, 31), few)

@@ -218,6 +218,7 @@ def test_relative_inputs_start_at_data_root_and_the_run_at_the_working_directory
         data_root="data",
         fit={"classifier": {"path": "w.safetensors"}},
         pairs={"manifest": ["/absolute/a.parquet", "s3://bucket/b", "c/*.parquet"], "columns": {}},
+        probe={"manifest": "sample"},
     )
     content["encoders"] = {"old": vision, **content["encoders"]}
     config = load_config(write(tmp_path, content))
@@ -232,6 +233,7 @@ def test_relative_inputs_start_at_data_root_and_the_run_at_the_working_directory
     assert config.fit.classifier.path == f"{root}/w.safetensors"
     assert config.gallery.manifest == (f"{root}/gallery.parquet",)
     assert config.pairs.manifest == ("/absolute/a.parquet", "s3://bucket/b", f"{root}/c/*.parquet")
+    assert config.probe.manifest == (f"{root}/sample",)
 
 
 def test_relative_inputs_start_at_a_data_root_in_a_bucket() -> None:

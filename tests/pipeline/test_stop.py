@@ -63,6 +63,7 @@ def test_what_this_config_can_never_meet_is_refused(text: str, changes: dict[str
 
 
 def test_what_it_can_meet_is_not() -> None:
+    check([parse("top1>=48"), parse("top5>=0.9*full")], config(probe={"manifest": "sample.parquet"}))
     check([parse("recall10>=90"), parse("fraction>=0.3"), parse("hours>=1")], config())
     check([parse("money>=3")], config(telemetry={"gpu_hour_price": 2}))
 

@@ -96,7 +96,7 @@ def planned(
     options = Options(embedded_waves=0, commits=False, transformation=False, new_in_manifest=True)
     config, run = make_run(folder, images, options)
     config = config.model_copy(update={"probe": config.probe.model_copy(update={"images": probe})})
-    paired = images if images.labels else replace(images, labels=["none"] * len(images.ids))
+    paired = replace(images, labels=[label or "none" for label in images.labels or [None] * len(images.ids)])
     write_pairs(run, paired, labelled_pairs)
     save(run, images, None, selected)
     assert (draw(config, run) is None) == (probe == 0)

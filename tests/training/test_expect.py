@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline import fan_out, storage
+from pipeline import assess, fan_out, quality, storage
 from pipeline.config import Config
 from pipeline.evaluate import evaluate
 from pipeline.gallery import labelled_sample
-from pipeline.probe_set import load
+from pipeline.probe_set import draw, load
 from pipeline.ranking import Float64
 from pipeline.schema import Float32, Int64
 from pipeline.selection import Candidate, Selection
+from tests.pipeline.sample import put_sample
 from tests.pipeline.synthetic_run import known
-from tests.training.planned_run import HELD_OUT, pairs_of, planned
+from tests.training.planned_run import HELD_OUT, labels_of, pairs_of, planned, write_pairs
 from tests.training.test_held_out import config_of
-from training.expect import Labelled, curves_by_fold, ends_of, expected_curve
+from training.expect import Labelled, Outlook, curves_by_fold, ends_of, expected_curve
 from training.held_out import FOLDS, fold_places, priorities
 
 
@@ -145,6 +149,63 @@ def test_a_large_gallery_is_a_sample_that_holds_the_probe_set_and_that_is_said(t
     whole = expected_curve(config, run, plan)
     assert whole.notes == ()
     assert whole.curves["top1"].values[0] == pytest.approx(found.curves["top1"].values[0], abs=15)
+
+
+def represented(found: Outlook) -> str:
+    """What the only note says of the images that were searched."""
+    (note,) = found.notes
+    (said,) = re.findall(r"represented by (\S+ of its images \(.*?\)):", note)
+    return str(said)
+
+
+def test_a_gallery_of_which_some_have_labels_is_represented_by_these_and_that_is_said(tmp_path: Path) -> None:
+    images = known(1500)
+    some: list[Any] = [label if row % 2 else None for row, label in enumerate(labels_of(images))]
+    config, run, plan = planned(tmp_path, replace(images, labels=some))
+    found = expected_curve(config, run, plan)
+    assert represented(found) == "750 of its images (only these have labels)"
+    assert expected_curve(config, run, plan).notes == found.notes, "stored with the curve"
+    storage.delete(run.path("reports", "expected.json"))
+    found = expected_curve(limited(config, 400), run, plan)
+    sample = found.curves["top1"].sample
+    assert 300 < sample <= 400
+    assert represented(found) == f"{sample} of its images (evaluate.max_images, of the 750 that have labels)"
+
+
+def test_a_note_of_a_curve_from_before_it_had_a_reason_is_of_the_limit(tmp_path: Path) -> None:
+    config, run, plan = planned(tmp_path, known(1500))
+    expected_curve(limited(config, 400), run, plan)
+    uri = run.path("reports", "expected.json")
+    tree = json.loads(storage.read_bytes(uri))
+    for curve in tree.values():
+        del curve["sampled"]
+    storage.put(uri, json.dumps(tree).encode())
+    assert represented(expected_curve(config, run, plan)).endswith("(evaluate.max_images)")
+
+
+@pytest.mark.parametrize("partly", [False, True])
+@pytest.mark.parametrize("labelled", [300, 200])
+def test_a_sample_of_a_gallery_without_all_labels_is_all_that_is_searched(
+    tmp_path: Path, labelled: int, partly: bool
+) -> None:
+    images = known(1500)
+    names = labels_of(images)
+    some: list[Any] = [name if partly and row > 700 else None for row, name in enumerate(names)]
+    config, run, plan = planned(tmp_path, replace(images, labels=some), probe=0)
+    pairs = [name if row < labelled else None for row, name in enumerate(names[:300])]
+    config = put_sample(config, tmp_path, id=images.ids[:300], label=pairs)
+    write_pairs(run, images, labelled=True)
+    assert draw(config, run) is not None
+    found = expected_curve(config, run, plan)
+    assert represented(found) == f"{labelled} of its images (the labelled ones of probe.manifest)"
+    z, new, truth = images.transformed[:labelled], images.embedded[:labelled], np.array(names[:labelled])
+    start, end = (evaluate(new, side, truth, truth, self_match=True).as_dict() for side in (z, new))
+    for name, curve in found.curves.items():
+        assert curve.values[[0, -1]] == pytest.approx([start[name], end[name]])
+    probe = load(run)
+    assert probe is not None
+    measured = quality.top(assess.reference(config, run, plan, probe).within_transformed)
+    assert measured["top1"] == pytest.approx(start["top1"]), "snapshot 0 is measured as it is expected"
 
 
 def test_no_more_vectors_than_are_asked_for_leave_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
