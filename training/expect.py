@@ -10,12 +10,13 @@ import json
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pyarrow as pa
 
-from pipeline import probe_set, storage
+from pipeline import fan_out, probe_set, storage
 from pipeline.agreement import among
 from pipeline.boost import resolve_boost
 from pipeline.config import Config
-from pipeline.evaluate import METRICS, Metrics, evaluate, recall
+from pipeline.evaluate import METRICS, Metrics, evaluate, order_by_priority, recall, simulate_curve
 from pipeline.expected import Ends, Expected, expect, expected_uri
 from pipeline.gallery import codes_of, labelled_sample
 from pipeline.plan import Plan
@@ -62,11 +63,15 @@ def expected_curve(config: Config, run: Run, plan: Plan) -> Outlook:
     rows = _queries(probe)
     names, curves = _shapes(config, run, labelled=rows is not None)
     if rows is None or names != METRICS:
-        ends, sample = _ends_by_agreement(config, probe), (0, "")
+        ends, sample, own = _ends_by_agreement(config, probe), (0, ""), {}
     else:
         ends, sample = _ends_by_labels(config, run, plan, probe, rows)
+        own = _own(config, run, plan, probe, rows)
     fractions = np.linspace(0, 1, FINAL.points)
-    found = {name: expect(curves[:, :, column], fractions, ends[name], *sample) for column, name in enumerate(names)}
+    found = {
+        name: expect(curves[:, :, column], fractions, ends[name], *sample, own.get(name))
+        for column, name in enumerate(names)
+    }
     storage.put(uri, json.dumps({name: item.to_json() for name, item in found.items()}, allow_nan=False).encode())
     return _outlook(config, found)
 
@@ -177,6 +182,43 @@ def _ends_by_labels(
         why = f"{_LIMITED}, of the {labelled:,} that have labels" if limited else "only these have labels"
     ends = ends_of(queries, probe.transformed[rows], gallery, config.gallery.metric)
     return ends, (len(gallery.ids) if why else 0, why)
+
+
+def _own(config: Config, run: Run, plan: Plan, probe: ProbeSet, rows: Int64) -> dict[str, Float64]:
+    """`own_backfill` of the labelled probe images, in the plan's order."""
+    ids, parts = probe.ids[rows], range(plan.num_parts)
+    table = pa.concat_tables(fan_out.each(_priorities, (run, ids), parts, plan.num_gallery)).sort_by("id")
+    order = order_by_priority(table["priority"].to_numpy(), ids, plan.seed)
+    return own_backfill(probe.transformed[rows], probe.new[rows], probe.labels[rows], order, config.gallery.metric)
+
+
+def _priorities(run: Run, ids: Int64, part: int) -> pa.Table:
+    rows = storage.read_parquet(run.part("transformed", part), ["id", "priority"])
+    return rows.filter(pa.array(np.isin(rows["id"].to_numpy(), ids)))
+
+
+def own_backfill(served: Float32, new: Float32, labels: Int64, order: Int64, metric: str) -> dict[str, Float64]:
+    """The backfill of images that are gallery and queries at once: per metric (Q, P) in per cent, of queries that have
+    a match.
+
+    Args:
+        served: (N, d) float32.
+        new: (N, d) float32.
+        labels: (N,) int64.
+        order: (N,) int64, the rows as they are embedded.
+        metric: l2, ip or cosine.
+    """
+    sides = (served, new, new, labels, labels)
+    found = simulate_curve(
+        *sides, {"": [order]}, points=FINAL.points, metric=metric, self_match=True, per_query=True
+    ).queries
+    assert found is not None, "asked per query"
+    ranks, precision = (values[0] for values in found[""])  # (P, Q) of the one order
+    matched = ranks[0] > 0
+    return {
+        name: 100 * np.asarray(values, np.float64)[:, matched].T
+        for name, values in (("top1", ranks == 1), ("top5", ranks <= 5), ("map", precision))
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.expected import Ends, Expected, expect, fraction_for
+from pipeline.ranking import Float64
 
 FRACTIONS = np.linspace(0, 1, 22)
 CURVE = 40 + 12 * FRACTIONS**0.5
@@ -70,6 +71,27 @@ def test_the_band_of_what_95_per_cent_take_holds_so_many_of_other_samples(correl
     curves = drawn[:, :1] * (1 - FRACTIONS) + drawn[:, 1:] * FRACTIONS + bends
     within = [found.low <= fraction_for(curve, FRACTIONS, 95) <= found.high for curve in curves]
     assert np.mean(within) == pytest.approx(0.954, abs=0.02)
+
+
+@pytest.mark.parametrize(("images", "share"), [(500, 0.2), (2000, 0.5), (18_000, 0.9)])
+def test_the_probe_set_s_own_bend_counts_by_the_number_of_its_images(images: int, share: float) -> None:
+    straight = np.tile(30 + 20 * FRACTIONS, (images, 1))
+    found = expect(np.stack([CURVE, CURVE]), FRACTIONS, Ends(CURVE[0], CURVE[-1], 0, 0), own=straight)
+    line = CURVE[0] + (CURVE[-1] - CURVE[0]) * FRACTIONS
+    assert found.values == pytest.approx(share * line + (1 - share) * CURVE)
+    assert found.low == pytest.approx(found.values)
+
+
+def test_the_band_knows_how_far_the_probe_set_s_own_bend_may_be_off() -> None:
+    """Against its definition: probe sets are drawn anew."""
+    rng, straight = np.random.default_rng(3), np.stack([CURVE, CURVE])
+
+    def draw(images: int) -> Float64:
+        return CURVE + 12 * FRACTIONS * (1 - FRACTIONS) * rng.normal(size=(images, 1)) + rng.normal(size=(images, 22))
+
+    found = expect(straight, FRACTIONS, Ends(40, 52, 0, 0), own=draw(800))
+    others = np.stack([expect(straight, FRACTIONS, Ends(40, 52, 0, 0), own=draw(800)).values for _ in range(400)])
+    assert (found.high - found.values)[1:-1] == pytest.approx(2 * others.std(axis=0)[1:-1], rel=0.2)
 
 
 def test_what_is_expected_does_not_change_from_one_time_to_the_next() -> None:
