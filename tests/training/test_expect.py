@@ -15,7 +15,7 @@ from pipeline import assess, fan_out, quality, storage
 from pipeline.config import Config
 from pipeline.evaluate import evaluate
 from pipeline.gallery import labelled_sample
-from pipeline.probe_set import draw, load
+from pipeline.probe_set import draw, gather, load
 from pipeline.ranking import Float64
 from pipeline.schema import Float32, Int64
 from pipeline.selection import Candidate, Selection
@@ -258,11 +258,11 @@ def test_a_selection_s_curves_are_taken_for_its_plain_order_alone(
 def test_the_probe_set_s_own_backfill_is_that_of_embedding_it_piece_by_piece(tmp_path: Path) -> None:
     """In the plan's order, by each query that has a match."""
     config, run, plan = planned(tmp_path, known(3000))
-    probe = load(run)
+    probe = gather(config, run, plan)
     assert probe is not None
     rows = np.flatnonzero(probe.labels >= 0)
     found = _own(config, run, plan, probe, rows)
-    order = np.argsort(-probe.old[rows, 0], kind="stable")  # as the run is planned
+    order = np.argsort(-probe.uncertainty[rows], kind="stable")
     labels = probe.labels[rows]
     for point in (0, 4, 11, 21):
         state = probe.transformed[rows].copy()
