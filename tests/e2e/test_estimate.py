@@ -17,7 +17,7 @@ from pipeline.plan import read_plan
 from pipeline.run import Run
 from pipeline.tuner import estimate_uri
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 
 def fastfill(*arguments: str) -> Result:

@@ -16,7 +16,7 @@ from pipeline.run import Run
 from pipeline.schema import Float32
 from tests.e2e.test_gate import contents, fastfill, fitted_copy, index_files, said, status, write_sound_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("ray_cluster")]
 
 RELEARN = {"after_waves": [3]}
 

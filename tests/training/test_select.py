@@ -90,6 +90,7 @@ def test_two_selections_are_the_same_and_a_kept_fit_is_not_made_again(
     assert scores == sorted(scores, reverse=True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_fit_takes_what_was_selected_and_the_plan_its_policy(tmp_path: Path) -> None:
     config, run = (
