@@ -37,9 +37,9 @@ from pipeline.expected import expect, fraction_for
 from pipeline.policy import load_policy
 from pipeline.ranking import Float64
 from pipeline.schema import Int64
-from training.expect import Labelled, curves_by_fold, ends_of, own_backfill
+from training.expect import Labelled, curves_by_fold, ends_of
 from training.held_out import HeldOut
-from training.simulate import order_by
+from training.simulate import order_by, queries_of
 
 ORDERS = ("uncertainty", "learned")
 SIZES = (1000, 2000, 5000)
@@ -102,7 +102,7 @@ def guesses(
     for name in ORDERS:
         curves, priority = _bends(config, found, name), load_policy(name, config.seed, found.reference)(scored)
         order = order_by_priority(priority[rows], rows, config.seed)
-        own = own_backfill(found.transformed[rows], probe.vectors, probe.labels, order, "l2")
+        own = queries_of(found.transformed[rows], probe.vectors, probe.labels, order, "l2", OFFICIAL)
         columns = [
             expect(curves[:, :, index], fractions, ends[metric], own=own[metric]).values
             for index, metric in enumerate(METRICS)

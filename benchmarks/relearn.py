@@ -118,15 +118,15 @@ def foreseen(case: Case, on: str) -> Learning:
     """What a selection would find; each of three fits leaves out a third of the pairs."""
     chance = splitmix64(np.arange(len(case.pairs.old)), _SALT + 1)
     images = np.sort(np.argsort(splitmix64(np.arange(len(case.gallery.old)), _SALT + 2))[:SAMPLE])
-    found: dict[Learnt, list[float]] = {way: [] for way in WAYS}
+    found: dict[Learnt, list[Float64]] = {way: [] for way in WAYS}
     for fold in range(FOLDS):
         mine = chance % np.uint64(FOLDS) == fold
         held = taken(case.pairs, np.flatnonzero(mine)[:MEASURED])
         gallery = taken(case.gallery, images) if on == "probe" else held
         scene = case.scene(taken(case.pairs, np.flatnonzero(~mine)), gallery, replace(case.detail, queries=5000), fold)
         for way, curve in curves(scene).items():
-            found[way].append(float(curve.mean(axis=0)[COUNTS].mean()))
-    return Learning.decide({way: np.array(scores) for way, scores in found.items()})
+            found[way].append(curve.mean(axis=0)[:, COUNTS].mean(axis=1))
+    return Learning.decide(FRACTIONS, found)
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
@@ -138,7 +138,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         for seed in range(arguments.fits):
             scene = case.scene(case.pairs, case.gallery, case.detail, seed)
             for way, curve in curves(scene).items():
-                some[way].append(curve)
+                some[way].append(curve.mean(axis=1))
         said = {on: str(foreseen(case, on)) for on in ("probe", "pairs")}
         known = _known(case, scene.first())
         for way in WAYS:

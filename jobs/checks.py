@@ -36,6 +36,7 @@ def check_settings(config: Config, dims: dict[str, int]) -> None:
     wave_sizes(config.plan.waves, images)
     _check_training(config, images, pairs)
     _check_policy(config)
+    _check_selected(config, images)
     _check_sample(config)
     resolve_device(config.device)
     for encoder in (config.encoders.old, config.encoders.new):
@@ -161,17 +162,20 @@ def _check_policy(config: Config) -> None:
             raise ConfigError("the plan's order needs what is not given", expected=where, found=found, where="plan")
 
 
-def _check_selected(config: Config) -> None:
+def _check_selected(config: Config, images: int) -> None:
     """What is to be `selected` was, or will be; and what the selection is to measure will be there."""
     from pipeline.errors import ConfigError
+    from pipeline.probe_sample import read_sample
+    from pipeline.probe_set import size
     from pipeline.run import Run
     from pipeline.selection import resolve_policy, resolve_relearn
     from pipeline.transformation import has_transformation
+    from training.select import LEAST_SHARE, too_few
 
     run = Run(config.run)
     if has_transformation(run):
         resolve_policy(run, config.plan.policy)
-        resolve_relearn(run, config.relearn)
+        resolve_relearn(run, config)
         return
     settings = {"plan.policy": config.plan.policy, "relearn.what": config.relearn.what}
     wanted = [name for name, value in settings.items() if value == "selected"]
@@ -181,13 +185,15 @@ def _check_selected(config: Config) -> None:
             expected="a `select` section, or `fastfill fit --select` first",
             where=f"{' and '.join(wanted)}: selected",
         )
-    if config.select is not None and config.select.measured_on == "probe" and not config.probe.images:
-        raise ConfigError(
-            "the selection is to measure on the probe set, and there is none",
-            expected="1 or more",
-            found=0,
-            where="probe.images, select.measured_on",
-        )
+    if config.select is None or config.select.measured_on == "pairs":
+        return
+    count, what = size(config.probe.images, images) if config.probe.images else 0, "images"
+    if count and config.probe.manifest is not None:
+        labels = read_sample(config.probe).rows["label"]
+        known = len(labels) - labels.null_count
+        count, what = (known, "images with a label") if known else (len(labels), what)
+    if count < config.select.folds * LEAST_SHARE:
+        raise too_few(count, what, config.select)
 
 
 def _check_sources(config: Config) -> None:

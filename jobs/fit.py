@@ -29,6 +29,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, selecting:
     from jobs.prepare import ensure_fit, ensure_probe, open_run
     from pipeline.config import Select
     from pipeline.selection import read_selection
+    from pipeline.transformation import has_transformation
 
     config = load(config_path, overrides)
     if selecting and config.select is None:
@@ -36,13 +37,16 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, selecting:
     start_ray()
     with Bars(console()) as bars:
         run = open_run(config, bars)
-        if config.select is not None:
+        fitted_before = has_transformation(run)
+        if config.select is not None and not fitted_before:
             ensure_probe(config, run, bars)
         info = ensure_fit(config, run, bars)
     selection = read_selection(run)
     if as_json:
         print_json(asdict(info) | ({} if selection is None else {"selection": asdict(selection)}))
         return
+    if fitted_before and config.select is not None and selection is not None:
+        console().print("This run's transformation was there already; this is what it was chosen by:")
     if selection is not None:
         show_selection(selection)
         if config.plan.policy != "selected":
@@ -85,12 +89,12 @@ def show_selection(selection: Selection, most: int = 12) -> None:
     console().print(f"Chosen: {describe(selection.chosen)}.", soft_wrap=True, highlight=False)
     if selection.learning is not None:
         console().print(f"To learn on the way: {selection.learning}.", soft_wrap=True, highlight=False)
-    show_likeness(selection.likeness)
+    show_likeness(selection.likeness, selection.measured_on == "probe")
 
 
-def show_likeness(found: Likeness | None) -> None:
-    """Warn where the pairs do not look like the gallery."""
-    for sentence in () if found is None else found.warnings():
+def show_likeness(found: Likeness | None, known: bool = False) -> None:
+    """Warn where the pairs do not look like the gallery; `known` as in `Likeness.warnings`."""
+    for sentence in () if found is None else found.warnings(known):
         console().print(f"[bold red]{sentence}[/]", soft_wrap=True, highlight=False)
 
 

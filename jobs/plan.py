@@ -39,7 +39,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
     from jobs.bars import Bars
     from jobs.prepare import ensure_embeddings, ensure_fit, ensure_plan, open_run
     from pipeline.boost import read_boost
-    from pipeline.selection import resolve_policy
+    from pipeline.selection import read_selection, resolve_policy
     from pipeline.tuner import tune
     from training.expect import expected_curve, resemblance
 
@@ -76,7 +76,8 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
         show_expected(outlook.curves, found)
     for note in outlook.notes:
         console().print(note, soft_wrap=True)
-    show_likeness(alike)
+    selection = read_selection(run)
+    show_likeness(alike, selection is not None and selection.measured_on == "probe")
 
 
 def show(plan: Plan) -> None:

@@ -55,7 +55,7 @@ def make_plan(config: Config, run: Run, on_step: Callable[[str], None] = lambda 
     from pipeline.score import score_gallery  # here: the tasks of this module must not wait for torch
     from pipeline.selection import resolve_relearn
 
-    relearn_after = resolve_relearn(run, config.relearn).after_waves
+    relearn_after = resolve_relearn(run, config).after_waves
     on_step("transform")
     scored = f"{SCORED}/{settings_digest(settings)}"
     counts = score_gallery(config, run, scored)

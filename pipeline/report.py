@@ -234,7 +234,7 @@ def _selection(run: Run) -> Tree | None:
         "candidates": rows,
         "measured_on": found.measured_on,
         "learning": learning,
-        "warnings": [] if found.likeness is None else found.likeness.warnings(),
+        "warnings": [] if found.likeness is None else found.likeness.warnings(found.measured_on == "probe"),
     }
 
 

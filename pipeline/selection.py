@@ -7,14 +7,15 @@ fit and report show it.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, Self
 
 import numpy as np
 
-from pipeline.config import LossMode
+from pipeline.config import Config, LossMode
 from pipeline.config_method import Offset, Relearn
 from pipeline.errors import ConfigError
+from pipeline.plan import wave_ends
 from pipeline.ranking import Float64
 from pipeline.run import Run
 from pipeline.shift import Likeness
@@ -56,34 +57,44 @@ class Candidate:
     behind_error: float
 
 
+_SURE = 2.0  # standard errors
+
+
 @dataclass(frozen=True, slots=True)
 class Learning:
     """Whether it is worth while to learn on the way (`relearn`), with the chosen candidate.
 
     Attributes:
         what: what to learn again: `transformation`, `order` or `nothing`.
+        starts: after which fractions of the gallery.
         gain: by the same names, points of the score more than with nothing, as the mean over the folds; empty where
             nothing has labels to tell by.
         gain_error: the standard error of that.
     """
 
     what: Learnt
+    starts: tuple[float, ...]
     gain: Figures
     gain_error: Figures
 
     @classmethod
-    def decide(cls, scores: dict[Learnt, Float64]) -> Self:
-        """The way that gains most, of those that gain more than a standard error; else nothing.
+    def decide(cls, starts: tuple[float, ...], scores: dict[Learnt, list[Float64]]) -> Self:
+        """The way that gains most, of those that gain more than two standard errors; else nothing.
 
         Args:
-            scores: of each way and fold the area, as the mean over the metrics that count, (F,) float64.
+            starts: see `starts`.
+            scores: of each way and fold the area of each query, as the mean over the metrics that count, (Q,) float64.
+                The error is of the fits, by the folds, and of the images, by the queries, which folds may share.
         """
-        gains = {way: score - scores["nothing"] for way, score in scores.items()}
-        gain: dict[str, float] = {way: float(some.mean()) for way, some in gains.items()}
-        error: dict[str, float] = {way: float(some.std(ddof=1) / np.sqrt(len(some))) for way, some in gains.items()}
-        clear = [way for way in scores if gain[way] > error[way]]
+        gain, error = dict[str, float](), dict[str, float]()
+        for way, folds in scores.items():
+            gains = [mine - nothing for mine, nothing in zip(folds, scores["nothing"], strict=True)]
+            means = np.array([some.mean() for some in gains])
+            images = np.mean([some.var(ddof=1) / len(some) for some in gains])
+            gain[way], error[way] = float(means.mean()), float(np.sqrt(means.var(ddof=1) / len(means) + images))
+        clear = [way for way in scores if gain[way] > _SURE * error[way]]
         what: Learnt = max(clear, key=lambda way: gain[way], default="nothing")
-        return cls(what, gain, error)
+        return cls(what, starts, gain, error)
 
     def __str__(self) -> str:
         """One line for people."""
@@ -101,7 +112,7 @@ class Selection:
     Attributes:
         metrics: whose mean area counts.
         folds: how often each recipe was fitted.
-        num_measured: pairs of a fold that were gallery and queries.
+        num_measured: pairs of a fold, or images of its share of the probe set, that were gallery and queries.
         chosen: the candidate.
         candidates: all that were measured in full, the best score first.
         screened: all that were tried, with a few orders, points and queries, by which finalists were found.
@@ -137,6 +148,8 @@ class Selection:
         tree["chosen"] = Candidate(**tree["chosen"])
         kinds = {"likeness": Likeness, "learning": Learning}
         tree |= {name: kind(**tree[name]) for name, kind in kinds.items() if tree.get(name) is not None}
+        if tree.get("learning") is not None:
+            tree["learning"] = replace(tree["learning"], starts=tuple(tree["learning"].starts))
         tree |= {name: tuple(Candidate(**item) for item in tree.get(name, ())) for name in ("candidates", "screened")}
         return cls(**tree | {name: tuple(tree[name]) for name in ("metrics", "fractions")})
 
@@ -160,24 +173,36 @@ def resolve_policy(run: Run, policy: str) -> str:
     return policy if policy != "selected" else _selected(run, "plan.policy").chosen.policy
 
 
-def resolve_relearn(run: Run, relearn: Relearn) -> Relearn:
+def resolve_relearn(run: Run, config: Config) -> Relearn:
     """What `relearn` means: with `what: selected`, what was found to be worth while, or to learn after no wave.
 
     Raises:
         ConfigError: nothing was selected, or not with these waves.
     """
+    relearn = config.relearn
     if relearn.what != "selected" or not relearn.after_waves:
         return relearn
-    found = _selected(run, "relearn.what").learning
-    if found is None:
+    found, starts = _selected(run, "relearn.what").learning, learning_starts(config)
+    if found is None or found.starts != starts:
         raise ConfigError(
-            "the selection was not asked whether to learn on the way",
-            expected="relearn.what: selected and relearn.after_waves when the transformation was fitted",
+            "the selection was not asked whether to learn after these waves",
+            expected="relearn.what, relearn.after_waves and plan.waves as they were when the transformation was fitted",
+            found="not asked" if found is None else f"asked for {_shares(found.starts)}, and now {_shares(starts)}",
             where="relearn.what: selected",
             remedy="say what to learn in relearn.what, or start a run with these settings",
         )
     update = {"after_waves": ()} if found.what == "nothing" else {"what": found.what}
     return relearn.model_copy(update=update)
+
+
+def learning_starts(config: Config) -> tuple[float, ...]:
+    """The fractions of the gallery that `relearn.after_waves` stand for."""
+    ends = wave_ends(config.plan.waves)
+    return tuple(float(ends[wave - 1]) for wave in config.relearn.after_waves)
+
+
+def _shares(fractions: tuple[float, ...]) -> str:
+    return "after " + ", ".join(f"{fraction:.1%}" for fraction in fractions)
 
 
 def _selected(run: Run, where: str) -> Selection:

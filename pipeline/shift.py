@@ -37,8 +37,8 @@ class Likeness:
         same_side: of the old embeddings, the share of nearest neighbours from their own side: 0.5 where both look
             alike, 1 where they are apart.
         noise: the standard deviation of that share where sides are drawn by lot.
-        error_ratio: the mean |new - z|^2 of the gallery's images over that of held-out pairs; None where there is no
-            transformation yet.
+        error_ratio: the mean squared distance of transformed vectors from the new embeddings, of the gallery's images
+            over that of held-out pairs; None where there is no transformation yet.
         error_noise: its standard error.
     """
 
@@ -57,8 +57,12 @@ class Likeness:
         """Whether the transformation is clearly worse on the gallery than on held-out pairs."""
         return self.error_ratio is not None and self.error_ratio - _SURE * self.error_noise > _LARGER
 
-    def warnings(self) -> Sequence[str]:
-        """A sentence for each of the two that is so, and what to do; nothing where pairs look like the gallery."""
+    def warnings(self, known: bool = False) -> Sequence[str]:
+        """A sentence for each of the two that is so, and what to do; nothing where pairs look like the gallery.
+
+        Args:
+            known: whether it was chosen by images of the gallery already, so that there is nothing to do.
+        """
         found = []
         if self.apart:
             found.append(
@@ -70,10 +74,10 @@ class Likeness:
                 "The transformation is further from the new encoder on the gallery than on the pairs: "
                 f"{self.error_ratio:.2f} (± {self.error_noise:.2f}) times their squared error."
             )
-        if found:
+        if found and not known:
             found.append(
-                "What held-out pairs promise may not hold here. Take pairs of the gallery's kind, or name some of its "
-                "images with their labels in probe.manifest and choose by them (select.measured_on: probe)."
+                "What held-out pairs promise may not hold here. Take pairs of the gallery's kind; or, in a new run, name "
+                "some of its images with their labels in probe.manifest and choose by them (select.measured_on: probe)."
             )
         return found
 

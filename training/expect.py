@@ -16,7 +16,7 @@ from pipeline import fan_out, probe_set, storage
 from pipeline.agreement import among
 from pipeline.boost import resolve_boost
 from pipeline.config import Config
-from pipeline.evaluate import METRICS, Metrics, evaluate, order_by_priority, recall, simulate_curve
+from pipeline.evaluate import METRICS, Metrics, evaluate, order_by_priority, recall
 from pipeline.expected import Ends, Expected, expect, expected_uri
 from pipeline.gallery import codes_of, labelled_sample
 from pipeline.plan import Plan
@@ -27,7 +27,7 @@ from pipeline.schema import Float32, Int64, vectors_from_arrow
 from pipeline.selection import read_selection, resolve_policy
 from pipeline.shift import Likeness, likeness
 from training.held_out import FOLDS, HeldOut, fold_places, held_out, priorities
-from training.simulate import FINAL, curves_of, order_by
+from training.simulate import FINAL, Detail, curves_of, order_by, queries_of
 
 _LEAST_FOLDED = 1000  # pairs; with fewer, what a fold says of the band is noise, and some labels are there once
 _LEAST_LABELLED = 100
@@ -104,12 +104,14 @@ def resemblance(config: Config, run: Run, plan: Plan) -> Likeness | None:
 def _shapes(config: Config, run: Run, labelled: bool) -> tuple[tuple[str, ...], Float64]:
     """The metrics, and per fold of held-out pairs their curves under the run's order, (F, P, M).
 
-    A selection's curves are of pairs that its policy knows nothing of, but of the policy alone.
+    A selection's curves are of pairs that its policy knows nothing of, but of the policy alone. Those that it measured
+    on the probe set are left aside: that has its say as `_own`.
     """
     policy = resolve_policy(run, config.plan.policy)
     boost, selection = resolve_boost(config, run, policy), read_selection(run)
-    as_selected = selection is not None and selection.chosen.policy == policy and not boost and not config.plan.traffic
-    if selection is not None and as_selected and (labelled or "recall10" in selection.curves):
+    plain = not boost and not config.plan.traffic
+    as_selected = selection is not None and selection.chosen.policy == policy and selection.measured_on == "pairs"
+    if selection is not None and as_selected and plain and (labelled or "recall10" in selection.curves):
         names = tuple(selection.curves)
         return names, np.stack([np.array(selection.curves[name]) for name in names], axis=2)
     return curves_by_fold(config, held_out(config, run), policy, boost, labelled)
@@ -185,40 +187,17 @@ def _ends_by_labels(
 
 
 def _own(config: Config, run: Run, plan: Plan, probe: ProbeSet, rows: Int64) -> dict[str, Float64]:
-    """`own_backfill` of the labelled probe images, in the plan's order."""
+    """`queries_of` of the labelled probe images, in the plan's order."""
     ids, parts = probe.ids[rows], range(plan.num_parts)
     table = pa.concat_tables(fan_out.each(_priorities, (run, ids), parts, plan.num_gallery)).sort_by("id")
     order = order_by_priority(table["priority"].to_numpy(), ids, plan.seed)
-    return own_backfill(probe.transformed[rows], probe.new[rows], probe.labels[rows], order, config.gallery.metric)
+    sides, metric = (probe.transformed[rows], probe.new[rows], probe.labels[rows]), config.gallery.metric
+    return queries_of(*sides, order, metric, Detail(FINAL.points, len(rows)))
 
 
 def _priorities(run: Run, ids: Int64, part: int) -> pa.Table:
     rows = storage.read_parquet(run.part("transformed", part), ["id", "priority"])
     return rows.filter(pa.array(np.isin(rows["id"].to_numpy(), ids)))
-
-
-def own_backfill(served: Float32, new: Float32, labels: Int64, order: Int64, metric: str) -> dict[str, Float64]:
-    """The backfill of images that are gallery and queries at once: per metric (Q, P) in per cent, of queries that have
-    a match.
-
-    Args:
-        served: (N, d) float32.
-        new: (N, d) float32.
-        labels: (N,) int64.
-        order: (N,) int64, the rows as they are embedded.
-        metric: l2, ip or cosine.
-    """
-    sides = (served, new, new, labels, labels)
-    found = simulate_curve(
-        *sides, {"": [order]}, points=FINAL.points, metric=metric, self_match=True, per_query=True
-    ).queries
-    assert found is not None, "asked per query"
-    ranks, precision = (values[0] for values in found[""])  # (P, Q) of the one order
-    matched = ranks[0] > 0
-    return {
-        name: 100 * np.asarray(values, np.float64)[:, matched].T
-        for name, values in (("top1", ranks == 1), ("top5", ranks <= 5), ("map", precision))
-    }
 
 
 @dataclass(frozen=True, slots=True)

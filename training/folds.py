@@ -21,10 +21,11 @@ from safetensors.numpy import load, save
 
 from pipeline import storage
 from pipeline.config import Config, Select
+from pipeline.nearest import nearest
 from pipeline.offset import Classifier
 from pipeline.policy import Scored
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64, splitmix64
+from pipeline.schema import Float32, Int64, splitmix64, vectors_from_arrow
 from pipeline.transformation import apply, resolve_device
 from training.candidates import Recipe
 from training.knowledge import measurable
@@ -33,6 +34,9 @@ from training.learner import FitData, Job, Learner, PairArrays, can_classify, ma
 OnStep = Callable[[str, int, int], None]
 FOLDER = "selecting"
 APPLY_BATCH = 8192
+_SALT = 0xF01D
+_SAME = 1e-6
+"""Of the squared length: two old embeddings so near to each other are of one image, or of its copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,12 @@ def taken(pairs: PairArrays, rows: Int64) -> PairArrays:
     side = None if pairs.side is None else pairs.side[rows]
     labels = None if pairs.labels is None else pairs.labels[rows]
     return PairArrays(pairs.old[rows], pairs.new[rows], side, labels)
+
+
+def by_chance(count: int, most: int) -> Int64:
+    """Rows of so many, sorted: at most `most` of them, whatever order these are in."""
+    chance = splitmix64(np.arange(count), _SALT)
+    return np.sort(np.argsort(chance, kind="stable")[:most])
 
 
 def joined(first: PairArrays, second: PairArrays) -> PairArrays:
@@ -101,7 +111,10 @@ class Split:
 
     def digest(self) -> str:
         """Of the sample: the pairs are what the run has."""
-        return "" if self.sample is None else hashlib.sha256(self.sample.new.tobytes()).hexdigest()
+        if self.sample is None:
+            return ""
+        parts = (self.sample.old, self.sample.new, self.sample.side, self.sample.labels)
+        return hashlib.sha256(b"".join(b"" if part is None else part.tobytes() for part in parts)).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +126,16 @@ class Fits:
 
 
 def split(config: Config, data: FitData, settings: Select, sample: PairArrays | None) -> Split:
-    """Cut the pairs into folds by a hash of their index; at most `max_pairs` of them."""
+    """Cut the pairs into folds by a hash of their index; at most `max_pairs` of them.
+
+    Pairs that are images of the sample are left out where this is measured: it is measured on none that it saw.
+    """
     tables = [storage.read_parquet(uri) for uri in [*data.train_parts, *data.held_out_parts]]
     table = pa.concat_tables(tables).sort_by("index")
+    if sample is not None and settings.measured_on == "probe":
+        old = vectors_from_arrow(table["old"])
+        gaps = nearest(old, sample.old, 1)[0][:, 0]
+        table = table.filter(pa.array(gaps > _SAME * np.square(old).sum(axis=1)))
     chance = splitmix64(table["index"].to_numpy(), config.seed + 3)
     rows = np.sort(np.argsort(chance, kind="stable")[: settings.max_pairs])
     places = (chance[rows] % np.uint64(settings.folds)).astype(np.int64)

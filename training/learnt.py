@@ -23,12 +23,11 @@ from pipeline.ranking import Float64
 from pipeline.run import Run
 from pipeline.schema import Float32
 from pipeline.transformation import apply, load_transformation, read_part
+from training.folds import APPLY_BATCH
 from training.learner import PairArrays
 
 _LEAST = 50
 """Images of the probe set that are left: with fewer, held-out embedded ones are asked, and labels are not looked at."""
-
-_APPLY_BATCH = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +70,9 @@ class Learnt:
     def from_json(cls, text: bytes) -> Self:
         """The inverse of `json.dumps(asdict(...))`."""
         tree: dict[str, Any] = json.loads(text)
+        if "before" in tree:  # as it was kept when the error was all that counted
+            old = {name: tree.pop(name) for name in ("before", "after", "noise")}
+            tree["error"] = None if old["before"] is None else old
         changes = {name: Change(**tree[name]) for name in ("error", "precision") if tree.get(name) is not None}
         return cls(**tree | changes)
 
@@ -122,7 +124,7 @@ def compare(
 def _vectors(place: Run, pairs: PairArrays) -> tuple[Float32, Float32]:
     """z and s of the transformation that lies there."""
     network, _ = load_transformation(place, torch.device("cpu"))
-    return apply(network, pairs.old, pairs.side, torch.device("cpu"), _APPLY_BATCH)
+    return apply(network, pairs.old, pairs.side, torch.device("cpu"), APPLY_BATCH)
 
 
 def _errors(place: Run, pairs: PairArrays) -> Float64:

@@ -43,8 +43,6 @@ from training.pairs import MIN_PAIRS, NUM_STRIPES, build_pairs, fit_data
 
 _LOG = logging.getLogger(__name__)
 _SALT = 0x1EA2  # of the sample alone
-_LEAST_PROBE = 50  # images that are left: with fewer, held-out embedded ones say which h is better
-_APPLY_BATCH = 8192
 _HASHES = 2**64
 
 
@@ -80,7 +78,7 @@ def relearn(
         on_step("learn from it")
         if images.num_rows < MIN_PAIRS:
             _keep(_before(run, plan, wave), place, Learnt(wave, "nothing", images.num_rows))
-        elif resolve_relearn(run, config.relearn).what == "order":
+        elif resolve_relearn(run, config).what == "order":
             _learn_order(config, run, plan, wave, data, images)
         else:
             _learn_transformation(config, run, plan, wave, data, images, on_epoch)
@@ -229,13 +227,15 @@ def _classifies(source: Run) -> bool:
 
 
 def _write_pairs(config: Config, place: Run, data: FitData, images: pa.Table, held: NDArray[np.bool_]) -> FitData:
-    """The pairs, and beside them the images, those to train on repeated up to the number of pairs."""
+    """The pairs, and beside them the images, each once: repeated up to the number of pairs they took mAP far down.
+
+    They are not like the rest: an order takes the hardest ones first.
+    """
     mine = images.filter(pa.array(~held))
-    times = max(1, data.num_train // max(1, mine.num_rows))
     stripes = (splitmix64(mine["index"].to_numpy(), config.seed + 2) % np.uint64(NUM_STRIPES)).astype(np.int64)
     parts = []
     for stripe in np.unique(stripes).tolist():
-        rows = np.tile(np.flatnonzero(stripes == stripe), times)
+        rows = np.flatnonzero(stripes == stripe)
         parts.append(place.part("pairs/train", stripe))
         storage.put_once(parts[-1], storage.parquet_bytes(images.schema, [mine.take(pa.array(rows))]))
     rest = place.part("pairs/held_out", 0)
@@ -244,5 +244,5 @@ def _write_pairs(config: Config, place: Run, data: FitData, images: pa.Table, he
         data,
         train_parts=[*data.train_parts, *parts],
         held_out_parts=[*data.held_out_parts, rest],
-        num_train=data.num_train + times * mine.num_rows,
+        num_train=data.num_train + mine.num_rows,
     )

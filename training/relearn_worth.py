@@ -10,23 +10,26 @@ good by `recall10`, but what it moves away is not found. This module does not kn
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import ray
 import torch
 from numpy.typing import NDArray
 
-from pipeline.config import Config
+from pipeline.config import Config, Select
 from pipeline.evaluate import METRICS
 from pipeline.policy import load_policy
 from pipeline.ranking import Float64
 from pipeline.schema import Float32, Int64, splitmix64
-from pipeline.selection import Learnt
-from training.candidates import Serving
-from training.folds import Fold, fit_alone, joined, taken
-from training.learner import Job, PairArrays
+from pipeline.selection import Learning, Learnt, learning_starts
+from pipeline.transformation import resolve_device
+from training.candidates import Candidate, Serving
+from training.folds import Fold, OnStep, Split, by_chance, fit_alone, fitting_task, job_of, joined, taken
+from training.learner import FitData, Job, PairArrays
 from training.losses import NO_LABEL
-from training.simulate import Detail, curves_of, knowing, order_by
+from training.simulate import FINAL, Detail, knowing, order_by, queries_of
 
 WAYS: tuple[Learnt, ...] = ("nothing", "order", "transformation")
 """What is learnt again, the simplest first; see `config.Relearn`."""
@@ -74,15 +77,15 @@ class State:
 
 
 def curves(scene: Scene) -> dict[Learnt, Float64]:
-    """The curve of each way, (P, 3) float64: METRICS in per cent; where something is learnt it is known."""
+    """The curve of each way, (P, Q, 3) float64: METRICS of each query that has a match, in per cent."""
     first = scene.first()
     return {way: curve(scene, way, first) for way in WAYS}
 
 
 def curve(scene: Scene, way: Learnt, first: State) -> Float64:
-    """The curve of one way, (P, 3)."""
+    """The curve of one way, (P, Q, 3). At a fraction where something is learnt, it is known."""
     num, points = len(scene.gallery.old), scene.detail.points
-    fractions, found = np.arange(points) / (points - 1), np.empty((points, len(METRICS)))
+    fractions, found = np.arange(points) / (points - 1), list[Float64]()
     served, order = _served(scene, first, first)
     state, starts = first, [0.0, *scene.starts] if way != "nothing" else [0.0]
     for start, end in zip(starts, [*starts[1:], 2.0], strict=True):
@@ -92,27 +95,57 @@ def curve(scene: Scene, way: Learnt, first: State) -> Float64:
             served, rest = _served(scene, state, state if way == "transformation" else _with(state, done))
             order = np.concatenate([done, rest[~np.isin(rest, done)]])
         here = (fractions >= start) & (fractions < end)
-        some = curves_of(scene.config, served, state.gallery, {"": [order]}, scene.detail)[1][""]
-        found[here] = some[here]
-    return found
+        found.append(_queries(scene, served, order)[here])
+    return np.concatenate(found)
 
 
-def error_ratio(state: State, rows: Int64) -> float:
-    """The mean |new - z|^2 of some images of the gallery over that of held-out pairs."""
-    mine, known = state.gallery.take(rows), state.known
-    errors = [np.square(side.pairs.new - side.z).sum(axis=1).mean() for side in (mine, known)]
-    return float(errors[0] / errors[1])
+def decide(
+    config: Config, data: FitData, parts: Split, chosen: Candidate, columns: Sequence[int], on_step: OnStep
+) -> Learning:
+    """Whether to learn on the way with the chosen candidate, by a simulation on each fold, or on the sample; by tasks.
+
+    Args:
+        config: `select` and `relearn` say how.
+        data: all pairs.
+        parts: the folds; with a sample that is measured, whose images have labels.
+        chosen: the candidate.
+        columns: those of METRICS that count.
+        on_step: as in `select`.
+    """
+    settings, starts, stored = config.select or Select(), learning_starts(config), ray.put(parts)
+    task = fitting_task(config, _decide_fold)
+    tasks = [task.remote(config, data, stored, chosen, starts, fold) for fold in range(settings.folds)]
+    scores: dict[Learnt, list[Float64]] = {way: [] for way in WAYS}
+    on_step("select: learning on the way", 0, len(tasks))
+    for done, item in enumerate(tasks, start=1):
+        for way, found in ray.get(item).items():
+            scores[way].append(found.mean(axis=0)[:, list(columns)].mean(axis=1))
+        on_step("select: learning on the way", done, len(tasks))
+    return Learning.decide(starts, scores)
+
+
+def _decide_fold(
+    config: Config, data: FitData, parts: Split, chosen: Candidate, starts: tuple[float, ...], fold: int
+) -> dict[Learnt, Float64]:
+    """The curves of one fold; of the sample all images, for each fold's fit: there are few enough to learn from."""
+    settings = config.select or Select()
+    job = replace(job_of(config, data, chosen.recipe), seed=config.seed + fold)
+    gallery = parts.held(fold, job, settings.max_measured)
+    if settings.measured_on == "probe":
+        assert parts.sample is not None, "checked before the fits"
+        gallery = taken(parts.sample, by_chance(len(parts.sample.old), settings.max_measured))
+    train, device = parts.train(fold, job), resolve_device(config.device)
+    return curves(Scene(config, job, train, gallery, chosen.serving, chosen.policy, starts, FINAL, device))
 
 
 def _fitted(scene: Scene, done: Int64) -> State:
-    """Fit on the pairs and on images of the gallery that are embedded, repeated until they are as many (`relearn`)."""
+    """Fit on the pairs and on images of the gallery that are embedded, each once, as `relearn` does."""
     pairs, gallery = scene.train, scene.gallery
     apart, own = _held_out(scene, np.arange(len(pairs.old))), _held_out(scene, done)
     train, known = taken(pairs, np.flatnonzero(~apart)), taken(pairs, np.flatnonzero(apart))
     if len(done):
         images = _unlabelled(gallery, pairs)
-        mine = np.tile(done[~own], max(1, len(train.old) // max(1, int((~own).sum()))))
-        train, known = joined(train, taken(images, mine)), joined(known, taken(images, done[own]))
+        train, known = joined(train, taken(images, done[~own])), joined(known, taken(images, done[own]))
     both = joined(known, gallery)
     found = fit_alone(scene.job, train, both, scene.job.seed, scene.device)
     count = len(known.old)
@@ -146,3 +179,11 @@ def _served(scene: Scene, state: State, knows: State) -> tuple[Float32, Int64]:
     served, _ = knowing(config, gallery, state.known, scene.serving, learned=False)
     _, reference = knowing(config, gallery, knows.known, scene.serving, learned)
     return served, order_by(load_policy(scene.policy, config.seed, reference)(gallery.scored()), config.seed)
+
+
+def _queries(scene: Scene, served: Float32, order: Int64) -> Float64:
+    """(P, Q, 3)."""
+    new, labels, metric = scene.gallery.new, scene.gallery.labels, scene.config.gallery.metric
+    assert labels is not None, "it is decided by labels alone"
+    found = queries_of(served, new, labels, order, metric, scene.detail)
+    return np.stack([found[name].T for name in METRICS], axis=2)

@@ -8,8 +8,9 @@
 Guarantee: what is measured on a fold was fitted without it: the network and its classifier, the offset, and what the
 policies know of pairs. Offset and policies are fitted on another fold, with the classifier that had not seen that one.
 With `measured_on: probe` it is the probe set that is measured, a share of it by each fold's network.
-The selection is a function of the pairs, the probe set, the settings and the seed. A fit or a selection that is there
-is not made again. This module does not fit what is served in the end; `fit` does that, with the settings chosen here.
+The selection is a function of the pairs, the probe set, the settings and the seed. A fit of a fold, or a whole
+selection, that is there is not made again. This module does not fit what is served in the end; `fit` does that, with
+the settings chosen here.
 """
 
 from __future__ import annotations
@@ -26,24 +27,21 @@ from pipeline.config import Config, Select
 from pipeline.errors import ConfigError
 from pipeline.evaluate import METRICS, evaluate
 from pipeline.gallery import codes_of
-from pipeline.plan import wave_ends
 from pipeline.policy import POLICIES
-from pipeline.ranking import Float64
 from pipeline.run import Run
-from pipeline.selection import Learning, Learnt, Selection
+from pipeline.selection import Learning, Selection, learning_starts
 from pipeline.shift import Likeness, likeness
-from pipeline.transformation import resolve_device
-from training.candidates import Candidate, Recipe, Row, Serving, finalists, selection_of
-from training.folds import FOLDER, Fits, Fold, OnStep, Split, digest, fit_folds, fitting_task, job_of, split
+from training.candidates import Candidate, Recipe, Row, Serving, choose, finalists, selection_of
+from training.folds import FOLDER, Fits, Fold, OnStep, Split, by_chance, digest, fit_folds, job_of, split, taken
 from training.learner import FitData, PairArrays, can_classify, make_arrays
 from training.losses import NO_LABEL, needs_labels
-from training.relearn_worth import WAYS, Scene, curves
+from training.relearn_worth import decide
 from training.simulate import FINAL, SCREENING, Detail, measure_fold
 
 _SCREENING = ("random", "uncertainty", "least_confidence")
 """Orders with which all offsets of all recipes are tried before the finalists meet every order."""
 
-_LEAST_SHARE = 100
+LEAST_SHARE = 100
 """Images of the probe set that each fold's network is measured on, at least."""
 
 Sides = list[tuple[Fold, Fold]]
@@ -68,6 +66,7 @@ def select(config: Config, run: Run, data: FitData, on_step: OnStep) -> Selectio
     settings = config.select or Select()
     sample = _sample(config, run, data)
     _check(settings, data, sample)
+    sample = _measured(sample, settings) if settings.measured_on == "probe" else sample
     parts = split(config, data, settings, sample)
     decides = [settings.model_dump(mode="json"), _relearn_settings(config), parts.digest()]
     kept = run.path(FOLDER, f"{digest(config, data, decides)}.json")
@@ -91,7 +90,11 @@ def _select(config: Config, run: Run, data: FitData, settings: Select, parts: Sp
     screened = _measure(config, sides, tried, first, SCREENING, "screen", on_step)
     rows = _measure(config, sides, finalists(screened, columns, settings.finalists), known, FINAL, "orders", on_step)
     found = selection_of(rows, screened, names, columns, len(some[0].s), _ends(config, some))
-    learning = _learning(config, data, parts, found, columns, on_step)
+    learning = None
+    if _relearn_settings(config) is not None:
+        learning = Learning("nothing", learning_starts(config), {}, {})
+        if names == METRICS:
+            learning = decide(config, data, parts, choose(rows, columns).candidate, columns, on_step)
     alike = _likeness(config, fits[recipes[0]])
     return replace(found, measured_on=settings.measured_on, likeness=alike, learning=learning)
 
@@ -109,13 +112,48 @@ def _sample(config: Config, run: Run, data: FitData) -> PairArrays | None:
     return replace(make_arrays(pa.table(columns), job), labels=codes if names else None)
 
 
+def _measured(sample: PairArrays | None, settings: Select) -> PairArrays:
+    """The images of the probe set that are measured.
+
+    Where some have labels it is those alone: an answer without a label is neither right nor wrong.
+
+    Raises:
+        ConfigError: they are too few.
+    """
+    least = settings.folds * LEAST_SHARE
+    found, what = sample, "images"
+    if sample is not None and sample.labels is not None:
+        found, what = taken(sample, np.flatnonzero(sample.labels != NO_LABEL)), "images with a label"
+    if found is None or len(found.old) < least:
+        raise too_few(0 if found is None else len(found.old), what, settings)
+    return found
+
+
+def too_few(count: int, what: str, settings: Select) -> ConfigError:
+    """That the probe set is too small to be measured in the place of pairs."""
+    return ConfigError(
+        "the probe set is too small to choose by",
+        expected=f"at least {settings.folds * LEAST_SHARE} {what}, {LEAST_SHARE} for each of {settings.folds} folds",
+        found=count,
+        where="select.measured_on, probe.images, probe.manifest",
+        remedy="name more images in probe.manifest or raise probe.images, in a new run (`--set run=...`)",
+    )
+
+
 def _sides(fits: Fits, settings: Select) -> Sides:
     if settings.measured_on == "pairs":
-        return list(zip(fits.held, [*fits.held[1:], fits.held[0]], strict=True))
-    count = len(fits.held)
-    shares = [np.arange(number, len(fits.sample[0].s), count) for number in range(count)]  # its order is by id
-    measured = [fold.take(rows) for fold, rows in zip(fits.sample, shares, strict=True)]
-    return list(zip(measured, fits.held, strict=True))
+        return _comparable(list(zip(fits.held, [*fits.held[1:], fits.held[0]], strict=True)))
+    count, most = len(fits.held), settings.folds * settings.max_measured
+    rows = np.random.default_rng(0).permutation(by_chance(len(fits.sample[0].s), most))
+    measured = [fold.take(np.sort(rows[number::count])) for number, fold in enumerate(fits.sample)]
+    return _comparable(list(zip(measured, fits.held, strict=True)))
+
+
+def _comparable(sides: Sides) -> Sides:
+    """All by labels, or none where one fold has too few of them for that."""
+    if all(measured.labels() is not None for measured, _ in sides):
+        return sides
+    return [(replace(fold, pairs=replace(fold.pairs, labels=None)), other) for fold, other in sides]
 
 
 def _check(settings: Select, data: FitData, sample: PairArrays | None) -> None:
@@ -128,15 +166,7 @@ def _check(settings: Select, data: FitData, sample: PairArrays | None) -> None:
         )
     labelled = data.num_classes is not None
     if settings.measured_on == "probe":
-        count, least = 0 if sample is None else len(sample.old), settings.folds * _LEAST_SHARE
-        if sample is None or count < least:
-            raise ConfigError(
-                "the probe set is too small to choose by",
-                expected=f"at least {least} images: {_LEAST_SHARE} for each of {settings.folds} folds",
-                found=count,
-                where="select.measured_on, probe.images, probe.manifest",
-            )
-        labelled = sample.labels is not None
+        labelled = _measured(sample, settings).labels is not None
     if labelled and "recall10" in settings.metrics:
         raise ConfigError(
             "what has labels is measured by them",
@@ -218,48 +248,6 @@ def _relearn_settings(config: Config) -> dict[str, object] | None:
     if relearn.what != "selected" or not relearn.after_waves:
         return None
     return relearn.model_dump(mode="json") | {"waves": config.plan.waves, "held_out": config.pairs.held_out_fraction}
-
-
-def _learning(
-    config: Config, data: FitData, parts: Split, found: Selection, columns: list[int], on_step: OnStep
-) -> Learning | None:
-    """What learning on the way is worth with the chosen candidate; None where nobody asks."""
-    if _relearn_settings(config) is None:
-        return None
-    if tuple(found.curves) != METRICS:
-        return Learning("nothing", {}, {})
-    settings, chosen, stored = config.select or Select(), found.chosen, ray.put(parts)
-    recipe = Recipe(chosen.loss, chosen.lambda_disc, chosen.inner_width, chosen.epochs)
-    serving = Serving(chosen.offset, chosen.offset_strength)
-    task = fitting_task(config, _learn_fold)
-    tasks = [task.remote(config, data, stored, recipe, serving, chosen.policy, fold) for fold in range(settings.folds)]
-    on_step("select: learning on the way", 0, len(tasks))
-    rows = []
-    for done, item in enumerate(tasks, start=1):
-        rows.append(ray.get(item))
-        on_step("select: learning on the way", done, len(tasks))
-    areas = {way: np.stack([row[way].mean(axis=0) for row in rows]) for way in WAYS}
-    scores: dict[Learnt, Float64] = {way: area[:, columns].mean(axis=1) for way, area in areas.items()}
-    return Learning.decide(scores)
-
-
-def _learn_fold(
-    config: Config,
-    data: FitData,
-    parts: Split,
-    recipe: Recipe,
-    serving: Serving,
-    policy: str,
-    fold: int,
-) -> dict[Learnt, Float64]:
-    """The curves of one fold, or of the whole probe set by one fold's network: what is learnt from is scarce enough."""
-    settings, job = config.select or Select(), job_of(config, data, recipe)
-    gallery = parts.sample if settings.measured_on == "probe" else parts.held(fold, job, settings.max_measured)
-    assert gallery is not None, "checked before the fits"
-    starts = wave_ends(config.plan.waves)[np.array(config.relearn.after_waves) - 1]
-    job, device = replace(job, seed=config.seed + fold), resolve_device(config.device)
-    scene = Scene(config, job, parts.train(fold, job), gallery, serving, policy, tuple(starts.tolist()), FINAL, device)
-    return curves(scene)
 
 
 def _likeness(config: Config, fits: Fits) -> Likeness | None:

@@ -87,6 +87,39 @@ def knowing(config: Config, fold: Fold, other: Fold, serving: Serving, learned: 
     return served, reference
 
 
+def queries_of(
+    served: Float32, new: Float32, labels: Int64, order: Int64, metric: str, detail: Detail
+) -> dict[str, Float64]:
+    """The backfill of images that are gallery and queries at once, query by query: per metric of METRICS (Q, P), in per
+    cent, of the queries that have a match.
+
+    Args:
+        served: (N, d) float32.
+        new: (N, d) float32.
+        labels: (N,) int64, -1 for none: no query, and never a match.
+        order: (N,) int64, the rows as they are embedded.
+        metric: l2, ip or cosine.
+        detail: P points, and how many queries at most.
+    """
+    rows, ids = _some(np.flatnonzero(labels != NO_LABEL), detail.queries), np.arange(len(served))
+    sides = (served, new, new[rows], labels[rows], labels, {"": [order]})
+    found = simulate_curve(
+        *sides, points=detail.points, metric=metric, query_ids=rows, gallery_ids=ids, per_query=True
+    ).queries
+    assert found is not None, "asked per query"
+    ranks, precision = (values[0] for values in found[""])  # (P, Q) of the one order
+    matched = ranks[0] > 0
+    return {
+        name: 100 * np.asarray(values, np.float64)[:, matched].T
+        for name, values in (("top1", ranks == 1), ("top5", ranks <= 5), ("map", precision))
+    }
+
+
+def _some(rows: Int64, most: int) -> Int64:
+    """Of these, spread over them, as many or fewer."""
+    return rows[:: -(-len(rows) // most)]
+
+
 def order_by(priority: Float32, seed: int) -> Int64:
     """Rows by descending priority, (N,) int64."""
     return order_by_priority(priority, np.arange(len(priority)), seed)
@@ -99,11 +132,10 @@ def curves_of(
     labels, metric, ids = fold.labels(), config.gallery.metric, np.arange(len(served))
     if labels is None:
         flat = {name: some[0] for name, some in orders.items()}
-        rows = ids[:: -(-len(ids) // detail.queries)]
+        rows = _some(ids, detail.queries)
         curves = agreement_curve(served, fold.pairs.new, rows, flat, detail.points, metric)
         return ("recall10",), {name: curve[:, None] for name, curve in curves.items()}
-    queries = np.flatnonzero(labels != NO_LABEL)
-    queries = queries[:: -(-len(queries) // detail.queries)]
+    queries = _some(np.flatnonzero(labels != NO_LABEL), detail.queries)
     simulation = simulate_curve(
         served,
         fold.pairs.new,

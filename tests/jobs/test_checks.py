@@ -103,7 +103,8 @@ def test_an_order_for_which_the_fit_will_leave_what_it_needs_passes(check: Check
             ConfigError,
             "nothing is selected(.|\n)*where: relearn.what: selected",
         ),
-        ({"select": {"measured_on": "probe"}, "probe__images": 0}, ConfigError, "and there is none(.|\n)*probe.images"),
+        ({"select": {"measured_on": "probe"}, "probe__images": 0}, ConfigError, "at least 300 images(.|\n)*found: 0"),
+        ({"select": {"measured_on": "probe"}}, ConfigError, "too small to choose by(.|\n)*found: 200"),
         ({"plan__policy": "no_such_module:order"}, ConfigError, "the policy's function cannot be found"),
     ],
 )

@@ -56,3 +56,4 @@ def test_each_finding_is_said_and_what_to_do_once() -> None:
     assert "53.0%" in said[0]
     assert "1.30 (± 0.02)" in said[1]
     assert "probe.manifest" in said[2]
+    assert list(Likeness(0.53, 0.004, 1.3, 0.02).warnings(known=True)) == list(said[:2])

@@ -120,6 +120,13 @@ def test_it_is_kept_as_it_was_decided(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not none.taken
 
 
+def test_what_was_kept_before_labels_were_looked_at_is_read() -> None:
+    old = {"after_wave": 3, "what": "transformation", "images": 9, "before": 2.0, "after": 1.0, "noise": 0.1}
+    assert Learnt.from_json(json.dumps(old).encode()) == Learnt(3, "transformation", 9, Change(2.0, 1.0, 0.1))
+    none = {"after_wave": 3, "what": "order", "images": 9, "before": None, "after": None, "noise": 0.0}
+    assert Learnt.from_json(json.dumps(none).encode()) == Learnt(3, "order", 9)
+
+
 def test_a_difference_within_its_noise_takes_nothing() -> None:
     rng = np.random.default_rng(0)
     before = rng.normal(size=1000)

@@ -19,7 +19,7 @@ from training.candidates import Serving
 from training.folds import Fold, job_of
 from training.learner import PairArrays
 from training.losses import NO_LABEL
-from training.relearn_worth import WAYS, Scene, curves, error_ratio
+from training.relearn_worth import WAYS, Scene, curves
 from training.simulate import Detail
 
 POINTS = 6
@@ -68,7 +68,7 @@ def test_the_curve_is_that_of_embedding_image_by_image(tmp_path: Path, way: Lear
     scene = scene_of(tmp_path)
     found = curves(scene)
     assert set(found) == set(WAYS)
-    np.testing.assert_allclose(found[way], by_hand(scene, way))
+    np.testing.assert_allclose(found[way].mean(axis=1), by_hand(scene, way))
 
 
 def test_an_order_that_knows_nothing_of_pairs_gains_nothing_by_learning_it_anew(tmp_path: Path) -> None:
@@ -98,26 +98,36 @@ def test_the_labels_of_what_is_measured_train_nothing(tmp_path: Path, monkeypatc
     images = {row.tobytes() for row in scene.gallery.new}
     without, anew = ([row.tobytes() in images for row in train.new] for train in seen)
     assert not any(without)
-    assert sum(anew) > len(anew) / 4
+    assert 60 < sum(anew) <= 80, "most of two fifths, each once"
     labels = seen[1].labels
     assert labels is not None
     assert set(labels[np.array(anew)].tolist()) == {NO_LABEL}
 
 
-def test_a_gallery_of_the_pairs_kind_is_served_as_near_as_held_out_pairs(tmp_path: Path) -> None:
-    state = scene_of(tmp_path).first()
-    assert error_ratio(state, np.arange(len(state.gallery.s))) == pytest.approx(1, abs=0.3)
-
-
 def test_only_a_clear_gain_is_taken_and_the_larger_of_two() -> None:
-    base, noise = np.array([50.0, 51.0, 52.0]), np.array([3.0, -1.0, -1.0])
-    small, large = base + np.array([0.3, 0.4, 0.2]), base + np.array([0.9, 1.0, 1.1])
+    rng = np.random.default_rng(0)
+    folds = [50 + rng.normal(size=400) for _ in range(3)]
 
-    def decide(order: Float64, transformation: Float64) -> Learning:
-        return Learning.decide({"nothing": base, "order": order, "transformation": transformation})
+    def moved(by: float, fits: tuple[float, ...] = (0, 0, 0), images: float = 0.1) -> list[Float64]:
+        return [fold + by + fit + images * rng.normal(size=400) for fold, fit in zip(folds, fits, strict=True)]
 
-    assert decide(small, large).what == "transformation"
-    assert decide(small, base + noise).what == "order"
-    found = decide(base - 0.1, base + noise)
+    def decide(order: list[Float64], transformation: list[Float64]) -> Learning:
+        return Learning.decide((0.1,), {"nothing": folds, "order": order, "transformation": transformation})
+
+    assert decide(moved(0.3), moved(1)).what == "transformation"
+    assert decide(moved(0.3), moved(0.3, fits=(3, -1, -1))).what == "order", "fits differ by more than it gains"
+    assert decide(moved(0.3), moved(0.5, images=10)).what == "order", "images differ by more than it gains"
+    found = decide(moved(-0.1), moved(0.3, fits=(3, -1, -1)))
     assert found.what == "nothing"
-    assert "transformation +0.33 ± 1.33" in str(found)
+    assert found.gain_error["transformation"] == pytest.approx(np.std([3, -1, -1], ddof=1) / 3**0.5, abs=0.02)
+    assert "transformation +0.6" in str(found)
+
+
+def test_a_way_that_is_worth_nothing_is_seldom_taken_though_all_folds_share_their_images() -> None:
+    rng, taken = np.random.default_rng(1), 0
+    for _ in range(300):
+        images = rng.normal(size=200)
+        folds = [rng.normal(size=200) for _ in range(3)]
+        other = [fold + images + 0.1 * rng.normal(size=200) for fold in folds]
+        taken += Learning.decide((0.1,), {"nothing": folds, "order": folds, "transformation": other}).what != "nothing"
+    assert taken < 0.05 * 300

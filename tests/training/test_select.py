@@ -19,7 +19,15 @@ from pipeline.policy import load_policy
 from pipeline.reference import load_reference
 from pipeline.run import Run
 from pipeline.schema import vectors_from_arrow
-from pipeline.selection import Candidate, Learning, Selection, read_selection, resolve_policy, resolve_relearn
+from pipeline.selection import (
+    Candidate,
+    Learning,
+    Selection,
+    learning_starts,
+    read_selection,
+    resolve_policy,
+    resolve_relearn,
+)
 from pipeline.transformation import read_info
 from tests.training.test_fit import D_NEW, _data
 from training import folds
@@ -152,16 +160,27 @@ def test_the_probe_set_is_measured_in_place_of_pairs_and_decides_on_learning_on_
     assert set(found.learning.gain) == {"nothing", "order", "transformation"}
     assert Selection.from_json(found.to_json()) == found
     recipe = Recipe("alignment+uncertainty", 1.0, config.fit.inner_width, config.fit.epochs)
-    parts = folds.split(config, data, config.select or Select(), selecting._sample(config, run, data))
+    measured = selecting._sample(config, run, data)
+    parts = folds.split(config, data, config.select or Select(), measured)
+    assert measured is not None
+    assert not {row.tobytes() for row in parts.train(0, folds.job_of(config, data, RECIPE)).old} & {
+        row.tobytes() for row in measured.old
+    }, "pairs that are images of the sample are left out"
     fits = folds.fit_folds(config, run, data, [recipe], parts, silent)[recipe]
     assert fits.sample[0].pairs.new.tobytes() == vectors_from_arrow(sample["new"]).tobytes()
+    config_select = config.select or Select()
+    shares = [
+        np.flatnonzero(np.isin(mine.pairs.new[:, 0], share.pairs.new[:, 0]))
+        for mine, (share, _) in zip(fits.sample, selecting._sides(fits, config_select), strict=True)
+    ]
+    assert np.sort(np.concatenate(shares)).tolist() == list(range(201))
     for number, (held, mine) in enumerate(zip(fits.held, fits.sample, strict=True)):
-        share = mine.take(np.arange(number, 201, 2))
+        share = mine.take(shares[number])
         curve = measure_fold(config, share, held, Serving("none", 0), ["uncertainty"], FINAL)["uncertainty"]
         np.testing.assert_allclose(np.array([found.curves[name][number] for name in found.curves]).T, curve)
     monkeypatch.setattr(selection, "read_selection", lambda run: found)
     wanted = {"nothing": (), "order": (2,), "transformation": (2,)}[found.learning.what]
-    assert resolve_relearn(run, relearn).after_waves == wanted
+    assert resolve_relearn(run, config).after_waves == wanted
 
 
 @pytest.mark.parametrize(("count", "found"), [(0, 0), (150, 150)])
@@ -183,19 +202,54 @@ def test_what_is_measured_says_by_which_metrics(tmp_path: Path, monkeypatch: pyt
         select(config, Run(config.run), data, silent)
 
 
+def test_of_a_partly_labelled_probe_set_the_labelled_images_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, config = _data(tmp_path), config_of(tmp_path, measured_on="probe")
+    table = sample_of(data, 400)
+    names = [name if row % 3 else None for row, name in enumerate(table["label"].to_pylist())]
+    probed(monkeypatch, table.set_column(1, "label", pa.array(names)))
+    sample = selecting._sample(config, Run(config.run), data)
+    found = selecting._measured(sample, config.select or Select())
+    assert len(found.old) == sum(name is not None for name in names)
+    few = [name if row % 8 == 0 else None for row, name in enumerate(table["label"].to_pylist())]
+    probed(monkeypatch, table.set_column(1, "label", pa.array(few)))
+    with pytest.raises(ConfigError, match="at least 200 images with a label(.|\n)*found: 50"):
+        select(config, Run(config.run), data, silent)
+
+
+def test_shares_without_enough_labels_are_all_measured_without(tmp_path: Path) -> None:
+    """Where one share has each label once, no other is measured by labels either."""
+    rng = np.random.default_rng(0)
+    vectors, s = rng.normal(size=(40, D_NEW)).astype(np.float32), np.zeros(40, np.float32)
+    some, each = np.arange(40) % 4, np.arange(40)
+    sides = [Fold(PairArrays(vectors, vectors, None, labels), vectors, s, None) for labels in (some, each)]
+    found = selecting._comparable([(fold, fold) for fold in sides])
+    assert [fold.labels() for fold, _ in found] == [None, None]
+    assert selecting._comparable([(sides[0], sides[1])])[0][0] is sides[0]
+
+
 def test_learning_on_the_way_that_nobody_was_asked_about_is_named_as_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    relearn, run = Relearn(after_waves=(2,), what="selected"), Run(str(tmp_path))
-    given = Relearn(after_waves=(2,), what="order")
-    found: list[Selection | None] = [None, CHOSEN, replace(CHOSEN, learning=Learning("order", {}, {}))]
+    config, run = config_of(tmp_path), Run(str(tmp_path))
+
+    def asked(waves: tuple[int, ...], what: str) -> Config:
+        return config.model_copy(update={"relearn": Relearn(after_waves=waves, what=what)})  # type: ignore[arg-type]
+
+    selected, given = asked((2,), "selected"), asked((2,), "order")
+    found: list[Selection | None] = [None, CHOSEN]
     monkeypatch.setattr(selection, "read_selection", lambda run: found.pop(0))
     with pytest.raises(ConfigError, match="nothing was selected"):
-        resolve_relearn(run, relearn)
-    with pytest.raises(ConfigError, match="was not asked whether to learn"):
-        resolve_relearn(run, relearn)
-    assert resolve_relearn(run, relearn) == given
-    assert resolve_relearn(run, given) == given
+        resolve_relearn(run, selected)
+    with pytest.raises(ConfigError, match="not asked"):
+        resolve_relearn(run, selected)
+    learning = Learning("order", learning_starts(selected), {}, {})
+    monkeypatch.setattr(selection, "read_selection", lambda run: replace(CHOSEN, learning=learning))
+    assert resolve_relearn(run, selected) == given.relearn
+    assert resolve_relearn(run, given) == given.relearn
+    with pytest.raises(ConfigError, match=r"asked for after 1\.4%, and now after 0\.5%, 1\.4%"):
+        resolve_relearn(run, asked((1, 2), "selected"))
 
 
 @pytest.mark.slow
