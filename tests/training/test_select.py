@@ -214,7 +214,7 @@ def test_of_a_partly_labelled_probe_set_the_labelled_images_are_measured(
     assert len(found.old) == sum(name is not None for name in names)
     few = [name if row % 8 == 0 else None for row, name in enumerate(table["label"].to_pylist())]
     probed(monkeypatch, table.set_column(1, "label", pa.array(few)))
-    with pytest.raises(ConfigError, match="at least 200 images with a label(.|\n)*found: 50"):
+    with pytest.raises(ConfigError, match=r"at least 200 images with a label(.|\n)*found: 50"):
         select(config, Run(config.run), data, silent)
 
 
