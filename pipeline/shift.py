@@ -76,8 +76,9 @@ class Likeness:
             )
         if found and not known:
             found.append(
-                "What held-out pairs promise may not hold here. Take pairs of the gallery's kind; or, in a new run, name"
-                " some of its images with their labels in probe.manifest and choose by them (select.measured_on: probe)."
+                "What held-out pairs promise may not hold here. Take pairs of the gallery's kind; or, in a new run, "
+                "name some of its images with their labels in probe.manifest and choose by them "
+                "(select.measured_on: probe)."
             )
         return found
 
