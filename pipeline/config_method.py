@@ -146,13 +146,15 @@ class Relearn(Section):
     """Learning on the way: what is left is planned anew with the embedded images of the gallery.
 
     Once a wave of `after_waves` is embedded, these images are pairs like any others: h and s are fitted again on the
-    pairs and at most `images` of them, repeated until they are as many as the pairs; with `what: order` only what the
-    policy knows is made anew, and h stays. The images that are left are then transformed, scored and cut again into
-    the waves that are left, whose sizes stay; no image is embedded twice. The new h is taken only where it is clearly
-    nearer to the new encoder on images of the gallery that are left (the probe set's). The stream stands still
-    meanwhile. With many pairs it did harm in mAP: docs/decisions/0005 before you turn it on, or let the selection
-    decide: with `what: selected` it simulates each way on what it measures on, and nothing is learnt where that does
-    not raise the area by more than a standard error, or where there are no labels to tell by.
+    pairs and at most `images` of them; with `what: order` only what the policy knows is made anew, and h stays. The
+    images that are left are then transformed, scored and cut again into the waves that are left, whose sizes stay; no
+    image is embedded twice. The new h is taken only where it is clearly nearer to the new encoder on images of the
+    gallery that are left (the probe set's), and by their labels, if they have some, does not find less. The stream
+    stands still meanwhile.
+
+    With `what: selected` the selection decides: it simulates each way on what it measures on, and nothing is learnt
+    where that does not raise the area by more than two standard errors, or where there are no labels to tell by.
+    Without it see docs/decisions/0005 before you turn it on: it gains most with few pairs of another kind.
     """
 
     after_waves: tuple[Count, ...] = ()

@@ -14,7 +14,15 @@ from benchmarks import first_benefit, small_run
 from benchmarks.measure import Spread
 from benchmarks.small_run import STAGES, VISIBLE, Job
 
-WAITS = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_DFL); time.sleep(60)"
+WAITS = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+file = pathlib.Path({file!r})
+file.parent.mkdir(parents=True)
+file.with_suffix(".new").write_text({text!r})
+file.with_suffix(".new").rename(file)  # whole or not at all, and when the signal is heard
+time.sleep(60)
+"""
 
 
 class Late(PosixPath):
@@ -37,7 +45,8 @@ def instead_of_a_backfill(monkeypatch: pytest.MonkeyPatch, program: str) -> None
 
 
 def test_a_file_that_comes_between_two_looks_is_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    instead_of_a_backfill(monkeypatch, WAITS)
+    text = '{"commit": 0}'
+    instead_of_a_backfill(monkeypatch, WAITS.format(file=str(tmp_path / STAGES[VISIBLE]), text=text))
     assert "planned" in Job(Late(tmp_path), tmp_path).backfill(until=STAGES["planned"])
 
 
@@ -57,8 +66,8 @@ def test_what_came_since_the_last_look_is_timed_when_the_command_ends(
 def test_snapshot_0_is_visible_only_where_prod_points_to_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, commit: int
 ) -> None:
-    instead_of_a_backfill(monkeypatch, WAITS)
-    write(tmp_path, STAGES[VISIBLE], f'{{"commit": {commit}}}')
+    text = f'{{"commit": {commit}}}'
+    instead_of_a_backfill(monkeypatch, WAITS.format(file=str(tmp_path / STAGES[VISIBLE]), text=text))
     assert (VISIBLE in Job(tmp_path, tmp_path).backfill(until=STAGES[VISIBLE])) == (commit == 0)
 
 
