@@ -20,8 +20,8 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, selecting:
     """Fit the transformation from old to new embeddings, and measure it on held-out pairs.
 
     Where the pairs are given as images, both embeddings are computed first, once. With --select, or a `select`
-    section in the config, losses, offsets and orders are tried on held-out pairs, and the best ones are taken;
-    `plan.policy: selected` then takes the order.
+    section in the config, losses, offsets and orders are tried on held-out pairs, or on the probe set, and the best
+    ones are taken; `plan.policy: selected` then takes the order.
     """
     from dataclasses import asdict
 
@@ -52,7 +52,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, selecting:
         if config.plan.policy != "selected":
             text = f"plan.policy is {config.plan.policy}: set it to selected to take {selection.chosen.policy}"
             console().print(text, soft_wrap=True)
-    elif selecting:
+    elif config.select is not None:
         console().print("This run has a transformation that was not selected; `--set run=` starts another.")
     show(info)
 

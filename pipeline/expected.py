@@ -100,7 +100,7 @@ _CURVES = ("fractions", "values", "low", "high")
 
 
 def expect(
-    curves: Float64,
+    curves: Float64 | None,
     fractions: Float64,
     ends: Ends,
     sample: int = 0,
@@ -110,16 +110,17 @@ def expect(
     """Lay the bend of held-out curves, and of the probe set's own, between the ends of a gallery.
 
     Args:
-        curves: (F, P) of F folds, in per cent.
+        curves: (F, P) of F folds, in per cent; None where pairs have no labels.
         fractions: (P,).
         ends: of the gallery.
         sample: how many images represent it; 0 for all of them.
         sampled: why.
-        own: (Q, P) of the probe set's queries in its own backfill, in per cent.
+        own: (Q, P) of the probe set's queries in its own backfill, in per cent; not None where `curves` is.
     """
-    bend, wobble = _bend(curves, fractions)
+    nothing = np.zeros((1, len(fractions)))
+    bend, wobble = _bend(nothing if curves is None else curves, fractions)
     if own is not None:
-        share, (mine, noise) = len(own) / (len(own) + _WORTH), _bend(own, fractions)
+        share, (mine, noise) = 1.0 if curves is None else len(own) / (len(own) + _WORTH), _bend(own, fractions)
         few = np.asarray(np.linalg.qr(noise, mode="r"))  # the same squares and products, in as many rows as points
         bend, wobble = (1 - share) * bend + share * mine, np.concatenate([(1 - share) * wobble, share * few])
     values = (1 - fractions) * ends.start + fractions * ends.end + bend

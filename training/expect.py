@@ -26,11 +26,13 @@ from pipeline.run import Run
 from pipeline.schema import Float32, Int64, vectors_from_arrow
 from pipeline.selection import read_selection, resolve_policy
 from pipeline.shift import Likeness, likeness
+from training.folds import by_chance
 from training.held_out import FOLDS, HeldOut, fold_places, held_out, priorities
 from training.simulate import FINAL, Detail, curves_of, order_by, queries_of
 
 _LEAST_FOLDED = 1000  # pairs; with fewer, what a fold says of the band is noise, and some labels are there once
 _LEAST_LABELLED = 100
+_MOST_OWN = 10_000  # images of the probe set that are backfilled by themselves, which is quadratic
 _LIMITED = "evaluate.max_images"
 
 
@@ -46,7 +48,9 @@ class Outlook:
 
 
 def expected_curve(config: Config, run: Run, plan: Plan) -> Outlook:
-    """What is expected of the plan's order: by labels where gallery and pairs have them, else by recall10; kept.
+    """What is expected of the plan's order: by labels where the probe set has some, else by recall10; kept.
+
+    Where the pairs have none, the bend is that of the probe set's own backfill alone.
 
     A gallery above `evaluate.max_images` is represented by a sample of so many images, and one of which some have no
     label by the others, or by the user's own sample; the figures are those of a gallery of that size. Nothing of the
@@ -62,16 +66,15 @@ def expected_curve(config: Config, run: Run, plan: Plan) -> Outlook:
         return Outlook({}, (f"No quality is expected: the run has no probe set to measure the gallery by ({why}).",))
     rows = _queries(probe)
     names, curves = _shapes(config, run, labelled=rows is not None)
-    if rows is None or names != METRICS:
-        ends, sample, own = _ends_by_agreement(config, probe), (0, ""), {}
+    sample, own = (0, ""), dict[str, Float64]()
+    if rows is None:
+        ends = _ends_by_agreement(config, probe)
     else:
         ends, sample = _ends_by_labels(config, run, plan, probe, rows)
         own = _own(config, run, plan, probe, rows)
+    held = {name: curves[:, :, column] for column, name in enumerate(names)}
     fractions = np.linspace(0, 1, FINAL.points)
-    found = {
-        name: expect(curves[:, :, column], fractions, ends[name], *sample, own.get(name))
-        for column, name in enumerate(names)
-    }
+    found = {name: expect(held.get(name), fractions, end, *sample, own.get(name)) for name, end in ends.items()}
     storage.put(uri, json.dumps({name: item.to_json() for name, item in found.items()}, allow_nan=False).encode())
     return _outlook(config, found)
 
@@ -84,7 +87,7 @@ def _outlook(config: Config, curves: dict[str, Expected]) -> Outlook:
             "figures are those of a gallery of that size, and lower in the whole, where more images compete."
         )
     if config.plan.traffic:
-        notes.append("The order goes by traffic too, which pairs do not have: the curve is the order's without it.")
+        notes.append("The order goes by traffic too, which pairs do not have: their part of the curve is without it.")
     return Outlook(curves, tuple(notes))
 
 
@@ -105,7 +108,7 @@ def _shapes(config: Config, run: Run, labelled: bool) -> tuple[tuple[str, ...], 
     """The metrics, and per fold of held-out pairs their curves under the run's order, (F, P, M).
 
     A selection's curves are of pairs that its policy knows nothing of, but of the policy alone. Those that it measured
-    on the probe set are left aside: that has its say as `_own`.
+    on the probe set are left aside: the probe set has its say by `_own`.
     """
     policy = resolve_policy(run, config.plan.policy)
     boost, selection = resolve_boost(config, run, policy), read_selection(run)
@@ -188,6 +191,7 @@ def _ends_by_labels(
 
 def _own(config: Config, run: Run, plan: Plan, probe: ProbeSet, rows: Int64) -> dict[str, Float64]:
     """`queries_of` of the labelled probe images, in the plan's order."""
+    rows = rows[by_chance(len(rows), _MOST_OWN)]
     ids, parts = probe.ids[rows], range(plan.num_parts)
     table = pa.concat_tables(fan_out.each(_priorities, (run, ids), parts, plan.num_gallery)).sort_by("id")
     order = order_by_priority(table["priority"].to_numpy(), ids, plan.seed)

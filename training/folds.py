@@ -2,8 +2,9 @@
 
     pairs -> folds -> fit each recipe on all folds but one -> z, s of the fold left out, and of a sample of the gallery
 
-Guarantee: a fold's network and classifier were fitted without it, and without the sample. A fit is a function of the
-pairs, the recipe, the settings and the seed, and one that is kept is not made again. It does not know what is measured.
+Guarantee: a fold's network and classifier were fitted without it, and without the sample where that is measured. A fit
+is a function of the pairs, the recipe, the settings and the seed, and one that is kept is not made again. It does not
+know what is measured.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from safetensors.numpy import load, save
 
 from pipeline import storage
 from pipeline.config import Config, Select
+from pipeline.errors import ConfigError
 from pipeline.nearest import nearest
 from pipeline.offset import Classifier
 from pipeline.policy import Scored
@@ -35,8 +37,12 @@ OnStep = Callable[[str, int, int], None]
 FOLDER = "selecting"
 APPLY_BATCH = 8192
 _SALT = 0xF01D
-_SAME = 1e-6
-"""Of the squared length: two old embeddings so near to each other are of one image, or of its copy."""
+_SAME = 5e-4
+"""Of the squared length: two old embeddings so near to each other are of one image, also where they were computed in
+other batches or in bfloat16; other images are at 0.2 and more."""
+
+_FEWEST_LEFT = 100
+"""Pairs of a fold, once those are left out that are images of the sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +98,7 @@ class Split:
     Attributes:
         table: N of them, by ascending index.
         places: (N,) int64, the fold of each.
-        sample: images of the gallery to measure on; None where folds are measured on.
+        sample: images of the gallery, to measure on or to compare with; None where there are none.
     """
 
     table: pa.Table
@@ -110,11 +116,12 @@ class Split:
         return make_arrays(self.table.take(pa.array(rows[np.argsort(chance, kind="stable")[:most]])), job)
 
     def digest(self) -> str:
-        """Of the sample: the pairs are what the run has."""
-        if self.sample is None:
-            return ""
-        parts = (self.sample.old, self.sample.new, self.sample.side, self.sample.labels)
-        return hashlib.sha256(b"".join(b"" if part is None else part.tobytes() for part in parts)).hexdigest()
+        """Of what is fitted and measured on: which pairs, and the sample."""
+        found = hashlib.sha256(self.table["index"].to_numpy().tobytes())
+        if self.sample is not None:
+            for part in (self.sample.old, self.sample.new, self.sample.side, self.sample.labels):
+                found.update(b"" if part is None else part.tobytes())
+        return found.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +136,24 @@ def split(config: Config, data: FitData, settings: Select, sample: PairArrays | 
     """Cut the pairs into folds by a hash of their index; at most `max_pairs` of them.
 
     Pairs that are images of the sample are left out where this is measured: it is measured on none that it saw.
+
+    Raises:
+        ConfigError: nearly all are.
     """
     tables = [storage.read_parquet(uri) for uri in [*data.train_parts, *data.held_out_parts]]
     table = pa.concat_tables(tables).sort_by("index")
     if sample is not None and settings.measured_on == "probe":
         old = vectors_from_arrow(table["old"])
         gaps = nearest(old, sample.old, 1)[0][:, 0]
-        table = table.filter(pa.array(gaps > _SAME * np.square(old).sum(axis=1)))
+        table, count = table.filter(pa.array(gaps > _SAME * np.square(old).sum(axis=1))), table.num_rows
+        if table.num_rows < settings.folds * _FEWEST_LEFT:
+            raise ConfigError(
+                "nearly all pairs are images of the probe set, which is to be measured",
+                expected=f"at least {settings.folds * _FEWEST_LEFT} that are not",
+                found=f"{table.num_rows} of {count}",
+                where="select.measured_on, probe.manifest",
+                remedy="name other images in probe.manifest, or set select.measured_on to pairs",
+            )
     chance = splitmix64(table["index"].to_numpy(), config.seed + 3)
     rows = np.sort(np.argsort(chance, kind="stable")[: settings.max_pairs])
     places = (chance[rows] % np.uint64(settings.folds)).astype(np.int64)

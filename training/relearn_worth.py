@@ -127,14 +127,15 @@ def decide(
 def _decide_fold(
     config: Config, data: FitData, parts: Split, chosen: Candidate, starts: tuple[float, ...], fold: int
 ) -> dict[Learnt, Float64]:
-    """The curves of one fold; of the sample all images, for each fold's fit: there are few enough to learn from."""
+    """The curves of one fold; of the sample the same images for each fold's fit: there are few enough to learn from."""
     settings = config.select or Select()
-    job = replace(job_of(config, data, chosen.recipe), seed=config.seed + fold)
+    job = job_of(config, data, chosen.recipe)
     gallery = parts.held(fold, job, settings.max_measured)
     if settings.measured_on == "probe":
         assert parts.sample is not None, "checked before the fits"
         gallery = taken(parts.sample, by_chance(len(parts.sample.old), settings.max_measured))
     train, device = parts.train(fold, job), resolve_device(config.device)
+    job = replace(job, seed=config.seed + fold)
     return curves(Scene(config, job, train, gallery, chosen.serving, chosen.policy, starts, FINAL, device))
 
 

@@ -44,6 +44,9 @@ _SCREENING = ("random", "uncertainty", "least_confidence")
 LEAST_SHARE = 100
 """Images of the probe set that each fold's network is measured on, at least."""
 
+_LEAST_QUERIES = 50
+"""Of a fold, that have a match: with fewer, quality is not told by labels."""
+
 Sides = list[tuple[Fold, Fold]]
 """For each fold what is measured, and the pairs that offset and policies are fitted on."""
 
@@ -136,7 +139,8 @@ def too_few(count: int, what: str, settings: Select) -> ConfigError:
         expected=f"at least {settings.folds * LEAST_SHARE} {what}, {LEAST_SHARE} for each of {settings.folds} folds",
         found=count,
         where="select.measured_on, probe.images, probe.manifest",
-        remedy="name more images in probe.manifest or raise probe.images, in a new run (`--set run=...`)",
+        remedy="name more images in probe.manifest, in a new run (`--set run=...`), or lower select.folds; by chance "
+        "probe.images are drawn, but no more than a tenth of the gallery, or 200",
     )
 
 
@@ -150,10 +154,18 @@ def _sides(fits: Fits, settings: Select) -> Sides:
 
 
 def _comparable(sides: Sides) -> Sides:
-    """All by labels, or none where one fold has too few of them for that."""
-    if all(measured.labels() is not None for measured, _ in sides):
+    """All by labels, or none where one fold has too few queries for that."""
+    if all(_num_queries(measured) >= _LEAST_QUERIES for measured, _ in sides):
         return sides
     return [(replace(fold, pairs=replace(fold.pairs, labels=None)), other) for fold, other in sides]
+
+
+def _num_queries(fold: Fold) -> int:
+    """How many have a label that another has too."""
+    if fold.pairs.labels is None:
+        return 0
+    _, counts = np.unique(fold.pairs.labels[fold.pairs.labels != NO_LABEL], return_counts=True)
+    return int(counts[counts > 1].sum())
 
 
 def _check(settings: Select, data: FitData, sample: PairArrays | None) -> None:

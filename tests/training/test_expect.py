@@ -122,8 +122,18 @@ def test_labelled_pairs_and_a_gallery_without_labels_are_compared_by_recall(tmp_
     assert again.curves["recall10"].to_json() == found.curves["recall10"].to_json()
 
 
-def test_pairs_without_labels_and_a_labelled_gallery_are_too(tmp_path: Path) -> None:
-    assert list(expected_curve(*planned(tmp_path, known(1500), labelled_pairs=False)).curves) == ["recall10"]
+def test_pairs_without_labels_leave_the_bend_to_the_labelled_probe_set(tmp_path: Path) -> None:
+    config, run, plan = planned(tmp_path, known(1500), labelled_pairs=False)
+    found = expected_curve(config, run, plan).curves
+    assert list(found) == ["top1", "top5", "map"]
+    probe = load(run)
+    assert probe is not None
+    own = _own(config, run, plan, probe, np.flatnonzero(probe.labels >= 0))
+    for name, curve in found.items():
+        mine, fractions = own[name].mean(axis=0), curve.fractions
+        bend = mine - mine[0] - fractions * (mine[-1] - mine[0])
+        line = curve.values[0] + fractions * (curve.values[-1] - curve.values[0])
+        assert curve.values == pytest.approx(line + bend)
 
 
 def test_without_a_probe_set_it_says_why_there_is_no_curve(tmp_path: Path) -> None:

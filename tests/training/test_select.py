@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from pipeline import selection, storage
 from pipeline.config import Config, Select
@@ -18,7 +19,7 @@ from pipeline.offset import Classifier, fit_offset
 from pipeline.policy import load_policy
 from pipeline.reference import load_reference
 from pipeline.run import Run
-from pipeline.schema import vectors_from_arrow
+from pipeline.schema import vectors_from_arrow, vectors_to_arrow
 from pipeline.selection import (
     Candidate,
     Learning,
@@ -218,15 +219,39 @@ def test_of_a_partly_labelled_probe_set_the_labelled_images_are_measured(
         select(config, Run(config.run), data, silent)
 
 
-def test_shares_without_enough_labels_are_all_measured_without(tmp_path: Path) -> None:
+def test_shares_without_enough_queries_are_all_measured_without_labels(tmp_path: Path) -> None:
     """Where one share has each label once, no other is measured by labels either."""
     rng = np.random.default_rng(0)
-    vectors, s = rng.normal(size=(40, D_NEW)).astype(np.float32), np.zeros(40, np.float32)
-    some, each = np.arange(40) % 4, np.arange(40)
+    vectors, s = rng.normal(size=(80, D_NEW)).astype(np.float32), np.zeros(80, np.float32)
+    some, each = np.arange(80) % 4, np.where(np.arange(80) < 49, 0, np.arange(80))
     sides = [Fold(PairArrays(vectors, vectors, None, labels), vectors, s, None) for labels in (some, each)]
     found = selecting._comparable([(fold, fold) for fold in sides])
     assert [fold.labels() for fold, _ in found] == [None, None]
     assert selecting._comparable([(sides[0], sides[1])])[0][0] is sides[0]
+
+
+@pytest.mark.parametrize("width", [64, 512])
+def test_a_pair_that_is_an_image_of_the_sample_is_left_out_though_its_embedding_is_rounded(
+    tmp_path: Path, width: int
+) -> None:
+    rng = np.random.default_rng(0)
+    old = np.maximum(rng.normal(size=(900, width)), 0).astype(np.float32)
+    rounded = torch.from_numpy(old[:300]).bfloat16().float().numpy()
+    table = pa.table({"index": np.arange(900), "old": vectors_to_arrow(old)})
+    storage.put(str(tmp_path / "pairs.parquet"), storage.parquet_bytes(table.schema, [table]))
+    data = FitData([str(tmp_path / "pairs.parquet")], [], 900, None, width, D_NEW)
+    config = config_of(tmp_path, measured_on="probe")
+    settings = config.select or Select()
+    sample = PairArrays(rounded, np.zeros((300, D_NEW), np.float32), None, None)
+    parts = folds.split(config, data, settings, sample)
+    assert parts.table["index"].to_pylist() == list(range(300, 900))
+    others = settings.model_copy(update={"measured_on": "pairs"})
+    whole = folds.split(config, data, others, sample)
+    assert whole.table.num_rows == 900
+    assert whole.digest() != parts.digest(), "a fit of other pairs is another one"
+    every = PairArrays(old[:850], np.zeros((850, D_NEW), np.float32), None, None)
+    with pytest.raises(ConfigError, match=r"nearly all pairs are images of the probe set(.|\n)*found: 50 of 900"):
+        folds.split(config, data, settings, every)
 
 
 def test_learning_on_the_way_that_nobody_was_asked_about_is_named_as_missing(
