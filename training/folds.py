@@ -146,7 +146,7 @@ def split(config: Config, data: FitData, settings: Select, sample: PairArrays | 
         old = vectors_from_arrow(table["old"])
         gaps = nearest(old, sample.old, 1)[0][:, 0]
         table, count = table.filter(pa.array(gaps > _SAME * np.square(old).sum(axis=1))), table.num_rows
-        if table.num_rows < settings.folds * _FEWEST_LEFT:
+        if table.num_rows < min(count, settings.folds * _FEWEST_LEFT):  # few pairs as such are not refused here
             raise ConfigError(
                 "nearly all pairs are images of the probe set, which is to be measured",
                 expected=f"at least {settings.folds * _FEWEST_LEFT} that are not",
