@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 BENCHMARKS := throughput waves decode fetch fetch_tars plan index fit startup first_benefit manifest simulate
 
 # Slow tests that are of another target than their folder's, so that CI takes less than 45 minutes.
-FAULTS := tests/e2e/test_kill.py tests/e2e/test_relearn.py tests/e2e/test_cifar100_s3.py
+FAULTS := tests/e2e/test_kill.py tests/e2e/test_own_code.py tests/e2e/test_relearn.py tests/e2e/test_cifar100_s3.py
 LONG_SEARCH := tests/pipeline/test_commit_protocol.py::test_no_order_of_requests_and_no_fault_breaks_the_protocol_in_a_long_search
 MEMORY := tests/pipeline/test_evaluate.py::test_memory_stays_below_a_gigabyte_at_50_000_by_50_000
 
