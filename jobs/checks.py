@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.manifest import Manifest
+    from pipeline.probe_sample import Sample
     from pipeline.run import Run
 
 
@@ -36,8 +37,7 @@ def check_settings(config: Config, dims: dict[str, int]) -> None:
     wave_sizes(config.plan.waves, images)
     _check_training(config, images, pairs)
     _check_policy(config)
-    _check_selected(config, images)
-    _check_sample(config)
+    _check_selected(config, images, _check_sample(config))
     resolve_device(config.device)
     for encoder in (config.encoders.old, config.encoders.new):
         if encoder is not None:
@@ -124,15 +124,19 @@ def _check_training(config: Config, images: int, pairs: int) -> None:
     check_trainable(config.index.factory, images, vectors, config.encoders.new.dim)
 
 
-def _check_sample(config: Config) -> None:
-    """The probe set's sample can be read and names images as the gallery does; whether they are there, `draw` sees."""
+def _check_sample(config: Config) -> Sample | None:
+    """The probe set's sample, where one is given: it can be read, and names images as the gallery does.
+
+    Whether they are there, `draw` sees.
+    """
     from pipeline import manifest
     from pipeline.probe_sample import check_kind, read_sample
 
     if config.probe.manifest is None or not config.probe.images:
-        return
-    name = config.gallery.columns.id
-    check_kind(read_sample(config.probe), name, name is not None and manifest.ids_are_integers(config.gallery))
+        return None
+    name, sample = config.gallery.columns.id, read_sample(config.probe)
+    check_kind(sample, name, name is not None and manifest.ids_are_integers(config.gallery))
+    return sample
 
 
 def _check_policy(config: Config) -> None:
@@ -162,10 +166,9 @@ def _check_policy(config: Config) -> None:
             raise ConfigError("the plan's order needs what is not given", expected=where, found=found, where="plan")
 
 
-def _check_selected(config: Config, images: int) -> None:
+def _check_selected(config: Config, images: int, sample: Sample | None) -> None:
     """What is to be `selected` was, or will be; and what the selection is to measure will be there."""
     from pipeline.errors import ConfigError
-    from pipeline.probe_sample import read_sample
     from pipeline.probe_set import size
     from pipeline.run import Run
     from pipeline.selection import resolve_policy, resolve_relearn
@@ -188,8 +191,8 @@ def _check_selected(config: Config, images: int) -> None:
     if config.select is None or config.select.measured_on == "pairs":
         return
     count, what = size(config.probe.images, images) if config.probe.images else 0, "images"
-    if count and config.probe.manifest is not None:
-        labels = read_sample(config.probe).rows["label"]
+    if sample is not None:
+        labels = sample.rows["label"]
         known = len(labels) - labels.null_count
         count, what = (known, "images with a label") if known else (len(labels), what)
     if count < config.select.folds * LEAST_SHARE:

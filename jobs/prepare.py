@@ -62,18 +62,23 @@ def ensure_embeddings(config: Config, run: Run, bars: Bars) -> None:
     otherwise. Of a run that is planned already only the probe set can be missing."""
     from pipeline.embeddings import embed_missing
     from pipeline.plan import read_plan
-    from pipeline.probe_set import FOLDER, draw, is_gathered
 
-    probe = [] if draw(config, run) is None or is_gathered(run) else [FOLDER]
+    probe = _probe(config, run)
     embed_missing(config, run, probe if read_plan(run) is not None else ["pairs", "gallery", *probe], bars.images)
 
 
 def ensure_probe(config: Config, run: Run, bars: Bars) -> None:
     """The probe set with its embeddings, and those of the pairs: what a selection looks at, and no more."""
     from pipeline.embeddings import embed_missing
-    from pipeline.probe_set import FOLDER, draw
 
-    embed_missing(config, run, ["pairs"] + ([] if draw(config, run) is None else [FOLDER]), bars.images)
+    embed_missing(config, run, ["pairs", *_probe(config, run)], bars.images)
+
+
+def _probe(config: Config, run: Run) -> list[str]:
+    """The probe set's folder where its embeddings are still asked for; it is drawn where it is not yet."""
+    from pipeline.probe_set import FOLDER, draw, is_gathered
+
+    return [] if draw(config, run) is None or is_gathered(run) else [FOLDER]
 
 
 def ensure_fit(config: Config, run: Run, bars: Bars) -> TransformationInfo:

@@ -72,6 +72,10 @@ class ProbeSet:
     label_names: tuple[str, ...]
     group_names: tuple[str, ...]
 
+    def targets(self, metric: str) -> Float32:
+        """What a transformation is to give of them, (Q, d_new): `new`, of length 1 where the metric is cosine."""
+        return self.new / np.linalg.norm(self.new, axis=1, keepdims=True) if metric == "cosine" else self.new
+
 
 def size(wanted: int, num_gallery: int) -> int:
     """How many images are drawn where so many are wanted."""

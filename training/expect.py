@@ -7,7 +7,7 @@ After the plan, before the first image. Guarantee: it reads what the run has, an
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -96,10 +96,8 @@ def resemblance(config: Config, run: Run, plan: Plan) -> Likeness | None:
     probe = probe_set.gather(config, run, plan)
     if probe is None:
         return None
-    pairs, new = held_out(config, run), probe.new
-    if config.gallery.metric == "cosine":
-        new = new / np.linalg.norm(new, axis=1, keepdims=True)
-    sides = (pairs.fold.pairs.new - pairs.served, new - probe.transformed)
+    pairs = held_out(config, run)
+    sides = (pairs.fold.pairs.new - pairs.served, probe.targets(config.gallery.metric) - probe.transformed)
     mine, gallery = (np.square(side).sum(axis=1, dtype=np.float64) for side in sides)
     return likeness(pairs.fold.pairs.old, probe.old, config.seed, (mine, gallery))
 
@@ -138,7 +136,7 @@ def curves_by_fold(
     some = [np.flatnonzero(places == number) for number in range(num_folds)]
     folds = [pairs.fold.take(rows) for rows in some]
     if not labelled or any(fold.labels() is None for fold in folds):
-        folds = [replace(fold, pairs=replace(fold.pairs, labels=None)) for fold in folds]
+        folds = [fold.unlabelled() for fold in folds]
     curves: list[Float64] = []
     names: tuple[str, ...] = ()
     for rows, fold in zip(some, folds, strict=True):

@@ -63,6 +63,10 @@ class Fold:
         """Some of the pairs."""
         return Fold(taken(self.pairs, rows), self.z[rows], self.s[rows], self.classifier)
 
+    def unlabelled(self) -> Fold:
+        """The same without labels."""
+        return replace(self, pairs=replace(self.pairs, labels=None))
+
     def labels(self) -> Int64 | None:
         """The labels where quality can be measured by them."""
         return measurable(self.pairs.labels)

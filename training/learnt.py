@@ -24,6 +24,7 @@ from pipeline.run import Run
 from pipeline.schema import Float32
 from pipeline.transformation import apply, load_transformation, read_part
 from training.folds import APPLY_BATCH
+from training.knowledge import measurable
 from training.learner import PairArrays
 
 _LEAST = 50
@@ -109,13 +110,10 @@ def compare(
     left = np.zeros(0, np.int64) if probe is None else np.flatnonzero(probe.wave > wave)
     if probe is None or held_out.side is not None or len(left) < _LEAST:  # the probe set keeps no side information
         return Change.of(*(_errors(place, held_out) for place in (source, tried))), None
-    new = probe.new
-    if config.gallery.metric == "cosine":
-        new = new / np.linalg.norm(new, axis=1, keepdims=True)
-    probe = replace(probe, new=new)
-    rest = PairArrays(probe.old[left], new[left], None, None)
+    probe = replace(probe, new=probe.targets(config.gallery.metric))
+    rest = PairArrays(probe.old[left], probe.new[left], None, None)
     error = Change.of(*(_errors(place, rest) for place in (source, tried)))
-    if len(np.unique(probe.labels[probe.labels >= 0])) in (0, (probe.labels >= 0).sum()):
+    if measurable(probe.labels) is None:
         return error, None
     before, after = (_precision(config, place, probe, wave) for place in (source, tried))
     return error, Change.of(before, after)

@@ -29,7 +29,7 @@ from training.candidates import Candidate, Serving
 from training.folds import Fold, OnStep, Split, by_chance, fit_alone, fitting_task, job_of, joined, taken
 from training.learner import FitData, Job, PairArrays
 from training.losses import NO_LABEL
-from training.simulate import FINAL, Detail, knowing, order_by, queries_of
+from training.simulate import FINAL, Detail, knowing, order_by, queries_of, serve
 
 WAYS: tuple[Learnt, ...] = ("nothing", "order", "transformation")
 """What is learnt again, the simplest first; see `config.Relearn`."""
@@ -150,9 +150,10 @@ def _fitted(scene: Scene, done: Int64) -> State:
     both = joined(known, gallery)
     found = fit_alone(scene.job, train, both, scene.job.seed, scene.device)
     count = len(known.old)
-    parts = [Fold(known, found.z[:count], found.s[:count], found.classifier)]
-    parts.append(Fold(gallery, found.z[count:], found.s[count:], found.classifier))
-    return State(parts[1], parts[0])
+    return State(
+        gallery=Fold(gallery, found.z[count:], found.s[count:], found.classifier),
+        known=Fold(known, found.z[:count], found.s[:count], found.classifier),
+    )
 
 
 def _unlabelled(gallery: PairArrays, pairs: PairArrays) -> PairArrays:
@@ -177,8 +178,10 @@ def _with(state: State, done: Int64) -> State:
 def _served(scene: Scene, state: State, knows: State) -> tuple[Float32, Int64]:
     """The gallery as it is served by the offset of a fit, and its order by what policies know now."""
     config, learned, gallery = scene.config, scene.policy == "learned", state.gallery
-    served, _ = knowing(config, gallery, state.known, scene.serving, learned=False)
-    _, reference = knowing(config, gallery, knows.known, scene.serving, learned)
+    served, others = serve(config, gallery, state.known, scene.serving)
+    if knows is not state:
+        _, others = serve(config, gallery, knows.known, scene.serving)
+    reference = knowing(config, gallery, knows.known, others, learned)
     return served, order_by(load_policy(scene.policy, config.seed, reference)(gallery.scored()), config.seed)
 
 

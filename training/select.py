@@ -68,8 +68,9 @@ def select(config: Config, run: Run, data: FitData, on_step: OnStep) -> Selectio
     """
     settings = config.select or Select()
     sample = _sample(config, run, data)
+    if settings.measured_on == "probe":
+        sample = _measured(sample, settings)
     _check(settings, data, sample)
-    sample = _measured(sample, settings) if settings.measured_on == "probe" else sample
     parts = split(config, data, settings, sample)
     decides = [settings.model_dump(mode="json"), _relearn_settings(config), parts.digest()]
     kept = run.path(FOLDER, f"{digest(config, data, decides)}.json")
@@ -157,7 +158,7 @@ def _comparable(sides: Sides) -> Sides:
     """All by labels, or none where one fold has too few queries for that."""
     if all(_num_queries(measured) >= _LEAST_QUERIES for measured, _ in sides):
         return sides
-    return [(replace(fold, pairs=replace(fold.pairs, labels=None)), other) for fold, other in sides]
+    return [(fold.unlabelled(), other) for fold, other in sides]
 
 
 def _num_queries(fold: Fold) -> int:
@@ -177,8 +178,8 @@ def _check(settings: Select, data: FitData, sample: PairArrays | None) -> None:
             where="select.policies",
         )
     labelled = data.num_classes is not None
-    if settings.measured_on == "probe":
-        labelled = _measured(sample, settings).labels is not None
+    if settings.measured_on == "probe" and sample is not None:
+        labelled = sample.labels is not None
     if labelled and "recall10" in settings.metrics:
         raise ConfigError(
             "what has labels is measured by them",

@@ -52,7 +52,8 @@ def measure_fold(
         policies: their names.
         detail: P points, and how many queries at most.
     """
-    served, reference = knowing(config, fold, other, serving, "learned" in policies)
+    served, others = serve(config, fold, other, serving)
+    reference = knowing(config, fold, other, others, "learned" in policies)
     ids, scored = np.arange(len(served)), fold.scored()
     orders = {}
     for name in policies:
@@ -63,28 +64,30 @@ def measure_fold(
     return curves_of(config, served, fold, orders, detail)[1]
 
 
-def knowing(config: Config, fold: Fold, other: Fold, serving: Serving, learned: bool) -> tuple[Float32, Reference]:
-    """How a fold is served, (N, d_new) float32, and what policies know of `other`, with the fold's own classifier.
+def serve(config: Config, fold: Fold, other: Fold, serving: Serving) -> tuple[Float32, Float32]:
+    """A fold and the pairs `other` as they are served, (N, d_new) and (M, d_new), by an offset fitted on `other`."""
+    if serving.offset == "none":
+        return fold.z, other.z
+    fitted = offsets.fit_offset(
+        serving.offset, serving.strength, other.z, other.s, other.pairs.new, other.classifier, config.gallery.metric
+    )
+    return replace(fitted, classifier=fold.classifier).apply(fold.z, fold.s), fitted.apply(other.z, other.s)
+
+
+def knowing(config: Config, fold: Fold, other: Fold, served: Float32, learned: bool) -> Reference:
+    """What policies know of the pairs `other`, with the fold's own classifier.
 
     Args:
         config: `gallery.metric` and `seed` count.
-        fold: what is served.
-        other: pairs that offset and policies are fitted on.
-        serving: the offset.
+        fold: what is ranked.
+        other: pairs.
+        served: (M, d_new) float32, as these are served.
         learned: whether the policy `learned` is to know its model.
     """
-    served, others = fold.z, other.z
-    if serving.offset != "none":
-        fitted = offsets.fit_offset(
-            serving.offset, serving.strength, other.z, other.s, other.pairs.new, other.classifier, config.gallery.metric
-        )
-        others = fitted.apply(other.z, other.s)
-        served = replace(fitted, classifier=fold.classifier).apply(fold.z, fold.s)
-    reference = _reference(config, other, others, learned)
-    if fold.classifier is not None:
-        weight, bias = fold.classifier.weight, fold.classifier.bias
-        reference = replace(reference, classifier_weight=weight, classifier_bias=bias)
-    return served, reference
+    reference = _reference(config, other, served, learned)
+    if fold.classifier is None:
+        return reference
+    return replace(reference, classifier_weight=fold.classifier.weight, classifier_bias=fold.classifier.bias)
 
 
 def queries_of(
