@@ -121,6 +121,7 @@ def _override(tree: dict[str, object], item: str) -> None:
             child = node[name] = {}
         if not isinstance(child, dict):
             raise ConfigError("--set goes through a key that holds a value", found=child, where=f"{item}: {name}")
+        node[name] = child = dict(child)  # a copy: a YAML alias (*name) is one object under several keys
         node = child
     try:
         node[last] = yaml.safe_load(text)

@@ -3,7 +3,8 @@
 A manifest (of the gallery, or of the training pairs) is any set of Parquet files. It is cut into
 partitions of whole row groups; one Ray task per partition checks its rows and writes one part: id,
 where the image is, label, group, and the embeddings that came with it. `<folder>/manifest.json` is
-written last and says that all parts are there.
+written last: it says that all parts are there, and by digests what they were read from and how. Parts
+that were read from something else, or otherwise, are never used: they are written again.
 
 Guarantee: after `normalise`, ids are int64 and unique, every row says where its image is or has its
 embeddings, and these are finite and of one width. It does not know what the embeddings are for.
@@ -45,6 +46,7 @@ class Manifest:
         digest: of the sources; changes with their content, not with their place.
         root: where the uris of images start that were relative; empty where there were none.
         sample: of a probe set, the digest of the sample that names its images; empty where they were drawn by chance.
+        reading: digest of how the sources were read (see `_reading`); empty if an earlier version wrote this.
     """
 
     rows: list[int]
@@ -53,6 +55,7 @@ class Manifest:
     digest: str
     root: str = ""
     sample: str = ""
+    reading: str = ""
 
     @property
     def num_rows(self) -> int:
@@ -124,20 +127,25 @@ def digest(source: settings.Manifest) -> str:
 def normalise(
     run: Run, folder: str, source: settings.Manifest, dims: dict[str, int], unit_rows: int, root: str = "."
 ) -> Manifest:
-    """Check a manifest and write it as `<folder>/part-*.parquet`, over Ray; nothing is done where it is done.
+    """Check a manifest and write it as `<folder>/part-*.parquet`, over Ray.
 
-    Relative uris of images start at `root`. Where only that has changed the parts are written again: they have
-    the same rows, so what was made of them still fits.
+    Nothing is written if the parts are there and were read from the same content in the same way. Relative uris of
+    images start at `root`. If only that has changed the parts are written again: they have the same rows, so
+    everything made from them still fits.
 
     Raises:
         DataError: see `scan`; or a row without an image and embeddings, a null, an embedding of a wrong
             width or with a NaN, an id twice. The message names the file and the row.
     """
     done = read_manifest(run, folder)
-    content = digest(source)
-    if done is not None and (done.digest, done.unit_rows) == (content, unit_rows) and done.root in ("", root):
-        return done
+    content, reading = digest(source), _reading(source, dims)
+    if done is not None:
+        same = (done.digest, done.unit_rows) == (content, unit_rows) and done.root in ("", root)
+        if same and _was_read_so(run, done, reading):
+            return done
     partitions = scan(source, dims)
+    if done is not None:
+        storage.delete_files([_marker(run, folder)])  # first: a half-replaced set of parts must not look whole
     task = ray.remote(num_cpus=0.5)(write_part)
     results = ray.get(
         [task.remote(run, folder, number, part, source, unit_rows, root) for number, part in enumerate(partitions)]
@@ -149,7 +157,9 @@ def normalise(
             raise DataError("an embedding has a wrong width", expected=expected, found=found.dims, where=part.uri)
     rows = [part.rows for part in results]
     _check_unique(run, folder, len(rows), sum(rows), source)
-    manifest = Manifest(rows, unit_rows, first, content, root if any(part.rooted for part in results) else "")
+    _remove_parts_from(run, folder, len(rows))
+    rooted = root if any(part.rooted for part in results) else ""
+    manifest = Manifest(rows, unit_rows, first, content, rooted, reading=reading)
     storage.put(_marker(run, folder), json.dumps(asdict(manifest)).encode())
     return manifest
 
@@ -306,6 +316,33 @@ def _is_name(kind: pa.DataType) -> bool:
 def _is_vector(kind: pa.DataType) -> bool:
     lists = (pa.types.is_fixed_size_list, pa.types.is_list, pa.types.is_large_list)
     return any(check(kind) for check in lists) and bool(pa.types.is_floating(kind.value_type))
+
+
+def _reading(source: settings.Manifest, dims: dict[str, int]) -> str:
+    """A digest of all that decides how rows are read: columns by role, expected widths, and where embedded images lie.
+
+    Only if the images are in the manifest does its place count, because the parts then refer to its files.
+    """
+    columns = source.columns.model_dump(exclude_none=True)
+    expected = {role: width for role, width in dims.items() if role in columns}
+    places = files(source.manifest) if source.columns.image is not None else []
+    return hashlib.sha256(json.dumps([columns, expected, places], sort_keys=True).encode()).hexdigest()
+
+
+def _was_read_so(run: Run, done: Manifest, reading: str) -> bool:
+    """Whether parts were read as they would be now.
+
+    Earlier versions did not store how. In a run that has started they are kept, because its config was compared with
+    run.json. Before that they may come from a command that was refused, so they are read again.
+    """
+    return done.reading == reading if done.reading else storage.exists(run.settings)
+
+
+def _remove_parts_from(run: Run, folder: str, number: int) -> None:
+    """Remove parts that an earlier, longer manifest left behind: readers list the folder."""
+    kept, start = {run.part(folder, part) for part in range(number)}, run.path(folder, "part-")
+    found = (uri for uri, _ in storage.iter_stats(run.path(folder), deep=False))
+    storage.delete_files([uri for uri in found if uri.startswith(start) and uri not in kept])
 
 
 def _columns(group: pq.RowGroupMetaData) -> list[pq.ColumnChunkMetaData]:

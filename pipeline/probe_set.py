@@ -86,7 +86,7 @@ def draw(config: Config, run: Run) -> Manifest | None:
     """Choose the images and write where they are as a normalised manifest; nothing where that is done.
 
     These are the images of the user's sample with its labels, or else some by chance, whose number is that of the
-    first time. Where the gallery's parts were written again, because its images were moved, these are too.
+    first time. If the gallery's parts were written again (its images were moved, or are read otherwise), these are too.
 
     Returns:
         the manifest; None where there is to be no probe set.
@@ -103,7 +103,7 @@ def draw(config: Config, run: Run) -> Manifest | None:
     digest = "" if sample is None else sample.digest
     if done is not None:
         _check_sample(run, done.sample, digest)
-        if (done.digest, done.root) == (gallery.digest, gallery.root):
+        if (done.digest, done.root, done.reading) == (gallery.digest, gallery.root, gallery.reading):
             return done
     if sample is None:
         count = done.num_rows if done is not None else size(config.probe.images, gallery.num_rows)

@@ -75,6 +75,19 @@ def test_an_unknown_key_is_refused_with_the_nearest_name_of_its_section(content:
     assert said in refusal(content)
 
 
+@pytest.mark.parametrize("alias", ["*encoder", "{<<: *encoder, dim: 4}"])
+def test_override_of_a_key_below_a_yaml_alias_changes_that_key_alone(tmp_path: Path, alias: str) -> None:
+    path = tmp_path / "run.yaml"
+    content = tree()
+    text = yaml.safe_dump({name: content[name] for name in ("run", "gallery", "pairs")})
+    encoder = "&encoder {export: old.pt2, dim: 4, preprocess: {size: 8}}"
+    path.write_text(f"{text}\nencoders:\n  old: {encoder}\n  new: {alias}\n")
+    config = load_config(str(path), ("encoders.new.preprocess.size=224", "encoders.new.dim=9"))
+    assert config.encoders.old is not None
+    sizes = [(item.preprocess.size, item.dim) for item in (config.encoders.old, config.encoders.new)]
+    assert sizes == [(8, 4), (224, 9)]
+
+
 def test_an_unknown_key_like_no_other_is_refused_with_all_names_of_its_section() -> None:
     message = refusal(tree(publish={"zzz": 1}))
     assert "publish.zzz: unknown key; valid here: promote" in message

@@ -405,6 +405,79 @@ def test_a_manifest_is_brought_in_once_and_again_only_when_it_changes(tmp_path: 
     assert found.num_rows == 19
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_normalise_with_another_column_for_a_role_reads_the_rows_again(tmp_path: Path) -> None:
+    run = Run(str(tmp_path / "run"))
+    uri = write(tmp_path / "a.parquet", table(sku=[f"sku {row}" for row in range(20)], category=["shoe"] * 20))
+    for column in ("sku", "category"):
+        normalise(run, "gallery", source(uri, **COLUMNS, label=column), {}, 4)
+    assert set(storage.read_parquet(run.part("gallery", 0))["label"].to_pylist()) == {"shoe"}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_normalise_with_another_expected_width_checks_the_width_again(tmp_path: Path) -> None:
+    run, uri = (
+        Run(str(tmp_path / "run")),
+        write(tmp_path / "a.parquet", table(old=pa.array(VECTORS.tolist(), VARIABLE))),
+    )
+    normalise(run, "gallery", source(uri), {}, 4)
+    with pytest.raises(DataError, match="wrong width"):
+        normalise(run, "gallery", source(uri), {"old_embedding": DIM + 1}, 4)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_normalise_after_a_manifest_with_images_was_moved_refers_to_its_new_place(tmp_path: Path) -> None:
+    run, images = Run(str(tmp_path / "run")), pa.table({"image": [b"a", b"b"]})
+    for name in ("before", "after"):
+        uri = write(tmp_path / name / "a.parquet", images)
+        normalise(run, "gallery", source(uri, image="image"), {}, 4)
+    assert set(storage.read_parquet(run.part("gallery", 0))["uri"].to_pylist()) == {f"{uri}#image"}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_normalise_that_was_refused_half_way_leaves_nothing_for_the_manifest_before_it(tmp_path: Path) -> None:
+    run, uri = Run(str(tmp_path / "run")), write(tmp_path / "a.parquet", table(label=["x"] * 20, twice=[1] * 20))
+    good = source(uri, **COLUMNS, label="label")
+    normalise(run, "gallery", good, {}, 4)
+    with pytest.raises(DataError, match="more than once"):  # found once its parts are written
+        normalise(run, "gallery", source(uri, id="twice", old_embedding="old"), {}, 4)
+    normalise(run, "gallery", good, {}, 4)
+    rows = storage.read_parquet(run.part("gallery", 0))
+    assert rows["id"].to_pylist() == list(range(20))
+    assert rows["label"].to_pylist() == ["x"] * 20
+
+
+@pytest.mark.usefixtures("ray_cluster", "small_partitions")
+def test_normalise_of_fewer_rows_removes_the_parts_of_the_longer_manifest(tmp_path: Path) -> None:
+    run = Run(str(tmp_path / "run"))
+    storage.put(run.path("gallery", "old", "unit-00000.parquet"), b"of the embedding stream")
+    for count, parts in ((20, 2), (5, 1)):
+        uri = write(tmp_path / "a.parquet", table(count))
+        assert len(normalise(run, "gallery", source(uri), {}, 4).rows) == parts
+    assert storage.list_files(run.path("gallery"), ".parquet") == [
+        run.path("gallery", "old", "unit-00000.parquet"),
+        run.part("gallery", 0),
+    ]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("started", [True, False])
+def test_normalise_over_parts_of_an_earlier_version_keeps_them_only_in_a_run_that_has_started(
+    tmp_path: Path, started: bool
+) -> None:
+    run, uri = Run(str(tmp_path / "run")), write(tmp_path / "a.parquet", table())
+    normalise(run, "gallery", source(uri), {}, 4)
+    marker = run.path("gallery", "manifest.json")
+    known = json.loads(storage.read_bytes(marker))
+    del known["reading"]
+    storage.put(marker, json.dumps(known).encode())
+    if started:
+        storage.put(run.settings, b"{}")
+    found = normalise(run, "gallery", source(uri), {}, 4)
+    assert (found.reading == "") == started
+    assert found.digest == digest(source(uri))
+
+
 def test_images_in_files_and_at_uris_are_one_manifest(tmp_path: Path) -> None:
     """One file has bytes, one has uris and ranges, one has either in each row."""
     columns = {"id": "id", "image": "image", "uri": "uri", "offset": "offset", "length": "length", "etag": "etag"}
