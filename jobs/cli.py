@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 from jobs import audit, backfill, demo, evaluate, export, fit, gc, manifest, plan, promote, rollback, search, status
+from jobs.failures import Group
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="fastfill")
 def main() -> None:
     """Move an image-retrieval gallery to a new embedding model, most uncertain images first.

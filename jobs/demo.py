@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from jobs.failures import Command
 from jobs.options import console, with_errors
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ index: {{factory: Flat, shards: 2}}
 """
 
 
-@click.command("demo", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("demo", Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--folder", default="runs/demo", show_default=True, help="Where the demo's data and run are put.")
 @click.option("--json", "as_json", is_flag=True, help="Print the curve as one JSON document on stdout.")
 @with_errors

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from jobs.failures import Command
 from jobs.options import absolute, console, load, print_json, print_text, start_ray, with_errors
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm")
 
 
-@click.command("manifest", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("manifest", Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("sources", nargs=-1, required=True)
 @click.option("--to", "folder", required=True, metavar="FOLDER", help="Where the manifest is put; may be s3://.")
 @click.option("--suffix", "suffixes", multiple=True, metavar=".EXT", help="Image suffixes, instead of the usual ones.")

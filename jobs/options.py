@@ -7,6 +7,7 @@ People read stderr; with `--json` a program reads one JSON document from stdout.
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import json
 import os
@@ -20,7 +21,8 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from pipeline.errors import DataError, FastfillError
+from jobs.failures import CLOSED_PIPE, Command, discard_unwritten, in_one_message
+from pipeline.errors import FastfillError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,18 +48,18 @@ def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
         wrapped = with_errors(function)
         for option in reversed(options):
             wrapped = option(wrapped)
-        return click.command(name, context_settings={"help_option_names": ["-h", "--help"]})(wrapped)
+        return click.command(name, Command, context_settings={"help_option_names": ["-h", "--help"]})(wrapped)
 
     return decorate
 
 
 def with_errors(function: Callable[..., None]) -> Callable[..., None]:
-    """Turn the project's errors into a clear message and their exit code, wherever they were raised."""
+    """Turn every error into a clear message and an exit code, wherever it was raised."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:  # Any: click decides what a command is called with
         try:
-            with _results_alone() as stdout:
+            with in_one_message(), _results_alone() as stdout:
                 click.get_current_context().meta[_STDOUT] = stdout
                 function(*args, **kwargs)
         except KeyboardInterrupt:
@@ -65,51 +67,8 @@ def with_errors(function: Callable[..., None]) -> Callable[..., None]:
             if ray := sys.modules.get("ray"):
                 ray.shutdown()  # what other threads wait for ends, and so do they
             sys.exit(130)
-        except PermissionError as error:
-            fail(
-                DataError(
-                    "access is refused",
-                    found=error.strerror,
-                    where=error.filename,
-                    remedy="check the permissions and, for s3://, the credentials",
-                )
-            )
-        except Exception as error:  # noqa: BLE001 (not swallowed: what is not ours is raised again)
-            fail(error)
 
     return run
-
-
-def fail(error: Exception) -> NoReturn:
-    """Print one of the project's errors and exit with its code; anything else is a bug and keeps its trace.
-
-    Raises:
-        Exception: the error itself, where it is not ours.
-    """
-    ours = find_cause(error)
-    if ours is None:
-        raise error
-    text = str(ours)
-    summary, *details = text.splitlines()
-    click.secho(f"error: {summary}", fg="red", bold=True, err=True)
-    for line in details:
-        click.echo(line, err=True)
-    sys.exit(ours.exit_code)
-
-
-def find_cause(error: BaseException | None) -> FastfillError | None:
-    """The error of ours behind what Ray wrapped it in, or None."""
-    seen: set[int] = set()
-    waiting = [error]
-    while waiting:
-        item = waiting.pop()
-        if item is None or id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, FastfillError) and type(item).__module__ == "pipeline.errors":
-            return item
-        waiting += [getattr(item, "cause", None), item.__cause__, item.__context__]
-    return None
 
 
 def load(config_path: str, overrides: tuple[str, ...]) -> Config:
@@ -164,8 +123,27 @@ def print_json(document: object) -> None:
 
 
 def print_text(text: str) -> None:
-    """To stdout, which belongs to what was asked for."""
-    click.echo(text, file=click.get_current_context().meta[_STDOUT])
+    """To stdout, which belongs to what was asked for; silent if its reader has gone.
+
+    Raises:
+        FastfillError: stdout is closed or full.
+    """
+    stdout: IO[str] | None = click.get_current_context().meta[_STDOUT]
+    try:
+        if stdout is None:
+            raise OSError(errno.EBADF, "stdout is closed")
+        click.echo(text, file=stdout)
+        stdout.flush()
+    except OSError as error:
+        discard_unwritten(stdout)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(CLOSED_PIPE)
+        raise FastfillError(
+            "the result cannot be written",
+            found=error.strerror,
+            where="stdout",
+            remedy="the work itself is done: run the same command again with stdout where it can be written",
+        ) from error
 
 
 def start_ray() -> None:
@@ -216,9 +194,22 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _open_missing_streams() -> None:
+    """Take the places of stdin, stdout and stderr if the caller closed them.
+
+    Else the next file that is opened gets the place, and what is printed is written into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest free place
+
+
 @contextmanager
-def _results_alone() -> Iterator[IO[str]]:
+def _results_alone() -> Iterator[IO[str] | None]:
     """stdout for results; whatever else is written there meanwhile, by native code as well, goes to stderr."""
+    _open_missing_streams()
     stdout = sys.stdout
     try:
         number, stderr = stdout.fileno(), sys.stderr.fileno()
