@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from jobs.failures import Command
-from jobs.options import console, with_errors
+from jobs.options import absolute, console, with_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _SEED = 0
 _TRAINING_IMAGES = 900
 _WRITTEN_BY = "# Written by `fastfill demo`"
+_MARKER = ".fastfill-demo"  # deleting a folder removes it last: of names in reverse order
+_SAYS = b"Written by `fastfill demo`. The next demo here deletes `run` and writes `data` anew.\n"
+_DATA = ("training.parquet", "gallery.parquet", "old.pt2", "new.pt2")
 _CONFIG = """\
 {written_by}; try: fastfill status --config {folder}/demo.yaml
 run: {folder}/run
@@ -55,21 +58,25 @@ index: {{factory: Flat, shards: 2}}
 def main(folder: str, as_json: bool) -> None:
     """Backfill 897 real images on this machine, from images to the report, in a few minutes.
 
-    A demo that is there already is started from scratch.
+    A demo that is there already is started from scratch. Files that no demo wrote are never deleted.
     """
     from jobs.backfill import finish, run_all
     from jobs.bars import Bars
     from jobs.options import load, start_ray
     from pipeline import storage
 
-    root = Path(folder).resolve()
-    check_ours(str(root))
+    if "://" in folder:
+        raise click.UsageError("--folder is a folder on this machine")
+    root = Path(absolute(folder))
+    check_ours(root)
     storage.delete(str(root / "run"))
+    for name in ("run", "data"):
+        storage.put(str(root / name / _MARKER), _SAYS)
     out = console()
     with Bars(out) as bars:
         with bars.step("train two encoders"):
             make_data(root / "data")
-        (root / "demo.yaml").write_text(_CONFIG.format(folder=root, written_by=_WRITTEN_BY))
+        (root / "demo.yaml").write_text(_config(root))
         config = load(str(root / "demo.yaml"), ())
         with bars.step("start Ray"):
             start_ray()
@@ -79,34 +86,50 @@ def main(folder: str, as_json: bool) -> None:
         out.print(f"Look around: fastfill status --config {root / 'demo.yaml'}", soft_wrap=True)
 
 
-def check_ours(folder: str) -> None:
-    """Refuse a folder in which the demo would delete or overwrite what no demo has made.
+def check_ours(root: Path) -> None:
+    """Refuse a folder in which the demo would delete or overwrite what no demo wrote, or would follow a link.
 
     Raises:
-        ConfigError: with the files in the way.
+        ConfigError: with what is in the way.
     """
-    from pipeline import storage
-    from pipeline.errors import ConfigError, DataError
-    from pipeline.run import Run, read_settings
+    from pipeline.errors import ConfigError
 
-    run = storage.join(folder, "run")
-    config = storage.read_versioned(storage.join(folder, "demo.yaml"))
-    written = config is not None and config[0].startswith(_WRITTEN_BY.encode())
-    started = (storage.join(run, "gallery"), storage.join(run, "pairs"))  # what is there before run.json is
-    strangers = [storage.join(folder, "demo.yaml")] if config is not None and not written else []
-    strangers += [] if written else storage.list_files(storage.join(folder, "data"))
-    try:
-        read_settings(Run(run))
-    except (DataError, ValueError, KeyError, TypeError):  # no run, or not one of ours
-        strangers += [uri for uri in storage.list_files(run) if not (written and uri.startswith(started))]
-    if strangers:
+    data = root / "data"
+    links = [
+        path for path in (root, root / "run", root / "demo.yaml", data, *map(data.joinpath, _DATA)) if path.is_symlink()
+    ]
+    strangers = [] if links else _strangers(root)
+    if links or strangers:
+        found = [f"{path} is a symbolic link" for path in links] + [f"{path} is not of a demo" for path in strangers]
         raise ConfigError(
-            "the demo would delete or overwrite files that no demo has made",
-            expected="an empty folder, or one of an earlier demo",
-            found=f"{len(strangers)} other files, such as {strangers[0]}",
-            where=folder,
-            remedy="give another --folder",
+            "the demo would delete or overwrite files that no demo wrote",
+            expected="a new or empty folder, or the folder of an earlier demo, unchanged",
+            found="; ".join(found),
+            where=root,
+            remedy="give another --folder, or move these away",
         )
+
+
+def _strangers(root: Path) -> list[Path]:
+    """What is in the demo's way and is not of a demo: folders tell by their marker, the config by its text."""
+    from pipeline import storage
+
+    if root.exists() and not root.is_dir():
+        return [root]
+    found = []
+    for folder in (root / "run", root / "data"):
+        empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+        if not empty and not storage.exists(str(folder / _MARKER)):
+            found.append(folder)
+    config = root / "demo.yaml"
+    written = _config(root).encode()
+    if config.exists() and not (config.is_file() and written.startswith(storage.read_bytes(str(config)))):
+        found.append(config)  # a demo that was killed may have left the beginning
+    return found
+
+
+def _config(root: Path) -> str:
+    return _CONFIG.format(folder=root, written_by=_WRITTEN_BY)
 
 
 def make_data(folder: Path) -> None:

@@ -114,9 +114,9 @@ class LocalStore:
             Path(name).unlink(missing_ok=True)
 
     def delete_folder(self, prefix: str) -> None:
-        """Remove a folder and what is below it, or an object."""
+        """Remove a folder and what is below it, or an object; of a link the link alone, never what it points to."""
         path = Path(prefix)
-        if not path.is_dir():
+        if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)
             return
         for name in sorted(path.rglob("*"), reverse=True):

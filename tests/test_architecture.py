@@ -133,6 +133,8 @@ ALLOWED = {
     ("jobs/failures.py", "os.open"),  # /dev/null
     ("jobs/demo.py", "folder.mkdir"),  # the demo writes its data and its config as a user would
     ("jobs/demo.py", "pq.write_table"),
+    *(("jobs/demo.py", f"{name}.exists") for name in ("root", "folder", "config")),  # and looks for what is a user's
+    *(("jobs/demo.py", call) for call in ("root.is_dir", "folder.is_dir", "folder.iterdir", "config.is_file")),
     ("jobs/demo.py", ".write_text"),
     ("jobs/search.py", "np.load"),  # a query file on the user's machine
     ("training/fit.py", "tempfile.TemporaryDirectory"),  # Ray Train's checkpoints are folders

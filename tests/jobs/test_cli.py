@@ -15,7 +15,6 @@ import pytest
 from click.testing import CliRunner
 
 from jobs.cli import main
-from jobs.demo import check_ours
 from jobs.options import print_json, with_errors
 from pipeline.schema import FORMAT_VERSION
 
@@ -151,29 +150,3 @@ def test_a_number_that_json_cannot_say_is_a_bug_and_not_a_document() -> None:
     assert result.exit_code == 1
     assert "internal error: ValueError" in result.stderr
     assert result.stdout == ""
-
-
-@pytest.mark.parametrize(
-    "mine", ["run/thesis.tex", "run/run.json", "run/gallery/part-00000.parquet", "data/gallery.parquet", "demo.yaml"]
-)
-def test_the_demo_refuses_a_folder_with_files_of_the_users(tmp_path: Path, mine: str) -> None:
-    file = tmp_path / mine
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text('{"mine": 1}')
-    result = CliRunner().invoke(main, ["demo", "--folder", str(tmp_path)])
-    assert result.exit_code == 2
-    assert result.stderr.startswith("error: the demo would delete or overwrite files that no demo has made\n")
-    assert str(file) in result.stderr
-    assert file.read_text() == '{"mine": 1}'
-
-
-def test_the_demo_starts_from_scratch_where_a_demo_was_killed_at_any_moment(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "demo.yaml").write_text("# Written by `fastfill demo`; try: ...")
-    (tmp_path / "data" / "gallery.parquet").write_text("of the demo")
-    (tmp_path / "run" / "gallery").mkdir(parents=True)
-    (tmp_path / "run" / "gallery" / "part-00000.parquet").write_text("before run.json")
-    check_ours(str(tmp_path))
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"format_version": FORMAT_VERSION}))
-    (tmp_path / "run" / "plan.json").write_text("of the run")
-    check_ours(str(tmp_path))

@@ -269,6 +269,14 @@ def test_what_is_no_parquet_is_said_to_be(uri: str) -> None:
         storage.read_parquet(uri)
 
 
+def test_a_delete_of_a_link_leaves_what_it_points_to(tmp_path: Path) -> None:
+    storage.put(str(tmp_path / "kept" / "file"), b"precious")
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    storage.delete(str(tmp_path / "link"))
+    assert not (tmp_path / "link").is_symlink()
+    assert (tmp_path / "kept" / "file").read_bytes() == b"precious"
+
+
 def test_a_delete_takes_an_object_or_all_below_a_folder_and_may_be_repeated(tmp_path: Path) -> None:
     for name in ("a/1", "a/b/2", "a/b/c/3", "ab"):
         storage.put(str(tmp_path / name), b"")
