@@ -28,9 +28,10 @@ def main(
 ) -> None:
     """Write a snapshot to OUT, a local folder or s3://, one file per shard.
 
-    faiss: each file is one index that faiss.read_index opens, with the gallery's ids. parquet: the columns id,
-    key (your own id, where that is a string), vector and kind (transformed or embedded); where the index is
-    lossy the vectors are the decoded ones, which the file's metadata says.
+    faiss: each file is one index that faiss.read_index opens, with the gallery's ids. If your ids are strings,
+    FAISS has row numbers instead, and shard-*.ids.parquet beside each file has the columns id and key (your own
+    id). parquet: the columns id, key (your own id, if that is a string), vector and kind (transformed or
+    embedded); where the index is lossy the vectors are the decoded ones, which the file's metadata says.
 
     export.json is written last, with the checksum of every file. An export that was stopped goes on when the
     same command is given again; OUT must not hold anything else (exit code 3).

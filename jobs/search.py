@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from pipeline.config import Config
-    from pipeline.run import Run
     from pipeline.schema import Float32
 
 _TABLES = (".npy", ".parquet")
@@ -21,7 +20,13 @@ _TABLES = (".npy", ".parquet")
 @command("search")
 @click.argument("queries", nargs=-1, required=True)
 @click.option("--column", metavar="NAME", help="The column of a Parquet file: embeddings, or images as bytes.")
-@click.option("-k", default=10, show_default=True, type=click.IntRange(min=1), help="Neighbours per query.")
+@click.option(
+    "-k",
+    default=10,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Neighbours per query; of all, if there are fewer.",
+)
 @click.option("--tag", default="prod", show_default=True, help="The tag to answer from.")
 @click.option("--commit", type=int, help="Answer from this commit instead of a tag.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first queries of the file.")
@@ -46,13 +51,12 @@ def main(
     config = load(config_path, overrides)
     if len(queries) > 1 and any(path.endswith(_TABLES) for path in queries):
         raise click.UsageError(f"give image files, or one file of queries; these are {len(queries)} files")
-    run = open_run_of(config)
+    open_run_of(config)
     vectors = _read_queries(config, queries, column, limit)
     with Searcher(config.run, tag=tag, commit=commit, in_memory=False) as searcher:  # for a single call
         result = searcher.search(vectors, k)
     there = result.ids >= 0  # fewer than k may be found
-    keys = _keys(run, result.ids[there].tolist())
-    names = [[keys.get(item, item) if item >= 0 else None for item in row] for row in result.ids.tolist()]
+    names = result.keys.tolist()
     distances = [
         [value if found else None for value, found in zip(*row, strict=True)]
         for row in zip(result.distances.tolist(), there.tolist(), strict=True)
@@ -129,32 +133,6 @@ def _embed(config: Config, images: list[bytes], names: list[str]) -> Float32:
         except Reject as reject:
             raise DataError("a query image cannot be embedded", found=reject, where=name) from None
     return Embedder(encoder, config.device, backfill.batch_size, backfill.threads_per_actor).embed(np.stack(pixels))
-
-
-def _keys(run: Run, ids: list[int]) -> dict[int, str]:
-    """The user's own string ids of these rows; empty where ids are int64 already."""
-    import json
-
-    import numpy as np
-    import pyarrow as pa
-
-    from pipeline import storage
-
-    counts = json.loads(storage.read_bytes(run.path("gallery", "manifest.json")))["rows"]  # without Ray, which is slow
-    found: dict[int, str] = {}
-    wanted = pa.array(sorted(set(ids)), pa.int64())
-    stops = np.cumsum(counts)
-    for part in np.unique(np.searchsorted(stops, wanted.to_numpy(), side="right")):  # with a key, an id is a row number
-        if part < len(stops):
-            rows = _matching(storage.read_parquet(run.part("gallery", int(part)), ["id", "key"]), wanted)
-            found.update((row["id"], row["key"]) for row in rows.to_pylist() if row["key"] is not None)
-    return found
-
-
-def _matching(rows: pa.Table, wanted: pa.Array) -> pa.Table:
-    import pyarrow.compute as pc
-
-    return rows.filter(pc.is_in(rows["id"], value_set=wanted))
 
 
 def _is_binary(kind: pa.DataType) -> bool:

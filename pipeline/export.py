@@ -12,17 +12,19 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline import index, leases, snapshot, storage
 from pipeline.codebook import Codebook
 from pipeline.errors import DataError, Refused
 from pipeline.index import Segment
+from pipeline.keys import Keys
 from pipeline.run import Run
-from pipeline.schema import FORMAT_VERSION, Int64, vector_type, vectors_to_arrow
+from pipeline.schema import FORMAT_VERSION, vector_type, vectors_to_arrow
 from pipeline.segments import check_digest
 from pipeline.snapshot import PROD, Commit, SegmentRef
 
@@ -45,7 +47,8 @@ def export(
     """Write a snapshot as files of another format, one per shard.
 
     `faiss`: each file is an IVF index of its own (behind its transforms, where there are any) with the ids of
-    the gallery; searching it gives what the snapshot gives for that shard. `parquet`: `id`, `key` (the user's
+    the gallery; searching it gives what the snapshot gives for that shard. If the users' ids are strings,
+    `shard-*.ids.parquet` beside it has `id` and `key` of each vector. `parquet`: `id`, `key` (the user's
     own id, where that is a string), `vector` and `kind` (transformed or embedded), one row group per wave.
 
     Args:
@@ -67,7 +70,7 @@ def export(
     found = snapshot.read_commit(run, _number(run, tag) if commit is None else commit)
     with leases.hold(run, found.number):
         codebook = Codebook.open(run, found.codebook_path, found.codebook_sha256)
-        writer = _Writer(run, out_uri, form, found, codebook, _parts_with_keys(run) if form == "parquet" else [])
+        writer = _Writer(run, out_uri, form, found, codebook, Keys(run))
         finished = writer.begin()
         if finished is not None:
             return finished
@@ -88,7 +91,7 @@ class _Writer:
     form: Format
     commit: Commit
     codebook: Codebook
-    parts_with_keys: list[str]
+    keys: Keys
 
     def facts(self) -> Tree:
         """What an export is of: equal for two attempts at the same."""
@@ -119,7 +122,8 @@ class _Writer:
                 if name == _MARKER:
                     storage.delete_files([storage.join(self.out_uri, _STARTED)])
                     return known
-        strangers = there.keys() - {_STARTED, *map(self._name, range(self.commit.num_shards))}
+        shards = range(self.commit.num_shards)
+        strangers = there.keys() - {_STARTED, *map(self._name, shards), *map(self._ids_name, shards)}
         if there and (_STARTED not in there or strangers):
             raise self._in_the_way(f"{len(there)} files, such as {min(strangers or there)}")
         if not there:
@@ -127,17 +131,23 @@ class _Writer:
         return None
 
     def write(self, shard: int) -> Tree:
-        """Write the file of a shard, unless an earlier attempt has; returns what the marker says of it."""
+        """Write the files of a shard that no earlier attempt has written; returns what the marker says of them."""
         refs = sorted((ref for ref in self.commit.segments if ref.shard == shard), key=lambda ref: ref.wave)
-        uri = storage.join(self.out_uri, self._name(shard))
+        form = self._faiss if self.form == "faiss" else partial(self._parquet, shard=shard)
+        found = self._put(self._name(shard), partial(form, refs))
+        found |= {"shard": shard, "vectors": sum(ref.vectors for ref in refs)}
+        if self.form == "faiss" and self.keys.exist:
+            found["ids"] = self._put(self._ids_name(shard), partial(self._ids, refs))
+        return found
+
+    def _put(self, name: str, make: Callable[[], bytes]) -> Tree:
+        """Write a file unless it is there; its name, size and checksum."""
+        uri = storage.join(self.out_uri, name)
         if storage.exists(uri):
-            digest, size = storage.sha256(uri), storage.stat(uri).size_bytes
-        else:
-            data = self._faiss(refs) if self.form == "faiss" else self._parquet(refs, shard)
-            storage.put(uri, data)
-            digest, size = hashlib.sha256(data).hexdigest(), len(data)
-        vectors = sum(ref.vectors for ref in refs)
-        return {"path": self._name(shard), "shard": shard, "vectors": vectors, "bytes": size, "sha256": digest}
+            return {"path": name, "bytes": storage.stat(uri).size_bytes, "sha256": storage.sha256(uri)}
+        data = make()
+        storage.put(uri, data)
+        return {"path": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
     def finish(self, files: list[Tree]) -> Tree:
         """Write the marker."""
@@ -165,16 +175,27 @@ class _Writer:
 
     def _row_groups(self, refs: list[SegmentRef]) -> Iterator[pa.Table]:
         sidecars = [_sidecar(self.run, ref) for ref in refs]
-        keys = _keys(self.parts_with_keys, pa.concat_tables(sidecars)["id"].combine_chunks())
+        keys = self.keys.strings(pa.concat_tables(sidecars)["id"].to_numpy())  # once: each part of the gallery is read
+        done = 0
         for ref, sidecar in zip(refs, sidecars, strict=True):
             ids, vectors = index.decode(self.codebook, Segment.open(self.run, self.codebook, ref))
             if not pa.array(ids).equals(sidecar["id"].combine_chunks()):
                 raise DataError("segment and sidecar hold other ids", where=self.run.path(ref.sidecar_path))
-            columns = {"id": pa.array(ids), "key": _look_up(keys, ids), "vector": vectors_to_arrow(vectors)}
+            columns = {"id": pa.array(ids), "key": keys.slice(done, len(ids)), "vector": vectors_to_arrow(vectors)}
             yield pa.table(columns | {"kind": sidecar["kind"]})
+            done += len(ids)
+
+    def _ids(self, refs: list[SegmentRef]) -> bytes:
+        """The ids of a shard as its FAISS file has them, and the users' own."""
+        ids = np.sort(pa.concat_tables([_sidecar(self.run, ref) for ref in refs])["id"].to_numpy())
+        schema = pa.schema([pa.field("id", pa.int64(), nullable=False), pa.field("key", pa.string())])
+        return storage.parquet_bytes(schema, [pa.table({"id": pa.array(ids), "key": self.keys.strings(ids)})])
 
     def _name(self, shard: int) -> str:
         return f"shard-{shard:05d}.{_SUFFIX[self.form]}"
+
+    def _ids_name(self, shard: int) -> str:
+        return f"shard-{shard:05d}.ids.parquet"
 
     def _in_the_way(self, found: str) -> Refused:
         return Refused(
@@ -212,37 +233,3 @@ def _sidecar(run: Run, ref: SegmentRef) -> pa.Table:
     where = run.path(ref.sidecar_path)
     check_digest(where, ref.sidecar_sha256)
     return storage.read_parquet(where, ["id", "kind"])
-
-
-def _parts_with_keys(run: Run) -> list[str]:
-    """The parts of the gallery that hold any keys, by their footers: most galleries have int64 ids and none."""
-    folder = run.path("gallery")
-    found = []
-    for uri in storage.list_files(folder, ".parquet"):
-        if uri.startswith(storage.join(folder, "part-")):
-            with storage.open_parquet(uri) as file:
-                column = file.schema_arrow.names.index("key")
-                groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
-            nulls = [group.column(column).statistics for group in groups]
-            if any(
-                item is None or item.null_count != group.num_rows for item, group in zip(nulls, groups, strict=True)
-            ):
-                found.append(uri)
-    return found
-
-
-def _keys(uris: list[str], ids: pa.Array[pa.Int64Scalar]) -> pa.Table | None:
-    """`id` and `key` of those of `ids` that have one, in any order; None where there are no keys at all."""
-    if not uris:
-        return None
-    tables = []
-    for uri in uris:
-        rows = storage.read_parquet(uri, ["id", "key"])
-        tables.append(rows.filter(pc.is_in(rows["id"], value_set=ids)))
-    return pa.concat_tables(tables).combine_chunks()
-
-
-def _look_up(keys: pa.Table | None, ids: Int64) -> pa.Array[pa.StringScalar]:
-    if keys is None:
-        return pa.nulls(len(ids), pa.string())
-    return keys["key"].combine_chunks().take(pc.index_in(pa.array(ids), value_set=keys["id"].combine_chunks()))

@@ -23,6 +23,7 @@ from pipeline.schema import Float32, Int64
 from pipeline.segments import Rows, check_digest, local_segment, store_segment
 
 _QUERIES_AT_ONCE = 1024
+_RESULTS_AT_ONCE = 2**22  # of all queries that are searched together: what is held besides the answer
 _COLUMNS_AT_ONCE = 8192
 _COLUMNS_TO_SORT = 64  # up to which sorting them all is the fastest
 
@@ -133,8 +134,9 @@ def search(
     prepared = codebook.prepare(queries)
     keys = np.empty((len(prepared), k), dtype=np.float32)
     ids = np.empty((len(prepared), k), dtype=np.int64)
-    for start in range(0, len(prepared), _QUERIES_AT_ONCE):
-        rows = slice(start, start + _QUERIES_AT_ONCE)
+    together = max(1, min(_QUERIES_AT_ONCE, _RESULTS_AT_ONCE // k))
+    for start in range(0, len(prepared), together):
+        rows = slice(start, start + together)
         probe = _Probe(prepared[rows], *codebook.assign(prepared[rows], nprobe))
         keys[rows], ids[rows] = _nearest(segments, probe, k, width=k + 1)
     return keys * _sign(codebook.ivf), ids

@@ -4,24 +4,26 @@ After publishing; all it knows of a run are its tags, commits and segments. Guar
 from exactly one published commit, whose files were checked against it; a commit that cannot be opened
 whole is never switched to. A lease keeps the commit that is served from gc; who may not write reads without
 one, and where gc is faster than it opens a commit, it opens the one that the tag has moved to meanwhile.
-Does not embed images, and does not know the users' own keys.
+Does not embed images.
 """
 
 from __future__ import annotations
 
+import operator
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from pipeline import index, leases, snapshot
 from pipeline.codebook import Codebook
 from pipeline.errors import DataError, Removed
 from pipeline.index import Segment
+from pipeline.keys import Keys
 from pipeline.leases import Lease
 from pipeline.run import Run
 from pipeline.schema import Float32, Int64
@@ -29,22 +31,36 @@ from pipeline.snapshot import PROD, Commit, SegmentRef
 
 _OPEN_THREADS = 8  # hashing releases the GIL, and remote segments are fetched meanwhile
 _TRIES = 16
+_ALWAYS_PADDED = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """The answer to a batch of queries.
+    """The answer to a batch of queries: K = k columns, but never more than 1,024 or the vectors of the commit.
 
     Attributes:
         commit: the commit that gave it.
-        distances: (Q, k) float32, best first: squared Euclidean for l2, similarity for ip and cosine;
-            inf or -inf where fewer than k were found.
-        ids: (Q, k) int64; -1 where fewer than k were found.
+        distances: (Q, K) float32, best first: squared Euclidean for l2, similarity for ip and cosine;
+            inf or -inf where fewer than K were found.
+        ids: (Q, K) int64; -1 where fewer than K were found. If the gallery's ids are integers, they are these;
+            if they are strings, these are row numbers of the gallery, and `keys` has the strings.
     """
 
     commit: int
     distances: Float32
     ids: Int64
+    _keys: Keys = field(repr=False, compare=False)
+
+    @property
+    def keys(self) -> NDArray[np.object_]:
+        """(Q, K) objects, the gallery's own ids: str, or int if they are integers; None where fewer were found.
+
+        Looked up in the run's gallery at each access, so keep the array.
+
+        Raises:
+            DataError: the gallery is missing or damaged.
+        """
+        return self._keys.of(self.ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +106,7 @@ class Searcher:
         self._tag = tag if commit is None else None
         self._verify = verify
         self._in_memory = in_memory
+        self._keys = Keys(self._run)
         self._refreshing = threading.Lock()
         self._opened: _Snapshot | None = self._open_leased(commit, None) if commit is not None else self._follow(None)
 
@@ -108,20 +125,20 @@ class Searcher:
 
         Args:
             queries: (Q, d) numbers, the new encoder's embeddings.
-            k: neighbours per query, at least 1.
+            k: neighbours per query, a whole number of at least 1. More than there are costs nothing: the
+                answer has no more columns than the commit has vectors, or 1,024 where it has fewer.
 
         Raises:
-            DataError: the queries have another shape, are not finite numbers, or k is below 1.
+            DataError: the queries have another shape, are not finite numbers, or k is no whole number above 0.
         """
         opened = self._pinned()
-        if k < 1:
-            raise DataError("k is out of range", expected="at least 1", found=k)
+        columns = min(_whole(k), max(opened.commit.counts.vectors, _ALWAYS_PADDED))
         try:
             vectors = np.asarray(queries, dtype=np.float32)
         except (TypeError, ValueError) as error:
             raise DataError("queries are not an array of numbers", found=error) from error
-        distances, ids = index.search(opened.codebook, opened.searched, vectors, k, opened.commit.nprobe)
-        return SearchResult(opened.commit.number, distances, ids)
+        distances, ids = index.search(opened.codebook, opened.searched, vectors, columns, opened.commit.nprobe)
+        return SearchResult(opened.commit.number, distances, ids, self._keys)
 
     def refresh(self) -> bool:
         """Go to the commit that the tag points to now; whatever goes wrong, the present one stays.
@@ -223,6 +240,17 @@ class Searcher:
         if self._in_memory:
             searched = [index.gather(codebook, searched)]
         return _Snapshot(commit, codebook, segments, searched, lease)
+
+
+def _whole(k: int) -> int:
+    """A count of neighbours as a Python int; numpy's integers are whole numbers too."""
+    try:
+        number = operator.index(k)
+    except TypeError:
+        raise DataError("k is not a whole number", expected="an integer of at least 1", found=repr(k)) from None
+    if number < 1:
+        raise DataError("k is out of range", expected="at least 1", found=number)
+    return number
 
 
 def _release(opened: _Snapshot) -> None:

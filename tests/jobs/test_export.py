@@ -22,6 +22,7 @@ class Config:
 
 def test_it_writes_tells_refuses_and_takes_relative_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = make(tmp_path)
+    whole.write_gallery()
     monkeypatch.setattr(export, "load", lambda *_: Config(whole.run.uri))  # a whole config needs encoders
     monkeypatch.chdir(tmp_path)
     arguments = ["export", "--config", "run.yaml", "--format"]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import faiss
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -21,7 +20,6 @@ from pipeline.errors import DataError, Refused
 from pipeline.export import export
 from pipeline.index import Segment
 from pipeline.run import Run
-from pipeline.schema import MANIFEST
 from pipeline.search import Searcher
 from pipeline.snapshot import Tag
 from tests.pipeline.test_collect import Crash, dying, upload
@@ -34,6 +32,7 @@ K = 12
 def make(folder: Path, factory: str = "IVF4,Flat", metric: Metric = "l2", num_shards: int = 3) -> WholeRun:
     """Wave 1 of 2 is published and promoted."""
     whole = WholeRun(Run(str(folder)), metric, factory, num=300, num_waves=2, num_shards=num_shards).write_inputs()
+    whole.write_gallery()
     whole.publish(1)
     snapshot.promote(whole.run, 1, blockers=[])
     return whole
@@ -78,23 +77,10 @@ def test_a_faiss_file_needs_nothing_else_and_can_be_changed(tmp_path: Path) -> N
     assert shard.search(np.ones((1, DIM), np.float32), 1)[1][0, 0] == 10**12
 
 
-def write_keys(whole: WholeRun) -> dict[int, str]:
-    """Two parts of the gallery, the second one without keys."""
-    half = whole.num // 2
-    keys = {int(item): f"image/{item}.jpg" for item in whole.ids[:half]}
-    for part, ids in enumerate((whole.ids[:half], whole.ids[half:])):
-        columns = {"id": pa.array(ids), "key": pa.array([keys.get(int(item)) for item in ids], pa.string())}
-        schema = pa.schema(MANIFEST)
-        table = pa.table({field.name: columns.get(field.name, pa.nulls(len(ids), field.type)) for field in schema})
-        storage.put(whole.run.part("gallery", part), storage.parquet_bytes(schema, [table]))
-    storage.put(whole.run.path("gallery", "old", "part-00000.parquet"), b"not a part of the gallery")
-    return keys
-
-
 @pytest.mark.parametrize(("factory", "metric"), [("Flat", "l2"), ("IVF4,Flat", "cosine"), ("IVF4,SQ8", "l2")])
 def test_parquet_holds_what_the_segments_hold(tmp_path: Path, factory: str, metric: Metric) -> None:
     whole = make(tmp_path / "run", factory, metric)
-    keys = write_keys(whole)
+    keys = whole.write_gallery(with_keys=True)
     marker = export(whole.run.uri, str(tmp_path / "out"), "parquet")
     files = [pq.ParquetFile(tmp_path / "out" / file["path"]) for file in marker["files"]]
     commit = snapshot.read_commit(whole.run, 1)
@@ -151,6 +137,35 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
         export(whole.run.uri, str(out), "faiss", commit=0)
     with pytest.raises(Refused):
         export(whole.run.uri, str(out), "parquet")
+
+
+@pytest.mark.parametrize("tries", [1, 2])
+def test_export_faiss_of_string_ids_writes_them_beside_each_index(tmp_path: Path, tries: int) -> None:
+    whole, out = make(tmp_path / "run"), tmp_path / "out"
+    keys = whole.write_gallery(with_keys=True)
+    for _ in range(tries):  # a finished export says the same again
+        marker = export(whole.run.uri, str(out), "faiss")
+    for number, file in enumerate(marker["files"]):
+        data = (out / file["ids"]["path"]).read_bytes()
+        assert file["ids"]["path"] == f"shard-{number:05d}.ids.parquet"
+        assert (hashlib.sha256(data).hexdigest(), len(data)) == (file["ids"]["sha256"], file["ids"]["bytes"])
+        ids = np.sort(whole.ids[whole.shards == number]).tolist()
+        assert pq.read_table(out / file["ids"]["path"]).to_pylist() == [
+            {"id": item, "key": keys.get(item)} for item in ids
+        ]
+
+
+def test_export_faiss_of_integer_ids_writes_indexes_alone(tmp_path: Path) -> None:
+    marker = export(make(tmp_path / "run").run.uri, str(tmp_path / "out"), "faiss")
+    assert all("ids" not in file for file in marker["files"])
+    assert list((tmp_path / "out").glob("*.parquet")) == []
+
+
+def test_export_without_a_gallery_is_refused_for_its_ids_are_unknown(tmp_path: Path) -> None:
+    whole = make(tmp_path / "run")
+    storage.delete(whole.run.path("gallery"))
+    with pytest.raises(DataError, match="no gallery"):
+        export(whole.run.uri, str(tmp_path / "out"), "faiss")
 
 
 def check_resumed(whole: WholeRun, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,6 +251,7 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
 
 def test_images_that_left_the_index_are_not_exported_and_empty_shards_are(tmp_path: Path) -> None:
     whole = WholeRun(Run(str(tmp_path / "run")), num=24, num_waves=2, num_shards=8).write_inputs()
+    whole.write_gallery()
     whole.publish(0)
     snapshot.promote(whole.run, 0, blockers=[])
     for form in ("faiss", "parquet"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import shutil
 import tempfile
 import threading
@@ -193,6 +194,61 @@ def test_k_is_checked_and_may_exceed_the_gallery(tmp_path: Path) -> None:
     searcher.close()
     with pytest.raises(ValueError, match="closed"):
         searcher.search(np.zeros((1, DIM)), 1)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("k", [10**9, 2**63 - 1, 2**70])
+def test_search_with_k_far_above_the_gallery_takes_memory_by_what_is_there(
+    tmp_path: Path, k: int, in_memory: bool
+) -> None:
+    whole = make(tmp_path)
+    queries = np.random.default_rng(4).standard_normal((3, DIM))
+    with Searcher(whole.run.uri, in_memory=in_memory) as searcher:
+        result = searcher.search(queries, k)
+    assert result.ids.shape == result.distances.shape == (3, 1024)
+    np.testing.assert_array_equal(result.ids[:, : whole.num], exact_order(whole, 0, queries))
+    assert (result.ids[:, whole.num :] == -1).all()
+    assert np.isposinf(result.distances[:, whole.num :]).all()
+
+
+@pytest.mark.parametrize("k", [np.int64(5), np.int32(5), np.uint8(5)])
+def test_search_with_k_of_numpy_is_a_whole_number(tmp_path: Path, k: int) -> None:
+    with Searcher(make(tmp_path).run.uri) as searcher:
+        assert searcher.search(np.zeros((1, DIM)), k).ids.shape == (1, 5)
+
+
+@pytest.mark.parametrize("k", [2.5, 5.0, "3", None, np.float32(2), [1]])
+def test_search_with_k_that_is_no_whole_number_is_refused(tmp_path: Path, k: object) -> None:
+    with Searcher(make(tmp_path).run.uri) as searcher, pytest.raises(DataError, match="k is not a whole number"):
+        searcher.search(np.zeros((1, DIM)), k)  # type: ignore[arg-type]
+
+
+def test_search_of_string_ids_gives_them_as_keys(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    keys = whole.write_gallery(with_keys=True)
+    with Searcher(whole.run.uri) as searcher:
+        result = searcher.search(np.zeros((2, DIM)), whole.num + 3)
+    expected = [[keys.get(item, item) if item >= 0 else None for item in row] for row in result.ids.tolist()]
+    assert result.keys.tolist() == expected
+    assert copy.deepcopy(result).keys.tolist() == expected  # as when it goes to another process
+    assert sum(isinstance(item, str) for item in result.keys[0]) == len(keys)
+
+
+def test_search_of_integer_ids_gives_them_as_keys(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    whole.write_gallery()
+    with Searcher(whole.run.uri) as searcher:
+        result = searcher.search(np.zeros((1, DIM)), whole.num + 1)
+        assert searcher.search(np.zeros((0, DIM)), 3).keys.shape == (0, 3)
+    assert result.keys.tolist() == [[*result.ids[0, :-1].tolist(), None]]
+    assert all(type(item) is int for item in result.keys[0, :-1])
+
+
+def test_search_keys_without_a_gallery_are_an_error_and_not_row_numbers(tmp_path: Path) -> None:
+    with Searcher(make(tmp_path).run.uri) as searcher:
+        result = searcher.search(np.zeros((1, DIM)), 3)
+    with pytest.raises(DataError, match="no gallery"):
+        _ = result.keys
 
 
 def test_readers_see_one_whole_commit_while_it_is_switched(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pipeline.codebook import Codebook
 from pipeline.config import Index, Metric
 from pipeline.run import Run
 from pipeline.schema import (
+    MANIFEST,
     REJECTS,
     Float32,
     Int64,
@@ -89,6 +90,18 @@ class WholeRun:
         for wave in range(1, self.num_waves + 1):
             self.write_log(wave)
         return self
+
+    def write_gallery(self, with_keys: bool = False) -> dict[int, str]:
+        """Two parts of the gallery; the ids of the first one have keys, or none has any."""
+        half = self.num // 2
+        keys = {int(item): f"image/{item}.jpg" for item in self.ids[:half]} if with_keys else {}
+        for part, ids in enumerate((self.ids[:half], self.ids[half:])):
+            columns = {"id": pa.array(ids), "key": pa.array([keys.get(int(item)) for item in ids], pa.string())}
+            schema = pa.schema(MANIFEST)
+            table = pa.table({field.name: columns.get(field.name, pa.nulls(len(ids), field.type)) for field in schema})
+            storage.put(self.run.part("gallery", part), storage.parquet_bytes(schema, [table]))
+        storage.put(self.run.path("gallery", "old", "part-00000.parquet"), b"not a part of the gallery")
+        return keys
 
     def write_log(self, wave: int) -> None:
         """The units of a wave and their rejects."""
