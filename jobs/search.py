@@ -102,7 +102,7 @@ def _read_queries(config: Config, paths: tuple[str, ...], column: str | None, li
     table = storage.read_parquet(absolute(paths[0]))
     if column is None or column not in table.schema.names:
         raise DataError("say which column holds the queries", expected=table.schema.names, found=column, where=paths[0])
-    values = table[column].slice(0, limit)
+    values = table[column] if limit is None else table[column].slice(0, min(limit, table.num_rows))
     if _is_binary(values.type):
         return _embed(config, values.to_pylist(), [f"{paths[0]}: row {row}" for row in range(len(values))])
     try:

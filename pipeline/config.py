@@ -192,12 +192,12 @@ class Backfill(Section):
     in any case: the first waves have a handful of images, and the strangest ones. With a fraction of 0 none is.
     """
 
-    batch_size: Count = 256
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 256
     min_actors: Count = 1
     max_actors: Count | None = None
     cpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
-    threads_per_actor: Count = 1
+    threads_per_actor: Annotated[int, Field(ge=1, le=4096)] = 1
     wait_seconds: Annotated[float, Field(ge=0)] = 1800.0
     max_reject_fraction: Fraction = 0.05
     reject_allowance: Annotated[int, Field(ge=0)] = 5
@@ -236,7 +236,7 @@ class Index(Section):
     """The FAISS index: a factory string or `auto`, and how it is sharded."""
 
     factory: str = "auto"
-    shards: Count = 8
+    shards: Annotated[int, Field(ge=1, le=65_536)] = 8
     nprobe: Count = 16
     train_vectors: Count = 262_144
 

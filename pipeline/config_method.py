@@ -14,7 +14,7 @@ LossMode = Literal["alignment", "alignment+uncertainty", "alignment+discriminati
 Offset = Literal["none", "uncertainty", "confidence"]
 Measure = Literal["top1", "top5", "map", "recall10"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**53)]  # exact in JSON and in floating point, and far below int64
 
 POLICY_NAMES = (
     "random",
@@ -126,7 +126,7 @@ class Plan(Section):
     traffic: bool = False
     group_boost: Annotated[float, Field(ge=0.0)] = 0.0
     group_bound: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    waves: Count | tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = 20
+    waves: Annotated[int, Field(ge=1, le=100_000)] | tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = 20
     unit_images: Count | None = None
     deleted_images: Literal["keep", "drop"] = "keep"
 
@@ -175,8 +175,8 @@ class Evaluate(Section):
     does not measure it.
     """
 
-    points: Annotated[int, Field(ge=2)] = 22
-    random_seeds: Count = 5
+    points: Annotated[int, Field(ge=2, le=10_001)] = 22
+    random_seeds: Annotated[int, Field(ge=1, le=1000)] = 5
     max_images: Count = 200_000
 
 

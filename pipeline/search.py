@@ -108,7 +108,8 @@ class Searcher:
         self._in_memory = in_memory
         self._keys = Keys(self._run)
         self._refreshing = threading.Lock()
-        self._opened: _Snapshot | None = self._open_leased(commit, None) if commit is not None else self._follow(None)
+        number = None if commit is None else _whole("commit", commit, 0)
+        self._opened: _Snapshot | None = self._follow(None) if number is None else self._open_leased(number, None)
 
     @property
     def commit(self) -> Commit:
@@ -132,7 +133,7 @@ class Searcher:
             DataError: the queries have another shape, are not finite numbers, or k is no whole number above 0.
         """
         opened = self._pinned()
-        columns = min(_whole(k), max(opened.commit.counts.vectors, _ALWAYS_PADDED))
+        columns = min(_whole("k", k, 1), max(opened.commit.counts.vectors, _ALWAYS_PADDED))
         try:
             vectors = np.asarray(queries, dtype=np.float32)
         except (TypeError, ValueError) as error:
@@ -242,14 +243,15 @@ class Searcher:
         return _Snapshot(commit, codebook, segments, searched, lease)
 
 
-def _whole(k: int) -> int:
-    """A count of neighbours as a Python int; numpy's integers are whole numbers too."""
+def _whole(name: str, value: int, least: int) -> int:
+    """A number that a caller gave as a Python int; numpy's integers are whole numbers too."""
     try:
-        number = operator.index(k)
+        number = operator.index(value)
     except TypeError:
-        raise DataError("k is not a whole number", expected="an integer of at least 1", found=repr(k)) from None
-    if number < 1:
-        raise DataError("k is out of range", expected="at least 1", found=number)
+        expected = f"an integer of at least {least}"
+        raise DataError(f"{name} is not a whole number", expected=expected, found=repr(value)) from None
+    if number < least:
+        raise DataError(f"{name} is out of range", expected=f"at least {least}", found=number)
     return number
 
 

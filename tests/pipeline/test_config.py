@@ -48,6 +48,20 @@ def test_the_smallest_config_is_enough_and_the_rest_has_defaults() -> None:
     assert config.telemetry.host == "127.0.0.1"
 
 
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({"index": {"nprobe": 2**63}}, "index.nprobe"),
+        ({"index": {"shards": 10**9}}, "index.shards"),
+        ({"backfill": {"batch_size": 10**9}}, "backfill.batch_size"),
+        ({"plan": {"waves": 10**9}}, "plan.waves"),
+        ({"evaluate": {"points": 10**9}}, "evaluate.points"),
+    ],
+)
+def test_counts_far_above_what_a_machine_can_hold_are_refused(content: dict[str, Any], key: str) -> None:
+    assert f"{key}" in refusal(tree(**content))
+
+
 @pytest.mark.parametrize("section", ["run", "encoders", "gallery", "pairs"])
 def test_what_is_required_has_no_default(section: str) -> None:
     content = tree()

@@ -223,6 +223,12 @@ def test_search_with_k_that_is_no_whole_number_is_refused(tmp_path: Path, k: obj
         searcher.search(np.zeros((1, DIM)), k)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("commit", [-1, 2.5, "0", 10**30])
+def test_searcher_of_a_commit_that_cannot_be_is_refused(tmp_path: Path, commit: int) -> None:
+    with pytest.raises(DataError, match="commit"):
+        Searcher(make(tmp_path).run.uri, commit=commit)
+
+
 def test_search_of_string_ids_gives_them_as_keys(tmp_path: Path) -> None:
     whole = make(tmp_path)
     keys = whole.write_gallery(with_keys=True)
