@@ -12,6 +12,8 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check every id, checksum, segment, commit and tag of a run; exit code 1 where something is wrong."""
     from dataclasses import asdict
 
+    from rich.text import Text
+
     from pipeline.audit import audit
     from pipeline.run import Run, read_settings
 
@@ -23,11 +25,11 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     else:
         out = console()
         for problem in report.problems:
-            out.print(
-                f"[red]{problem.kind}[/] {problem.where}\n  expected: {problem.expected}\n  found: {problem.found}"
-            )
+            details = f" {problem.where}\n  expected: {problem.expected}\n  found: {problem.found}"
+            out.print(Text.assemble((problem.kind, "red"), details), soft_wrap=True)
         checked = ", ".join(f"{count:,} {what}" for what, count in report.checked.items())
-        out.print(f"{'[green]whole' if report.ok else '[bold red]not whole'}[/]: checked {checked}")
+        verdict = ("whole", "green") if report.ok else ("not whole", "bold red")
+        out.print(Text.assemble(verdict, f": checked {checked}"))
     sys.exit(0 if report.ok else 1)
 
 

@@ -16,13 +16,25 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
+from rich.text import Text
 
 _LINE_SECONDS = 10.0
+_WIDE = 110  # characters, from which there is room for a long bar beside the longest status
+
+
+class _Status(ProgressColumn):
+    """What a row is doing, cut off where the terminal ends: the only column that gives way."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["status"], style="dim", no_wrap=True, overflow="ellipsis")
 
 
 @dataclass(slots=True)
@@ -48,13 +60,16 @@ class Bars:
     _last_line: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        def stays() -> Column:
+            return Column(no_wrap=True)
+
         self.progress = Progress(
-            SpinnerColumn(finished_text="[green]✓"),
-            TextColumn("{task.description:<28}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("[dim]{task.fields[status]}"),
+            SpinnerColumn(finished_text="[green]✓", table_column=stays()),
+            TextColumn("{task.description:<25}", markup=False, table_column=stays()),
+            BarColumn(bar_width=30 if self.console.width >= _WIDE else 10, table_column=stays()),
+            MofNCompleteColumn(table_column=stays()),
+            TimeRemainingColumn(elapsed_when_finished=True, table_column=stays()),
+            _Status(),
             console=self.console,
             disable=not self.console.is_terminal,
         )

@@ -95,7 +95,7 @@ def show_selection(selection: Selection, most: int = 12) -> None:
 def show_likeness(found: Likeness | None, known: bool = False) -> None:
     """Warn where the pairs do not look like the gallery; `known` as in `Likeness.warnings`."""
     for sentence in () if found is None else found.warnings(known):
-        console().print(f"[bold red]{sentence}[/]", soft_wrap=True, highlight=False)
+        console().print(sentence, style="bold red", soft_wrap=True, highlight=False)
 
 
 def describe(chosen: Candidate) -> str:

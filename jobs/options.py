@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _STDOUT = "jobs.stdout"
 _STOP_SECONDS = 20.0
+_RAY_NOISE = "worker processes have been started on node"  # fractional CPUs and kept idle workers are meant here
 _stopping = threading.Event()
 
 
@@ -58,6 +59,7 @@ def with_errors(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:  # Any: click decides what a command is called with
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", _RAY_NOISE)  # Ray reads it when it is imported
         try:
             with in_one_message(), _results_alone() as stdout:
                 click.get_current_context().meta[_STDOUT] = stdout
@@ -87,10 +89,10 @@ def absolute(place: str) -> str:
 
 
 def console() -> Console:
-    """Where people read: stderr."""
+    """Where people read: stderr. `[a]` and `:b:` in what is printed mean nothing, for it is data; style comes as Text."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def open_run_of(config: Config, *, to_embed: bool = False) -> Run:

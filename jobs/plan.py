@@ -54,9 +54,15 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
         with bars.step("expect"):
             outlook, alike = expected_curve(config, run, plan), resemblance(config, run, plan)
         if seconds:
+            whole = max(1, round(seconds))
             found = tune(
-                config, run, plan, seconds, lambda done, what: bars.images("measure", int(done), int(seconds), what)
+                config,
+                run,
+                plan,
+                seconds,
+                lambda done, what: bars.images("measure", min(int(done), whole), whole, what),
             )
+            bars.images("measure", whole, whole)
     boost = read_boost(config, run, resolve_policy(run, config.plan.policy))
     if as_json:
         expected = {name: curve.to_json() for name, curve in outlook.curves.items()}
