@@ -89,7 +89,7 @@ def absolute(place: str) -> str:
 
 
 def console() -> Console:
-    """Where people read: stderr. `[a]` and `:b:` in what is printed mean nothing, for it is data; style comes as Text."""
+    """Where people read: stderr. Strings are data, in which `[a]` and `:b:` mean nothing; style comes as Text."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, markup=False, emoji=False)

@@ -21,7 +21,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, to: int | 
     read_settings(run)
     tag = snapshot.rollback(run, to)
     print_json({"prod": tag.commit, "pinned": tag.pinned}) if as_json else console().print(
-        f"prod now serves commit {tag.commit}, and stays there until `fastfill promote`"
+        f"prod now serves commit {tag.commit}, and is pinned to it until `fastfill promote`"
     )
 
 

@@ -5,15 +5,28 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypedDict
 
 from jobs.options import command, console, load, print_json
+from pipeline.readable import duration, moment
 
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.plan import Plan
     from pipeline.run import Run
+    from pipeline.snapshot import Tag
+
+
+class Pin(TypedDict):
+    """That prod does not follow later commits, since when (None: not recorded), and the command that ends it."""
+
+    by: str
+    since_unix_seconds: float | None
+    unpin: str
 
 
 class Status(TypedDict):
-    """The figures of `status --json` (an interface; CHANGELOG before it changes)."""
+    """The figures of `status --json` (an interface; CHANGELOG before it changes).
+
+    `quality` is that of `quality_commit`, the latest commit; `prod_quality` that of the commit that prod serves.
+    """
 
     run: str
     gallery: int | None
@@ -31,6 +44,9 @@ class Status(TypedDict):
     quality: dict[str, float] | None
     refused: list[str]
     stopped: str | None
+    quality_commit: int | None
+    prod_quality: dict[str, float] | None
+    pinned: Pin | None
 
 
 @command("status")
@@ -55,8 +71,9 @@ def read_status(run_uri: str) -> Status:
     run = Run(run_uri)
     candidate, prod = snapshot.read_tag(run, "candidate"), snapshot.read_tag(run, "prod")
     standing = read_standing(run)
-    latest = candidate.commit if candidate else None
+    latest, served = (tag.commit if tag else None for tag in (candidate, prod))
     measured = quality.read_quality(run, latest) if latest is not None else None
+    of_prod = quality.read_quality(run, served) if served is not None else None
     status = Status(
         run=run_uri,
         gallery=None,
@@ -69,11 +86,14 @@ def read_status(run_uri: str) -> Status:
         fraction=0.0,
         images_per_second=None,
         eta_seconds=None,
-        commit=candidate.commit if candidate else None,
-        prod=prod.commit if prod else None,
+        commit=latest,
+        prod=served,
         quality=measured.figures if measured else None,
         refused=list(standing.refused) if standing else [],
         stopped=standing.stopped if standing else None,
+        quality_commit=latest if measured else None,
+        prod_quality=of_prod.figures if of_prod else None,
+        pinned=_pin(prod),
     )
     plan = read_plan(run)
     if plan is None:
@@ -82,25 +102,13 @@ def read_status(run_uri: str) -> Status:
     parts = vector_log.part_times(log)
     progress = Tracker(plan, log, max_reject_fraction=1.0, parts=parts).progress(status["commit"] or 0)
     rate = recent_rate(plan, parts)
-    known = Status(
-        run=run_uri,
-        commit=status["commit"],
-        prod=status["prod"],
-        quality=status["quality"],
-        refused=status["refused"],
-        stopped=status["stopped"],
-        gallery=progress.gallery,
-        embedded=progress.durable,
-        durable=progress.durable,
-        published=progress.published,
-        rejected=progress.rejected,
-        wave=progress.wave,
-        waves=progress.waves,
-        fraction=progress.published / progress.gallery,
-        images_per_second=rate,
-        eta_seconds=0.0 if progress.left == 0 else progress.left / rate if rate else None,
-    )
-    status.update(known)
+    status["gallery"] = progress.gallery
+    status["embedded"] = status["durable"] = progress.durable
+    status["published"], status["rejected"] = progress.published, progress.rejected
+    status["wave"], status["waves"] = progress.wave, progress.waves
+    status["fraction"] = progress.published / progress.gallery
+    status["images_per_second"] = rate
+    status["eta_seconds"] = 0.0 if progress.left == 0 else progress.left / rate if rate else None
     return status
 
 
@@ -139,17 +147,38 @@ def show(status: Status, run: Run) -> None:
         table.add_row("rejected", _rejected(status["rejected"], plan.num_rejected if plan else 0))
         table.add_row("wave", f"{status['wave']} of {status['waves']}")
         table.add_row("rate", _number(status["images_per_second"], "images/s over the last ten minutes of work"))
-        table.add_row("time left", _duration(status["eta_seconds"]))
+        table.add_row("time left", _left(status["eta_seconds"]))
     table.add_row("latest commit", _number(status["commit"], ""))
-    table.add_row("prod", _number(status["prod"], ""))
-    if status["quality"] is not None:
-        table.add_row("on the probe set", ", ".join(f"{name} {value:.3g}" for name, value in status["quality"].items()))
+    table.add_row("prod", _number(status["prod"], "") + _pinned(status["pinned"]))
+    if status["prod_quality"] is not None:
+        table.add_row(f"quality of commit {status['prod']} (prod)", _figures(status["prod_quality"]))
+    if status["quality"] is not None and status["commit"] != status["prod"]:
+        table.add_row(f"quality of commit {status['commit']} (latest)", _figures(status["quality"]))
     if status["refused"]:
         table.add_row("not promoted", "\n".join(status["refused"]))
     if status["stopped"] is not None:
         table.add_row("stopped, as asked", status["stopped"])
     console().print(table)
     _show_rejects(run, plan)
+
+
+def _pin(prod: Tag | None) -> Pin | None:
+    if prod is None or not prod.pinned:
+        return None
+    return Pin(by="rollback", since_unix_seconds=prod.pinned_unix_seconds, unpin="fastfill promote")
+
+
+def _pinned(pin: Pin | None) -> str:
+    if pin is None:
+        return ""
+    since = pin["since_unix_seconds"]
+    when = "" if since is None else f" since {moment(since)}"
+    return f", pinned by {pin['by']}{when}: later commits do not reach it until `{pin['unpin']}`"
+
+
+def _figures(quality: dict[str, float]) -> str:
+    """On the probe set, in per cent but for the ratio `slot_share`."""
+    return ", ".join(f"{name} {value:.3g}" for name, value in quality.items())
 
 
 def _rejected(count: int, before_plan: int) -> str:
@@ -181,11 +210,8 @@ def _number(value: float | None, unit: str) -> str:
     return "none yet" if value is None else f"{value:,.0f} {unit}".rstrip()
 
 
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "unknown until something was embedded"
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
+def _left(seconds: float | None) -> str:
+    return "unknown until something was embedded" if seconds is None else duration(seconds)
 
 
 if __name__ == "__main__":

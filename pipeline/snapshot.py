@@ -46,6 +46,7 @@ class Tag:
         epoch: of the writer that owns the run; only in the candidate tag.
         previous: the commit that the tag pointed to before, which `rollback` goes back to.
         pinned: set by `rollback`: `auto_promote` leaves the tag alone until the next `promote`.
+        pinned_unix_seconds: when; None also in a tag that an earlier version pinned.
         attempt_id: of the one write that put the tag there; two tags that say the same are equal without it.
     """
 
@@ -53,6 +54,7 @@ class Tag:
     epoch: int | None = None
     previous: int | None = None
     pinned: bool = False
+    pinned_unix_seconds: float | None = field(default=None, compare=False)
     attempt_id: str = field(default="", compare=False)
 
 
@@ -287,7 +289,7 @@ def rollback(run: Run, to: int | None = None) -> Tag:
                 where=run.tag(PROD),
                 remedy=(f"name one of the commits {before}; " if before else "") + "`promote` goes forward",
             )
-        return Tag(_published(run, number), pinned=True)
+        return Tag(_published(run, number), pinned=True, pinned_unix_seconds=time.time())
 
     return _change_tag(run, PROD, back)
 

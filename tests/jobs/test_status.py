@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
-from jobs.status import read_status
-from pipeline import storage
+from jobs.status import read_status, show
+from pipeline import commits, quality, snapshot, storage, vector_log
+from pipeline.quality import Quality
+from pipeline.rejects import manifest_log
+from pipeline.run import Run
+from pipeline.schema import UNITS, Unit
+from pipeline.vector_log import EmbeddedUnit
 from tests.pipeline.synthetic_run import Options, known, make_run
+from tests.pipeline.whole_run import WholeRun
 
 
 def test_the_log_is_listed_once_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,3 +37,85 @@ def test_the_log_is_listed_once_and_counted(tmp_path: Path, monkeypatch: pytest.
     assert status["published"] == status["durable"] == status["embedded"]
     assert status["images_per_second"] == pytest.approx(10 / 2.0)  # a unit every two seconds
     assert status["eta_seconds"] == pytest.approx(120 / 5.0)
+
+
+def published(tmp_path: Path) -> Run:
+    """Three commits with the quality of each; prod serves the last one."""
+    whole = WholeRun(Run(str(tmp_path)), num=120, num_waves=2)
+    for number in range(3):
+        whole.publish(number)
+        quality.write_quality(whole.run, Quality(number, "", {"top1": 90.0 + number}, (), (), (), ()))
+        snapshot.auto_promote(whole.run, number)
+    return whole.run
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[Run], str]:
+    """What `status` prints on a wide terminal."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def shown(run: Run) -> str:
+        show(read_status(run.uri), run)
+        return capsys.readouterr().err
+
+    return shown
+
+
+def test_status_after_a_rollback_has_the_quality_of_what_prod_serves_and_says_that_it_is_pinned(
+    tmp_path: Path, screen: Callable[[Run], str]
+) -> None:
+    run = published(tmp_path)
+    before = time.time()
+    snapshot.rollback(run, 1)
+    status = read_status(run.uri)
+    assert (status["commit"], status["quality_commit"], status["quality"]) == (2, 2, {"top1": 92.0})
+    assert (status["prod"], status["prod_quality"]) == (1, {"top1": 91.0})
+    assert status["pinned"] is not None
+    since = status["pinned"]["since_unix_seconds"]
+    assert since is not None
+    assert before <= since <= time.time()
+    said = screen(run)
+    assert re.search(r"prod +│ 1, pinned by rollback since .* UTC: .* `fastfill promote`", said)
+    assert re.search(r"quality of commit 1 \(prod\) +│ top1 91 ", said)
+    assert re.search(r"quality of commit 2 \(latest\) +│ top1 92 ", said)
+
+
+def test_status_of_a_prod_that_follows_says_nothing_of_a_pin(tmp_path: Path, screen: Callable[[Run], str]) -> None:
+    run = published(tmp_path)
+    snapshot.rollback(run)
+    snapshot.promote(run, None, blockers=[])
+    status = read_status(run.uri)
+    assert status["pinned"] is None
+    assert status["prod_quality"] == status["quality"] == {"top1": 92.0}
+    said = screen(run)
+    assert "pinned" not in said
+    assert "latest)" not in said
+
+
+def test_status_of_a_pin_by_an_earlier_version_says_that_and_not_since_when(
+    tmp_path: Path, screen: Callable[[Run], str]
+) -> None:
+    run = published(tmp_path)
+    tree = json.loads(snapshot.to_json(snapshot.rollback(run)))
+    del tree["pinned_unix_seconds"], tree["sha256"]
+    tree["sha256"] = commits._digest(tree)
+    storage.put(run.tag("prod"), json.dumps(tree).encode())
+    status = read_status(run.uri)
+    assert status["pinned"] == {"by": "rollback", "since_unix_seconds": None, "unpin": "fastfill promote"}
+    assert "pinned by rollback: later commits" in screen(run)
+
+
+@pytest.mark.parametrize("name", ["img [/2019] x.png", "img [a] :smile: [bold].png"])
+def test_status_shows_rejects_with_brackets_as_they_are(
+    tmp_path: Path, screen: Callable[[Run], str], name: str
+) -> None:
+    run = Run(str(tmp_path / "run [a]"))
+    rows = pa.table({"id": [1], **{column: pa.nulls(1, UNITS.field(column).type) for column in UNITS.names[1:]}})
+    rows = rows.set_column(UNITS.names.index("uri"), "uri", pa.array([name]))
+    storage.put(run.path("rows.parquet"), storage.parquet_bytes(UNITS, [rows]))
+    words = pa.array(["decode"]), pa.array([f"no image {name}"])
+    unit = EmbeddedUnit(np.array([1]), np.zeros((1, 2), np.float32), pa.nulls(1, pa.string()), *words)
+    vector_log.write_unit(manifest_log(run, "pairs", "old"), Unit(0, 0, run.path("rows.parquet"), 0, 1), unit)
+    said = screen(run)
+    assert f"{name} (no image {name})" in said
+    assert "run [a]" in said
