@@ -22,7 +22,8 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 import click
 
 from jobs.failures import CLOSED_PIPE, Command, discard_unwritten, in_one_message
-from pipeline.errors import FastfillError
+from pipeline.errors import ConfigError, FastfillError
+from pipeline.uris import holds_user
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,7 +85,17 @@ def load(config_path: str, overrides: tuple[str, ...]) -> Config:
 
 
 def absolute(place: str) -> str:
-    """A file or folder as the user means it: a URI as it is, a path from where the command was given."""
+    """A file or folder as the user means it: a URI as it is, a path from where the command was given.
+
+    Raises:
+        ConfigError: the URI holds a user or password, which messages and files would show.
+    """
+    if holds_user(place):
+        raise ConfigError(
+            "a URL must not hold a user or password",
+            where=place.rpartition("@")[2],
+            remedy="give credentials through the environment, such as AWS_PROFILE",
+        )
     return place.rstrip("/") if "://" in place else os.path.abspath(place)
 
 

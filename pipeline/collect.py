@@ -50,7 +50,7 @@ _TRIES = 16
 _PAUSE_SECONDS = 0.2
 _COMMIT_FILE = re.compile(r"/(\d{20})\.json$")
 _INDEX_FILE = re.compile(r"/(index/(?:segments/[0-9a-f]{64}\.(?:faiss|parquet)|codebook-[0-9a-f]{64}\.faiss))$")
-_TAG_FILE = re.compile(r"/([^/]+)\.json$")
+_TAG_FILE = re.compile(r"/([\w-]+)\.json$")
 
 
 @dataclass(frozen=True, slots=True)

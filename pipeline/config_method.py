@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from pipeline import uris
 
 LossMode = Literal["alignment", "alignment+uncertainty", "alignment+discriminative", "fastfill"]
 Offset = Literal["none", "uncertainty", "confidence"]
@@ -38,9 +40,20 @@ _SOME = Field(min_length=1)
 
 
 class Section(BaseModel):
-    """Base of every section: immutable, and unknown keys are errors."""
+    """Base of every section: immutable; unknown keys, and URLs with a user or password in them, are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*")
+    @classmethod
+    def _no_credentials(cls, value: object) -> object:
+        texts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(text, str) and uris.holds_user(text) for text in texts):
+            raise ValueError(
+                "a URL must not hold a user or password, because the config is stored with the run: credentials come "
+                "from the environment or the machine's role"
+            )
+        return value
 
 
 class Classifier(Section):

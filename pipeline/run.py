@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from dataclasses import dataclass
 
 from pipeline import storage, user_code
@@ -47,6 +48,7 @@ RUNTIME = {
 
 
 _CONTENT = "content of "
+_TAG = re.compile(r"[\w-]+")  # it becomes a file's name
 
 Identity = dict[str, object]
 """Settings and fingerprints by their full name, without RUNTIME."""
@@ -131,7 +133,18 @@ class Run:
         return self.path("index", "commits", f"{number:020d}.json")
 
     def tag(self, name: str) -> str:
-        """The file of a tag, such as prod or candidate."""
+        """The file of a tag, such as prod or candidate.
+
+        Raises:
+            DataError: no tag can have this name.
+        """
+        if not _TAG.fullmatch(name):
+            raise DataError(
+                "this cannot be the name of a tag",
+                expected="letters, digits, _ and -",
+                found=name,
+                remedy="use prod, or name a commit",
+            )
         return self.path("index", "tags", f"{name}.json")
 
     @property

@@ -34,6 +34,7 @@ from pipeline.store import Reader, Store
 from pipeline.store import Stat as Stat
 from pipeline.store import TooLarge as TooLarge
 from pipeline.store import Unreadable as Unreadable
+from pipeline.uris import holds_user
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -334,6 +335,12 @@ def _store(scheme: str, settings: str, process: int, account: tuple[str, ...]) -
         from pipeline.s3_client import S3Client  # here: local runs need not wait for its half a second
 
         found = _settings()
+        if holds_user(found.endpoint or ""):  # of the environment: the config was checked
+            raise ConfigError(
+                "the store's URL must not hold a user or password",
+                where="AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL",
+                remedy="give credentials through AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+            )
         return ObjectStore(S3Client(found), Retry(found.retry_seconds, found.max_pause_seconds))
     raise ConfigError("there is no such store", expected="a local path or s3://", found=f"{scheme}://")
 

@@ -102,6 +102,30 @@ def test_override_of_a_key_below_a_yaml_alias_changes_that_key_alone(tmp_path: P
     assert sizes == [(8, 4), (224, 9)]
 
 
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"storage": {"endpoint_url": "https://USER:SECRET@host:9000"}}, "storage.endpoint_url"),
+        ({"storage": {"endpoint_url": "HTTP://SECRET@host"}}, "storage.endpoint_url"),
+        ({"run": "s3://USER:SECRET@bucket/run"}, "run"),
+        ({"data_root": "s3://USER:SECRET@bucket"}, "data_root"),
+        ({"pairs": {"manifest": ["a", "s3://USER:SECRET@bucket"], "columns": {}}}, "pairs.manifest"),
+        ({"fit": {"classifier": {"path": "s3://USER:SECRET@bucket/c"}}}, "fit.classifier.path"),
+    ],
+)
+def test_validate_of_a_url_with_a_user_in_any_field_is_refused_without_showing_it(
+    changes: dict[str, Any], key: str
+) -> None:
+    said = refusal(tree(**changes))
+    assert f"{key}: a URL must not hold a user or password" in said
+    assert "SECRET" not in said
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/a@b/c", "/home/me@work/run", "me@host:run", "s3://bucket?x=a@b"])
+def test_validate_of_a_path_with_an_at_sign_that_is_no_user_is_taken(path: str) -> None:
+    assert validate(tree(data_root=path), where="").data_root == path
+
+
 def test_an_unknown_key_like_no_other_is_refused_with_all_names_of_its_section() -> None:
     message = refusal(tree(publish={"zzz": 1}))
     assert "publish.zzz: unknown key; valid here: promote" in message

@@ -311,3 +311,14 @@ def test_every_file_of_a_run_lies_below_it_under_its_own_name() -> None:
     assert len(set(paths)) == len(paths)
     assert all(path.startswith("s3://bucket/run/") for path in paths)
     assert sorted([run.commit(9), run.commit(10)]) == [run.commit(9), run.commit(10)]
+
+
+@pytest.mark.parametrize("name", ["../../run", "a/b", "", ".", "a.b", "prod\n", "a b", "x" * 5 + "\0"])
+def test_tag_with_a_name_that_is_no_word_is_refused(name: str) -> None:
+    with pytest.raises(DataError, match="cannot be the name of a tag"):
+        Run("/run").tag(name)
+
+
+@pytest.mark.parametrize("name", ["prod", "candidate", "spring-2026_b"])
+def test_tag_with_a_word_as_its_name_lies_among_the_tags(name: str) -> None:
+    assert Run("/run").tag(name) == f"/run/index/tags/{name}.json"

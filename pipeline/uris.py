@@ -1,0 +1,12 @@
+"""What a URI may say. Credentials come from the environment or the machine's role: run.json and reports store URIs."""
+
+from __future__ import annotations
+
+import re
+
+_USER = re.compile(r"^[a-z][a-z0-9+.-]*://[^/?#]*@", re.IGNORECASE)
+
+
+def holds_user(uri: str) -> bool:
+    """Whether a URI has a user, and perhaps a password, before its host: `https://USER:SECRET@host`."""
+    return _USER.match(uri) is not None
