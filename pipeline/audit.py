@@ -175,7 +175,7 @@ def _check_shard(evidence: Evidence, notes: Notes, shard: int, cells: list[Cell]
     """The images of a shard belong there, and each is in one wave; planned anew they are the same ones."""
     first: Int64 = NO_IDS
     for learnt in evidence.plan:
-        where = f"{evidence.run.relearnt(learnt).path('transformed')}, shard {shard}"
+        where = f"{evidence.run.relearnt(learnt).transformed}, shard {shard}"
         ids = np.concatenate([cell.ids for cell in cells if cell.learnt == evidence.learnt(cell.wave, learnt)])
         first = first if learnt else np.unique(ids)
         astray = ids[shard_of(ids, num_shards) != shard]

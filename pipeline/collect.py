@@ -3,7 +3,7 @@
 After the snapshots; run it by hand or on a schedule, beside anything. Guarantee: a commit that a tag points to,
 that is among the last ones, or that a live lease names stays whole, and whatever moment gc dies at, the run is
 whole and the next gc finishes its work. Knows nothing of what is inside a segment, and never touches the
-vector log, the plan or the transformed gallery.
+vector log or the run's plan. Parts of a plan that was dropped for another one are removed (`plan.dropped_files`).
 
 What could happen beside it, and why nothing is lost:
 
@@ -38,6 +38,7 @@ from pipeline import removals, snapshot, storage
 from pipeline.commits import Commit, Removals, read_commit, to_json
 from pipeline.errors import ConfigError, Removed, SnapshotConflict
 from pipeline.leases import find_leases
+from pipeline.plan import dropped_files
 from pipeline.run import Run
 from pipeline.snapshot import CANDIDATE, PROD
 from pipeline.store import Stat
@@ -79,9 +80,9 @@ class Collection:
         commits: the numbers of the removed ones.
         kept: by the number of each published commit that stays, the reasons.
         files: segments, sidecars and codebooks.
-        bytes: their sizes, and those of temporary files.
+        bytes: their sizes, and those of the leftovers.
         leases: expired ones.
-        leftovers: temporary files and probes of processes that died.
+        leftovers: temporary files and probes of processes that died, and parts of plans that were dropped.
     """
 
     dry_run: bool
@@ -225,7 +226,7 @@ def collect(run_uri: str, rules: Rules | None = None, dry_run: bool = False) -> 
     lost = _strays(stored, view, wanted, now_seconds - rules.grace_seconds)
     expired = [uri for uri, over in find_leases(run, now_seconds)[1].items() if over > rules.grace_seconds]
     leftover_age = max(rules.grace_seconds, LEFTOVER_SECONDS)
-    leftovers = _older(storage.list_leftovers(run.uri), now_seconds - leftover_age)
+    leftovers = _older(storage.list_leftovers(run.uri), now_seconds - leftover_age) | dropped_files(run)
     if not dry_run:
         collector.delete_commits(view, wanted)
         storage.delete_files([run.path(path) for path in lost])

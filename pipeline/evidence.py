@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ParamSpec, TypeVar
 
 import numpy as np
@@ -30,7 +30,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 U = TypeVar("U")
 _WAVE = re.compile(r"/wave-(\d+)/[^/]+$")
-_PART = re.compile(r"/part-(\d+)\.parquet$")
+_PART = re.compile(r"/part-(\d{5,})\.parquet$")
 _EMPTY = -1  # the key of a row group without rows
 NO_IDS: Int64 = np.empty(0, dtype=np.int64)
 
@@ -148,18 +148,15 @@ class Evidence:
     @classmethod
     def gather(cls, run: Run, notes: Notes, published: int, drops_deleted: bool) -> Evidence:
         """Read the footers of the plan, and those of the log up to wave `published`."""
-        waves = notes.attempt("plan", run.plan, _relearn_after, run) or []
+        place, waves = notes.attempt("plan", run.plan, _planned, run) or (run, [])
         relearn_after = tuple(wave for wave in waves if wave <= published)
-        plan = {
-            learnt: storage.list_files(run.relearnt(learnt).path("transformed"), ".parquet")
-            for learnt in (0, *relearn_after)
-        }
+        plan = {learnt: _parquet_in(place.relearnt(learnt).transformed) for learnt in (0, *relearn_after)}
         log = {wave: uris for wave, uris in unit_files(run.path("embedded")).items() if wave <= published}
         plan_parts = {learnt: _parts(notes, "plan_part", uris, ["wave", "shard"]) for learnt, uris in plan.items()}
         log_parts = {wave: _parts(notes, "log_part", uris, ["shard"]) for wave, uris in log.items()}
         rejects = {wave: uris for wave, uris in reject_files(gallery_log(run)).items() if wave <= published}
         return cls(
-            run,
+            place,
             notes,
             relearn_after,
             plan_parts,
@@ -234,7 +231,8 @@ def check_manifest(run: Run, notes: Notes) -> None:
     if not storage.exists(run.plan) or not storage.exists(run.path("gallery", "manifest.json")):
         return
     rejects = reject_files(manifest_log(run, "gallery", "old"))
-    parts = {folder: _by_number(run, folder) for folder in ("gallery", "transformed")}
+    place, _ = notes.attempt("plan", run.plan, _planned, run) or (run, [])
+    parts = {"gallery": _by_number(run.path("gallery")), "transformed": _by_number(place.transformed)}
 
     def check(notes: Notes, number: int) -> None:
         given, planned = (
@@ -248,22 +246,24 @@ def check_manifest(run: Run, notes: Notes) -> None:
     notes.each(check, sorted(parts["gallery"].keys() | parts["transformed"].keys()))
 
 
-def _relearn_after(run: Run) -> list[int]:
-    """The waves after which the run planned anew.
+def _planned(run: Run) -> tuple[Run, list[int]]:
+    """The run as the plan laid it out, and the waves after which the run planned anew.
 
     Raises:
         ValueError: the plan is no JSON.
     """
     found = storage.read_versioned(run.plan)
-    waves: list[int] = json.loads(found[0]).get("relearn_after", []) if found else []
-    return waves
+    plan = json.loads(found[0]) if found else {}
+    return replace(run, layout=plan.get("layout", "")), plan.get("relearn_after", [])
 
 
-def _by_number(run: Run, folder: str) -> dict[int, str]:
-    uris = storage.list_files(run.path(folder), ".parquet")
-    return {
-        int(match[1]): uri for uri in uris if (match := _PART.search(uri)) and uri == run.part(folder, int(match[1]))
-    }
+def _by_number(folder: str) -> dict[int, str]:
+    return {int(match[1]): uri for uri in _parquet_in(folder) if (match := _PART.search(uri))}
+
+
+def _parquet_in(folder: str) -> list[str]:
+    """The Parquet files right in a folder, sorted: a plan that was dropped lies in a folder beside them."""
+    return sorted(uri for uri, _ in storage.iter_stats(folder, deep=False) if uri.endswith(".parquet"))
 
 
 def unit_files(folder: str) -> dict[int, list[str]]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline import fan_out, storage, vector_log
 from pipeline.errors import DataError
+from pipeline.plan import transformed_parts
 from pipeline.rejects import gallery_log
 from pipeline.run import Run
 from pipeline.schema import Float32, Int64, splitmix64, vectors_from_arrow
@@ -107,7 +108,7 @@ def transformed_table(run: Run, columns: list[str]) -> pa.Table:
     Raises:
         DataError: there is none yet.
     """
-    parts = storage.list_files(run.path("transformed"), ".parquet")
+    parts = transformed_parts(run)
     if not parts:
         raise DataError(
             "the gallery is not transformed yet", where=run.path("transformed"), remedy="run `fastfill backfill`"
@@ -121,7 +122,7 @@ def labelled_sample(run: Run, num_parts: int, num_gallery: int, most: int, other
     A large gallery is read by tasks, which give back what is sampled alone.
 
     Args:
-        run: the run.
+        run: the run as the plan laid it out (`Plan.laid_out`).
         num_parts: of the plan.
         num_gallery: images of the plan.
         most: how many are wanted; all where there are fewer.
@@ -146,13 +147,13 @@ def count_labelled(run: Run, num_parts: int, num_gallery: int, other_than: Int64
 
 
 def _count_labelled(run: Run, other_than: Int64, part: int) -> int:
-    rows = storage.read_parquet(run.part("transformed", part), ["id", "label"])
+    rows = storage.read_parquet(run.transformed_part(part), ["id", "label"])
     return int((rows["label"].is_valid().to_numpy() & ~np.isin(rows["id"].to_numpy(), other_than)).sum())
 
 
 def _labelled(run: Run, other_than: Int64, share: float, part: int) -> pa.Table:
     """Of a part, the rows of so large a share of all hashes."""
-    rows = storage.read_parquet(run.part("transformed", part), ["id", "label", "vector"])
+    rows = storage.read_parquet(run.transformed_part(part), ["id", "label", "vector"])
     ids = rows["id"].to_numpy()
     wanted = rows["label"].is_valid().to_numpy() & ~np.isin(ids, other_than)
     if share < 1:
@@ -162,7 +163,7 @@ def _labelled(run: Run, other_than: Int64, share: float, part: int) -> pa.Table:
 
 def has_labels(run: Run) -> bool:
     """Whether quality can be measured: two images of one part share a label."""
-    for part in storage.list_files(run.path("transformed"), ".parquet"):
+    for part in transformed_parts(run):
         labels = storage.read_parquet(part, ["label"])["label"].drop_null()
         if len(labels.unique()) < len(labels):
             return True

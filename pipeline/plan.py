@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -24,6 +24,7 @@ from pipeline import storage
 from pipeline.errors import ConfigError
 from pipeline.run import Run
 from pipeline.schema import Unit
+from pipeline.store import Stat
 from pipeline.vector_log import VectorLog
 
 UNITS_PER_FILE = 64  # whoever reads one of them reads the footer of all: so many are still one request
@@ -57,6 +58,8 @@ class Plan:
         num_rejected: images of the gallery that are not in the plan: the old encoder could not read them, so
             they have no vector of any kind, and cannot be served.
         relearn_after: the waves, ascending, after which what is left is planned anew.
+        layout: the folder inside `transformed/` and `plan/` with this plan's own parts. Two drivers that plan at
+            the same time write into different folders if their scores differ. Empty in plans of earlier versions.
     """
 
     policy: str
@@ -71,6 +74,7 @@ class Plan:
     deleted_images: str = "keep"
     num_rejected: int = 0
     relearn_after: tuple[int, ...] = ()
+    layout: str = ""
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -84,7 +88,11 @@ class Plan:
     def place(self, run: Run, wave: int, commit: int | None = None) -> Run:
         """Where the rows and units of a wave lie: as a commit has them, else as they are when it is embedded."""
         before = wave - 1 if commit is None else min(commit, wave - 1)
-        return run.relearnt(self.learnt_after(before))
+        return self.laid_out(run).relearnt(self.learnt_after(before))
+
+    def laid_out(self, run: Run) -> Run:
+        """The run with the paths of this plan's own parts, as first planned."""
+        return replace(run, layout=self.layout)
 
     def log(self, run: Run) -> VectorLog:
         """The vector log of the backfill."""
@@ -143,6 +151,32 @@ def read_plan(run: Run) -> Plan | None:
     return Plan(**tree | {"waves": waves, "relearn_after": tuple(tree.get("relearn_after", ()))})
 
 
+def transformed_parts(run: Run) -> list[str]:
+    """The parts of the transformed gallery, as first planned; none before there is a plan."""
+    plan = read_plan(run)
+    return [] if plan is None else [plan.laid_out(run).transformed_part(part) for part in range(plan.num_parts)]
+
+
+def dropped_files(run: Run) -> dict[str, Stat]:
+    """Files of plans that were dropped because another driver's is the run's plan; and what is left of the scores.
+
+    They are safe to delete: `plan.json` is never replaced, and a driver whose parts vanish takes the plan that is
+    there. There are none before there is a plan.
+    """
+    plan = read_plan(run)
+    if plan is None:
+        return {}
+    mine = plan.laid_out(run)
+    found = dict(storage.iter_stats(run.path(SCORED)))
+    found |= {uri: stat for uri, stat in storage.iter_stats(run.path("transformed")) if _above(uri) != mine.transformed}
+    units = (pair for pair in storage.iter_stats(run.path("plan")) if pair[0].endswith(".parquet"))
+    return found | {uri: stat for uri, stat in units if _above(_above(uri)) != mine.units}
+
+
+def _above(uri: str) -> str:
+    return uri.rpartition("/")[0]
+
+
 def read_transformed(
     run: Run, plan: Plan, wave: int, columns: list[str], shards: range | None = None, commit: int | None = None
 ) -> pa.Table:
@@ -159,6 +193,6 @@ def read_transformed(
     first = (wave - 1) * plan.num_shards
     groups = [first + shard for shard in (range(plan.num_shards) if shards is None else shards)]
     place = plan.place(run, wave, commit)
-    parts = (place.part("transformed", part) for part in range(plan.num_parts))
+    parts = (place.transformed_part(part) for part in range(plan.num_parts))
     read = partial(storage.read_parquet, columns=columns, row_groups=groups)
     return pa.concat_tables(storage.at_once(read, parts))

@@ -1,9 +1,10 @@
 """Make the plan: score the gallery, find the cut points, lay the gallery out by wave. Ray tasks per part.
 
-    gallery/part-* -> score (h, policy) -> scored/part-* -> cut points -> transformed/part-*, plan/wave-*/
+    gallery/part-* -> score (h, policy) -> scored/part-* -> cut points -> transformed/LAYOUT/part-*, plan/LAYOUT/wave-*/
 
 Guarantee: the driver sees one small row per part and per wave, never an image; nothing is sorted as a
-whole. `plan/plan.json` is written last: until then the plan is made again from the start.
+whole. `plan/plan.json` is written last, once; a driver that finds it there takes it and drops its own plan. No file
+of a plan is replaced: LAYOUT is a digest of the scored parts, which differ by rounding between processors.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow as pa
@@ -21,11 +23,13 @@ import ray
 from pipeline import cuts, manifest, rejects, storage
 from pipeline.config import Config, unit_images
 from pipeline.cuts import CutSearch, Digits, Tally, count_digit, needs_ids
-from pipeline.errors import DataError, SnapshotConflict
+from pipeline.errors import DataError
 from pipeline.plan import SCORED, UNITS_PER_FILE, Plan, Wave, read_plan, wave_sizes
-from pipeline.run import Run, check_settings_of, fix_settings, settings_digest, stage_settings
+from pipeline.run import Identity, Run, check_settings_of, fix_settings, settings_digest, stage_settings
 from pipeline.schema import UNITS, Float32, Int64, shard_of, transformed_schema
 from pipeline.units import cut_units
+
+logger = logging.getLogger(__name__)
 
 _TASK_CPUS = 0.5
 _PARTS_AT_ONCE = 8  # that one task counts: about a million images
@@ -45,33 +49,53 @@ def make_plan(config: Config, run: Run, on_step: Callable[[str], None] = lambda 
         DataError: the gallery does not fit the transformation, the policy gave a NaN, or an image of the
             manifest is neither scored nor rejected.
         IncompatibleRun: another driver has laid the gallery out with other settings.
-        SnapshotConflict: another driver made another plan at the same time.
     """
     settings = stage_settings(config, "plan")
-    done = read_plan(run)
-    if done is not None:
-        check_settings_of(run, "plan", settings)
-        return done
+    plan = read_plan(run)
+    if plan is None:
+        try:
+            plan = _plan(config, run, settings, on_step)
+        except DataError:  # perhaps because a faster driver has made the plan, and removed the scored parts
+            plan = _plan_of_other(run)
+            if plan is None:
+                raise
+    check_settings_of(run, "plan", settings)
+    return plan
+
+
+def _plan(config: Config, run: Run, settings: Identity, on_step: Callable[[str], None]) -> Plan:
     from pipeline.score import score_gallery  # here: the tasks of this module must not wait for torch
     from pipeline.selection import resolve_relearn
 
     relearn_after = resolve_relearn(run, config).after_waves
     on_step("transform")
     scored = f"{SCORED}/{settings_digest(settings)}"
-    counts = score_gallery(config, run, scored)
+    parts = score_gallery(config, run, scored)
+    counts = [part.images for part in parts]
     rejected = _check_whole(run, counts)
-    waves, found = arrange(config, run, scored, counts, on_step)
-    plan = _describe(config, run, counts, rejected, waves, found, relearn_after)
+    place = replace(run, layout=_layout(config, settings, [part.sha256 for part in parts]))
+    waves, found = arrange(config, place, scored, counts, on_step)
+    plan = _describe(config, place, counts, rejected, waves, found, relearn_after)
     try:  # equal bytes are the same plan, of a driver that planned at the same time: both may go on, no attempt id
         storage.put_if_absent(run.plan, json.dumps(asdict(plan), indent=1).encode())
     except storage.AlreadyExists:
-        raise SnapshotConflict(
-            "another driver planned this run at the same time, and its scores differ from ours",
-            where=run.plan,
-            remedy="start again with `--new-run`, and with one driver: the parts of both plans lie mixed in this run",
-        ) from None
+        plan = _plan_of_other(run) or plan
     storage.delete(run.path(SCORED))
     return plan
+
+
+def _plan_of_other(run: Run) -> Plan | None:
+    """The plan that another driver has made meanwhile, with a line that says so."""
+    plan = read_plan(run)
+    if plan is not None:
+        logger.warning("another driver has planned this run meanwhile; this one goes on with that plan")
+    return plan
+
+
+def _layout(config: Config, settings: Identity, scored: list[str]) -> str:
+    """The folder of the plan's parts: a digest of all that they are made from, so equal names are equal bytes."""
+    made_from = {"settings": settings, "seed": config.seed, "unit_images": unit_images(config), "scored": scored}
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check_whole(run: Run, counts: list[int]) -> int:
@@ -97,7 +121,7 @@ def arrange(
 
     Args:
         config: the run's config.
-        run: the run.
+        run: the run, with the layout that its parts go to.
         scored: the folder of the scored parts, inside the run.
         counts: images of each part.
         on_step: told the name of each step as it starts.
@@ -190,7 +214,7 @@ def lay_out_part(run: Run, scored: str, part: int, found: Digits, config: Config
     rows = rows.append_column("wave", pa.array(waves + 1)).append_column("shard", pa.array(shards)).take(order)
     schema = transformed_schema(rows.schema.field("vector").type.list_size)
     row_groups = (rows.slice(start, end - start) for start, end in itertools.pairwise(starts))
-    _write(run.part("transformed", part), storage.parquet_bytes(schema, row_groups), first_wave)
+    storage.put_once(run.transformed_part(part), storage.parquet_bytes(schema, row_groups))
 
 
 def cut_waves(
@@ -199,29 +223,20 @@ def cut_waves(
     """Write the units of the waves from `first_wave` on, of these sizes, by tasks of Ray; gives how many each has."""
     task = ray.remote(num_cpus=_TASK_CPUS)(cut_wave)
     waves = [
-        task.remote(run, num_parts, wave, size, num_shards, unit_images, first_wave)
-        for wave, size in enumerate(sizes, first_wave)
+        task.remote(run, num_parts, wave, size, num_shards, unit_images) for wave, size in enumerate(sizes, first_wave)
     ]
     return ray.get(waves)
 
 
-def cut_wave(run: Run, num_parts: int, wave: int, size: int, num_shards: int, unit_images: int, first_wave: int) -> int:
+def cut_wave(run: Run, num_parts: int, wave: int, size: int, num_shards: int, unit_images: int) -> int:
     """Write the units files of a wave in locality order: by object, then by offset or row in it."""
     groups = list(range((wave - 1) * num_shards, wave * num_shards))
-    parts = [run.part("transformed", part) for part in range(num_parts)]
+    parts = [run.transformed_part(part) for part in range(num_parts)]
     units, num_units = cut_units(parts, groups, size, unit_images), -(-size // unit_images)
     for first in range(0, num_units, UNITS_PER_FILE):
         some = itertools.islice(units, UNITS_PER_FILE)
-        _write(run.wave_units(wave, first), storage.parquet_bytes(UNITS, some), first_wave)
+        storage.put_once(run.wave_units(wave, first), storage.parquet_bytes(UNITS, some))
     return num_units
-
-
-def _write(uri: str, data: bytes, first_wave: int) -> None:
-    """What is planned anew is created once: a driver that was taken over may still be at it when it is embedded."""
-    if first_wave == 1:
-        storage.put(uri, data)
-    else:
-        storage.put_once(uri, data)
 
 
 def _describe(
@@ -233,7 +248,7 @@ def _describe(
     found: Digits,
     relearn_after: tuple[int, ...],
 ) -> Plan:
-    with storage.open_parquet(run.part("transformed", 0)) as file:
+    with storage.open_parquet(run.transformed_part(0)) as file:
         dim = file.schema_arrow.field("vector").type.list_size
     plan = Plan(
         policy=config.plan.policy,
@@ -248,6 +263,7 @@ def _describe(
         deleted_images=config.plan.deleted_images,
         num_rejected=rejected,
         relearn_after=relearn_after,
+        layout=run.layout,
     )
     digest = hashlib.sha256(json.dumps(asdict(plan)).encode()).hexdigest()
     return Plan(**{name: getattr(plan, name) for name in Plan.__slots__} | {"fingerprint": digest})

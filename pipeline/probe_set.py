@@ -142,7 +142,9 @@ def gather(config: Config, run: Run, plan: Plan) -> ProbeSet | None:
     if not is_gathered(run):
         known = _embedded(config, run)
         ids: Int64 = known["id"].to_numpy()
-        planned = pa.concat_tables(fan_out.each(_planned, (run, ids), range(plan.num_parts), plan.num_gallery))
+        planned = pa.concat_tables(
+            fan_out.each(_planned, (plan.laid_out(run), ids), range(plan.num_parts), plan.num_gallery)
+        )
         planned = planned.take(pa.array(np.argsort(planned["id"].to_numpy())))
         known = known.take(pa.array(np.searchsorted(ids, planned["id"].to_numpy())))
         for name in ("label", "group", "new", "old"):
@@ -161,7 +163,7 @@ def stands_alone(run: Run, plan: Plan, probe: ProbeSet) -> bool:
     drawn = manifest.read_manifest(run, FOLDER)
     if drawn is None or not drawn.sample:
         return False
-    others = count_labelled(run, plan.num_parts, plan.num_gallery, probe.ids)
+    others = count_labelled(plan.laid_out(run), plan.num_parts, plan.num_gallery, probe.ids)
     return others + int((probe.labels >= 0).sum()) < plan.num_gallery
 
 
@@ -267,7 +269,7 @@ def _lowest(run: Run, count: int, part: int) -> tuple[NDArray[np.uint64], pa.Tab
 
 def _planned(run: Run, ids: Int64, part: int) -> pa.Table:
     """What the plan knows of those images of a part that are among `ids`, sorted."""
-    uri = run.part("transformed", part)
+    uri = run.transformed_part(part)
     there = np.flatnonzero(np.isin(storage.read_parquet(uri, ["id"])["id"].to_numpy(), ids))
     return storage.read_parquet(uri, _PLANNED).take(pa.array(there))
 

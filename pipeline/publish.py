@@ -202,7 +202,8 @@ def _training_vectors(run: Run, plan: Plan, wanted: int) -> Float32:
     )
     if read_part(run, PART) is None:
         return _first(pairs, wanted)
-    parts = (storage.read_parquet(run.part("transformed", part), ["vector"]) for part in range(plan.num_parts))
+    place = plan.laid_out(run)
+    parts = (storage.read_parquet(place.transformed_part(part), ["vector"]) for part in range(plan.num_parts))
     return np.concatenate(
         [_first(pairs, wanted - wanted // 2), _first((part["vector"] for part in parts), wanted // 2)]
     )

@@ -51,18 +51,19 @@ def replan(config: Config, run: Run, plan: Plan, wave: int, on_step: OnStep = la
     from pipeline.score import Scoring, score_parts  # here: the tasks of this module must not wait for torch
 
     on_step("transform what is left")
-    counts = score_parts(config, Scoring(run, place, SCORED, plan.place(run, wave + 1, wave - 1), wave))
+    parts = score_parts(config, Scoring(run, place, SCORED, plan.place(run, wave + 1, wave - 1), wave))
+    images = sum(part.images for part in parts)
     sizes = [item.images for item in plan.waves[wave:]]
-    if sum(counts) != sum(sizes):
+    if images != sum(sizes):
         raise DataError(
             "images are missing from what is planned anew",
             expected=f"{sum(sizes)} images in the waves after {wave}",
-            found=sum(counts),
+            found=images,
             where=place.path(SCORED),
             remedy="`fastfill audit` names what is damaged",
         )
     try:
-        _lay_out(config, plan, place, wave, len(counts), on_step)
+        _lay_out(config, plan, place, wave, len(parts), on_step)
     except DataError:
         if not is_replanned(run, wave):  # else another driver was faster, and took the scored parts away
             raise

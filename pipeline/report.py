@@ -26,7 +26,7 @@ from pipeline.config import Config
 from pipeline.errors import DataError
 from pipeline.expected import expected_uri
 from pipeline.gallery import new_embeddings_given
-from pipeline.plan import Plan, read_plan
+from pipeline.plan import Plan, read_plan, transformed_parts
 from pipeline.progress import Progress, Tracker
 from pipeline.ranking import Float64
 from pipeline.rejects import read_all as read_rejects
@@ -279,9 +279,9 @@ def _probe(run: Run) -> list[Tree]:
 
 def _uncertainty(run: Run, plan: Plan | None) -> Tree | None:
     """The histogram of s by wave, part by part, so that the gallery need not fit into memory."""
-    uris = storage.list_files(run.path("transformed"), ".parquet")
-    if plan is None or not uris:
+    if plan is None:
         return None
+    uris = transformed_parts(run)
     low, high = np.inf, -np.inf
     for uri in uris:
         values = storage.read_parquet(uri, ["uncertainty"])["uncertainty"].to_numpy()

@@ -93,9 +93,15 @@ STAGES = {
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The files of a run, as DESIGN section 3 lays them out."""
+    """The files of a run.
+
+    Attributes:
+        uri: of the run.
+        layout: the folder, inside `transformed/` and `plan/`, that holds the parts of the plan; see `Plan.laid_out`.
+    """
 
     uri: str
+    layout: str = ""
 
     def path(self, *parts: str) -> str:
         """Any file of the run by its path inside it."""
@@ -118,7 +124,24 @@ class Run:
 
     def wave_units(self, wave: int, first: int) -> str:
         """The units file of a wave that starts with unit `first`: one row group per unit, in locality order."""
-        return self.path("plan", f"wave-{wave:03d}", f"units-{first:05d}.parquet")
+        return storage.join(self.units, f"wave-{wave:03d}", f"units-{first:05d}.parquet")
+
+    @property
+    def units(self) -> str:
+        """The folder of the units, by wave."""
+        return self._laid_out("plan")
+
+    @property
+    def transformed(self) -> str:
+        """The folder of the transformed gallery's parts."""
+        return self._laid_out("transformed")
+
+    def transformed_part(self, number: int) -> str:
+        """Part `number` of the transformed gallery."""
+        return storage.join(self.transformed, f"part-{number:05d}.parquet")
+
+    def _laid_out(self, folder: str) -> str:
+        return self.path(folder, self.layout) if self.layout else self.path(folder)
 
     def part(self, folder: str, number: int) -> str:
         """Part `number` of a folder of Parquet files."""

@@ -8,10 +8,13 @@ the way, the images that are left are scored again, by another transformation.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray.data
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
@@ -55,20 +58,28 @@ class Scoring:
         """Which of some images of a part are to be scored, (N,) bool."""
         if self.planned is None:
             return np.ones(len(ids), np.bool_)
-        rows = storage.read_parquet(self.planned.part("transformed", part), ["id", "wave"])
+        rows = storage.read_parquet(self.planned.transformed_part(part), ["id", "wave"])
         return np.isin(ids, rows["id"].to_numpy()[rows["wave"].to_numpy() > self.after])
 
 
-def score_gallery(config: Config, run: Run, folder: str) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class ScoredPart:
+    """A scored part: how many images it has, and the sha256 of its bytes."""
+
+    images: int
+    sha256: str
+
+
+def score_gallery(config: Config, run: Run, folder: str) -> list[ScoredPart]:
     """Transform and score every part of the gallery into a folder of the run; see `score_parts`."""
     return score_parts(config, Scoring(run, run, folder))
 
 
-def score_parts(config: Config, scoring: Scoring) -> list[int]:
+def score_parts(config: Config, scoring: Scoring) -> list[ScoredPart]:
     """Transform and score every part of the gallery, or of what is left of it.
 
     Returns:
-        the number of images of each part.
+        what was written, by part.
 
     Raises:
         ConfigError: the policy raised something, or there is no room for an actor.
@@ -79,7 +90,7 @@ def score_parts(config: Config, scoring: Scoring) -> list[int]:
     load_run_policy(config, scoring.run, scoring.place)  # a typing error shows here, before any work
     parts = len(gallery.rows)
     pool = actor_pool(config.backfill, config.device)
-    counts = (
+    scored = (
         ray.data.range(parts, override_num_blocks=parts)
         .map_batches(
             Scorer,
@@ -92,7 +103,8 @@ def score_parts(config: Config, scoring: Scoring) -> list[int]:
         )
         .take_all()
     )
-    return [row["images"] for row in sorted(counts, key=lambda row: row["part"])]
+    rows = sorted(scored, key=lambda row: row["part"])
+    return [ScoredPart(row["images"], row["sha256"]) for row in rows]
 
 
 def load_run_policy(config: Config, run: Run, place: Run) -> Policy:
@@ -118,15 +130,23 @@ class Scorer:
         self._offset = None if offset is None else Offset.from_bytes(offset)
         self._policy = load_run_policy(config, scoring.run, place)
 
-    def __call__(self, batch: dict[str, Int64]) -> dict[str, list[int]]:
-        """Score the part of this number; gives how many images it has."""
+    def __call__(self, batch: dict[str, Int64]) -> dict[str, list[int] | list[str]]:
+        """Score the part of this number; gives its number, its images and the sha256 of its file."""
         part = int(batch["id"][0])
         uri = self._scoring.place.part(self._scoring.folder, part)
-        if storage.exists(uri):
-            return {"part": [part], "images": [storage.read_parquet(uri, ["id"]).num_rows]}
-        return {"part": [part], "images": [self._score(part, uri)]}
+        data = self._stored(part, uri)
+        return {"part": [part], "images": [_num_rows(data, uri)], "sha256": [hashlib.sha256(data).hexdigest()]}
 
-    def _score(self, part: int, uri: str) -> int:
+    def _stored(self, part: int, uri: str) -> bytes:
+        """The bytes of the scored part: those of another driver if it wrote them first."""
+        while (found := storage.read_versioned(uri)) is None:
+            data = self._score(part)
+            with contextlib.suppress(storage.AlreadyExists):
+                storage.put_if_absent(uri, data)
+                return data
+        return found[0]
+
+    def _score(self, part: int) -> bytes:
         run = self._scoring.run
         log = embedding_log(self._config, run, "gallery", "old")
         rows, old = read_embeddings(run, "gallery", part, "old_embedding", log)
@@ -149,8 +169,14 @@ class Scorer:
         served = transformed if self._offset is None else self._offset.apply(transformed, uncertainty)
         table = table.append_column("vector", vectors_to_arrow(served))
         schema = pa.schema([f for f in transformed_schema(transformed.shape[1]) if f.name not in ("wave", "shard")])
-        storage.put_once(uri, storage.parquet_bytes(schema, [table]))
-        return int(rows.num_rows)
+        return storage.parquet_bytes(schema, [table])
+
+
+def _num_rows(data: bytes, uri: str) -> int:
+    try:
+        return int(pq.read_metadata(pa.BufferReader(data)).num_rows)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError("not a readable Parquet file", found=error, where=uri) from error
 
 
 def _side(rows: pa.Table) -> Float32 | None:

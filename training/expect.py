@@ -168,7 +168,7 @@ def _ends_by_labels(
     queries = Labelled(probe.ids[rows], probe.new[rows], probe.labels[rows])
     alone = probe_set.stands_alone(run, plan, probe)  # as snapshots are measured
     room = 0 if alone else max(0, config.evaluate.max_images - len(rows))
-    table, total = labelled_sample(run, plan.num_parts, plan.num_gallery, room, probe.ids)
+    table, total = labelled_sample(plan.laid_out(run), plan.num_parts, plan.num_gallery, room, probe.ids)
     codes, names = codes_of(table["label"])
     known = {name: code for code, name in enumerate(probe.label_names)}
     labels = np.array([known.get(name, -1) for name in names], np.int64)[codes]  # -1: no query's, whichever it is

@@ -14,7 +14,7 @@ import pytest
 from pipeline import storage
 
 CALLS = ("exists", "stat", "list_stats", "read_bytes", "read_versioned")
-CHANGES = ("put", "put_if_absent", "compare_and_swap", "delete_files")
+CHANGES = ("put", "put_if_absent", "compare_and_swap", "delete", "delete_files")
 
 
 class Turns:

@@ -33,11 +33,11 @@ from pipeline.published import published_points
 from pipeline.reference import build_reference
 from pipeline.run import Run
 from pipeline.schema import Int64, UnitAck, vectors_from_arrow, vectors_to_arrow
-from pipeline.score import Scorer, Scoring
 from pipeline.search import Searcher
 from pipeline.stream import Work
 from pipeline.transformation import TransformationInfo, TransformationNetwork, apply, save_transformation
 from pipeline.vector_log import EmbeddedUnit
+from tests.pipeline.in_process import plan_in_process
 from tests.pipeline.synthetic_run import Known, Options, known, make_run
 from training import relearn as relearning
 from training.learner import FitData, Job, Learner, make_arrays
@@ -163,25 +163,7 @@ def go_on(config: Config, run: Run, plan: Plan, encoder: Encoder, look: Callable
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def score_parts(config: Config, scoring: Scoring) -> list[int]:
-        scorer = Scorer(config, scoring)
-        return [scorer({"id": np.array([part])})["images"][0] for part in range(2)]
-
-    def count_parts(run: Run, scored: str, parts: int, levels: Any, seed: int) -> Iterator[Any]:
-        yield planner._count_some(run, scored, range(parts), levels, seed)
-
-    def lay_out(run: Run, scored: str, parts: int, found: Any, config: Config, first_wave: int = 1) -> None:
-        for part in range(parts):
-            planner.lay_out_part(run, scored, part, found, config, first_wave)
-
-    def cut_waves(run: Run, parts: int, sizes: list[int], shards: int, images: int, first_wave: int = 1) -> list[int]:
-        each = enumerate(sizes, first_wave)
-        return [planner.cut_wave(run, parts, wave, size, shards, images, first_wave) for wave, size in each]
-
-    monkeypatch.setattr(score, "score_parts", score_parts)
-    monkeypatch.setattr(planner, "count_parts", count_parts)
-    monkeypatch.setattr(planner, "lay_out", lay_out)
-    monkeypatch.setattr(planner, "cut_waves", cut_waves)
+    plan_in_process(monkeypatch)
     monkeypatch.setattr(seal, "_run", lambda function, tasks: [function(*arguments) for _, arguments in tasks])
     monkeypatch.setattr(relearning, "fit", plain_fit)
     monkeypatch.setattr(driver, "embed_stream", driver.embed_stream)

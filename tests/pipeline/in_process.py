@@ -1,0 +1,44 @@
+"""The planner's steps in this process and thread: what Ray would start as tasks and actors is just called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline import planner, score
+from pipeline.config import Config
+from pipeline.run import Run
+from pipeline.score import ScoredPart, Scorer
+
+NUM_PARTS = 2
+
+
+def plan_in_process(patch: pytest.MonkeyPatch) -> None:
+    """Score, count, lay out and cut without Ray; for galleries of NUM_PARTS parts."""
+    patch.setattr(score, "score_parts", lambda config, scoring: score_each(Scorer(config, scoring)))
+    patch.setattr(planner, "count_parts", _count_parts)
+    patch.setattr(planner, "lay_out", _lay_out)
+    patch.setattr(planner, "cut_waves", _cut_waves)
+
+
+def score_each(scorer: Scorer) -> list[ScoredPart]:
+    """What a scorer gives for each part of the gallery."""
+    found = [scorer({"id": np.array([part])}) for part in range(NUM_PARTS)]
+    return [ScoredPart(int(item["images"][0]), str(item["sha256"][0])) for item in found]
+
+
+def _count_parts(run: Run, scored: str, parts: int, levels: Any, seed: int) -> Iterator[Any]:
+    yield planner._count_some(run, scored, range(parts), levels, seed)
+
+
+def _lay_out(run: Run, scored: str, parts: int, found: Any, config: Config, first_wave: int = 1) -> None:
+    for part in range(parts):
+        planner.lay_out_part(run, scored, part, found, config, first_wave)
+
+
+def _cut_waves(run: Run, parts: int, sizes: list[int], shards: int, images: int, first_wave: int = 1) -> list[int]:
+    each = enumerate(sizes, first_wave)
+    return [planner.cut_wave(run, parts, wave, size, shards, images) for wave, size in each]
