@@ -25,6 +25,7 @@ from pipeline.run import Run, read_settings
 from pipeline.schema import Int64, shard_of
 from pipeline.segments import check_digest
 from pipeline.snapshot import CANDIDATE, Commit, SegmentRef
+from pipeline.vector_log import unit_of, wave_digest
 
 _TRIES = 3
 _TAG_FILE = re.compile(r"/([^/]+)\.json$")
@@ -133,6 +134,7 @@ def _check_gallery(evidence: Evidence, notes: Notes, files: _Files, commits: lis
     codebook = files.codebook(last)
     segments = _segments(evidence, commits)
     _check_plan(evidence, notes, last)
+    _check_log(evidence, notes, commits)
     for shard in range(last.num_shards):
         cells = _cells(evidence, shard, last)
         refs = [ref for cell in cells for ref in segments.get((shard, cell.wave, cell.learnt), ())]
@@ -159,6 +161,20 @@ def _check_plan(evidence: Evidence, notes: Notes, commit: Commit) -> None:
             outside = keys[((keys < lowest) | (keys > highest)).any(axis=1)]
             if len(outside):
                 notes.problem("plan", part.uri, f"(wave, shard) from {lowest} to {highest}", outside[:3].tolist())
+
+
+def _check_log(evidence: Evidence, notes: Notes, commits: list[Commit]) -> None:
+    """Each wave was sealed from the parts that the log holds now."""
+    for wave, parts in evidence.log.items():
+        found = wave_digest({unit_of(part.uri): part.digest for part in parts})
+        for commit in commits:
+            known = commit.log_digests[wave - 1] if wave <= len(commit.log_digests) else ""
+            if not known:
+                continue
+            notes.checked["log_digests"] += 1
+            if known != found:
+                where = evidence.run.commit(commit.number)
+                notes.problem("log_digest", where, f"wave {wave} sealed from parts of digest {known}", found or "none")
 
 
 def _cells(evidence: Evidence, shard: int, commit: Commit) -> list[Cell]:

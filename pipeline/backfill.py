@@ -74,6 +74,7 @@ def backfill(
             publisher.submit_all(tracker.whole_waves(held))
             for ack in _embed(config, Work(config.encoders.new, log, tracker.pending(run, last))):
                 tracker.add(ack)
+                publisher.expect(ack)
                 publisher.submit_all(tracker.whole_waves(held))
                 publisher.check()
                 publisher.check_budget()

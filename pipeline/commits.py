@@ -92,6 +92,8 @@ class Commit:
         metric: what the index measures; with `nprobe`, `dim` and the codebook all a query needs to know.
         segments: exactly one per (shard, wave).
         quality: figures of the probe set, by name.
+        log_digests: of waves 1 to number, the digest of the parts in the vector log that each was sealed from; empty
+            where it is not known, as of waves that older versions sealed.
     """
 
     number: int
@@ -106,6 +108,7 @@ class Commit:
     segments: tuple[SegmentRef, ...]
     counts: Counts
     quality: dict[str, float] = field(default_factory=dict)
+    log_digests: tuple[str, ...] = ()
     attempt_id: str = ""
     epoch: int = 0
     created_unix_seconds: float = 0.0
@@ -201,6 +204,13 @@ def check_commit(commit: Commit, where: str) -> None:
     counts = Counts.of(commit.segments)
     if counts != commit.counts:
         raise DataError("the counts of a commit do not add up", expected=counts, found=commit.counts, where=where)
+    if len(commit.log_digests) not in (0, commit.number):
+        raise DataError(
+            "a commit does not name one digest of the vector log per embedded wave",
+            expected=commit.number,
+            found=len(commit.log_digests),
+            where=where,
+        )
     if not all(map(math.isfinite, commit.quality.values())):
         raise DataError("a quality figure is not a number", expected="finite", found=commit.quality, where=where)
 

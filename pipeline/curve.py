@@ -37,6 +37,7 @@ from pipeline.points import SLOTS
 from pipeline.ranking import Float64, Progress
 from pipeline.run import Run
 from pipeline.schema import Int64
+from pipeline.vector_log import part_files
 
 Json = dict[str, object]
 Point = dict[str, int | float]
@@ -231,7 +232,7 @@ def _cache_key(config: Config, run: Run, published: bool) -> Json:
     return {
         "version": _VERSION,
         "commit": max(list_commits(run), default=None) if published else "none asked for",
-        "parts": len(storage.list_files(run.path("embedded"), ".parquet")),
+        "parts": len(part_files(run.path("embedded"))),
         "evaluate": config.evaluate.model_dump(mode="json"),
         "policy": config.plan.policy,
         "metric": config.gallery.metric,

@@ -29,7 +29,6 @@ from pipeline.vector_log import VectorLog
 P = ParamSpec("P")
 T = TypeVar("T")
 U = TypeVar("U")
-_WAVE = re.compile(r"/wave-(\d+)/[^/]+$")
 _PART = re.compile(r"/part-(\d{5,})\.parquet$")
 _EMPTY = -1  # the key of a row group without rows
 NO_IDS: Int64 = np.empty(0, dtype=np.int64)
@@ -102,10 +101,11 @@ class Notes:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A Parquet file, and the one value that each key column has in each of its row groups."""
+    """A Parquet file, the one value that each key column has in each of its row groups, and the file's digest."""
 
     uri: str
     keys: NDArray[np.int64]  # (row groups, key columns)
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,11 +267,10 @@ def _parquet_in(folder: str) -> list[str]:
 
 
 def unit_files(folder: str) -> dict[int, list[str]]:
-    """The unit files below a folder of the log, by wave."""
+    """The parts below the folder of a log, by wave."""
     found: dict[int, list[str]] = {}
-    for uri in storage.list_files(folder, ".parquet"):
-        if match := _WAVE.search(uri):
-            found.setdefault(int(match[1]), []).append(uri)
+    for (wave, _), uri in vector_log.part_files(folder).items():
+        found.setdefault(wave, []).append(uri)
     return found
 
 
@@ -291,9 +290,9 @@ def filled(part: Part) -> NDArray[np.int64]:
 
 def _parts(notes: Notes, kind: str, uris: list[str], columns: list[str]) -> list[Part]:
     def read(notes: Notes, uri: str) -> Part | None:
-        keys = notes.attempt(kind, uri, _row_group_keys, uri, columns)
+        part = notes.attempt(kind, uri, _part, uri, columns)
         notes.checked[f"{kind}s"] += 1
-        return None if keys is None else Part(uri, keys)
+        return part
 
     return [part for part in notes.each(read, uris) if part is not None]
 
@@ -321,7 +320,7 @@ def _deleted(uris: list[str]) -> Int64:
     return np.concatenate(found)
 
 
-def _row_group_keys(uri: str, columns: list[str]) -> NDArray[np.int64]:
+def _part(uri: str, columns: list[str]) -> Part:
     """The value of each key column in each row group, from the statistics in the footer.
 
     Raises:
@@ -338,4 +337,4 @@ def _row_group_keys(uri: str, columns: list[str]) -> NDArray[np.int64]:
                 if values is None or values.null_count or values.min is None or values.min != values.max:
                     raise ValueError(f"row group {number} is not of one {column}")
                 keys[number, place] = values.min
-    return keys
+        return Part(uri, keys, file.digest)

@@ -76,7 +76,7 @@ def load_gallery(run: Run) -> GalleryArrays:
     groups, group_names = codes_of(table["group"])
     transformed = vectors_from_arrow(table["vector"])
     embedded, embedded_mask = transformed.copy(), np.zeros(len(ids), np.bool_)
-    log = _read_vectors(storage.list_files(run.path("embedded"), ".parquet"), "vector", run.path("embedded"))
+    log = _read_vectors(_log_parts(run.path("embedded")), "vector", run.path("embedded"))
     if log is not None:
         rows = find_rows(ids, log[0], run.path("embedded"))
         embedded[rows], embedded_mask[rows] = log[1], True
@@ -252,7 +252,7 @@ def codes_of(column: pa.ChunkedArray[pa.StringScalar]) -> tuple[Int64, tuple[str
 def _old_embeddings(run: Run, ids: Int64) -> Float32:
     """(N, d_old): from the manifest where they came with it, else from the log of those computed."""
     folder = run.path("gallery")
-    log = storage.list_files(storage.join(folder, "old"), ".parquet")
+    log = _log_parts(storage.join(folder, "old"))
     found = None if log else _read_vectors(_manifest_parts(run), "old_embedding", folder)
     found = found or _read_vectors(log, "vector", folder)
     missing = np.setdiff1d(ids, found[0]) if found else ids
@@ -264,6 +264,10 @@ def _old_embeddings(run: Run, ids: Int64) -> Float32:
             where=folder,
         )
     return found[1][np.searchsorted(found[0], ids)]
+
+
+def _log_parts(folder: str) -> list[str]:
+    return list(vector_log.part_files(folder).values())
 
 
 def _manifest_parts(run: Run) -> list[str]:

@@ -25,7 +25,7 @@ from pipeline.offset import PART
 from pipeline.plan import Plan
 from pipeline.promotion import Promotion
 from pipeline.run import Run, fix_settings, stage_settings
-from pipeline.schema import Float32, vectors_from_arrow
+from pipeline.schema import Float32, UnitAck, vectors_from_arrow
 from pipeline.seal import Sealer
 from pipeline.snapshot import Commit, Counts, SegmentRef, Writer
 from pipeline.stop import Stop
@@ -49,6 +49,7 @@ class Publisher:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._futures: list[Future[None]] = []
         self._promotion = Promotion(config, run, plan, stop or Stop())
+        self._acknowledged: dict[int, dict[int, str]] = {}
         self._over = False
         self._checked = time.monotonic()
 
@@ -66,6 +67,11 @@ class Publisher:
     def stopped(self) -> str | None:
         """Which condition to stop is met, with the figures; None while none is."""
         return self._promotion.stopped
+
+    def expect(self, ack: UnitAck) -> None:
+        """Seal a unit's wave only if its part is still the one that was acknowledged."""
+        if ack.part_digest and ack.wave > self.published:
+            self._acknowledged.setdefault(ack.wave, {})[ack.unit] = ack.part_digest
 
     def submit(self, wave: int) -> Future[None]:
         """Publish a wave (0: everything as transformed) after those submitted before it.
@@ -139,13 +145,16 @@ class Publisher:
 
     def _seal(self, wave: int) -> Commit:
         start = time.perf_counter()
+        digests: tuple[str, ...] = ()
         if self._commit is None:
             segments = self._sealer.transformed([item.wave for item in self._plan.waves])
         else:
             left = [item.wave for item in self._plan.waves[wave:]] if wave in self._plan.relearn_after else []
             kept = [segment for segment in self._commit.segments if segment.wave not in (wave, *left)]
-            segments = kept + self._sealer.embedded(wave) + self._sealer.transformed(left, commit=wave)
-        draft = self._draft(wave, segments)
+            embedded, digest = self._sealer.embedded(wave, self._acknowledged.pop(wave, {}))
+            digests = (*_padded(self._commit.log_digests, wave - 1), digest)
+            segments = kept + embedded + self._sealer.transformed(left, commit=wave)
+        draft = self._draft(wave, segments, digests)
         sealed = time.perf_counter()
         if wave:
             self._promotion.inspect(draft)
@@ -156,7 +165,7 @@ class Publisher:
         telemetry.observe_commit(commit)
         return commit
 
-    def _draft(self, wave: int, segments: list[SegmentRef]) -> Commit:
+    def _draft(self, wave: int, segments: list[SegmentRef], digests: tuple[str, ...]) -> Commit:
         return Commit(
             number=wave,
             parent=wave - 1 if wave else None,
@@ -169,6 +178,7 @@ class Publisher:
             num_shards=self._plan.num_shards,
             segments=tuple(segments),
             counts=Counts.of(segments),
+            log_digests=digests,
         )
 
     def _make_sealer(self) -> Sealer:
@@ -190,6 +200,11 @@ class Publisher:
         )
         fix_settings(self._run, "index", settings)
         return write_codebook(self._run, data)
+
+
+def _padded(digests: tuple[str, ...], waves: int) -> tuple[str, ...]:
+    """One digest per wave; empty for those that a version without digests sealed."""
+    return digests or ("",) * waves
 
 
 def _training_vectors(run: Run, plan: Plan, wanted: int) -> Float32:

@@ -145,6 +145,7 @@ class UnitAck:
         actor: which embedding actor it was, any name that no other one has.
         retry_counts: the retries by `causes.RETRY_CAUSES`.
         reject_counts: the rejects by `causes.REJECT_REASONS`.
+        part_digest: of the part's content; empty for a part of a version that made none.
     """
 
     wave: int
@@ -164,6 +165,7 @@ class UnitAck:
     actor: str = ""
     retry_counts: Sequence[int] = ()
     reject_counts: Sequence[int] = ()
+    part_digest: str = ""
 
 
 def tensor_metadata(data: bytes, key: str) -> Any:

@@ -28,6 +28,7 @@ from pipeline.run import Run
 from pipeline.schema import Int64, Unit, vectors_from_arrow
 from pipeline.segments import Rows
 from pipeline.snapshot import Kind, SegmentRef
+from pipeline.vector_log import VectorLog
 
 logger = logging.getLogger(__name__)
 
@@ -59,25 +60,44 @@ class Sealer:
         Raises:
             TransientError: one of the tasks is killed every time.
         """
-        return self._seal(_seal_transformed, waves, commit)
+        return [ref for refs in _run(_seal_transformed, self._tasks(waves, commit)) for ref in refs]
 
-    def embedded(self, wave: int) -> list[SegmentRef]:
-        """Seal a wave whose units are all in the log, sorted by shard.
+    def embedded(self, wave: int, acknowledged: dict[int, str] | None = None) -> tuple[list[SegmentRef], str]:
+        """Seal a wave whose units are all in the log.
+
+        Args:
+            wave: which.
+            acknowledged: the digest of each unit's part, as far as this driver was told it.
+
+        Returns:
+            the segments, sorted by shard, and the digest of the wave's parts; empty if parts of older versions have
+            none.
 
         Raises:
-            DataError: an image of the wave is neither in the log nor rejected.
+            DataError: an image of the wave is neither in the log nor rejected, or a part is not what was acknowledged.
             TransientError: one of the tasks is killed every time.
         """
-        return self._seal(_seal_embedded, [wave])
+        first, *others = self._tasks([wave])  # one that looks is enough: all have to find the same parts
+        tasks = [(first[0], (*first[1], acknowledged)), *others]
+        found = _run(_seal_embedded, tasks)
+        digests = sorted({digest for _, digest in found})
+        if len(digests) > 1:
+            raise DataError(
+                "the vector log changed while a wave was sealed",
+                expected="the same parts for all shards",
+                found=f"digests {', '.join(digests)}",
+                where=f"{self.plan.log(self.run).parts_uri}, wave {wave}",
+                remedy="let nothing else write to the run, and run the same command again",
+            )
+        return [ref for refs, _ in found for ref in refs], digests[0]
 
-    def _seal(self, function: Callable[..., list[SegmentRef]], waves: list[int], *more: int) -> list[SegmentRef]:
-        """One task for each of a wave's shards, or for several of them where these are small."""
-        tasks = [
+    def _tasks(self, waves: list[int], *more: object) -> list[tuple[str, tuple[object, ...]]]:
+        """One for each of a wave's shards, or for several of them where these are small."""
+        return [
             (f"wave {wave}, {_text(shards)}", (self, wave, shards, *more))
             for wave in waves
             for shards in self.together(wave)
         ]
-        return [ref for refs in _run(function, tasks) for ref in refs]
 
     def together(self, wave: int) -> list[range]:
         """Which shards of a wave one task seals, so that it opens each part once for all of them."""
@@ -136,10 +156,13 @@ def _seal_transformed(sealer: Sealer, wave: int, shards: range, commit: int) -> 
     return _write(sealer, wave, shards, *_planned(sealer, wave, shards, commit), "transformed")
 
 
-def _seal_embedded(sealer: Sealer, wave: int, shards: range) -> list[SegmentRef]:
+def _seal_embedded(
+    sealer: Sealer, wave: int, shards: range, acknowledged: dict[int, str] | None = None
+) -> tuple[list[SegmentRef], str]:
     rows, shard_of_row = _planned(sealer, wave, shards)
     log = sealer.plan.log(sealer.run)
-    embedded_ids, embedded_vectors = vector_log.read_wave(log, wave, shards)
+    embedded_ids, embedded_vectors, digests = vector_log.read_parts(log, wave, shards)
+    _check_acknowledged(log, wave, digests, acknowledged or {})
     is_embedded = np.isin(rows.ids, embedded_ids)
     rejected = vector_log.read_rejects(log, wave)["id"].to_numpy()
     lost = rows.ids[~is_embedded & ~np.isin(rows.ids, rejected)]
@@ -157,11 +180,25 @@ def _seal_embedded(sealer: Sealer, wave: int, shards: range) -> list[SegmentRef]
     vectors[is_embedded] = embedded_vectors  # both sides are sorted by id
     kinds = np.where(is_embedded, "embedded", "transformed")
     sealed = replace(rows, vectors=vectors, kinds=kinds)
+    whole = vector_log.wave_digest(digests)
     if sealer.plan.deleted_images == "keep":
-        return _write(sealer, wave, shards, sealed, shard_of_row, "embedded")
+        return _write(sealer, wave, shards, sealed, shard_of_row, "embedded"), whole
     kept = ~np.isin(rows.ids, vector_log.read_deleted(log, wave))
     refs = _write(sealer, wave, shards, sealed.take(kept), shard_of_row[kept], "embedded")
-    return [replace(ref, deleted=int((shard_of_row[~kept] == ref.shard).sum())) for ref in refs]
+    return [replace(ref, deleted=int((shard_of_row[~kept] == ref.shard).sum())) for ref in refs], whole
+
+
+def _check_acknowledged(log: VectorLog, wave: int, found: dict[int, str], acknowledged: dict[int, str]) -> None:
+    """The parts are those that the driver was told of when they were written."""
+    for unit, digest in found.items():
+        if acknowledged.get(unit, digest) != digest:
+            raise DataError(
+                "a part of the vector log is not the one that was written",
+                expected=f"digest {acknowledged[unit]}",
+                found=digest or "a file without digests",
+                where=log.part(wave, unit),
+                remedy="delete this file, and run the same command again: its unit is embedded again",
+            )
 
 
 def _write(

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import config
+from pipeline.content import Content, Digests, Mismatch
 from pipeline.errors import ConfigError, DataError
 from pipeline.local_store import LocalReader, LocalStore
 from pipeline.object_store import COUNTS, ObjectStore, Retry
@@ -44,6 +45,7 @@ U = TypeVar("U")
 _SETTINGS = "FASTFILL_STORAGE"  # the settings, as JSON: worker processes inherit them
 _WILD = "*?["
 _PIECE_BYTES = 2**23
+_REMEDY = "`fastfill audit` lists all damaged files; restore this one from a copy, or make it again"
 _WAITING = 16  # threads: footers and row groups are small and far away
 
 
@@ -273,31 +275,40 @@ def delete_files(uris: list[str]) -> None:
 
 
 def parquet_bytes(schema: pa.Schema, row_groups: Iterable[pa.Table]) -> bytes:
-    """One Parquet file with one row group per table, empty ones included; the same rows give the same bytes."""
-    sink = io.BytesIO()
-    strings = [field.name for field in schema if pa.types.is_string(field.type)]
-    with pq.ParquetWriter(sink, schema, use_dictionary=strings, compression="zstd", compression_level=1) as writer:
+    """One Parquet file with one row group per table, empty ones included; the same rows give the same bytes.
+
+    Its pages have checksums, and its content has digests: see `content`.
+    """
+    sink, digests = io.BytesIO(), Digests(schema)
+    options: dict[str, object] = {"use_dictionary": [field.name for field in schema if pa.types.is_string(field.type)]}
+    options |= {"compression": "zstd", "compression_level": 1, "write_page_checksum": True}
+    with pq.ParquetWriter(sink, schema, **options) as writer:
         for table in row_groups:
-            writer.write_table(table.select(schema.names).cast(schema), row_group_size=max(1, table.num_rows))
+            rows = table.select(schema.names).cast(schema)
+            digests.add(rows)
+            writer.write_table(rows, row_group_size=max(1, rows.num_rows))
+        writer.add_key_value_metadata(digests.metadata())
     return sink.getvalue()
 
 
 @contextlib.contextmanager
-def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file for reading.
+def open_parquet(uri: str) -> Iterator[Content]:
+    """A Parquet file for reading; what is read is compared with its checksums and digests, if it has them.
 
     Raises:
-        DataError: it is missing or not Parquet.
+        DataError: it is missing, damaged, or not Parquet.
         PermissionError: it may not be read.
     """
     try:
-        with pq.ParquetFile(open_input(uri)) as file:
+        with Content(open_input(uri)) as file:
             yield file
     except FileNotFoundError as error:
         raise DataError("a Parquet file is missing", where=uri) from error
     except PermissionError:
         raise
-    except (pa.ArrowInvalid, OSError) as error:  # damaged footers and pages come as either
+    except Mismatch as error:
+        raise DataError("a file was changed after it was written", found=error, where=uri, remedy=_REMEDY) from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # damaged footers and pages come as any of them
         raise DataError("not a readable Parquet file", found=error, where=uri) from error
 
 

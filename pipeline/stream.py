@@ -154,7 +154,7 @@ def _write(block: Any, job: _Job) -> pa.Table:  # Any: Ray's batch as an Arrow t
         reject_stages=block["stage"].combine_chunks(),
         reject_reasons=block["reason"].combine_chunks(),
     )
-    part_bytes, rejected = vector_log.write_unit(job.targets[work][1], unit, embedded)
+    part_bytes, rejected, digest = vector_log.write_unit(job.targets[work][1], unit, embedded)
     spent, asked = block["load"][0].as_py(), storage.counts() - before
     retries = [sum(both) for both in zip(spent.pop("retry_counts"), count_retries(asked), strict=True)]
     ack = UnitAck(
@@ -169,6 +169,7 @@ def _write(block: Any, job: _Job) -> pa.Table:  # Any: Ray's batch as an Arrow t
         actor=block["actor"][0].as_py(),
         retry_counts=retries,
         reject_counts=count_rejects(embedded.reject_stages, embedded.reject_reasons),
+        part_digest=digest,
         **spent,
     )
     worker_metrics.observe("write", len(embedded.ids), ack.write_seconds, asked)

@@ -10,7 +10,9 @@ does not know which encoder made the vectors.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
+from pipeline.content import digest_of, together
 from pipeline.errors import DataError
 from pipeline.schema import (
     DELETED,
@@ -33,6 +36,8 @@ from pipeline.schema import (
     vectors_from_arrow,
     vectors_to_arrow,
 )
+
+logger = logging.getLogger(__name__)
 
 _PART = re.compile(r"wave-(\d+)/unit-(\d+)\.parquet$")
 _REJECTS = re.compile(r"wave-(\d+)/unit-(\d+)-([0-9a-f]{16})\.parquet$")
@@ -84,15 +89,15 @@ class EmbeddedUnit:
     reject_reasons: pa.Array
 
 
-def write_unit(log: VectorLog, unit: Unit, embedded: EmbeddedUnit) -> tuple[int, int]:
+def write_unit(log: VectorLog, unit: Unit, embedded: EmbeddedUnit) -> tuple[int, int, str]:
     """Make a unit durable; where it is, nothing is written.
 
     Returns:
-        the size of its part in bytes, and the number of its rejects.
+        the size of its part in bytes, the number of its rejects, and the part's digest.
     """
     part = log.part(unit.wave, unit.unit)
     if storage.exists(part):  # done before, by this driver or another one: the first part stays, with its rejects
-        return storage.stat(part).size_bytes, _count_of(log, unit)
+        return _as_it_is(log, unit)
     good = np.array([not stage for stage in embedded.reject_stages.to_pylist()], dtype=bool)
     schema = embedded_schema(log.dim)
     rejects = b""
@@ -118,32 +123,61 @@ def write_unit(log: VectorLog, unit: Unit, embedded: EmbeddedUnit) -> tuple[int,
     try:
         storage.put_if_absent(part, data)
     except storage.AlreadyExists:  # another driver was faster; its part stays, and names its rejects
-        return storage.stat(part).size_bytes, _count_of(log, unit)
+        return _as_it_is(log, unit)
     if rejects and not storage.exists(rejects_uri):  # whoever forgot the unit meanwhile took them for a loser's
         storage.put(rejects_uri, rejects)
-    return len(data), int((~good).sum())
+    return len(data), int((~good).sum()), digest_of(data)
 
 
 def finished_units(log: VectorLog) -> dict[int, list[int]]:
     """The units that are durable, by wave, sorted; found by listing, without opening a file."""
     found: dict[int, list[int]] = {}
-    for uri, _ in _list_parts(log):
-        wave, unit = _parse(uri)
+    for (wave, unit), _, _ in _list_parts(log):
         found.setdefault(wave, []).append(unit)
     return found
 
 
 def part_times(log: VectorLog) -> dict[tuple[int, int], float]:
     """When each unit (wave, unit) became durable, in seconds since the epoch."""
-    return {_parse(uri): stat.modified_seconds for uri, stat in _list_parts(log)}
+    return {unit: stat.modified_seconds for unit, _, stat in _list_parts(log)}
+
+
+def part_files(parts_uri: str, wave: int | None = None) -> dict[tuple[int, int], str]:
+    """The URIs of the parts below a log's folder, or of one wave, by (wave, unit), sorted; no other files."""
+    folder = parts_uri if wave is None else storage.join(parts_uri, f"wave-{wave:03d}")
+    return {unit: uri for unit, uri, _ in _parts_among(storage.list_stats(folder, ".parquet"))}
 
 
 def read_wave(log: VectorLog, wave: int, shards: range | None = None) -> tuple[Int64, Float32]:
     """The embedded images of a wave, or of some of its shards: ids (n,), sorted, and vectors (n, d)."""
-    uris = storage.list_files(storage.join(log.parts_uri, f"wave-{wave:03d}"), ".parquet")
-    groups = None if shards is None else list(shards)
-    read = partial(storage.read_parquet, columns=["id", "vector"], row_groups=groups)
-    return _sorted_vectors(storage.at_once(read, uris), log.dim)
+    return read_parts(log, wave, shards)[:2]
+
+
+def read_parts(log: VectorLog, wave: int, shards: range | None = None) -> tuple[Int64, Float32, dict[int, str]]:
+    """As `read_wave`, and the digest of the part of each unit; empty for parts of versions that made none."""
+
+    def read(uri: str) -> tuple[pa.Table, str]:
+        with storage.open_parquet(uri) as file:
+            groups = range(file.num_row_groups) if shards is None else shards
+            return file.read_row_groups(list(groups), columns=["id", "vector"]), file.digest
+
+    parts = part_files(log.parts_uri, wave)
+    found = storage.at_once(read, parts.values())
+    digests = {unit: digest for (_, unit), (_, digest) in zip(parts, found, strict=True)}
+    return *_sorted_vectors([table for table, _ in found], log.dim), digests
+
+
+def unit_of(part: str) -> int:
+    """The unit of a part, by its name."""
+    match = _PART.search(part)
+    assert match is not None, part
+    return int(match[2])
+
+
+def wave_digest(digests: dict[int, str]) -> str:
+    """One digest of the parts of a wave, by their units; empty if a part has none."""
+    whole = all(digests.values())
+    return together([f"{unit} {digest}" for unit, digest in sorted(digests.items())]) if whole else ""
 
 
 def reject_files(log: VectorLog, wave: int | None = None, skip_unreadable: bool = False) -> dict[tuple[int, int], str]:
@@ -222,24 +256,40 @@ def naming(schema: pa.Schema, digest: str) -> pa.Schema:
     return schema.with_metadata({_NAMED: digest.encode()})
 
 
-def _list_parts(log: VectorLog) -> list[tuple[str, storage.Stat]]:
-    """All parts, sorted; the folders of several waves are listed at once, a page of names after the other in each."""
+def _list_parts(log: VectorLog) -> list[tuple[tuple[int, int], str, storage.Stat]]:
+    """The (wave, unit), URI and stat of all parts, sorted.
+
+    The folders of several waves are listed at once, a page of names after the other in each.
+    """
     try:
         waves = storage.folders(log.parts_uri)
     except FileNotFoundError:
         return []
     each = storage.at_once(partial(storage.list_stats, suffix=".parquet"), waves)
-    return [part for parts in each for part in parts]
+    return _parts_among([part for parts in each for part in parts])
+
+
+def _parts_among(files: list[tuple[str, storage.Stat]]) -> list[tuple[tuple[int, int], str, storage.Stat]]:
+    """Those of some files that have the name of a part; a copy that somebody made beside one is no part."""
+    found = []
+    for uri, stat in files:
+        match = _PART.search(uri)
+        unit = (int(match[1]), int(match[2])) if match else None
+        if unit is not None and uri.endswith("/" + _name(*unit)):
+            found.append((unit, uri, stat))
+        else:
+            _warn(uri)
+    return found
+
+
+@functools.cache
+def _warn(uri: str) -> None:
+    """Once in a process: the log is listed often."""
+    logger.warning("%s is not a part of the vector log: it is ignored. Move it out of the run.", uri)
 
 
 def _name(wave: int, unit: int, end: str = "") -> str:
     return f"wave-{wave:03d}/unit-{unit:05d}{end}.parquet"
-
-
-def _parse(uri: str) -> tuple[int, int]:
-    match = _PART.search(uri)
-    assert match is not None, uri
-    return int(match[1]), int(match[2])
 
 
 def _all_reject_files(log: VectorLog, wave: int | None = None) -> dict[tuple[int, int], dict[str | None, str]]:
@@ -264,10 +314,13 @@ def _named(part: str) -> str | None:
     return digest.decode() if digest else None
 
 
-def _count_of(log: VectorLog, unit: Unit) -> int:
-    """The number of rejects of a unit whose part is there."""
-    digest = _named(log.part(unit.wave, unit.unit))
-    return _num_rows(log.rejects(unit.wave, unit.unit, digest)) if digest else 0
+def _as_it_is(log: VectorLog, unit: Unit) -> tuple[int, int, str]:
+    """What `write_unit` gives of a unit whose part is there."""
+    part = log.part(unit.wave, unit.unit)
+    with storage.open_parquet(part) as file:
+        named, digest = (file.schema_arrow.metadata or {}).get(_NAMED), file.digest
+    rejected = _num_rows(log.rejects(unit.wave, unit.unit, named.decode())) if named else 0
+    return storage.stat(part).size_bytes, rejected, digest
 
 
 def _num_rows(uri: str) -> int:

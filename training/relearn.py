@@ -32,7 +32,7 @@ from pipeline.run import Run
 from pipeline.schema import Int64, splitmix64, vectors_to_arrow
 from pipeline.selection import read_selection, resolve_relearn
 from pipeline.transformation import has_transformation, load_transformation, read_part, save_transformation
-from pipeline.vector_log import VectorLog
+from pipeline.vector_log import VectorLog, part_files
 from training.candidates import settings_of
 from training.fit import fit
 from training.knowledge import reference_of
@@ -104,11 +104,7 @@ def _gather(config: Config, run: Run, plan: Plan, wave: int, data: FitData) -> p
     """
     log, embedded = plan.log(run), sum(item.images for item in plan.waves[:wave])
     most = np.uint64(min(_HASHES - 1, _HASHES * config.relearn.images // embedded))
-    uris = [
-        uri
-        for number in range(1, wave + 1)
-        for uri in storage.list_files(storage.join(log.parts_uri, f"wave-{number:03d}"), ".parquet")
-    ]
+    uris = [uri for number in range(1, wave + 1) for uri in part_files(log.parts_uri, number).values()]
     found = pa.concat_tables(fan_out.each(_sampled, (most, config.seed), uris, embedded)).sort_by("id")
     ids: Int64 = found["id"].to_numpy()
     old_log = embedding_log(config, run, "gallery", "old")

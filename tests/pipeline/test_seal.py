@@ -75,9 +75,9 @@ def make(folder: Path) -> tuple[WholeRun, Sealer]:
 def test_a_wave_seals_whatever_a_writer_that_lost_has_left(tmp_path: Path) -> None:
     whole, sealer = make(tmp_path)
     shards = range(whole.num_shards)
-    refs = seal._seal_embedded(sealer, 1, shards)
+    refs = seal._seal_embedded(sealer, 1, shards)[0]
     storage.put(sealer.plan.log(whole.run).rejects(1, 0, 16 * "0"), b"of a writer that lost")
-    assert seal._seal_embedded(sealer, 1, shards) == refs
+    assert seal._seal_embedded(sealer, 1, shards)[0] == refs
     assert sum(ref.rejected for ref in refs) == int((whole.rejected & (whole.waves == 1)).sum()) > 0
 
 
@@ -91,14 +91,12 @@ def test_shards_that_are_read_together_are_sealed_to_the_same_bytes(
     monkeypatch.setattr(seal, "_run", lambda function, tasks: [function(*arguments) for _, arguments in tasks])
     monkeypatch.setattr(vector_log, "read_deleted", lambda log, wave: whole.ids[whole.rejected])
     found, opened = [], []
-    read = storage.read_parquet
-    monkeypatch.setattr(
-        storage, "read_parquet", lambda uri, *rest, **more: opened.append(uri) or read(uri, *rest, **more)
-    )
+    open_parquet = storage.open_parquet
+    monkeypatch.setattr(storage, "open_parquet", lambda uri: opened.append(uri) or open_parquet(uri))
     for shards_at_once in (1, 2):
         monkeypatch.setattr(seal, "_BYTES_AT_ONCE", 80 * DIM * 4 * shards_at_once // whole.num_shards)
         opened.clear()
-        found.append(sealer.transformed([2]) if kind == "transformed" else sealer.embedded(2))
+        found.append(sealer.transformed([2]) if kind == "transformed" else sealer.embedded(2)[0])
         for folder, files in (("transformed", 2), ("embedded", UNITS if kind == "embedded" else 0)):
             assert sum(f"/{folder}/" in uri for uri in opened) == files * whole.num_shards // shards_at_once
     assert found[0] == found[1]

@@ -84,7 +84,7 @@ def files(log: VectorLog) -> dict[str, bytes]:
 def test_a_unit_is_durable_whole_and_sorted_by_shard_and_id(tmp_path: Path, log: VectorLog) -> None:
     ids = [50, 3, 999, 12, 7, 8]
     (unit,) = write_plan(tmp_path, [ids])
-    size, rejected = write_unit(log, unit, embed(ids))
+    size, rejected, _ = write_unit(log, unit, embed(ids))
     assert (size, rejected) == (len(storage.read_bytes(log.part(1, 0))), 0)
     part = storage.read_parquet(log.part(1, 0))
     assert part.schema.equals(embedded_schema(DIM))

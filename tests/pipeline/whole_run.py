@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline import codebook as codebooks
-from pipeline import index, storage
+from pipeline import index, storage, vector_log
 from pipeline.codebook import Codebook
 from pipeline.config import Index, Metric
 from pipeline.run import Run
@@ -179,7 +179,13 @@ class WholeRun:
             num_shards=self.num_shards,
             segments=segments,
             counts=Counts.of(segments),
+            log_digests=tuple(map(self.log_digest, range(1, number + 1))),
         )
+
+    def log_digest(self, wave: int) -> str:
+        """What a commit says of the parts of a wave."""
+        log = VectorLog(self.run.path("embedded"), self.run.path("rejects"), DIM, self.num_shards)
+        return vector_log.wave_digest(vector_log.read_parts(log, wave)[2])
 
     def publish(self, last: int) -> Writer:
         """Publish the commits up to `last`."""

@@ -69,10 +69,13 @@ class Encoder:
             rows = order[np.searchsorted(self.images.ids[order], ids)]
             stages = pa.array(["decode" if id % REJECTED == 0 else "" for id in ids.tolist()])
             embedded = EmbeddedUnit(ids, self.images.embedded[rows], pa.nulls(len(ids), pa.string()), stages, stages)
-            size, rejected = vector_log.write_unit(work[0].log, unit, embedded)
+            size, rejected, digest = vector_log.write_unit(work[0].log, unit, embedded)
             for id in ids.tolist():
                 self.asked[id] = self.asked.get(id, 0) + 1
-            yield 0, UnitAck(unit.wave, unit.unit, len(ids) - rejected, rejected, size, 0.0, 0.0, 0.0)
+            yield (
+                0,
+                UnitAck(unit.wave, unit.unit, len(ids) - rejected, rejected, size, 0.0, 0.0, 0.0, part_digest=digest),
+            )
 
 
 def plain_fit(config: Config, run: Run, data: FitData, on_epoch: object = None, classify: bool = False) -> None:
