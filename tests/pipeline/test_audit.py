@@ -57,11 +57,37 @@ def test_a_whole_run_has_no_problems(tmp_path: Path, factory: str, metric: Metri
         "codebooks": 1,
         "plan_parts": 2,
         "log_parts": 6,
+        "log_digests": 1 + 2,  # of commits 1 and 2
         "reject_parts": 3,
         "segments": segments,
         "sidecars": segments,
         "ids": whole.num,
     } | ({"vectors": whole.num + whole.num * LAST // whole.num_waves} if whole.codebook.exact else {})
+
+
+def test_audit_of_a_log_part_that_was_replaced_after_its_wave_was_sealed_names_the_commits(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    part = whole.run.path("embedded", "wave-001", "unit-00000.parquet")
+    rows = storage.read_parquet(part)
+    shards = rows["shard"].to_numpy()
+    other = rows.set_column(2, "source_etag", pa.array(["another"] * rows.num_rows))
+    groups = [other.filter(pa.array(shards == shard)) for shard in range(whole.num_shards)]
+    storage.put(part, storage.parquet_bytes(rows.schema, groups))
+    problems = audit(whole.run.uri).problems
+    assert [(item.kind, item.where) for item in problems] == [
+        ("log_digest", whole.run.commit(1)),
+        ("log_digest", whole.run.commit(2)),
+    ]
+
+
+def test_audit_of_commits_of_older_versions_compares_no_digests(tmp_path: Path) -> None:
+    whole = WholeRun(Run(str(tmp_path))).write_inputs()
+    writer = snapshot.Writer.acquire(whole.run)
+    for number in range(LAST + 1):
+        writer.publish(replace(whole.draft(number), log_digests=()))
+    report = audit(whole.run.uri)
+    assert report.ok
+    assert "log_digests" not in report.checked
 
 
 def test_a_run_without_commits_and_a_folder_without_a_run(tmp_path: Path) -> None:

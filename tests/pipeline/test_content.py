@@ -52,6 +52,16 @@ def read(uri: Path, *what: object) -> pa.Table:
     return storage.read_parquet(str(uri), *what)  # type: ignore[arg-type]
 
 
+def read_or_refuse(uri: Path) -> pa.Table | None:
+    """The rows of a file; None if it is refused by name."""
+    try:
+        return read(uri)
+    except DataError as error:
+        where = error.details["where"]
+    assert where == str(uri)
+    return None
+
+
 @pytest.mark.parametrize("kind", SCHEMAS)
 def test_read_parquet_of_a_file_with_a_flipped_bit_finds_it_or_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
     data, uri = parquet(SCHEMAS[kind], rows_of(SCHEMAS[kind])), tmp_path / "part.parquet"
@@ -61,11 +71,9 @@ def test_read_parquet_of_a_file_with_a_flipped_bit_finds_it_or_gives_the_same_ro
         damaged = bytearray(data)
         damaged[bit // 8] ^= 1 << bit % 8
         uri.write_bytes(damaged)
-        try:
-            assert read(uri).equals(whole), f"bit {bit % 8} of byte {bit // 8}"
-        except DataError as error:
-            assert error.details["where"] == str(uri)
-            found += 1
+        rows = read_or_refuse(uri)
+        assert rows is None or rows.equals(whole), f"bit {bit % 8} of byte {bit // 8}"
+        found += rows is None
     assert found > FLIPS // 3
 
 
@@ -98,7 +106,7 @@ def test_parquet_bytes_pages_have_checksums() -> None:
         column = file.metadata.row_group(0).column(file.schema_arrow.names.index("vector"))
         data[column.data_page_offset + column.total_compressed_size - 1] ^= 1
     plain = pq.ParquetFile(pa.BufferReader(bytes(data)), page_checksum_verification=True)
-    with pytest.raises(OSError, match="(?i)crc"):
+    with pytest.raises(OSError, match=r"(?i)crc"):
         plain.read(columns=["vector"])
 
 
@@ -179,5 +187,5 @@ def test_open_parquet_of_a_file_whose_rows_were_exchanged_below_its_digests_is_r
             writer.write_table(rows_of(schema, seed=1).slice(group * NUM // GROUPS, NUM // GROUPS))
         writer.add_key_value_metadata({content.KEY: ours.metadata.metadata[content.KEY]})
     (tmp_path / "part.parquet").write_bytes(sink.getvalue())
-    with pytest.raises(DataError, match="changed after it was written(.|\n)*column id of row group 0"):
+    with pytest.raises(DataError, match=r"changed after it was written(.|\n)*column id of row group 0"):
         read(tmp_path / "part.parquet")

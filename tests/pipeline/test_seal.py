@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import seal, storage, vector_log
+from pipeline.content import Content
 from pipeline.errors import DataError, TransientError
 from pipeline.plan import Plan, Wave
 from pipeline.run import Run
@@ -92,7 +96,15 @@ def test_shards_that_are_read_together_are_sealed_to_the_same_bytes(
     monkeypatch.setattr(vector_log, "read_deleted", lambda log, wave: whole.ids[whole.rejected])
     found, opened = [], []
     open_parquet = storage.open_parquet
-    monkeypatch.setattr(storage, "open_parquet", lambda uri: opened.append(uri) or open_parquet(uri))
+
+    @contextmanager
+    def watched(uri: str) -> Iterator[Content]:
+        with open_parquet(uri) as file:
+            read = file.read_row_groups
+            file.read_row_groups = lambda *rest, **more: opened.append(uri) or read(*rest, **more)
+            yield file
+
+    monkeypatch.setattr(storage, "open_parquet", watched)
     for shards_at_once in (1, 2):
         monkeypatch.setattr(seal, "_BYTES_AT_ONCE", 80 * DIM * 4 * shards_at_once // whole.num_shards)
         opened.clear()
@@ -106,6 +118,34 @@ def test_shards_that_are_read_together_are_sealed_to_the_same_bytes(
     else:
         expected = [whole.segment(shard, 2, kind) for shard in range(whole.num_shards)]
         assert [ref.path for ref in found[0]] == [ref.path for ref in expected]
+
+
+def test_seal_embedded_of_a_part_that_is_not_the_acknowledged_one_names_it(tmp_path: Path) -> None:
+    whole, sealer = make(tmp_path)
+    log, shards = sealer.plan.log(whole.run), range(whole.num_shards)
+    digests = vector_log.read_parts(log, 1)[2]
+    assert all(digests.values())
+    refs, digest = seal._seal_embedded(sealer, 1, shards, digests)
+    assert digest == vector_log.wave_digest(digests)
+    assert seal._seal_embedded(sealer, 1, shards, {0: digests[0]}) == (refs, digest)  # of others nothing is known
+    rows = storage.read_parquet(log.part(1, 1))
+    other = rows.set_column(2, "source_etag", pa.array(["another"] * rows.num_rows))
+    groups = [other.filter(pa.array(rows["shard"].to_numpy() == shard)) for shard in shards]
+    storage.put(log.part(1, 1), storage.parquet_bytes(rows.schema, groups))
+    assert seal._seal_embedded(sealer, 1, shards)[1] not in ("", digest)
+    with pytest.raises(DataError, match=r"unit-00001\.parquet"):
+        seal._seal_embedded(sealer, 1, shards, digests)
+
+
+def test_seal_embedded_of_parts_of_older_versions_gives_no_digest(tmp_path: Path) -> None:
+    whole, sealer = make(tmp_path)
+    refs, _ = seal._seal_embedded(sealer, 1, range(whole.num_shards))
+    part = sealer.plan.log(whole.run).part(1, 0)
+    rows = storage.read_parquet(part)
+    with pq.ParquetWriter(part, rows.schema) as writer:
+        for shard in range(whole.num_shards):
+            writer.write_table(rows.filter(pa.array(rows["shard"].to_numpy() == shard)))
+    assert seal._seal_embedded(sealer, 1, range(whole.num_shards)) == (refs, "")
 
 
 def test_a_task_seals_as_many_shards_as_it_may_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

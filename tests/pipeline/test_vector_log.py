@@ -26,6 +26,7 @@ from pipeline.vector_log import (
     forget_rejects,
     part_times,
     read_deleted,
+    read_parts,
     read_rejects,
     read_wave,
     reject_files,
@@ -79,6 +80,29 @@ def embed(ids: list[int], bad: tuple[int, ...] = (), shift: float = 0.0) -> Embe
 def files(log: VectorLog) -> dict[str, bytes]:
     uris = storage.list_files(log.parts_uri) + storage.list_files(log.rejects_uri)
     return {uri: storage.read_bytes(uri) for uri in uris}
+
+
+def test_write_unit_gives_the_digest_of_the_part_that_is_there(tmp_path: Path, log: VectorLog) -> None:
+    (unit,) = write_plan(tmp_path, [[4, 9]])
+    *_, digest = write_unit(log, unit, embed([4, 9]))
+    assert write_unit(log, unit, embed([4, 9], shift=1.0))[2] == digest
+    assert read_parts(log, 1)[2] == {0: digest} == read_parts(log, 1, range(1))[2]
+    other = VectorLog(str(tmp_path / "other"), str(tmp_path / "other-rejects"), DIM, SHARDS)
+    assert write_unit(other, unit, embed([4, 9], shift=1.0))[2] not in ("", digest)
+
+
+@pytest.mark.parametrize("name", ["unit-00000 (copy).parquet", "unit-0.parquet", "part-00000.parquet"])
+def test_a_file_in_the_log_without_the_name_of_a_part_is_ignored_with_a_warning(
+    tmp_path: Path, log: VectorLog, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (unit,) = write_plan(tmp_path, [[4, 9]])
+    write_unit(log, unit, embed([4, 9]))
+    stray = Path(log.part(1, 0)).with_name(name)
+    stray.write_bytes(storage.read_bytes(log.part(1, 0)))
+    assert finished_units(log) == {1: [0]}
+    assert list(part_times(log)) == [(1, 0)]
+    assert read_wave(log, 1)[0].tolist() == [4, 9]
+    assert str(stray) in caplog.text
 
 
 def test_a_unit_is_durable_whole_and_sorted_by_shard_and_id(tmp_path: Path, log: VectorLog) -> None:
