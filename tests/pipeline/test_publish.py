@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import publish
-from pipeline.errors import SnapshotConflict
+from pipeline import publish, seal, snapshot, vector_log
+from pipeline.config_file import validate
+from pipeline.errors import DataError, SnapshotConflict
+from pipeline.plan import Plan, Wave
 from pipeline.publish import Publisher
 from pipeline.run import Run
+from pipeline.schema import UnitAck
 from pipeline.snapshot import Writer
 from tests.pipeline.unreliable_store import FakeTime
+from tests.pipeline.whole_run import DIM, WholeRun
 
 
 @pytest.fixture
@@ -50,3 +54,45 @@ def test_a_driver_looks_once_in_ten_seconds(tmp_path: Path, time: FakeTime, monk
         time.now = tenth / 10
         publisher.check()
     assert looks == [10.0, 20.0, 30.0]
+
+
+def publisher_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[WholeRun, Publisher]:
+    """Of a run with commit 0 and a whole log; it seals in this process."""
+    monkeypatch.setattr(seal, "_run", lambda function, tasks: [function(*arguments) for _, arguments in tasks])
+    whole = WholeRun(Run(str(folder))).write_inputs()
+    whole.publish(0)
+    waves = tuple(Wave(wave, 80, 2) for wave in range(1, 4))
+    plan = Plan("random", 0, whole.num, 2, whole.num_shards, DIM, 40, waves, "f")
+    encoder = {"function": "my:encoder", "dim": DIM, "preprocess": {"size": 32}}
+    tree = {"run": str(folder), "encoders": {"new": encoder}, "gallery": {"manifest": "x", "columns": {}}}
+    tree |= {"pairs": {"manifest": "x", "columns": {}}}
+    return whole, Publisher(validate(tree, "test"), whole.run, plan)
+
+
+def acknowledged(wave: int, unit: int, digest: str) -> UnitAck:
+    return UnitAck(wave, unit, 40, 0, 100, 0.1, 0.2, 0.3, part_digest=digest)
+
+
+def test_publisher_names_the_digest_of_each_waves_parts_in_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, publisher = publisher_of(tmp_path, monkeypatch)
+    log = publisher._sealer.plan.log(whole.run)
+    for wave in (1, 2):
+        for unit, digest in vector_log.read_parts(log, wave)[2].items():
+            publisher.expect(acknowledged(wave, unit, digest))
+        publisher._commit = publisher._seal(wave)
+    assert publisher._acknowledged == {}
+    expected = tuple(map(whole.log_digest, (1, 2)))
+    assert all(expected)
+    assert snapshot.read_commit(whole.run, 2).log_digests == expected
+
+
+def test_publisher_refuses_a_wave_with_a_part_that_is_not_the_acknowledged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, publisher = publisher_of(tmp_path, monkeypatch)
+    publisher.expect(acknowledged(1, 1, "another"))
+    with pytest.raises(DataError, match=r"unit-00001\.parquet"):
+        publisher._seal(1)
+    assert snapshot.list_commits(whole.run) == [0]

@@ -132,7 +132,7 @@ def test_the_last_to_acquire_is_the_only_writer(run: Run) -> None:
     assert (new.epoch, new.latest) == (old.epoch + 1, 1)
     with pytest.raises(SnapshotConflict, match="took this run over"):
         old.publish(draft(2))
-    assert not storage.exists(run.draft(2))
+    assert not storage.exists(run.commit(2))
     new.publish(draft(2))
     with pytest.raises(SnapshotConflict, match="took this run over") as caught:
         old.publish(draft(2))
@@ -169,7 +169,7 @@ def test_no_two_writes_of_a_tag_are_equal_and_tags_that_say_the_same_are(run: Ru
 def test_a_commit_that_was_created_but_not_announced_is_adopted(run: Run) -> None:
     published(run, 1)
     orphan = replace(draft(2), attempt_id="dead", epoch=1)
-    storage.put_if_absent(run.draft(2), snapshot.to_json(orphan))
+    storage.put_if_absent(run.commit(2), snapshot.to_json(orphan))
     assert list_commits(run) == [0, 1]
     with pytest.raises(DataError, match="no such commit"):
         promote(run, 2, blockers=[])
@@ -183,7 +183,7 @@ def test_a_commit_that_was_created_but_not_announced_is_adopted(run: Run) -> Non
 
 def test_an_orphan_that_appears_later_is_adopted_where_it_is_the_same(run: Run) -> None:
     writer = published(run, 1)
-    storage.put_if_absent(run.draft(2), snapshot.to_json(replace(draft(2), attempt_id="zombie")))
+    storage.put_if_absent(run.commit(2), snapshot.to_json(replace(draft(2), attempt_id="zombie")))
     assert writer.publish(draft(2)).attempt_id == "zombie"
     storage.put_if_absent(run.commit(3), snapshot.to_json(replace(draft(3, salt="x"), attempt_id="zombie")))
     with pytest.raises(SnapshotConflict, match="other content"):
@@ -258,12 +258,12 @@ def test_a_commit_that_is_not_whole_is_neither_written_nor_read(run: Run, name: 
     broken = BROKEN[name](draft(2))
     with pytest.raises(DataError) as caught:
         writer.publish(broken)
-    assert run.draft(2) in str(caught.value)
-    assert not storage.exists(run.draft(2))
-    storage.put(run.draft(2), snapshot.to_json(broken))
+    assert run.commit(2) in str(caught.value)
+    assert not storage.exists(run.commit(2))
+    storage.put(run.commit(2), snapshot.to_json(broken))
     with pytest.raises(DataError) as caught:
         read_commit(run, 2)
-    assert run.draft(2) in str(caught.value)
+    assert run.commit(2) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -372,7 +372,7 @@ def test_auto_promote_never_goes_back(run: Run) -> None:
 def test_prod_never_points_to_a_commit_that_cannot_be_read(run: Run) -> None:
     published(run, 2)
     promote(run, 1, blockers=[])
-    storage.put(run.draft(2), b"{}")
+    storage.put(run.commit(2), b"{}")
     for move in (lambda: promote(run, 2, blockers=[]), lambda: auto_promote(run, 2)):
         with pytest.raises(DataError):
             move()
