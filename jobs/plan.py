@@ -10,11 +10,9 @@ from jobs.fit import show_likeness
 from jobs.options import command, console, load, print_json, start_ray
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from pipeline.estimate import Estimate
-    from pipeline.expected import Expected
     from pipeline.plan import Plan
+    from training.expect import Outlook
 
 
 @command("plan")
@@ -69,6 +67,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
         print_json(
             asdict(plan)
             | {"expected": expected, "expected_notes": outlook.notes}
+            | {"expected_made_unix_seconds": outlook.made_unix_seconds}
             | {"likeness": asdict(alike) if alike else None, "group_boost": asdict(boost) if boost else None}
             | ({"estimate": found.to_json()} if found else {})
         )
@@ -79,7 +78,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
     if found:
         show_estimate(found)
     if outlook.curves:
-        show_expected(outlook.curves, found)
+        show_expected(outlook, found)
     for note in outlook.notes:
         console().print(note, soft_wrap=True)
     selection = read_selection(run)
@@ -106,9 +105,9 @@ def show(plan: Plan) -> None:
 
 def show_estimate(found: Estimate) -> None:
     """Print what the backfill will take, what was measured, and what to set."""
-    from datetime import timedelta
-
     from rich.table import Table
+
+    from pipeline.readable import duration, moment
 
     rates, out = found.rates, console()
     money = "" if found.money is None else f", {found.money:,.2f} in money"
@@ -116,8 +115,7 @@ def show_estimate(found: Estimate) -> None:
     table.add_row("to embed", f"{found.images:,} images, {found.bytes / 1e9:,.2f} GB to fetch")
     table.add_row(
         "time",
-        f"{timedelta(seconds=round(found.seconds))} on this cluster as configured, "
-        f"at {rates.stream:,.0f} images per second",
+        f"{duration(found.seconds)} on this cluster as configured, at {rates.stream:,.0f} images per second",
     )
     hours = f"{found.gpu_hours:,.2f} GPU hours, " if rates.gpus else ""
     table.add_row("cost", f"{hours}{found.node_hours:,.2f} node hours{money}")
@@ -126,7 +124,7 @@ def show_estimate(found: Estimate) -> None:
     table.add_row(
         "measured",
         f"fetch {rates.fetch:,.0f} images/s per task, decode {rates.decode:,.0f} per {decoder}, forward {each}; "
-        f"{rates.images:,} images through {rates.actors} actors",
+        f"{rates.images:,} images through {rates.actors} actors, on {moment(found.made_unix_seconds)}",
     )
     table.add_row("bottleneck", found.bottleneck)
     table.add_row(
@@ -137,25 +135,25 @@ def show_estimate(found: Estimate) -> None:
     out.print(table)
 
 
-def show_expected(expected: Mapping[str, Expected], estimate: Estimate | None) -> None:
+def show_expected(outlook: Outlook, estimate: Estimate | None) -> None:
     """Print what the gallery is expected to be worth at both ends, and how much of it 95 and 99 per cent take."""
-    from datetime import timedelta
-
     from rich.table import Table
 
     from pipeline.expected import BAND_SAYS
+    from pipeline.readable import duration, moment
 
-    table = Table(title=f"expected quality in per cent, {BAND_SAYS}")
+    made = "" if outlook.made_unix_seconds is None else f", estimated on {moment(outlook.made_unix_seconds)}"
+    table = Table(title=f"expected quality in per cent, {BAND_SAYS}{made}")
     for name in ("metric", "at first", "in the end", "95 % of that", "99 % of that"):
         table.add_column(name, justify="left" if name == "metric" else "right")
-    for name, curve in expected.items():
+    for name, curve in outlook.curves.items():
         ends = [f"{curve.values[at]:.1f} ({curve.low[at]:.1f} - {curve.high[at]:.1f})" for at in (0, -1)]
         costs = []
         for reached in curve.reached.values():
             fraction = reached.fraction
             cost = f"after {fraction:.0%} ({reached.low:.0%} - {reached.high:.0%})"
             if estimate is not None:
-                cost += f", {timedelta(seconds=round(estimate.seconds * fraction))}"
+                cost += f", {duration(estimate.seconds * fraction)}"
                 cost += "" if estimate.money is None else f", {estimate.money * fraction:,.2f} in money"
             costs.append(cost)
         table.add_row(name, *ends, *costs)

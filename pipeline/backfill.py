@@ -53,13 +53,15 @@ def backfill(
     log, before = plan.log(run), storage.counts()
     tracker, counted = Tracker(plan, log, config.backfill.max_reject_fraction, config.backfill.reject_allowance), before
 
-    def report() -> Progress:
+    def report(ended: bool = False) -> Progress:
         nonlocal counted
         asked = storage.counts()
         telemetry.observe_driver(asked - counted)
         counted = asked
         progress = replace(tracker.progress(publisher.published), stopped=publisher.stopped)
         progress = replace(progress, reading=progress.reading.with_driver(storage.retries(before)))
+        if ended:  # as `status` and the report have it from now on
+            progress = replace(progress, images_per_second=tracker.rate_of_log())
         telemetry.observe_progress(progress, publisher.waiting)
         on_progress(progress)
         return progress
@@ -83,7 +85,7 @@ def backfill(
                     break
             if held < last and publisher.may_go_on():
                 _learn(relearn or _cannot_learn, tracker, publisher, last)
-    return report()
+    return report(ended=True)
 
 
 def _embed(config: Config, work: Work) -> Iterator[UnitAck]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from pipeline.config import Telemetry
+from pipeline.run import Run
 
 WAVE_CPU_SECONDS = 0.4
 """What publishing a wave takes of the cores that the stream has else, on two of them; small where there are many."""
@@ -83,6 +84,7 @@ class Estimate:
         max_actors: how many the cluster's GPUs, or else its cores, hold.
         loading_cpus_per_actor: cores that read, and decode unless the device does, what one actor embeds.
         rates: what it was computed from.
+        made_unix_seconds: when they were measured; 0 if an earlier version did not say.
     """
 
     images: int
@@ -96,10 +98,16 @@ class Estimate:
     max_actors: int
     loading_cpus_per_actor: float
     rates: Rates = field(repr=False)
+    made_unix_seconds: float = 0.0
 
     def to_json(self) -> dict[str, object]:
         """As `plan --json` and `plan/estimate.json` have it."""
         return asdict(self)
+
+
+def estimate_uri(run: Run) -> str:
+    """Where the last estimate of a run is kept."""
+    return run.path("plan", "estimate.json")
 
 
 def estimate(rates: Rates, images: int, waves: int, largest_pool: int, prices: Telemetry) -> Estimate:

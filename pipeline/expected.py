@@ -11,8 +11,9 @@ because a metric falls with the number of images that compete, much alike for bo
 100 by definition. With labels the probe set, backfilled by itself, gives a bend as well: of the gallery's own images,
 and in their real order, but few. It has a share in the whole that grows with their number. The band is what sampling
 leaves open: the standard error of the ends, and of the probe set's bend, over its queries, and of the pairs' bend over
-their folds. What 95 and 99 per cent take has a band of its own, from draws of these errors:
-each gives a curve that is measured by its own end, for what is off at both ends alike changes little. Pure.
+their folds. It lies inside 0 to 100 per cent: see `interval`. What 95 and 99 per cent take has a band of its own, from
+draws of these errors: each gives a curve that is measured by its own end, for what is off at both ends alike changes
+little. Pure.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _WORTH = 2000
 """Images of the gallery whose own bend counts as much as that of the held-out pairs, which are of another kind: the new
 encoder was trained on them, and answers better there (m: benchmarks/expected)."""
 
-BAND_SAYS = "with two standard errors"
+BAND_SAYS = "with intervals of two standard errors"
 
 
 def expected_uri(run: Run) -> str:
@@ -45,7 +46,9 @@ def expected_uri(run: Run) -> str:
 class Ends:
     """A metric before anything is embedded and when all is, in per cent, with standard errors in points.
 
-    `correlation` is that of the two errors: both are measured by the same queries.
+    Attributes:
+        correlation: that of the two errors: both are measured by the same queries.
+        start_queries, end_queries: over how many queries each is a mean; 0 where it is known, or no such mean.
     """
 
     start: float
@@ -53,6 +56,8 @@ class Ends:
     start_error: float
     end_error: float
     correlation: float = 0.0
+    start_queries: int = 0
+    end_queries: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +97,7 @@ class Expected:
     def from_json(cls, tree: dict[str, Any]) -> Self:
         """The inverse of `to_json`."""
         reached = {int(percent): Reached(**found) for percent, found in tree["reached"].items()}
-        curves = {name: np.array(tree[name]) for name in _CURVES}
+        curves = {name: np.clip(tree[name], 0, 1 if name == "fractions" else 100) for name in _CURVES}
         return cls(**curves, reached=reached, sample=tree.get("sample", 0), sampled=tree.get("sampled", ""))
 
 
@@ -127,7 +132,39 @@ def expect(
     errors = np.concatenate([_end_errors(ends, fractions), wobble])
     error = np.sqrt(np.square(errors).sum(axis=0))
     reached = {percent: _reached(values, errors, fractions, percent) for percent in REACHED}
-    return Expected(fractions, values, values - _BAND * error, values + _BAND * error, reached, sample, sampled)
+    values = np.clip(values, 0, 100)
+    one_of = [1 / queries if queries else 0.0 for queries in (ends.start_queries, ends.end_queries)]
+    low, high = interval(values, error, (1 - fractions) * one_of[0] + fractions * one_of[1])
+    return Expected(fractions, values, low, high, reached, sample, sampled)
+
+
+def interval(values: Float64, errors: Float64, one_of: Float64) -> tuple[Float64, Float64]:
+    """An interval of two standard errors around figures in per cent, inside 0 to 100 and around the figure.
+
+    It holds each p for which |figure - p| <= 2 sqrt(p (1 - p) / n + e^2). With e = 0 that is Wilson's score interval
+    of a proportion of n queries (Wilson 1927; Brown, Cai and DasGupta 2001). e^2 is the variance that a figure has
+    beyond a proportion's, if it is a sum of several means. A mean of values between 0 and 1, such as mAP, has less
+    than a proportion: then n is the number of queries of a proportion with that variance (Korn and Graubard 1998).
+
+    Args:
+        values: (P,).
+        errors: (P,) standard errors, in points.
+        one_of: (P,) 1 / n of each; 0 if it is no mean over queries.
+
+    Returns:
+        low and high, both (P,).
+    """
+    figure, variance = values / 100, np.square(errors / 100)
+    binomial = figure * (1 - figure)
+    inverse = np.array(one_of, np.float64)
+    np.divide(variance, binomial, out=inverse, where=variance < binomial * one_of)
+    beyond = np.maximum(variance - binomial * inverse, 0)
+    z = _BAND**2
+    centre = (figure + z * inverse / 2) / (1 + z * inverse)
+    half = np.sqrt(np.maximum(z * (binomial * inverse + beyond * (1 + z * inverse) + z * inverse**2 / 4), 0))
+    half /= 1 + z * inverse
+    low, high = (100 * np.clip(side, 0, 1) for side in (centre - half, centre + half))
+    return np.minimum(low, values), np.maximum(high, values)
 
 
 def _bend(curves: Float64, fractions: Float64) -> tuple[Float64, Float64]:

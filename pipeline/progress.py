@@ -14,6 +14,7 @@ from pipeline import rejects, vector_log
 from pipeline.plan import Plan
 from pipeline.run import Run
 from pipeline.schema import Unit, UnitAck
+from pipeline.throughput import Throughput, throughput
 from pipeline.vector_log import VectorLog
 
 _RATE_WINDOW_SECONDS = 60.0
@@ -203,8 +204,12 @@ class Tracker:
             self._recent_images -= self._recent.popleft()[1]
         if len(self._recent) < 2:
             return None
-        first_seconds, first_images = self._recent[0]  # which came before that moment
-        return (self._recent_images - first_images) / max(now - first_seconds, 1e-6)
+        first_seconds, first_images = self._recent[0]
+        return Throughput(self._recent_images - first_images, now - first_seconds).per_second
+
+    def rate_of_log(self) -> float | None:
+        """`recent_rate` of the log as it is now, which is what `status` shows."""
+        return recent_rate(self._plan, vector_log.part_times(self._log))
 
     def _check_rejects(self, number: int) -> None:
         wave = self._plan.waves[number - 1]
@@ -215,12 +220,5 @@ class Tracker:
 
 def recent_rate(plan: Plan, parts: dict[tuple[int, int], float]) -> float | None:
     """Images per second over the last ten minutes of a log, from the times its parts (wave, unit) were written."""
-    if len(parts) < 2:
-        return None
-    newest = max(parts.values())
-    recent = {unit: seconds for unit, seconds in parts.items() if newest - seconds <= _LOG_WINDOW_SECONDS}
-    oldest = min(recent.values())
-    if newest - oldest <= 0:
-        return None
-    images = sum(plan.unit_size(*unit) for unit, seconds in recent.items() if seconds > oldest)
-    return images / (newest - oldest)
+    found = throughput(((seconds, plan.unit_size(*unit)) for unit, seconds in parts.items()), _LOG_WINDOW_SECONDS)
+    return None if found is None else found.per_second

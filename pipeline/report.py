@@ -24,23 +24,23 @@ from pipeline import curve as curves
 from pipeline import plots, quality, snapshot, storage, vector_log
 from pipeline.config import Config
 from pipeline.errors import DataError
-from pipeline.expected import expected_uri
+from pipeline.estimate import estimate_uri
+from pipeline.expected import Expected, expected_uri
 from pipeline.gallery import new_embeddings_given
 from pipeline.plan import Plan, read_plan, transformed_parts
 from pipeline.progress import Progress, Tracker
-from pipeline.ranking import Float64
+from pipeline.readable import duration, moment
 from pipeline.rejects import read_all as read_rejects
 from pipeline.run import Run
 from pipeline.selection import read_selection
 from pipeline.standing import read_standing
+from pipeline.throughput import throughput
 
 Tree = dict[str, Any]  # Any: JSON
 
 _BINS = 60
 _CANDIDATES = 12
 _PARTS_PER_BIN = 4
-_IDLE_SECONDS = 30.0  # a pause between two parts that is longer, and far longer than is usual in the run,
-_IDLE_FACTOR = 20  # is a run that was interrupted, not one that is slow
 _PROBE_COLUMNS = [
     ("top1", "top-1"),
     ("top5", "top-5"),
@@ -63,18 +63,21 @@ class ReportData:
         policy: the order of the plan.
         progress: the fields of `progress.Progress`.
         prod: the commit that is served.
+        pinned: whether a rollback keeps it there.
         commits: number, when it was created (UTC), and its counts.
         curve: as `evaluate --curve --json` prints it.
         no_curve: why there is none.
         uncertainty: `edges` (B + 1) and `counts` (waves x B).
-        throughput: `edges_seconds` (B + 1), `rates` (B) in images per second, `seconds` and `images` in all, and
-            `idle_seconds` of these in which the run was interrupted.
+        throughput: `edges_seconds` (B + 1), `rates` (B) in images per second, and the mean `images_per_second` with
+            what it is of: see `throughput.Throughput`.
+        estimate: the last `plan`'s `images_per_second`, `seconds` and `made_unix_seconds`.
         rejects: stage, reason (its kind, the word before the colon), images, and an example; the most frequent first.
         transformation: its description with the held-out figures.
         probe: figures on the probe set, of the old model (commit None) and of each measured commit.
         standing: what became of the last commit: the fields of `standing.Standing`.
         selection: the metrics that count, the number of folds and of candidates, and the best ones.
         expected: by metric, as `plan --json` prints it.
+        expected_made: when, UTC.
         config: the run's settings.
     """
 
@@ -95,6 +98,9 @@ class ReportData:
     standing: Tree | None = None
     selection: Tree | None = None
     expected: Tree | None = None
+    expected_made: str = ""
+    pinned: bool = False
+    estimate: Tree | None = None
 
 
 def collect(config: Config, run: Run) -> ReportData:
@@ -109,9 +115,10 @@ def collect(config: Config, run: Run) -> ReportData:
     progress = _progress(run, plan, max((commit["commit"] for commit in commits), default=0))
     curve, no_curve = _curve(config, run, progress)
     marker = storage.read_versioned(storage.join(run.transformation, "transformation.json"))
+    expected = _expected(run)
     return ReportData(
         run=run.uri,
-        created=_utc(time.time()),
+        created=moment(time.time()),
         policy=config.plan.policy,
         progress=None if progress is None else asdict(progress),
         prod=prod.commit if prod else None,
@@ -126,7 +133,10 @@ def collect(config: Config, run: Run) -> ReportData:
         probe=_probe(run),
         standing=None if (standing := read_standing(run)) is None else asdict(standing),
         selection=_selection(run) if marker else None,
-        expected=json.loads(expected[0]) if (expected := storage.read_versioned(expected_uri(run))) else None,
+        expected=expected,
+        expected_made=moment(storage.stat(expected_uri(run)).modified_seconds) if expected else "",
+        pinned=prod is not None and prod.pinned,
+        estimate=_estimate(run),
     )
 
 
@@ -136,6 +146,7 @@ def render(data: ReportData) -> str:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = lambda value: f"{value:,.0f}"
     environment.filters["figure"] = lambda value, digits=1: "-" if value is None else f"{value:.{digits}f}"
+    environment.filters["duration"], environment.filters["moment"] = duration, moment
     template = resources.files("pipeline").joinpath("report.html.jinja").read_text()
     return environment.from_string(template).render(
         data=data,
@@ -267,7 +278,7 @@ def _progress(run: Run, plan: Plan | None, published: int) -> Progress | None:
 
 
 def _figures(commit: snapshot.Commit) -> Tree:
-    return {"commit": commit.number, "created": _utc(commit.created_unix_seconds), **asdict(commit.counts)}
+    return {"commit": commit.number, "created": moment(commit.created_unix_seconds), **asdict(commit.counts)}
 
 
 def _probe(run: Run) -> list[Tree]:
@@ -298,33 +309,36 @@ def _uncertainty(run: Run, plan: Plan | None) -> Tree | None:
 def _throughput(run: Run, plan: Plan | None) -> Tree | None:
     """Images per second between the times at which parts were written; None for fewer than two parts.
 
-    A part's time is all that storage knows of when its images were embedded, so an interruption is told from
-    work by its length.
+    A part's time is all that storage knows of when its images were embedded.
     """
     if plan is None:
         return None
     written = vector_log.part_times(plan.log(run))
     parts = sorted((seconds, plan.unit_size(*unit)) for unit, seconds in written.items())
-    if len(parts) < 2 or parts[-1][0] <= parts[0][0]:
+    found = throughput(parts)
+    if found is None:
         return None
-    seconds = np.array([moment - parts[0][0] for moment, _ in parts[1:]])
-    images = np.array([count for _, count in parts[1:]])  # those of the first part came before its time
+    later = [item for item in parts if item[0] > parts[0][0]]
+    seconds = np.array([item[0] - parts[0][0] for item in later])
     edges = np.linspace(0, seconds[-1], int(np.clip(len(seconds) // _PARTS_PER_BIN, 1, _BINS)) + 1)
-    rates = np.histogram(seconds, edges, weights=images)[0] / np.diff(edges)
-    return {
-        "edges_seconds": edges.tolist(),
-        "rates": rates.tolist(),
-        "seconds": float(seconds[-1]),
-        "idle_seconds": _idle_seconds(np.diff(seconds, prepend=0.0)),
-        "images": int(images.sum()),
-    }
+    rates = np.histogram(seconds, edges, weights=[count for _, count in later])[0] / np.diff(edges)
+    figures = {"edges_seconds": edges.tolist(), "rates": rates.tolist(), "images_per_second": found.per_second}
+    return figures | asdict(found)
 
 
-def _idle_seconds(pauses: Float64) -> float:
-    """How much of the time between parts was none of the run's, beyond the pause that is usual in it."""
-    usual = float(np.median(pauses))
-    idle = pauses[pauses > max(_IDLE_SECONDS, _IDLE_FACTOR * usual)]
-    return float((idle - usual).sum())
+def _expected(run: Run) -> Tree | None:
+    """Inside 0 to 100 per cent, also as an earlier version kept it."""
+    found = storage.read_versioned(expected_uri(run))
+    return {name: Expected.from_json(item).to_json() for name, item in json.loads(found[0]).items()} if found else None
+
+
+def _estimate(run: Run) -> Tree | None:
+    found = storage.read_versioned(estimate_uri(run))
+    if found is None:
+        return None
+    tree = json.loads(found[0])
+    made = tree.get("made_unix_seconds") or storage.stat(estimate_uri(run)).modified_seconds
+    return {"images_per_second": tree["rates"]["stream"], "seconds": tree["seconds"], "made_unix_seconds": made}
 
 
 def _rejects(run: Run, plan: Plan | None) -> list[Tree]:
@@ -343,7 +357,3 @@ def _rejects(run: Run, plan: Plan | None) -> list[Tree]:
         }
         for row in rows
     ]
-
-
-def _utc(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))

@@ -23,12 +23,13 @@ from pipeline import config as settings
 from pipeline import storage
 from pipeline.actors import Pool, actor_pool
 from pipeline.errors import DataError
-from pipeline.estimate import Estimate, Rates, estimate
+from pipeline.estimate import Estimate, Rates, estimate, estimate_uri
 from pipeline.images import Limits, Pixels, Place, Reject, decoder
 from pipeline.plan import Plan
 from pipeline.run import Run
 from pipeline.schema import UNITS, Unit, UnitAck
 from pipeline.stream import Work, embed_stream
+from pipeline.throughput import Throughput
 from pipeline.vector_log import VectorLog
 
 if TYPE_CHECKING:
@@ -48,11 +49,6 @@ class _Alone:
     decode: float
     forward: dict[int, float]
     device: str
-
-
-def estimate_uri(run: Run) -> str:
-    """Where the last estimate of a run is kept."""
-    return run.path("plan", "estimate.json")
 
 
 def tune(
@@ -83,6 +79,7 @@ def tune(
         storage.delete(folder)
     room = actor_pool(config.backfill.model_copy(update={"max_actors": None}), config.device).first
     found = estimate(rates, plan.num_gallery, len(plan.waves), room, config.telemetry)
+    found = replace(found, made_unix_seconds=time.time())
     storage.put(estimate_uri(run), json.dumps(found.to_json(), indent=1).encode())
     return found
 
@@ -219,13 +216,13 @@ def _measure_stream(
 
 
 def _rate(acks: list[tuple[float, UnitAck]], actors: int) -> float:
-    """Images per second between the first round of the actors and the end; over all where there is no more."""
+    """Images per second after the first round of the actors; of the one unit's own seconds if there is no other."""
     images = [ack.embedded + ack.rejected for _, ack in acks]
     skipped = min(actors, len(acks) // 2)
     if not skipped:
         ack = acks[0][1]
         return images[0] / (ack.load_seconds + ack.embed_seconds + ack.write_seconds)
-    return sum(images[skipped:]) / max(1e-6, acks[-1][0] - acks[skipped - 1][0])
+    return Throughput(sum(images[skipped:]), acks[-1][0] - acks[skipped - 1][0]).per_second
 
 
 def _stream(work: Work, config: settings.Config) -> Generator[UnitAck, None, None]:

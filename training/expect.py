@@ -40,11 +40,12 @@ _LIMITED = "evaluate.max_images"
 class Outlook:
     """The expected curves by metric, top1, top5 and map or recall10; none where `notes` says why.
 
-    `notes` are sentences on what the curves do not tell.
+    `notes` are sentences on what the curves do not tell; `made_unix_seconds` is when the curves were computed.
     """
 
     curves: dict[str, Expected]
     notes: tuple[str, ...]
+    made_unix_seconds: float | None = None
 
 
 def expected_curve(config: Config, run: Run, plan: Plan) -> Outlook:
@@ -59,7 +60,8 @@ def expected_curve(config: Config, run: Run, plan: Plan) -> Outlook:
     uri = expected_uri(run)
     stored = storage.read_versioned(uri)
     if stored is not None:
-        return _outlook(config, {name: Expected.from_json(item) for name, item in json.loads(stored[0]).items()})
+        kept = {name: Expected.from_json(item) for name, item in json.loads(stored[0]).items()}
+        return _outlook(config, kept, storage.stat(uri).modified_seconds)
     probe = probe_set.gather(config, run, plan)
     if probe is None:
         why = "no two of its images have all embeddings" if config.probe.images else "probe.images is 0"
@@ -76,10 +78,10 @@ def expected_curve(config: Config, run: Run, plan: Plan) -> Outlook:
     fractions = np.linspace(0, 1, FINAL.points)
     found = {name: expect(held.get(name), fractions, end, *sample, own.get(name)) for name, end in ends.items()}
     storage.put(uri, json.dumps({name: item.to_json() for name, item in found.items()}, allow_nan=False).encode())
-    return _outlook(config, found)
+    return _outlook(config, found, storage.stat(uri).modified_seconds)
 
 
-def _outlook(config: Config, curves: dict[str, Expected]) -> Outlook:
+def _outlook(config: Config, curves: dict[str, Expected], made_unix_seconds: float) -> Outlook:
     notes, largest = [], max(curves.values(), key=lambda curve: curve.sample)
     if largest.sample:
         notes.append(
@@ -88,7 +90,7 @@ def _outlook(config: Config, curves: dict[str, Expected]) -> Outlook:
         )
     if config.plan.traffic:
         notes.append("The order goes by traffic too, which pairs do not have: their part of the curve is without it.")
-    return Outlook(curves, tuple(notes))
+    return Outlook(curves, tuple(notes), made_unix_seconds)
 
 
 def resemblance(config: Config, run: Run, plan: Plan) -> Likeness | None:
@@ -158,7 +160,7 @@ def _ends_by_agreement(config: Config, probe: ProbeSet) -> dict[str, Ends]:
     exact = among(probe.new, probe.new, rows, metric)
     first = recall(among(probe.new, probe.transformed, rows, metric), exact)
     error = 100 * np.sqrt(first / 100 * (1 - first / 100) / len(rows))
-    return {"recall10": Ends(first, 100.0, float(error), 0.0)}
+    return {"recall10": Ends(first, 100.0, float(error), 0.0, start_queries=len(rows))}
 
 
 def _ends_by_labels(
@@ -248,7 +250,8 @@ def _end(name: str, whole: Metrics, before: Metrics, after: Metrics) -> Ends:
     spread = np.std([start[both], total[both]], axis=1)
     correlation = float(np.corrcoef(start[both], total[both])[0, 1]) if spread.all() else 0.0
     end = float(np.clip(np.nanmean(start) + np.nanmean(rise), 0, 100))
-    return Ends(float(np.nanmean(start)), end, error(start), error(total), correlation)
+    counts = [int(np.isfinite(values).sum()) for values in (start, total)]
+    return Ends(float(np.nanmean(start)), end, error(start), error(total), correlation, *counts)
 
 
 def _per_query(name: str, found: Metrics) -> Float64:

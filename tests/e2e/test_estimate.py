@@ -12,10 +12,9 @@ from click.testing import CliRunner, Result
 from jobs.cli import main
 from pipeline import storage
 from pipeline.config_file import load_config
-from pipeline.estimate import WAVE_CPU_SECONDS
+from pipeline.estimate import WAVE_CPU_SECONDS, estimate_uri
 from pipeline.plan import read_plan
 from pipeline.run import Run
-from pipeline.tuner import estimate_uri
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 

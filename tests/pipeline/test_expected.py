@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.expected import Ends, Expected, expect, fraction_for
+from pipeline.expected import Ends, Expected, expect, fraction_for, interval
 from pipeline.ranking import Float64
 
 FRACTIONS = np.linspace(0, 1, 22)
@@ -29,7 +29,52 @@ def test_the_ends_are_those_of_the_gallery_with_their_errors(
 ) -> None:
     found = expect(np.stack([CURVE, CURVE + 1]), FRACTIONS, Ends(start, end, start_error, end_error))
     assert found.values[[0, -1]] == pytest.approx([start, end], abs=1e-9)
-    assert (found.high - found.values)[[0, -1]] == pytest.approx([2 * start_error, 2 * end_error], abs=1e-9)
+    high, low = (
+        [value + side * error for value, error in ((start, start_error), (end, end_error))] for side in (2, -2)
+    )
+    assert found.high[[0, -1]] == pytest.approx(np.minimum(high, 100), abs=1e-9)
+    assert found.low[[0, -1]] == pytest.approx(np.maximum(low, 0), abs=1e-9)
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 50), st.sampled_from([0, 1, 20, 200, 10**6])), min_size=1))
+def test_an_interval_lies_inside_0_to_100_and_around_its_figure(points: list[tuple[float, float, int]]) -> None:
+    values, errors, queries = (np.array(column, np.float64) for column in zip(*points, strict=True))
+    low, high = interval(values, errors, np.divide(1, queries, out=np.zeros_like(queries), where=queries > 0))
+    assert (low >= 0).all()
+    assert (low <= values).all()
+    assert (values <= high).all()
+    assert (high <= 100).all()
+
+
+@pytest.mark.parametrize(("right", "queries"), [(0, 10), (1, 10), (98, 100), (100, 100), (173, 200)])
+def test_the_interval_of_a_proportion_is_wilson_s(right: int, queries: int) -> None:
+    share = right / queries
+    error = 100 * np.sqrt(share * (1 - share) / queries)
+    low, high = interval(*(np.array([item]) for item in (100 * share, error, 1 / queries)))
+    for bound in (low[0] / 100, high[0] / 100):  # its definition: where the score test is just not significant
+        assert (share - bound) ** 2 == pytest.approx(4 * bound * (1 - bound) / queries, abs=1e-12)
+    assert low[0] < high[0]
+
+
+def test_the_interval_of_a_mean_that_varies_less_than_a_proportion_is_narrower() -> None:
+    low, high = interval(np.full(2, 98.0), np.array([1.4, 0.5]), np.full(2, 1 / 100))
+    assert high[1] - low[1] < high[0] - low[0]
+
+
+@given(st.floats(90, 100), st.floats(90, 100))
+def test_no_expected_curve_leaves_0_to_100(start: float, end: float) -> None:
+    bent = 90 + 60 * FRACTIONS * (1 - FRACTIONS)
+    found = expect(np.stack([bent, bent + 3]), FRACTIONS, Ends(start, end, 2.0, 2.65, 0.5, 200, 200))
+    assert ((found.low >= 0) & (found.low <= found.values)).all()
+    assert ((found.high <= 100) & (found.high >= found.values)).all()
+
+
+def test_a_curve_that_an_earlier_version_kept_is_read_inside_0_to_100() -> None:
+    found = expect(np.stack([CURVE, CURVE]), FRACTIONS, Ends(41, 50, 1, 2))
+    tree = found.to_json() | {"high": (found.high + 60).tolist(), "low": (found.low - 60).tolist()}
+    again = Expected.from_json(tree)
+    assert again.high.max() == 100
+    assert again.low.min() == 0
 
 
 def test_folds_that_disagree_make_the_band_wider_between_the_ends() -> None:

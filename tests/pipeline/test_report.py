@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jobs.status import read_status
 from pipeline import curve as curves
-from pipeline import plots, storage, vector_log
+from pipeline import plots, snapshot, storage, vector_log
 from pipeline.curve import curve
 from pipeline.expected import Ends, expect
 from pipeline.plan import read_plan
@@ -188,7 +189,27 @@ def test_the_mean_rate_leaves_out_the_time_in_which_the_run_was_interrupted(tmp_
     assert data.throughput is not None
     assert data.throughput["seconds"] == 2.0 * (len(parts) - 1) + 3600
     assert data.throughput["idle_seconds"] == 3600
-    assert "60.0 minutes in which the run was interrupted" in Page(render(data)).words
+    assert "1 h 0 min in which the run was interrupted" in Page(render(data)).words
+
+
+def test_report_and_status_of_a_short_run_show_one_rate(finished: ReportData) -> None:
+    assert finished.throughput is not None
+    assert finished.throughput["images_per_second"] == read_status(finished.run)["images_per_second"]
+    assert "270 images in the 16 s after the first part" in Page(render(finished)).words
+
+
+def test_report_shows_what_plan_measured_and_when(finished: ReportData) -> None:
+    estimate = {"images_per_second": 1096.0, "seconds": 3.0, "made_unix_seconds": 0.0}
+    words = Page(render(replace(finished, estimate=estimate))).words
+    assert "measured 1,096 images per second on 1970-01-01 00:00:00 UTC" in words
+
+
+def test_report_says_that_prod_is_pinned(tmp_path: Path, images: Known) -> None:
+    config, run = make_run(tmp_path, images)
+    snapshot.auto_promote(run, 4)
+    assert "pinned" not in Page(render(collect(config, run))).words
+    snapshot.rollback(run, 2)
+    assert "2 commit served as prod, pinned by a rollback" in Page(render(collect(config, run))).words
 
 
 def test_the_funnel_has_its_three_stages_and_says_where_two_of_them_coincide(finished: ReportData) -> None:
