@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.expected import Ends, Expected, expect, fraction_for, interval
@@ -61,6 +61,7 @@ def test_the_interval_of_a_mean_that_varies_less_than_a_proportion_is_narrower()
     assert high[1] - low[1] < high[0] - low[0]
 
 
+@settings(max_examples=20, deadline=None)
 @given(st.floats(90, 100), st.floats(90, 100))
 def test_no_expected_curve_leaves_0_to_100(start: float, end: float) -> None:
     bent = 90 + 60 * FRACTIONS * (1 - FRACTIONS)
