@@ -58,10 +58,8 @@ def backfill(
         asked = storage.counts()
         telemetry.observe_driver(asked - counted)
         counted = asked
-        progress = replace(tracker.progress(publisher.published), stopped=publisher.stopped)
+        progress = replace(tracker.progress(publisher.published, ended), stopped=publisher.stopped)
         progress = replace(progress, reading=progress.reading.with_driver(storage.retries(before)))
-        if ended:  # as `status` and the report have it from now on
-            progress = replace(progress, images_per_second=tracker.rate_of_log())
         telemetry.observe_progress(progress, publisher.waiting)
         on_progress(progress)
         return progress

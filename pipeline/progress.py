@@ -176,8 +176,8 @@ class Tracker:
             self._next_wave += 1
         return found
 
-    def progress(self, published_wave: int) -> Progress:
-        """The figures of now, given the last wave that is published."""
+    def progress(self, published_wave: int, ended: bool = False) -> Progress:
+        """The figures of now, given the last wave that is published; `ended`: with the rate that `status` shows."""
         rejected = sum(self._rejected.values())
         accounted = sum(self._accounted(wave.wave) for wave in self._plan.waves)
         published = [wave for wave in self._plan.waves if wave.wave <= published_wave]
@@ -188,7 +188,7 @@ class Tracker:
             published=sum(wave.images - self._rejected[wave.wave] for wave in published),
             wave=published_wave,
             waves=len(self._plan.waves),
-            images_per_second=self._rate(),
+            images_per_second=recent_rate(self._plan, vector_log.part_times(self._log)) if ended else self._rate(),
             reading=self._reading,
         )
 
@@ -206,10 +206,6 @@ class Tracker:
             return None
         first_seconds, first_images = self._recent[0]
         return Throughput(self._recent_images - first_images, now - first_seconds).per_second
-
-    def rate_of_log(self) -> float | None:
-        """`recent_rate` of the log as it is now, which is what `status` shows."""
-        return recent_rate(self._plan, vector_log.part_times(self._log))
 
     def _check_rejects(self, number: int) -> None:
         wave = self._plan.waves[number - 1]
