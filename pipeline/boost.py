@@ -6,11 +6,9 @@ per policy and bound, and what is there is used again.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from typing import Self
+from dataclasses import dataclass
 
-from pipeline import storage
+from pipeline import documents, storage
 from pipeline.config import Config
 from pipeline.run import Run, settings_digest
 
@@ -47,15 +45,6 @@ class Boost:
             f"behind the others, {self.start:.1f} at the start; {kept} {self.bound:g} of that"
         )
 
-    def to_json(self) -> str:
-        """As one JSON object."""
-        return json.dumps(asdict(self), indent=1, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Self:
-        """The inverse of `to_json`."""
-        return cls(**json.loads(text))
-
 
 def boost_uri(run: Run, policy: str, bound: float) -> str:
     """Where the choice for this policy and bound is kept."""
@@ -66,8 +55,9 @@ def read_boost(config: Config, run: Run, policy: str) -> Boost | None:
     """What was chosen for this policy, or None where `plan.group_boost` is given or nothing was chosen yet."""
     if config.plan.group_bound is None:
         return None
-    found = storage.read_versioned(boost_uri(run, policy, config.plan.group_bound))
-    return None if found is None else Boost.from_json(found[0])
+    where = boost_uri(run, policy, config.plan.group_bound)
+    found = storage.read_versioned(where)
+    return None if found is None else documents.parse(Boost, found[0], where, documents.REDO)
 
 
 def resolve_boost(config: Config, run: Run, policy: str) -> float:

@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from pipeline import assembly, storage
+from pipeline import assembly, documents, storage
 from pipeline.assembly import PartInfo
 from pipeline.errors import DataError, IncompatibleRun
 from pipeline.indexing import OnProgress, count_notes, index_sources
@@ -107,7 +106,7 @@ def build(
     _remove_stale(folder, parts, {ledger.name for ledger in ledgers})
     check_unique(parts, rows, folder)
     catalog = _describe(folder, ledgers, [infos[uri] for uri in parts], find_identical(parts, rows, options), digest)
-    storage.put(_catalog_uri(folder), json.dumps(asdict(catalog), indent=1).encode())
+    storage.put(_catalog_uri(folder), documents.encode(catalog))
     return catalog, pieces
 
 
@@ -120,9 +119,14 @@ def forget(folder: str) -> None:
 
 
 def read_catalog(folder: str) -> Catalog | None:
-    """What is in a manifest; None where it is not complete."""
-    found = storage.read_versioned(_catalog_uri(folder))
-    return Catalog(**json.loads(found[0])) if found else None
+    """What is in a manifest; None if it is not complete.
+
+    Raises:
+        DataError: the file is damaged or of another format.
+    """
+    where = _catalog_uri(folder)
+    found = storage.read_versioned(where)
+    return documents.parse(Catalog, found[0], where, documents.DELETE) if found else None
 
 
 def _claim(folder: str, sources: Sequence[str], options: Options) -> None:
@@ -131,9 +135,10 @@ def _claim(folder: str, sources: Sequence[str], options: Options) -> None:
     Raises:
         IncompatibleRun, DataError: it is for something else.
     """
-    asked = json.dumps({"sources": list(sources), "options": asdict(options)}, indent=1).encode()
-    found = storage.read_versioned(_sources_uri(folder))
-    if found is None:
+    asked, where = {"sources": list(sources), "options": asdict(options)}, _sources_uri(folder)
+    found = storage.read_versioned(where)
+    before = documents.decode(found[0], where, documents.DELETE) if found else None
+    if before is None:
         foreign = next((uri for uri, _ in storage.iter_stats(folder) if uri.endswith(".parquet")), None)
         if foreign is not None:
             raise DataError(
@@ -142,15 +147,15 @@ def _claim(folder: str, sources: Sequence[str], options: Options) -> None:
                 where=folder,
                 remedy="give another folder",
             )
-    elif found[0] == asked:
+    elif before == documents.decode(documents.encode(asked), where):
         return
     elif _is_made(folder):  # else nothing came of those: a source was mistyped, perhaps
         raise IncompatibleRun(
-            "this folder holds the manifest of other sources, or is read otherwise:\n" + _changes(found[0], asked),
+            "this folder holds the manifest of other sources, or is read otherwise:\n" + _changes(before, asked),
             where=folder,
             remedy="give another folder, or --replace to make this one anew",
         )
-    storage.put(_sources_uri(folder), asked)
+    storage.put(where, documents.encode(asked))
 
 
 def _is_made(folder: str) -> bool:
@@ -184,8 +189,7 @@ def _describe(
     )
 
 
-def _changes(before: bytes, now: bytes) -> str:
-    old, new = json.loads(before), json.loads(now)
+def _changes(old: documents.Tree, new: documents.Tree) -> str:
     lines = [f"was: {source}" for source in old["sources"] if source not in new["sources"]]
     lines += [f"is now: {source}" for source in new["sources"] if source not in old["sources"]]
     differing = (name for name, value in new["options"].items() if value != old["options"].get(name))

@@ -7,22 +7,16 @@ add up. Knows nothing of tags and writers (`snapshot`), nor of what is inside a 
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
-
-from pipeline import storage
+from pipeline import documents, storage
 from pipeline.config import Metric
 from pipeline.errors import DataError, Removed
 from pipeline.run import Run
-from pipeline.schema import FORMAT_VERSION
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -217,8 +211,7 @@ def check_commit(commit: Commit, where: str) -> None:
 
 def to_json(item: DataclassInstance) -> bytes:
     """A commit or a tag as the bytes of its file: with the format version, and a digest of all the rest."""
-    tree = {"format_version": FORMAT_VERSION} | asdict(item)
-    return json.dumps(tree | {"sha256": _digest(tree)}, indent=1).encode()
+    return documents.encode(item)
 
 
 def from_json(kind: type[T], data: bytes, where: str) -> T:
@@ -227,33 +220,7 @@ def from_json(kind: type[T], data: bytes, where: str) -> T:
     Raises:
         DataError: it is not such a file, was changed after it was written, or is of another format.
     """
-    try:
-        tree = json.loads(data)
-    except ValueError as error:
-        raise DataError("not a JSON file", found=error, where=where) from error
-    version = tree.get("format_version") if isinstance(tree, dict) else None
-    if version != FORMAT_VERSION:
-        raise DataError("the file has another format", expected=FORMAT_VERSION, found=version, where=where)
-    digest = tree.pop("sha256", None)
-    if digest != _digest(tree):
-        raise DataError("the file was changed", expected=f"sha256 {_digest(tree)}", found=digest, where=where)
-    try:
-        item = _adapter(kind).validate_json(data, strict=True)  # type: ignore[arg-type]  # a class is hashable
-    except ValidationError as error:
-        problem = error.errors()[0]
-        found = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-        raise DataError(f"not a {kind.__name__.lower()} file", found=found, where=where) from error
-    assert isinstance(item, kind)
-    return item
-
-
-@functools.cache  # making one takes milliseconds
-def _adapter(kind: type[object]) -> TypeAdapter[object]:
-    return TypeAdapter(kind)
-
-
-def _digest(tree: dict[str, object]) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    return documents.parse(kind, data, where, must_be_checked=True)
 
 
 def _check_segment(segment: SegmentRef, number: int, where: str) -> None:

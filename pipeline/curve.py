@@ -7,14 +7,14 @@ once. Queries are the new embeddings of all gallery images, without their self-m
 
 from __future__ import annotations
 
-import json
 import math
 from typing import cast
 
 import numpy as np
 
-from pipeline import storage
+from pipeline import documents, storage
 from pipeline.config import Config
+from pipeline.errors import DataError
 from pipeline.evaluate import (
     METRICS,
     Metrics,
@@ -67,8 +67,7 @@ def curve(config: Config, run: Run, *, published: bool = True, on_progress: Prog
     result = _simulate(config, gallery, _portion(on_progress, 0, 0.5 if published else 1))
     if published:
         result["published"] = {"points": published_points(run, gallery, _portion(on_progress, 0.5, 1))}
-    text = json.dumps({"key": key, "curve": result}, allow_nan=False)
-    storage.put(run.path("reports", "curve.json"), text.encode())
+    storage.put(_uri(run), documents.encode({"key": key, "curve": result}))
     return result
 
 
@@ -241,8 +240,17 @@ def _cache_key(config: Config, run: Run, published: bool) -> Json:
 
 
 def _read(run: Run) -> Json | None:
-    found = storage.read_versioned(run.path("reports", "curve.json"))
-    return cast(Json, json.loads(found[0])) if found else None
+    found = storage.read_versioned(_uri(run))
+    if found is None:
+        return None
+    tree = documents.decode(found[0], _uri(run), documents.REDO)
+    if {"key", "curve"} - tree.keys():
+        raise DataError("not a curve", expected="key and curve", where=_uri(run), remedy=documents.REDO)
+    return tree
+
+
+def _uri(run: Run) -> str:
+    return run.path("reports", "curve.json")
 
 
 def _portion(progress: Progress | None, start: float, end: float) -> Progress | None:

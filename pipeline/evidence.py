@@ -7,7 +7,6 @@ are found by their statistics, not by where they should be. Does not know commit
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline import storage, vector_log
 from pipeline.errors import FastfillError, TransientError
+from pipeline.plan import read_plan
 from pipeline.rejects import gallery_log, manifest_log
 from pipeline.run import Run
 from pipeline.schema import DELETED, Float32, Int64, vectors_from_arrow
@@ -250,11 +250,10 @@ def _planned(run: Run) -> tuple[Run, list[int]]:
     """The run as the plan laid it out, and the waves after which the run planned anew.
 
     Raises:
-        ValueError: the plan is no JSON.
+        DataError: the plan is damaged.
     """
-    found = storage.read_versioned(run.plan)
-    plan = json.loads(found[0]) if found else {}
-    return replace(run, layout=plan.get("layout", "")), plan.get("relearn_after", [])
+    plan = read_plan(run)
+    return (run, []) if plan is None else (plan.laid_out(run), list(plan.relearn_after))
 
 
 def _by_number(folder: str) -> dict[int, str]:

@@ -23,6 +23,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from pipeline import documents
+from pipeline.errors import DataError
 from pipeline.ranking import Float64
 from pipeline.run import Run
 
@@ -99,6 +101,19 @@ class Expected:
         reached = {int(percent): Reached(**found) for percent, found in tree["reached"].items()}
         curves = {name: np.clip(tree[name], 0, 1 if name == "fractions" else 100) for name in _CURVES}
         return cls(**curves, reached=reached, sample=tree.get("sample", 0), sampled=tree.get("sampled", ""))
+
+
+def read_expected(data: bytes, where: str) -> dict[str, Expected]:
+    """The expected curves by metric, as their file keeps them.
+
+    Raises:
+        DataError: the file is damaged or of another format.
+    """
+    tree = documents.decode(data, where, documents.REDO)
+    try:
+        return {name: Expected.from_json(item) for name, item in tree.items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError("not expected curves", found=repr(error), where=where, remedy=documents.REDO) from error
 
 
 _CURVES = ("fractions", "values", "low", "high")

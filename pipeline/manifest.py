@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import ray
 
 from pipeline import config as settings
-from pipeline import storage
+from pipeline import documents, storage
 from pipeline.catalog import is_incomplete
 from pipeline.duplicates import find_repeats
 from pipeline.errors import DataError
@@ -160,14 +160,19 @@ def normalise(
     _remove_parts_from(run, folder, len(rows))
     rooted = root if any(part.rooted for part in results) else ""
     manifest = Manifest(rows, unit_rows, first, content, rooted, reading=reading)
-    storage.put(_marker(run, folder), json.dumps(asdict(manifest)).encode())
+    storage.put(_marker(run, folder), documents.encode(manifest))
     return manifest
 
 
 def read_manifest(run: Run, folder: str) -> Manifest | None:
-    """What `normalise` wrote, or None where it has not finished."""
-    found = storage.read_versioned(_marker(run, folder))
-    return Manifest(**json.loads(found[0])) if found else None
+    """What `normalise` wrote, or None if it has not finished.
+
+    Raises:
+        DataError: the file is damaged or of another format.
+    """
+    where = _marker(run, folder)
+    found = storage.read_versioned(where)
+    return documents.parse(Manifest, found[0], where, documents.REDO) if found else None
 
 
 def units(run: Run, folder: str, manifest: Manifest) -> list[Unit]:

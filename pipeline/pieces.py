@@ -19,7 +19,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from pipeline import storage
+from pipeline import documents, storage
 from pipeline.errors import DataError
 
 CHUNK_ROWS = 131_072
@@ -135,16 +135,9 @@ def ledger_uri(folder: str, name: str) -> str:
 
 def read_ledger(folder: str, name: str) -> Ledger | None:
     """The ledger of a piece; None where it is not done."""
-    found = storage.read_versioned(ledger_uri(folder, name))
-    if found is None:
-        return None
-    tree = json.loads(found[0])
-    groups = (chunk.pop("row_groups") for chunk in tree["chunks"])
-    chunks = tuple(
-        Chunk(row_groups=None if some is None else tuple(some), **chunk)
-        for some, chunk in zip(groups, tree.pop("chunks"), strict=True)
-    )
-    return Ledger(chunks=chunks, tars=tuple((uri, etag) for uri, etag in tree.pop("tars")), **tree)
+    where = ledger_uri(folder, name)
+    found = storage.read_versioned(where)
+    return None if found is None else documents.parse(Ledger, found[0], where, documents.DELETE)
 
 
 class PieceWriter:
@@ -186,7 +179,7 @@ class PieceWriter:
         self._flush()
         schema = base64.b64encode(self._schema.serialize()).decode()
         ledger = Ledger(self._name, self._kind, tuple(self._chunks), schema, tuple(self.tars), dict(self.notes))
-        storage.put(ledger_uri(self._folder, self._name), json.dumps(asdict(ledger)).encode())
+        storage.put(ledger_uri(self._folder, self._name), documents.encode(ledger))
         return ledger
 
     def _flush(self) -> None:

@@ -11,7 +11,6 @@ later wave is embedded, so what a wave holds when it is embedded is known from i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import storage
+from pipeline import documents, storage
 from pipeline.errors import ConfigError
 from pipeline.run import Run
 from pipeline.schema import Unit
@@ -142,13 +141,13 @@ def wave_sizes(waves: int | tuple[float, ...], num_gallery: int) -> list[int]:
 
 
 def read_plan(run: Run) -> Plan | None:
-    """The plan of a run, or None where it is not made yet."""
+    """The plan of a run, or None if it is not made yet.
+
+    Raises:
+        DataError: the file is damaged or of another format.
+    """
     found = storage.read_versioned(run.plan)
-    if found is None:
-        return None
-    tree = json.loads(found[0])
-    waves = tuple(Wave(**wave) for wave in tree["waves"])
-    return Plan(**tree | {"waves": waves, "relearn_after": tuple(tree.get("relearn_after", ()))})
+    return None if found is None else documents.parse(Plan, found[0], run.plan)
 
 
 def transformed_parts(run: Run) -> list[str]:

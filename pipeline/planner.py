@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from pipeline import cuts, manifest, rejects, storage
+from pipeline import cuts, documents, manifest, rejects, storage
 from pipeline.config import Config, unit_images
 from pipeline.cuts import CutSearch, Digits, Tally, count_digit, needs_ids
 from pipeline.errors import DataError
@@ -77,7 +77,7 @@ def _plan(config: Config, run: Run, settings: Identity, on_step: Callable[[str],
     waves, found = arrange(config, place, scored, counts, on_step)
     plan = _describe(config, place, counts, rejected, waves, found, relearn_after)
     try:  # equal bytes are the same plan, of a driver that planned at the same time: both may go on, no attempt id
-        storage.put_if_absent(run.plan, json.dumps(asdict(plan), indent=1).encode())
+        storage.put_if_absent(run.plan, documents.encode(plan))
     except storage.AlreadyExists:
         plan = _plan_of_other(run) or plan
     storage.delete(run.path(SCORED))

@@ -10,14 +10,13 @@ no metric.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import fan_out, manifest, storage
+from pipeline import documents, fan_out, manifest, storage
 from pipeline.config import Config
 from pipeline.embeddings import embedding_log, read_embeddings
 from pipeline.errors import IncompatibleRun
@@ -114,7 +113,7 @@ def draw(config: Config, run: Run) -> Manifest | None:
     groups = (rows.slice(start, gallery.unit_rows) for start in range(0, rows.num_rows, gallery.unit_rows))
     storage.put(run.part(FOLDER, 0), storage.parquet_bytes(manifest_schema(gallery.dims), groups))
     drawn = replace(gallery, rows=[rows.num_rows], sample=digest)
-    storage.put(run.path(FOLDER, "manifest.json"), json.dumps(asdict(drawn)).encode())
+    storage.put(run.path(FOLDER, "manifest.json"), documents.encode(drawn))
     return drawn
 
 

@@ -7,13 +7,12 @@ names the best of those that `prod` has served.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline import storage
+from pipeline import documents, storage
 from pipeline.commits import from_json, to_json
 from pipeline.run import Run
 
@@ -150,7 +149,7 @@ def read_best(run: Run, served: int | None) -> int | None:
     found = storage.read_versioned(_best_uri(run))
     if found is None or served is None:
         return None
-    best: int = json.loads(found[0])["commit"]
+    best = documents.parse(_Best, found[0], _best_uri(run), documents.REDO).commit
     return best if best <= served else None
 
 
@@ -168,8 +167,8 @@ def keep_best(run: Run, commit: int, before: int | None, anew: bool = False) -> 
     known = read_quality(run, best) if best is not None and not anew else None
     if known is None or (measured is not None and _value(measured) >= _value(known)):
         best = commit
-    if best != kept:
-        storage.put(_best_uri(run), json.dumps({"commit": best}).encode())
+    if best is not None and best != kept:
+        storage.put(_best_uri(run), documents.encode(_Best(best)))
 
 
 def write_reference(run: Run, made: Reference) -> None:
@@ -194,6 +193,13 @@ def top(ranks: Sequence[int]) -> Figures:
 def recall(recalled: Sequence[int], num_neighbours: int) -> Figures:
     """`recall10` in per cent, from how many of so many neighbours are recalled."""
     return {"recall10": 100 * float(np.mean(recalled)) / num_neighbours}
+
+
+@dataclass(frozen=True, slots=True)
+class _Best:
+    """`reports/best.json`: the best commit that `prod` has served."""
+
+    commit: int
 
 
 def _value(measured: Quality) -> float:

@@ -12,12 +12,11 @@ a wave that is left may be embedded before that, which `backfill` sees to. Does 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 
 import numpy as np
 
-from pipeline import planner, storage
+from pipeline import documents, planner, storage
 from pipeline.config import Config
 from pipeline.errors import DataError
 from pipeline.plan import SCORED, Plan
@@ -83,4 +82,4 @@ def _lay_out(config: Config, plan: Plan, place: Run, wave: int, parts: int, on_s
     units = planner.cut_waves(place, parts, sizes, plan.num_shards, plan.unit_images, wave + 1)
     assert units == [item.units for item in plan.waves[wave:]], "of the same sizes"
     outcome = {"after_wave": wave, "images": sum(sizes), "fingerprint": hashlib.sha256(found.tobytes()).hexdigest()}
-    storage.put_once(place.plan, json.dumps(outcome, indent=1).encode())
+    storage.put_once(place.plan, documents.encode(outcome))

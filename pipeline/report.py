@@ -21,7 +21,7 @@ import yaml
 from jinja2 import Environment
 
 from pipeline import curve as curves
-from pipeline import plots, quality, snapshot, storage, vector_log
+from pipeline import documents, plots, quality, snapshot, storage, vector_log
 from pipeline.config import Config
 from pipeline.errors import DataError
 from pipeline.estimate import estimate_uri
@@ -114,8 +114,9 @@ def collect(config: Config, run: Run) -> ReportData:
     commits = [_figures(commit) for commit in snapshot.read_commits(run)]
     progress = _progress(run, plan, max((commit["commit"] for commit in commits), default=0))
     curve, no_curve = _curve(config, run, progress)
-    marker = storage.read_versioned(storage.join(run.transformation, "transformation.json"))
     expected = _expected(run)
+    where = storage.join(run.transformation, "transformation.json")
+    marker = storage.read_versioned(where)
     return ReportData(
         run=run.uri,
         created=moment(time.time()),
@@ -128,7 +129,7 @@ def collect(config: Config, run: Run) -> ReportData:
         uncertainty=_uncertainty(run, plan),
         throughput=_throughput(run, plan),
         rejects=_rejects(run, plan),
-        transformation=json.loads(marker[0]) if marker else None,
+        transformation=documents.decode(marker[0], where) if marker else None,
         config=config.model_dump(mode="json", exclude_none=True),
         probe=_probe(run),
         standing=None if (standing := read_standing(run)) is None else asdict(standing),

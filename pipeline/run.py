@@ -14,10 +14,9 @@ import json
 import re
 from dataclasses import dataclass
 
-from pipeline import storage, user_code
+from pipeline import documents, storage, user_code
 from pipeline.config import Config, Encoder
 from pipeline.errors import DataError, IncompatibleRun
-from pipeline.schema import FORMAT_VERSION
 
 # Settings that decide how, where or how fast, and not what comes out. Input paths are here as well:
 # what lies there is compared by its fingerprint, so that a copy of the data continues the run.
@@ -49,6 +48,10 @@ RUNTIME = {
 
 _CONTENT = "content of "
 _TAG = re.compile(r"[\w-]+")  # it becomes a file's name
+_RESTORE = (
+    "restore the file from a copy of the run; if your config is the one that the run was made with, you can also move "
+    "the file out of the run: `fastfill backfill` writes it again"
+)
 
 Identity = dict[str, object]
 """Settings and fingerprints by their full name, without RUNTIME."""
@@ -190,7 +193,7 @@ def start(config: Config, fingerprints: dict[str, str]) -> Run:
     run = Run(config.run)
     settings = _settings(config, fingerprints)
     try:  # equal bytes are the same run, whoever starts it: no attempt id
-        storage.put_if_absent(run.settings, json.dumps(settings, indent=1).encode())
+        storage.put_if_absent(run.settings, documents.encode(settings))
     except storage.AlreadyExists:
         check_resumable(config, fingerprints)
     return run
@@ -239,7 +242,7 @@ def fix_settings(run: Run, name: str, settings: Identity) -> None:
         IncompatibleRun: another driver has begun to write it with other settings.
     """
     try:
-        storage.put_if_absent(run.path(STAGES[name].settings), json.dumps(settings, indent=1).encode())
+        storage.put_if_absent(run.path(STAGES[name].settings), documents.encode(settings))
     except storage.AlreadyExists:
         check_settings_of(run, name, settings)
 
@@ -265,23 +268,19 @@ def read_settings(run: Run) -> dict[str, object]:
     """The content of `run.json`.
 
     Raises:
-        DataError: there is no run, or it was written by a program of another format.
+        DataError: there is no run, or the file is damaged or of another format.
     """
     try:
-        settings = json.loads(storage.read_bytes(run.settings))
+        settings = documents.decode(storage.read_bytes(run.settings), run.settings, _RESTORE)
     except FileNotFoundError:
         raise DataError(
             "there is no run here", where=run.uri, remedy="start one with `fastfill backfill --config ...`"
         ) from None
-    if settings["format_version"] != FORMAT_VERSION:
-        raise DataError(
-            "this run has another format",
-            expected=FORMAT_VERSION,
-            found=settings["format_version"],
-            where=run.settings,
-        )
-    result: dict[str, object] = settings
-    return result
+    missing = [key for key in ("config", "fingerprints") if not isinstance(settings.get(key), dict)]
+    if missing:
+        found = f"without {' and '.join(missing)}"
+        raise DataError("not the settings of a run", found=found, where=run.settings, remedy=_RESTORE)
+    return settings
 
 
 def weight_fingerprints(config: Config) -> dict[str, str]:
@@ -312,7 +311,6 @@ def encoder_fingerprint(key: str, encoder: Encoder) -> dict[str, str]:
 
 def _settings(config: Config, fingerprints: dict[str, str]) -> dict[str, object]:
     return {
-        "format_version": FORMAT_VERSION,
         "config": config.model_dump(mode="json"),
         "fingerprints": fingerprints,
     }
@@ -344,8 +342,7 @@ def _made_with(run: Run, stage: Stage) -> Identity | None:
     found = storage.read_versioned(run.path(stage.settings))
     if found is None:
         return None
-    settings: Identity = json.loads(found[0])
-    return settings
+    return documents.decode(found[0], run.path(stage.settings), _RESTORE)
 
 
 def _refuse(started: Identity, now: Identity, where: str) -> None:

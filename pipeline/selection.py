@@ -12,9 +12,10 @@ from typing import Literal, Self
 
 import numpy as np
 
+from pipeline import documents
 from pipeline.config import Config, LossMode
 from pipeline.config_method import Offset, Relearn
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.plan import wave_ends
 from pipeline.ranking import Float64
 from pipeline.run import Run
@@ -143,8 +144,24 @@ class Selection:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """The inverse of `to_json`."""
-        tree = json.loads(text)
+        """The inverse of `to_json`.
+
+        Raises:
+            DataError: it is not what `to_json` gives.
+        """
+        where = "the selection"
+        return cls.from_tree(documents.decode(text.encode() if isinstance(text, str) else text, where), where)
+
+    @classmethod
+    def from_tree(cls, tree: documents.Tree, where: str) -> Self:
+        """As `from_json`, of the tree in its file."""
+        try:
+            return cls._from_tree(dict(tree))
+        except (KeyError, TypeError) as error:
+            raise DataError("not a selection", found=repr(error), where=where, remedy=documents.REDO) from error
+
+    @classmethod
+    def _from_tree(cls, tree: documents.Tree) -> Self:
         tree["chosen"] = Candidate(**tree["chosen"])
         kinds = {"likeness": Likeness, "learning": Learning}
         tree |= {name: kind(**tree[name]) for name, kind in kinds.items() if tree.get(name) is not None}

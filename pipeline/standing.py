@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from pipeline import storage
+from pipeline import documents, storage
 from pipeline.run import Run
 
 
@@ -26,16 +25,17 @@ class Standing:
 
 def write_standing(run: Run, standing: Standing) -> None:
     """Keep what became of the last commit."""
-    storage.put(_uri(run), json.dumps(asdict(standing), indent=1).encode())
+    storage.put(_uri(run), documents.encode(standing))
 
 
 def read_standing(run: Run) -> Standing | None:
-    """What became of the last commit that was judged, or None."""
+    """What became of the last commit that was judged, or None.
+
+    Raises:
+        DataError: the file is damaged or of another format.
+    """
     found = storage.read_versioned(_uri(run))
-    if found is None:
-        return None
-    tree = json.loads(found[0])
-    return Standing(tree["commit"], tuple(tree["refused"]), tree["stopped"])
+    return None if found is None else documents.parse(Standing, found[0], _uri(run), documents.REDO)
 
 
 def _uri(run: Run) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline import storage
+from pipeline import documents, storage
 from pipeline.errors import ConfigError, DataError, SnapshotConflict
 from pipeline.run import Run
 from pipeline.schema import FORMAT_VERSION, Float32
@@ -109,16 +109,7 @@ class TransformationInfo:
         Raises:
             DataError: not JSON, another format version, or a field is missing.
         """
-        try:
-            values = json.loads(text)
-            version = values["format_version"]
-            if version == FORMAT_VERSION:
-                return cls(**{item.name: values[item.name] for item in fields(cls)})
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError("not a description of a transformation", found=repr(error), where=where) from error
-        raise DataError(
-            "this transformation was written in another format", expected=FORMAT_VERSION, found=version, where=where
-        )
+        return documents.build(cls, documents.decode(text.encode(), where), where)
 
 
 def resolve_device(setting: str) -> torch.device:
@@ -169,9 +160,9 @@ def save_transformation(
     sha256 = hashlib.sha256(weights).hexdigest()
     storage.put(storage.join(run.transformation, _WEIGHTS.format(sha256)), weights)
     digests = {name: _put_part(run, name, data) for name, data in (parts or {}).items()}
-    document = json.loads(info.to_json()) | {"weights_sha256": sha256, "parts": digests}
+    document = asdict(info) | {"weights_sha256": sha256, "parts": digests}
     try:  # equal bytes are the same transformation, whoever wrote them: no attempt id
-        storage.put_if_absent(marker, json.dumps(document, indent=1).encode())
+        storage.put_if_absent(marker, documents.encode(document))
     except storage.AlreadyExists:
         raise _conflict(marker) from None
 
@@ -182,7 +173,8 @@ def read_part(run: Run, name: str) -> bytes | None:
     Raises:
         DataError: there is no transformation, or the part is missing or damaged.
     """
-    sha256 = json.loads(_read_marker(run)[1]).get("parts", {}).get(name)
+    where, tree = _read_marker(run)
+    sha256 = documents.build(_Files, tree, where, _again(run)).parts.get(name)
     return (
         None
         if sha256 is None
@@ -196,8 +188,8 @@ def read_info(run: Run) -> TransformationInfo:
     Raises:
         DataError: there is none, or it cannot be read.
     """
-    where, text = _read_marker(run)
-    return TransformationInfo.from_json(text, where)
+    where, tree = _read_marker(run)
+    return documents.build(TransformationInfo, tree, where, _again(run))
 
 
 def load_transformation(run: Run, device: torch.device) -> tuple[TransformationNetwork, TransformationInfo]:
@@ -206,9 +198,9 @@ def load_transformation(run: Run, device: torch.device) -> tuple[TransformationN
     Raises:
         DataError: there is none, or the weights are missing, damaged or of another shape.
     """
-    where, text = _read_marker(run)
-    info = TransformationInfo.from_json(text, where)
-    expected = json.loads(text).get("weights_sha256")
+    where, tree = _read_marker(run)
+    info = documents.build(TransformationInfo, tree, where, _again(run))
+    expected = documents.build(_Files, tree, where, _again(run)).weights_sha256
     path = storage.join(run.transformation, _WEIGHTS.format(expected))
     weights = _read_whole(run, path, expected, "the transformation's weights")
     network = info.network()
@@ -301,10 +293,18 @@ def _check_shape(name: str, values: Float32, expected: tuple[int, int | None]) -
         raise DataError(f"the {name} embeddings have another shape", expected=expected, found=values.shape)
 
 
-def _read_marker(run: Run) -> tuple[str, str]:
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The digests of the files that belong to a transformation, as its marker names them."""
+
+    weights_sha256: str | None = None
+    parts: dict[str, str] = field(default_factory=dict)
+
+
+def _read_marker(run: Run) -> tuple[str, documents.Tree]:
     where = storage.join(run.transformation, _MARKER)
     try:
-        return where, storage.read_bytes(where).decode()
+        return where, documents.decode(storage.read_bytes(where), where, _again(run))
     except FileNotFoundError:
         raise DataError(
             "the run has no transformation", expected=where, where=run.uri, remedy="run `fastfill fit` first"

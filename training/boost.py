@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline import storage
+from pipeline import documents, storage
 from pipeline.boost import Boost, boost_uri, read_boost
 from pipeline.config import Config
 from pipeline.errors import ConfigError
@@ -44,7 +44,7 @@ def ensure_boost(config: Config, run: Run) -> Boost | None:
     if done is not None:
         return done
     chosen = choose_boost(config, held_out(config, run), policy, bound)
-    storage.put_once(boost_uri(run, policy, bound), chosen.to_json().encode())
+    storage.put_once(boost_uri(run, policy, bound), documents.encode(chosen))
     return read_boost(config, run, policy)  # another driver's, where that was faster
 
 

@@ -6,18 +6,17 @@ After the plan, before the first image. Guarantee: it reads what the run has, an
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline import fan_out, probe_set, storage
+from pipeline import documents, fan_out, probe_set, storage
 from pipeline.agreement import among
 from pipeline.boost import resolve_boost
 from pipeline.config import Config
 from pipeline.evaluate import METRICS, Metrics, evaluate, order_by_priority, recall
-from pipeline.expected import Ends, Expected, expect, expected_uri
+from pipeline.expected import Ends, Expected, expect, expected_uri, read_expected
 from pipeline.gallery import codes_of, labelled_sample
 from pipeline.plan import Plan
 from pipeline.probe_set import ProbeSet
@@ -60,8 +59,7 @@ def expected_curve(config: Config, run: Run, plan: Plan) -> Outlook:
     uri = expected_uri(run)
     stored = storage.read_versioned(uri)
     if stored is not None:
-        kept = {name: Expected.from_json(item) for name, item in json.loads(stored[0]).items()}
-        return _outlook(config, kept, storage.stat(uri).modified_seconds)
+        return _outlook(config, read_expected(stored[0], uri), storage.stat(uri).modified_seconds)
     probe = probe_set.gather(config, run, plan)
     if probe is None:
         why = "no two of its images have all embeddings" if config.probe.images else "probe.images is 0"
@@ -77,7 +75,7 @@ def expected_curve(config: Config, run: Run, plan: Plan) -> Outlook:
     held = {name: curves[:, :, column] for column, name in enumerate(names)}
     fractions = np.linspace(0, 1, FINAL.points)
     found = {name: expect(held.get(name), fractions, end, *sample, own.get(name)) for name, end in ends.items()}
-    storage.put(uri, json.dumps({name: item.to_json() for name, item in found.items()}, allow_nan=False).encode())
+    storage.put(uri, documents.encode({name: item.to_json() for name, item in found.items()}))
     return _outlook(config, found, storage.stat(uri).modified_seconds)
 
 

@@ -7,13 +7,13 @@ embedded ones. It does not know how they were fitted.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
 
+from pipeline import documents
 from pipeline import offset as offsets
 from pipeline.config import Config
 from pipeline.evaluate import evaluate
@@ -68,14 +68,17 @@ class Learnt:
     precision: Change | None = None
 
     @classmethod
-    def from_json(cls, text: bytes) -> Self:
-        """The inverse of `json.dumps(asdict(...))`."""
-        tree: dict[str, Any] = json.loads(text)
+    def from_json(cls, data: bytes, where: str = "learnt.json") -> Self:
+        """The inverse of `documents.encode`.
+
+        Raises:
+            DataError: the file is damaged or of another format.
+        """
+        tree = documents.decode(data, where)
         if "before" in tree:  # as it was kept when the error was all that counted
-            old = {name: tree.pop(name) for name in ("before", "after", "noise")}
+            old = {name: tree.pop(name, None) for name in ("before", "after", "noise")}
             tree["error"] = None if old["before"] is None else old
-        changes = {name: Change(**tree[name]) for name in ("error", "precision") if tree.get(name) is not None}
-        return cls(**tree | changes)
+        return documents.build(cls, tree, where)
 
     @property
     def taken(self) -> bool:

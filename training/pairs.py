@@ -9,16 +9,15 @@ and seed alone. Training parts are stripes, so any of them is a sample. `pairs/p
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline import manifest, rejects, storage
+from pipeline import documents, manifest, rejects, storage
 from pipeline.config import Classifier, Config
 from pipeline.embeddings import OnUnits, embed_missing, embedding_log, read_embeddings
 from pipeline.encoders import load_tensors
@@ -65,7 +64,7 @@ def build_pairs(config: Config, run: Run, on_units: OnUnits = lambda what, done,
     """
     done = storage.read_versioned(_marker(run))
     if done is not None:
-        return _from_json(done[0])
+        return documents.parse(Pairs, done[0], _marker(run), documents.REDO)
     rows = manifest.read_manifest(run, "pairs")
     assert rows is not None, "the pairs are normalised before they are embedded"
     embed_missing(config, run, ["pairs"], on_units)
@@ -96,14 +95,8 @@ def build_pairs(config: Config, run: Run, on_units: OnUnits = lambda what, done,
         rejected=rejected,
         label_names=label_names,
     )
-    storage.put(_marker(run), json.dumps(asdict(pairs)).encode())
+    storage.put(_marker(run), documents.encode(pairs))
     return pairs
-
-
-def _from_json(data: bytes) -> Pairs:
-    values = json.loads(data)
-    names = values.get("label_names")
-    return Pairs(**values | {"label_names": None if names is None else tuple(names)})
 
 
 def has_pairs(run: Run) -> bool:

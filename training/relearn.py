@@ -10,17 +10,16 @@ publish, and knows no commit.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from pipeline import fan_out, probe_set, reference, replan, storage
+from pipeline import documents, fan_out, probe_set, reference, replan, storage
 from pipeline import offset as offsets
 from pipeline.config import Config
 from pipeline.embeddings import embedding_log, read_embeddings
@@ -148,12 +147,13 @@ def _job(config: Config, data: FitData) -> Job:
 
 def _decide(place: Run, learnt: Learnt) -> Learnt:
     """Keep what was decided, or find what was before a kill: on another machine the last bits may be others."""
-    storage.put_once(place.path("learnt.json"), json.dumps(asdict(learnt), indent=1).encode())
+    storage.put_once(place.path("learnt.json"), documents.encode(learnt))
     return _read(place)
 
 
 def _read(place: Run) -> Learnt:
-    return Learnt.from_json(storage.read_bytes(place.path("learnt.json")))
+    where = place.path("learnt.json")
+    return Learnt.from_json(storage.read_bytes(where), where)
 
 
 def _keep(source: Run, place: Run, learnt: Learnt, known: Reference | None = None) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from pipeline import probe_set, storage
+from pipeline import documents, probe_set, storage
 from pipeline.config import Config, Select
 from pipeline.errors import ConfigError
 from pipeline.evaluate import METRICS, evaluate
@@ -75,9 +75,9 @@ def select(config: Config, run: Run, data: FitData, on_step: OnStep) -> Selectio
     decides = [settings.model_dump(mode="json"), _relearn_settings(config), parts.digest()]
     kept = run.path(FOLDER, f"{digest(config, data, decides)}.json")
     if storage.exists(kept):
-        return Selection.from_json(storage.read_bytes(kept))
+        return Selection.from_tree(documents.decode(storage.read_bytes(kept), kept, documents.REDO), kept)
     found = _select(config, run, data, settings, parts, on_step)
-    storage.put(kept, found.to_json().encode())
+    storage.put(kept, documents.encode(found))
     return found
 
 
