@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,7 +39,9 @@ def encode(content: DataclassInstance | Mapping[str, object]) -> bytes:
     The key `checked_by` says that the file has a digest, so a file that lost its digest is not taken for an old one.
     """
     tree = dict(content) if isinstance(content, Mapping) else asdict(content)
-    tree = {_VERSION: FORMAT_VERSION, _CHECKED: _DIGEST} | json.loads(json.dumps(tree, allow_nan=False))
+    plain = json.loads(json.dumps(tree, allow_nan=False))
+    content_only = {key: value for key, value in plain.items() if key not in (_VERSION, _CHECKED, _DIGEST)}
+    tree = {_VERSION: FORMAT_VERSION, _CHECKED: _DIGEST} | content_only
     return json.dumps(tree | {_DIGEST: digest(tree)}, indent=1).encode()
 
 
@@ -91,7 +94,7 @@ def build(kind: type[T], tree: Tree, where: str, remedy: str = REMEDY) -> T:
     except ValidationError as error:
         problem = error.errors()[0]
         found = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-        name = kind.__name__.lower()
+        name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind.__name__.strip("_")).lower()
         raise DataError(f"not a {name} file", expected=f"a {name}", found=found, where=where, remedy=remedy) from error
     assert isinstance(item, kind)
     return item

@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
-from pipeline import snapshot, storage, vector_log
+from pipeline import documents, snapshot, storage, vector_log
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.encoders import load_encoder
@@ -203,7 +203,7 @@ def test_a_snapshot_that_is_worse_than_the_old_gallery_is_not_promoted(finished:
     path, run = str(Path(finished.run).parent / "run.yaml"), Run(finished.run)
     marker = storage.join(run.transformation, "transformation.json")
     before = storage.read_bytes(marker)
-    storage.put(marker, json.dumps(json.loads(before) | {"better_than_old": False}).encode())
+    storage.put(marker, documents.encode(json.loads(before) | {"better_than_old": False}))
     try:
         read_json("rollback", "--config", path, "--to", "0")
         result = fastfill("promote", "--config", path, "--commit", "2")

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from jobs.cli import main
 from jobs.options import print_json, with_errors
-from pipeline.schema import FORMAT_VERSION
+from pipeline import documents
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = {"--config", "--set", "--json", "--help", "-h"}
@@ -103,7 +103,7 @@ def test_help_imports_nothing_that_takes_time() -> None:
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_status_imports_only_what_reads_a_run(tmp_path: Path, options: list[str]) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"format_version": FORMAT_VERSION}))
+    (tmp_path / "run" / "run.json").write_text(documents.encode({"config": {}, "fingerprints": {}}).decode())
     config = ROOT / "jobs" / "configs" / "cifar100.yaml"
     found = modules_after("status", "--config", str(config), "--set", f"run={tmp_path / 'run'}", *options)
     assert "pyarrow" in found

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import manifest, storage
+from pipeline import documents, manifest, storage
 from pipeline.config import Columns
 from pipeline.config import Manifest as Source
 from pipeline.errors import DataError
@@ -470,7 +470,7 @@ def test_normalise_over_parts_of_an_earlier_version_keeps_them_only_in_a_run_tha
     marker = run.path("gallery", "manifest.json")
     known = json.loads(storage.read_bytes(marker))
     del known["reading"]
-    storage.put(marker, json.dumps(known).encode())
+    storage.put(marker, documents.encode(known))
     if started:
         storage.put(run.settings, b"{}")
     found = normalise(run, "gallery", source(uri), {}, 4)

@@ -16,7 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from pipeline import commits, snapshot, storage
+from pipeline import documents, snapshot, storage
 from pipeline.errors import DataError, GateRefused, Refused, SnapshotConflict
 from pipeline.run import Run
 from pipeline.snapshot import (
@@ -281,7 +281,7 @@ def test_a_commit_file_of_another_program_is_refused(run: Run, changes: dict[str
     published(run, 1)
     tree = json.loads(storage.read_bytes(run.commit(1))) | changes
     del tree["sha256"]
-    tree["sha256"] = commits._digest(tree)
+    tree["sha256"] = documents.digest(tree)
     storage.put(run.commit(1), json.dumps(tree).encode())
     with pytest.raises(DataError, match=message) as caught:
         read_commit(run, 1)

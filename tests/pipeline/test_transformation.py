@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import storage
+from pipeline import documents, storage
 from pipeline.errors import ConfigError, DataError, SnapshotConflict
 from pipeline.run import Run
 from pipeline.schema import Float32
@@ -106,14 +106,14 @@ def test_missing_weights_are_refused(saved: tuple[Run, TransformationNetwork]) -
 
 def test_weights_of_another_shape_are_refused(saved: tuple[Run, TransformationNetwork]) -> None:
     marker = Path(saved[0].transformation, "transformation.json")
-    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"inner_width": 8}))
+    marker.write_bytes(documents.encode(json.loads(marker.read_text()) | {"inner_width": 8}))
     with pytest.raises(DataError, match="do not fit"):
         load_transformation(saved[0], CPU)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format_version": 1}'])
 def test_a_marker_that_is_not_a_description_is_refused(text: str) -> None:
-    with pytest.raises(DataError, match="not a description"):
+    with pytest.raises(DataError, match="not a (JSON|transformation)"):
         TransformationInfo.from_json(text)
 
 

@@ -77,7 +77,7 @@ class WholeRun:
 
     def write_inputs(self) -> WholeRun:
         """run.json, the transformed gallery in two parts, and the whole vector log."""
-        storage.put(self.run.settings, b'{"format_version": 1}')
+        storage.put(self.run.settings, b'{"format_version": 1, "config": {}, "fingerprints": {}}')
         for part in range(2):
             rows = np.flatnonzero(np.arange(self.num) // 2 % 2 == part)
             cells = [(wave, shard) for wave in range(1, self.num_waves + 1) for shard in range(self.num_shards)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import assess, fan_out, quality, storage
+from pipeline import assess, documents, fan_out, quality, storage
 from pipeline.config import Config
 from pipeline.evaluate import evaluate
 from pipeline.gallery import labelled_sample
@@ -186,10 +185,10 @@ def test_a_note_of_a_curve_from_before_it_had_a_reason_is_of_the_limit(tmp_path:
     config, run, plan = planned(tmp_path, known(1500))
     expected_curve(limited(config, 400), run, plan)
     uri = run.path("reports", "expected.json")
-    tree = json.loads(storage.read_bytes(uri))
+    tree = documents.decode(storage.read_bytes(uri), uri)
     for curve in tree.values():
         del curve["sampled"]
-    storage.put(uri, json.dumps(tree).encode())
+    storage.put(uri, documents.encode(tree))
     assert represented(expected_curve(config, run, plan)).endswith("(evaluate.max_images)")
 
 
