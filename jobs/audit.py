@@ -15,10 +15,8 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from rich.text import Text
 
     from pipeline.audit import audit
-    from pipeline.run import Run, read_settings
 
     config = load(config_path, overrides)
-    read_settings(Run(config.run))
     report = audit(config.run)
     if as_json:
         print_json(asdict(report))

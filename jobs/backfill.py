@@ -51,6 +51,7 @@ def main(
         config = config.model_copy(update={"run": free_uri(config.run)})
         console().print(f"A new run; every other command finds it with --set run={config.run}", soft_wrap=True)
     if is_complete(config):
+        _check_served(config)
         console().print(f"Nothing to do: every wave of {config.run} is published.", soft_wrap=True)
         if retry_rejects:
             _say_what_stays(config)
@@ -61,6 +62,22 @@ def main(
         with Bars(console()) as bars:
             run_all(config, bars, retry_rejects, stop.Stop(conditions))
     finish(config, as_json)
+
+
+def _check_served(config: Config) -> None:
+    """There is something to do if a file is missing that prod or the last commit names.
+
+    Raises:
+        DataError: one is.
+    """
+    from pipeline import snapshot
+    from pipeline.commits import check_files
+    from pipeline.run import Run
+
+    run = Run(config.run)
+    tags = [snapshot.read_tag(run, name) for name in (snapshot.PROD, snapshot.CANDIDATE)]
+    for number in {tag.commit for tag in tags if tag is not None and tag.commit is not None}:
+        check_files(run, number)
 
 
 def run_all(config: Config, bars: Bars, retry_rejects: bool = False, stop: Stop | None = None) -> Progress:

@@ -4,7 +4,22 @@ from __future__ import annotations
 
 import click
 
-from jobs import audit, backfill, demo, evaluate, export, fit, gc, manifest, plan, promote, rollback, search, status
+from jobs import (
+    audit,
+    backfill,
+    demo,
+    evaluate,
+    export,
+    fit,
+    gc,
+    manifest,
+    plan,
+    promote,
+    repair,
+    rollback,
+    search,
+    status,
+)
 from jobs.failures import Group
 
 
@@ -17,7 +32,22 @@ def main() -> None:
     """
 
 
-for module in (demo, manifest, fit, plan, backfill, status, search, evaluate, promote, rollback, export, audit, gc):
+for module in (
+    demo,
+    manifest,
+    fit,
+    plan,
+    backfill,
+    status,
+    search,
+    evaluate,
+    promote,
+    rollback,
+    export,
+    audit,
+    repair,
+    gc,
+):
     main.add_command(module.main)
 
 

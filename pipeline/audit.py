@@ -16,11 +16,12 @@ from itertools import pairwise
 import numpy as np
 
 from pipeline import snapshot, storage
+from pipeline.audit_inputs import check_inputs
 from pipeline.codebook import Codebook
 from pipeline.commits import read_removals
-from pipeline.evidence import NO_IDS, Cell, Evidence, Notes, Problem, check_manifest, filled, reject_files, unit_files
+from pipeline.evidence import NO_IDS, Cell, Evidence, Notes, Problem, check_manifest, filled
 from pipeline.index import Segment, decode
-from pipeline.rejects import gallery_log
+from pipeline.plan import read_plan
 from pipeline.run import Run, read_settings
 from pipeline.schema import Int64, shard_of
 from pipeline.segments import check_digest
@@ -49,26 +50,27 @@ def audit(run_uri: str) -> AuditReport:
         PermissionError: a file may not be read, which says nothing of it either.
     """
     run = Run(run_uri)
-    settings = read_settings(run)
+    if not storage.exists(run.settings):
+        read_settings(run)  # which says that there is no run
     notes = Notes()
     for _ in range(_TRIES):
         notes = Notes()
         before = _published(run, notes)
-        _check_all(run, notes, _commits(run, notes, *before), _drops_deleted(settings))
+        _check_all(run, notes, _commits(run, notes, *before), before[0])
         if not notes.problems or before == _published(run, Notes()):
             break  # else commits were published, or removed by gc, while they were looked at
     return AuditReport(not notes.problems, notes.problems, dict(notes.checked))
 
 
-def _check_all(run: Run, notes: Notes, commits: dict[int, Commit], drops_deleted: bool) -> None:
+def _check_all(run: Run, notes: Notes, commits: dict[int, Commit], latest: int | None) -> None:
     _check_tags(run, notes, commits)
+    check_inputs(run, notes, latest)
     published = max(commits, default=0)
     check_manifest(run, notes)
     if commits:
-        evidence = Evidence.gather(run, notes, published, drops_deleted)
+        evidence = Evidence.gather(run, notes, published, _drops_deleted(run))
         _check_steps(run, notes, commits, evidence.relearn_after)
         _check_gallery(evidence, notes, _Files(run, notes), list(commits.values()))
-    _check_unpublished(run, notes, published)
 
 
 def _published(run: Run, notes: Notes) -> tuple[int | None, set[int]]:
@@ -92,10 +94,9 @@ def _commits(run: Run, notes: Notes, last: int | None, removed: set[int]) -> dic
     return found
 
 
-def _drops_deleted(settings: dict[str, object]) -> bool:
-    config = settings.get("config")
-    plan = config.get("plan") if isinstance(config, dict) else None
-    return isinstance(plan, dict) and plan.get("deleted_images") == "drop"
+def _drops_deleted(run: Run) -> bool:
+    plan = Notes().attempt("plan", run.plan, read_plan, run)  # a damaged plan is noted by `check_inputs`
+    return plan is not None and plan.deleted_images == "drop"
 
 
 def _check_tags(run: Run, notes: Notes, commits: dict[int, Commit]) -> None:
@@ -239,19 +240,6 @@ def _check_segment(evidence: Evidence, files: _Files, ref: SegmentRef, cell: Cel
     if len(wrong):
         found = f"{len(wrong)} of {len(ids)} are others, such as that of id {wrong[0]}"
         notes.problem("vector", where, "the vectors of the log, or the transformed ones", found)
-
-
-def _check_unpublished(run: Run, notes: Notes, published: int) -> None:
-    """What the log holds of later waves can be read."""
-    rejects = reject_files(gallery_log(run))
-
-    def read(notes: Notes, file: tuple[str, str]) -> None:
-        kind, uri = file
-        notes.attempt(kind, uri, storage.read_parquet, uri)
-        notes.checked[f"{kind}s"] += 1
-
-    for kind, files in (("log_part", unit_files(run.path("embedded"))), ("reject_part", rejects)):
-        notes.each(read, ((kind, uri) for wave, uris in files.items() for uri in uris if wave > published))
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,6 +170,29 @@ def read_commit(run: Run, number: int) -> Commit:
     return commit
 
 
+def check_files(run: Run, number: int) -> None:
+    """Check that the files that a commit names are there with their sizes: by few requests, without reading them.
+
+    Raises:
+        DataError: the commit cannot be read, or a file is missing or has another size.
+    """
+    commit = read_commit(run, number)
+    sizes = {uri.rpartition("/index/")[2]: stat.size_bytes for uri, stat in storage.list_stats(run.path("index"))}
+    wanted: list[tuple[str, int | None]] = [(commit.codebook_path, None)]
+    for ref in commit.segments:
+        wanted += [(ref.path, ref.bytes), (ref.sidecar_path, None)]
+    for path, num_bytes in wanted:
+        found = sizes.get(path.removeprefix("index/"))
+        if found is None or num_bytes not in (None, found):
+            raise DataError(
+                f"commit {number} names a file that is {'missing' if found is None else 'damaged'}",
+                expected="a file" if num_bytes is None else f"{num_bytes} bytes",
+                found="none" if found is None else f"{found} bytes",
+                where=run.path(path),
+                remedy="`fastfill repair` makes it again; `fastfill audit` names all that is damaged",
+            )
+
+
 def check_commit(commit: Commit, where: str) -> None:
     """Check that a commit names a whole snapshot.
 

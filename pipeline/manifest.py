@@ -46,6 +46,7 @@ class Manifest:
         digest: of the sources; changes with their content, not with their place.
         root: where the uris of images start that were relative; empty where there were none.
         sample: of a probe set, the digest of the sample that names its images; empty where they were drawn by chance.
+        parts: sha256 of the file of each part; empty if an earlier version wrote this.
         reading: digest of how the sources were read (see `_reading`); empty if an earlier version wrote this.
     """
 
@@ -56,6 +57,7 @@ class Manifest:
     root: str = ""
     sample: str = ""
     reading: str = ""
+    parts: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -159,7 +161,8 @@ def normalise(
     _check_unique(run, folder, len(rows), sum(rows), source)
     _remove_parts_from(run, folder, len(rows))
     rooted = root if any(part.rooted for part in results) else ""
-    manifest = Manifest(rows, unit_rows, first, content, rooted, reading=reading)
+    digests = tuple(part.sha256 for part in results)
+    manifest = Manifest(rows, unit_rows, first, content, rooted, reading=reading, parts=digests)
     storage.put(_marker(run, folder), documents.encode(manifest))
     return manifest
 

@@ -7,6 +7,7 @@ named by its file and number.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,11 +42,13 @@ class Part:
         rows: how many.
         dims: the width of each embedding that came with them.
         rooted: whether a uri was relative, and now starts at the root.
+        sha256: of the file that was written.
     """
 
     rows: int
     dims: dict[str, int]
     rooted: bool
+    sha256: str
 
 
 def write_part(
@@ -78,8 +81,9 @@ def write_part(
     rows = pa.table(columns)
     schema = manifest_schema(dims, traffic=names.traffic is not None)
     groups = (rows.slice(start, unit_rows) for start in range(0, count, unit_rows))
-    storage.put(run.part(folder, number), storage.parquet_bytes(schema, groups))
-    return Part(count, dims, rooted)
+    data = storage.parquet_bytes(schema, groups)
+    storage.put(run.part(folder, number), data)
+    return Part(count, dims, rooted, hashlib.sha256(data).hexdigest())
 
 
 def read_ids(table: pa.Table, name: str | None, part: Partition, numbers: Int64) -> tuple[pa.Array, pa.Array]:

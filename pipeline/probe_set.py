@@ -10,6 +10,7 @@ no metric.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -111,8 +112,9 @@ def draw(config: Config, run: Run) -> Manifest | None:
         rows = find_rows(run, gallery, sample, config.gallery.columns.id)
     rows = rows.sort_by("id")
     groups = (rows.slice(start, gallery.unit_rows) for start in range(0, rows.num_rows, gallery.unit_rows))
-    storage.put(run.part(FOLDER, 0), storage.parquet_bytes(manifest_schema(gallery.dims), groups))
-    drawn = replace(gallery, rows=[rows.num_rows], sample=digest)
+    data = storage.parquet_bytes(manifest_schema(gallery.dims), groups)
+    storage.put(run.part(FOLDER, 0), data)
+    drawn = replace(gallery, rows=[rows.num_rows], sample=digest, parts=(hashlib.sha256(data).hexdigest(),))
     storage.put(run.path(FOLDER, "manifest.json"), documents.encode(drawn))
     return drawn
 

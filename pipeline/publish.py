@@ -189,15 +189,8 @@ class Publisher:
         return Sealer(self._run, self._plan, path, sha256)
 
     def _train_codebook(self) -> tuple[str, str]:
-        index, settings = self._config.index, stage_settings(self._config, "index")
-        data = train_codebook(
-            _training_vectors(self._run, self._plan, index.train_vectors),
-            index,
-            self._config.gallery.metric,
-            self._plan.num_gallery,
-            device=self._config.device,
-            seed=self._config.seed,
-        )
+        settings = stage_settings(self._config, "index")
+        data = train(self._config, self._run, self._plan)
         fix_settings(self._run, "index", settings)
         return write_codebook(self._run, data)
 
@@ -205,6 +198,18 @@ class Publisher:
 def _padded(digests: tuple[str, ...], waves: int) -> tuple[str, ...]:
     """One digest per wave; empty for those that a version without digests sealed."""
     return digests or ("",) * waves
+
+
+def train(config: Config, run: Run, plan: Plan) -> bytes:
+    """The codebook of a run; on equal processors the same bytes each time."""
+    return train_codebook(
+        _training_vectors(run, plan, config.index.train_vectors),
+        config.index,
+        config.gallery.metric,
+        plan.num_gallery,
+        device=config.device,
+        seed=config.seed,
+    )
 
 
 def _training_vectors(run: Run, plan: Plan, wanted: int) -> Float32:

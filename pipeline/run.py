@@ -258,6 +258,15 @@ def check_settings_of(run: Run, name: str, settings: Identity) -> None:
         _refuse(made_with, settings, run.path(STAGES[name].settings))
 
 
+def read_stage_settings(run: Run, name: str) -> Identity | None:
+    """What the outcome of a stage was made with; None if nobody has said so yet.
+
+    Raises:
+        DataError: the file is damaged or of another format.
+    """
+    return _made_with(run, STAGES[name])
+
+
 def free_uri(uri: str) -> str:
     """The first of `uri-2`, `uri-3`, ... under which there is no run yet; `uri` itself where it is free."""
     numbered = itertools.chain([uri], (f"{uri}-{number}" for number in itertools.count(2)))

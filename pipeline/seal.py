@@ -201,6 +201,18 @@ def _check_acknowledged(log: VectorLog, wave: int, found: dict[int, str], acknow
             )
 
 
+def seal_again(sealer: Sealer, ref: SegmentRef, commit: int) -> SegmentRef:
+    """Seal one segment as a commit has it, in this process: on equal processors to the bytes that the commit names.
+
+    Raises:
+        DataError: the plan or the log is damaged.
+    """
+    shards = range(ref.shard, ref.shard + 1)
+    embedded = ref.kind == "embedded"
+    refs = _seal_embedded(sealer, ref.wave, shards) if embedded else _seal_transformed(sealer, ref.wave, shards, commit)
+    return refs[0]
+
+
 def _write(
     sealer: Sealer, wave: int, shards: range, rows: Rows, shard_of_row: NDArray[np.int32], kind: Kind
 ) -> list[SegmentRef]:

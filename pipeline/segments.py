@@ -94,11 +94,23 @@ def put_by_content(run: Run, pattern: str, data: bytes) -> tuple[str, str]:
     """Store bytes under a name made of their sha256; returns the path inside the run, and the sha256."""
     sha256 = hashlib.sha256(data).hexdigest()
     path = pattern.format(sha256)
-    storage.put_once(run.path(path), data)  # where it is there, the same bytes are
+    try:
+        storage.put_if_absent(run.path(path), data)
+    except storage.AlreadyExists:
+        if not _holds(run.path(path), len(data), sha256):
+            storage.put(run.path(path), data)  # it was damaged
     return path, sha256
 
 
-_REMEDY = "restore the file, or seal its wave again; `audit` lists all such files"
+def _holds(uri: str, num_bytes: int, sha256: str) -> bool:
+    """Whether an object has this size and digest."""
+    try:
+        return storage.stat(uri).size_bytes == num_bytes and storage.sha256(uri) == sha256
+    except FileNotFoundError:  # removed meanwhile
+        return False
+
+
+_REMEDY = "`fastfill repair` makes it again, if what it was made from is whole; `fastfill audit` lists all damage"
 
 
 @contextlib.contextmanager

@@ -212,6 +212,26 @@ def load_transformation(run: Run, device: torch.device) -> tuple[TransformationN
     return network.to(device).eval(), info
 
 
+def verify(run: Run) -> list[tuple[str, DataError]]:
+    """The files of the run's transformation that are damaged or missing, and what is wrong with each."""
+    where = storage.join(run.transformation, _MARKER)
+    try:
+        where, tree = _read_marker(run)
+        files = documents.build(_Files, tree, where, _again(run))
+        documents.build(TransformationInfo, tree, where, _again(run))
+    except DataError as error:
+        return [(where, error)]
+    named = {_part_uri(run, name, sha256): sha256 for name, sha256 in files.parts.items()}
+    named[storage.join(run.transformation, _WEIGHTS.format(files.weights_sha256))] = files.weights_sha256 or ""
+    found = []
+    for uri, sha256 in named.items():
+        try:
+            _read_whole(run, uri, sha256, "the transformation's files")
+        except DataError as error:
+            found.append((uri, error))
+    return found
+
+
 def apply(
     network: TransformationNetwork, old: Float32, side: Float32 | None, device: torch.device, batch_size: int
 ) -> tuple[Float32, Float32]:

@@ -9,8 +9,9 @@ and seed alone. Training parts are stripes, so any of them is a sample. `pairs/p
 
 from __future__ import annotations
 
+import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +44,7 @@ class Pairs:
         num_classes: of the labels, None without labels.
         rejected: images that could not be embedded by both encoders.
         label_names: the label of each class number, where that is not the number itself.
+        parts: sha256 of each file of the pairs, by its path below `pairs`; empty if an earlier version wrote this.
     """
 
     num_train: int
@@ -53,6 +55,7 @@ class Pairs:
     num_classes: int | None
     rejected: int
     label_names: tuple[str, ...] | None = None
+    parts: dict[str, str] = field(default_factory=dict)
 
 
 def build_pairs(config: Config, run: Run, on_units: OnUnits = lambda what, done, total: None) -> Pairs:
@@ -79,11 +82,12 @@ def build_pairs(config: Config, run: Run, on_units: OnUnits = lambda what, done,
     held_out = split(ids, labels, config.pairs.held_out_fraction, config.seed)
     table = table.set_column(table.schema.get_field_index("label"), "label", pa.array(labels, mask=labels < 0))
     stripes = (splitmix64(ids, config.seed + 2) % np.uint64(NUM_STRIPES)).astype(np.int64)
+    parts: dict[str, str] = {}
     for stripe in range(NUM_STRIPES):
         mine = pa.array((stripes == stripe) & ~held_out)
-        storage.put(run.part("pairs/train", stripe), storage.parquet_bytes(table.schema, [table.filter(mine)]))
+        parts |= _put(run, "train", stripe, table.filter(mine))
     rest = table.filter(pa.array(held_out))
-    storage.put(run.part("pairs/held_out", 0), storage.parquet_bytes(table.schema, [rest]))
+    parts |= _put(run, "held_out", 0, rest)
     widths = {name: _width(table, name) for name in ("old", "new", "side")}
     pairs = Pairs(
         num_train=table.num_rows - rest.num_rows,
@@ -94,9 +98,17 @@ def build_pairs(config: Config, run: Run, on_units: OnUnits = lambda what, done,
         num_classes=num_classes,
         rejected=rejected,
         label_names=label_names,
+        parts=parts,
     )
     storage.put(_marker(run), documents.encode(pairs))
     return pairs
+
+
+def _put(run: Run, folder: str, number: int, rows: pa.Table) -> dict[str, str]:
+    """Write a part, and give the sha256 of its file by its path below `pairs`."""
+    data, uri = storage.parquet_bytes(rows.schema, [rows]), run.part(f"pairs/{folder}", number)
+    storage.put(uri, data)
+    return {f"{folder}/{uri.rpartition('/')[2]}": hashlib.sha256(data).hexdigest()}
 
 
 def has_pairs(run: Run) -> bool:

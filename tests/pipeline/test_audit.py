@@ -24,6 +24,7 @@ from pipeline.evidence import Notes
 from pipeline.local_store import LocalStore
 from pipeline.run import Run
 from pipeline.snapshot import Counts, SegmentRef
+from tests.pipeline.run_inputs import write_manifest_part
 from tests.pipeline.whole_run import WholeRun, put_rejects
 
 LAST = 2
@@ -62,6 +63,13 @@ def test_a_whole_run_has_no_problems(tmp_path: Path, factory: str, metric: Metri
         "segments": segments,
         "sidecars": segments,
         "ids": whole.num,
+        "settings": 3,
+        "gallery_parts": 2,
+        "manifest_parts": 2,
+        "planned_parts": 2,
+        "manifest_ids": whole.num,
+        "transformations": 1,
+        "units": 6,
     } | ({"vectors": whole.num + whole.num * LAST // whole.num_waves} if whole.codebook.exact else {})
 
 
@@ -387,14 +395,13 @@ def test_the_report_is_plain_text_and_small(tmp_path: Path) -> None:
 def bring_in(whole: WholeRun, part: int, ids: list[int], rejected: list[int]) -> None:
     """A part of the manifest, and those of its images that the old encoder could not read."""
     run = whole.run
-    storage.put(run.plan, b"{}")
-    storage.put(run.path("gallery", "manifest.json"), b"{}")
+    write_manifest_part(run, part, ids)
     schema = pa.schema([("id", pa.int64())])
-    storage.put(run.part("gallery", part), storage.parquet_bytes(schema, [pa.table({"id": ids})]))
     if rejected:
         named = put_rejects(run.path("gallery", "old-rejects"), part, 0, pa.table({"id": rejected}), schema)
         uri = run.path("gallery", "old", f"wave-{part:03d}", "unit-00000.parquet")
-        storage.put(uri, storage.parquet_bytes(named, [schema.empty_table()]))
+        others = [image for image in ids if image not in rejected]
+        storage.put(uri, storage.parquet_bytes(named, [pa.table({"id": others}, schema=schema)]))
 
 
 def test_the_manifest_is_the_plan_and_what_the_old_encoder_could_not_read(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_weights_of_another_shape_are_refused(saved: tuple[Run, TransformationNe
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format_version": 1}'])
 def test_a_marker_that_is_not_a_description_is_refused(text: str) -> None:
-    with pytest.raises(DataError, match="not a (JSON|transformation)"):
+    with pytest.raises(DataError, match=r"not a (JSON|transformation)"):
         TransformationInfo.from_json(text)
 
 

@@ -29,6 +29,7 @@ from pipeline.schema import (
 from pipeline.segments import Rows
 from pipeline.snapshot import Commit, Counts, Kind, SegmentRef, Writer
 from pipeline.vector_log import VectorLog, content_digest, naming
+from tests.pipeline.run_inputs import write_other_inputs
 
 DIM = 8
 UNITS = 2
@@ -76,8 +77,8 @@ class WholeRun:
         return other
 
     def write_inputs(self) -> WholeRun:
-        """run.json, the transformed gallery in two parts, and the whole vector log."""
-        storage.put(self.run.settings, b'{"format_version": 1, "config": {}, "fingerprints": {}}')
+        """All that a resume reads: the transformed gallery in two parts, the whole vector log, and `run_inputs`."""
+        write_other_inputs(self, UNITS, DIM)
         for part in range(2):
             rows = np.flatnonzero(np.arange(self.num) // 2 % 2 == part)
             cells = [(wave, shard) for wave in range(1, self.num_waves + 1) for shard in range(self.num_shards)]

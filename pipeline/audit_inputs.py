@@ -1,0 +1,234 @@
+"""What a resume reads besides the index: settings, manifests, embeddings, the transformation, units, the log.
+
+The half of the audit that knows nothing of commits. Guarantee: each file that a resume or a reader would read is read
+here as they read it, and compared with what another file says of it. What is damaged becomes a problem with its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import numpy as np
+
+from pipeline import documents, manifest, quality, storage, vector_log
+from pipeline import plan as plans
+from pipeline.boost import Boost
+from pipeline.evidence import NO_IDS, Notes
+from pipeline.plan import Plan, read_plan
+from pipeline.rejects import gallery_log, manifest_log
+from pipeline.run import STAGES, Run, read_settings, read_stage_settings
+from pipeline.schema import Int64, Unit
+from pipeline.standing import read_standing
+from pipeline.vector_log import VectorLog
+
+_FOLDERS = ("gallery", "pairs", "probe-set")
+_LATEST = 2**62  # a commit number above all: `read_best` looks at nothing else then
+
+
+def check_inputs(run: Run, notes: Notes, published: int | None) -> None:
+    """Check what a run was made from, and what is durable of it.
+
+    Args:
+        run: the run.
+        notes: where problems are noted.
+        published: the last published commit; None before the first.
+    """
+    found = notes.attempt("plan", run.plan, read_plan, run)
+    if found is None and published is not None and not storage.exists(run.plan):
+        notes.problem("plan", run.plan, "a plan", "missing")
+    _check_settings(run, notes)
+    for folder in _FOLDERS:
+        _check_manifest(run, notes, folder, needed=found is not None and folder == "gallery")
+    _check_pairs(run, notes)
+    _check_probe_set(run, notes)
+    _check_reports(run, notes)
+    for place in (run, *(run.relearnt(wave) for wave in (found.relearn_after if found else ()))):
+        _check_transformation(place, notes, needed=found is not None and place == run)
+    if found is not None:
+        _check_units(run, found, notes, quietly=published is not None)
+        check_log(found.log(run), list(_planned(run, found)), notes, published or 0)
+    elif published is None:
+        check_log(gallery_log(run), [], notes, 0)
+
+
+def _check_settings(run: Run, notes: Notes) -> None:
+    notes.attempt("settings", run.settings, read_settings, run)
+    for name, stage in STAGES.items():
+        where = run.path(stage.settings)
+        found = notes.attempt("settings", where, read_stage_settings, run, name)
+        if found is None and not storage.exists(where) and storage.exists(run.path(stage.outcome)):
+            notes.problem("settings", where, f"what {stage.outcome} was made with", "missing")
+        notes.checked["settings"] += 1
+
+
+def _check_manifest(run: Run, notes: Notes, folder: str, needed: bool) -> None:
+    """The parts of a manifest are whole, and the embeddings beside them are those of its images."""
+    where = run.path(folder, "manifest.json")
+    found = notes.attempt("manifest_file", where, manifest.read_manifest, run, folder)
+    if found is None:
+        if needed and not storage.exists(where):
+            notes.problem("manifest_file", where, "a manifest", "missing")
+        return
+
+    def check(notes: Notes, item: tuple[int, int]) -> None:
+        number, rows = item
+        where = run.part(folder, number)
+        count = notes.attempt("manifest_part", where, _rows_of, where)
+        if count is not None and count != rows:
+            notes.problem("manifest_part", where, f"{rows} rows", count)
+        known = found.parts[number] if number < len(found.parts) else ""
+        if count is not None and known and storage.sha256(where) != known:
+            notes.problem("manifest_part", where, f"sha256 {known}", "another file")
+        notes.checked[f"{folder}_parts"] += 1
+
+    notes.each(check, enumerate(found.rows))
+    for role in ("old", "new"):
+        check_log(manifest_log(run, folder, role), manifest.units(run, folder, found), notes, -1)
+    if needed and "old_embedding" not in found.dims:
+        _check_whole(manifest_log(run, folder, "old"), manifest.units(run, folder, found), notes)
+
+
+def _check_whole(log: VectorLog, units: Iterable[Unit], notes: Notes) -> None:
+    done = {(wave, unit) for wave, some in vector_log.finished_units(log).items() for unit in some}
+    for unit in units:
+        if (unit.wave, unit.unit) not in done:
+            notes.problem("log_part", log.part(unit.wave, unit.unit), f"{unit.images} images", "missing")
+
+
+def _check_pairs(run: Run, notes: Notes) -> None:
+    """The joined pairs are those that were joined."""
+    where = run.path("pairs", "pairs.json")
+    if not storage.exists(where):
+        return
+    tree = notes.attempt("pairs_file", where, lambda: documents.decode(storage.read_bytes(where), where))
+    known = tree.get("parts", {}) if tree else {}
+    folders = [run.path("pairs", name) for name in ("train", "held_out")]
+    there = {uri for folder in folders for uri in storage.list_files(folder, ".parquet")}
+    named = {run.path("pairs", *name.split("/")): sha256 for name, sha256 in known.items()}
+
+    def check(notes: Notes, uri: str) -> None:
+        rows = notes.attempt("pairs_part", uri, _rows_of, uri)
+        if rows is not None and uri in named and storage.sha256(uri) != named[uri]:
+            notes.problem("pairs_part", uri, f"sha256 {named[uri]}", "another file")
+        notes.checked["pairs_parts"] += 1
+
+    notes.each(check, sorted(there | named.keys()))
+
+
+def _check_probe_set(run: Run, notes: Notes) -> None:
+    """What snapshots are measured by can be read."""
+    where = run.path("probe-set", "reference.json")
+    notes.attempt("probe_set", where, quality.read_reference, run)
+    folder = run.path("probe-set")
+    others = [run.path("probe-set", "set.parquet"), *storage.list_files(f"{folder}/neighbours", ".parquet")]
+    for uri in others:
+        if storage.exists(uri):
+            notes.attempt("probe_set", uri, _rows_of, uri)
+
+
+def _check_reports(run: Run, notes: Notes) -> None:
+    """What the gate and `status` read again of the reports."""
+    notes.attempt("standing", run.path("reports", "standing.json"), read_standing, run)
+    notes.attempt("best", run.path("reports", "best.json"), quality.read_best, run, _LATEST)
+    notes.attempt("quality", run.path("reports", "probe-set"), quality.read_all, run)
+    for uri in storage.list_files(run.path("plan"), ".json"):
+        if "/group-boost-" in uri:
+            notes.attempt("boost", uri, _read_boost, uri)
+
+
+def _read_boost(uri: str) -> Boost:
+    return documents.parse(Boost, storage.read_bytes(uri), uri)
+
+
+def _check_transformation(place: Run, notes: Notes, needed: bool) -> None:
+    """The weights and the other files of a transformation are those that its marker names."""
+    from pipeline.transformation import has_transformation, verify  # here: torch takes seconds
+
+    if not has_transformation(place):
+        if needed:
+            notes.problem("transformation", place.path("transformation", "transformation.json"), "a file", "missing")
+        return
+    for where, error in verify(place):
+        notes.problem("transformation", where, error.details["expected"] or "a whole file", error.summary)
+    notes.checked["transformations"] += 1
+
+
+def _planned(run: Run, plan: Plan) -> Iterable[Unit]:
+    """The units of the plan, without those that are planned anew later."""
+    for unit in plan.units(run):
+        learnt = plan.learnt_after(unit.wave - 1)
+        if not learnt or storage.exists(run.relearnt(learnt).plan):
+            yield unit
+
+
+def _check_units(run: Run, plan: Plan, notes: Notes, quietly: bool) -> None:
+    """The units of each wave hold the images that the plan has in it, each once.
+
+    `quietly`: the parts of `transformed/` are also compared with segments, which notes what is damaged there.
+    """
+    units: dict[int, list[Unit]] = {}
+    for unit in _planned(run, plan):
+        units.setdefault(unit.wave, []).append(unit)
+
+    def read(notes: Notes, unit: Unit) -> Int64 | None:
+        return notes.attempt("units", unit.rows_uri, _ids_of, unit)
+
+    for wave, some in units.items():  # one after the other: a wave is as much as memory may hold
+        where = some[0].rows_uri.rpartition("/")[0]
+        found = notes.each(read, some)
+        whole = [ids for ids in found if ids is not None]
+        notes.checked["units"] += len(whole)
+        kept = Notes() if quietly else notes
+        planned = kept.attempt("plan_part", where, plans.read_transformed, run, plan, wave, ["id"])
+        if planned is not None and len(whole) == len(found):
+            notes.compare("units", where, np.sort(planned["id"].to_numpy()), np.concatenate([NO_IDS, *whole]))
+
+
+def check_log(
+    log: VectorLog, units: list[Unit], notes: Notes, published: int, waves: Collection[int] | None = None
+) -> None:
+    """Units of a log after wave `published`, or only of some waves, can be read, and hold the images of their unit."""
+    named = {(unit.wave, unit.unit): unit for unit in units}
+    rejects = vector_log.reject_files(log, skip_unreadable=True)
+    done = [(wave, unit) for wave, some in vector_log.finished_units(log).items() for unit in some]
+
+    def check(notes: Notes, key: tuple[int, int]) -> None:
+        where = log.part(*key)
+        notes.checked["log_parts"] += 1
+        ids = notes.attempt("log_part", where, _ids_in, where)
+        rejected: Int64 | None = NO_IDS
+        if key in rejects:
+            notes.checked["reject_parts"] += 1
+            rejected = notes.attempt("reject_part", rejects[key], _ids_in, rejects[key])
+        if ids is None or rejected is None or not units:
+            return
+        if key not in named:
+            notes.problem("log_part", where, "a unit of the plan", "another one")
+            return
+        wanted = _attempt_quietly(named[key])
+        if wanted is not None:
+            notes.compare("log_part", where, np.sort(wanted), np.concatenate([ids, rejected]))
+
+    notes.each(check, (key for key in done if key[0] > published and (waves is None or key[0] in waves)))
+
+
+def _attempt_quietly(unit: Unit) -> Int64 | None:
+    """The ids of a unit; None if its file is damaged, which is a problem of its own."""
+    return Notes().attempt("units", unit.rows_uri, _ids_of, unit)
+
+
+def _ids_of(unit: Unit) -> Int64:
+    ids: Int64 = storage.read_parquet(unit.rows_uri, row_groups=[unit.row_group])["id"].to_numpy()
+    return ids
+
+
+def _ids_in(uri: str) -> Int64:
+    """The ids of a file of which every column is read."""
+    ids: Int64 = storage.read_parquet(uri)["id"].to_numpy()
+    return ids
+
+
+def _rows_of(uri: str) -> int:
+    """The number of rows of a file, every column of which is read, a row group at a time."""
+    with storage.open_parquet(uri) as file:
+        return sum(file.read_row_group(group).num_rows for group in range(file.num_row_groups))

@@ -1,0 +1,168 @@
+"""What is damaged of a run is made again from what is left, or named with what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from pipeline import commits, snapshot, storage
+from pipeline.audit import audit
+from pipeline.config import Config
+from pipeline.config_file import load_config
+from pipeline.errors import DataError
+from pipeline.plan import Plan, read_plan
+from pipeline.repair import Repair, repair, units_of
+from pipeline.run import Run
+from tests.golden import FINISHED, HALF, copy_run
+
+DAMAGES = ("flipped", "truncated", "missing", "exchanged")
+
+
+def opened(name: str, folder: Path) -> tuple[Config, Run, Plan]:
+    config = load_config(copy_run(name, folder))
+    run = Run(config.run)
+    plan = read_plan(run)
+    assert plan is not None
+    return config, run, plan
+
+
+def damage(path: Path, how: str, other: Path) -> None:
+    """Change a file; `other` is a whole file of the same kind."""
+    data = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "flipped":
+        path.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 16]) + data[len(data) // 2 + 1 :])
+    else:
+        path.write_bytes(other.read_bytes())
+
+
+def repaired(config: Config, run: Run, plan: Plan) -> Repair:
+    return repair(config, run, plan, audit(run.uri).problems)
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("ending", ["faiss", "parquet"])
+def test_repair_of_a_damaged_segment_or_sidecar_restores_its_bytes(how: str, ending: str, tmp_path: Path) -> None:
+    config, run, plan = opened(FINISHED[0], tmp_path)
+    first = sorted(Path(run.path("index", "segments")).glob(f"*.{ending}"))[:2]
+    before = first[0].read_bytes()
+    damage(first[0], how, other=first[1])
+    done = repaired(config, run, plan)
+    assert done.rebuilt == [str(first[0])]
+    assert done.left == []
+    assert first[0].read_bytes() == before
+    assert audit(run.uri).problems == []
+
+
+def test_repair_of_a_run_that_is_whole_changes_nothing(tmp_path: Path) -> None:
+    config, run, plan = opened(FINISHED[0], tmp_path)
+    before = {uri: storage.sha256(uri) for uri in storage.list_files(run.uri)}
+    assert repaired(config, run, plan) == Repair()
+    assert {uri: storage.sha256(uri) for uri in storage.list_files(run.uri)} == before
+
+
+def test_repair_of_a_segment_whose_sources_are_damaged_names_a_commit_to_serve(tmp_path: Path) -> None:
+    config, run, plan = opened(FINISHED[0], tmp_path)
+    last = snapshot.read_commit(run, 4)
+    ref = next(ref for ref in last.segments if ref.wave == 4)
+    Path(run.path(ref.path)).unlink()
+    for part in Path(run.path("transformed")).rglob("*.parquet"):
+        part.write_bytes(b"PAR1 and then nothing PAR1")
+    done = repaired(config, run, plan)
+    (why,) = [item.why for item in done.left if item.where == run.path(ref.path)]
+    assert "cannot be sealed again" in why
+    assert "fastfill rollback --to 3" in why
+    assert done.rebuilt == []
+
+
+def test_repair_of_a_segment_that_comes_out_with_other_bytes_leaves_the_commit_and_says_why(tmp_path: Path) -> None:
+    config, run, plan = opened(FINISHED[0], tmp_path)
+    commit = snapshot.read_commit(run, 4)
+    mine = commit.segments[-1]
+    other = dataclasses.replace(mine, sha256="0" * 64, path="index/segments/" + "0" * 64 + ".faiss")
+    changed = dataclasses.replace(commit, segments=(*commit.segments[:-1], other))
+    storage.put(run.commit(4), commits.to_json(changed))
+    done = repaired(config, run, plan)
+    (left,) = done.left
+    assert left.where == run.path(other.path)
+    assert "other bytes" in left.why
+    assert "rollback --to 3" in left.why
+    assert not storage.exists(run.path(other.path))
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
+def test_repair_of_a_units_file_cuts_the_units_again(how: str, tmp_path: Path) -> None:
+    config, run, plan = opened(HALF[0], tmp_path)
+    units = [unit for unit in plan.units(run) if unit.wave == 4]
+    uri = Path(units[0].rows_uri)
+    before = [storage.read_parquet(unit.rows_uri, row_groups=[unit.row_group]) for unit in units]
+    damage(uri, how, other=uri)
+    if how == "flipped":
+        uri.write_bytes(uri.read_bytes()[:-4] + b"nope")
+    assert uri.name in {Path(item.where).name for item in audit(run.uri).problems}
+    done = repaired(config, run, plan)
+    assert done.rebuilt == [str(uri)]
+    assert [storage.read_parquet(unit.rows_uri, row_groups=[unit.row_group]) for unit in units] == before
+    assert audit(run.uri).problems == []
+
+
+@pytest.mark.parametrize("how", ["truncated", "exchanged"])
+def test_repair_of_a_part_of_an_unpublished_wave_moves_it_aside(how: str, tmp_path: Path) -> None:
+    config, run, plan = opened(HALF[0], tmp_path)
+    part = Path(plan.log(run).part(3, 0))
+    damage(part, how, other=Path(plan.log(run).part(1, 0)))
+    data = part.read_bytes()
+    done = repaired(config, run, plan)
+    assert done.embed_again == [(3, 0)]
+    assert not part.exists()
+    assert data in [Path(uri).read_bytes() for uri in done.moved]
+    assert all("/damaged/" in uri for uri in done.moved)
+    assert audit(run.uri).problems == []
+
+
+@pytest.mark.parametrize("how", ["truncated", "missing"])
+def test_repair_of_a_part_of_a_published_wave_names_the_unit_to_embed_again(how: str, tmp_path: Path) -> None:
+    config, run, plan = opened(FINISHED[0], tmp_path)
+    part = Path(plan.log(run).part(2, 1))
+    damage(part, how, other=part)
+    done = repaired(config, run, plan)
+    assert done.embed_again == [(2, 1)]
+    assert [(unit.wave, unit.unit) for unit in units_of(run, plan, done)] == [(2, 1)]
+    assert not part.exists()
+
+
+def test_repair_of_a_codebook_trains_it_again_or_says_on_which_machine(tmp_path: Path) -> None:
+    config, run, plan = opened(FINISHED[0], tmp_path)
+    commit = snapshot.read_commit(run, 4)
+    where = run.path(commit.codebook_path)
+    Path(where).unlink()
+    done = repaired(config, run, plan)
+    told = [item.where for item in done.left if "other bytes" in item.why]
+    assert [*done.rebuilt, *told] == [where]
+
+
+def test_repair_of_a_manifest_part_or_of_run_json_says_to_restore_it(tmp_path: Path) -> None:
+    config, run, plan = opened(FINISHED[0], tmp_path)
+    Path(run.settings).write_bytes(b"{")
+    Path(run.part("gallery", 0)).unlink()
+    done = repaired(config, run, plan)
+    assert {run.settings, run.part("gallery", 0)} <= {item.where for item in done.left}
+    assert all("restore the file" in item.why for item in done.left)
+
+
+def test_check_files_of_a_commit_names_a_missing_or_cut_off_segment(tmp_path: Path) -> None:
+    _, run, _ = opened(FINISHED[0], tmp_path)
+    commits.check_files(run, 4)
+    ref = snapshot.read_commit(run, 4).segments[0]
+    path = Path(run.path(ref.path))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=f"{ref.bytes - 1} bytes"):
+        commits.check_files(run, 4)
+    path.unlink()
+    with pytest.raises(DataError, match=r"missing(.|\n)*fastfill repair"):
+        commits.check_files(run, 4)
