@@ -104,9 +104,8 @@ def _cut_units_again(run: Run, plan: Plan, done: Repair, problems: list[Problem]
         place, size = plan.place(run, wave), plan.waves[wave - 1].images
         files = sorted({unit.rows_uri for unit in plan.units(run) if unit.wave == wave})
         done.moved += [_move_aside(run, uri) for uri in files if storage.exists(uri)]
-        first_wave = plan.learnt_after(wave - 1) + 1
         try:
-            planner.cut_wave(place, plan.num_parts, wave, size, plan.num_shards, plan.unit_images, first_wave)
+            planner.cut_wave(place, plan.num_parts, wave, size, plan.num_shards, plan.unit_images)
         except DataError as error:
             done.left.append(Left(files[0], f"the units cannot be cut again: {error}"))
             continue
@@ -181,11 +180,11 @@ def _seal_again(run: Run, plan: Plan, done: Repair, suspected: set[str]) -> None
     again = {(ref.shard, ref.wave, ref.sha256): (ref, commit) for ref, commit in found}
     for ref, commit in again.values():
         files = {run.path(ref.path), run.path(ref.sidecar_path)} & damaged
-        why = _seal_one(run, plan, ref, commit)
-        if why is None:
+        failed = _seal_one(run, plan, ref, commit)
+        if failed is None:
             done.rebuilt += sorted(files)
         else:
-            done.left += [Left(where, f"{why}. {_serve_another(run, commits, damaged)}") for where in sorted(files)]
+            done.left += [Left(where, f"{failed}. {_serve_another(run, commits, damaged)}") for where in sorted(files)]
     done.left += [Left(where, f"no commit that can be read names it. {_RESTORE}") for where in damaged - named.keys()]
 
 

@@ -35,6 +35,7 @@ COMMANDS = {
     "promote": SHARED | {"--commit", "--force"},
     "rollback": SHARED | {"--to"},
     "audit": SHARED,
+    "repair": SHARED,
     "export": SHARED | {"--format", "--tag", "--commit"},
     "gc": SHARED | {"--keep", "--grace", "--dry-run"},
 }
