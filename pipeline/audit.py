@@ -100,7 +100,11 @@ def _drops_deleted(run: Run) -> bool:
 
 
 def _check_tags(run: Run, notes: Notes, commits: dict[int, Commit]) -> None:
-    """Every tag points to a published commit."""
+    """Every tag points to a published commit; and of several commits at least the first one was announced."""
+    if not storage.exists(run.tag(CANDIDATE)):
+        files = storage.list_files(run.path("index", "commits"), ".json")
+        if files and files[-1] != run.commit(0):
+            notes.problem("tag", run.tag(CANDIDATE), "a tag: there are commits", "missing")
     for uri in storage.list_files(run.path("index", "tags"), ".json"):
         name = _TAG_FILE.search(uri)
         tag = notes.attempt("tag", uri, snapshot.read_tag, run, name[1]) if name else None

@@ -45,6 +45,7 @@ def check_inputs(run: Run, notes: Notes, published: int | None) -> None:
     for place in (run, *(run.relearnt(wave) for wave in (found.relearn_after if found else ()))):
         _check_transformation(place, notes, needed=found is not None and place == run)
     if found is not None:
+        _check_transformed(run, found, notes)
         _check_units(run, found, notes, quietly=published is not None)
         check_log(found.log(run), list(_planned(run, found)), notes, published or 0)
     elif published is None:
@@ -159,6 +160,19 @@ def _planned(run: Run, plan: Plan) -> Iterable[Unit]:
         learnt = plan.learnt_after(unit.wave - 1)
         if not learnt or storage.exists(run.relearnt(learnt).plan):
             yield unit
+
+
+def _check_transformed(run: Run, plan: Plan, notes: Notes) -> None:
+    """Each part of the transformed gallery is there; the rest of the audit looks into those that are."""
+    for learnt in (0, *plan.relearn_after):
+        if learnt and not storage.exists(run.relearnt(learnt).plan):
+            continue
+        place = plan.place(run, learnt + 1)
+        there = {uri.rpartition("/")[2] for uri, _ in storage.iter_stats(place.transformed, deep=False)}
+        for number in range(plan.num_parts):
+            uri = place.transformed_part(number)
+            if uri.rpartition("/")[2] not in there:
+                notes.problem("plan_part", uri, "a part of the plan", "missing")
 
 
 def _check_units(run: Run, plan: Plan, notes: Notes, quietly: bool) -> None:
