@@ -65,10 +65,10 @@ def main(
 
 
 def _check_served(config: Config) -> None:
-    """There is something to do if a file is missing that prod or the last commit names.
+    """Every file is there that prod or the last commit names; else `repair` comes first.
 
     Raises:
-        DataError: one is.
+        DataError: a file is missing, or has another size.
     """
     from pipeline import snapshot
     from pipeline.commits import check_files
@@ -96,6 +96,7 @@ def _run_steps(config: Config, bars: Bars, retry_rejects: bool, stop: Stop | Non
     from pipeline.errors import GateRefused
 
     run = open_run(config, bars)
+    _check_served(config)  # else later snapshots would name what is missing, too
     if retry_rejects:
         _retry_before_plan(run)
     ensure_embeddings(config, run, bars)
