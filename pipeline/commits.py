@@ -234,7 +234,7 @@ def check_commit(commit: Commit, where: str) -> None:
 
 def to_json(item: DataclassInstance) -> bytes:
     """A commit or a tag as the bytes of its file: with the format version, and a digest of all the rest."""
-    return documents.encode(item)
+    return documents.encode(item, allow_nan=True)  # the reader refuses them, by name
 
 
 def from_json(kind: type[T], data: bytes, where: str) -> T:

@@ -140,7 +140,7 @@ def _move_units(run: Run, plan: Plan, done: Repair, problems: list[Problem]) -> 
         done.moved += [_move_aside(run, uri) for uri in (*parts, *mine)]  # the part first: then the unit is not done
     done.embed_again = sorted(broken)
     if not broken and not done.folders:
-        why = "the log and the commit differ, and no part of the log is damaged. Keep the run and report it"
+        why = "the log and the commit differ, and no part is damaged. Restore the parts of that wave from a copy of the run"
         done.left += [Left(item.where, f"{item.found}: {why}") for item in problems]
 
 

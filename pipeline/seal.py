@@ -208,9 +208,9 @@ def seal_again(sealer: Sealer, ref: SegmentRef, commit: int) -> SegmentRef:
         DataError: the plan or the log is damaged.
     """
     shards = range(ref.shard, ref.shard + 1)
-    embedded = ref.kind == "embedded"
-    refs = _seal_embedded(sealer, ref.wave, shards) if embedded else _seal_transformed(sealer, ref.wave, shards, commit)
-    return refs[0]
+    if ref.kind == "embedded":
+        return _seal_embedded(sealer, ref.wave, shards)[0][0]
+    return _seal_transformed(sealer, ref.wave, shards, commit)[0]
 
 
 def _write(

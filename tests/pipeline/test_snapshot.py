@@ -16,7 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from pipeline import documents, snapshot, storage
+from pipeline import commits, documents, snapshot, storage
 from pipeline.errors import DataError, GateRefused, Refused, SnapshotConflict
 from pipeline.run import Run
 from pipeline.snapshot import (
@@ -72,7 +72,7 @@ def draft(number: int, salt: str = "", waves: int = WAVES) -> Commit:
 def test_commit_without_log_digests_is_one_of_an_older_version_and_can_be_read(run: Run) -> None:
     tree = json.loads(commits.to_json(draft(2)))
     del tree["log_digests"], tree["sha256"]
-    tree["sha256"] = commits._digest(tree)
+    tree["sha256"] = documents.digest(tree)
     found = commits.from_json(Commit, json.dumps(tree).encode(), "old")
     commits.check_commit(found, "old")
     assert found == draft(2)
