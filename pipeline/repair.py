@@ -22,8 +22,9 @@ from pipeline.evidence import Notes, Problem
 from pipeline.plan import Plan
 from pipeline.publish import train
 from pipeline.run import Run
-from pipeline.schema import Unit
+from pipeline.schema import SIDECAR, Unit
 from pipeline.seal import Sealer, seal_again
+from pipeline.segments import put_by_content
 
 ASIDE = "damaged"
 _WAVE = re.compile(r"/wave-(\d+)(?:/|$|,)")
@@ -140,7 +141,7 @@ def _move_units(run: Run, plan: Plan, done: Repair, problems: list[Problem]) -> 
         done.moved += [_move_aside(run, uri) for uri in (*parts, *mine)]  # the part first: then the unit is not done
     done.embed_again = sorted(broken)
     if not broken and not done.folders:
-        why = "the log and the commit differ, and no part is damaged. Restore the parts of that wave from a copy of the run"
+        why = "no part of the log is damaged, but its commit names others: restore the parts of that wave from a copy"
         done.left += [Left(item.where, f"{item.found}: {why}") for item in problems]
 
 
@@ -180,7 +181,7 @@ def _seal_again(run: Run, plan: Plan, done: Repair, suspected: set[str]) -> None
     again = {(ref.shard, ref.wave, ref.sha256): (ref, commit) for ref, commit in found}
     for ref, commit in again.values():
         files = {run.path(ref.path), run.path(ref.sidecar_path)} & damaged
-        failed = _seal_one(run, plan, ref, commit)
+        failed = _seal_one(run, plan, ref, commit, files)
         if failed is None:
             done.rebuilt += sorted(files)
         else:
@@ -194,15 +195,28 @@ def _is_whole(run: Run, where: str, ref: SegmentRef) -> bool:
     return storage.exists(where) and storage.sha256(where) == sha256
 
 
-def _seal_one(run: Run, plan: Plan, ref: SegmentRef, commit: Commit) -> str | None:
-    """Seal one segment again; None if it has the bytes that the commit names, else why not."""
+def _seal_one(run: Run, plan: Plan, ref: SegmentRef, commit: Commit, files: set[str]) -> str | None:
+    """Seal one segment again; None if its damaged files have the bytes that the commit names, else why not."""
     sealer = Sealer(run, plan, commit.codebook_path, commit.codebook_sha256)
     try:
         found = seal_again(sealer, ref, commit.number)
     except DataError as error:
         return f"it cannot be sealed again: {error}"
-    same = (found.sha256, found.sidecar_sha256) == (ref.sha256, ref.sidecar_sha256)
+    same = run.path(ref.path) not in files or found.sha256 == ref.sha256
+    same &= run.path(ref.sidecar_path) not in files or _is_sidecar(run, found, ref)
     return None if same else f"sealed again, it has other bytes. {_OTHER_MACHINE}"
+
+
+def _is_sidecar(run: Run, found: SegmentRef, ref: SegmentRef) -> bool:
+    """Whether the sidecar that a commit names is stored now, perhaps in the format of an earlier version."""
+    if found.sidecar_sha256 == ref.sidecar_sha256:
+        return True
+    rows = storage.read_parquet(run.path(found.sidecar_path))
+    data = storage.parquet_bytes(SIDECAR, [rows], with_digests=False)
+    if hashlib.sha256(data).hexdigest() != ref.sidecar_sha256:
+        return False
+    put_by_content(run, "index/segments/{}.parquet", data)
+    return True
 
 
 def _serve_another(run: Run, commits: list[Commit], damaged: set[str]) -> str:

@@ -274,20 +274,22 @@ def delete_files(uris: list[str]) -> None:
         _locate(uris[0])[0].delete([_locate(uri)[1] for uri in uris])
 
 
-def parquet_bytes(schema: pa.Schema, row_groups: Iterable[pa.Table]) -> bytes:
+def parquet_bytes(schema: pa.Schema, row_groups: Iterable[pa.Table], with_digests: bool = True) -> bytes:
     """One Parquet file with one row group per table, empty ones included; the same rows give the same bytes.
 
-    Its pages have checksums, and its content has digests: see `content`.
+    Its pages have checksums, and its content has digests: see `content`. Without them it is the file that earlier
+    versions wrote of these rows, whose digest a commit of such a version names.
     """
     sink, digests = io.BytesIO(), Digests(schema)
     options: dict[str, object] = {"use_dictionary": [field.name for field in schema if pa.types.is_string(field.type)]}
-    options |= {"compression": "zstd", "compression_level": 1, "write_page_checksum": True}
+    options |= {"compression": "zstd", "compression_level": 1, "write_page_checksum": with_digests}
     with pq.ParquetWriter(sink, schema, **options) as writer:
         for table in row_groups:
             rows = table.select(schema.names).cast(schema)
             digests.add(rows)
             writer.write_table(rows, row_group_size=max(1, rows.num_rows))
-        writer.add_key_value_metadata(digests.metadata())
+        if with_digests:
+            writer.add_key_value_metadata(digests.metadata())
     return sink.getvalue()
 
 
