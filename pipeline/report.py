@@ -25,7 +25,7 @@ from pipeline import documents, plots, quality, snapshot, storage, vector_log
 from pipeline.config import Config
 from pipeline.errors import DataError
 from pipeline.estimate import estimate_uri
-from pipeline.expected import Expected, expected_uri
+from pipeline.expected import expected_uri, read_expected
 from pipeline.gallery import new_embeddings_given
 from pipeline.plan import Plan, read_plan, transformed_parts
 from pipeline.progress import Progress, Tracker
@@ -329,17 +329,22 @@ def _throughput(run: Run, plan: Plan | None) -> Tree | None:
 
 def _expected(run: Run) -> Tree | None:
     """Inside 0 to 100 per cent, also as an earlier version kept it."""
-    found = storage.read_versioned(expected_uri(run))
-    return {name: Expected.from_json(item).to_json() for name, item in json.loads(found[0]).items()} if found else None
+    where = expected_uri(run)
+    found = storage.read_versioned(where)
+    return {name: item.to_json() for name, item in read_expected(found[0], where).items()} if found else None
 
 
 def _estimate(run: Run) -> Tree | None:
     found = storage.read_versioned(estimate_uri(run))
     if found is None:
         return None
-    tree = json.loads(found[0])
-    made = tree.get("made_unix_seconds") or storage.stat(estimate_uri(run)).modified_seconds
-    return {"images_per_second": tree["rates"]["stream"], "seconds": tree["seconds"], "made_unix_seconds": made}
+    where = estimate_uri(run)
+    tree = documents.decode(found[0], where, documents.REDO)
+    made = tree.get("made_unix_seconds") or storage.stat(where).modified_seconds
+    try:
+        return {"images_per_second": tree["rates"]["stream"], "seconds": tree["seconds"], "made_unix_seconds": made}
+    except (KeyError, TypeError) as error:
+        raise DataError("not an estimate", found=repr(error), where=where, remedy=documents.REDO) from error
 
 
 def _rejects(run: Run, plan: Plan | None) -> list[Tree]:
