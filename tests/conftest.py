@@ -12,6 +12,12 @@ import pytest
 
 from tests.faulty_proxy import FaultyProxy
 from tests.seaweed import SeaweedFS, weed_binary
+from tests.skips import (  # noqa: F401 (pytest calls them)
+    pytest_collectreport,
+    pytest_runtest_logreport,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+)
 
 if TYPE_CHECKING:
     from pipeline.run import Run

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-import errno
+import os
+import pickle
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import fsspec
 from PIL import Image
 
 from jobs import checks
-from pipeline import embed, expected, planner, probe, score
+from pipeline import embed, expected, object_store, planner, probe, score, storage
+from pipeline.config import Config
 from pipeline.errors import FastfillError
+from pipeline.local_store import LocalStore
+from pipeline.object_store import ObjectStore, Retry
 from pipeline.run import Run
 from tests.crashes import small_run, stages
+from tests.crashes.memory_store import MemoryStore
 from tests.crashes.moments import Operation, States, watch
-from tests.crashes.outcome import durable_images, outcome, written_once
+from tests.crashes.outcome import Outcome, differences, durable_images, outcome, written_once
+from tests.pipeline.unreliable_store import FakeTime
 from training import boost, fit
 
 IMPORTED = (boost, checks, embed, expected, fit, fsspec, planner, probe, score)
 """What a driver imports as it goes, and what takes seconds: once in the server that forks, not in every case."""
 Image.init()
 
-Outcome = dict[str, object]
+REMOTE = "s3://bucket/run"
+_VARIES = re.compile(r"[0-9a-f]{16,}|\d+")
 
 
 def make(home: Path) -> Outcome:
@@ -50,27 +58,90 @@ def record(home: Path, states: Path) -> int:
 
 
 def go_on(home: Path, run: Path, expected: Outcome) -> list[str]:
-    """Start a driver on what a crash has left; what is wrong afterwards."""
+    """Start a driver on what a crash has left on the disk; what is wrong afterwards."""
     stages.install()
-    config = small_run.load(home, str(run))
+    return _go_on(home, small_run.load(home, str(run)), expected)
+
+
+def record_writes(home: Path, writes: Path) -> int:
+    """As `record`, in an object store: its writes one after the other are its states; gives their number."""
+    store, config = _in_memory(home)
+    store.writes.clear()
+    small_run.drive(config)
+    writes.write_bytes(pickle.dumps(store.writes))
+    return len(store.writes)
+
+
+def go_on_in_memory(home: Path, writes: Path, number: int, expected: Outcome) -> list[str]:
+    """As `go_on`, with the first writes of a run in an object store."""
+    store, config = _in_memory(home)
+    store.do(pickle.loads(writes.read_bytes())[:number])  # noqa: S301 (of our own)
+    store.writes.clear()
+    once = {uri.removeprefix("s3://") for uri in written_once(Run(config.run))}
+    wrong = _go_on(home, config, expected)
+    return wrong + [f"{name} was durable and is written again" for name, _ in store.writes if name in once]
+
+
+def lose_answers(home: Path, expected: Outcome) -> list[str]:
+    """A run whose store loses its first answer to each write, after the write is done."""
+    store, config = _in_memory(home)
+    store.loses_answers = True
+    return _go_on(home, config, expected)
+
+
+def operations(home: Path, run: Path) -> dict[str, int]:
+    """How many operations of each kind an undisturbed run does."""
+    stages.install()
+    shutil.copytree(home / "start", run)
+    seen: list[str] = []
+    watch(run, lambda operation: seen.append(kind(operation, run)))
+    small_run.drive(small_run.load(home, str(run)))
+    return Counter(seen)
+
+
+def fail(home: Path, run: Path, wanted: str, number: int, code: int) -> str:
+    """A run in which the nth operation of a kind ends with an error; how the run ends."""
+    stages.install()
+    shutil.copytree(home / "start", run)
+    seen: Counter[str] = Counter()
+
+    def told(operation: Operation) -> None:
+        seen[kind(operation, run)] += 1
+        if kind(operation, run) == wanted and seen[wanted] == number:
+            raise OSError(code, os.strerror(code), operation.path)
+
+    watch(run, told)
+    try:
+        small_run.drive(small_run.load(home, str(run)))
+    except (FastfillError, OSError) as error:
+        return f"refused: {error}"
+    return "completed"
+
+
+def kind(operation: Operation, run: Path) -> str:
+    """An operation without numbers and digests: `create /embedded/wave-#/.tmp-#`."""
+    return f"{operation.name} {_VARIES.sub('#', operation.path.removeprefix(str(run)))}"
+
+
+def _go_on(home: Path, config: Config, expected: Outcome) -> list[str]:
+    run, read = Run(config.run), list[Path]()
     durable, once = durable_images(run), written_once(run)
-    read: list[Path] = []
     watch(home / "data" / "images", lambda operation: read.append(Path(operation.path)))
     small_run.drive(config, on_start=read.clear)
-    wrong = differences(outcome(Run(config.run)), expected)
+    wrong = differences(outcome(run), expected)
     if again := durable & {int(path.stem) for path in read}:
         wrong.append(f"images {sorted(again)} were durable and are read again")
     after = written_once(run)
-    return wrong + [f"{path} was durable and is written again" for path in once if after.get(path) != once[path]]
+    return wrong + [f"{uri} was durable and is written again" for uri in once if after.get(uri) != once[uri]]
 
 
-def differences(found: Outcome, expected: Outcome) -> list[str]:
-    """In words, where two outcomes differ."""
-    wrong = []
-    for name, value in expected.items():
-        if isinstance(value, dict) and isinstance(other := found[name], dict):
-            keys = sorted({*value, *other}, key=str)
-            wrong += [f"{name}: {key} differs" for key in keys if value.get(key) != other.get(key)]
-        elif value != found[name]:
-            wrong.append(f"{name}: {found[name]}")
-    return wrong
+def _in_memory(home: Path) -> tuple[MemoryStore, Config]:
+    """A run in an object store, before its first driver."""
+    stages.install()
+    store = MemoryStore()
+    remote, local = ObjectStore(store, Retry(seconds=2.0)), LocalStore()
+    storage._store = lambda scheme, *_: local if scheme == "file" else remote  # type: ignore[assignment]
+    object_store.time = FakeTime()  # type: ignore[assignment] # no pause takes any time
+    for path in (home / "start").rglob("*.*"):
+        storage.put(storage.join(REMOTE, str(path.relative_to(home / "start"))), path.read_bytes())
+    return store, small_run.load(home, REMOTE)

@@ -12,6 +12,7 @@ import pytest
 
 from tests.crashes import cases
 from tests.crashes.forks import Run, servers
+from tests.crashes.outcome import Outcome
 
 MEMORY = Path("/dev/shm")  # a disk that is synced in no time: what is written is what counts here
 
@@ -28,7 +29,11 @@ class World:
 
     home: Path
     run: Run
-    expected: cases.Outcome
+    expected: Outcome
+
+    def folder(self, name: str) -> Path:
+        """A place for a run, of which there is nothing yet."""
+        return self.home.parent / name
 
 
 @pytest.fixture(scope="session")

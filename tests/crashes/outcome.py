@@ -1,58 +1,66 @@
-"""What is left of a run, so that two runs can be compared."""
+"""What is left of a run, so that two runs can be compared; on any store."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from pathlib import Path
 
-import pyarrow.parquet as pq
-
-from pipeline import snapshot
+from pipeline import snapshot, storage
 from pipeline.audit import audit
 from pipeline.run import Run
 
-_OF_ITS_OWN = re.compile(r"/(\.tmp-|\.lock-)|^/(reports/|index/commits/|index/tags/|index/leases/|run\.json)")
-"""What differs between two runs: times, attempt ids, the run's own place."""
+_OF_ITS_OWN = re.compile(r"^/(reports/|index/(commits|tags|leases)/|run\.json|probe/|scored/)")
+"""What differs between two equal runs (times, attempt ids, the run's place), and scores, which gc removes."""
+
+_ONCE = ("embedded", "index/segments", "index/commits")
+
+Outcome = dict[str, object]
 
 
-def outcome(run: Run) -> dict[str, object]:
+def outcome(run: Run) -> Outcome:
     """All that must be equal in two runs that have ended: commits, tags, the bytes of every file, the audit."""
     tags = {name: snapshot.read_tag(run, name) for name in ("candidate", "prod")}
     return {
         "commits": {number: snapshot.read_commit(run, number).content() for number in snapshot.list_commits(run)},
         "tags": {name: None if tag is None else tag.commit for name, tag in tags.items()},
-        "files": digests(Path(run.uri)),
+        "files": digests(run),
         "problems": audit(run.uri).problems,
     }
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """By name below the folder, the sha256 of each file that equal runs have in common."""
-    names = {str(path).removeprefix(str(folder)): path for path in folder.rglob("*") if path.is_file()}
+def digests(run: Run) -> dict[str, str]:
+    """By name in the run, the sha256 of each file that equal runs have in common."""
+    names = {uri.removeprefix(run.uri): uri for uri in storage.list_files(run.uri)}
     return {
-        name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for name, path in sorted(names.items())
+        name: hashlib.sha256(storage.read_bytes(uri)).hexdigest()
+        for name, uri in names.items()
         if not _OF_ITS_OWN.search(name)
     }
 
 
-def written_once(folder: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of what is durable and must never be written again: parts, segments, commits."""
-    found = {}
-    for place in ("embedded", "index/segments", "index/commits"):
-        for path in (folder / place).rglob("*"):
-            if path.suffix in (".parquet", ".faiss", ".json") and not path.name.startswith("."):
-                found[str(path)] = (path.stat().st_ino, path.stat().st_mtime_ns)
-    return found
+def differences(found: Outcome, expected: Outcome) -> list[str]:
+    """In words, where two outcomes differ."""
+    wrong = []
+    for name, value in expected.items():
+        other = found[name]
+        if isinstance(value, dict) and isinstance(other, dict):
+            keys = sorted({*value, *other}, key=str)
+            wrong += [f"{name}: {key} differs" for key in keys if value.get(key) != other.get(key)]
+        elif value != other:
+            wrong.append(f"{name}: {other}")
+    return wrong
 
 
-def durable_images(folder: Path) -> set[int]:
+def written_once(run: Run) -> dict[str, storage.Stat]:
+    """The stat of each file that is durable, and must never be written again: parts, segments, commits."""
+    return {uri: stat for folder in _ONCE for uri, stat in storage.list_stats(run.path(folder))}
+
+
+def durable_images(run: Run) -> set[int]:
     """The ids of the images that are in the vector log or its rejects."""
-    files = [path for path in (folder / "embedded").rglob("unit-*.parquet")]
-    found = {number for path in files for number in pq.read_table(path)["id"].to_pylist()}
-    parts = {path.stem for path in files}
-    for path in (folder / "rejects").rglob("unit-*.parquet"):
-        if path.stem.rpartition("-")[0] in parts:
-            found |= set(pq.read_table(path)["id"].to_pylist())
-    return found
+    parts = storage.list_files(run.path("embedded"), ".parquet")
+    units = {uri.removeprefix(run.path("embedded")).removesuffix(".parquet") for uri in parts}
+    for uri in storage.list_files(run.path("rejects"), ".parquet"):
+        if uri.removeprefix(run.path("rejects")).rpartition("-")[0] in units:
+            parts.append(uri)
+    return {number for uri in parts for number in storage.read_parquet(uri, ["id"])["id"].to_pylist()}

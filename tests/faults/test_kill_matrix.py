@@ -36,7 +36,6 @@ STEPS = {
 }
 VICTIMS = ("driver", "embedding actor", "sealing task", "worker node", "S3 server")
 MUST = {"sealing task": ["seal"], "embedding actor": list(STEPS)[:4]}  # where one of them has to be found
-TABLE: dict[tuple[str, str], str] = {}
 
 
 @dataclass
@@ -62,6 +61,7 @@ class Matrix:
         default_factory=list
     )  # of each kill: length of the log, what is durable
     nodes: list[Any] = field(default_factory=list)
+    killed: dict[str, str] = field(default_factory=dict)  # by step, what came of the strike in a word
 
     def arm(self, step: str) -> None:
         """Wait for the next step's request."""
@@ -84,7 +84,7 @@ class Matrix:
             self.moments.append((len(self.scene.proxy.log), self._durable()))
             killed = self._strike(strike)
             strike.struck.set()
-            TABLE[self.victim, step] = killed
+            self.killed[step] = killed
             if self.victim == "driver":
                 self.driver.communicate(timeout=60)
                 self.driver = self.scene.start(self.name)
@@ -155,7 +155,7 @@ def test_a_kill_at_every_step_changes_nothing_that_is_published(
     assert all(count == 1 for count in created.values()), "a wave was published twice"
     # Sealing tasks run at no other step, and when a wave is committed the last image may be embedded already.
     must = MUST.get(victim, list(STEPS))
-    assert all(TABLE[victim, step] == "killed" for step in must), "a cell of the matrix is empty"
+    assert all(matrix.killed[step] == "killed" for step in must), "a cell of the matrix is empty"
     assert len(image_reads(calm.log)) == IMAGES
     again: set[str] = set().union(*(durable & set(image_reads(calm.log[start:])) for start, durable in matrix.moments))
     # Of a lost node also units whose acknowledgement was on its way.
@@ -163,7 +163,7 @@ def test_a_kill_at_every_step_changes_nothing_that_is_published(
     assert len(again) <= most, "images were read again that were durable when the kill came"
     report = scene.audit(name)
     assert report["ok"], report["problems"]
-    TABLE[victim, "images read again"] = str(sum(image_reads(calm.log).values()) - IMAGES)
+    print(victim, matrix.killed, "images read again:", sum(image_reads(calm.log).values()) - IMAGES)
 
 
 def created_commits(log: list[tuple[str, str, int]], name: str) -> Counter[str]:
@@ -172,14 +172,3 @@ def created_commits(log: list[tuple[str, str, int]], name: str) -> Counter[str]:
     return Counter(
         found[1] for method, path, status in log if method == "PUT" and status == 200 and (found := commit.search(path))
     )
-
-
-def test_print_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    if not TABLE:
-        pytest.skip("no victim was killed before")
-    columns = [*STEPS, "images read again"]
-    with capsys.disabled():
-        print("\n" + " | ".join(["victim".ljust(16), *columns]))
-        for victim in VICTIMS:
-            cells = [TABLE.get((victim, column), "?").center(len(column)) for column in columns]
-            print(" | ".join([victim.ljust(16), *cells]))
