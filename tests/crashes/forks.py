@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 SERVERS = 2
-_IMPORTED = ["tests.crashes.cases"]
+_IMPORTED = ["tests.crashes.cases", "tests.crashes.together"]
 
 Case = Callable[..., Any]
 Run = Callable[[Case, Sequence[tuple[Any, ...]]], list[Any]]

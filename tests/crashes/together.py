@@ -1,0 +1,112 @@
+"""Three drivers, gc and a reader on one run, one call of `storage` after the other in an order that a seed gives."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pytest
+
+from pipeline import fetch, publish, ranking, search, snapshot, storage
+from pipeline.audit import audit
+from pipeline.collect import Rules, collect
+from pipeline.errors import DataError, IncompatibleRun, SnapshotConflict
+from pipeline.progress import Progress
+from pipeline.run import Run
+from pipeline.search import Searcher
+from tests.crashes import small_run, stages
+from tests.crashes.outcome import Outcome, digests
+from tests.galleries import NEW_DIM
+from tests.pipeline.interleave import Turns
+
+DRIVERS, CALLS = 3, 20_000
+REFUSED = (SnapshotConflict, IncompatibleRun)  # what a driver may end with, if another one is faster
+
+
+class Inline:
+    """In place of a pool of threads: what is submitted is done at once, so that the order is the seed's alone."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def submit(self, function: Callable[..., Any], *arguments: object) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:  # noqa: BLE001 (raised where the result is asked for)
+            future.set_exception(error)
+        return future
+
+    def map(self, function: Callable[..., Any], *items: Iterable[Any]) -> Iterator[Any]:
+        return iter([function(*some) for some in zip(*items, strict=False)])
+
+    def shutdown(self, **_: object) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        pass
+
+
+def all_at_once(home: Path, uri: Path, seed: int, expected: Outcome) -> list[str]:
+    """Let them run, then look; what is wrong."""
+    stages.install()
+    config, run, choose = small_run.load(home, str(uri)), Run(str(uri)), random.Random(seed)
+    for path in (home / "start").rglob("*.*"):
+        storage.put(storage.join(run.uri, str(path.relative_to(home / "start"))), path.read_bytes())
+    seen: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (fetch, publish, ranking, search, storage):
+            patch.setattr(module, "ThreadPoolExecutor", Inline)
+        turns = Turns(patch, (choose.randrange(60) for _ in range(CALLS)))
+        drivers = [lambda: small_run.drive(config)] * DRIVERS
+        ends = turns.run(*drivers, lambda: _collect(run), lambda: _read(run, seen))
+    wrong = [repr(end) for end in ends[DRIVERS:] if end is not None]
+    wrong += [repr(end) for end in ends[:DRIVERS] if not isinstance(end, (Progress, *REFUSED))]
+    if not any(isinstance(end, Progress) and end.wave == small_run.WAVES for end in ends):
+        wrong.append(f"no driver has finished: {ends}")
+    if seen != sorted(seen):
+        wrong.append(f"the reader went back: {seen}")
+    return wrong + _left(run, expected)
+
+
+def _collect(run: Run) -> None:
+    """gc, again and again."""
+    for _ in range(8):
+        collect(run.uri, Rules(keep=1, grace_seconds=0))
+
+
+def _read(run: Run, seen: list[int]) -> None:
+    """Open and search, again and again; each answer is whole."""
+    queries = np.random.default_rng(0).normal(size=(2, NEW_DIM)).astype(np.float32)
+    for _ in range(12):
+        try:
+            with Searcher(run.uri) as searcher:
+                found = searcher.search(queries, small_run.IMAGES)
+        except DataError as error:
+            if "there is nothing to search yet" not in str(error):
+                raise
+            continue
+        assert all(sorted(ids) == list(range(small_run.IMAGES)) for ids in found.ids.tolist())
+        seen.append(found.commit)
+
+
+def _left(run: Run, expected: Outcome) -> list[str]:
+    """What is wrong with the run afterwards; gc may have removed commits and what only they name."""
+    wrong, commits, files = [str(problem) for problem in audit(run.uri).problems], expected["commits"], digests(run)
+    assert isinstance(commits, dict)
+    assert isinstance(expected["files"], dict)
+    found = {number: snapshot.read_commit(run, number).content() for number in snapshot.list_commits(run)}
+    wrong += [f"commit {number} differs" for number in found if found[number] != commits[number]]
+    if small_run.WAVES not in found or snapshot.read_tag(run, "prod") is None:
+        wrong.append(f"the last commit is not there: {sorted(found)}")
+    wrong += [f"{name} differs" for name in files if files[name] != expected["files"].get(name)]
+    kept = [name for name in expected["files"] if not name.startswith("/index/segments/")]
+    return wrong + [f"{name} is missing" for name in kept if name not in files]
