@@ -1,4 +1,4 @@
-# make demo test test-slow test-faults test-cluster test-scale bench check format clean: the same commands for people and for CI.
+# make demo test test-slow test-faults test-ci-faults test-cluster test-scale bench check format clean: the same commands for people and for CI.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,12 +8,16 @@ BIN := $(VENV)/bin
 # backfills are compared (expected, relearn, subgroups), and encoders, which measures nothing: it trains what others need.
 BENCHMARKS := throughput waves decode fetch fetch_tars plan index fit startup first_benefit manifest simulate
 
-# Slow tests that are of another target than their folder's, so that CI takes less than 45 minutes.
-FAULTS := tests/e2e/test_kill.py tests/e2e/test_own_code.py tests/e2e/test_relearn.py tests/e2e/test_cifar100_s3.py
+# Slow tests that are of another target than their folder's, so that CI takes less than an hour.
+FAULTS := tests/crashes tests/e2e/test_kill.py tests/e2e/test_own_code.py tests/e2e/test_relearn.py tests/e2e/test_cifar100_s3.py
 LONG_SEARCH := tests/pipeline/test_commit_protocol.py::test_no_order_of_requests_and_no_fault_breaks_the_protocol_in_a_long_search
 MEMORY := tests/pipeline/test_evaluate.py::test_memory_stays_below_a_gigabyte_at_50_000_by_50_000
 
-.PHONY: demo test test-slow test-faults test-cluster test-scale bench check format clean
+# The part of test-faults that CI runs: of the kill matrix one victim, the driver.
+KILLED_DRIVER := tests/faults/test_kill_matrix.py::test_a_kill_at_every_step_changes_nothing_that_is_published[driver]
+CI_FAULTS := tests/faults/test_drivers.py tests/faults/test_faulty_store.py '$(KILLED_DRIVER)'
+
+.PHONY: demo test test-slow test-faults test-ci-faults test-cluster test-scale bench check format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,8 +34,11 @@ test-slow: $(VENV)/installed  ## what takes minutes: whole CIFAR-100 and small r
 	$(BIN)/python -m pytest -m slow --durations 15 --ignore tests/cluster --ignore tests/faults --ignore tests/scale \
 		$(addprefix --ignore ,$(FAULTS)) $(addprefix --deselect ,$(LONG_SEARCH) $(MEMORY))
 
-test-faults: $(VENV)/installed  ## kills, faulty stores, drivers on a real cluster, learning on the way, CIFAR-100 on S3: half an hour
+test-faults: $(VENV)/installed  ## kills, faulty stores, drivers, errors at any operation, learning on the way, CIFAR-100 on S3: over half an hour
 	$(BIN)/python -m pytest -m slow tests/faults $(FAULTS) $(LONG_SEARCH)
+
+test-ci-faults: $(VENV)/installed  ## two drivers, a faulty store, a killed driver: ten minutes, also part of test-faults
+	$(BIN)/python -m pytest -m slow --durations 15 $(CI_FAULTS)
 
 bench: $(VENV)/installed  ## the short form of every benchmark: a quarter of an hour
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name --short || exit 1; echo; done

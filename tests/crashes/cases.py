@@ -118,6 +118,21 @@ def fail(home: Path, run: Path, wanted: str, number: int, code: int) -> str:
     return "completed"
 
 
+def die(home: Path, run: Path, number: int) -> None:
+    """A run whose process dies at the nth operation that changes something: no exception, no clean-up, no flush."""
+    stages.install()
+    shutil.copytree(home / "start", run)
+    left = [number]
+
+    def told(operation: Operation) -> None:
+        left[0] -= operation.changes
+        if left[0] < 0:
+            os._exit(9)
+
+    watch(run, told)
+    small_run.drive(small_run.load(home, str(run)))
+
+
 def kind(operation: Operation, run: Path) -> str:
     """An operation without numbers and digests: `create /embedded/wave-#/.tmp-#`."""
     return f"{operation.name} {_VARIES.sub('#', operation.path.removeprefix(str(run)))}"

@@ -75,28 +75,38 @@ class States:
     def __init__(self, folder: Path, copies: Path) -> None:
         self._folder, self._copies = folder, copies
         self._last: tuple[frozenset[tuple[str, int]], bool] | None = None
+        self._created: set[str] = set()
         self.count = 0
 
     def take(self, operation: Operation) -> None:
         """Copy the folder, if it is not as it was at the last call; half a temporary file is all that a crash leaves.
 
-        Of states that differ only in temporary files the one that has such files is kept.
+        Of states that differ only in temporary files the one that has such files is kept. A file that is written in
+        its place gives a state more, in which half of it is there.
         """
         if not operation.changes:
             return
+        torn = [path for path in self._created if _TEMPORARY not in path and os.path.exists(path)]
+        self._created = {operation.path} if operation.name == "create" else set()
+        if any(os.path.getsize(path) for path in torn):
+            self._copy(torn)
         files = self._settled(self._list)
         whole = frozenset(item for item in files if _TEMPORARY not in item[0])
         has_leftovers = files != whole
-        if self._last is not None and self._last[0] == whole and (self._last[1] or not has_leftovers):
-            return
         if self._last is not None and self._last[0] == whole:
+            if self._last[1] or not has_leftovers:
+                return
             self.count -= 1
-            shutil.rmtree(self._copies / str(self.count))
+        self._copy([])
+        self._last = whole, has_leftovers
+
+    def _copy(self, torn: list[str]) -> None:
         copy = self._copies / str(self.count)
         self._settled(lambda: self._copy_to(copy))
-        for path in copy.rglob(f"{_TEMPORARY}*"):
+        halved = [copy / Path(path).relative_to(self._folder) for path in torn]
+        for path in [*halved, *copy.rglob(f"{_TEMPORARY}*")]:
             os.truncate(path, path.stat().st_size // 2)
-        self._last, self.count = (whole, has_leftovers), self.count + 1
+        self.count += 1
 
     def _list(self) -> frozenset[tuple[str, int]]:
         return frozenset((str(path), path.lstat().st_ino) for path in self._folder.rglob("*"))

@@ -10,8 +10,6 @@ from pipeline.audit import audit
 from pipeline.run import Run
 
 _OF_ITS_OWN = re.compile(r"^/(reports|index/(commits|tags|leases)|probe|scored)/|^/(index/(gc|collected)|run)\.json$")
-    r"^/(reports/|index/(commits|tags|leases)/|index/(gc|collected)\.json|run\.json|probe/|scored/)"
-)
 """What differs between two equal runs: times, attempt ids, the run's place, notes of gc; and scores that gc removes."""
 
 _ONCE = ("embedded", "index/segments", "index/commits")

@@ -15,6 +15,15 @@ def test_backfill_killed_before_or_after_any_storage_call_ends_with_the_same_byt
     assert {number: found for number, found in enumerate(wrong) if found} == {}
 
 
+def test_backfill_whose_process_ends_at_an_operation_ends_with_the_same_bytes(world: World) -> None:
+    """Real deaths, of which there are few here: that the states above are what they leave."""
+    runs = {number: world.folder(f"dead-{number}") for number in range(20, 340, 40)}
+    ends = world.run(cases.die, [(world.home, run, number) for number, run in runs.items()])
+    assert ends == ["died with status 9"] * len(runs)
+    wrong = world.run(cases.go_on, [(world.home, run, world.expected) for run in runs.values()])
+    assert {number: found for number, found in zip(runs, wrong, strict=True) if found} == {}
+
+
 def test_backfill_killed_before_or_after_any_write_to_an_object_store_ends_with_the_same_bytes(world: World) -> None:
     writes = world.folder("writes")
     (count,) = world.run(cases.record_writes, [(world.home, writes)])

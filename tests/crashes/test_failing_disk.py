@@ -31,20 +31,25 @@ def kinds(world: World) -> Counter[str]:
     return Counter(found)
 
 
+CREATES = ("create", "os.link", "os.rename")
+
+
 def code(kind: str) -> int:
     """A full disk takes no new file, folder or name; everything else fails as a damaged disk does."""
-    return errno.ENOSPC if kind.split()[0] in ("create", "os.link", "os.rename", "os.mkdir") else errno.EIO
+    return errno.ENOSPC if kind.startswith((*CREATES, "os.mkdir")) else errno.EIO
 
 
 def test_backfill_with_an_error_at_one_operation_of_each_kind_is_refused_and_resumed_to_the_same_bytes(
     world: World, kinds: Counter[str]
 ) -> None:
-    try_each(
-        world, "kind", [(kind, 1 + number % count, code(kind)) for number, (kind, count) in enumerate(kinds.items())]
-    )
+    """Of the kinds that create, publish or read a file; folders and removals come with the slow test."""
+    of_files = [kind for kind in kinds if kind.startswith(CREATES) or (kind.startswith("open ") and "." in kind)]
+    which = [(kind, 1 + number % kinds[kind], code(kind)) for number, kind in enumerate(of_files)]
+    try_each(world, "kind", which)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_backfill_with_an_error_at_any_operation_is_refused_and_resumed_to_the_same_bytes(
     world: World, kinds: Counter[str]
 ) -> None:

@@ -55,38 +55,55 @@ class Inline:
         pass
 
 
-def all_at_once(home: Path, uri: Path, seed: int, expected: Outcome) -> list[str]:
-    """Let them run, then look; what is wrong."""
+def all_at_once(home: Path, uri: Path, seed: int, expected: Outcome) -> tuple[list[str], list[int], int]:
+    """Let them run, then look.
+
+    Returns:
+        what is wrong, the commits that the reader saw, and how many gc has removed.
+    """
     stages.install()
     config, run, choose = small_run.load(home, str(uri)), Run(str(uri)), random.Random(seed)
     for path in (home / "start").rglob("*.*"):
         storage.put(storage.join(run.uri, str(path.relative_to(home / "start"))), path.read_bytes())
     seen: list[int] = []
+    ended: list[bool] = []
+
+    def drive() -> Progress:
+        try:
+            return small_run.drive(config)
+        finally:
+            ended.append(True)
+
+    def others_go_on() -> bool:
+        return len(ended) < DRIVERS
+
     with pytest.MonkeyPatch.context() as patch:
         for module in (fetch, publish, ranking, search, storage):
             patch.setattr(module, "ThreadPoolExecutor", Inline)
         turns = Turns(patch, (choose.randrange(60) for _ in range(CALLS)))
-        drivers = [lambda: small_run.drive(config)] * DRIVERS
-        ends = turns.run(*drivers, lambda: _collect(run), lambda: _read(run, seen))
+        ends = turns.run(
+            *[drive] * DRIVERS, lambda: _collect(run, others_go_on), lambda: _read(run, others_go_on, seen)
+        )
     wrong = [repr(end) for end in ends[DRIVERS:] if end is not None]
     wrong += [repr(end) for end in ends[:DRIVERS] if not isinstance(end, (Progress, *REFUSED))]
     if not any(isinstance(end, Progress) and end.wave == small_run.WAVES for end in ends):
         wrong.append(f"no driver has finished: {ends}")
     if seen != sorted(seen):
         wrong.append(f"the reader went back: {seen}")
-    return wrong + _left(run, expected)
+    wrong += _left(run, expected)
+    return wrong, seen, small_run.WAVES + 1 - len(snapshot.list_commits(run))
 
 
-def _collect(run: Run) -> None:
+def _collect(run: Run, may_go_on: Callable[[], bool]) -> None:
     """gc, again and again."""
-    for _ in range(8):
+    while may_go_on():
         collect(run.uri, Rules(keep=1, grace_seconds=0))
 
 
-def _read(run: Run, seen: list[int]) -> None:
+def _read(run: Run, may_go_on: Callable[[], bool], seen: list[int]) -> None:
     """Open and search, again and again; each answer is whole."""
     queries = np.random.default_rng(0).normal(size=(2, NEW_DIM)).astype(np.float32)
-    for _ in range(12):
+    while may_go_on():
         try:
             with Searcher(run.uri) as searcher:
                 found = searcher.search(queries, small_run.IMAGES)
