@@ -34,7 +34,7 @@ test-slow: $(VENV)/installed  ## what takes minutes: whole CIFAR-100 and small r
 	$(BIN)/python -m pytest -m slow --durations 15 --ignore tests/cluster --ignore tests/faults --ignore tests/scale \
 		$(addprefix --ignore ,$(FAULTS)) $(addprefix --deselect ,$(LONG_SEARCH) $(MEMORY))
 
-test-faults: $(VENV)/installed  ## kills, faulty stores, drivers, errors at any operation, learning on the way, CIFAR-100 on S3: over half an hour
+test-faults: $(VENV)/installed  ## kills, drivers, errors at any operation, learning on the way, CIFAR-100 on S3: over half an hour
 	$(BIN)/python -m pytest -m slow tests/faults $(FAULTS) $(LONG_SEARCH)
 
 test-ci-faults: $(VENV)/installed  ## two drivers, a faulty store, a killed driver: ten minutes, also part of test-faults
