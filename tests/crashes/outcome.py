@@ -7,10 +7,11 @@ import re
 
 from pipeline import snapshot, storage
 from pipeline.audit import audit
+from pipeline.collect import Rules, collect
 from pipeline.run import Run
 
-_OF_ITS_OWN = re.compile(r"^/(reports|index/(commits|tags|leases)|probe|scored)/|^/(index/(gc|collected)|run)\.json$")
-"""What differs between two equal runs: times, attempt ids, the run's place, notes of gc; and scores that gc removes."""
+_OF_ITS_OWN = re.compile(r"^/(reports|index/(commits|tags|leases)|probe)/|^/(index/(gc|collected)|run)\.json$")
+"""What differs between two equal runs: times, attempt ids, the run's place, notes of gc."""
 
 _ONCE = ("embedded", "index/segments", "index/commits")
 
@@ -29,7 +30,8 @@ def outcome(run: Run) -> Outcome:
 
 
 def digests(run: Run) -> dict[str, str]:
-    """By name in the run, the sha256 of each file that equal runs have in common."""
+    """By name in the run, the sha256 of each file that equal runs have in common, once gc has removed leftovers."""
+    collect(run.uri, Rules(keep=100))
     names = {uri.removeprefix(run.uri): uri for uri in storage.list_files(run.uri)}
     return {
         name: hashlib.sha256(storage.read_bytes(uri)).hexdigest()
