@@ -140,6 +140,7 @@ def _check_gallery(evidence: Evidence, notes: Notes, files: _Files, commits: lis
     segments = _segments(evidence, commits)
     _check_plan(evidence, notes, last)
     _check_log(evidence, notes, commits)
+    etags: dict[str, set[str]] = {}
     for shard in range(last.num_shards):
         cells = _cells(evidence, shard, last)
         refs = [ref for cell in cells for ref in segments.get((shard, cell.wave, cell.learnt), ())]
@@ -150,10 +151,13 @@ def _check_gallery(evidence: Evidence, notes: Notes, files: _Files, commits: lis
             if cell.wave <= last.number and evidence.is_final(cell.wave, cell.learnt):
                 where = f"{evidence.run.path('embedded', f'wave-{cell.wave:03d}')}, shard {shard}"
                 notes.compare("log", where, cell.ids, np.concatenate([cell.embedded, cell.rejected]))
+                for row in evidence.container_etags(cell).to_pylist():
+                    etags.setdefault(row["uri"], set()).add(row["source_etag"])
             for ref in segments.get((shard, cell.wave, cell.learnt), ()):
                 _check_sidecar(notes, files, ref, cell)
                 if codebook is not None:
                     _check_segment(evidence, files, ref, cell, codebook)
+    _check_containers(notes, etags)
 
 
 def _check_plan(evidence: Evidence, notes: Notes, commit: Commit) -> None:
@@ -166,6 +170,14 @@ def _check_plan(evidence: Evidence, notes: Notes, commit: Commit) -> None:
             outside = keys[((keys < lowest) | (keys > highest)).any(axis=1)]
             if len(outside):
                 notes.problem("plan", part.uri, f"(wave, shard) from {lowest} to {highest}", outside[:3].tolist())
+
+
+def _check_containers(notes: Notes, etags: dict[str, set[str]]) -> None:
+    """No container was replaced in mid-run: its images may be others at the same places since."""
+    for uri, found in sorted(etags.items()):
+        notes.checked["containers"] += 1
+        if len(found) > 1:
+            notes.problem("container", uri, "one etag for all images that were read from it", ", ".join(sorted(found)))
 
 
 def _check_log(evidence: Evidence, notes: Notes, commits: list[Commit]) -> None:

@@ -210,6 +210,18 @@ class Evidence:
         vectors[np.searchsorted(cell.ids, cell.embedded)] = vectors_from_arrow(logged.sort_by("id")["vector"])
         return vectors[~np.isin(cell.ids, cell.dropped)]
 
+    def container_etags(self, cell: Cell) -> pa.Table:
+        """The etags that the images of containers were read with: each `uri` with each of its `source_etag`s."""
+        place = ["uri", "offset", "length", "row"]
+        rows = self._rows(self.plan[cell.learnt], [cell.wave, cell.shard], ["id", *place])
+        logged = self._rows(self.log.get(cell.wave, []), [cell.shard], ["id", "source_etag"])
+        if rows is None or logged is None:
+            return pa.table({"uri": pa.array([], pa.string()), "source_etag": pa.array([], pa.string())})
+        begins = pc.greater(pc.fill_null(rows["offset"], 0), 0)
+        inside = pc.or_(begins, pc.or_(rows["length"].is_valid(), rows["row"].is_valid()))
+        known = logged.filter(logged["source_etag"].is_valid())
+        return rows.filter(inside).join(known, "id", join_type="inner").group_by(["uri", "source_etag"]).aggregate([])
+
     def _rows(self, parts: list[Part], key: list[int], columns: list[str]) -> pa.Table | None:
         """The rows of all row groups of a key; None where there are none, or one cannot be read."""
         groups = {part.uri: np.flatnonzero((part.keys == key).all(axis=1)).tolist() for part in parts}

@@ -10,6 +10,7 @@ is in the bytes.
 from __future__ import annotations
 
 import errno
+import functools
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,7 +41,7 @@ _NO_PLACE = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
 class Place:
     """Where one image lies: an object, a byte range of one, or a row of a Parquet file's image column.
 
-    `etag` is the object's when the manifest was made, where that is known.
+    `etag` is the object's when the manifest was made, where that is known; after a space its sha256, as far as known.
     """
 
     uri: str
@@ -58,7 +59,9 @@ class Place:
         """Whether the object was another one when the manifest was made; False where that is not known."""
         if self.etag is None or etag is None:
             return False
-        return self.etag.strip('"') != etag.strip('"')  # a manifest of the user's may have it without the quotes
+        return self.etag.partition(" ")[0].strip('"') != etag.strip(
+            '"'
+        )  # a manifest of the user's may have it without the quotes
 
 
 class Reject(Exception):
@@ -241,6 +244,8 @@ class _Unit:
             found, etag = _column(uri, {self._places[row].row or 0 for row in rows})
             if isinstance(found, Reject) and not storage.is_local(uri):
                 found = self._ask(uri.rpartition("#")[0], found)
+            planned = next((self._places[row].etag for row in rows if self._places[row].etag), None)
+            etag = _same_content(uri.rpartition("#")[0], etag, planned)
             for row in rows:
                 data = found if isinstance(found, Reject) else found.get(self._places[row].row or 0, _MISSING)
                 if isinstance(data, bytes) and len(data) > self._max_bytes:
@@ -314,6 +319,20 @@ def _since_manifest(data: bytes | Reject, etag: str | None, place: Place) -> byt
     if data is _MISSING and place.etag is not None:
         return Reject("fetch", f"{DELETED}: was there when the manifest was made")
     return data
+
+
+def _same_content(path: str, etag: str | None, planned: str | None) -> str | None:
+    """A file's etag; the planned one if the file was only touched or copied since, and holds the same bytes."""
+    known, _, sha256 = (planned or "").partition(" ")
+    if etag in (None, known) or not sha256 or not storage.is_local(path):
+        return etag
+    return known if _sha256(path, etag) == sha256 else etag
+
+
+@functools.lru_cache(maxsize=1024)
+def _sha256(path: str, etag: str) -> str:
+    """Once per process for each state of a file."""
+    return storage.sha256(path)
 
 
 def _column(uri: str, wanted: set[int], tries: int = 3) -> tuple[dict[int, bytes] | Reject, str | None]:

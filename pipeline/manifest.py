@@ -79,12 +79,15 @@ def scan(source: settings.Manifest, dims: dict[str, int]) -> list[Partition]:
     partitions: list[Partition] = []
     first_row = 0
     kinds: dict[bool, str] = {}
-    for uri in files(source.manifest):
+    uris = files(source.manifest)
+    hashed = sum(storage.stat(uri).size_bytes for uri in uris) <= _HASHED_BYTES
+    for uri in uris:
+        tag = _tag(uri, hashed) if source.columns.image else ""
         with storage.open_parquet(uri) as file:
             check_columns(file.schema_arrow, source.columns, dims, uri)
             _check_content(file.schema_arrow, source.columns, uri)
             check_ids(file.schema_arrow, source.columns.id, kinds, uri)
-            found = _cut(file.metadata, uri, first_row)
+            found = _cut(file.metadata, uri, first_row, tag)
         partitions += found
         first_row += sum(part.num_rows for part in found)
     if not partitions:
@@ -357,7 +360,13 @@ def _columns(group: pq.RowGroupMetaData) -> list[pq.ColumnChunkMetaData]:
     return [group.column(index) for index in range(group.num_columns)]
 
 
-def _cut(metadata: pq.FileMetaData, uri: str, first_row: int) -> list[Partition]:
+def _tag(uri: str, hashed: bool) -> str:
+    """A file's etag; of a local file, whose etag has its time, the sha256 as well: it may be touched or copied."""
+    etag = storage.stat(uri).etag
+    return f"{etag} {storage.sha256(uri)}" if hashed and storage.is_local(uri) else etag
+
+
+def _cut(metadata: pq.FileMetaData, uri: str, first_row: int, tag: str) -> list[Partition]:
     partitions: list[Partition] = []
     groups: list[int] = []
     rows = start = 0
@@ -366,7 +375,7 @@ def _cut(metadata: pq.FileMetaData, uri: str, first_row: int) -> list[Partition]
         rows += metadata.row_group(group).num_rows
         if rows >= _PARTITION_ROWS or group == metadata.num_row_groups - 1:
             if rows:
-                partitions.append(Partition(uri, groups, first_row + start, start, rows))
+                partitions.append(Partition(uri, groups, first_row + start, start, rows, tag))
             start += rows
             groups, rows = [], 0
     return partitions

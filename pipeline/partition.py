@@ -25,13 +25,17 @@ EMBEDDINGS = ("old_embedding", "new_embedding", "side")
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """Some neighbouring row groups of one manifest file; `first_row` counts over the whole manifest."""
+    """Some neighbouring row groups of one manifest file; `first_row` counts over the whole manifest.
+
+    `tag` is the file's etag when the manifest was scanned; after a space its sha256, where that is known.
+    """
 
     uri: str
     row_groups: list[int]
     first_row: int
     first_row_in_file: int
     num_rows: int
+    tag: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,7 @@ def write_part(
     names = _there(source.columns, part)
     wanted = [value for role, value in names.model_dump().items() if value is not None and role != "image"]
     table = storage.read_parquet(part.uri, sorted(set(wanted)), part.row_groups)
+    _check_unchanged(part)
     count = part.num_rows
     numbers = np.arange(count, dtype=np.int64)
     ids, keys = read_ids(table, names.id, part, numbers)
@@ -84,6 +89,18 @@ def write_part(
     data = storage.parquet_bytes(schema, groups)
     storage.put(run.part(folder, number), data)
     return Part(count, dims, rooted, hashlib.sha256(data).hexdigest())
+
+
+def _check_unchanged(part: Partition) -> None:
+    known, found = part.tag.partition(" ")[0], storage.stat(part.uri).etag
+    if known and found != known:
+        raise DataError(
+            "a file of the manifest was replaced while it was read",
+            expected=f"etag {known}",
+            found=f"etag {found}",
+            where=part.uri,
+            remedy="run the same command again once nothing writes to the file",
+        )
 
 
 def read_ids(table: pa.Table, name: str | None, part: Partition, numbers: Int64) -> tuple[pa.Array, pa.Array]:
@@ -140,7 +157,7 @@ def _location(
         found["row"] = pc.if_else(inside, pa.array(numbers + part.first_row_in_file), nothing)
         for role in ("offset", "length"):
             found[role] = pc.if_else(inside, pa.scalar(None, pa.int64()), found[role])
-        found["etag"] = pc.if_else(inside, pa.scalar(None, pa.string()), found["etag"])
+        found["etag"] = pc.if_else(inside, pa.scalar(part.tag or None, pa.string()), found["etag"])
     return found
 
 

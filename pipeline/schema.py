@@ -28,7 +28,7 @@ LOCATION = [
     pa.field("offset", pa.int64()),  # bytes into the container; null where the object is the image
     pa.field("length", pa.int64()),
     pa.field("row", pa.int64()),  # row of a Parquet container's image column; null for any other place
-    pa.field("etag", pa.string()),  # of the image's object when the manifest was made, where that is known
+    pa.field("etag", pa.string()),  # of the object or Parquet file when the manifest was made, where that is known
 ]
 
 MANIFEST = [

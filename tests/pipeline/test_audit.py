@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +86,30 @@ def test_audit_of_a_log_part_that_was_replaced_after_its_wave_was_sealed_names_t
         ("log_digest", whole.run.commit(1)),
         ("log_digest", whole.run.commit(2)),
     ]
+
+
+def put_into_container(_: int, columns: dict[str, list[object]]) -> None:
+    columns["uri"] = ["/data/a.parquet#image"] * len(columns["id"])
+    columns["row"] = list(range(len(columns["id"])))
+
+
+def put_etag(etag: str, _: int, columns: dict[str, list[object]]) -> None:
+    columns["source_etag"] = [etag] * len(columns["id"])
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_audit_of_a_container_that_was_replaced_in_mid_run_names_it(tmp_path: Path, replaced: bool) -> None:
+    whole = WholeRun(Run(str(tmp_path))).write_inputs()
+    for part in storage.list_files(whole.run.path("transformed"), ".parquet"):
+        rewrite(part, put_into_container)
+    for part in storage.list_files(whole.run.path("embedded"), ".parquet"):
+        etag = "second" if replaced and "wave-002" in part else "first"
+        rewrite(part, partial(put_etag, etag))
+    whole.publish(LAST)
+    report = audit(whole.run.uri)
+    assert report.checked["containers"] == 1
+    found = [(item.kind, item.where, item.found) for item in report.problems]
+    assert found == ([("container", "/data/a.parquet#image", "first, second")] if replaced else [])
 
 
 def test_audit_of_commits_of_older_versions_compares_no_digests(tmp_path: Path) -> None:

@@ -335,6 +335,34 @@ def test_a_container_on_s3_that_was_made_anew_gives_rejects(bucket: str) -> None
     assert get(planned) == [f"fetch: container changed: {remedy}"] * 4 + [second]
 
 
+def parquet_place(path: Path, images: list[bytes]) -> list[Place]:
+    """The images of a Parquet file as a manifest with the images inside has them."""
+    pq.write_table(pa.table({"image": images}), path)
+    tag = f"{storage.stat(str(path)).etag} {storage.sha256(str(path))}"
+    return [Place(f"{path}#image", None, None, row, tag) for row in range(len(images))]
+
+
+def test_fetch_from_a_parquet_file_that_was_replaced_by_the_same_rows_in_another_order_gives_rejects(
+    tmp_path: Path,
+) -> None:
+    images = [noise(600, 1), noise(600, 2)]
+    planned = parquet_place(tmp_path / "a.parquet", images)
+    assert get(planned) == images
+    parquet_place(tmp_path / "a.parquet", images[::-1])
+    os.utime(tmp_path / "a.parquet", ns=(1, 1))
+    remedy = "make the manifest again, start beside with --new-run"
+    assert get(planned) == [f"fetch: container changed: {remedy}"] * 2
+
+
+def test_fetch_from_a_parquet_file_that_was_only_touched_gives_its_images_and_the_planned_etag(tmp_path: Path) -> None:
+    images = [noise(600, 1), noise(600, 2)]
+    planned = parquet_place(tmp_path / "a.parquet", images)
+    etag = storage.stat(str(tmp_path / "a.parquet")).etag
+    os.utime(tmp_path / "a.parquet", ns=(1, 1))
+    assert storage.stat(str(tmp_path / "a.parquet")).etag != etag
+    assert list(fetch(planned, MOST, Fetch())) == [(image, etag) for image in images]
+
+
 def test_an_object_that_is_too_large_is_not_downloaded(bucket: str) -> None:
     uri = put(f"{bucket}/large.png", bytes(5 * 2**20))
     before = storage.counts()

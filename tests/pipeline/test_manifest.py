@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,25 @@ def test_a_label_of_any_simple_type_comes_out_as_text(tmp_path: Path, values: pa
     run, (part,) = Run(str(tmp_path / "run")), scan(given_source, {})
     write_part(run, "gallery", 0, part, given_source, 4, ".")
     assert storage.read_parquet(run.part("gallery", 0))["label"].to_pylist() == values.cast(pa.string()).to_pylist()
+
+
+def test_write_part_of_images_inside_a_file_gives_them_the_files_etag_and_sha256(tmp_path: Path) -> None:
+    uri = write(tmp_path / "a.parquet", table(3, image=[b"a", b"b", b"c"]))
+    given_source = source(uri, **COLUMNS, image="image")
+    run, (part,) = Run(str(tmp_path / "run")), scan(given_source, {})
+    write_part(run, "gallery", 0, part, given_source, 4, ".")
+    tag = f"{storage.stat(uri).etag} {storage.sha256(uri)}"
+    assert storage.read_parquet(run.part("gallery", 0))["etag"].to_pylist() == [tag] * 3
+
+
+def test_write_part_of_a_file_that_was_replaced_since_the_scan_is_refused(tmp_path: Path) -> None:
+    uri = write(tmp_path / "a.parquet", table(3, image=[b"a", b"b", b"c"]))
+    given_source = source(uri, **COLUMNS, image="image")
+    run, (part,) = Run(str(tmp_path / "run")), scan(given_source, {})
+    write(tmp_path / "a.parquet", table(3, image=[b"c", b"b", b"a"]))
+    os.utime(uri, ns=(1, 1))
+    with pytest.raises(DataError, match=r"replaced while it was read(.|\n)*a\.parquet"):
+        write_part(run, "gallery", 0, part, given_source, 4, ".")
 
 
 def test_ids_that_are_integers_in_one_file_and_strings_in_another_are_refused_with_both(tmp_path: Path) -> None:
