@@ -34,6 +34,11 @@ WAITED = "microseconds:image"
 _MOST = 0.5
 """The share of a container from which on it is read whole: what is not wanted costs less than more requests."""
 
+_DECODED_BYTES = 2**26
+"""Of a Parquet file's image column that are decoded at once."""
+
+_DECODED_ROWS = 256
+
 _NO_PLACE = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
 
 
@@ -372,11 +377,33 @@ def _column_rows(path: str, column: str, wanted: Int64) -> Iterator[tuple[int, b
                 if storage.is_local(path):  # a store's own reads count there
                     COUNTS.add("requests:image")
                     COUNTS.add("bytes:image", _column_bytes(file, group, column))
-                images = file.read_row_group(group, columns=[column])[column].take(pa.array(rows - starts[group]))
-                yield from zip(rows.tolist(), (data or b"" for data in images.to_pylist()), strict=True)
+                yield from _images(file, group, column, rows, int(starts[group]))
 
 
-def _column_bytes(file: pq.ParquetFile, group: int, column: str) -> int:
+def _images(file: pq.ParquetFile, group: int, column: str, rows: Int64, first: int) -> Iterator[tuple[int, bytes]]:
+    """Some rows of a row group, some megabytes at a time: as a whole it may hold more than Arrow's 2 GiB of a column.
+
+    Args:
+        file: the file.
+        group: the row group.
+        column: of the images.
+        rows: the rows of the file that are wanted, ascending; all are in the row group.
+        first: the first row of the row group.
+    """
+    size, num_rows = _column_bytes(file, group, column, compressed=False), file.metadata.row_group(group).num_rows
+    at_once = min(max(1, _DECODED_BYTES * num_rows // max(1, size)), _DECODED_ROWS)  # equal images count once in `size`
+    for batch in file.iter_batches(at_once, row_groups=[group], columns=[column]):
+        end = first + batch.num_rows
+        mine = rows[(rows >= first) & (rows < end)]
+        images = batch.column(0).take(pa.array(mine - first))
+        yield from zip(mine.tolist(), (data or b"" for data in images.to_pylist()), strict=True)
+        if end > rows[-1]:
+            return
+        first = end
+
+
+def _column_bytes(file: pq.ParquetFile, group: int, column: str, compressed: bool = True) -> int:
+    size = "total_compressed_size" if compressed else "total_uncompressed_size"
     metadata = file.metadata.row_group(group)
     chunks = (metadata.column(number) for number in range(metadata.num_columns))
-    return sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema == column)
+    return sum(getattr(chunk, size) for chunk in chunks if chunk.path_in_schema == column)

@@ -14,6 +14,8 @@ import functools
 import hashlib
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
-from pipeline.content import digest_of, together
+from pipeline.content import Content, digest_of, together
 from pipeline.errors import DataError
 from pipeline.schema import (
     DELETED,
@@ -157,7 +159,7 @@ def read_parts(log: VectorLog, wave: int, shards: range | None = None) -> tuple[
     """As `read_wave`, and the digest of the part of each unit; empty for parts of versions that made none."""
 
     def read(uri: str) -> tuple[pa.Table, str]:
-        with storage.open_parquet(uri) as file:
+        with _open_part(uri) as file:
             groups = range(file.num_row_groups) if shards is None else shards
             return file.read_row_groups(list(groups), columns=["id", "vector"]), file.digest
 
@@ -302,10 +304,32 @@ def _all_reject_files(log: VectorLog, wave: int | None = None) -> dict[tuple[int
     return found
 
 
+@contextmanager
+def _open_part(uri: str) -> Iterator[Content]:
+    """A part for reading.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    try:
+        with storage.open_parquet(uri) as file:
+            yield file
+    except DataError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise
+        raise DataError(
+            "a part of the vector log is damaged",
+            found=f"{error.summary}: {error.details['found']}",
+            where=uri,
+            remedy="if its wave is not published yet, move this file out of the run, and run the same command again: "
+            "the unit is embedded again. `fastfill audit` lists all damaged files",
+        ) from error
+
+
 def _named(part: str) -> str | None:
     """The digest of the rejects that a part names; None where there is no part, or it has no rejects."""
     try:
-        with storage.open_parquet(part) as file:
+        with _open_part(part) as file:
             digest = (file.schema_arrow.metadata or {}).get(_NAMED)
     except DataError as error:
         if isinstance(error.__cause__, FileNotFoundError):
@@ -317,7 +341,7 @@ def _named(part: str) -> str | None:
 def _as_it_is(log: VectorLog, unit: Unit) -> tuple[int, int, str]:
     """What `write_unit` gives of a unit whose part is there."""
     part = log.part(unit.wave, unit.unit)
-    with storage.open_parquet(part) as file:
+    with _open_part(part) as file:
         named, digest = (file.schema_arrow.metadata or {}).get(_NAMED), file.digest
     rejected = _num_rows(log.rejects(unit.wave, unit.unit, named.decode())) if named else 0
     return storage.stat(part).size_bytes, rejected, digest

@@ -363,6 +363,19 @@ def test_fetch_from_a_parquet_file_that_was_only_touched_gives_its_images_and_th
     assert list(fetch(planned, MOST, Fetch())) == [(image, etag) for image in images]
 
 
+def test_fetch_from_a_row_group_of_more_than_two_gibibytes_gives_its_images(tmp_path: Path) -> None:
+    """Few images many times, which make a small file; read into one column they do not fit Arrow's offsets."""
+    size, count = 2**20, 2100
+    few = pa.array([noise(100, number) + bytes(size - 100) for number in range(3)], pa.binary())
+    images = pa.DictionaryArray.from_arrays(pa.array(np.arange(count) % 3, pa.int32()), few)
+    uri = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": images}), uri, row_group_size=count, store_schema=False, compression="zstd")
+    assert (pq.read_metadata(uri).num_row_groups, pq.read_schema(uri).field("image").type) == (1, pa.binary())
+    wanted = [0, 1000, count - 1]
+    found = get([Place(f"{uri}#image", None, None, row) for row in wanted], most=2 * size)
+    assert found == [few[row % 3].as_py() for row in wanted]
+
+
 def test_an_object_that_is_too_large_is_not_downloaded(bucket: str) -> None:
     uri = put(f"{bucket}/large.png", bytes(5 * 2**20))
     before = storage.counts()

@@ -6,6 +6,7 @@ import hashlib
 import threading
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,29 @@ def test_a_file_in_the_log_without_the_name_of_a_part_is_ignored_with_a_warning(
     assert list(part_times(log)) == [(1, 0)]
     assert read_wave(log, 1)[0].tolist() == [4, 9]
     assert str(stray) in caplog.text
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_read_wave_of_a_part_that_is_cut_off_names_it_and_what_to_do(
+    tmp_path: Path, log: VectorLog, kept: float
+) -> None:
+    units = write_plan(tmp_path, [[4, 9], [5]])
+    for unit, ids in zip(units, ([4, 9], [5]), strict=True):
+        write_unit(log, unit, embed(ids, bad=(9,)))
+    part = Path(log.part(1, 0))
+    part.write_bytes(part.read_bytes()[: int(kept * part.stat().st_size)])
+    for read in (
+        lambda: read_wave(log, 1),
+        lambda: count_rejects(log),
+        lambda: write_unit(log, units[0], embed([4, 9])),
+    ):
+        with pytest.raises(DataError, match="move this file out of the run") as caught:
+            read()
+        assert caught.value.details["where"] == str(part)
+    part.rename(tmp_path / "moved")
+    assert finished_units(log) == {1: [1]}
+    write_unit(log, units[0], embed([4, 9]))
+    assert read_wave(log, 1)[0].tolist() == [4, 5, 9]
 
 
 def test_a_unit_is_durable_whole_and_sorted_by_shard_and_id(tmp_path: Path, log: VectorLog) -> None:
