@@ -6,7 +6,6 @@ import hashlib
 import threading
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
