@@ -39,9 +39,9 @@ def check_settings(config: Config, dims: dict[str, int]) -> None:
     _check_policy(config)
     _check_selected(config, images, _check_sample(config))
     resolve_device(config.device)
-    for encoder in (config.encoders.old, config.encoders.new):
+    for key, encoder in (("encoders.old", config.encoders.old), ("encoders.new", config.encoders.new)):
         if encoder is not None:
-            load_encoder(encoder, resolve_device("cpu"))
+            load_encoder(encoder, resolve_device("cpu"), key)
 
 
 def check_widths(config: Config, gallery: dict[str, int], pairs: dict[str, int]) -> None:

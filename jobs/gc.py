@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from jobs.options import command, console, load, print_json
+from jobs.options import Seconds, command, console, load, print_json
 
 
 @command("gc")
@@ -13,7 +13,7 @@ from jobs.options import command, console, load, print_json
     "--grace",
     default=3600.0,
     show_default=True,
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     metavar="SECONDS",
     help="How long what nobody needs stays: snapshots that were the latest, files without a snapshot, temporary files.",
 )

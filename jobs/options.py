@@ -10,6 +10,7 @@ import ctypes
 import errno
 import functools
 import json
+import math
 import os
 import signal
 import sys
@@ -36,6 +37,17 @@ _STDOUT = "jobs.stdout"
 _STOP_SECONDS = 20.0
 _RAY_NOISE = "worker processes have been started on node"  # fractional CPUs and kept idle workers are meant here
 _stopping = threading.Event()
+
+
+class Seconds(click.FloatRange):
+    """Seconds from 0 on, without NaN and infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # Any: click's own
+        """The number, or a usage error."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
 
 
 def command(name: str) -> Callable[[Callable[..., None]], click.Command]:

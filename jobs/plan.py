@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from jobs.fit import show_likeness
-from jobs.options import command, console, load, print_json, start_ray
+from jobs.options import Seconds, command, console, load, print_json, start_ray
 
 if TYPE_CHECKING:
     from pipeline.estimate import Estimate
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     "seconds",
     default=30.0,
     show_default=True,
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     metavar="SECONDS",
     help="Embed a sample for so long, to estimate time and money; 0: do not.",
 )

@@ -84,6 +84,8 @@ def _read_queries(config: Config, paths: tuple[str, ...], column: str | None, li
     Raises:
         DataError: a file is missing or not what it should be, or an image cannot be embedded.
     """
+    from zipfile import BadZipFile
+
     import numpy as np
 
     from pipeline import storage
@@ -93,14 +95,14 @@ def _read_queries(config: Config, paths: tuple[str, ...], column: str | None, li
     try:
         if paths[0].endswith(".npy"):
             with storage.open_input(absolute(paths[0])) as file:
-                vectors: Float32 = np.load(file, allow_pickle=False)[:limit].astype(np.float32)
-                return vectors
+                array = np.load(file, allow_pickle=False)
+            return _checked(array, paths[0])[:limit]
         if not paths[0].endswith(".parquet"):
             return _embed(config, [storage.read_bytes(absolute(path)) for path in paths[:limit]], list(paths))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, OverflowError, BadZipFile) as error:
         raise DataError("cannot read a query", found=error, where=paths) from error
     table = storage.read_parquet(absolute(paths[0]))
-    if column is None or column not in table.schema.names:
+    if column is None or table.schema.names.count(column) != 1:
         raise DataError("say which column holds the queries", expected=table.schema.names, found=column, where=paths[0])
     values = table[column] if limit is None else table[column].slice(0, min(limit, table.num_rows))
     if _is_binary(values.type):
@@ -114,6 +116,23 @@ def _read_queries(config: Config, paths: tuple[str, ...], column: str | None, li
             found=values.type,
             where=f"{paths[0]}: column {column}",
         ) from error
+
+
+def _checked(array: object, where: str) -> Float32:
+    """(Q, d) float32 embeddings of a .npy file.
+
+    Raises:
+        DataError: the file holds something else.
+    """
+    import numpy as np
+
+    from pipeline.errors import DataError
+
+    if isinstance(array, np.ndarray) and array.ndim == 2 and array.dtype.kind in "fiu":
+        vectors: Float32 = array.astype(np.float32)
+        return vectors
+    found = f"{array.dtype}, shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+    raise DataError("the file holds no embeddings", expected="numbers of shape (Q, d)", found=found, where=where)
 
 
 def _embed(config: Config, images: list[bytes], names: list[str]) -> Float32:

@@ -285,7 +285,7 @@ class Storage(Section):
 class Config(Section):
     """Everything that decides what a run makes, and with which resources."""
 
-    run: str
+    run: Annotated[str, Field(min_length=1)]
     data_root: str = "."
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"

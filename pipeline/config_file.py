@@ -18,6 +18,8 @@ from pipeline import storage
 from pipeline.config import AnyManifest, Classifier, Config, Encoder, Encoders
 from pipeline.errors import ConfigError
 
+_SHOWN = 20  # problems of a config
+
 
 def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
     """Read, override, validate and resolve a config file.
@@ -30,13 +32,14 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
         ConfigError: the file is missing or not YAML, a key is unknown, a value is out of its range.
     """
     try:
-        tree = yaml.safe_load(storage.read_bytes(path).decode() if "://" in path else Path(path).read_text())
+        data = storage.read_bytes(path) if "://" in path else Path(path).read_bytes()
     except OSError as error:
         raise ConfigError("cannot read the config file", found=error.strerror, where=path) from error
-    except yaml.YAMLError as error:
-        raise ConfigError("the config file is not valid YAML", found=error, where=path) from error
+    tree = _parse(data, "the config file is not valid YAML", path)
     if not isinstance(tree, dict):
-        raise ConfigError("the config file is not a mapping", expected="keys and values", found=tree, where=path)
+        raise ConfigError(
+            "the config file is not a mapping", expected="keys and values", found=type(tree).__name__, where=path
+        )
     for item in overrides:
         _override(tree, item)
     return resolve(validate(tree, where=path))
@@ -51,9 +54,11 @@ def validate(tree: dict[str, object], where: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(item["loc"], item["type"], item["msg"]) for item in error.errors()]
+        found = error.errors(include_input=False)
+        problems = [_explain(item["loc"], item["type"], item["msg"]) for item in found[:_SHOWN]]
+        problems += [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
         raise ConfigError(
-            f"{len(problems)} problem(s) in the config:\n" + "\n".join(f"  - {line}" for line in problems),
+            f"{len(found)} problem(s) in the config:\n" + "\n".join(f"  - {line}" for line in problems),
             where=where,
             remedy="fix the keys above; docs/configuration.md has every key",
         ) from error
@@ -123,10 +128,17 @@ def _override(tree: dict[str, object], item: str) -> None:
             raise ConfigError("--set goes through a key that holds a value", found=child, where=f"{item}: {name}")
         node[name] = child = dict(child)  # a copy: a YAML alias (*name) is one object under several keys
         node = child
+    node[last] = _parse(text, "the value of --set is not valid YAML", key)
+
+
+def _parse(text: bytes | str, summary: str, where: str) -> object:
+    """YAML as an object; PyYAML raises all of these for texts that look like dates, numbers or tagged values."""
     try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError("the value of --set is not valid YAML", found=text, where=key) from error
+        return yaml.safe_load(text)
+    except RecursionError as error:
+        raise ConfigError(summary, found="it is nested too deeply", where=where) from error
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+        raise ConfigError(summary, found=error, where=where) from error
 
 
 def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:

@@ -40,15 +40,20 @@ _SOME = Field(min_length=1)
 
 
 class Section(BaseModel):
-    """Base of every section: immutable; unknown keys, and URLs with a user or password in them, are errors."""
+    """Base of every section: immutable, with finite numbers.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Unknown keys, texts with NUL, and URLs with a user or password are errors.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*")
     @classmethod
-    def _no_credentials(cls, value: object) -> object:
-        texts = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(text, str) and uris.holds_user(text) for text in texts):
+    def _usable_texts(cls, value: object) -> object:
+        texts = [text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)]
+        if any("\0" in text for text in texts):
+            raise ValueError("a text must not hold NUL characters")
+        if any(map(uris.holds_user, texts)):
             raise ValueError(
                 "a URL must not hold a user or password, because the config is stored with the run: credentials come "
                 "from the environment or the machine's role"

@@ -51,12 +51,13 @@ class EmbeddingModel(nn.Module):
         return cast(torch.Tensor, embeddings).flatten(1).to(torch.float32)
 
 
-def load_encoder(spec: settings.Encoder, device: torch.device) -> EmbeddingModel:
+def load_encoder(spec: settings.Encoder, device: torch.device, key: str = "encoders.*") -> EmbeddingModel:
     """Load an encoder and check one forward pass against the config.
 
     Args:
         spec: which weights, and how images are preprocessed for them.
         device: where it runs.
+        key: its section of the config, for messages.
 
     Raises:
         ConfigError: the model name, the layer or the function does not exist, or the width is not `dim`.
@@ -67,14 +68,15 @@ def load_encoder(spec: settings.Encoder, device: torch.device) -> EmbeddingModel
     elif spec.torchvision is not None:
         network = _from_torchvision(spec.torchvision)
     else:
-        network = _from_function(cast(str, spec.function))
+        network = _from_function(cast(str, spec.function), key)
     if not isinstance(network, torch.fx.GraphModule):  # an exported module is frozen already and refuses eval()
         network.eval()
     model = EmbeddingModel(network, spec).to(device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    _check_width(model, spec, device)
-    _try_channels_last(model, spec, device)
+    where = f"{key}: {spec.export or spec.function or (spec.torchvision.state_dict if spec.torchvision else None)}"
+    _check_width(model, spec, device, where)
+    _try_channels_last(model, spec, device, where)
     return model
 
 
@@ -179,16 +181,17 @@ class _Cut(nn.Module):
         return cast(torch.Tensor, self.extractor(pixels)["embedding"])
 
 
-def _from_function(name: str) -> nn.Module:
-    function = user_code.load_function(name, "the encoder", f"encoders.*.function: {name}")
-    with user_code.own_code("the encoder's function failed", f"encoders.*.function: {name}"):
+def _from_function(name: str, key: str) -> nn.Module:
+    where = f"{key}.function: {name}"
+    function = user_code.load_function(name, "the encoder", where)
+    with user_code.own_code("the encoder's function failed", where):
         network = function()
     if not isinstance(network, nn.Module):
-        raise ConfigError("the encoder's function must return a torch module", found=type(network), where=name)
+        raise ConfigError("the encoder's function must return a torch module", found=type(network), where=where)
     return network
 
 
-def _try_channels_last(model: EmbeddingModel, spec: settings.Encoder, device: torch.device) -> None:
+def _try_channels_last(model: EmbeddingModel, spec: settings.Encoder, device: torch.device, where: str) -> None:
     """Keep channels last in memory, where convolutions are fastest, if the network gives the same that way.
 
     It may count on contiguous activations: `view` raises then, and `as_strided` would read other numbers.
@@ -196,35 +199,60 @@ def _try_channels_last(model: EmbeddingModel, spec: settings.Encoder, device: to
     shape = (2, spec.preprocess.channels, *cast(tuple[int, int], spec.preprocess.image_size))
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.inference_mode():
-        expected = model(images)
+        with _trying(spec, where):
+            expected = model(images)
         model.memory_format = torch.channels_last
         try:
             model.to(memory_format=torch.channels_last)
             same = torch.allclose(model(images), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().mean()))
-        except RuntimeError:
+        except Exception:  # noqa: BLE001 - a network of the user's own may raise anything; it works without
             same = False
     if not same:
         model.memory_format = torch.contiguous_format
         model.to(memory_format=torch.contiguous_format)
 
 
-def _check_width(model: EmbeddingModel, spec: settings.Encoder, device: torch.device) -> None:
+def _check_width(model: EmbeddingModel, spec: settings.Encoder, device: torch.device, where: str) -> None:
     height, width = cast(tuple[int, int], spec.preprocess.image_size)
     blank = torch.zeros((2, spec.preprocess.channels, height, width), dtype=torch.uint8, device=device)
-    where = spec.export or spec.function or (spec.torchvision.state_dict if spec.torchvision else None)
-    with user_code.own_code("the encoder's module failed", str(where)) if spec.function else nullcontext():
-        try:
-            with torch.inference_mode():
-                shapes = [tuple(model(blank[:batch]).shape) for batch in (1, 2)]  # an archive may be of one batch size
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigError(
-                "the encoder does not take images of the configured shape",
-                expected=f"(B, {spec.preprocess.channels}, {height}, {width})",
-                found=_first_line(error),
-                where=where,
-                remedy="set the encoder's preprocess to the shape it was made for, and export it for any batch size",
-            ) from error
+    with _trying(spec, where), torch.inference_mode():
+        shapes = [tuple(model(blank[:batch]).shape) for batch in (1, 2)]  # an archive may be of one batch size
     if shapes != [(1, spec.dim), (2, spec.dim)]:
         raise ConfigError(
             "the encoder's embedding has another width", expected=f"dim {spec.dim}", found=shapes[1][1:], where=where
         )
+
+
+@contextmanager
+def _trying(spec: settings.Encoder, where: str) -> Iterator[None]:
+    """Whatever an encoder raises on images that it is tried with is said with what it was given.
+
+    Raises:
+        ConfigError: it raised something; of a function, with the user's own lines.
+    """
+    preprocess = spec.preprocess
+    height, width = cast(tuple[int, int], preprocess.image_size)
+    shape = f"(B, {preprocess.channels}, {height}, {width})"
+    low = min((0.0 - mean) / std for mean, std in _normalisation(preprocess))
+    high = max((preprocess.pixel_range - mean) / std for mean, std in _normalisation(preprocess))
+    where = f"{where}, which was given float32 pixels {shape} from {low:.3g} to {high:.3g}"
+    with user_code.own_code("the encoder's module failed", where) if spec.function else nullcontext():
+        try:
+            yield
+        except Exception as error:  # what an archive or a cut network raises is of any kind
+            if spec.function:
+                raise
+            raise ConfigError(
+                "the encoder does not take images of the configured shape",
+                expected=shape,
+                found=_first_line(error),
+                where=where,
+                remedy="set the encoder's preprocess to the shape it was made for, and export it for any batch size",
+            ) from error
+
+
+def _normalisation(preprocess: settings.Preprocess) -> list[tuple[float, float]]:
+    """Mean and standard deviation of each channel; one value stands for all of them."""
+    count = max(len(preprocess.mean), len(preprocess.std))
+    means, stds = (values * (count if len(values) == 1 else 1) for values in (preprocess.mean, preprocess.std))
+    return list(zip(means, stds, strict=True))

@@ -228,6 +228,14 @@ def check_columns(schema: pa.Schema, columns: settings.Columns, dims: dict[str, 
             raise DataError(
                 f"the manifest has no column for {role}", expected=repr(name), found=schema.names, where=uri
             )
+        if schema.names.count(name) > 1:
+            raise DataError(
+                f"the manifest has more than one column for {role}",
+                expected=f"one column {name!r}",
+                found=schema.names,
+                where=uri,
+                remedy="rename or drop all but one of them",
+            )
         kind = schema.field(name).type
         if not _fits(role, kind):
             raise DataError(

@@ -150,7 +150,7 @@ def _location(
         found["uri"] = uris
         for role in ("offset", "length"):
             name = getattr(names, role)
-            found[role] = table[name].cast(pa.int64()) if name else nothing
+            found[role] = _position(table[name], part, name) if name else nothing
     if names.image is not None:  # in this file, where there is no uri
         inside = found["uri"].is_null()
         found["uri"] = pc.if_else(inside, pa.scalar(f"{part.uri}#{names.image}"), found["uri"])
@@ -159,6 +159,21 @@ def _location(
             found[role] = pc.if_else(inside, pa.scalar(None, pa.int64()), found[role])
         found["etag"] = pc.if_else(inside, pa.scalar(part.tag or None, pa.string()), found["etag"])
     return found
+
+
+def _position(column: pa.ChunkedArray, part: Partition, name: str) -> pa.ChunkedArray:
+    """A checked offset or length in bytes, as int64; null for a whole file."""
+    most = pa.scalar(2**63 - 1, pa.uint64()) if column.type == pa.uint64() else None
+    wrong = pc.greater(column, most) if most is not None else pc.less(column, 0)
+    if pc.any(wrong).as_py():
+        row = pc.index(wrong, True).as_py()
+        raise DataError(
+            "a position in a file is not usable",
+            expected="bytes, 0 to 2^63 - 1",
+            found=column[row],
+            where=_where(part, row, name),
+        )
+    return column.cast(pa.int64())
 
 
 def _rooted(uris: pa.Array | pa.ChunkedArray, root: str) -> tuple[pa.Array | pa.ChunkedArray, bool]:
@@ -171,8 +186,8 @@ def _rooted(uris: pa.Array | pa.ChunkedArray, root: str) -> tuple[pa.Array | pa.
 
 
 def _traffic(column: pa.ChunkedArray, part: Partition, name: str) -> pa.Array:
-    """A checked weight per image, as float32."""
-    weights = column.cast(pa.float32()).to_numpy()
+    """A checked weight per image, as float32: counts above 2^24 are rounded."""
+    weights = column.cast(pa.float32(), safe=False).to_numpy()
     wrong = np.flatnonzero(~np.isfinite(weights) | (weights < 0))
     if len(wrong):
         raise DataError(

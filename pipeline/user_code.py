@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
 _REMEDY = (
     "put the module into the folder that the command is started in, or install it; on a cluster every node needs it: "
     "`ray job submit --working-dir .` takes the folder along"
+)
+_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_NOT_OWN = (
+    "<",
+    os.path.join(sysconfig.get_path("stdlib"), ""),
+    *(os.path.join(_OURS, package, "") for package in ("pipeline", "training", "jobs")),
 )
 
 
@@ -59,23 +66,29 @@ def load_function(name: str, what: str, where: str) -> Callable[..., Any]:  # An
 
 @contextmanager
 def own_code(summary: str, where: str) -> Iterator[None]:
-    """Run the user's code: whatever it raises becomes a ConfigError that names the line.
+    """Run the user's code: whatever it raises becomes a ConfigError that names the user's own lines.
 
     Raises:
-        ConfigError: the code raised something.
+        ConfigError: the code raised something, or asked to exit.
     """
     try:
         yield
     except FastfillError:
         raise
-    except Exception as error:  # the user's code may raise anything
-        last = traceback.extract_tb(error.__traceback__)[-1]
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise ConfigError(
             summary,
-            found=f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})",
+            found=f"{type(error).__name__}: {error} ({_own_lines(error)})",
             where=where,
             remedy="mend the function, and run the same command again",
         ) from error
+
+
+def _own_lines(error: BaseException) -> str:
+    """Where the user's code was: its frames from the outermost on, without ours and those of installed packages."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not (frame.filename.startswith(_NOT_OWN) or "-packages" in frame.filename)]
+    return ", from ".join(f"{frame.filename}, line {frame.lineno}" for frame in reversed(own or frames[-1:]))
 
 
 def fingerprint(name: str) -> str | None:

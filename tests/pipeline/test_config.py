@@ -126,6 +126,72 @@ def test_validate_of_a_path_with_an_at_sign_that_is_no_user_is_taken(path: str) 
     assert validate(tree(data_root=path), where="").data_root == path
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x00\x01\x02binary\xff\xfe",
+        b"\xff" * 1000,
+        b"run: 2026-13-45",
+        b"[" * 5000,
+        b"a: " + b"{b: " * 5000,
+        b"seed: " + b"9" * 5000,
+        b"run: !!timestamp soon",
+        b"run: !!bool perhaps",
+        b"run: !!int ''",
+        b"run: !!python/object/apply:os.getcwd []",
+        b"a: &a [*a]\nb: *c",
+        b"",
+        b"- 1",
+        b"run",
+        "run: \u00e4".encode("latin-1"),
+    ],
+)
+def test_load_config_of_a_file_that_is_no_config_is_a_config_error_that_names_it(
+    tmp_path: Path, content: bytes
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        load_config(str(path))
+
+
+@pytest.mark.parametrize("value", ["2026-13-45", "[" * 5000, "!!bool perhaps", "{"])
+def test_override_with_a_value_that_is_no_yaml_is_a_config_error_that_names_the_key(tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match=r"--set is not valid YAML(.|\n)*where: fit\.lr"):
+        load_config(write(tmp_path, tree()), (f"fit.lr={value}",))
+
+
+def test_load_config_of_a_list_that_yaml_aliases_make_huge_is_refused_in_few_words(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    path.write_text("\n".join([*lines, "run: *a11"]))
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path))
+    assert len(str(caught.value)) < 3000
+
+
+def test_validate_of_hundreds_of_unknown_keys_shows_the_first_and_counts_the_rest() -> None:
+    message = refusal(tree(**{f"key{number}": 1 for number in range(300)}))
+    assert "300 problem(s)" in message
+    assert "and 280 more" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"fit": {"lr": float("nan")}}, "fit.lr"),
+        ({"storage": {"retry_seconds": float("inf")}}, "storage.retry_seconds"),
+        ({"plan": {"waves": [float("nan"), 1.0]}}, "plan.waves"),
+        ({"run": "a\0b"}, "run"),
+        ({"run": ""}, "run"),
+        ({"gallery": {"manifest": ["a\0b"], "columns": {}}}, "gallery.manifest"),
+    ],
+)
+def test_validate_of_a_number_or_text_that_nothing_can_use_names_its_key(changes: dict[str, Any], key: str) -> None:
+    assert f"  - {key}" in refusal(tree(**changes))
+
+
 def test_an_unknown_key_like_no_other_is_refused_with_all_names_of_its_section() -> None:
     message = refusal(tree(publish={"zzz": 1}))
     assert "publish.zzz: unknown key; valid here: promote" in message

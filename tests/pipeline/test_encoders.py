@@ -203,6 +203,39 @@ def test_a_function_that_raises_is_a_config_error_with_the_line(name: str, said:
         load_encoder(spec(function=f"{__name__}:{name}"), CPU)
 
 
+class _FailsOnNoise(nn.Module):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        if pixels.std() > 0:
+            raise RuntimeError("too bright")
+        return pixels.flatten(1)[:, :DIM]
+
+
+class _GivesTwo(nn.Module):
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return pixels, pixels
+
+
+@pytest.mark.parametrize("name", ["_Failing", "_FailsOnNoise", "_GivesTwo"])
+def test_load_encoder_whose_module_raises_names_the_encoder_and_what_it_was_given(name: str) -> None:
+    preprocess = {"size": SIDE, "mean": [0.5, 0.5, 0.25], "std": [0.5]}
+    given = rf"float32 pixels \(B, 3, {SIDE}, {SIDE}\) from -1 to 1\.5"
+    said = rf"the encoder's module failed\n(.|\n)*where: encoders\.old: {__name__}:{name}, which was given {given}"
+    with pytest.raises(ConfigError, match=said):
+        load_encoder(spec(function=f"{__name__}:{name}", preprocess=preprocess), CPU, "encoders.old")
+
+
+class _WantsContiguous(nn.Module):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        if not pixels.is_contiguous():
+            raise TypeError("not contiguous")
+        return pixels.flatten(1)[:, :DIM]
+
+
+def test_load_encoder_that_raises_on_channels_last_alone_is_used_without() -> None:
+    model = load_encoder(spec(function=f"{__name__}:_WantsContiguous"), CPU)
+    assert model.memory_format == torch.contiguous_format
+
+
 def test_another_width_than_configured_is_a_config_error(archive: str) -> None:
     with pytest.raises(ConfigError, match=r"expected: dim 6\n  found: \(5,\)"):
         load_encoder(spec(export=archive, dim=6), CPU)
@@ -344,7 +377,7 @@ def test_a_network_that_counts_on_contiguous_activations_gives_what_it_gives(
 ) -> None:
     torch.manual_seed(0)
     network = Strided(by).eval()
-    monkeypatch.setattr("pipeline.encoders._from_function", lambda name: network)
+    monkeypatch.setattr("pipeline.encoders._from_function", lambda name, key: network)
     model = load_encoder(Encoder(function="own:code", dim=DIM, preprocess=Preprocess(size=SIDE)), CPU)
     images = torch.randint(0, 256, (3, 3, SIDE, SIDE), dtype=torch.uint8)
     with torch.inference_mode():

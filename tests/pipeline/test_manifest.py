@@ -378,6 +378,48 @@ def test_a_manifest_is_brought_in_again_when_the_root_of_its_relative_uris_chang
     assert storage.read_parquet(run.part("gallery", 0))["uri"].to_pylist() == ["/a", "/two/b"]
 
 
+def written(path: Path, content: pa.Table, columns: dict[str, str]) -> pa.Table:
+    """The one part of a manifest."""
+    given_source = source(write(path / "a.parquet", content, row_group_size=100), **columns)
+    run, (part,) = Run(str(path / "run")), scan(given_source, {})
+    write_part(run, "gallery", 0, part, given_source, 4, "/")
+    return storage.read_parquet(run.part("gallery", 0))
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        pa.array([2**24 + 1, 2**53 + 1, 3], pa.int64()),
+        pa.array([2**64 - 1, 0, 3], pa.uint64()),
+        pa.array([0.1, 1e30, 3.0], pa.float64()),
+    ],
+)
+def test_write_part_of_traffic_that_float32_rounds_takes_it_rounded(tmp_path: Path, weights: pa.Array) -> None:
+    rows = written(tmp_path, pa.table({"uri": ["/a", "/b", "/c"], "n": weights}), {"uri": "uri", "traffic": "n"})
+    assert rows["traffic"].to_numpy() == pytest.approx([float(value) for value in weights.to_pylist()], rel=1e-6)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1e300], [1.0, None], [1.0, float("nan")], [1.0, -1.0]])
+def test_write_part_of_traffic_that_is_no_weight_names_the_row(tmp_path: Path, weights: list[float | None]) -> None:
+    content = pa.table({"uri": ["/a", "/b"], "n": pa.array(weights, pa.float64())})
+    with pytest.raises(DataError, match=r"a traffic weight is not usable(.|\n)*a\.parquet: row 1, column n"):
+        written(tmp_path, content, {"uri": "uri", "traffic": "n"})
+
+
+@pytest.mark.parametrize("role", ["offset", "length"])
+@pytest.mark.parametrize("wrong", [pa.array([0, 2**63], pa.uint64()), pa.array([0, -1], pa.int64())])
+def test_write_part_of_a_position_that_no_file_has_names_the_row(tmp_path: Path, role: str, wrong: pa.Array) -> None:
+    columns: dict[str, Any] = {"uri": ["/a", "/b"], "offset": [0, 0], "length": [1, 1]}
+    with pytest.raises(DataError, match=rf"a position in a file is not usable(.|\n)*row 1, column {role}"):
+        written(tmp_path, pa.table(columns | {role: wrong}), {name: name for name in columns})
+
+
+def test_scan_of_a_file_with_two_columns_of_the_name_is_refused(tmp_path: Path) -> None:
+    content = pa.Table.from_arrays([pa.array([1]), pa.array(["/a"]), pa.array(["/b"])], names=["id", "uri", "uri"])
+    with pytest.raises(DataError, match="more than one column for uri"):
+        scan(source(write(tmp_path / "a.parquet", content), id="id", uri="uri"), {})
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_null_uri_is_refused_by_its_row(tmp_path: Path) -> None:
     uri = write(tmp_path / "a.parquet", pa.table({"id": [1, 2, 3], "uri": ["a", None, "c"]}))

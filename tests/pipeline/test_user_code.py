@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from pathlib import Path
 
@@ -64,11 +65,31 @@ def test_what_the_users_code_raises_is_said_with_its_line_and_ours_passes() -> N
     def failing() -> None:
         raise KeyError("colour")
 
-    said = rf"KeyError: 'colour' \({__file__}, line \d+\)(.|\n)*where: plan\.policy"
+    said = rf"KeyError: 'colour' \({__file__}, line \d+, from {__file__}, line \d+\)(.|\n)*where: plan\.policy"
     with pytest.raises(ConfigError, match=said), own_code("the policy failed", "plan.policy"):
         failing()
     with pytest.raises(DataError, match="of ours"), own_code("the policy failed", "plan.policy"):
         raise DataError("of ours")
+
+
+def test_own_code_that_fails_in_a_library_names_the_users_lines_alone_from_the_innermost_on() -> None:
+    def inner() -> None:
+        json.loads("{")
+
+    def outer() -> None:
+        inner()
+
+    with pytest.raises(ConfigError) as caught, own_code("the policy failed", "plan.policy"):
+        outer()
+    found = caught.value.details["found"]
+    first, second = inner.__code__.co_firstlineno + 1, outer.__code__.co_firstlineno + 1
+    assert f"({__file__}, line {first}, from {__file__}, line {second}, from " in str(found)
+    assert "json/decoder.py" not in str(found)
+
+
+def test_own_code_that_exits_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="SystemExit: 0"), own_code("the policy failed", "plan.policy"):
+        sys.exit(0)
 
 
 def test_the_fingerprint_is_of_the_source_file_and_does_not_run_it(folder: Path) -> None:
