@@ -76,6 +76,8 @@ def manifest_rows(table: pa.Table, where: str, first_row: int, options: Options)
             continue
         keep = field.name in ("key", "label") and pa.types.is_integer(table.schema.field(name).type)
         try:
+            if field.name == "uri" and _is_number(table.schema.field(name).type):
+                raise pa.ArrowNotImplementedError("a number names no image")
             columns[field.name] = table[name] if keep else table[name].cast(field.type)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise DataError(
@@ -95,8 +97,17 @@ def manifest_rows(table: pa.Table, where: str, first_row: int, options: Options)
     return pa.table(ordered | {name: table[name] for name in rest})
 
 
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+
+
 def _names(there: list[str], where: str, options: Options) -> dict[str, str]:
     """Our columns -> the source's, for those that are there."""
+    twice = sorted({name for name in there if there.count(name) > 1}) if len(set(there)) < len(there) else []
+    if twice:
+        raise DataError(
+            "two columns have one name", found=", ".join(twice[:5]), where=where, remedy="rename or drop one"
+        )
     ours = {"uri": options.uri_column, "key": options.key_column or "key"}
     names = {field.name: ours.get(field.name, field.name) for field in ROWS}
     needed = ["uri", *(["key"] if options.key_column else [])]
@@ -166,6 +177,7 @@ def _csv_batches(uri: str, options: Options) -> Iterator[list[pa.RecordBatch]]:
                 read_options=csv.ReadOptions(block_size=_CSV_BLOCK_BYTES),
                 convert_options=csv.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=True),
             )
+            _ = reader.schema.names  # raises if they are not UTF-8
             for batch in reader:
                 rows, num_bytes = batch.num_rows, batch.nbytes
                 full = sum(item.num_rows for item in batches) + rows > CHUNK_ROWS
@@ -173,10 +185,10 @@ def _csv_batches(uri: str, options: Options) -> Iterator[list[pa.RecordBatch]]:
                     yield batches
                     batches = []
                 batches.append(batch)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, UnicodeError) as error:
         raise DataError(
             "not a readable CSV file",
-            expected="values of the types that the first rows have",
+            expected="UTF-8, and values of the types that the first rows have",
             found=error,
             where=uri,
             remedy="mend it, or write it as Parquet",
