@@ -198,6 +198,17 @@ def test_a_bad_gallery_is_refused_before_any_work(case: str, tmp_path: Path) -> 
     assert not (run / "pairs").exists()
 
 
+def test_backfill_with_a_mended_column_after_a_refused_one_reads_the_gallery_again(tmp_path: Path) -> None:
+    twice = {"id": "digit", "image": "image", "label": "digit"}  # refused once the gallery is brought in
+    path = write_config(tmp_path, pairs__columns=twice)
+    for label in ("name", "digit"):
+        result = fastfill("backfill", "--config", path, "--set", f"gallery.columns.label={label}")
+        assert result.exit_code == 2, result.output
+        assert "an id is there more than once" in result.stderr
+    labels = pq.read_table(Path(load_config(path).run) / "gallery", columns=["label"])["label"].to_pylist()
+    assert labels == [str(label) for label in digits(300)[1]]
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
