@@ -91,12 +91,11 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", CONFIGS)
-@pytest.mark.parametrize(("name", "arguments"), CASES, ids=WITH_CONFIG)
-def test_each_command_with_a_config_that_cannot_be_used_exits_2(
-    name: str, arguments: tuple[str, ...], case: str, tmp_path: Path
-) -> None:
-    content, said = CONFIGS[case]
+@pytest.mark.parametrize(
+    ("name", "case"), [*((name, "binary") for name in WITH_CONFIG), *(("status", case) for case in CONFIGS)]
+)
+def test_each_command_with_a_config_that_cannot_be_used_exits_2(name: str, case: str, tmp_path: Path) -> None:
+    (content, said), arguments = CONFIGS[case], WITH_CONFIG[name]
     path = tmp_path / "run.yaml"
     path.write_bytes(content)
     result = call(name, *arguments, "--config", str(path))
