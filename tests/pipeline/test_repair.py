@@ -47,8 +47,11 @@ def repaired(config: Config, run: Run, plan: Plan) -> Repair:
 
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("ending", ["faiss", "parquet"])
-def test_repair_of_a_damaged_segment_or_sidecar_restores_its_bytes(how: str, ending: str, tmp_path: Path) -> None:
-    config, run, plan = opened(FINISHED[0], tmp_path)
+@pytest.mark.parametrize("name", FINISHED)
+def test_repair_of_a_damaged_segment_or_sidecar_restores_its_bytes(
+    name: str, how: str, ending: str, tmp_path: Path
+) -> None:
+    config, run, plan = opened(name, tmp_path)
     first = sorted(Path(run.path("index", "segments")).glob(f"*.{ending}"))[:2]
     before = first[0].read_bytes()
     damage(first[0], how, other=first[1])
