@@ -21,7 +21,7 @@ from pipeline.backfill import backfill
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.progress import Progress
-from pipeline.run import Run
+from pipeline.run import Run, fix_settings, stage_settings
 from pipeline.schema import vectors_to_arrow
 from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
 from tests.galleries import NEW_DIM, OLD_DIM, PREPROCESS, digits
@@ -84,6 +84,7 @@ def _fit(config: Config) -> None:
     torch.manual_seed(0)
     network = TransformationNetwork(OLD_DIM, NEW_DIM, 16).eval()
     info = TransformationInfo(OLD_DIM, NEW_DIM, None, 16, False, "alignment", 0, 1, PAIRS, 0, True)
+    fix_settings(run, "fit", stage_settings(config, "fit"))
     save_transformation(run, network, info)
 
 
