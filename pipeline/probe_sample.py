@@ -20,6 +20,7 @@ from pipeline import fan_out, manifest, storage
 from pipeline.config import Columns, Probe
 from pipeline.errors import DataError
 from pipeline.manifest import Manifest
+from pipeline.manifest_columns import check_columns, check_ids
 from pipeline.partition import Partition, read_ids
 from pipeline.run import Run
 
@@ -63,8 +64,8 @@ def read_sample(source: Probe) -> Sample:
     tables, count = [], 0
     for uri in manifest.files(source.manifest):
         with storage.open_parquet(uri) as file:
-            manifest.check_columns(file.schema_arrow, names, {}, uri)
-            manifest.check_ids(file.schema_arrow, names.id, kinds, uri)
+            check_columns(file.schema_arrow, names, {}, uri)
+            check_ids(file.schema_arrow, names.id, kinds, uri)
             count += file.metadata.num_rows
             _check_count(count, 0, uri)
             tables.append(_rows(file.read(columns=columns), names, uri))
