@@ -211,7 +211,9 @@ def _number(value: float | None, unit: str) -> str:
 
 
 def _left(seconds: float | None) -> str:
-    return "unknown until something was embedded" if seconds is None else duration(seconds)
+    if seconds is None:
+        return "unknown until something was embedded"
+    return duration(seconds) if seconds else "none: no image is left"
 
 
 if __name__ == "__main__":
