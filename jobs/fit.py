@@ -132,8 +132,9 @@ def show(info: TransformationInfo) -> None:
     console().print(table)
     if not info.better_than_old:
         console().print(
-            "[bold red]The transformed gallery is worse than the old one on held-out pairs: "
-            "`promote` is blocked while transformed vectors are served.[/]"
+            "The transformed gallery is worse than the old one on held-out pairs: "
+            "`promote` is blocked while transformed vectors are served.",
+            style="bold red",
         )
 
 

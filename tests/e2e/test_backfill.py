@@ -222,6 +222,7 @@ def test_status_and_curve_and_search_speak_the_documented_json(finished: Config)
     assert list(status) == [
         "run", "gallery", "embedded", "durable", "published", "rejected", "wave", "waves", "fraction",
         "images_per_second", "eta_seconds", "commit", "prod", "quality", "refused", "stopped",
+        "quality_commit", "prod_quality", "pinned",
     ]  # fmt: skip
     assert (status["gallery"], status["published"], status["commit"], status["prod"]) == (300, 300, 5, 5)
     curve = read_json("evaluate", "--config", path, "--curve")

@@ -133,7 +133,7 @@ def test_the_driver_counts_each_of_its_own_retries_once(endpoint: str, monkeypat
     publisher.stopped = None
     publisher.submit.side_effect = lambda _: COUNTS.add("retries:InternalError", 3) or MagicMock()
     publisher.submit_all.side_effect = lambda waves: [publisher.submit(wave) for wave in waves]
-    tracker.progress.side_effect = lambda _: progress(reading=Reading(images=32, retries=3))
+    tracker.progress.side_effect = lambda *_: progress(reading=Reading(images=32, retries=3))
     tracker.whole_waves.side_effect = [[], [1], [2]]
     monkeypatch.setattr(driver, "Publisher", lambda *_: publisher)
     monkeypatch.setattr(driver, "Tracker", lambda *_: tracker)
