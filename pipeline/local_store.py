@@ -170,7 +170,7 @@ def _stat(result: os.stat_result) -> Stat:
 
 @contextmanager
 def _temporary(path: Path, data: bytes) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary = path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
     try:
         with open(temporary, "wb") as file:
@@ -187,6 +187,15 @@ def _locked(path: Path) -> Iterator[None]:
     with open(path.parent / f".lock-{path.name}", "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder and those above it; each that was missing is on disk before anything is put into it."""
+    if path.is_dir():
+        return
+    _make_folder(path.parent)
+    path.mkdir(exist_ok=True)  # another process may have made it just now, and not have synced it yet
+    _sync_folder(path.parent)
 
 
 def _sync_folder(path: Path) -> None:

@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -342,3 +343,35 @@ def test_an_s3_folder_is_listed_deep_or_not(bucket: str) -> None:
     assert deep == ["a/c/3", "b/1", "b/2", "z"]
     assert [uri for uri, _ in storage.iter_stats(f"{bucket}/top/", deep=False)] == [f"{bucket}/top/z"]
     assert storage.folders(f"{bucket}/top") == [f"{bucket}/top/a", f"{bucket}/top/b"]
+
+
+@pytest.mark.parametrize("write", ["put", "put_if_absent", "compare_and_swap"])
+def test_write_into_new_folders_syncs_each_of_them_in_its_parent_before_the_name_appears(
+    tmp_path: Path, write: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calls of the system are recorded, and made: only a power cut would show what was not synced."""
+    calls: list[tuple[str, str]] = []
+
+    def record(name: str, path_of: Callable[..., str]) -> None:
+        real = getattr(os, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            result = real(*arguments, **named)
+            calls.append((name, path_of(*arguments)))
+            return result
+
+        monkeypatch.setattr(os, name, call)
+
+    record("mkdir", lambda path, *_: os.fspath(path))
+    record("fsync", lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"))
+    record("link", lambda _, target: os.fspath(target))
+    record("rename", lambda _, target: os.fspath(target))
+    uri = str(tmp_path / "run" / "index" / "commits" / "0.json")
+    getattr(storage, write)(uri, b"data", *([None] if write == "compare_and_swap" else []))
+    made = [path for name, path in calls if name == "mkdir"]
+    assert made == [str(tmp_path / name) for name in ("run", "run/index", "run/index/commits")]
+    appeared = next(at for at, (name, path) in enumerate(calls) if name in ("link", "rename") and path == uri)
+    for path in made:
+        synced = ("fsync", os.path.dirname(path))
+        assert synced in calls[calls.index(("mkdir", path)) : appeared], f"{path} is not synced in time"
+    assert ("fsync", os.path.dirname(uri)) in calls[appeared:]
