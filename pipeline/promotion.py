@@ -11,10 +11,11 @@ import logging
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
-from pipeline import assess, gate, quality, snapshot, telemetry
+from pipeline import assess, fenced, gate, quality, snapshot, telemetry
 from pipeline.commits import Commit, SegmentRef
 from pipeline.config import Config
 from pipeline.errors import ConfigError, GateRefused
+from pipeline.fenced import Check
 from pipeline.gate import Refusal
 from pipeline.neighbours import Found
 from pipeline.plan import Plan
@@ -39,6 +40,7 @@ class Promotion:
     """What one driver knows of the quality of what it publishes.
 
     Attributes:
+        check: raises SnapshotConflict if another driver owns the run: asked before each write.
         stopped: which condition ends the backfill, with the figures; None while none does.
         refusals: why the last commit was not promoted.
     """
@@ -47,6 +49,7 @@ class Promotion:
     run: Run
     plan: Plan
     stop: Stop = field(default_factory=Stop)
+    check: Check = fenced.anyone
     stopped: str | None = None
     refusals: list[Refusal] = field(default_factory=list)
     _probe: tuple[ProbeSet, Reference] | None = None
@@ -88,7 +91,9 @@ class Promotion:
             GateRefused: it is refused, and `gate.on_refusal` is `stop`.
             ConfigError: a condition to stop can never be met.
             DataError: a segment is missing or damaged.
+            SnapshotConflict: another driver owns the run; nothing is written.
         """
+        self.check()
         measured = self._measure(commit)
         automatic = self.config.publish.promote == "auto"
         self.refusals = gate.judge(self.run, commit, self.config.gate) if automatic else []
@@ -124,9 +129,10 @@ class Promotion:
 
     def _promote(self, commit: Commit) -> None:
         tag = snapshot.read_tag(self.run, snapshot.PROD)
-        moved = snapshot.auto_promote(self.run, commit.number, [refusal.sentence for refusal in self.refusals])
-        if moved:
-            quality.keep_best(self.run, commit.number, tag.commit if tag is not None else None)
+        reasons = [refusal.sentence for refusal in self.refusals]
+        if snapshot.auto_promote(self.run, commit.number, reasons, self.check):
+            before = tag.commit if tag is not None else None
+            quality.keep_best(self.run, commit.number, before, check=self.check)
 
     def _open(self) -> tuple[ProbeSet, Reference] | None:
         if not self._opened:
@@ -177,7 +183,7 @@ class Promotion:
 
     def _keep(self, commit: Commit) -> None:
         refused = tuple(refusal.sentence for refusal in self.refusals)
-        write_standing(self.run, Standing(commit.number, refused, self.stopped))
+        write_standing(self.run, Standing(commit.number, refused, self.stopped), self.check)
 
     def _warn(self, commit: Commit) -> None:
         """Once per check: a snapshot that is refused is mostly followed by others that are."""

@@ -48,7 +48,7 @@ class Publisher:
         self._sealer = self._make_sealer()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._futures: list[Future[None]] = []
-        self._promotion = Promotion(config, run, plan, stop or Stop())
+        self._promotion = Promotion(config, run, plan, stop or Stop(), self._writer.check)
         self._acknowledged: dict[int, dict[int, str]] = {}
         self._over = False
         self._checked = time.monotonic()
@@ -128,6 +128,7 @@ class Publisher:
         if error is None:
             for future in self._futures:
                 future.result()
+            self._writer.check()  # nobody writes a report of a run that is another driver's
             if self._commit is not None:
                 self._promotion.finish(self._commit)
 

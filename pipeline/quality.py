@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline import documents, storage
+from pipeline import documents, fenced, storage
 from pipeline.commits import from_json, to_json
+from pipeline.fenced import Check
 from pipeline.run import Run
 
 Figures = dict[str, float]
@@ -153,7 +154,7 @@ def read_best(run: Run, served: int | None) -> int | None:
     return best if best <= served else None
 
 
-def keep_best(run: Run, commit: int, before: int | None, anew: bool = False) -> None:
+def keep_best(run: Run, commit: int, before: int | None, anew: bool = False, check: Check = fenced.anyone) -> None:
     """Keep that `prod` serves a commit now, where that is the best one so far.
 
     Args:
@@ -161,6 +162,10 @@ def keep_best(run: Run, commit: int, before: int | None, anew: bool = False) -> 
         commit: its number.
         before: what `prod` served before.
         anew: whatever was served before, this is what later commits are compared with: somebody has insisted on it.
+        check: whether the caller may still write.
+
+    Raises:
+        SnapshotConflict: another driver owns the run.
     """
     kept, measured = read_best(run, before), read_quality(run, commit)
     best = before if kept is None else kept  # none is kept after a rollback
@@ -168,7 +173,7 @@ def keep_best(run: Run, commit: int, before: int | None, anew: bool = False) -> 
     if known is None or (measured is not None and _value(measured) >= _value(known)):
         best = commit
     if best is not None and best != kept:
-        storage.put(_best_uri(run), documents.encode(_Best(best)))
+        fenced.replace(_best_uri(run), documents.encode(_Best(best)), check)
 
 
 def write_reference(run: Run, made: Reference) -> None:

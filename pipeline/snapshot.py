@@ -29,6 +29,7 @@ from pipeline.commits import SegmentRef as SegmentRef
 from pipeline.commits import check_commit, from_json, read_removals, to_json
 from pipeline.commits import read_commit as read_commit
 from pipeline.errors import DataError, GateRefused, Refused, Removed, SnapshotConflict
+from pipeline.fenced import Check, anyone
 from pipeline.run import Run
 
 CANDIDATE = "candidate"
@@ -247,8 +248,14 @@ def promote(run: Run, number: int | None, *, blockers: Sequence[str], force: boo
     return _change_tag(run, PROD, forward)
 
 
-def auto_promote(run: Run, number: int, blockers: Sequence[str] = ()) -> bool:
+def auto_promote(run: Run, number: int, blockers: Sequence[str] = (), check: Check = anyone) -> bool:
     """Move `prod` forward to a commit, unless it is pinned, blocked, or that far already.
+
+    Args:
+        run: the run.
+        number: of the commit.
+        blockers: what is against it.
+        check: whether the caller may still move the tag; asked after the tag was read.
 
     Returns:
         whether `prod` points to the commit now.
@@ -262,6 +269,7 @@ def auto_promote(run: Run, number: int, blockers: Sequence[str] = ()) -> bool:
         return False
 
     def forward(now: Tag | None) -> Tag:
+        check()
         if now and (now.pinned or (now.commit is not None and now.commit >= number)):
             return now
         return Tag(number, previous=_before(now, number))

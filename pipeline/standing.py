@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline import documents, storage
+from pipeline import documents, fenced, storage
+from pipeline.fenced import Check
 from pipeline.run import Run
 
 
@@ -23,9 +24,9 @@ class Standing:
     stopped: str | None = None
 
 
-def write_standing(run: Run, standing: Standing) -> None:
-    """Keep what became of the last commit."""
-    storage.put(_uri(run), documents.encode(standing))
+def write_standing(run: Run, standing: Standing, check: Check) -> None:
+    """Keep what became of the last commit; raises as `fenced.replace`."""
+    fenced.replace(_uri(run), documents.encode(standing), check)
 
 
 def read_standing(run: Run) -> Standing | None:
