@@ -112,6 +112,11 @@ def gather(codebook: Codebook, segments: Sequence[Segment]) -> Segment:
     return Segment(codebook, whole)
 
 
+def use_one_thread() -> None:
+    """Search with the calling thread alone from now on."""
+    faiss.omp_set_num_threads(1)
+
+
 def search(
     codebook: Codebook, segments: Sequence[Segment], queries: Float32, k: int, nprobe: int
 ) -> tuple[Float32, Int64]:

@@ -3,7 +3,9 @@
 Beside the commits. A lease is a small object, `index/leases/<id>.json`, that names one commit; gc keeps that
 commit while the lease is there and not older than its own length, by the store's clock: a reader that dies
 keeps nothing for long. A reader holds its lease for as long as it lives, and not only while it opens: on a
-network file system an unlinked segment breaks whoever has it mapped. Whoever may not write goes without.
+network file system an unlinked segment breaks whoever has it mapped. A reader that cannot write its lease (no
+permission, a full disk) reads without one. A lease belongs to the process that took it: in a forked child the thread
+that renews it is gone, so a child takes a lease of its own and leaves its parent's alone.
 
 Guarantee: of a reader that takes a lease and then asks `removals.claim`, and a gc that announces and then
 looks for leases, at least one sees the other. Does not decide what is removed.
@@ -11,8 +13,8 @@ looks for leases, at least one sees the other. Does not decide what is removed.
 
 from __future__ import annotations
 
-import errno
 import logging
+import os
 import threading
 import time
 import uuid
@@ -44,15 +46,15 @@ class LeaseFile:
 
 
 class Lease:
-    """Keeps a commit from gc until it is released, or nobody refers to it any more."""
+    """Keeps a commit from gc until its process releases it, or does not refer to it any more."""
 
     def __init__(self, run: Run, commit: int, seconds: float = LEASE_SECONDS) -> None:
         """Write the lease, and renew it in a thread from now on.
 
         Raises:
-            PermissionError, OSError: nothing may be written here.
+            OSError: nothing can be written here.
         """
-        self.commit = commit
+        self.commit, self._process = commit, os.getpid()
         self._id, self._seconds = uuid.uuid4().hex, seconds
         self.uri = run.path("index", "leases", f"{self._id}.json")
         self._writing, self._released = threading.Lock(), threading.Event()
@@ -62,7 +64,9 @@ class Lease:
         threading.Thread(target=_keep_alive, args=arguments, name="lease", daemon=True).start()
 
     def release(self) -> None:
-        """Give the commit up; what cannot be deleted now expires by itself."""
+        """Give the commit up; what cannot be deleted now expires by itself. In a forked child nothing happens."""
+        if os.getpid() != self._process:
+            return
         with self._writing:
             self._released.set()
             try:
@@ -90,7 +94,7 @@ def _keep_alive(lease: weakref.ref[Lease], released: threading.Event, pause_seco
 
 
 def take(run: Run, commit: int) -> Lease | None:
-    """A lease on a commit that gc has not removed; None where nothing may be written.
+    """A lease on a commit that gc has not removed; None if it cannot be written.
 
     Raises:
         Removed: gc has removed the commit.
@@ -98,9 +102,7 @@ def take(run: Run, commit: int) -> Lease | None:
     lease = None
     try:
         lease = Lease(run, commit)
-    except OSError as error:
-        if not isinstance(error, PermissionError) and error.errno != errno.EROFS:
-            raise
+    except OSError as error:  # whatever keeps a machine from writing does not keep it from reading
         logger.info("reading commit %d without a lease: %s cannot be written (%s)", commit, run.uri, error)
     try:
         removals.claim(run, commit, cancel=lease is not None)

@@ -3,16 +3,22 @@
 After publishing; all it knows of a run are its tags, commits and segments. Guarantee: every call answers
 from exactly one published commit, whose files were checked against it; a commit that cannot be opened
 whole is never switched to. A lease keeps the commit that is served from gc; who may not write reads without
-one, and where gc is faster than it opens a commit, it opens the one that the tag has moved to meanwhile.
+one, and where gc is faster than it opens a commit, it opens the one that the tag has moved to meanwhile. It may be
+opened before a fork (gunicorn's preload): each child takes a lease of its own when it first uses it, and its main
+thread searches without the help of others.
 Does not embed images.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import operator
+import os
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
@@ -21,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pipeline import index, leases, snapshot
 from pipeline.codebook import Codebook
-from pipeline.errors import DataError, Removed
+from pipeline.errors import DataError, Removed, SnapshotConflict, TransientError
 from pipeline.index import Segment
 from pipeline.keys import Keys
 from pipeline.leases import Lease
@@ -29,6 +35,9 @@ from pipeline.run import Run
 from pipeline.schema import Float32, Int64
 from pipeline.snapshot import PROD, Commit, SegmentRef
 
+logger = logging.getLogger(__name__)
+
+_SEARCHERS: weakref.WeakSet[Searcher] = weakref.WeakSet()
 _OPEN_THREADS = 8  # hashing releases the GIL, and remote segments are fetched meanwhile
 _TRIES = 16
 _ALWAYS_PADDED = 1024
@@ -107,7 +116,9 @@ class Searcher:
         self._verify = verify
         self._in_memory = in_memory
         self._keys = Keys(self._run)
-        self._refreshing = threading.Lock()
+        self._refreshing, self._inherited = threading.RLock(), False
+        _renew_after_fork()
+        _SEARCHERS.add(self)
         number = None if commit is None else _whole("commit", commit, 0)
         self._opened: _Snapshot | None = self._follow(None) if number is None else self._open_leased(number, None)
 
@@ -173,7 +184,22 @@ class Searcher:
     ) -> None:
         self.close()
 
+    def _forked(self) -> None:
+        """In a child: another thread of the parent may have held a lock, and the lease is the parent's."""
+        self._refreshing, self._inherited = threading.RLock(), True
+        self._keys = Keys(self._run)
+        index.use_one_thread()  # of OpenMP, in the thread that has forked: it would wait for those of the parent
+
+    def _take_own_lease(self) -> None:
+        with self._refreshing:
+            opened = self._opened
+            if self._inherited and opened is not None:
+                self._opened = replace(opened, lease=_own_lease(self._run, opened.commit.number))
+            self._inherited = False
+
     def _pinned(self) -> _Snapshot:
+        if self._inherited:
+            self._take_own_lease()
         opened = self._opened
         if opened is None:
             raise ValueError("this Searcher is closed")
@@ -253,6 +279,26 @@ def _whole(name: str, value: int, least: int) -> int:
     if number < least:
         raise DataError(f"{name} is out of range", expected=f"at least {least}", found=number)
     return number
+
+
+@functools.cache
+def _renew_after_fork() -> None:
+    """Tell every Searcher of a forked child that it is in a child, from now on."""
+
+    def tell() -> None:
+        for searcher in list(_SEARCHERS):
+            searcher._forked()
+
+    os.register_at_fork(after_in_child=tell)
+
+
+def _own_lease(run: Run, number: int) -> Lease | None:
+    """A lease on a commit that is open already; None if there can be none: what is open can be read all the same."""
+    try:
+        return leases.take(run, number)
+    except (Removed, TransientError, SnapshotConflict) as error:
+        logger.warning("commit %d is served without a lease after a fork: %s", number, error)
+        return None
 
 
 def _release(opened: _Snapshot) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import atexit
 import copy
+import os
 import shutil
+import signal
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -292,3 +295,63 @@ def test_a_codebook_of_another_metric_is_refused(tmp_path: Path) -> None:
     storage.put(whole.run.commit(0), snapshot.to_json(commit))
     with pytest.raises(DataError, match="codebook is not the commit's"):
         Searcher(whole.run.uri)
+
+
+def leases_of(whole: WholeRun) -> set[str]:
+    return set(storage.list_files(whole.run.path("index", "leases")))
+
+
+def in_child(work: Callable[[], bool]) -> bool:
+    """What `work` says in a forked child; False if it fails or takes more than a minute."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            signal.alarm(60)
+            code = 0 if work() else 1
+        finally:
+            os._exit(code)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def test_searcher_forked_child_that_closes_leaves_the_lease_of_its_parent(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    with Searcher(whole.run.uri) as searcher:
+        mine = leases_of(whole)
+
+        def close() -> bool:
+            searcher.close()
+            return True
+
+        assert len(mine) == 1
+        assert in_child(close)
+        assert leases_of(whole) == mine
+    assert leases_of(whole) == set()
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_searcher_forked_child_that_searches_holds_and_renews_a_lease_of_its_own(
+    tmp_path: Path, in_memory: bool
+) -> None:
+    whole = make(tmp_path)
+    query = whole.embedded[:3]
+    with Searcher(whole.run.uri, in_memory=in_memory) as searcher:
+        mine, found = leases_of(whole), searcher.search(query, 5).ids
+
+        def search() -> bool:
+            before = threading.active_count()
+            same = np.array_equal(searcher.search(query, 5).ids, found)
+            both, renewed = leases_of(whole), threading.active_count() > before
+            publish_next(whole)
+            moved = searcher.refresh() and searcher.search(query, 5).commit == 1
+            searcher.close()
+            return same and renewed and mine < both and len(both) == 2 and moved and leases_of(whole) == mine
+
+        assert in_child(search)
+        assert leases_of(whole) == mine
+
+
+def test_searcher_forked_while_another_thread_refreshes_does_not_wait_for_it(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    with Searcher(whole.run.uri) as searcher, searcher._refreshing:
+        assert in_child(lambda: searcher.search(whole.embedded[:1], 1).commit == 0)
