@@ -2,6 +2,8 @@
 # The job of docker-compose: a Ray head on this machine, and the backfill of CONFIG on it. Without CONFIG it makes the
 # demo's data and encoders, and backfills them into the object store.
 set -eu
+export RAY_AUTH_MODE=token # the dashboard asks for it: docker compose exec backfill ray get-auth-token
+ray get-auth-token --generate > /dev/null
 ray start --head --metrics-export-port=8080 --dashboard-host=0.0.0.0 --disable-usage-stats
 export RAY_ADDRESS=auto
 set -- --set telemetry.host=0.0.0.0 --set telemetry.discovery_file=/run/fastfill/driver.json --set telemetry.linger_seconds=60

@@ -82,6 +82,7 @@ CLUSTER = record(
     ("headGroupSpec",),
     suspend=FLAG,
     managedBy=TEXT,
+    authOptions=record(mode=choice("disabled", "token"), secretName=TEXT, enableK8sTokenAuth=FLAG),
     autoscalerOptions=AUTOSCALER,
     headServiceAnnotations=TEXTS,
     enableInTreeAutoscaling=FLAG,
@@ -147,5 +148,5 @@ def validate(document: Schema) -> None:
         schema = record(("spec",), apiVersion=TEXT, kind=TEXT, metadata=metadata, spec=OWN[kind])
     else:
         group, _, version = document["apiVersion"].rpartition("/")
-        schema = kubernetes(f"api.{group or 'core'}.{version}.{document['kind']}")
+        schema = kubernetes(f"api.{group.removesuffix('.k8s.io') or 'core'}.{version}.{document['kind']}")
     jsonschema.Draft202012Validator({**schema, "$defs": _definitions()}).validate(document)

@@ -98,3 +98,18 @@ def test_the_image_has_what_it_copies_and_runs_as_nobody_special() -> None:
 
 def test_the_script_of_the_job_is_a_shell_script() -> None:
     subprocess.run(["sh", "-n", str(DOCKER / "backfill.sh")], check=True, capture_output=True)
+
+
+def test_every_image_is_of_an_exact_version() -> None:
+    images = [service["image"] for service in SERVICES.values() if "build" not in service]
+    (base,) = re.findall(r"^FROM (.*)$", DOCKERFILE, re.MULTILINE)
+    for image in (*images, base):
+        assert re.search(r":v?\d+\.\d+(\.\d+)?(-[\w-]+)?$", image), image
+    assert re.search(r":3\.11\.\d+-", base)
+
+
+def test_ray_asks_for_a_token() -> None:
+    lines = (DOCKER / "backfill.sh").read_text().splitlines()
+    (start,) = [number for number, line in enumerate(lines) if line.startswith("ray start")]
+    assert any("RAY_AUTH_MODE=token" in line for line in lines[:start])
+    assert any("ray get-auth-token --generate" in line for line in lines[:start])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,72 @@ def test_ray_is_of_the_version_that_is_tested() -> None:
     pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
     assert CLUSTER["rayVersion"] == pinned["ray"]
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert {container(pod)["image"] for pod in PODS} == {f"REGISTRY/fastfill:{version}"}
+    submitter = JOB["submitterPodTemplate"]["spec"]["containers"][0]
+    images = {container(pod)["image"] for pod in PODS} | {submitter["image"]}
+    assert images == {f"REGISTRY/fastfill:{version}"}
+
+
+def specs() -> dict[str, dict[str, Any]]:
+    """The pods of the job and of Redis, by name."""
+    redis = DOCUMENTS["redis.yaml: StatefulSet fastfill-redis"]["spec"]["template"]["spec"]
+    found = {name: pod["template"]["spec"] for name, pod in PODS.items()}
+    return {**found, "submitter": JOB["submitterPodTemplate"]["spec"], "redis": redis}
+
+
+@pytest.mark.parametrize("name", specs())
+def test_a_container_is_confined(name: str) -> None:
+    pod = specs()[name]
+    (found,) = pod["containers"]
+    context = pod.get("securityContext", {}) | found["securityContext"]
+    assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert context["runAsNonRoot"]
+    assert context["readOnlyRootFilesystem"]
+    assert not context["allowPrivilegeEscalation"]
+    assert context["capabilities"] == {"drop": ["ALL"]}
+
+
+@pytest.mark.parametrize("name", [name for name in specs() if name != "redis"])
+def test_ray_can_write_where_it_has_to(name: str) -> None:
+    pod = specs()[name]
+    places = {mount["mountPath"]: mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    for folder in ("/tmp", "/home/ray"):
+        assert volumes[places[folder]]["emptyDir"] == {}
+
+
+def test_the_autoscaler_is_confined_as_the_head_is() -> None:
+    options = CLUSTER["autoscalerOptions"]
+    assert options["securityContext"] == container("head")["securityContext"]
+    assert options["volumeMounts"] == [{"name": "tmp", "mountPath": "/tmp"}]
+
+
+def test_only_the_head_has_a_token_of_the_kubernetes_api() -> None:
+    assert [name for name, pod in specs().items() if pod.get("automountServiceAccountToken", True)] == ["head"]
+
+
+def test_ray_asks_for_a_token() -> None:
+    assert CLUSTER["authOptions"] == {"mode": "token"}
+
+
+def test_only_those_who_must_reach_a_port_do() -> None:
+    policies = {
+        name.split()[-1]: document["spec"] for name, document in DOCUMENTS.items() if ": NetworkPolicy " in name
+    }
+    for labels in (PODS["head"]["template"]["metadata"]["labels"], {"app": "fastfill-redis"}):
+        covering = [spec for spec in policies.values() if spec["podSelector"]["matchLabels"].items() <= labels.items()]
+        assert [spec["policyTypes"] for spec in covering] == [["Ingress"]]
+    for spec in policies.values():
+        for rule in spec["ingress"]:
+            assert all(peer["podSelector"]["matchLabels"] for peer in rule["from"]), "a rule for everybody"
+    by_port = {rule["ports"][0]["port"]: rule["from"] for rule in policies["fastfill"]["ingress"] if "ports" in rule}
+    submitter = JOB["submitterPodTemplate"]["metadata"]["labels"]
+    assert submitter in [peer["podSelector"]["matchLabels"] for peer in by_port[8265]]
+    assert set(by_port) == {8265, 8080}
+
+
+def test_every_image_is_of_an_exact_version() -> None:
+    for pod in specs().values():
+        assert re.search(r":\d+\.\d+\.\d+(-\w+)?$", pod["containers"][0]["image"])
 
 
 def test_nothing_is_scheduled_on_the_head_and_both_groups_come_and_go() -> None:

@@ -66,9 +66,29 @@ def test_every_node_has_a_role_and_no_key_is_in_the_file() -> None:
 
 
 def test_the_project_is_installed_on_every_node_from_its_tested_versions() -> None:
-    assert CLUSTER["file_mounts"] == {"/home/ubuntu/fastfill": "."}
+    assert CLUSTER["file_mounts"]["/home/ubuntu/fastfill"] == "."
     (install,) = [line for line in CLUSTER["setup_commands"] if "--editable ." in line]
     assert "--constraint constraints.txt" in install
+
+
+def test_ray_asks_for_a_token_on_every_node_and_in_every_shell() -> None:
+    home = "/home/ubuntu/.ray/auth_token"  # where Ray looks for it
+    assert CLUSTER["file_mounts"][home] == "~/.ray/auth_token"
+    assert all("RAY_AUTH_MODE=token" in text for text in starts())
+    assert any("RAY_AUTH_MODE=token" in text for text in CLUSTER["setup_commands"] if ".bashrc" in text)
+    assert any("RAY_AUTH_MODE=token" in text for text in CLUSTER["worker_start_ray_commands"] if "spot_notice" in text)
+    assert "--dashboard-host=127.0.0.1" in starts()[0]
+
+
+def test_credentials_of_a_machine_do_not_leave_it() -> None:
+    for kind in KINDS.values():
+        assert kind["node_config"]["MetadataOptions"] == {"HttpTokens": "required", "HttpPutResponseHopLimit": 1}
+
+
+def test_what_is_installed_is_of_a_known_version() -> None:
+    installs = [text for text in (*CLUSTER["setup_commands"], *CLUSTER["head_setup_commands"]) if "pip install" in text]
+    assert len(installs) == 3
+    assert all(re.search(r"==\d+\.\d+|--constraint", text) for text in installs)
 
 
 def test_five_lines_are_to_be_edited() -> None:
