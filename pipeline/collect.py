@@ -21,11 +21,16 @@ What could happen beside it, and why nothing is lost:
   deleting twice is harmless.
 - Nothing was promoted yet: the first tag cannot be written again, so no commit is removed before.
 
-Time is the store's: ages are taken against an object that gc itself has written.
+A disk may be full, so gc first deletes what needs nobody's consent, and writes nothing for it: files of commits that
+are confirmed to go, temporary files, expired leases, files that nobody will ever name. Only then it announces.
+
+Time is the store's: ages are taken against an object that gc itself has written, and before that against the newest
+file of the index, which makes everything look younger than it is.
 """
 
 from __future__ import annotations
 
+import errno
 import random
 import re
 import time
@@ -35,7 +40,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from pipeline import removals, snapshot, storage
-from pipeline.commits import Commit, Removals, read_commit, to_json
+from pipeline.commits import Commit, Removals, read_commit, read_removals, to_json
 from pipeline.errors import ConfigError, Removed, SnapshotConflict
 from pipeline.leases import find_leases
 from pipeline.plan import dropped_files
@@ -206,6 +211,55 @@ class _Collector:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class _Waste:
+    """What may be deleted without anybody's consent, by URI.
+
+    Attributes:
+        commits: files of commits that are confirmed to be gone; they go first, then what only they named.
+        files: segments, sidecars and codebooks.
+        leases: expired ones.
+        leftovers: temporary files, probes, and parts of plans that were dropped.
+    """
+
+    commits: list[str]
+    files: dict[str, Stat]
+    leases: list[str]
+    leftovers: dict[str, Stat]
+
+    @classmethod
+    def find(cls, run: Run, rules: Rules, view: _View, dead: Iterable[str], now_seconds: float) -> _Waste:
+        """Look for it; `dead` are the paths of files that only confirmed commits name."""
+        stored, dead = _index_files(run), set(dead)
+        lost = _strays(stored, view, dead, now_seconds - rules.grace_seconds)
+        over = find_leases(run, now_seconds)[1]
+        leftover_age = max(rules.grace_seconds, LEFTOVER_SECONDS)
+        return cls(
+            commits=view.leftover_commits,
+            files={run.path(path): stored[path] for path in {*dead, *lost} if path in stored},
+            leases=[uri for uri, seconds in over.items() if seconds > rules.grace_seconds],
+            leftovers=_older(storage.list_leftovers(run.uri), now_seconds - leftover_age) | dropped_files(run),
+        )
+
+    def delete(self) -> None:
+        """Commits first, so that none is left without its files."""
+        storage.delete_files(self.commits)
+        storage.delete_files([*self.files, *self.leases, *self.leftovers])
+
+    def size_bytes(self) -> int:
+        """Of the files and leftovers."""
+        return sum(stat.size_bytes for stat in (self.files | self.leftovers).values())
+
+
+def _free(run: Run, rules: Rules) -> _Waste:
+    """Delete what can be deleted without a write, which may fail on a full disk."""
+    now = read_removals(run)
+    view = _look(run, now)
+    waste = _Waste.find(run, rules, view, set(now.files) - view.files(), _newest(run))
+    waste.delete()
+    return waste
+
+
 def collect(run_uri: str, rules: Rules | None = None, dry_run: bool = False) -> Collection:
     """Remove what nobody needs; safe at any time, beside anything, and to do again.
 
@@ -219,28 +273,23 @@ def collect(run_uri: str, rules: Rules | None = None, dry_run: bool = False) -> 
         SnapshotConflict: others kept interfering; nothing is lost.
     """
     run, rules = Run(run_uri), rules or Rules()
+    freed = [] if dry_run else [_free(run, rules)]
     now_seconds = time.time() if dry_run else _store_time(run)
     collector = _Collector(run, rules, now_seconds, dry_run)
     view, wanted, kept = collector.agree()
-    stored = _index_files(run)
-    lost = _strays(stored, view, wanted, now_seconds - rules.grace_seconds)
-    expired = [uri for uri, over in find_leases(run, now_seconds)[1].items() if over > rules.grace_seconds]
-    leftover_age = max(rules.grace_seconds, LEFTOVER_SECONDS)
-    leftovers = _older(storage.list_leftovers(run.uri), now_seconds - leftover_age) | dropped_files(run)
+    waste = _Waste.find(run, rules, view, wanted.files, now_seconds)
     if not dry_run:
         collector.delete_commits(view, wanted)
-        storage.delete_files([run.path(path) for path in lost])
-        storage.delete_files(expired)
-        storage.delete_files(list(leftovers))
-    files = [path for path in {*wanted.files, *lost} if path in stored]
+        waste.delete()
+    freed.append(waste)
     return Collection(
         dry_run=dry_run,
         commits=collector.removed,
         kept={number: kept[number] for number in sorted(kept.keys() & view.commits.keys())},
-        files=len(files),
-        bytes=sum(stored[path].size_bytes for path in files) + sum(stat.size_bytes for stat in leftovers.values()),
-        leases=len(expired),
-        leftovers=len(leftovers),
+        files=sum(len(item.files) for item in freed),
+        bytes=sum(item.size_bytes() for item in freed),
+        leases=sum(len(item.leases) for item in freed),
+        leftovers=sum(len(item.leftovers) for item in freed),
     )
 
 
@@ -283,11 +332,11 @@ def _look(run: Run, now: Removals) -> _View:
     )
 
 
-def _strays(stored: dict[str, Stat], view: _View, wanted: Removals, before_seconds: float) -> list[str]:
+def _strays(stored: dict[str, Stat], view: _View, dead: set[str], before_seconds: float) -> list[str]:
     """Files that no commit names and nobody is about to name."""
     if not view.finished:
         return []
-    known = view.files() | set(wanted.files)
+    known = view.files() | dead
     return list(_older([item for item in stored.items() if item[0] not in known], before_seconds))
 
 
@@ -306,7 +355,18 @@ def _older(found: Iterable[tuple[str, Stat]], before_seconds: float) -> dict[str
 
 
 def _store_time(run: Run) -> float:
-    """The time by the clock that the store stamps objects with."""
+    """The time by the clock that the store stamps objects with; an earlier one if the disk is full."""
     where = run.path("index", "gc.json")
-    storage.put(where, to_json(_Clock(uuid.uuid4().hex, time.time())))
-    return storage.stat(where).modified_seconds
+    try:
+        storage.put(where, to_json(_Clock(uuid.uuid4().hex, time.time())))
+        return storage.stat(where).modified_seconds
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _newest(run)
+
+
+def _newest(run: Run) -> float:
+    """A time that is not later than now, by the same clock: when the newest file of the index was written."""
+    written = (stat.modified_seconds for _, stat in storage.iter_stats(run.path("index")))
+    return min(time.time(), max(written, default=0.0))

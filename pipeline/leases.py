@@ -106,6 +106,13 @@ def take(run: Run, commit: int) -> Lease | None:
         logger.info("reading commit %d without a lease: %s cannot be written (%s)", commit, run.uri, error)
     try:
         removals.claim(run, commit, cancel=lease is not None)
+    except OSError as error:
+        if lease is None:
+            raise
+        logger.info("reading commit %d without a lease: %s cannot be written (%s)", commit, run.uri, error)
+        lease.release()
+        removals.claim(run, commit, cancel=False)
+        return None
     except BaseException:
         if lease is not None:
             lease.release()

@@ -7,6 +7,7 @@ before a call returns: written beside its name, synced, then linked or renamed. 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
@@ -133,6 +134,8 @@ class LocalStore:
             self.put_if_absent(str(probe), b"probe")
             probe.unlink()
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OSError(error.errno, error.strerror, prefix) from error
             raise DataError(
                 "the folder cannot be written", found=error.strerror, where=prefix, remedy="give another one"
             ) from error
@@ -178,6 +181,10 @@ def _temporary(path: Path, data: bytes) -> Iterator[Path]:
             file.flush()
             os.fsync(file.fileno())
         yield temporary
+    except OSError as error:
+        if error.filename is None:  # a write or a sync that failed does not say where
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

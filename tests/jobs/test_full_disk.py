@@ -1,0 +1,179 @@
+"""Commands on a disk without a free byte: readers read, gc frees, others say in one message where and what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner, Result
+
+from jobs import evaluate, export, gc, rollback
+from jobs.cli import main
+from pipeline import snapshot, storage
+from pipeline.audit import audit
+from pipeline.collect import Rules, collect
+from pipeline.commits import Removals, to_json
+from pipeline.config import Storage
+from pipeline.search import Searcher
+from tests.pipeline.synthetic_run import Options, known, make_run
+from tests.pipeline.test_collect import LAST, make
+
+DISK_BYTES = 24 * 2**20
+NOW = Rules(keep=1, grace_seconds=0)
+
+
+def used(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def limit(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """A full disk where this machine lets nobody mount one: a write fails when it is synced."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if path.startswith(str(folder)) and os.path.isfile(path) and used(folder) > DISK_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    patch.setattr(os, "fsync", fsync)
+
+
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A small file system of its own; a limit on the folder where it cannot be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    if not mounted:
+        limit(folder, monkeypatch)
+    yield folder
+    if mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Write until nothing more fits."""
+    filler = folder / "filler"
+    with suppress(OSError), open(filler, "wb", buffering=0) as file:
+        for _ in range(2):  # the first write ends where the disk does
+            file.write(bytes(DISK_BYTES))
+    with pytest.raises(OSError, match="No space"):
+        storage.put(str(folder / "more"), bytes(8192))
+    return filler
+
+
+def configured(patch: pytest.MonkeyPatch, uri: str) -> Callable[..., Result]:
+    """Commands on a run; a whole config needs encoders, which they do not."""
+
+    def load(*_: object) -> SimpleNamespace:
+        storage.configure(Storage())
+        return SimpleNamespace(run=uri)
+
+    for module in (gc, rollback, export):
+        patch.setattr(module, "load", load)
+    return lambda *arguments: CliRunner().invoke(main, [arguments[0], "--config", "run.yaml", *arguments[1:]])
+
+
+def assert_one_message(result: Result, where: Path | str) -> None:
+    assert result.exit_code == 1, result.output
+    assert "error: the disk is full" in result.stderr
+    assert f"where: {where}" in result.stderr
+    assert "what to do: free space there" in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_searcher_full_disk_opens_and_answers_without_a_lease(disk: Path) -> None:
+    whole = make(disk)
+    fill(disk)
+    with Searcher(whole.run.uri) as searcher:
+        assert searcher.commit.number == LAST
+        assert searcher.search(whole.embedded[:2], 3).ids.shape == (2, 3)
+        assert storage.list_files(whole.run.path("index", "leases")) == []
+
+
+def test_searcher_io_error_while_it_objects_to_a_removal_opens_without_a_lease(tmp_path: Path) -> None:
+    """The lease fits on the disk, and nothing after it."""
+    whole = make(tmp_path)
+    storage.put(whole.run.collected, to_json(Removals(announced=(LAST,))))
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if "/leases" not in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with Searcher(whole.run.uri) as searcher:
+            assert searcher.commit.number == LAST
+    assert storage.list_files(whole.run.path("index", "leases")) == []
+
+
+def test_gc_full_disk_frees_what_is_confirmed_or_left_over_and_then_removes_commits(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make(disk)
+    old = whole.run.path("index", ".tmp-of-a-driver-that-died")
+    Path(old).write_bytes(bytes(100_000))
+    os.utime(old, (0, 0))
+    fill(disk)
+    found = configured(monkeypatch, whole.run.uri)("gc", "--keep", "1", "--grace", "0")
+    assert found.exit_code == 0, found.stderr
+    assert not Path(old).exists()
+    assert snapshot.list_commits(whole.run) == [1, LAST]
+    assert audit(whole.run.uri).ok
+
+
+def test_gc_full_disk_with_nothing_to_free_says_so_and_changes_nothing(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make(disk)
+    collect(whole.run.uri, NOW)
+    storage.put(whole.run.collected, to_json(Removals(confirmed=(0, 2, 3), announced=(1,))))
+    fill(disk)
+    before = sorted(storage.list_files(whole.run.uri))
+    assert_one_message(configured(monkeypatch, whole.run.uri)("gc"), whole.run.collected)
+    assert sorted(storage.list_files(whole.run.uri)) == before
+
+
+def test_rollback_full_disk_is_one_message_with_the_tag_and_what_to_do(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make(disk)
+    filler = fill(disk)
+    command = configured(monkeypatch, whole.run.uri)
+    assert_one_message(command("rollback"), whole.run.tag("prod"))
+    filler.unlink()
+    assert command("rollback").exit_code == 0
+
+
+def test_export_full_disk_is_one_message_and_goes_on_once_there_is_space(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, run = make_run(disk / "run", known(), Options())
+    filler = fill(disk)
+    command = configured(monkeypatch, run.uri)
+    out = disk / "out"
+    assert_one_message(command("export", str(out), "--format", "parquet"), out)
+    filler.unlink()
+    done = command("export", str(out), "--format", "parquet")
+    assert done.exit_code == 0, done.stderr
+
+
+def test_evaluate_full_disk_is_one_message_with_the_file_and_what_to_do(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = make_run(disk / "run", known(), Options())
+    monkeypatch.setattr(evaluate, "load", lambda *_: config)
+    monkeypatch.setattr(evaluate, "open_run_of", lambda _: run)
+    fill(disk)
+    result = CliRunner().invoke(main, ["evaluate", "--config", "run.yaml", "--curve"])
+    assert_one_message(result, run.path("reports", "curve.json"))
