@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from jobs.status import read_status, show
-from pipeline import commits, quality, snapshot, storage, vector_log
+from pipeline import documents, quality, snapshot, storage, vector_log
 from pipeline.quality import Quality
 from pipeline.rejects import manifest_log
 from pipeline.run import Run
@@ -98,7 +98,7 @@ def test_status_of_a_pin_by_an_earlier_version_says_that_and_not_since_when(
     run = published(tmp_path)
     tree = json.loads(snapshot.to_json(snapshot.rollback(run)))
     del tree["pinned_unix_seconds"], tree["sha256"]
-    tree["sha256"] = commits._digest(tree)
+    tree["sha256"] = documents.digest(tree)
     storage.put(run.tag("prod"), json.dumps(tree).encode())
     status = read_status(run.uri)
     assert status["pinned"] == {"by": "rollback", "since_unix_seconds": None, "unpin": "fastfill promote"}
