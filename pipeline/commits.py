@@ -108,8 +108,21 @@ class Commit:
     created_unix_seconds: float = 0.0
 
     def content(self) -> dict[str, object]:
-        """Everything but who published it and when: equal for two attempts at the same snapshot."""
+        """Everything but who published it and when: equal for two attempts on equal processors."""
         return {key: value for key, value in asdict(self).items() if key not in _WHO_PUBLISHED}
+
+    def held(self) -> dict[str, object]:
+        """`content` without the names of files that hold vectors: equal for two attempts on any processors.
+
+        On another processor a segment may get other bytes, hence another name (see `equality`); so may a codebook,
+        which is trained before commit 0. Which image is of which kind is in the sidecars, whose bytes are equal.
+        """
+        content = self.content()
+        if self.number == 0:
+            content = {key: value for key, value in content.items() if not key.startswith("codebook_")}
+        named = {"path", "sha256", "bytes"}
+        segments = [{key: value for key, value in asdict(item).items() if key not in named} for item in self.segments]
+        return content | {"segments": segments}
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,9 @@
 
 After the codebook, before the snapshot; with the codebook the importer of faiss for the index. A segment is
 inverted lists with explicit ids, and borrows the codebook's quantizer.
-Guarantee: the same rows give the same segment bytes in whatever order they come, and searching segments
-gives what one index of all their vectors would give. Knows nothing of commits, plans or images.
+Guarantee: on equal processors the same rows give the same segment bytes in any order (across processors: see
+`equality`), and searching segments gives what one index of all their vectors would give. Knows nothing of
+commits, plans or images.
 """
 
 from __future__ import annotations

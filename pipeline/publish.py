@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -161,6 +162,9 @@ class Publisher:
             self._promotion.inspect(draft)
         publishing = time.perf_counter()
         commit = self._writer.publish(draft)
+        self._sealer = replace(  # another driver's codebook, if its commit 0 was there
+            self._sealer, codebook_path=commit.codebook_path, codebook_sha256=commit.codebook_sha256
+        )
         telemetry.STAGE_SECONDS.labels("seal").observe(sealed - start)
         telemetry.STAGE_SECONDS.labels("publish").observe(time.perf_counter() - publishing)
         telemetry.observe_commit(commit)

@@ -16,6 +16,7 @@ import numpy as np
 from pipeline import leases
 from pipeline.codebook import Codebook
 from pipeline.commits import Commit
+from pipeline.equality import ROUNDING
 from pipeline.errors import DataError, Removed
 from pipeline.evaluate import evaluate
 from pipeline.gallery import GalleryArrays, check_known, find_rows, load_gallery, query_rows
@@ -112,7 +113,7 @@ def _recall(snapshots: _Snapshots, gallery: GalleryArrays, commit: Commit) -> fl
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
         scores = gallery.embedded[rows[part]] @ vectors.T - offset
-        last = np.partition(scores, -k, axis=1)[:, -k] - 1e-6 * np.abs(scores).max(axis=1)  # float32 round-off
+        last = np.partition(scores, -k, axis=1)[:, -k] - ROUNDING * np.abs(scores).max(axis=1)
         there = ids[part] >= 0
         found += int((there & (np.take_along_axis(scores, places[part] * there, axis=1) >= last[:, None])).sum())
     return 100 * found / ids.size

@@ -1,8 +1,9 @@
 """Seal a wave: its vectors, from the plan or from the vector log, become one segment per shard.
 
-Guarantee: a segment is a function of the plan and the log alone, so it can be sealed again anywhere,
-by anyone, to the same bytes. Images that were rejected keep their transformed vectors. The functions
-here run as Ray tasks; they give back references, never vectors.
+Guarantee: a segment is a function of the plan, the log and the codebook alone, so it can be sealed again
+anywhere: to the same bytes on equal processors, else to vectors that are equal within rounding (`equality`).
+Images that were rejected keep their transformed vectors. The functions here run as Ray tasks; they give
+back references, never vectors.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _TASK_CPUS = 0.25
-_RETRIES = 20  # of a task whose worker or node dies: sealing again gives the same bytes
+_RETRIES = 20  # of a task whose worker or node dies: sealing again is harmless
 _MAX_PAUSE_SECONDS = 10.0
 _BYTES_AT_ONCE = 2**27  # of vectors that one task seals: shards of a wave together, as far as they are small
 _KILLED = (  # what Ray says then, or where what the task gave back died with its node

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.equality import find_same
 from pipeline.nearest import nearest
 from pipeline.offset import Classifier
 from pipeline.reference import NO_LABEL, Reference, keys
@@ -67,8 +68,7 @@ def signals(scored: Scored, reference: Reference, names: Collection[str] | None 
         names: which; a name stands for all signals of its kind, which come with it.
     """
     kinds = [kind for kind in _KINDS if kind.possible(reference) and (names is None or set(kind.names) & set(names))]
-    pairs = {vector.tobytes(): row for row, vector in enumerate(reference.old)}
-    own = np.array([pairs.get(vector.tobytes(), -1) for vector in scored.old_embeddings], np.int64)
+    own = find_same(scored.old_embeddings, reference.old)  # the two may come from nodes of different kinds
     widest = max(len(item) for item in (reference.queries, reference.centroids, _classes(reference)))
     size, found = max(1, min(8192, _NUMBERS_AT_ONCE // widest)), []
     for start in range(0, max(1, len(own)), size):

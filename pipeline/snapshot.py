@@ -98,8 +98,9 @@ class Writer:
         create a commit file that is no longer its to create. That is harmless, whenever it happens: it has
         the number after a commit that is announced, so the new writer either created that file before (and
         this one's create fails), or finds it when it acquires the run or creates its own. It adopts the
-        file where the content is the same; else it stops with a conflict and, started again, goes on from
-        that file: a whole commit of the same plan and log. No reader sees the file until it is announced.
+        file if it holds the same images (its segments may have other names if the other driver ran on
+        another processor). Else it stops with a conflict and, started again, goes on from that file: a
+        whole commit of the same plan and log. No reader sees the file until it is announced.
 
         Returns:
             the commit as it is stored; that of an earlier attempt where there was one.
@@ -310,8 +311,8 @@ def _create(run: Run, commit: Commit) -> Commit:
         return commit
     except storage.AlreadyExists:
         existing = read_commit(run, commit.number)
-    if existing.content() != commit.content():
-        differs = [key for key, value in existing.content().items() if value != commit.content()[key]]
+    if existing.held() != commit.held():
+        differs = [key for key, value in existing.held().items() if value != commit.held()[key]]
         raise SnapshotConflict(
             "another writer created this commit with other content",
             expected=f"attempt {commit.attempt_id}",

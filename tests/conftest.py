@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("RAY_num_workers_soft_limit", "8")  # as `start_ray`: else idle workers end, and import anew
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -42,7 +42,7 @@ from pipeline import offset as offsets
 from pipeline import reference, selection, storage
 from pipeline.actors import may_grow
 from pipeline.config import Config, Fit
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, SnapshotConflict
 from pipeline.offset import Classifier, Offset
 from pipeline.run import Run, check_settings_of, fix_settings, stage_settings
 from pipeline.schema import Float32
@@ -126,10 +126,13 @@ def fit(
     parts = {reference.PART: known.to_bytes()}
     parts |= {} if offset is None else {offsets.PART: offset.to_bytes()}
     parts |= {} if chosen is None else {selection.PART: chosen.to_json().encode()}
-    save_transformation(run, network, info, parts)
+    try:
+        save_transformation(run, network, info, parts)
+    except SnapshotConflict:  # another driver fitted it meanwhile, with these settings: the first fit counts
+        _LOG.warning("another driver has fitted the transformation meanwhile; its fit is used")
     storage.delete(_training_folder(run))
     storage.delete(run.path(FOLDER))
-    return info
+    return read_info(run)
 
 
 def make_job(config: Config, data: FitData) -> Job:

@@ -120,10 +120,13 @@ class Split:
         return make_arrays(self.table.take(pa.array(rows[np.argsort(chance, kind="stable")[:most]])), job)
 
     def digest(self) -> str:
-        """Of what is fitted and measured on: which pairs, and the sample."""
+        """Of what is fitted and measured on: which pairs, and which images are the sample.
+
+        Only copied bytes count. `new` may have been normalised, and another processor rounds that otherwise.
+        """
         found = hashlib.sha256(self.table["index"].to_numpy().tobytes())
         if self.sample is not None:
-            for part in (self.sample.old, self.sample.new, self.sample.side, self.sample.labels):
+            for part in (self.sample.old, self.sample.side, self.sample.labels):
                 found.update(b"" if part is None else part.tobytes())
         return found.hexdigest()
 

@@ -4,12 +4,13 @@
     -> the better of it and what served so far -> relearnt/wave-WWW/transformation -> pipeline.replan
 
 Guarantee: every file is created once and is a function of the log and of what lies before it, so a run that was killed
-here goes on to the same bytes as one that was not. An image that is held out, or left, has trained nothing. It does not
-publish, and knows no commit.
+here goes on to the same bytes as one that was not (on an equal processor: see `pipeline.equality`). An image that is
+held out, or left, has trained nothing. It does not publish, and knows no commit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +24,7 @@ from pipeline import documents, fan_out, probe_set, reference, replan, storage
 from pipeline import offset as offsets
 from pipeline.config import Config
 from pipeline.embeddings import embedding_log, read_embeddings
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, SnapshotConflict
 from pipeline.offset import Classifier, Offset
 from pipeline.plan import Plan
 from pipeline.reference import Reference, load_reference
@@ -162,7 +163,8 @@ def _keep(source: Run, place: Run, learnt: Learnt, known: Reference | None = Non
     parts = {name: data for name in (reference.PART, offsets.PART) if (data := read_part(source, name)) is not None}
     parts |= {} if known is None else {reference.PART: known.to_bytes()}
     _decide(place, learnt)
-    save_transformation(place, network, info, parts)
+    with contextlib.suppress(SnapshotConflict):  # another driver was here meanwhile: the first one counts
+        save_transformation(place, network, info, parts)
 
 
 def _learn_order(config: Config, run: Run, plan: Plan, wave: int, data: FitData, images: pa.Table) -> None:

@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError, DataError, Refused, SnapshotConflict, T
 from pipeline.object_store import ObjectStore, Retry
 from pipeline.run import Run
 from pipeline.snapshot import Commit, Tag, Writer, auto_promote, list_commits, promote, read_commit, read_tag, rollback
-from tests.pipeline.test_snapshot import draft
+from tests.pipeline.test_snapshot import OTHER, PROCESSOR, SALTS, SAME, draft
 from tests.pipeline.unreliable_store import FakeTime, Fault, Program, UnreliableStore
 
 WAVES = 3
@@ -83,7 +83,7 @@ class Protocol(RuleBasedStateMachine):
             raise
         assert commit.number not in self.published, "two writers published one number"
         self.published.add(commit.number)
-        assert stored.content() == commit.content()
+        assert stored.held() == commit.held()
         assert read_stored(self.client, commit.number) == stored
 
     def operate(self, program: Program, number: int | None) -> None:
@@ -107,17 +107,17 @@ class Protocol(RuleBasedStateMachine):
 
     # What is done to them
 
-    @initialize(count=st.integers(1, 3), published=st.integers(-1, 1), last=st.sampled_from(["", "other"]))
+    @initialize(count=st.integers(1, 3), published=st.integers(-1, 1), last=st.sampled_from(SALTS))
     def start(self, count: int, published: int, last: str) -> None:
         """Some drivers at once, maybe on a run that is under way."""
         writer = Writer.acquire(RUN)
         for number in range(published + 1):
             writer.publish(draft(number, waves=WAVES))
             auto_promote(RUN, number)
-        for salt in ["", "", last][-count:]:
+        for salt in [SAME, SAME, last][-count:]:
             self.start_driver(salt, patience=1)
 
-    @rule(salt=st.sampled_from(["", "", "other"]), patience=st.integers(0, 2))
+    @rule(salt=st.sampled_from([SAME, SAME, PROCESSOR, OTHER]), patience=st.integers(0, 2))
     def start_driver(self, salt: str, patience: int) -> None:
         if sum(program.kind == "driver" for program in self.running()) < 3:
             self.launch("driver", lambda program: self.drive(program, salt, patience))
@@ -365,7 +365,7 @@ def stop_before(request: int) -> tuple[Program, list[str]]:
 
 
 @pytest.mark.parametrize("request_number", [1, 2, 3])
-@pytest.mark.parametrize("salt", ["", "other"])
+@pytest.mark.parametrize("salt", SALTS)
 def test_a_driver_that_wakes_up_after_it_was_taken_over_cannot_publish(request_number: int, salt: str) -> None:
     program, outcome = stop_before(request_number)
     new = Writer.acquire(RUN)
@@ -379,12 +379,12 @@ def test_a_driver_that_wakes_up_after_it_was_taken_over_cannot_publish(request_n
 
 
 def test_a_commit_that_a_late_driver_creates_is_adopted_or_noticed() -> None:
-    for salt in ("", "other"):
+    for salt in SALTS:
         program, outcome = stop_before(2)
         new = Writer.acquire(RUN)
         program.step(Fault.NONE)  # creates the commit, though it is not the owner any more
         assert list_commits(RUN) == [0]
-        if salt:
+        if salt == OTHER:
             with pytest.raises(SnapshotConflict, match="other content"):
                 new.publish(draft(1, salt, WAVES))
             new = Writer.acquire(RUN)

@@ -191,6 +191,15 @@ def test_neighbours_are_the_nearest_pairs_and_an_image_is_not_its_own() -> None:
     assert np.allclose(found["neighbour_purity"], 1 - np.array(shares), atol=1e-6)
 
 
+def test_an_image_that_another_processor_embedded_as_a_pair_is_not_its_own_neighbour() -> None:
+    columns, reference = scored(np.arange(20, 80)), known()
+    rounded = replace(columns, old_embeddings=columns.old_embeddings * np.float32(1 + 2e-6))
+    assert not (rounded.old_embeddings == columns.old_embeddings).all(axis=1).any()
+    found, expected = (signals(some, reference) for some in (rounded, columns))
+    for name in ("neighbour_distance", "neighbour_purity", "old_distance", "hits"):
+        assert np.allclose(found[name], expected[name], rtol=1e-4), name
+
+
 def test_hubness_counts_the_queries_that_reach_an_image_but_its_own() -> None:
     columns, reference = scored(np.arange(20, 80)), known()
     far = np.square(columns.transformed[:, None] - reference.queries).sum(axis=2)

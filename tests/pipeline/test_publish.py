@@ -1,13 +1,16 @@
-"""The publisher's own part: that a driver which was taken over notices between its publications."""
+"""The publisher's own part: that a driver which was taken over notices, and what it goes on with if it took over."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pipeline import publish, seal, snapshot, vector_log
+from pipeline import publish, seal, snapshot, storage, vector_log
+from pipeline.audit import audit
+from pipeline.commits import to_json
 from pipeline.config_file import validate
 from pipeline.errors import DataError, SnapshotConflict
 from pipeline.plan import Plan, Wave
@@ -15,8 +18,12 @@ from pipeline.publish import Publisher
 from pipeline.run import Run
 from pipeline.schema import UnitAck
 from pipeline.snapshot import Writer
+from pipeline.stream import Work
 from tests.pipeline.unreliable_store import FakeTime
 from tests.pipeline.whole_run import DIM, WholeRun
+from tests.training.test_relearn import begin, in_this_process
+
+__all__ = ["in_this_process"]  # a fixture
 
 
 @pytest.fixture
@@ -96,3 +103,22 @@ def test_publisher_refuses_a_wave_with_a_part_that_is_not_the_acknowledged_one(
     with pytest.raises(DataError, match=r"unit-00001\.parquet"):
         publisher._seal(1)
     assert snapshot.list_commits(whole.run) == [0]
+
+
+def test_a_driver_goes_on_with_the_codebook_of_a_commit_that_it_adopts(tmp_path: Path, in_this_process: None) -> None:
+    config, run, plan, encoder = begin(tmp_path, after=())
+    config = config.model_copy(update={"index": config.index.model_copy(update={"factory": "IVF4,Flat", "nprobe": 4})})
+    late = Publisher(config.model_copy(update={"seed": 8}), run, plan)  # as on another processor: other bytes
+    sealed = late._draft(0, late._sealer.transformed([item.wave for item in plan.waves]), ())
+    for _ in encoder.stream([Work(config.encoders.new, plan.log(run), plan.units(run))], config):
+        pass
+
+    with Publisher(config, run, plan) as publisher:
+        assert publisher._sealer.codebook_sha256 != sealed.codebook_sha256
+        storage.put_if_absent(run.commit(0), to_json(replace(sealed, attempt_id="late", epoch=1)))
+        publisher.submit_all(range(len(plan.waves) + 1))
+
+    commits = [snapshot.read_commit(run, number) for number in range(len(plan.waves) + 1)]
+    assert commits[0].attempt_id == "late"
+    assert {commit.codebook_sha256 for commit in commits} == {sealed.codebook_sha256}
+    assert audit(run.uri).problems == []

@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -34,10 +35,16 @@ from pipeline.snapshot import (
 )
 
 WAVES, SHARDS = 4, 2
+SAME, PROCESSOR, OTHER = "", "processor", "other"
+SALTS = (SAME, PROCESSOR, OTHER)
 
 
-def draft(number: int, salt: str = "", waves: int = WAVES) -> Commit:
-    """A whole commit whose segments exist only by name: nothing here opens them."""
+def draft(number: int, salt: str = SAME, waves: int = WAVES) -> Commit:
+    """A whole commit whose segments exist only by name: nothing here opens them.
+
+    Of the salt PROCESSOR it holds the same images, sealed on another processor; of any other salt it holds others.
+    """
+    images = "" if salt in (SAME, PROCESSOR) else salt
     segments = tuple(
         SegmentRef(
             shard=shard,
@@ -47,8 +54,8 @@ def draft(number: int, salt: str = "", waves: int = WAVES) -> Commit:
             sha256=f"{wave}-{shard}{salt}",
             bytes=10,
             vectors=5 + wave,
-            sidecar_path=f"index/segments/{wave}-{shard}.parquet",
-            sidecar_sha256="side",
+            sidecar_path=f"index/segments/{wave}-{shard}{images}.parquet",
+            sidecar_sha256=f"side{images}",
             rejected=int(wave <= number and shard == 0),
         )
         for wave, shard in product(range(1, waves + 1), range(SHARDS))
@@ -190,6 +197,28 @@ def test_an_orphan_that_appears_later_is_adopted_where_it_is_the_same(run: Run) 
         writer.publish(draft(3))
     assert read_tag(run, "candidate") == Tag(2, epoch=1)
     assert Writer.acquire(run).latest == 3
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_publish_adopts_a_late_commit_of_another_processor(run: Run, number: int) -> None:
+    writer = published(run, number - 1)
+    codebook = {"codebook_path": "index/codebook-def.faiss", "codebook_sha256": "def"} if number == 0 else {}
+    late = replace(draft(number, PROCESSOR), attempt_id="late", **codebook)
+    storage.put_if_absent(run.commit(number), snapshot.to_json(late))
+
+    stored = writer.publish(draft(number))
+
+    assert stored == late == read_commit(run, number)
+    assert stored.content() != draft(number).content()
+    assert read_tag(run, "candidate") == Tag(number, epoch=1)
+
+
+@pytest.mark.parametrize("change", [{"codebook_sha256": "def"}, {"dim": 9}, {"nprobe": 5}])
+def test_publish_refuses_a_late_commit_that_is_no_other_processors(run: Run, change: dict[str, Any]) -> None:
+    writer = published(run, 1)
+    storage.put_if_absent(run.commit(2), snapshot.to_json(replace(draft(2), attempt_id="late", **change)))
+    with pytest.raises(SnapshotConflict, match=f"differs in {next(iter(change))}"):
+        writer.publish(draft(2))
 
 
 class LostAnswers:
@@ -415,11 +444,11 @@ class TwoWriters(RuleBasedStateMachine):
         self.writers[name] = Writer.acquire(self.run)
         self.owner = name
 
-    @rule(name=st.sampled_from("ab"), salt=st.sampled_from(["", "other"]), ahead=st.sampled_from([1, 1, 1, 2]))
+    @rule(name=st.sampled_from("ab"), salt=st.sampled_from(SALTS), ahead=st.sampled_from([1, 1, 1, 2]))
     def publish(self, name: str, salt: str, ahead: int) -> None:
         self._publish(name, salt, ahead)
 
-    @rule(name=st.sampled_from("ab"), salt=st.sampled_from(["", "other"]), step=st.sampled_from(["put", "swap"]))
+    @rule(name=st.sampled_from("ab"), salt=st.sampled_from(SALTS), step=st.sampled_from(["put", "swap"]))
     def die_after(self, name: str, salt: str, step: str) -> None:
         """The driver's last act is to create the commit, or to announce it."""
         called = {"put": "put_if_absent", "swap": "compare_and_swap"}[step]
@@ -437,7 +466,7 @@ class TwoWriters(RuleBasedStateMachine):
         finally:
             setattr(storage, called, real)
 
-    @rule(name=st.sampled_from("ab"), salt=st.sampled_from(["", "other"]), step=st.sampled_from(["put", "swap"]))
+    @rule(name=st.sampled_from("ab"), salt=st.sampled_from(SALTS), step=st.sampled_from(["put", "swap"]))
     def stall_before(self, name: str, salt: str, step: str) -> None:
         """The other driver takes over, and maybe publishes, just before a step of this one."""
         other = "b" if name == "a" else "a"
@@ -501,7 +530,7 @@ class TwoWriters(RuleBasedStateMachine):
             assert self.owner == name
             assert read_tag(self.run, "candidate") == Tag(number, epoch=writer.epoch)
             assert ahead == 1
-            assert commit.content() == draft(number, salt).content()
+            assert commit.held() == draft(number, salt).held()
             assert writer.latest == number
 
 

@@ -386,3 +386,28 @@ def test_a_fit_leaves_its_policies_what_they_know(
     assert np.array_equal(known.old, held_out.old)
     assert known.model is not None
     assert (known.classifier_weight is not None) == (mode == "fastfill")
+
+
+def test_a_fit_uses_that_of_another_driver_which_was_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another processor the other driver's weights have other last bits; here it has fitted for longer."""
+    config, run, data = _config(tmp_path), Run(str(tmp_path / "run")), _data(tmp_path)
+    drivers: list[TransformationInfo] = []
+    networks: list[TransformationNetwork] = []
+
+    def train(config: Config, run: Run, job: Job, on_epoch: object) -> fitting.Fitted:
+        learner = _learner(job)
+        learner.run_epoch()
+        networks.append(learner.network)
+        if len(networks) == 1:
+            drivers.append(fit(config, run, data))  # the other driver, from its start to its end
+        else:
+            learner.run_epoch()
+        return learner.network, learner.classifier
+
+    monkeypatch.setattr(fitting, "_train", train)
+    assert [fit(config, run, data)] == drivers
+    network, info = load_transformation(run, CPU)
+    assert info == drivers[0]
+    _assert_same_weights(network, networks[1])
+    with pytest.raises(AssertionError):
+        _assert_same_weights(network, networks[0])

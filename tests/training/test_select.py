@@ -249,6 +249,8 @@ def test_a_pair_that_is_an_image_of_the_sample_is_left_out_though_its_embedding_
     whole = folds.split(config, data, others, sample)
     assert whole.table.num_rows == 900
     assert whole.digest() != parts.digest(), "a fit of other pairs is another one"
+    elsewhere = folds.split(config, data, settings, replace(sample, new=sample.new + np.float32(1e-7)))
+    assert elsewhere.digest() == parts.digest(), "a fit that was kept on another processor is used"
     every = PairArrays(old[:850], np.zeros((850, D_NEW), np.float32), None, None)
     with pytest.raises(ConfigError, match=r"nearly all pairs are images of the probe set(.|\n)*found: 50 of 900"):
         folds.split(config, data, settings, every)

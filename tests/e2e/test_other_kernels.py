@@ -1,0 +1,108 @@
+"""What holds on this machine holds on another processor, and a run may move between the two.
+
+The other processor is this one with the libraries' oldest kernels (`tests.kernels`): matrix products and convolutions
+then differ in their last bits.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline import snapshot, storage, vector_log
+from pipeline.codebook import Codebook
+from pipeline.config_file import load_config
+from pipeline.equality import same_vectors
+from pipeline.index import Segment, as_stored, decode
+from pipeline.plan import Plan, read_plan
+from pipeline.run import Run
+from tests import kernels
+from tests.galleries import write_config
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not kernels.differ_here(), reason="this machine has no other kernels"),
+]
+
+ROOT = Path(__file__).resolve().parents[2]
+NUMERICS = [
+    *("pipeline/test_equality.py", "pipeline/test_index.py", "pipeline/test_seal.py", "pipeline/test_offset.py"),
+    *("pipeline/test_transformation.py", "pipeline/test_embed.py", "pipeline/test_evaluate.py"),
+    *("pipeline/test_search.py", "pipeline/test_export.py", "pipeline/test_policy.py", "pipeline/test_reference.py"),
+    *("pipeline/test_curve.py", "pipeline/test_probe_set.py", "pipeline/test_assess.py", "pipeline/test_ranking.py"),
+    *("pipeline/test_shift.py", "pipeline/test_images.py", "pipeline/test_encoders.py", "pipeline/test_audit.py"),
+    "training",
+]
+KERNELS = "import json; from tests import kernels; print(json.dumps([kernels.in_use(), kernels.roundings()]))"
+
+
+def python(*arguments: str, other: bool) -> str:
+    """What a process of its own prints, with the other kernels or with this machine's own."""
+    env = kernels.environment() if other else None
+    found = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, f"{found.stdout[-6000:]}\n{found.stderr[-6000:]}"
+    return found.stdout
+
+
+def test_the_other_kernels_round_every_product_differently() -> None:
+    own, other = (json.loads(python("-c", KERNELS, other=other)) for other in (False, True))
+    for one, another in zip(own, other, strict=True):
+        assert {name for name in one if one[name] == another[name]} == set()
+
+
+def test_the_suite_passes_with_other_kernels(tmp_path: Path) -> None:
+    files = [str(Path("tests", name)) for name in NUMERICS]
+    options = ["-q", "-p", "tests.kernels", "-m", "not slow", "--basetemp", str(tmp_path / "other"), "--durations=15"]
+    print(python("-m", "pytest", *options, *files, other=True))
+
+
+def test_run_begun_on_another_processor_is_finished_here_and_whole(tmp_path: Path) -> None:
+    path = write_config(tmp_path, index__factory="PCA16,IVF4,SQ8", index__nprobe=4)
+
+    def fastfill(command: str, *arguments: str, other: bool) -> Any:
+        return json.loads(python("-m", "jobs.cli", command, "--config", path, "--json", *arguments, other=other))
+
+    fastfill("fit", other=True)
+    fastfill("plan", other=False)
+    fastfill("backfill", "--stop-when", "fraction>=0.3", other=True)
+    run = Run(load_config(path).run)
+    begun = {uri: storage.sha256(uri) for uri in storage.list_files(run.path("embedded"))}
+    published = snapshot.list_commits(run)
+    assert 1 < len(published) < 6
+
+    fastfill("backfill", other=False)
+
+    assert snapshot.list_commits(run) == list(range(6))
+    now = {uri: storage.sha256(uri) for uri in storage.list_files(run.path("embedded"))}
+    assert begun.items() < now.items()
+    report = fastfill("audit", other=False)
+    assert (report["ok"], report["problems"]) == (True, [])
+    assert fastfill("audit", other=True)["ok"]
+    plan = read_plan(run)
+    assert plan is not None
+    assert_sealed_alike(run, plan, published[-1])
+
+
+def assert_sealed_alike(run: Run, plan: Plan, number: int) -> None:
+    """Segments that are made anew here hold what those of the other processor hold."""
+    commit = snapshot.read_commit(run, number)
+    codebook = Codebook.open(run, commit.codebook_path, commit.codebook_sha256)
+    same: list[bool] = []
+    for wave in range(1, number + 1):
+        ids, vectors = vector_log.read_wave(plan.log(run), wave)
+        kept = as_stored(codebook, vectors)
+        for ref in (ref for ref in commit.segments if ref.wave == wave):
+            found, stored = decode(codebook, Segment.open(run, codebook, ref))
+            rows = np.searchsorted(ids, found)
+            np.testing.assert_array_equal(ids[rows], found)
+            errors = [np.linalg.norm(side - vectors[rows], axis=1) for side in (stored, kept[rows])]
+            np.testing.assert_allclose(*errors, rtol=1e-3)
+            same += same_vectors(stored, kept[rows]).tolist()
+    assert np.mean(same) > 0.98
