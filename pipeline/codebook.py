@@ -1,8 +1,8 @@
 """The codebook: the frozen coarse quantizer and codec that all segments of a run share.
 
 Before the segments (`index`); with that module the only importer of faiss for the index. Guarantee: the same vectors,
-seed and number of threads give the same bytes, and a codebook never changes once it is made. Knows
-nothing of segments on disk, commits or plans.
+seed and number of threads give the same bytes on equal processors (`equality`), and a codebook never changes once it
+is made. Knows nothing of segments on disk, commits or plans.
 """
 
 from __future__ import annotations

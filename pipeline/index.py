@@ -179,7 +179,10 @@ def decode(codebook: Codebook, segment: Segment, wanted: Int64 | None = None) ->
 
 
 def as_stored(codebook: Codebook, vectors: Float32) -> Float32:
-    """What `decode` would give of these vectors (n, d), in their order, if they were stored: (n, d) float32."""
+    """What `decode` would give of these vectors (n, d), in their order, if they were stored: (n, d) float32.
+
+    Within rounding, see `equality`: after PCA or OPQ the last bits depend on how many vectors are decoded together.
+    """
     if codebook.exact:
         return vectors
     return decode(codebook, Segment(codebook, _filled(codebook, np.arange(len(vectors)), vectors)))[1]

@@ -1,4 +1,4 @@
-"""A transformation that is fitted once, for all runs that do not test the fit."""
+"""A transformation that is fitted once, for all runs that do not test the fit, and a run that is finished once."""
 
 from __future__ import annotations
 
@@ -34,3 +34,12 @@ def make_run(fitted: Path) -> Callable[..., str]:
         return write_config(folder, **changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def backfilled(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[..., str]) -> str:
+    """The config of a finished run by the command, with a Flat index; a test may move its tags and lose its report."""
+    path = make_run(tmp_path_factory.mktemp("run"))
+    result = CliRunner().invoke(main, ["backfill", "--config", path], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return path

@@ -118,7 +118,7 @@ def test_too_many_rejects_stop_before_the_wave_is_published_and_can_be_retried(
     for uri, data in list(zip(uris, images, strict=True))[::2]:
         Path(uri).write_bytes(data)
     columns = {"id": "id", "uri": "uri", "old_embedding": "old", "label": "digit"}
-    path = make_run(tmp_path, gallery__columns=columns, plan__waves=[1.0])
+    path = make_run(tmp_path, gallery__columns=columns, plan__waves=[1.0], probe__images=0)
     write_gallery(tmp_path, uris, labels)
     result = fastfill("backfill", "--config", path)
     assert result.exit_code == 2
@@ -144,7 +144,7 @@ def test_a_second_config_is_refused_with_the_name_of_what_differs(
 def test_an_error_of_ours_inside_ray_data_reaches_the_user_as_a_few_lines(
     tmp_path: Path, make_run: Callable[..., str]
 ) -> None:
-    path = make_run(tmp_path, plan__policy="tests.own_functions:undecided")
+    path = make_run(tmp_path, plan__policy="tests.own_functions:undecided", probe__images=0)
     command = [sys.executable, "-m", "jobs.plan", "--measure", "0", "--config", path]
     address = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     result = subprocess.run(command, cwd=ROOT, env=address, capture_output=True, text=True, check=False)

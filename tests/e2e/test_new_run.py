@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,28 +29,19 @@ def fastfill(*arguments: str) -> Result:
     return CliRunner().invoke(main, list(arguments), catch_exceptions=False)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[..., str]) -> str:
-    """The config of a finished run of two waves."""
-    path = make_run(tmp_path_factory.mktemp("run"), plan__waves=2, evaluate__max_images=1)
-    result = fastfill("backfill", "--config", path)
-    assert result.exit_code == 0, result.output
-    return path
-
-
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_changed_setting_or_input_is_refused_by_its_name(finished: str, name: str) -> None:
-    result = fastfill("backfill", "--config", finished, "--set", CHANGES[name])
+def test_a_changed_setting_or_input_is_refused_by_its_name(backfilled: str, name: str) -> None:
+    result = fastfill("backfill", "--config", backfilled, "--set", CHANGES[name])
     assert result.exit_code == 3, result.output
     assert name in result.stderr
     assert "--new-run" in result.stderr
 
 
 @pytest.mark.slow
-def test_a_new_run_starts_beside_the_one_that_is_there(finished: str) -> None:
-    run = load_config(finished).run
+def test_a_new_run_starts_beside_the_one_that_is_there(backfilled: str) -> None:
+    run = load_config(backfilled).run
     before = {uri: storage.sha256(uri) for uri in storage.list_files(run)}
-    result = fastfill("backfill", "--config", finished, "--set", "plan.waves=3", "--new-run")
+    result = fastfill("backfill", "--config", backfilled, "--set", "plan.waves=3", "--new-run")
     assert result.exit_code == 0, result.output
     assert f"--set run={run}-2" in result.stderr
     assert snapshot.list_commits(Run(f"{run}-2")) == [0, 1, 2, 3]

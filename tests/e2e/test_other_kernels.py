@@ -38,6 +38,7 @@ NUMERICS = [
     *("pipeline/test_search.py", "pipeline/test_export.py", "pipeline/test_policy.py", "pipeline/test_reference.py"),
     *("pipeline/test_curve.py", "pipeline/test_probe_set.py", "pipeline/test_assess.py", "pipeline/test_ranking.py"),
     *("pipeline/test_shift.py", "pipeline/test_images.py", "pipeline/test_encoders.py", "pipeline/test_audit.py"),
+    *("pipeline/test_score.py", "pipeline/test_expected.py", "benchmarks/test_fit.py"),
     "training",
 ]
 KERNELS = "import json; from tests import kernels; print(json.dumps([kernels.in_use(), kernels.roundings()]))"

@@ -374,7 +374,8 @@ def test_torch_and_pillow_resize_a_photograph_to_within_one_of_255(interpolation
         for resample in ("torch", "pillow")
     )
     assert np.abs(by_torch - by_pillow).max() == 1
-    assert np.abs(by_torch - by_pillow).mean() < 0.02
+    vectorised = torch.backends.cpu.get_cpu_capability() != "DEFAULT"  # torch rounds otherwise without AVX2
+    assert np.abs(by_torch - by_pillow).mean() < (0.02 if vectorised else 0.2)
 
 
 def jpeg(pixels: Pixels, **options: Any) -> bytes:
