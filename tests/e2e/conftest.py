@@ -39,7 +39,7 @@ def make_run(fitted: Path) -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def backfilled(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[..., str]) -> str:
     """The config of a finished run by the command, with a Flat index; a test may move its tags and lose its report."""
-    path = make_run(tmp_path_factory.mktemp("run"))
+    path = make_run(tmp_path_factory.mktemp("run"), index__nprobe=3)
     result = CliRunner().invoke(main, ["backfill", "--config", path], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return path
