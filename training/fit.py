@@ -126,13 +126,18 @@ def fit(
     parts = {reference.PART: known.to_bytes()}
     parts |= {} if offset is None else {offsets.PART: offset.to_bytes()}
     parts |= {} if chosen is None else {selection.PART: chosen.to_json().encode()}
+    _save(run, network, info, parts)
+    return read_info(run)
+
+
+def _save(run: Run, network: TransformationNetwork, info: TransformationInfo, parts: dict[str, bytes]) -> None:
+    """Keep a fit, unless another driver with these settings was faster: the first one counts."""
     try:
         save_transformation(run, network, info, parts)
-    except SnapshotConflict:  # another driver fitted it meanwhile, with these settings: the first fit counts
+    except SnapshotConflict:
         _LOG.warning("another driver has fitted the transformation meanwhile; its fit is used")
     storage.delete(_training_folder(run))
     storage.delete(run.path(FOLDER))
-    return read_info(run)
 
 
 def make_job(config: Config, data: FitData) -> Job:
