@@ -31,7 +31,7 @@ from pipeline.plan import Plan, read_plan, read_transformed
 from pipeline.probe_set import draw
 from pipeline.published import published_points
 from pipeline.reference import build_reference
-from pipeline.run import Run
+from pipeline.run import Run, fix_settings, stage_settings
 from pipeline.schema import Int64, UnitAck, vectors_from_arrow, vectors_to_arrow
 from pipeline.search import Searcher
 from pipeline.stream import Work
@@ -147,6 +147,7 @@ def begin(folder: Path, after: tuple[int, ...] = AFTER, **changes: Any) -> tuple
     config = config.model_copy(update=update | {"index": index, "device": "cpu"})
     data = write_pairs(run, images)
     torch.manual_seed(0)
+    fix_settings(run, "fit", stage_settings(config, "fit"))
     save(run, biased(TransformationNetwork(data.d_old, data.d_new, 16), 30), data)
     storage.delete(run.plan)
     plan = planner.make_plan(config, run)
