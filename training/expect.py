@@ -191,14 +191,16 @@ def _own(config: Config, run: Run, plan: Plan, probe: ProbeSet, rows: Int64) -> 
     """`queries_of` of the labelled probe images, in the plan's order."""
     rows = rows[by_chance(len(rows), _MOST_OWN)]
     ids, parts = probe.ids[rows], range(plan.num_parts)
-    table = pa.concat_tables(fan_out.each(_priorities, (run, ids), parts, plan.num_gallery)).sort_by("id")
+    table = pa.concat_tables(fan_out.each(_priorities, (plan.laid_out(run), ids), parts, plan.num_gallery)).sort_by(
+        "id"
+    )
     order = order_by_priority(table["priority"].to_numpy(), ids, plan.seed)
     sides, metric = (probe.transformed[rows], probe.new[rows], probe.labels[rows]), config.gallery.metric
     return queries_of(*sides, order, metric, Detail(FINAL.points, len(rows)))
 
 
 def _priorities(run: Run, ids: Int64, part: int) -> pa.Table:
-    rows = storage.read_parquet(run.part("transformed", part), ["id", "priority"])
+    rows = storage.read_parquet(run.transformed_part(part), ["id", "priority"])
     return rows.filter(pa.array(np.isin(rows["id"].to_numpy(), ids)))
 
 

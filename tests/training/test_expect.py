@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -281,3 +282,17 @@ def test_the_probe_set_s_own_backfill_is_that_of_embedding_it_piece_by_piece(tmp
         assert [found[name][:, point].mean() for name in ("top1", "top5", "map")] == pytest.approx(
             [exact.top1, exact.top5, exact.map]
         )
+
+
+def test_the_curve_of_a_plan_in_a_folder_of_its_own_is_that_of_the_same_plan(tmp_path: Path) -> None:
+    config, run, plan = planned(tmp_path / "plain", known())
+    expected = expected_curve(config, run, plan).curves
+    config, run, plan = planned(tmp_path / "own", known())
+    parts = Path(run.path("transformed"))
+    shutil.move(parts, tmp_path / "parts")
+    parts.mkdir()
+    shutil.move(tmp_path / "parts", parts / "layout")
+    found = expected_curve(config, run, replace(plan, layout="layout")).curves
+    assert {name: curve.to_json() for name, curve in found.items()} == {
+        name: curve.to_json() for name, curve in expected.items()
+    }
