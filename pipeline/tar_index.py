@@ -28,6 +28,8 @@ _FIRST_READ = 256 * 2**10
 _HEADER_READ = 16 * 2**10  # with a pax header, a label beside the image, and its header
 _MAX_LABEL_BYTES = 2**20
 _LABELS = (".cls", ".txt", ".json")  # the first one that is there is taken
+# Of headers: text for a number, a size that no file has, and a chain of headers without an end.
+_BAD_NUMBERS = (ValueError, OverflowError, MemoryError, RecursionError)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -79,7 +81,7 @@ def members(file: IO[bytes], uri: str, size_bytes: int) -> Iterator[tarfile.TarI
         file.seek(offset)
         try:
             member = tarfile.TarInfo.fromtarfile(archive)  # not next(), for which a damaged header is the end
-        except (tarfile.HeaderError, ValueError) as error:  # ValueError: damaged numbers of a pax header
+        except (tarfile.HeaderError, *_BAD_NUMBERS) as error:
             raise _damaged(uri, offset, error) from error
         if member.size < 0:
             raise _damaged(uri, offset, ValueError(f"a size of {member.size}"))
@@ -125,7 +127,7 @@ def _archive(file: IO[bytes], uri: str) -> tarfile.TarFile:
     """A TarFile that is only used to read single headers."""
     try:
         return tarfile.TarFile(fileobj=file, mode="r")
-    except (tarfile.ReadError, ValueError) as error:
+    except (tarfile.ReadError, *_BAD_NUMBERS) as error:
         file.seek(0)
         start = file.read(8)
         kind = next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None)

@@ -106,6 +106,27 @@ def test_a_label_that_cannot_be_read_is_named(tmp_path: Path) -> None:
             index(str(tmp_path), pack([("1.jpg", b"x"), (name, data)]))
 
 
+@pytest.mark.parametrize("size", [2**63, 2**87, -1])
+@pytest.mark.parametrize("kind", [b"0", b"L", b"x", b"K"])
+def test_index_tar_header_with_a_size_that_no_file_has_is_refused_with_its_offset(
+    tmp_path: Path, size: int, kind: bytes
+) -> None:
+    header = tarfile.TarInfo("a.png")
+    header.type = kind
+    header.size = size
+    data = pack([("b.png", b"x")])[:1024] + header.tobuf(tarfile.GNU_FORMAT) + bytes(2048)
+    with pytest.raises(DataError, match=r"shard\.tar: offset 1024"):
+        index(str(tmp_path), data)
+
+
+def test_index_tar_chain_of_long_names_without_an_end_is_refused(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = b"L", 5
+    block = header.tobuf(tarfile.GNU_FORMAT) + b"name\0".ljust(512, b"\0")
+    with pytest.raises(DataError, match=r"shard\.tar: offset 0"):
+        index(str(tmp_path), block * 3000)
+
+
 def test_concatenated_tars_are_read_to_the_end(tmp_path: Path) -> None:
     rows, _ = index(str(tmp_path), pack([("a.png", b"first")]) + pack([("b.png", b"second")]))
     assert contents(rows) == {"shard/a.png": b"first", "shard/b.png": b"second"}
