@@ -42,13 +42,11 @@ def main(
     from jobs.bars import Bars
     from jobs.status import is_complete
     from pipeline import stop
-    from pipeline.run import free_uri
 
-    config = load(config_path, overrides)
+    config = load(config_path, overrides, new_run=new_run)
     conditions = [stop.parse(text) for text in stop_when]
     stop.check(conditions, config)
     if new_run:
-        config = config.model_copy(update={"run": free_uri(config.run)})
         console().print(f"A new run; every other command finds it with --set run={config.run}", soft_wrap=True)
     if is_complete(config):
         _check_served(config)

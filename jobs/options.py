@@ -86,14 +86,24 @@ def with_errors(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def load(config_path: str, overrides: tuple[str, ...]) -> Config:
-    """The config, with the overrides; object storage is used by its settings from now on."""
+def load(config_path: str, overrides: tuple[str, ...], *, new_run: bool = False) -> Config:
+    """The config, with the overrides; object storage is used by its settings from now on.
+
+    Args:
+        config_path: the YAML file.
+        overrides: of `--set`.
+        new_run: take the first free place beside the run that is there.
+    """
     from pipeline import storage
     from pipeline.config_file import load_config
+    from pipeline.resumed import as_started
+    from pipeline.run import free_uri
 
     config = load_config(config_path, overrides)
     storage.configure(config.storage)
-    return config
+    if new_run:
+        config = config.model_copy(update={"run": free_uri(config.run)})
+    return as_started(config)
 
 
 def absolute(place: str) -> str:

@@ -25,6 +25,7 @@ REJECT_REASONS = (
     ("fetch", "truncated"),
     ("fetch", "unreadable"),
     ("fetch", "container changed"),
+    ("fetch", "outside data_root"),
     ("fetch", "deleted"),
     ("fetch", "damaged"),
     ("decode", "empty"),

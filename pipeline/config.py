@@ -39,6 +39,9 @@ class Preprocess(Section):
     (decisions/0004), and with `reducing_gap` a JPEG is decoded smaller where that leaves it so many
     times the resized size. With `decoder: device` the embedding actor decodes and resizes JPEGs, by nvJPEG
     on a GPU; what is gained is cores, where these cannot keep up with the GPUs.
+
+    `exif: apply` turns an image upright first, as its EXIF orientation says. Transparency is dropped, as Pillow's
+    `convert("RGB")` drops it: the colours below it stay.
     """
 
     channels: Literal[1, 3] = 3
@@ -49,6 +52,7 @@ class Preprocess(Section):
     resample: Literal["pillow", "torch"] = "torch"
     reducing_gap: Annotated[float, Field(ge=1)] | None = None
     decoder: Literal["cpu", "device"] = "cpu"
+    exif: Literal["apply", "ignore"] = "apply"
     pixel_range: Literal[1, 255] = 1
     mean: tuple[float, ...] = (0.0,)
     std: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
@@ -287,6 +291,7 @@ class Config(Section):
 
     run: Annotated[str, Field(min_length=1)]
     data_root: str = "."
+    allow_outside: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     encoders: Encoders

@@ -19,7 +19,17 @@ import torch
 from PIL import Image
 
 from pipeline.config import Preprocess
-from pipeline.images import Limits, Reject, check_shape, decode_image, open_image, resized_size
+from pipeline.images import (
+    Limits,
+    Reject,
+    check_resized,
+    check_shape,
+    decode_image,
+    open_image,
+    rejecting,
+    resized_size,
+)
+from pipeline.orientation import Turn, read_turn
 
 _AT_ONCE = 64  # JPEGs in one call of the decoder, at most,
 _PIXELS_AT_ONCE = 2**26  # and of so many pixels in all, or one: 200 MB of colours on the device
@@ -30,9 +40,10 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Header:
-    """Height and width of a JPEG, and what it is resized to, if it is."""
+    """Height and width of a JPEG as it lies in the file, what turns it upright, and what it is resized to, if it is."""
 
     size: tuple[int, int]
+    turn: Turn
     resized: tuple[int, int] | None
 
 
@@ -74,7 +85,7 @@ class DeviceDecoder:
                     refused.append(row)
                     continue
                 try:
-                    pixels[row] = self._fitted(picture, headers[row].resized)
+                    pixels[row] = self._fitted(headers[row].turn.tensor(picture), headers[row].resized)
                 except Reject as reject:
                     rejects[row] = reject
         on_cpu = self._on_cpu(encoded, others, rejects)
@@ -100,10 +111,13 @@ class DeviceDecoder:
 
     def _header(self, data: bytes) -> _Header | None:
         """None where the image is not for the device's decoder."""
-        image = open_image(data, self._limits)
-        if not self._takes_jpegs or image.format != "JPEG" or image.mode != self._colours:
-            return None
-        return _Header((image.height, image.width), resized_size(image, self._preprocess, self._limits))
+        with rejecting():
+            image = open_image(data, self._limits)
+            if not self._takes_jpegs or image.format != "JPEG" or image.mode != self._colours:
+                return None
+            check_resized(image.size, self._preprocess, self._limits)
+            size, turn = (image.height, image.width), read_turn(image, self._preprocess.exif)
+            return _Header(size, turn, resized_size(turn.size(*size), self._preprocess))
 
     def _pictures(self, encoded: Sequence[bytes], rows: list[int]) -> dict[int, torch.Tensor | None]:
         """(C, H, W) uint8 of each row, all in one call; None for what the decoder refuses."""

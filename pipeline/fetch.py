@@ -99,14 +99,20 @@ class _Read:
     pieces: list[Piece] | None
 
 
-def fetch(places: list[Place], max_bytes: int, settings: Fetch) -> Iterator[Fetched]:
+def fetch(places: list[Place], max_bytes: int, settings: Fetch, root: str | None = None) -> Iterator[Fetched]:
     """The encoded bytes of each place, in order; the requests, bytes and retries go to `storage.counts`.
+
+    Args:
+        places: of the images.
+        max_bytes: of an image; a larger one is a reject.
+        settings: how they are read.
+        root: a local folder whose links must not lead out of it; None: links are followed anywhere.
 
     Raises:
         TransientError: a store kept failing.
         DataError: a store refuses the credentials, or a bucket is missing.
     """
-    unit = _Unit(places, max_bytes, settings)
+    unit = _Unit(places, max_bytes, settings, root)
     for row, (data, etag) in enumerate(unit.fetched()):
         COUNTS.add("bytes:needed", 0 if isinstance(data, Reject) else len(data))
         yield _since_manifest(data, etag, places[row]), etag
@@ -138,8 +144,8 @@ def coalesce(ranges: Iterable[tuple[int, Span]], settings: Fetch) -> list[Piece]
 class _Unit:
     """The images of one unit while they arrive."""
 
-    def __init__(self, places: list[Place], max_bytes: int, settings: Fetch) -> None:
-        self._places, self._max_bytes, self._settings = places, max_bytes, settings
+    def __init__(self, places: list[Place], max_bytes: int, settings: Fetch, root: str | None) -> None:
+        self._places, self._max_bytes, self._settings, self._root = places, max_bytes, settings, root
         self._found: list[Fetched | None] = [None] * len(places)
         self._readers: dict[str, Reader] = {}
 
@@ -184,6 +190,8 @@ class _Unit:
 
     def _refused(self, place: Place) -> bytes | Reject | None:
         """What is known of a place without a request."""
+        if (scheme := storage.split(place.uri)[0]) not in storage.SCHEMES:  # of a manifest that was not checked
+            return Reject("fetch", f"missing: {scheme}:// cannot be read, only local paths and s3://")
         if min(place.offset or 0, place.length or 0) < 0:
             return Reject("fetch", "missing: offset and length must not be negative")
         if (place.length or 0) > self._max_bytes:
@@ -217,7 +225,7 @@ class _Unit:
         """Looked up once per unit: to look at the environment for each image costs as much as the rest of our work."""
         scheme, name = storage.split(uri)
         if scheme not in self._readers:
-            self._readers[scheme] = storage.image_reader(scheme, self._settings)
+            self._readers[scheme] = storage.image_reader(scheme, self._settings, self._root)
         return self._readers[scheme], name
 
     def _span(self, place: Place) -> Span:
@@ -302,6 +310,8 @@ def _is_unreadable(error: OSError | ValueError, uri: str) -> bool:
 
 def _reject(error: OSError | ValueError, uri: str) -> Reject:
     """What is wrong with an image; raises what is wrong with the machine."""
+    if isinstance(error, storage.Outside):
+        return Reject("fetch", f"outside data_root: {error.found} (allow_outside: true reads it)")
     if isinstance(error, storage.Unreadable):
         return Reject("fetch", f"unreadable: {error.code}")
     if _is_unreadable(error, uri):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from pipeline import storage
-from pipeline.config import Fetch, Preprocess
+from pipeline.config import Config, Fetch, Preprocess
 from pipeline.fetch import WAITED, fetch
 from pipeline.fetch import Place as Place
 from pipeline.fetch import Reject as Reject
+from pipeline.orientation import read_turn
 from pipeline.schema import UNITS, Int64, Unit
 
 Pixels = NDArray[np.uint8]
@@ -30,15 +31,31 @@ Picture = Pixels | Image.Image
 # Others are rare, and some of their readers start programs (EPS: Ghostscript).
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 _JPEG_COLOURS = {"RGB": "RGB", "L": "GRAY"}
-_DAMAGED = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, Image.DecompressionBombError)
+_BAND_PIXELS = 2**20  # converted at once: 4 MB
+_BYTES_PER_PIXEL = 12  # that decoding an image takes at most, as measured: 7 of PNG, 9 of a progressive JPEG
+_HEAVY = {"WEBP": 16, "AVIF": 16}  # these take more, so they may have fewer pixels
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an image may be at most, before it is decoded; guards against decompression bombs."""
+    """What an image may be at most, before it is decoded; guards against decompression bombs.
+
+    Attributes:
+        max_pixels: height times width.
+        max_bytes: of the encoded image.
+        root: a local folder whose links must not lead out of it; None: links are followed anywhere.
+    """
 
     max_pixels: int
     max_bytes: int
+    root: str | None = None
+
+
+def image_limits(config: Config) -> Limits:
+    """What the images of a run may be at most."""
+    scheme, name = storage.split(config.data_root)
+    root = name if scheme == "file" and not config.allow_outside else None
+    return Limits(config.backfill.max_image_pixels, config.backfill.max_image_bytes, root)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +104,7 @@ def load_unit(unit: Unit, preprocess: Preprocess, limits: Limits, settings: Fetc
     rejects: dict[int, Reject] = {}
     decode = decoder(preprocess, limits)
     before = storage.counts()
-    for row, (data, etag) in enumerate(fetch(places, limits.max_bytes, settings)):
+    for row, (data, etag) in enumerate(fetch(places, limits.max_bytes, settings, limits.root)):
         etags[row] = etag
         try:
             if isinstance(data, Reject):
@@ -128,22 +145,55 @@ def decoder(preprocess: Preprocess, limits: Limits) -> Callable[[bytes], Pixels]
     fit = _fit(preprocess)
     by_pillow = fit is not None and (preprocess.resample == "pillow" or preprocess.interpolation == "nearest")
 
-    def decode(data: bytes) -> Pixels:
+    def upright(data: bytes) -> tuple[Picture, tuple[int, int] | None]:
+        """A picture in full and what to resize it to; what Pillow holds besides is freed on return."""
         image = open_image(data, limits)
-        resized = resized_size(image, preprocess, limits)
+        check_resized(image.size, preprocess, limits)
+        if image.format != "JPEG":
+            _load(image)  # a PNG may say only at its end how it is turned
+        turn = read_turn(image, preprocess.exif)
+        resized = resized_size(turn.size(image.height, image.width), preprocess)
         if preprocess.reducing_gap is not None and resized is not None:
-            height, width = (math.ceil(side * preprocess.reducing_gap) for side in resized)
+            height, width = turn.size(*(math.ceil(side * preprocess.reducing_gap) for side in resized))
             image.draft(None, (width, height))  # of formats other than JPEG it changes nothing
-        picture = _load(image, mode) if by_pillow else _array(data, image, mode)
-        pixels = np.asarray(fit(picture, resized) if fit else picture)
+        if by_pillow:
+            return turn.image(_converted(_eight_bits(image), mode)), resized
+        return turn.array(_array(data, image, mode)), resized
+
+    def decode(data: bytes) -> Pixels:
+        with rejecting():
+            picture, resized = upright(data)
+            pixels = np.asarray(fit(picture, resized) if fit else picture)
         check_shape(pixels.shape[:2], preprocess)
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
     return decode
 
 
+@contextmanager
+def rejecting() -> Iterator[None]:
+    """Whatever one image's decoding raises is a reject of that image."""
+    try:
+        yield
+    except Reject:
+        raise
+    except MemoryError:
+        raise Reject("decode", "too large: there is not enough memory to decode it") from None
+    # Damaged and hostile images make decoders raise anything (TypeError, struct.error, KeyError ...), and whatever it
+    # is, the other images of the unit are good. An interrupt is no Exception, so it still ends the task.
+    except Exception as error:  # noqa: BLE001
+        raise Reject("decode", _reason(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    """What a decoder says, in one line that can be stored as UTF-8."""
+    text = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()[:200]
+    said = f"{type(error).__name__} {text}" if isinstance(error, LookupError | TypeError) or not text else text
+    return f"{'truncated' if 'truncated' in said else 'damaged'}: {said}"
+
+
 def _array(data: bytes, image: Image.Image, mode: str) -> Pixels:
-    """(H, W) or (H, W, C): what Pillow gives, which has only read the header; of most JPEGs without its overhead."""
+    """(H, W) or (H, W, C): what Pillow gives, which has read a JPEG's header; of most JPEGs without its overhead."""
     if image.format == "JPEG" and image.mode == mode:
         # Ours, so that no header which Pillow reads otherwise makes it larger than the limits allow.
         pixels = np.empty((image.height, image.width, len(mode)), dtype=np.uint8)
@@ -152,41 +202,65 @@ def _array(data: bytes, image: Image.Image, mode: str) -> Pixels:
             found: Pixels = simplejpeg.decode_jpeg(data, _JPEG_COLOURS[mode], buffer=pixels, **least)
             if found.shape == pixels.shape:
                 return found
-    return np.asarray(_load(image, mode))
+    return _in_bands(_eight_bits(image), mode)
 
 
-def _load(image: Image.Image, mode: str) -> Image.Image:
-    try:
-        picture = _eight_bits(image)
-        picture.load()
-        return picture if picture.mode == mode else picture.convert(mode)  # which copies in any case
-    except _DAMAGED as error:
-        reason = "truncated" if "truncated" in str(error) else "damaged"
-        raise Reject("decode", f"{reason}: {error}") from None
+def _in_bands(image: Image.Image, mode: str) -> Pixels:
+    """(H, W) or (H, W, C), converted some rows at a time: no second whole picture is in memory."""
+    image.load()
+    width, height = image.size
+    rows = max(1, _BAND_PIXELS // max(1, width))
+    if rows >= height:
+        return np.array(_converted(image, mode))
+    pixels = np.empty((height, width, 3) if mode == "RGB" else (height, width), dtype=np.uint8)
+    for top in range(0, height, rows):
+        bottom = min(height, top + rows)
+        pixels[top:bottom] = np.asarray(_converted(image.crop((0, top, width, bottom)), mode))
+    return pixels
+
+
+def _load(image: Image.Image) -> None:
+    """Decode it, the first picture alone if there are several."""
+    _check_depth(image)
+    image.load()
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    """A picture in the colours that the encoder takes; transparency is dropped, as `convert` does it."""
+    image.load()
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _check_depth(image: Image.Image) -> None:
+    if image.mode in ("I", "F"):
+        raise Reject("decode", f"not 8 or 16 bits a channel: mode {image.mode}")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """A picture of 8 bits a channel: of 16-bit grey the upper half, as Pillow reads 16-bit colours."""
-    if image.mode in ("I", "F"):
-        raise Reject("decode", f"not 8 or 16 bits a channel: mode {image.mode}")
+    _check_depth(image)
     if image.mode.startswith("I;16"):  # convert() would clip it, and nearly all of it would be white
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image
 
 
-def resized_size(image: Image.Image, preprocess: Preprocess, limits: Limits) -> tuple[int, int] | None:
-    """(height, width) after `resize`, as torchvision computes it; None where there is no resizing.
+def check_resized(size: tuple[int, int], preprocess: Preprocess, limits: Limits) -> None:
+    """Refuse a picture, (width, height), so long and thin that resizing would make it too large.
 
     Raises:
-        Reject: the picture is so long and thin that it would become too large.
+        Reject: it is.
     """
+    longer, shorter = max(size), max(1, min(size))
+    if isinstance(preprocess.resize, int) and preprocess.resize**2 * longer // shorter > limits.max_pixels:
+        raise Reject("preprocess", f"too large when resized: {size[0]}x{size[1]}")
+
+
+def resized_size(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int] | None:
+    """(height, width) of a picture after `resize`, as torchvision computes it; None where there is no resizing."""
     if not isinstance(preprocess.resize, int):
         return preprocess.resize
-    longer, shorter = max(image.size), max(1, min(image.size))
-    if preprocess.resize**2 * longer // shorter > limits.max_pixels:
-        raise Reject("preprocess", f"too large when resized: {image.width}x{image.height}")
-    side = int(preprocess.resize * longer / shorter)
-    return (preprocess.resize, side) if image.height <= image.width else (side, preprocess.resize)
+    side = int(preprocess.resize * max(size) / max(1, min(size)))
+    return (preprocess.resize, side) if size[0] <= size[1] else (side, preprocess.resize)
 
 
 def _fit(preprocess: Preprocess) -> Callable[[Picture, tuple[int, int] | None], Picture] | None:
@@ -215,24 +289,26 @@ def _fit(preprocess: Preprocess) -> Callable[[Picture, tuple[int, int] | None], 
 
 
 def open_image(data: bytes, limits: Limits) -> Image.Image:
-    """An image of which only the header is read.
+    """An image of which only the header is read; inside `rejecting`, for damage makes Pillow raise anything.
 
     Raises:
         Reject: it is empty, not an image, or has more pixels than the limits allow.
     """
     if not data:
         raise Reject("decode", "empty")
+    most = limits.max_pixels
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError:
-        most = min(limits.max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or limits.max_pixels))
+        most = min(most, 2 * (Image.MAX_IMAGE_PIXELS or most))
         raise Reject("decode", f"too large: more than {most} pixels") from None
     except UnidentifiedImageError:
         raise Reject("decode", "not an image") from None
-    except _DAMAGED as error:
-        raise Reject("decode", f"damaged: {error}") from None
-    if image.width * image.height > limits.max_pixels:
-        raise Reject("decode", f"too large: {image.width}x{image.height}, at most {limits.max_pixels} pixels")
+    if (heavy := _HEAVY.get(image.format or "")) is not None:
+        most = most * _BYTES_PER_PIXEL // heavy
+    if image.width * image.height > most:
+        kind = "" if heavy is None else f" of {image.format}"
+        raise Reject("decode", f"too large: {image.width}x{image.height}, at most {most} pixels{kind}")
     return image
 
 

@@ -16,12 +16,15 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from stat import S_ISFIFO, S_ISREG, S_ISSOCK
+from typing import cast
 
 from pipeline.errors import DataError
 from pipeline.object_store import COUNTS
-from pipeline.store import AlreadyExists, Changed, Span, Stat, TooLarge
+from pipeline.store import AlreadyExists, Changed, Outside, Span, Stat, TooLarge, Unreadable
 
 _TEMPORARY = ".tmp-"
+_NO_FILE = (errno.ENXIO, errno.ENODEV, errno.EAGAIN)  # opening a socket, or a device that is not there or not ready
 
 
 class LocalStore:
@@ -66,7 +69,7 @@ class LocalStore:
 
     def open(self, name: str) -> io.BufferedReader:
         """A seekable file."""
-        return open(name, "rb")
+        return _open_regular(name)
 
     @contextmanager
     def local_file(self, name: str) -> Iterator[Path]:
@@ -142,22 +145,31 @@ class LocalStore:
 
 
 class LocalReader:
-    """Images from files: one open for all that is wanted of a file at once."""
+    """Images from regular files: one open for all that is wanted of a file at once.
+
+    A file below `root` must lie there in fact: a link that leads out of it is not followed. Files that are named
+    elsewhere are read where they are. Without a root every link is followed.
+    """
+
+    def __init__(self, root: str | None = None) -> None:
+        """Nothing is opened yet."""
+        self._below = None if root is None else f"{root.rstrip('/')}/"
+        self._really_below = None if root is None else f"{os.path.realpath(root).rstrip('/')}/"
 
     def whole(self, name: str, most_bytes: int) -> tuple[bytes, str]:
         """A file."""
         COUNTS.add("requests:image")
-        with open(name, "rb") as file:
+        with self._open(name) as file:
             stat = _stat(os.fstat(file.fileno()))
             if stat.size_bytes > most_bytes:
                 raise TooLarge(stat.size_bytes, stat.etag)
-            data = file.read()
+            data = file.read(stat.size_bytes)  # and no more: files of /proc say 0 and may have no end
         COUNTS.add("bytes:image", len(data))
         return data, stat.etag
 
     def spans(self, name: str, spans: list[Span]) -> Iterator[tuple[bytes, str]]:
         """Spans of a file."""
-        with open(name, "rb") as file:
+        with self._open(name) as file:
             etag = _stat(os.fstat(file.fileno())).etag
             for start, stop in spans:
                 file.seek(start)
@@ -165,6 +177,51 @@ class LocalReader:
                 COUNTS.add("requests:image")
                 COUNTS.add("bytes:image", len(data))
                 yield data, etag
+
+    def _open(self, name: str) -> io.BufferedReader:
+        """A regular file that lies where its name says."""
+        file = _open_regular(name)
+        if self._below is not None and name.startswith(self._below):
+            found = _real_path(name, file.fileno())
+            if not found.startswith(cast(str, self._really_below)):
+                file.close()
+                raise Outside(found, name)
+        return file
+
+
+def _open_regular(name: str) -> io.BufferedReader:
+    """A file for reading; opening it never waits, as it would for the writer of a FIFO.
+
+    Raises:
+        Unreadable: it is a FIFO, a socket or a device, whose reading may never end.
+    """
+    try:
+        file = open(name, "rb", opener=_opener)  # noqa: SIM115 - closed here if it is no file, else by the caller
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
+        raise Unreadable("a socket or a device, not a file", str(error), name) from None
+    mode = os.fstat(file.fileno()).st_mode
+    if S_ISREG(mode):
+        return file
+    file.close()
+    raise Unreadable(f"a {_kind(mode)}, not a file", "not a regular file", name)
+
+
+def _opener(name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
+
+
+def _kind(mode: int) -> str:
+    return "FIFO" if S_ISFIFO(mode) else "socket" if S_ISSOCK(mode) else "device"
+
+
+def _real_path(name: str, descriptor: int) -> str:
+    """Where an opened file lies; without /proc where its name leads now."""
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        return os.path.realpath(name)
 
 
 def _stat(result: os.stat_result) -> Stat:

@@ -19,6 +19,7 @@ from pipeline import storage
 from pipeline.errors import DataError
 from pipeline.run import Run
 from pipeline.schema import Int64, manifest_schema, vectors_from_arrow, vectors_to_arrow
+from pipeline.schemes import check_schemes
 
 EMBEDDINGS = ("old_embedding", "new_embedding", "side")
 
@@ -147,6 +148,7 @@ def _location(
         if uris.null_count and names.image is None:
             row = int(np.flatnonzero(uris.is_null().to_numpy())[0])
             raise DataError("an image's uri is null", where=_where(part, row, names.uri))
+        check_schemes(uris, part.uri, part.first_row_in_file, names.uri)
         found["uri"] = uris
         for role in ("offset", "length"):
             name = getattr(names, role)

@@ -11,7 +11,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.config import Config, Preprocess
 from pipeline.fetch import Place, Reject, fetch
-from pipeline.images import Limits, decode_image
+from pipeline.images import decode_image, image_limits
 from pipeline.manifest import Manifest
 from pipeline.run import Run
 from pipeline.schema import LOCATION
@@ -29,10 +29,10 @@ def probe(config: Config, run: Run, folder: str, rows: Manifest, preprocess: Pre
         DataError: a store refuses the credentials.
         TransientError: a store kept failing.
     """
-    limits = Limits(config.backfill.max_image_pixels, config.backfill.max_image_bytes)
+    limits = image_limits(config)
     places = _places(run, folder, rows)
     bad = []
-    for place, (data, _) in zip(places, fetch(places, limits.max_bytes, config.fetch), strict=True):
+    for place, (data, _) in zip(places, fetch(places, limits.max_bytes, config.fetch, limits.root), strict=True):
         try:
             if isinstance(data, Reject):
                 raise data

@@ -13,6 +13,7 @@ import itertools
 import json
 import re
 from dataclasses import dataclass
+from typing import Any, cast
 
 from pipeline import documents, storage, user_code
 from pipeline.config import Config, Encoder
@@ -23,6 +24,7 @@ from pipeline.errors import DataError, IncompatibleRun
 RUNTIME = {
     "run",
     "data_root",
+    "allow_outside",
     "device",
     "backfill",
     "fetch",
@@ -224,6 +226,15 @@ def check_resumable(config: Config, fingerprints: dict[str, str], *, all_inputs:
     _refuse(started, now, run.settings)
 
 
+def _with_later_settings(tree: dict[str, Any]) -> None:
+    """Add to a run's config what runs did not have at first, as the program did it then."""
+    tree.setdefault("allow_outside", True)
+    encoders = tree.get("encoders")
+    for encoder in encoders.values() if isinstance(encoders, dict) else ():
+        if isinstance(encoder, dict) and isinstance(encoder.get("preprocess"), dict):
+            encoder["preprocess"].setdefault("exif", "ignore")
+
+
 def stage_settings(config: Config, name: str) -> Identity:
     """What decides the outcome of a stage, apart from what is fixed when the run starts."""
     prints = _classifier_fingerprint(config) if name == "fit" else _policy_fingerprint(config)
@@ -289,6 +300,7 @@ def read_settings(run: Run) -> dict[str, object]:
     if missing:
         found = f"without {' and '.join(missing)}"
         raise DataError("not the settings of a run", found=found, where=run.settings, remedy=_RESTORE)
+    _with_later_settings(cast(dict[str, Any], settings["config"]))
     return settings
 
 

@@ -31,6 +31,7 @@ from pipeline.local_store import LocalReader, LocalStore
 from pipeline.object_store import COUNTS, ObjectStore, Retry
 from pipeline.store import AlreadyExists as AlreadyExists
 from pipeline.store import Changed as Changed
+from pipeline.store import Outside as Outside
 from pipeline.store import Reader, Store
 from pipeline.store import Stat as Stat
 from pipeline.store import TooLarge as TooLarge
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 U = TypeVar("U")
 _SETTINGS = "FASTFILL_STORAGE"  # the settings, as JSON: worker processes inherit them
+SCHEMES = ("file", "s3")
+"""Of the URIs that can be read; a path without one is a file's."""
+
 _WILD = "*?["
 _PIECE_BYTES = 2**23
 _REMEDY = "`fastfill audit` lists all damaged files; restore this one from a copy, or make it again"
@@ -196,9 +200,15 @@ def split(uri: str) -> tuple[str, str]:
     return (scheme, name) if separator else ("file", uri)
 
 
-def image_reader(scheme: str, fetch: config.Fetch) -> Reader:
-    """What reads images from the store of a scheme, in many small requests."""
-    return _reader(scheme, os.environ.get(_SETTINGS, ""), os.getpid(), fetch, _account())
+def image_reader(scheme: str, fetch: config.Fetch, root: str | None = None) -> Reader:
+    """What reads images from the store of a scheme, in many small requests.
+
+    Args:
+        scheme: one of SCHEMES.
+        fetch: how.
+        root: a folder of this machine whose links must not lead out of it; None: links are followed anywhere.
+    """
+    return _reader(scheme, os.environ.get(_SETTINGS, ""), os.getpid(), fetch, root, _account())
 
 
 def arrow_filesystem(uri: str) -> tuple[FileSystem, str]:
@@ -359,9 +369,11 @@ def _store(scheme: str, settings: str, process: int, account: tuple[str, ...]) -
 
 
 @functools.lru_cache(maxsize=8)
-def _reader(scheme: str, settings: str, process: int, fetch: config.Fetch, account: tuple[str, ...]) -> Reader:
+def _reader(
+    scheme: str, settings: str, process: int, fetch: config.Fetch, root: str | None, account: tuple[str, ...]
+) -> Reader:
     if scheme == "file":
-        return LocalReader()
+        return LocalReader(root)
     from pipeline.object_fetch import ObjectReader  # here: as above
 
     return ObjectReader(_settings(), fetch, _store(scheme, settings, process, account))

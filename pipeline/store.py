@@ -27,6 +27,14 @@ class Unreadable(OSError):
         self.code = code
 
 
+class Outside(OSError):
+    """A link leads out of the folder that images may be read from."""
+
+    def __init__(self, found: str, uri: str) -> None:
+        super().__init__(errno.EPERM, found, uri)
+        self.found = found
+
+
 class TooLarge(Exception):
     """A whole object is larger than its reader wants to have."""
 

@@ -48,7 +48,7 @@ class _Job:
     """What the tasks of a stream need to know; `units` says for each number which work and unit it is."""
 
     targets: list[tuple[settings.Encoder, VectorLog]]
-    backfill: settings.Backfill
+    limits: Limits
     fetch: settings.Fetch
     units: ray.ObjectRef[pa.Table]
 
@@ -81,7 +81,7 @@ def embed_stream(work: list[Work], config: settings.Config) -> Iterator[tuple[in
     context.target_max_block_size = None  # a block is a unit: never split, never merged
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    job = _Job([(item.encoder, item.log) for item in work], backfill, config.fetch, ray.put(_units_table(work)))
+    job = _job(work, config)
     acks = (
         ray.data.range(count, override_num_blocks=count)
         .map_batches_internal(
@@ -119,12 +119,16 @@ def embed_stream(work: list[Work], config: settings.Config) -> Iterator[tuple[in
             yield row.pop("work"), UnitAck(**row)
 
 
+def _job(work: list[Work], config: settings.Config) -> _Job:
+    targets = [(item.encoder, item.log) for item in work]
+    return _Job(targets, images.image_limits(config), config.fetch, ray.put(_units_table(work)))
+
+
 def _load(batch: Any, job: _Job) -> pa.Table:  # Any: Ray's batch of numpy columns
     start, before = time.perf_counter(), storage.counts()
     number = int(batch["id"][0])
     work, unit = job.unit(number)
-    limits = Limits(job.backfill.max_image_pixels, job.backfill.max_image_bytes)
-    loaded = images.load_unit(unit, job.targets[work][0].preprocess, limits, job.fetch)
+    loaded = images.load_unit(unit, job.targets[work][0].preprocess, job.limits, job.fetch)
     count = len(loaded.ids)
     spent = {name: getattr(loaded, name) for name in ("requests", "bytes_fetched", "bytes_needed", "changed")}
     asked, seconds = storage.counts() - before, time.perf_counter() - start

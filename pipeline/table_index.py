@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from pipeline import storage
 from pipeline.errors import DataError
 from pipeline.pieces import CHUNK_BYTES, CHUNK_ROWS, ROWS, Chunk, Options, Piece, PieceWriter
+from pipeline.schemes import check_schemes
 from pipeline.store import Stat
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def manifest_rows(table: pa.Table, where: str, first_row: int, options: Options)
                 found=table.schema.field(name).type,
                 where=f"{where}: column {name}",
             ) from error
+    check_schemes(columns["uri"], where, first_row, names["uri"])
     columns["uri"] = _absolute(columns["uri"], where)
     columns.setdefault("key", _places(columns))
     for ours in ("uri", "key"):

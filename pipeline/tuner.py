@@ -24,7 +24,7 @@ from pipeline import storage
 from pipeline.actors import Pool, actor_pool
 from pipeline.errors import DataError
 from pipeline.estimate import Estimate, Rates, estimate, estimate_uri
-from pipeline.images import Limits, Pixels, Place, Reject, decoder
+from pipeline.images import Limits, Pixels, Place, Reject, decoder, image_limits
 from pipeline.plan import Plan
 from pipeline.run import Run
 from pipeline.schema import UNITS, Unit, UnitAck
@@ -100,7 +100,7 @@ def _measure_alone(config: settings.Config, rows: list[pa.Table], seconds: float
     from pipeline.fetch import fetch
 
     encoder, backfill = config.encoders.new, config.backfill
-    limits = Limits(backfill.max_image_pixels, backfill.max_image_bytes)
+    limits = image_limits(config)
     embedder = Embedder(encoder, config.device, backfill.batch_size, backfill.threads_per_actor)
     spent = {"fetch": 0.0, "decode": 0.0}
     count, good = 0, list[Pixels]()
@@ -109,7 +109,7 @@ def _measure_alone(config: settings.Config, rows: list[pa.Table], seconds: float
     for table in rows:
         places = [Place(**row) for row in table.drop_columns(["id"]).to_pylist()]
         start = time.perf_counter()
-        encoded = [data for data, _ in fetch(places, limits.max_bytes, config.fetch)]
+        encoded = [data for data, _ in fetch(places, limits.max_bytes, config.fetch, limits.root)]
         spent["fetch"] += time.perf_counter() - start
         count += len(encoded)
         pixels, seconds_taken = decode([data for data in encoded if isinstance(data, bytes)])

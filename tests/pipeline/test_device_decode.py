@@ -76,6 +76,26 @@ def test_bad_images_are_rejected_as_images_does_and_cost_no_other() -> None:
     assert {1, 2, 3, 4} <= rejects.keys()
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_decode_jpeg_with_an_orientation_gives_the_pixels_that_images_gives(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    sink = io.BytesIO()
+    Image.open(io.BytesIO(photograph(1, 200, 150))).save(sink, "jpeg", exif=exif)
+    pixels, rejects = decode([sink.getvalue()])
+    assert not rejects
+    assert np.abs(pixels[0].astype(int) - decode_image(sink.getvalue(), SIZED, LIMITS)).max() <= 2
+
+
+def test_decode_image_that_makes_pillow_raise_is_a_reject() -> None:
+    data = bytearray(saved(Image.new("RGB", (8, 8)), "tiff"))
+    data[data.index(b"\x11\x01\x04\x00") + 2] = 5  # the type of the pixels' place: a RATIONAL
+    good = photograph(1, 200, 150)
+    pixels, rejects = decode([bytes(data), good])
+    assert rejects.keys() == {0}
+    assert pixels[1].any()
+
+
 def test_another_shape_than_the_encoders_is_rejected() -> None:
     _, rejects = decode([photograph(1, 200, 150)], Preprocess(size=80, decoder="device"))
     assert str(rejects[0]) == "preprocess: wrong shape: 150x200, expected 80x80"

@@ -7,6 +7,8 @@ import io
 import os
 import resource
 import struct
+import subprocess
+import sys
 import tempfile
 import time
 import zlib
@@ -22,7 +24,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional
@@ -30,7 +32,7 @@ from torchvision.transforms.v2 import functional
 from pipeline import storage
 from pipeline.config import Fetch, Preprocess
 from pipeline.errors import DataError
-from pipeline.images import Limits, LoadedUnit, Pixels, Reject, decode_image, load_unit
+from pipeline.images import Limits, LoadedUnit, Pixels, Reject, decode_image, load_unit, rejecting
 from pipeline.local_store import LocalReader
 from pipeline.schema import UNITS, Unit
 
@@ -437,14 +439,153 @@ def test_a_jpeg_in_cmyk_becomes_the_colours_that_pillow_gives() -> None:
     assert np.array_equal(decode_image(sink.getvalue(), PREPROCESS, LIMITS), by_pillow(sink.getvalue(), 3))
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_an_orientation_in_exif_is_not_applied(kind: str) -> None:
+def held(orientation: int, kind: str = "JPEG", mode: str = "RGB", height: int = 40, width: int = 60) -> bytes:
+    """A picture from a camera that was held this way."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
+    exif[0x0112] = orientation
     sink = io.BytesIO()
-    Image.fromarray(picture(height=8, width=4)).save(sink, kind, exif=exif)
-    wanted = chw(np.asarray(Image.open(io.BytesIO(sink.getvalue()))))
-    assert np.array_equal(decode_image(sink.getvalue(), Preprocess(size=(8, 4)), LIMITS), wanted)
+    Image.fromarray(smooth(height, width)).convert(mode).save(sink, kind, exif=exif)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("kind", "mode"), [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "P")])
+@pytest.mark.parametrize("resample", ["torch", "pillow"])
+def test_decode_image_with_an_orientation_gives_what_an_upright_image_gives(
+    orientation: int, kind: str, mode: str, resample: Any
+) -> None:
+    data = held(orientation, kind, mode)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    settings = {"resize": 20, "center_crop": (16, 24), "resample": resample}
+    wanted = decode_image(encode(upright), Preprocess(**settings), LIMITS)
+    assert np.array_equal(decode_image(data, Preprocess(**settings), LIMITS), wanted)
+    assert np.array_equal(decode_image(data, Preprocess(size=upright.shape[:2]), LIMITS), chw(upright))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_decode_image_exif_ignore_leaves_the_picture_on_its_side(kind: str) -> None:
+    data = held(6, kind)
+    wanted = chw(np.asarray(Image.open(io.BytesIO(data))))
+    assert np.array_equal(decode_image(data, Preprocess(size=(40, 60), exif="ignore"), LIMITS), wanted)
+
+
+def test_decode_image_reduced_jpeg_on_its_side_is_decoded_no_smaller_than_the_gap_allows() -> None:
+    data = held(6, height=400, width=600)
+    settings = {"resize": (150, 100), "center_crop": (150, 100)}
+    reduced = decode_image(data, Preprocess(**settings, reducing_gap=2), LIMITS)
+    exact = decode_image(data, Preprocess(**settings), LIMITS)
+    assert 0 < np.abs(reduced.astype(int) - exact.astype(int)).mean() < 2
+
+
+@pytest.mark.parametrize("tag", [256, 257, 273])
+@pytest.mark.parametrize("resample", ["torch", "pillow"])
+def test_decode_image_tiff_with_rational_size_or_offset_is_a_reject(tag: int, resample: Any) -> None:
+    data = bytearray(encode(picture(), "TIFF"))
+    (start,) = struct.unpack_from("<I", data, 4)
+    (entries,) = struct.unpack_from("<H", data, start)
+    places = range(start + 2, start + 2 + 12 * entries, 12)
+    place = next(place for place in places if struct.unpack_from("<H", data, place)[0] == tag)
+    struct.pack_into("<HII", data, place + 2, 5, 1, len(data))
+    data += struct.pack("<II", 8, 1)
+    with pytest.raises(Reject, match=r"^decode: damaged: "):
+        decode_image(bytes(data), Preprocess(resize=SIDE, center_crop=SIDE, resample=resample), LIMITS)
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("x"), KeyError("x"), struct.error("x"), RecursionError("x"), LookupError()]
+)
+def test_rejecting_any_error_is_a_reject_with_one_line(error: Exception) -> None:
+    with pytest.raises(Reject, match=r"^decode: damaged: [^\n]+$"), rejecting():
+        raise error
+
+
+def test_rejecting_memory_that_is_missing_is_a_reject_and_an_interrupt_is_not() -> None:
+    with pytest.raises(Reject, match=r"^decode: too large: "), rejecting():
+        raise MemoryError
+    with pytest.raises(KeyboardInterrupt), rejecting():
+        raise KeyboardInterrupt
+
+
+def test_rejecting_error_that_is_no_unicode_can_be_stored() -> None:
+    with pytest.raises(Reject) as caught, rejecting():
+        raise ValueError("a\nname \udcff")
+    assert pa.array([caught.value.reason]).to_pylist() == ["damaged: a name \\udcff"]
+
+
+SMALL_FILE_LARGE_PICTURE = """
+import io, resource, sys
+from PIL import Image, ImageOps
+from pipeline.config import Preprocess
+from pipeline.images import Limits, Reject, decode_image
+def image(side):
+    sink = io.BytesIO()
+    Image.new(sys.argv[2], (side, side)).save(sink, sys.argv[1])
+    return sink.getvalue()
+data = image(4000)
+preprocess, limits = Preprocess(resize=256, center_crop=224), Limits(16_000_000, 2**26)
+decode_image(image(300), preprocess, limits)
+from pathlib import Path
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+def status(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
+before = status("VmRSS")
+decode_image(data, preprocess, limits)
+print((status("VmHWM") - before) / 16e6)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "most"),
+    [("GIF", "P", 5), ("PNG", "RGB", 8.5), ("PNG", "RGBA", 8.5), ("JPEG", "CMYK", 8.5), ("TIFF", "RGB", 12)],
+)
+def test_decode_image_small_file_with_a_large_picture_takes_few_bytes_per_pixel(
+    kind: str, mode: str, most: float
+) -> None:
+    code = [sys.executable, "-c", SMALL_FILE_LARGE_PICTURE, kind, mode]
+    found = subprocess.run(code, capture_output=True, text=True, check=True)
+    assert float(found.stdout) < most
+
+
+def test_decode_image_formats_whose_decoder_holds_more_may_have_fewer_pixels() -> None:
+    data = encode(picture(height=20, width=20), "WEBP")
+    assert decode_image(data, Preprocess(size=20), Limits(534, 10**6)).shape == (3, 20, 20)
+    with pytest.raises(Reject, match="decode: too large: 20x20, at most 399 pixels of WEBP"):
+        decode_image(data, Preprocess(size=20), Limits(533, 10**6))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PNG"])
+def test_decode_image_animation_gives_its_first_picture_and_decodes_no_other(kind: str) -> None:
+    frames = [Image.fromarray(np.full((SIDE, SIDE, 3), value, np.uint8)) for value in (10, 90, 200)]
+    sink = io.BytesIO()
+    frames[0].save(sink, kind, save_all=True, append_images=frames[1:])
+    found = decode_image(sink.getvalue(), PREPROCESS, LIMITS)
+    assert np.abs(found.astype(int) - 10).max() <= 3
+
+
+def test_load_unit_unknown_scheme_fifo_and_link_are_rejects_of_their_own(tmp_path: Path) -> None:
+    data, good = tmp_path / "data", encode(picture())
+    os.mkfifo(tmp_path / "fifo")
+    outside = write(tmp_path / "outside.png", good)
+    data.mkdir()
+    (data / "link.png").symlink_to(tmp_path / "outside.png")
+    places = [
+        {"uri": "http://somewhere/a.png"},
+        {"uri": str(tmp_path / "fifo")},
+        {"uri": str(tmp_path / "fifo"), "offset": 3, "length": 4},
+        {"uri": f"{data}/link.png"},
+        {"uri": f"{data}/link.png", "offset": 0, "length": len(good)},
+        outside,
+        write(data / "inside.png", good),
+    ]
+    loaded = load(tmp_path, places, limits=Limits(64_000_000, 100_000, str(data)))
+    link = f"fetch: outside data_root: {tmp_path}/outside.png (allow_outside: true reads it)"
+    assert said(loaded) == {
+        0: "fetch: missing: http:// cannot be read, only local paths and s3://",
+        1: "fetch: unreadable: a FIFO, not a file",
+        2: "fetch: unreadable: a FIFO, not a file",
+        3: link,
+        4: link,
+    }
 
 
 def test_most_jpegs_are_decoded_past_pillow(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -350,7 +350,7 @@ def test_a_bad_row_is_refused_by_its_file_and_row(tmp_path: Path, changes: dict[
     assert read_manifest(run, "gallery") is None
 
 
-PLACES = ["a.png", "./b/c.png", "/abs/d.png", "s3://other/e.png", "x://f"]
+PLACES = ["a.png", "./b/c.png", "/abs/d.png", "s3://other/e.png", "file:///f"]
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ def test_the_same_config_continues_its_run_and_leaves_its_settings_alone(tmp_pat
     "change",
     [
         {"device": "cpu"},
+        {"allow_outside": True},
         {"backfill__batch_size": 7, "backfill__max_actors": 9, "backfill__max_reject_fraction": 1.0},
         {"evaluate__points": 5},
         {"publish__promote": "manual"},

@@ -1,0 +1,39 @@
+"""Whether URIs of images, as a manifest has them, are of a store that can be read.
+
+For `partition` and `table_index`, which check manifests before any image is read. It does not look whether anything
+is there.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import storage
+from pipeline.errors import DataError
+
+
+def check_schemes(uris: pa.Array | pa.ChunkedArray, uri: str, first_row: int, column: str | None) -> None:
+    """Refuse a column of URIs that has one of another scheme than `storage.SCHEMES`; nulls are passed over.
+
+    Args:
+        uris: the column.
+        uri: of the file that it lies in.
+        first_row: of the column, in that file.
+        column: its name.
+
+    Raises:
+        DataError: with the file, the row and the URI.
+    """
+    bad = pc.match_substring(uris, "://")
+    for scheme in storage.SCHEMES:
+        bad = pc.and_not(bad, pc.starts_with(uris, f"{scheme}://"))
+    row = pc.index(bad, True).as_py()
+    if row >= 0:
+        raise DataError(
+            "an image's uri is of a store that cannot be read",
+            expected="a local path, file:// or s3://",
+            found=uris[row].as_py(),
+            where=f"{uri}: row {first_row + row}, column {column}",
+            remedy="copy the images to a disk or to S3, or remove the row",
+        )

@@ -1,0 +1,55 @@
+"""A run of an earlier version goes on as it was, though the config does not have the keys that came later."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline import storage
+from pipeline.config import Config
+from pipeline.errors import IncompatibleRun
+from pipeline.resumed import as_started
+from pipeline.run import Run
+from tests.pipeline.test_run import begin, config
+
+
+def begin_before_later_settings(item: Config) -> Run:
+    """A run as it was started before there were `preprocess.exif` and `allow_outside`."""
+    run = begin(item)
+    settings = json.loads(storage.read_bytes(run.settings))
+    del settings["sha256"], settings["checked_by"], settings["config"]["allow_outside"]
+    for encoder in settings["config"]["encoders"].values():
+        del encoder["preprocess"]["exif"]
+    storage.put(run.settings, json.dumps(settings).encode())
+    return run
+
+
+def test_as_started_run_without_later_settings_goes_on_as_it_was_and_a_new_one_has_the_defaults(
+    tmp_path: Path,
+) -> None:
+    new = as_started(config(tmp_path))
+    assert new.encoders.new.preprocess.exif == "apply"
+    assert not new.allow_outside
+    begin_before_later_settings(config(tmp_path))
+    resumed = as_started(config(tmp_path))
+    assert [encoder.preprocess.exif for encoder in (resumed.encoders.old, resumed.encoders.new)] == ["ignore"] * 2
+    assert resumed.allow_outside
+    assert as_started(resumed) == resumed
+    begin(resumed)
+
+
+def test_as_started_setting_that_is_given_stays_and_is_refused_by_its_name(tmp_path: Path) -> None:
+    begin_before_later_settings(config(tmp_path))
+    given = as_started(config(tmp_path, encoders__new__preprocess__exif="apply", allow_outside=False))
+    assert not given.allow_outside
+    with pytest.raises(IncompatibleRun) as caught:
+        begin(given)
+    lines = [line for line in str(caught.value).splitlines() if line.startswith("  - ")]
+    assert lines == ["  - encoders.new.preprocess.exif: the run has 'ignore', you gave 'apply'"]
+
+
+def test_as_started_run_that_ignores_exif_goes_on_so_without_the_key(tmp_path: Path) -> None:
+    begin(config(tmp_path, encoders__new__preprocess__exif="ignore"))
+    begin(as_started(config(tmp_path)))
