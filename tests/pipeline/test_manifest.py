@@ -551,13 +551,14 @@ def test_images_in_files_and_at_uris_are_one_manifest(tmp_path: Path) -> None:
     both = write(tmp_path / "in" / "c.parquet", pa.table({"id": [4, 5], "image": [None, b"f"]} | mixed))
     rows = brought_in(tmp_path, source(str(tmp_path / "in"), **columns)).to_pylist()
     places = [(row["uri"], row["offset"], row["length"], row["row"], row["etag"]) for row in rows]
+    tags = {file: f"{storage.stat(file).etag} {storage.sha256(file)}" for file in (inside, both)}
     assert places == [
-        (f"{inside}#image", None, None, 0, None),
-        (f"{inside}#image", None, None, 1, None),
+        (f"{inside}#image", None, None, 0, tags[inside]),
+        (f"{inside}#image", None, None, 1, tags[inside]),
         ("/x.tar", 512, 9, None, "1"),
         ("/y.png", None, None, None, None),
         ("/z.png", None, None, None, None),
-        (f"{both}#image", None, None, 1, None),
+        (f"{both}#image", None, None, 1, tags[both]),
     ]
 
 
