@@ -165,11 +165,12 @@ def dropped_files(run: Run) -> dict[str, Stat]:
     plan = read_plan(run)
     if plan is None:
         return {}
-    mine = plan.laid_out(run)
+    mine = f"/{plan.layout}" if plan.layout else ""
     found = dict(storage.iter_stats(run.path(SCORED)))
-    found |= {uri: stat for uri, stat in storage.iter_stats(run.path("transformed")) if _above(uri) != mine.transformed}
-    units = (pair for pair in storage.iter_stats(run.path("plan")) if pair[0].endswith(".parquet"))
-    return found | {uri: stat for uri, stat in units if _above(_above(uri)) != mine.units}
+    parts, units = storage.iter_stats(run.path("transformed")), storage.iter_stats(run.path("plan"))
+    found |= {uri: stat for uri, stat in parts if not _above(uri).endswith(f"/transformed{mine}")}
+    units = (pair for pair in units if pair[0].endswith(".parquet"))
+    return found | {uri: stat for uri, stat in units if not _above(_above(uri)).endswith(f"/plan{mine}")}
 
 
 def _above(uri: str) -> str:

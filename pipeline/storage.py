@@ -109,7 +109,7 @@ def stat(uri: str) -> Stat:
 def list_stats(prefix: str, suffix: str = "") -> list[tuple[str, Stat]]:
     """The URIs and stats of all whole objects below a folder, sorted; empty where the folder is missing."""
     store, name = _locate(prefix)
-    lead = "" if is_local(prefix) else "s3://"
+    lead = prefix.removesuffix(name)
     return sorted((f"{lead}{found}", info) for found, info in store.listing(name) if found.endswith(suffix))
 
 
@@ -121,14 +121,14 @@ def iter_stats(prefix: str, deep: bool = True) -> Iterator[tuple[str, Stat]]:
         deep: False for the objects right in the folder, without those in folders below it.
     """
     store, name = _locate(prefix)
-    lead = "" if is_local(prefix) else "s3://"
+    lead = prefix.removesuffix(name)
     return ((f"{lead}{found}", info) for found, info in store.listing(name, deep))
 
 
 def list_leftovers(prefix: str) -> list[tuple[str, Stat]]:
     """The URIs and stats of temporary files and probes below a folder: of writers at work, and of those that died."""
     store, name = _locate(prefix)
-    lead = "" if is_local(prefix) else "s3://"
+    lead = prefix.removesuffix(name)
     return sorted((f"{lead}{found}", info) for found, info in store.leftovers(name))
 
 
@@ -138,7 +138,7 @@ def folders(prefix: str) -> list[str]:
     None also where an object store's folder holds so many objects that finding them would be half the listing.
     """
     store, name = _locate(prefix)
-    lead = "" if is_local(prefix) else "s3://"
+    lead = prefix.removesuffix(name)
     return [f"{lead}{found}" for found in store.folders(name)]
 
 

@@ -174,3 +174,8 @@ def test_dropped_files_plan_of_an_earlier_version_keeps_the_parts_at_their_old_p
         run.part("transformed", 0),
         run.part("transformed", 1),
     ]
+
+
+def test_dropped_files_run_named_by_a_file_uri_keeps_the_plan(tmp_path: Path) -> None:
+    _, run = make_run(tmp_path, IMAGES, Options(commits=False, transformation=False))
+    assert dropped_files(Run(f"file://{run.uri}")) == {}

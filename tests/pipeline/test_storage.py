@@ -69,6 +69,14 @@ def test_what_is_put_can_be_read(uri: str) -> None:
     assert storage.read_bytes(f"file://{uri}") == b"two"
 
 
+def test_listing_of_a_uri_with_a_scheme_gives_uris_with_that_scheme(uri: str) -> None:
+    storage.put(uri, b"one")
+    folder = f"file://{uri.rpartition('/')[0]}"
+    assert storage.list_files(folder) == [f"file://{uri}"]
+    assert [found for found, _ in storage.iter_stats(folder)] == [f"file://{uri}"]
+    assert storage.folders(folder.rpartition("/")[0]) == [folder]
+
+
 def test_of_many_threads_that_create_one_name_exactly_one_wins(uri: str) -> None:
     start = threading.Barrier(WRITERS)
 
