@@ -28,7 +28,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from pipeline.audit import audit
     from pipeline.plan import read_plan
     from pipeline.repair import Repair, repair
-    from pipeline.run import Run
+    from pipeline.run import Run, check_resumable, weight_fingerprints
 
     config = load(config_path, overrides)
     run, done = Run(config.run), Repair()
@@ -36,6 +36,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     if not report.ok:
         plan = None if any(item.where == run.plan for item in report.problems) else read_plan(run)
         if plan is not None:
+            check_resumable(config, weight_fingerprints(config), all_inputs=False)  # images are embedded as before
             done = repair(config, run, plan, report.problems)
             _embed(config, run, plan, done)
             report = audit(config.run)

@@ -14,6 +14,7 @@ from pipeline import documents, manifest, quality, storage, vector_log
 from pipeline import plan as plans
 from pipeline.boost import Boost
 from pipeline.evidence import NO_IDS, Notes
+from pipeline.parts import list_parts
 from pipeline.plan import Plan, read_plan
 from pipeline.rejects import gallery_log, manifest_log
 from pipeline.run import STAGES, Run, read_settings, read_stage_settings
@@ -104,7 +105,7 @@ def _check_pairs(run: Run, notes: Notes) -> None:
     tree = notes.attempt("pairs_file", where, lambda: documents.decode(storage.read_bytes(where), where))
     known = tree.get("parts", {}) if tree else {}
     folders = [run.path("pairs", name) for name in ("train", "held_out")]
-    there = {uri for folder in folders for uri in storage.list_files(folder, ".parquet")}
+    there = {uri for folder in folders for uri in list_parts(folder).values()}
     named = {run.path("pairs", *name.split("/")): sha256 for name, sha256 in known.items()}
 
     def check(notes: Notes, uri: str) -> None:
@@ -131,7 +132,8 @@ def _check_reports(run: Run, notes: Notes) -> None:
     """What the gate and `status` read again of the reports."""
     notes.attempt("standing", run.path("reports", "standing.json"), read_standing, run)
     notes.attempt("best", run.path("reports", "best.json"), quality.read_best, run, _LATEST)
-    notes.attempt("quality", run.path("reports", "probe-set"), quality.read_all, run)
+    for uri in quality.files(run):
+        notes.attempt("quality", uri, quality.read_file, uri)
     for uri in storage.list_files(run.path("plan"), ".json"):
         if "/group-boost-" in uri:
             notes.attempt("boost", uri, _read_boost, uri)

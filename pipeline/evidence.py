@@ -7,7 +7,6 @@ are found by their statistics, not by where they should be. Does not know commit
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline import storage, vector_log
 from pipeline.errors import FastfillError, TransientError
+from pipeline.parts import list_parts
 from pipeline.plan import read_plan
 from pipeline.rejects import gallery_log, manifest_log
 from pipeline.run import Run
@@ -29,7 +29,6 @@ from pipeline.vector_log import VectorLog
 P = ParamSpec("P")
 T = TypeVar("T")
 U = TypeVar("U")
-_PART = re.compile(r"/part-(\d{5,})\.parquet$")
 _EMPTY = -1  # the key of a row group without rows
 NO_IDS: Int64 = np.empty(0, dtype=np.int64)
 
@@ -244,7 +243,7 @@ def check_manifest(run: Run, notes: Notes) -> None:
         return
     rejects = reject_files(manifest_log(run, "gallery", "old"))
     place, _ = notes.attempt("plan", run.plan, _planned, run) or (run, [])
-    parts = {"gallery": _by_number(run.path("gallery")), "transformed": _by_number(place.transformed)}
+    parts = {"gallery": list_parts(run.path("gallery")), "transformed": list_parts(place.transformed)}
 
     def check(notes: Notes, number: int) -> None:
         given, planned = (
@@ -266,10 +265,6 @@ def _planned(run: Run) -> tuple[Run, list[int]]:
     """
     plan = read_plan(run)
     return (run, []) if plan is None else (plan.laid_out(run), list(plan.relearn_after))
-
-
-def _by_number(folder: str) -> dict[int, str]:
-    return {int(match[1]): uri for uri in _parquet_in(folder) if (match := _PART.search(uri))}
 
 
 def _parquet_in(folder: str) -> list[str]:

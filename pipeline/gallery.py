@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline import fan_out, storage, vector_log
 from pipeline.errors import DataError
+from pipeline.parts import list_parts
 from pipeline.plan import transformed_parts
 from pipeline.rejects import gallery_log
 from pipeline.run import Run
@@ -271,8 +272,7 @@ def _log_parts(folder: str) -> list[str]:
 
 
 def _manifest_parts(run: Run) -> list[str]:
-    start = run.path("gallery", "part-")
-    return [uri for uri in storage.list_files(run.path("gallery"), ".parquet") if uri.startswith(start)]
+    return list(list_parts(run.path("gallery")).values())
 
 
 def _read_vectors(uris: list[str], column: str, where: str) -> tuple[Int64, Float32] | None:

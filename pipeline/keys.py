@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.errors import DataError
+from pipeline.parts import list_parts
 from pipeline.run import Run
 from pipeline.schema import Int64
 
@@ -111,17 +112,11 @@ class Keys:
 def _find(run: Run) -> list[_Part]:
     """The parts that hold keys, by their footers. Where the first part has none, none has."""
     folder = run.path("gallery")
-    uris = [uri for uri, _ in storage.iter_stats(folder, deep=False) if _is_part(uri)]
+    uris = list(list_parts(folder).values())
     if not uris:
         raise DataError("the run has no gallery to look ids up in", expected="part-*.parquet", where=folder)
-    uris.sort()
     first = _look(uris[0])
     return [] if first is None else [first, *filter(None, storage.at_once(_look, uris[1:]))]
-
-
-def _is_part(uri: str) -> bool:
-    name = uri.rpartition("/")[2]
-    return name.startswith("part-") and name.endswith(".parquet")
 
 
 def _look(uri: str) -> _Part | None:

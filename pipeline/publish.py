@@ -23,6 +23,7 @@ from pipeline.codebook import train_codebook, write_codebook
 from pipeline.config import Config
 from pipeline.errors import GateRefused
 from pipeline.offset import PART
+from pipeline.parts import list_parts
 from pipeline.plan import Plan
 from pipeline.promotion import Promotion
 from pipeline.run import Run, fix_settings, stage_settings
@@ -222,9 +223,7 @@ def _training_vectors(run: Run, plan: Plan, wanted: int) -> Float32:
 
     An offset lies where new embeddings do not vary, so a codebook of these alone would not keep it.
     """
-    pairs = (
-        storage.read_parquet(uri, ["new"])["new"] for uri in storage.list_files(run.path("pairs", "train"), ".parquet")
-    )
+    pairs = (storage.read_parquet(uri, ["new"])["new"] for uri in list_parts(run.path("pairs", "train")).values())
     if read_part(run, PART) is None:
         return _first(pairs, wanted)
     place = plan.laid_out(run)

@@ -136,8 +136,21 @@ def read_quality(run: Run, commit: int) -> Quality | None:
 
 def read_all(run: Run) -> list[Quality]:
     """Of all commits that are measured, ascending."""
-    uris = storage.list_files(run.path("reports", FOLDER), ".json")
-    return [from_json(Quality, storage.read_bytes(uri), uri) for uri in uris]
+    return [read_file(uri) for uri in files(run)]
+
+
+def files(run: Run) -> list[str]:
+    """The files of all commits that are measured, sorted."""
+    return storage.list_files(run.path("reports", FOLDER), ".json")
+
+
+def read_file(uri: str) -> Quality:
+    """One of `files`.
+
+    Raises:
+        DataError: it is damaged or of another format.
+    """
+    return from_json(Quality, storage.read_bytes(uri), uri)
 
 
 def read_best(run: Run, served: int | None) -> int | None:

@@ -23,6 +23,7 @@ from pipeline.config import Classifier, Config
 from pipeline.embeddings import OnUnits, embed_missing, embedding_log, read_embeddings
 from pipeline.encoders import load_tensors
 from pipeline.errors import DataError
+from pipeline.parts import list_parts
 from pipeline.run import Run
 from pipeline.schema import Float32, Int64, splitmix64, vectors_from_arrow, vectors_to_arrow
 from pipeline.vector_log import VectorLog
@@ -123,8 +124,8 @@ def fit_data(config: Config, run: Run, pairs: Pairs) -> FitData:
         DataError: the classifier's file is missing, or has no weight of the new encoder's width.
     """
     return FitData(
-        train_parts=storage.list_files(run.path("pairs", "train"), ".parquet"),
-        held_out_parts=storage.list_files(run.path("pairs", "held_out"), ".parquet"),
+        train_parts=list(list_parts(run.path("pairs", "train")).values()),
+        held_out_parts=list(list_parts(run.path("pairs", "held_out")).values()),
         num_train=pairs.num_train,
         num_classes=pairs.num_classes,
         d_old=pairs.d_old,

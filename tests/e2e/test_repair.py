@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
-from pipeline import snapshot
+from pipeline import snapshot, storage
 from pipeline.config_file import load_config
 from pipeline.run import Run
 from tests.data.make_golden_runs import GALLERY
@@ -75,6 +75,18 @@ def test_repair_embeds_a_lost_unit_of_a_published_wave_again(name: str, tmp_path
     others = {item["kind"] for item in found["problems"]}
     assert others <= {"vector", "log_digest"}, "on another kind of processor the vectors may differ by rounding"
     assert result.exit_code == (1 if others else 0)
+
+
+def test_repair_with_another_encoder_than_that_of_the_run_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    path = copy_run(FINISHED[0], tmp_path)
+    run = Run(load_config(path).run)
+    part = tmp_path / "run/embedded/wave-002/unit-00000.parquet"
+    part.write_bytes(part.read_bytes()[:-100])
+    before = storage.list_files(run.uri)
+    refused = fastfill("repair", "--config", path, "--set", "encoders.new.preprocess.mean=[0.25]")
+    assert refused.exit_code == 3, refused.output
+    assert "encoders.new.preprocess.mean" in refused.stderr
+    assert storage.list_files(run.uri) == before
 
 
 def test_repair_of_a_run_that_is_whole_says_so(tmp_path: Path) -> None:

@@ -158,6 +158,17 @@ def test_repair_of_a_manifest_part_or_of_run_json_says_to_restore_it(tmp_path: P
     assert all("restore the file" in item.why for item in done.left)
 
 
+@pytest.mark.parametrize("place", ["reports/standing.json", "reports/probe-set/*.json", "probe-set/reference.json"])
+def test_repair_of_a_figure_that_a_backfill_makes_again_moves_it_aside(place: str, tmp_path: Path) -> None:
+    config, run, plan = opened(FINISHED[0], tmp_path)
+    file = sorted(Path(run.uri).glob(place))[0]
+    file.write_bytes(b"{")
+    done = repaired(config, run, plan)
+    assert not file.exists()
+    assert [Path(uri).read_bytes() for uri in done.moved] == [b"{"]
+    assert audit(run.uri).problems == []
+
+
 def test_check_files_of_a_commit_names_a_missing_or_cut_off_segment(tmp_path: Path) -> None:
     _, run, _ = opened(FINISHED[0], tmp_path)
     commits.check_files(run, 4)

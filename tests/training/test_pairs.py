@@ -20,7 +20,7 @@ from pipeline.config_file import validate
 from pipeline.errors import DataError
 from pipeline.run import Run
 from pipeline.schema import Int64, vectors_from_arrow
-from training.pairs import _classifier, _codes, build_pairs, num_training, split
+from training.pairs import _classifier, _codes, build_pairs, fit_data, num_training, split
 
 fractions = st.floats(0.02, 0.5)
 PINNED = [18, 26, 33, 34]
@@ -166,6 +166,11 @@ def test_each_pair_trains_or_is_held_out_and_none_does_both(tmp_path: Path) -> N
         assert part["label"].to_pylist() == [row % 3 for row in rows]
         assert part["group"].to_pylist() == [f"{row % 2}" for row in rows]
     assert build_pairs(config, run) == pairs
+    before = fit_data(config, run, pairs)
+    for folder in ("train", "held_out"):  # as a file manager names a copy
+        copied = storage.read_bytes(run.part(f"pairs/{folder}", 0))
+        storage.put(run.path("pairs", folder, "part-00000 (copy).parquet"), copied)
+    assert fit_data(config, run, pairs) == before, "a copy beside a part is not read"
 
 
 def read_all(run: Run, part: str) -> pa.Table:
