@@ -23,7 +23,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, keep: int,
 
     Kept are: what every tag points to, and what prod pointed to before (for `rollback`); the last --keep
     snapshots; those that a live reader has a lease on; and, while nothing is promoted, all of them. The vector
-    log, the plan and the transformed gallery are never touched. Files that no snapshot ever named are left
+    log, the run's plan and its transformed gallery are never touched. Files that no snapshot ever named are left
     alone until the last wave is published: the backfill may be about to use them.
 
     Safe beside a running backfill, promote, rollback and readers, and safe to run again. `rollback` and

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from pipeline import plan as plans
 from pipeline import planner, snapshot, storage, vector_log
 from pipeline.audit_inputs import check_log
 from pipeline.codebook import write_codebook
@@ -22,7 +23,7 @@ from pipeline.evidence import Notes, Problem
 from pipeline.plan import Plan
 from pipeline.publish import train
 from pipeline.run import Run
-from pipeline.schema import SIDECAR, Unit
+from pipeline.schema import SIDECAR, UNITS, Unit
 from pipeline.seal import Sealer, seal_again
 from pipeline.segments import put_by_content
 
@@ -99,36 +100,50 @@ def _move_aside(run: Run, uri: str) -> str:
     return target
 
 
+def _waves(places: Iterable[str]) -> set[int]:
+    """The waves that some places are of."""
+    return {int(found[1]) for where in places if (found := _WAVE.search(where))}
+
+
 def _cut_units_again(run: Run, plan: Plan, done: Repair, problems: list[Problem]) -> None:
     """The units of a wave are a function of the transformed gallery."""
-    for wave in sorted({int(found[1]) for item in problems if (found := _WAVE.search(item.where))}):
+    for wave in sorted(_waves(item.where for item in problems)):
         place, size = plan.place(run, wave), plan.waves[wave - 1].images
         files = sorted({unit.rows_uri for unit in plan.units(run) if unit.wave == wave})
-        done.moved += [_move_aside(run, uri) for uri in files if storage.exists(uri)]
         try:
-            planner.cut_wave(place, plan.num_parts, wave, size, plan.num_shards, plan.unit_images)
+            plans.read_transformed(run, plan, wave, UNITS.names)  # before any file is moved
         except DataError as error:
             done.left.append(Left(files[0], f"the units cannot be cut again: {error}"))
             continue
+        done.moved += [_move_aside(run, uri) for uri in files if storage.exists(uri)]
+        planner.cut_wave(place, plan.num_parts, wave, size, plan.num_shards, plan.unit_images)
         done.rebuilt += files
 
 
 def _move_units(run: Run, plan: Plan, done: Repair, problems: list[Problem]) -> None:
-    """Move damaged parts of logs and their rejects aside: without its part a unit is embedded again."""
+    """Move damaged parts of logs and their rejects aside: without its part a unit is embedded again.
+
+    Parts of waves whose units were cut again are looked at again: they may be whole.
+    """
     if not problems:
         return
     snapshot.Writer.acquire(run)  # whoever wrote to the run before cannot publish what is taken away here
     log, notes = plan.log(run), Notes()
-    waves = {int(found[1]) for item in problems if item.kind != "log_part" and (found := _WAVE.search(item.where))}
-    units = [unit for unit in plan.units(run) if unit.wave in waves]
-    check_log(log, units, notes, published=0, waves=waves)
+    mine = (f"{log.parts_uri}/", f"{log.rejects_uri}/")
+    cut_again = _waves(done.rebuilt)
+    problems = [item for item in problems if not (item.where.startswith(mine) and _waves([item.where]) & cut_again)]
+    waves = _waves(item.where for item in problems if item.kind != "log_part")
+    units = [unit for unit in plan.units(run) if unit.wave in waves | cut_again]
+    check_log(log, units, notes, published=0, waves=waves | cut_again)
     finished = vector_log.finished_units(log)
-    broken = {(unit.wave, unit.unit) for unit in units if unit.unit not in finished.get(unit.wave, [])}
+    broken = {
+        (unit.wave, unit.unit) for unit in units if unit.wave in waves and unit.unit not in finished.get(unit.wave, [])
+    }
     for where in {item.where for item in [*problems, *notes.problems]}:
         found = _UNIT.search(where)
         if found is None:
             continue
-        if where.startswith((f"{log.parts_uri}/", f"{log.rejects_uri}/")):
+        if where.startswith(mine):
             broken.add((int(found[1]), int(found[2])))
         else:
             folder = where.removeprefix(f"{run.uri}/").partition("/")[0]
@@ -136,9 +151,9 @@ def _move_units(run: Run, plan: Plan, done: Repair, problems: list[Problem]) -> 
             done.moved += [_move_aside(run, where)] if storage.exists(where) else []
     for wave, unit in sorted(broken):
         rejects = storage.list_files(storage.join(log.rejects_uri, f"wave-{wave:03d}"), ".parquet")
-        mine = [uri for uri in rejects if f"/unit-{unit:05d}-" in uri]
+        named = [uri for uri in rejects if f"/unit-{unit:05d}-" in uri]
         parts = [log.part(wave, unit)] if storage.exists(log.part(wave, unit)) else []
-        done.moved += [_move_aside(run, uri) for uri in (*parts, *mine)]  # the part first: then the unit is not done
+        done.moved += [_move_aside(run, uri) for uri in (*parts, *named)]  # the part first: then the unit is not done
     done.embed_again = sorted(broken)
     if not broken and not done.folders:
         why = "no part of the log is damaged, but its commit names others: restore the parts of that wave from a copy"

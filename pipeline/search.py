@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pipeline import index, leases, snapshot
 from pipeline.codebook import Codebook
-from pipeline.errors import DataError, Removed, SnapshotConflict, TransientError
+from pipeline.errors import DataError, FastfillError, Removed
 from pipeline.index import Segment
 from pipeline.keys import Keys
 from pipeline.leases import Lease
@@ -296,7 +296,7 @@ def _own_lease(run: Run, number: int) -> Lease | None:
     """A lease on a commit that is open already; None if there can be none: what is open can be read all the same."""
     try:
         return leases.take(run, number)
-    except (Removed, TransientError, SnapshotConflict) as error:
+    except (FastfillError, OSError) as error:
         logger.warning("commit %d is served without a lease after a fork: %s", number, error)
         return None
 

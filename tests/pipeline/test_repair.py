@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from pipeline import commits, snapshot, storage
@@ -15,6 +16,7 @@ from pipeline.errors import DataError
 from pipeline.plan import Plan, read_plan
 from pipeline.repair import Repair, repair, units_of
 from pipeline.run import Run
+from pipeline.schema import UNITS
 from tests.golden import FINISHED, HALF, copy_run
 
 DAMAGES = ("flipped", "truncated", "missing", "exchanged")
@@ -112,6 +114,32 @@ def test_repair_of_a_units_file_cuts_the_units_again(how: str, tmp_path: Path) -
     assert done.rebuilt == [str(uri)]
     assert [storage.read_parquet(unit.rows_uri, row_groups=[unit.row_group]) for unit in units] == before
     assert audit(run.uri).problems == []
+
+
+def test_repair_of_a_units_file_with_other_ids_keeps_the_parts_of_the_log_that_fit_the_plan(tmp_path: Path) -> None:
+    config, run, plan = opened(HALF[0], tmp_path)
+    units = [unit for unit in plan.units(run) if unit.wave == 3]
+    rows = [storage.read_parquet(unit.rows_uri, row_groups=[unit.row_group]) for unit in units]
+    wrong = rows[0].set_column(0, "id", pa.array(rows[0]["id"].to_numpy() ^ 2**40))  # as a flipped bit of an older run
+    Path(units[0].rows_uri).write_bytes(storage.parquet_bytes(UNITS, [wrong, *rows[1:]], with_digests=False))
+    part = Path(plan.log(run).part(3, 0))
+    before = part.read_bytes()
+    assert {"units", "log_part"} <= {item.kind for item in audit(run.uri).problems}
+    done = repaired(config, run, plan)
+    assert (done.rebuilt, done.embed_again, done.left) == ([units[0].rows_uri], [], [])
+    assert part.read_bytes() == before
+    assert audit(run.uri).problems == []
+
+
+def test_repair_of_units_that_cannot_be_cut_again_moves_nothing(tmp_path: Path) -> None:
+    config, run, plan = opened(HALF[0], tmp_path)
+    uri = next(unit.rows_uri for unit in plan.units(run) if unit.wave == 4)
+    for file in (Path(uri), *Path(run.path("transformed")).rglob("*.parquet")):
+        file.write_bytes(file.read_bytes()[:-100])
+    done = repaired(config, run, plan)
+    assert done.moved == []
+    assert "cannot be cut again" in next(item.why for item in done.left if item.where == uri)
+    assert storage.exists(uri)
 
 
 @pytest.mark.parametrize("how", ["truncated", "exchanged"])

@@ -351,6 +351,13 @@ def test_searcher_forked_child_that_searches_holds_and_renews_a_lease_of_its_own
         assert leases_of(whole) == mine
 
 
+def test_searcher_forked_child_that_cannot_take_a_lease_searches_without_one(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    with Searcher(whole.run.uri) as searcher:
+        Path(whole.run.collected).write_bytes(b"{")  # damaged: nobody can say which commits are removed
+        assert in_child(lambda: searcher.search(whole.embedded[:1], 1).commit == 0)
+
+
 def test_searcher_forked_while_another_thread_refreshes_does_not_wait_for_it(tmp_path: Path) -> None:
     whole = make(tmp_path)
     with Searcher(whole.run.uri) as searcher, searcher._refreshing:
