@@ -43,17 +43,20 @@ def write_other_inputs(whole: WholeRun, num_units: int, dim: int) -> None:
         write_manifest_part(whole.run, part, whole.ids[mine].tolist())
 
 
-def write_manifest_part(run: Run, part: int, ids: list[int]) -> None:
-    """A part of the gallery's manifest, and the manifest that names it."""
-    data = storage.parquet_bytes(manifest_schema({}), [_rows(manifest_schema({}), ids)])
+def write_manifest_part(run: Run, part: int, ids: list[int], keys: list[str] | None = None) -> None:
+    """A part of the gallery's manifest, with the users' own keys if there are any, and the manifest that names it."""
+    rows = _rows(manifest_schema({}), ids)
+    if keys is not None:
+        rows = rows.set_column(rows.schema.get_field_index("key"), "key", pa.array(keys, pa.string()))
+    data = storage.parquet_bytes(manifest_schema({}), [rows])
     storage.put(run.part("gallery", part), data)
     where = run.path("gallery", "manifest.json")
-    rows, parts = [0] * (part + 1), [""] * (part + 1)
+    counts, parts = [0] * (part + 1), [""] * (part + 1)
     if storage.exists(where):
         before = documents.parse(Manifest, storage.read_bytes(where), where)
-        rows[: len(before.rows)], parts[: len(before.rows)] = before.rows, before.parts
-    rows[part], parts[part] = len(ids), hashlib.sha256(data).hexdigest()
-    found = Manifest(rows, max(rows), {"old_embedding": D_OLD}, "digest", parts=tuple(parts))
+        counts[: len(before.rows)], parts[: len(before.rows)] = before.rows, before.parts
+    counts[part], parts[part] = len(ids), hashlib.sha256(data).hexdigest()
+    found = Manifest(counts, max(counts), {"old_embedding": D_OLD}, "digest", parts=tuple(parts))
     storage.put(where, documents.encode(found))
 
 

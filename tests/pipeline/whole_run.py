@@ -17,7 +17,6 @@ from pipeline.codebook import Codebook
 from pipeline.config import Index, Metric
 from pipeline.run import Run
 from pipeline.schema import (
-    MANIFEST,
     REJECTS,
     Float32,
     Int64,
@@ -29,7 +28,7 @@ from pipeline.schema import (
 from pipeline.segments import Rows
 from pipeline.snapshot import Commit, Counts, Kind, SegmentRef, Writer
 from pipeline.vector_log import VectorLog, content_digest, naming
-from tests.pipeline.run_inputs import write_other_inputs
+from tests.pipeline.run_inputs import write_manifest_part, write_other_inputs
 
 DIM = 8
 UNITS = 2
@@ -93,14 +92,13 @@ class WholeRun:
         return self
 
     def write_gallery(self, with_keys: bool = False) -> dict[int, str]:
-        """Two parts of the gallery; the ids of the first one have keys, or none has any."""
-        half = self.num // 2
-        keys = {int(item): f"image/{item}.jpg" for item in self.ids[:half]} if with_keys else {}
-        for part, ids in enumerate((self.ids[:half], self.ids[half:])):
-            columns = {"id": pa.array(ids), "key": pa.array([keys.get(int(item)) for item in ids], pa.string())}
-            schema = pa.schema(MANIFEST)
-            table = pa.table({field.name: columns.get(field.name, pa.nulls(len(ids), field.type)) for field in schema})
-            storage.put(self.run.part("gallery", part), storage.parquet_bytes(schema, [table]))
+        """The two parts of the gallery; the ids of the first one have keys, or none has any."""
+        keys: dict[int, str] = {}
+        for part in range(2):
+            ids = [int(item) for item in self.ids[np.arange(self.num) // 2 % 2 == part]]
+            if with_keys and part == 0:
+                keys = {item: f"image/{item}.jpg" for item in ids}
+            write_manifest_part(self.run, part, ids, [keys[item] for item in ids] if keys and part == 0 else None)
         storage.put(self.run.path("gallery", "old", "part-00000.parquet"), b"not a part of the gallery")
         return keys
 
