@@ -66,7 +66,13 @@ def decode(data: bytes, where: str, remedy: str = REMEDY, must_be_checked: bool 
     checked = must_be_checked or _DIGEST in tree or _CHECKED in tree
     version = tree.get(_VERSION, None if checked else FORMAT_VERSION)
     if version != FORMAT_VERSION:
-        raise DataError("the file has another format", expected=FORMAT_VERSION, found=version, where=where)
+        raise DataError(
+            "the file has another format",
+            expected=f"{_VERSION} {FORMAT_VERSION}",
+            found=f"no {_VERSION}" if version is None else f"{_VERSION} {version}",
+            where=where,
+            remedy=f"{remedy}; or use the version of fastfill that wrote it",
+        )
     found = tree.pop(_DIGEST, None)
     if checked and found != digest(tree):
         expected = f"sha256 {digest(tree)}"

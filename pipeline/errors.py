@@ -37,12 +37,12 @@ class FastfillError(Exception):
 
     def __str__(self) -> str:
         labels = {"expected": "expected", "found": "found", "where": "where", "remedy": "what to do"}
-        lines = [f"  {labels[key]}: {value}" for key, value in self.details.items() if value is not None]
-        return "\n".join([self.summary, *lines])
+        details = {key: _text(value) for key, value in self.details.items() if value is not None}
+        return "\n".join([self.summary, *(f"  {labels[key]}: {text}" for key, text in details.items())])
 
     def __reduce__(self) -> tuple[object, ...]:
         plain = (str, int, float, type(None))  # anything else goes as its text: it may not survive the way
-        details = {key: value if isinstance(value, plain) else str(value) for key, value in self.details.items()}
+        details = {key: value if isinstance(value, plain) else _text(value) for key, value in self.details.items()}
         return (_rebuild, (type(self), self.summary, details))
 
 
@@ -82,6 +82,11 @@ class Removed(Refused):
 
 class GateRefused(Refused):
     """A snapshot failed its quality gate and is not promoted."""
+
+
+def _text(value: object) -> str:
+    """A detail as a user reads it: several files are listed, and not shown as a tuple of Python."""
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _rebuild(cls: type[FastfillError], summary: str, details: dict[str, object]) -> FastfillError:

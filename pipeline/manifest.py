@@ -275,7 +275,7 @@ def _check_unique(run: Run, folder: str, num_parts: int, num_rows: int, source: 
             "an id is there more than once",
             expected="unique ids",
             found=found,
-            where=f"{source.manifest}: column {source.columns.id}",
+            where=f"{', '.join(source.manifest)}: column {source.columns.id}",
         )
 
 

@@ -11,10 +11,11 @@ import pyarrow.compute as pc
 
 from pipeline import storage
 from pipeline.errors import DataError
+from pipeline.uris import USER
 
 
 def check_schemes(uris: pa.Array | pa.ChunkedArray, uri: str, first_row: int, column: str | None) -> None:
-    """Refuse a column of URIs that has one of another scheme than `storage.SCHEMES`; nulls are passed over.
+    """Refuse a URI of another scheme than `storage.SCHEMES`, or with a user or password; nulls are passed over.
 
     Args:
         uris: the column.
@@ -23,8 +24,15 @@ def check_schemes(uris: pa.Array | pa.ChunkedArray, uri: str, first_row: int, co
         column: its name.
 
     Raises:
-        DataError: with the file, the row and the URI.
+        DataError: with the file and the row, and the URI if it holds no secret.
     """
+    row = pc.index(pc.match_substring_regex(uris, USER), True).as_py()
+    if row >= 0:
+        raise DataError(
+            "an image's uri must not hold a user or password",
+            where=f"{uri}: row {first_row + row}, column {column}",
+            remedy="give credentials through the environment, such as AWS_PROFILE",
+        )
     bad = pc.match_substring(uris, "://")
     for scheme in storage.SCHEMES:
         bad = pc.and_not(bad, pc.starts_with(uris, f"{scheme}://"))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-_USER = re.compile(r"^[a-z][a-z0-9+.-]*://[^/?#]*@", re.IGNORECASE)
+USER = r"(?i)^[a-z][a-z0-9+.-]*://[^/?#]*@"
 
 
 def holds_user(uri: str) -> bool:
     """Whether a URI has a user, and perhaps a password, before its host: `https://USER:SECRET@host`."""
-    return _USER.match(uri) is not None
+    return re.match(USER, uri) is not None

@@ -64,6 +64,14 @@ def test_parse_of_a_file_that_lost_its_digest_is_an_error(key: str) -> None:
         documents.parse(Item, json.dumps(tree).encode(), "file")
 
 
+@pytest.mark.parametrize(("data", "found"), [(b"{}", "no format_version"), (b'{"format_version": 99}', "99")])
+def test_parse_of_a_checked_file_of_another_format_says_which_and_what_to_do(data: bytes, found: str) -> None:
+    with pytest.raises(DataError, match="another format") as caught:
+        documents.parse(Item, data, "file", "restore it", must_be_checked=True)
+    assert found in str(caught.value.details["found"])
+    assert "restore it" in str(caught.value.details["remedy"])
+
+
 def test_parse_of_a_file_that_an_earlier_version_wrote_without_a_digest_gives_the_item() -> None:
     assert documents.parse(Item, b'{"number": 3, "names": ["a", "b"]}', "file") == ITEM
 
@@ -116,7 +124,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 def test_a_damaged_json_file_of_a_run_is_one_error_with_its_name(name: str, damage: str, tmp_path: Path) -> None:
     _, run = make_run(tmp_path / "run", known(40), None)
     _write_plan(run)
-    standing.write_standing(run, Standing(3, ("why",)))
+    standing.write_standing(run, Standing(3, ("why",)), lambda: None)
     where = run.path(*name.split("/"))
     data = storage.read_bytes(where) if storage.exists(where) else documents.encode({"commit": 3})
     storage.put(where, DAMAGES[damage](data))

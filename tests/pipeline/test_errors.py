@@ -54,6 +54,11 @@ def test_what_is_not_given_is_not_said_but_false_and_zero_are() -> None:
     assert str(FastfillError("it broke", expected=False, found=0)) == "it broke\n  expected: False\n  found: 0"
 
 
+def test_message_of_several_files_lists_them() -> None:
+    error = FastfillError("it broke", where=("a.parquet", "b.parquet"))
+    assert str(error) == str(pickle.loads(pickle.dumps(error))) == "it broke\n  where: a.parquet, b.parquet"  # noqa: S301 - our own bytes
+
+
 @pytest.mark.parametrize("kind", EVERY)
 def test_every_error_survives_pickling(kind: type[FastfillError]) -> None:
     again = pickle.loads(pickle.dumps(an_error(kind)))  # noqa: S301 - our own bytes

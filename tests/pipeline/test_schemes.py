@@ -21,6 +21,13 @@ def test_check_schemes_unknown_scheme_is_refused_with_file_and_row(uri: str) -> 
     assert caught.value.details["found"] == uri
 
 
+@pytest.mark.parametrize("uri", ["s3://user:secret@bucket/a.png", "ftp://user:secret@host/a.png"])
+def test_check_schemes_uri_with_a_password_is_refused_with_file_and_row_and_without_it(uri: str) -> None:
+    with pytest.raises(DataError, match=r"user or password\n.*/m\.parquet: row 11, column place") as caught:
+        check_schemes(pa.array(["s3://bucket/a@b.png", uri]), "/m.parquet", 10, "place")
+    assert "secret" not in str(caught.value)
+
+
 def test_check_schemes_paths_and_stores_pass(tmp_path: Path) -> None:
     check_schemes(pa.array(["/a.png", "a.png", "file:///a", "s3://b/c", None, "a:/b"]), str(tmp_path), 0, "place")
 
