@@ -205,7 +205,8 @@ def test_backfill_with_a_mended_column_after_a_refused_one_reads_the_gallery_aga
         result = fastfill("backfill", "--config", path, "--set", f"gallery.columns.label={label}")
         assert result.exit_code == 2, result.output
         assert "an id is there more than once" in result.stderr
-    labels = pq.read_table(Path(load_config(path).run) / "gallery", columns=["label"])["label"].to_pylist()
+    parts = sorted((Path(load_config(path).run) / "gallery").glob("part-*.parquet"))
+    labels = [label for part in parts for label in pq.read_table(part, columns=["label"])["label"].to_pylist()]
     assert labels == [str(label) for label in digits(300)[1]]
 
 

@@ -14,9 +14,9 @@ from rich.console import Console
 from jobs import backfill, export
 from jobs.bars import Bars
 from jobs.cli import main
-from jobs.options import load
 from jobs.prepare import open_run
 from pipeline import storage
+from pipeline.config_file import load_config
 from pipeline.errors import DataError
 from pipeline.export import export as write_export
 from pipeline.run import Run
@@ -49,7 +49,7 @@ def run_uri(
 
 @pytest.mark.parametrize("run_uri", ["wrong secret", "no credentials", "missing", "read-only"], indirect=True)
 def test_a_run_is_not_opened(run_uri: str) -> None:
-    config = load(CONFIG, (f"run={run_uri}", "data_root=/nowhere"))
+    config = load_config(CONFIG, (f"run={run_uri}", "data_root=/nowhere"))
     with pytest.raises(DataError, match=r"refuses these credentials|bucket is not there") as caught:
         open_run(config, Bars(Console(quiet=True)))
     assert caught.value.exit_code == 2
