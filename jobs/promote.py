@@ -35,9 +35,13 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, commit: in
     tag = snapshot.promote(run, number, blockers=reasons, force=force)
     if tag.commit is not None:
         quality.keep_best(run, tag.commit, before.commit if before else None, anew=bool(reasons))
-    print_json({"prod": tag.commit, "previous": tag.previous}) if as_json else console().print(
-        f"prod now serves commit {tag.commit} (before: {'none' if tag.previous is None else tag.previous})"
-    )
+    if as_json:
+        print_json({"prod": tag.commit, "previous": tag.previous})
+    elif before is not None and before.commit == tag.commit:
+        console().print(f"prod serves commit {tag.commit} already")
+    else:
+        previous = "none" if tag.previous is None else tag.previous
+        console().print(f"prod now serves commit {tag.commit} (before: {previous})")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def _read_queries(config: Config, paths: tuple[str, ...], column: str | None, li
             return _checked(array, paths[0])[:limit]
         if not paths[0].endswith(".parquet"):
             return _embed(config, [storage.read_bytes(absolute(path)) for path in paths[:limit]], list(paths))
-    except (OSError, ValueError, EOFError, OverflowError, BadZipFile) as error:
+    except (OSError, ValueError, EOFError, OverflowError, MemoryError, BadZipFile) as error:
         raise DataError("cannot read a query", found=error, where=paths) from error
     table = storage.read_parquet(absolute(paths[0]))
     if column is None or table.schema.names.count(column) != 1:

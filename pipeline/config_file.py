@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from pathlib import Path
+import stat
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -19,6 +19,7 @@ from pipeline.config import AnyManifest, Classifier, Config, Encoder, Encoders
 from pipeline.errors import ConfigError
 
 _SHOWN = 20  # problems of a config
+_MOST_BYTES = 2**20  # of a config file
 
 
 def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
@@ -32,7 +33,7 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
         ConfigError: the file is missing or not YAML, a key is unknown, a value is out of its range.
     """
     try:
-        data = storage.read_bytes(path) if "://" in path else Path(path).read_bytes()
+        data = storage.read_bytes(path) if "://" in path else _read_local(path)
     except OSError as error:
         raise ConfigError("cannot read the config file", found=error.strerror, where=path) from error
     tree = _parse(data, "the config file is not valid YAML", path)
@@ -43,6 +44,19 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
     for item in overrides:
         _override(tree, item)
     return resolve(validate(tree, where=path))
+
+
+def _read_local(path: str) -> bytes:
+    """A config file, or what a shell's `<(...)` gives; a pipe that nobody writes to is empty and does not block."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            raise ConfigError("the config file is a device", expected="a YAML file", where=path)
+        os.set_blocking(file.fileno(), True)
+        data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise ConfigError("the config file is too large", expected=f"at most {_MOST_BYTES:,} bytes", where=path)
+    return data
 
 
 def validate(tree: dict[str, object], where: str) -> Config:

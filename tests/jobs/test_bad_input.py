@@ -196,6 +196,13 @@ def test_a_command_with_an_option_that_cannot_be_used(code: int, arguments: str,
     assert "SECRET" not in result.stderr
 
 
+def test_promote_of_the_commit_that_prod_serves_says_that_it_serves_it_already(at_run: Path) -> None:
+    assert call("promote", "--config", "run.yaml", "--force").exit_code == 0
+    result = call("promote", "--config", "run.yaml", "--force")
+    assert result.exit_code == 0
+    assert re.search(r"prod serves commit \d+ already", result.stderr)
+
+
 def array(value: Any, **options: Any) -> bytes:
     sink = io.BytesIO()
     np.save(sink, value, **options)
@@ -222,6 +229,7 @@ def twice() -> bytes:
 
 
 HUGE = b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (9223372036854775807, 16), }"
+LARGE = HUGE.replace(b"9223372036854775807", b"2000000000000")  # 116 TiB: more than memory has
 QUERIES: dict[str, tuple[str, bytes]] = {
     "no dimension": ("q.npy", array(np.float32(3))),
     "one dimension": ("q.npy", array(np.zeros(16, np.float32))),
@@ -235,6 +243,7 @@ QUERIES: dict[str, tuple[str, bytes]] = {
     "objects": ("q.npy", array(np.array([[{}]]), allow_pickle=True)),
     "an archive of arrays": ("q.npy", archive()),
     "a huge shape": ("q.npy", HUGE.ljust(127) + b"\n"),
+    "a shape that no memory holds": ("q.npy", LARGE.ljust(127) + b"\n"),
     "half": ("q.npy", array(np.zeros((2, 16), np.float32))[:150]),
     "empty": ("q.npy", b""),
     "text": ("q.npy", b"hello"),

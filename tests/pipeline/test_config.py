@@ -62,6 +62,34 @@ def test_counts_far_above_what_a_machine_can_hold_are_refused(content: dict[str,
     assert f"{key}" in refusal(tree(**content))
 
 
+@pytest.mark.timeout(10)
+def test_load_config_of_a_pipe_that_nobody_writes_to_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="not a mapping"):
+        load_config(str(tmp_path / "pipe"))
+
+
+def test_load_config_of_a_pipe_that_is_written_to_reads_it_whole() -> None:
+    """As a shell's `<(...)` gives it."""
+    reading, writing = os.pipe()
+    os.write(writing, yaml.safe_dump(tree()).encode())
+    os.close(writing)
+    assert load_config(f"/dev/fd/{reading}").gallery.manifest
+    os.close(reading)
+
+
+@pytest.mark.timeout(10)
+def test_load_config_of_a_device_is_refused() -> None:
+    with pytest.raises(ConfigError, match="is a device"):
+        load_config("/dev/zero")
+
+
+def test_load_config_of_more_than_a_mebibyte_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(b"#" * (2**20 + 1))
+    with pytest.raises(ConfigError, match="too large"):
+        load_config(str(tmp_path / "run.yaml"))
+
+
 @pytest.mark.parametrize("section", ["run", "encoders", "gallery", "pairs"])
 def test_what_is_required_has_no_default(section: str) -> None:
     content = tree()
