@@ -17,7 +17,7 @@ Check = Callable[[], None]
 
 
 def anyone() -> None:
-    """The check of whoever needs not own the run: a person's command."""
+    """The check of a command that a person gives: it need not own the run."""
 
 
 def replace(uri: str, data: bytes, check: Check) -> None:

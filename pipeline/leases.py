@@ -59,7 +59,7 @@ class Lease:
         self.uri = run.path("index", "leases", f"{self._id}.json")
         self._writing, self._released = threading.Lock(), threading.Event()
         self._renew()
-        weakref.finalize(self, self._released.set).atexit = False
+        weakref.finalize(self, _end_renewal, self._released, self._process).atexit = False
         arguments = (weakref.ref(self), self._released, seconds / _RENEWALS)
         threading.Thread(target=_keep_alive, args=arguments, name="lease", daemon=True).start()
 
@@ -79,6 +79,12 @@ class Lease:
             if not self._released.is_set():
                 file = LeaseFile(self.commit, self._seconds, time.time() + self._seconds, self._id)
                 storage.put(self.uri, to_json(file))
+
+
+def _end_renewal(released: threading.Event, process: int) -> None:
+    """In a forked child there is no thread to end, and the event's lock may be held for ever by one of the parent."""
+    if os.getpid() == process:
+        released.set()
 
 
 def _keep_alive(lease: weakref.ref[Lease], released: threading.Event, pause_seconds: float) -> None:

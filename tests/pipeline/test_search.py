@@ -20,6 +20,7 @@ import pytest
 from pipeline import snapshot, storage
 from pipeline.config import Metric
 from pipeline.errors import DataError
+from pipeline.leases import Lease
 from pipeline.run import Run
 from pipeline.search import Searcher
 from pipeline.snapshot import Writer
@@ -302,12 +303,13 @@ def leases_of(whole: WholeRun) -> set[str]:
 
 
 def in_child(work: Callable[[], bool]) -> bool:
-    """What `work` says in a forked child; False if it fails or takes more than a minute."""
+    """What `work` says in a forked child; False if it fails or takes more than half a minute."""
     child = os.fork()
     if not child:
         code = 1
         try:
-            signal.alarm(60)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the child, whatever it is in
+            signal.alarm(30)
             code = 0 if work() else 1
         finally:
             os._exit(code)
@@ -362,3 +364,15 @@ def test_searcher_forked_while_another_thread_refreshes_does_not_wait_for_it(tmp
     whole = make(tmp_path)
     with Searcher(whole.run.uri) as searcher, searcher._refreshing:
         assert in_child(lambda: searcher.search(whole.embedded[:1], 1).commit == 0)
+
+
+def test_lease_forked_while_its_thread_holds_a_lock_can_be_forgotten_in_the_child(tmp_path: Path) -> None:
+    leases = [Lease(make(tmp_path).run, 0)]
+
+    def forget() -> bool:
+        leases.clear()
+        return True
+
+    with leases[0]._released._cond:
+        assert in_child(forget)
+    leases[0].release()
