@@ -22,7 +22,8 @@ What could happen beside it, and why nothing is lost:
 - Nothing was promoted yet: the first tag cannot be written again, so no commit is removed before.
 
 A disk may be full, so gc first deletes what needs nobody's consent, and writes nothing for it: files of commits that
-are confirmed to go, temporary files, expired leases, files that nobody will ever name. Only then it announces.
+are confirmed to go, temporary files, expired leases, files that nobody will ever name. Only then it
+announces; if that does not fit, it deletes its reserve first.
 
 Time is the store's: ages are taken against an object that gc itself has written, and before that against the newest
 file of the index, which makes everything look younger than it is.
@@ -30,7 +31,6 @@ file of the index, which makes everything look younger than it is.
 
 from __future__ import annotations
 
-import errno
 import random
 import re
 import time
@@ -39,7 +39,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from pipeline import removals, snapshot, storage
+from pipeline import removals, reserve, snapshot, storage
 from pipeline.commits import Commit, Removals, read_commit, read_removals, to_json
 from pipeline.errors import ConfigError, Removed, SnapshotConflict
 from pipeline.leases import find_leases
@@ -271,16 +271,18 @@ def collect(run_uri: str, rules: Rules | None = None, dry_run: bool = False) -> 
     Raises:
         DataError: a commit or a tag cannot be read, so nobody can tell what it needs; nothing is removed.
         SnapshotConflict: others kept interfering; nothing is lost.
+        FastfillError: the disk is full, and gc has no reserve on it; nothing is lost.
     """
     run, rules = Run(run_uri), rules or Rules()
     freed = [] if dry_run else [_free(run, rules)]
     now_seconds = time.time() if dry_run else _store_time(run)
     collector = _Collector(run, rules, now_seconds, dry_run)
-    view, wanted, kept = collector.agree()
+    view, wanted, kept = reserve.with_room(run, collector.agree)
     waste = _Waste.find(run, rules, view, wanted.files, now_seconds)
     if not dry_run:
         collector.delete_commits(view, wanted)
         waste.delete()
+        reserve.keep(run)
     freed.append(waste)
     return Collection(
         dry_run=dry_run,
@@ -361,7 +363,7 @@ def _store_time(run: Run) -> float:
         storage.put(where, to_json(_Clock(uuid.uuid4().hex, time.time())))
         return storage.stat(where).modified_seconds
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not reserve.is_full(error):
             raise
         return _newest(run)
 

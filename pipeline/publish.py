@@ -18,7 +18,7 @@ from typing import Self
 import numpy as np
 import pyarrow as pa
 
-from pipeline import snapshot, storage, telemetry
+from pipeline import reserve, snapshot, storage, telemetry
 from pipeline.codebook import train_codebook, write_codebook
 from pipeline.config import Config
 from pipeline.errors import GateRefused
@@ -44,6 +44,7 @@ class Publisher:
         """Takes the run over from whoever wrote to it before; `stop` says when to leave waves unpublished."""
         self._config, self._run, self._plan = config, run, plan
         self._writer = Writer.acquire(run)
+        reserve.keep(run)
         self._commit = snapshot.read_commit(run, latest) if (latest := self._writer.latest) is not None else None
         if self._commit is not None:
             telemetry.observe_commit(self._commit)

@@ -10,8 +10,10 @@ from pipeline.audit import audit
 from pipeline.collect import Rules, collect
 from pipeline.run import Run
 
-_OF_ITS_OWN = re.compile(r"^/(reports|index/(commits|tags|leases)|probe)/|^/(index/(gc|collected)|run)\.json$")
-"""What differs between two equal runs: times, attempt ids, the run's place, notes of gc."""
+_OF_ITS_OWN = re.compile(
+    r"^/(reports|index/(commits|tags|leases)|probe)/|^/((index/(gc|collected)|run)\.json|index/reserve)$"
+)
+"""What differs between two equal runs: times, attempt ids, the run's place, notes of gc, and its reserve."""
 
 _ONCE = ("embedded", "index/segments", "index/commits")
 

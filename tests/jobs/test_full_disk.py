@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from jobs import evaluate, export, gc, rollback
 from jobs.cli import main
-from pipeline import snapshot, storage
+from pipeline import reserve, snapshot, storage
 from pipeline.audit import audit
 from pipeline.collect import Rules, collect
 from pipeline.commits import Removals, to_json
@@ -132,15 +132,41 @@ def test_gc_full_disk_frees_what_is_confirmed_or_left_over_and_then_removes_comm
     assert audit(whole.run.uri).ok
 
 
-def test_gc_full_disk_with_nothing_to_free_says_so_and_changes_nothing(
+def test_gc_full_disk_where_only_commits_can_go_removes_them_by_its_reserve(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = make(disk)
+    reserve.keep(whole.run)
+    fill(disk)
+    found = configured(monkeypatch, whole.run.uri)("gc", "--keep", "1", "--grace", "0")
+    assert found.exit_code == 0, found.stderr
+    assert snapshot.list_commits(whole.run) == [1, LAST]
+    assert audit(whole.run.uri).ok
+
+
+def test_gc_with_room_writes_its_reserve_for_the_next_time(disk: Path) -> None:
+    whole = make(disk)
+    collect(whole.run.uri)
+    assert Path(whole.run.path("index", "reserve")).stat().st_size == reserve.SIZE_BYTES
+    fill(disk)
     collect(whole.run.uri, NOW)
+    assert snapshot.list_commits(whole.run) == [1, LAST]
+
+
+def test_gc_full_disk_without_a_reserve_says_to_free_space_by_hand_and_changes_nothing(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in runs of earlier versions."""
+    whole = make(disk)
+    collect(whole.run.uri, NOW)
+    storage.delete(whole.run.path("index", "reserve"))
     storage.put(whole.run.collected, to_json(Removals(confirmed=(0, 2, 3), announced=(1,))))
     fill(disk)
     before = sorted(storage.list_files(whole.run.uri))
-    assert_one_message(configured(monkeypatch, whole.run.uri)("gc"), whole.run.collected)
+    result = configured(monkeypatch, whole.run.uri)("gc")
+    assert_one_message(result, whole.run.collected)
+    assert "by hand" in result.stderr
+    assert "fastfill gc" not in result.stderr
     assert sorted(storage.list_files(whole.run.uri)) == before
 
 

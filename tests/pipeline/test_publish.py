@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import publish, seal, snapshot, storage, vector_log
+from pipeline import publish, reserve, seal, snapshot, storage, vector_log
 from pipeline.audit import audit
 from pipeline.commits import to_json
 from pipeline.config_file import validate
@@ -93,6 +93,13 @@ def test_publisher_names_the_digest_of_each_waves_parts_in_the_commit(
     expected = tuple(map(whole.log_digest, (1, 2)))
     assert all(expected)
     assert snapshot.read_commit(whole.run, 2).log_digests == expected
+
+
+def test_publisher_takes_a_run_over_and_leaves_gc_room_for_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher_of(tmp_path, monkeypatch)
+    assert (tmp_path / "index/reserve").stat().st_size == reserve.SIZE_BYTES
 
 
 def test_publisher_refuses_a_wave_with_a_part_that_is_not_the_acknowledged_one(
