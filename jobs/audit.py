@@ -28,6 +28,11 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
         checked = ", ".join(f"{count:,} {what}" for what, count in report.checked.items())
         verdict = ("whole", "green") if report.ok else ("not whole", "bold red")
         out.print(Text.assemble(verdict, f": checked {checked}"))
+        if not report.ok:
+            remedy = (
+                "`fastfill repair` makes again what is damaged, as far as what is left allows; stop the backfill first"
+            )
+            out.print(remedy, soft_wrap=True)
     sys.exit(0 if report.ok else 1)
 
 

@@ -48,9 +48,10 @@ def main(
     stop.check(conditions, config)
     if new_run:
         console().print(f"A new run; every other command finds it with --set run={config.run}", soft_wrap=True)
-    if is_complete(config):
+    if complete := is_complete(config):
         _check_served(config)
         console().print(f"Nothing to do: every wave of {config.run} is published.", soft_wrap=True)
+        _say_what_older_commits_lack(config)
         if retry_rejects:
             _say_what_stays(config)
         restore_report(config)
@@ -60,6 +61,8 @@ def main(
         with Bars(console()) as bars:
             run_all(config, bars, retry_rejects, stop.Stop(conditions))
     finish(config, as_json)
+    if complete:
+        console().print("The sizes of the served files are right; `fastfill audit` proves the files.", soft_wrap=True)
 
 
 def _check_served(config: Config) -> None:
@@ -76,6 +79,29 @@ def _check_served(config: Config) -> None:
     tags = [snapshot.read_tag(run, name) for name in (snapshot.PROD, snapshot.CANDIDATE)]
     for number in {tag.commit for tag in tags if tag is not None and tag.commit is not None}:
         check_files(run, number)
+
+
+def _say_what_older_commits_lack(config: Config) -> None:
+    """Name the commits that nobody serves now, and that lack files: a rollback to them would fail."""
+    from pipeline import snapshot
+    from pipeline.commits import check_files, file_sizes
+    from pipeline.errors import DataError, Removed
+    from pipeline.run import Run
+
+    run, lacking = Run(config.run), []
+    sizes = file_sizes(run)  # before the commits are listed: gc may remove some meanwhile
+    for number in snapshot.list_commits(run):
+        try:
+            check_files(run, number, sizes)
+        except Removed:
+            continue
+        except DataError:
+            lacking.append(str(number))
+    if lacking:
+        text = (
+            f"But older commits are damaged or lack files: {', '.join(lacking)}; `fastfill repair` mends what it can."
+        )
+        console().print(text, soft_wrap=True)
 
 
 def run_all(config: Config, bars: Bars, retry_rejects: bool = False, stop: Stop | None = None) -> Progress:

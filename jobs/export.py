@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from jobs.options import absolute, command, console, load, print_json
+from pipeline.readable import counted
 
 if TYPE_CHECKING:
     from pipeline.export import Format
@@ -56,7 +57,7 @@ def main(
     size = sum(file["bytes"] for file in marker["files"]) / 1e6
     screen.print(
         f"commit {marker['commit']} is in {out_uri}: {sum(file['vectors'] for file in marker['files']):,} "
-        f"{marker['vectors']} vectors in {len(marker['files'])} files, {size:,.1f} MB",
+        f"{marker['vectors']} vectors in {counted(len(marker['files']), 'file')}, {size:,.1f} MB",
         soft_wrap=True,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from jobs.options import Seconds, command, console, load, print_json
+from pipeline.readable import counted
 
 
 @command("gc")
@@ -46,8 +47,9 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, keep: int,
         out.print(f"commit {number} stays: {', '.join(reasons)}")
     commits = f"commits {', '.join(map(str, found.commits))}" if found.commits else "no commit"
     out.print(
-        f"{'would remove' if dry_run else 'removed'} {commits}; {found.files:,} index files, "
-        f"{found.leftovers:,} left-over files, {found.bytes / 1e6:,.1f} MB; {found.leases:,} expired leases"
+        f"{'would remove' if dry_run else 'removed'} {commits}; {counted(found.files, 'index file')}, "
+        f"{counted(found.leftovers, 'left-over file')}, {found.bytes / 1e6:,.1f} MB; "
+        f"{counted(found.leases, 'expired lease')}"
     )
 
 

@@ -131,6 +131,7 @@ def is_complete(config: Config) -> bool:
 def show(status: Status, run: Run) -> None:
     """Print the figures for people."""
     from rich.table import Table
+    from rich.text import Text
 
     from pipeline.plan import read_plan
 
@@ -146,10 +147,13 @@ def show(status: Status, run: Run) -> None:
         table.add_row("durable", f"{status['durable']:,}")
         table.add_row("rejected", _rejected(status["rejected"], plan.num_rejected if plan else 0))
         table.add_row("wave", f"{status['wave']} of {status['waves']}")
-        table.add_row("rate", _number(status["images_per_second"], "images/s over the last ten minutes of work"))
+        table.add_row("rate", _rate(status["images_per_second"]))
         table.add_row("time left", _left(status["eta_seconds"]))
     table.add_row("latest commit", _number(status["commit"], ""))
     table.add_row("prod", _number(status["prod"], "") + _pinned(status["pinned"]))
+    damage = _damage(run, status["prod"])
+    if damage is not None:
+        table.add_row("damaged", Text(damage))
     if status["prod_quality"] is not None:
         table.add_row(f"quality of commit {status['prod']} (prod)", _figures(status["prod_quality"]))
     if status["quality"] is not None and status["commit"] != status["prod"]:
@@ -160,6 +164,20 @@ def show(status: Status, run: Run) -> None:
         table.add_row("stopped, as asked", status["stopped"])
     console().print(table)
     _show_rejects(run, plan)
+
+
+def _damage(run: Run, served: int | None) -> str | None:
+    """What is wrong with the commit that prod serves, as far as it shows without reading its files."""
+    from pipeline.commits import check_files
+    from pipeline.errors import DataError, Removed
+
+    if served is None:
+        return None
+    try:
+        check_files(run, served)
+    except (DataError, Removed) as error:
+        return f"{error.summary}: {error.details['where']}; {error.details['remedy']}"
+    return None
 
 
 def _pin(prod: Tag | None) -> Pin | None:
@@ -210,9 +228,15 @@ def _number(value: float | None, unit: str) -> str:
     return "none yet" if value is None else f"{value:,.0f} {unit}".rstrip()
 
 
+def _rate(images_per_second: float | None) -> str:
+    if images_per_second is None:
+        return "none: fewer than 5 seconds of work"
+    return _number(images_per_second, "images/s over the last stretch of work, at most ten minutes")
+
+
 def _left(seconds: float | None) -> str:
     if seconds is None:
-        return "unknown until something was embedded"
+        return "unknown until there is a rate"
     return duration(seconds) if seconds else "none: no image is left"
 
 

@@ -100,7 +100,11 @@ def _drops_deleted(run: Run) -> bool:
 
 
 def _check_tags(run: Run, notes: Notes, commits: dict[int, Commit]) -> None:
-    """Every tag points to a published commit; and of several commits at least the first one was announced."""
+    """Every tag points to a published commit; and of several commits at least the first one was announced.
+
+    A tag is right whose commit is damaged or missing: that commit is the problem, and noted already.
+    """
+    damaged = {item.where for item in notes.problems if item.kind == "commit"}
     if not storage.exists(run.tag(CANDIDATE)):
         files = storage.list_files(run.path("index", "commits"), ".json")
         if files and files[-1] != run.commit(0):
@@ -109,7 +113,12 @@ def _check_tags(run: Run, notes: Notes, commits: dict[int, Commit]) -> None:
         name = _TAG_FILE.search(uri)
         tag = notes.attempt("tag", uri, snapshot.read_tag, run, name[1]) if name else None
         notes.checked["tags"] += 1
-        if tag is not None and tag.commit is not None and tag.commit not in commits:
+        if (
+            tag is not None
+            and tag.commit is not None
+            and tag.commit not in commits
+            and run.commit(tag.commit) not in damaged
+        ):
             notes.problem("tag", uri, f"one of the commits {sorted(commits)}", tag.commit)
 
 

@@ -183,14 +183,24 @@ def read_commit(run: Run, number: int) -> Commit:
     return commit
 
 
-def check_files(run: Run, number: int) -> None:
+def file_sizes(run: Run) -> dict[str, int]:
+    """The size of each file of the index, by its path below `index`; one listing."""
+    return {uri.rpartition("/index/")[2]: stat.size_bytes for uri, stat in storage.list_stats(run.path("index"))}
+
+
+def check_files(run: Run, number: int, sizes: dict[str, int] | None = None) -> None:
     """Check that the files that a commit names are there with their sizes: by few requests, without reading them.
+
+    Args:
+        run: the run.
+        number: of the commit.
+        sizes: `file_sizes`, where they are known already.
 
     Raises:
         DataError: the commit cannot be read, or a file is missing or has another size.
     """
     commit = read_commit(run, number)
-    sizes = {uri.rpartition("/index/")[2]: stat.size_bytes for uri, stat in storage.list_stats(run.path("index"))}
+    sizes = file_sizes(run) if sizes is None else sizes
     wanted: list[tuple[str, int | None]] = [(commit.codebook_path, None)]
     for ref in commit.segments:
         wanted += [(ref.path, ref.bytes), (ref.sidecar_path, None)]

@@ -23,6 +23,7 @@ from pipeline.codebook import Codebook
 from pipeline.errors import DataError, Refused
 from pipeline.index import Segment
 from pipeline.keys import Keys
+from pipeline.readable import counted
 from pipeline.run import Run
 from pipeline.schema import FORMAT_VERSION, vector_type, vectors_to_arrow
 from pipeline.segments import check_digest
@@ -67,7 +68,7 @@ def export(
         Refused: something else is in the folder, or gc has removed the commit.
     """
     run = Run(run_uri)
-    found = snapshot.read_commit(run, _number(run, tag) if commit is None else commit)
+    found = snapshot.read_commit(run, snapshot.tagged(run, tag) if commit is None else commit)
     with leases.hold(run, found.number):
         codebook = Codebook.open(run, found.codebook_path, found.codebook_sha256)
         writer = _Writer(run, out_uri, form, found, codebook, Keys(run))
@@ -125,7 +126,7 @@ class _Writer:
         shards = range(self.commit.num_shards)
         strangers = there.keys() - {_STARTED, *map(self._name, shards), *map(self._ids_name, shards)}
         if there and (_STARTED not in there or strangers):
-            raise self._in_the_way(f"{len(there)} files, such as {min(strangers or there)}")
+            raise self._in_the_way(f"{counted(len(there), 'file')}, such as {min(strangers or there)}")
         if not there:
             storage.put(storage.join(self.out_uri, _STARTED), json.dumps(facts, indent=1).encode())
         return None
@@ -205,19 +206,6 @@ class _Writer:
             where=self.out_uri,
             remedy="give another folder, or empty this one",
         )
-
-
-def _number(run: Run, tag: str) -> int:
-    found = snapshot.read_tag(run, tag)
-    if found is None or found.commit is None:
-        raise DataError(
-            "there is nothing to export yet",
-            expected=f"a commit that {tag!r} points to",
-            found=found,
-            where=run.tag(tag),
-            remedy="promote a commit, or name one",
-        )
-    return found.commit
 
 
 def _read_json(uri: str) -> Tree:

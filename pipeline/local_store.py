@@ -239,8 +239,8 @@ def _temporary(path: Path, data: bytes) -> Iterator[Path]:
             os.fsync(file.fileno())
         yield temporary
     except OSError as error:
-        if error.filename is None:  # a write or a sync that failed does not say where
-            error.filename = str(path)
+        if error.filename is None or str(error.filename) == str(temporary):  # the name means nothing to the user
+            error.filename, error.filename2 = str(path), None
         raise
     finally:
         temporary.unlink(missing_ok=True)

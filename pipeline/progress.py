@@ -14,7 +14,7 @@ from pipeline import rejects, vector_log
 from pipeline.plan import Plan
 from pipeline.run import Run
 from pipeline.schema import Unit, UnitAck
-from pipeline.throughput import Throughput, throughput
+from pipeline.throughput import SHORTEST_SECONDS, Throughput, throughput
 from pipeline.vector_log import VectorLog
 
 _RATE_WINDOW_SECONDS = 60.0
@@ -74,7 +74,7 @@ class Progress:
         published: images whose new embedding is in the latest commit.
         wave: the last wave that is published, 0 before the first.
         waves: waves in the plan.
-        images_per_second: over the last minute of work, None where there was none.
+        images_per_second: over the last minute of work, None for less than two units or five seconds of it.
         reading: what this driver's units took to read.
         stopped: which condition has stopped the backfill, with the figures; None where none has.
     """
@@ -202,7 +202,7 @@ class Tracker:
         now = time.monotonic()
         while self._recent and now - self._recent[0][0] > _RATE_WINDOW_SECONDS:
             self._recent_images -= self._recent.popleft()[1]
-        if len(self._recent) < 2:
+        if len(self._recent) < 2 or now - self._recent[0][0] < SHORTEST_SECONDS:
             return None
         first_seconds, first_images = self._recent[0]
         return Throughput(self._recent_images - first_images, now - first_seconds).per_second
@@ -215,6 +215,9 @@ class Tracker:
 
 
 def recent_rate(plan: Plan, parts: dict[tuple[int, int], float]) -> float | None:
-    """Images per second over the last ten minutes of a log, from the times its parts (wave, unit) were written."""
+    """Images per second over the last ten minutes of a log, or all of it if it is shorter.
+
+    From the times its parts (wave, unit) were written; None for less than five seconds of work.
+    """
     found = throughput(((seconds, plan.unit_size(*unit)) for unit, seconds in parts.items()), _LOG_WINDOW_SECONDS)
     return None if found is None else found.per_second

@@ -1,4 +1,4 @@
-"""Figures as people read them: lengths of time, and moments."""
+"""Figures as people read them: lengths of time, moments, and counts."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ def duration(seconds: float) -> str:
 def moment(unix_seconds: float) -> str:
     """A moment in UTC: `2026-11-29 21:05:40 UTC`."""
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(unix_seconds))
+
+
+def counted(number: int, what: str) -> str:
+    """So many of something: `1 file`, `2,000 files`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -308,7 +308,7 @@ def _uncertainty(run: Run, plan: Plan | None) -> Tree | None:
 
 
 def _throughput(run: Run, plan: Plan | None) -> Tree | None:
-    """Images per second between the times at which parts were written; None for fewer than two parts.
+    """Images per second between the times at which parts were written; None for fewer than two parts or five seconds.
 
     A part's time is all that storage knows of when its images were embedded.
     """

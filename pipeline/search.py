@@ -207,17 +207,7 @@ class Searcher:
 
     def _wanted(self) -> int:
         assert self._tag is not None
-        tag = snapshot.read_tag(self._run, self._tag)
-        if tag is None or tag.commit is None:
-            raise DataError(
-                "there is nothing to search yet",
-                expected=f"a commit that {self._tag!r} points to",
-                found=tag,
-                where=self._run.tag(self._tag),
-                remedy="wait for the first commit, promote one, or name one of those that are there: "
-                f"{snapshot.list_commits(self._run)}",
-            )
-        return tag.commit
+        return snapshot.tagged(self._run, self._tag)
 
     def _follow(self, before: _Snapshot | None) -> _Snapshot:
         """The commit that the tag points to, opened; again where the tag moves away from one that cannot be."""

@@ -35,6 +35,7 @@ from pipeline.run import Run
 CANDIDATE = "candidate"
 PROD = "prod"
 _TRIES = 16
+_TAG_FILE = re.compile(r"/([^/]+)\.json$")
 _COMMIT_FILE = re.compile(r"/(\d{20})\.json$")
 
 
@@ -157,7 +158,7 @@ class Writer:
         return SnapshotConflict(
             "another driver took this run over",
             expected=f"epoch {self.epoch} at commit {self.latest}",
-            found=found,
+            found="no tag" if found is None else f"epoch {found.epoch} at commit {found.commit}",
             where=self.run.tag(CANDIDATE),
             remedy="let the other driver go on, or stop it and start this one again",
         )
@@ -194,6 +195,26 @@ def read_tag(run: Run, name: str) -> Tag | None:
     """
     found = _read_versioned(run, name)
     return found[0] if found else None
+
+
+def tagged(run: Run, name: str) -> int:
+    """The number of the commit that a tag points to.
+
+    Raises:
+        DataError: there is no such tag, or it is damaged or points to no commit yet; the message lists what there is.
+    """
+    tag = read_tag(run, name)
+    if tag is not None and tag.commit is not None:
+        return tag.commit
+    found = map(_TAG_FILE.search, storage.list_files(run.path("index", "tags"), ".json"))
+    numbers = ", ".join(map(str, list_commits(run))) or "none yet"
+    raise DataError(
+        f"there is no tag {name!r}" if tag is None else f"tag {name!r} points to no commit yet",
+        expected="a tag that points to a commit",
+        found=", ".join(sorted(item[1] for item in found if item)) or "no tag yet",
+        where=run.tag(name),
+        remedy=f"wait for the first commit, promote one, or name one of the commits that are there: {numbers}",
+    )
 
 
 def fence(run: Run, name: str) -> Tag | None:

@@ -1,7 +1,8 @@
 """What a rate is, once for all that show one: images made durable per second of embedding.
 
 The first moment only starts the clock, because nobody knows when its images were begun. A pause far longer than is
-usual in the run is an interruption, and no embedding. Pure.
+usual in the run is an interruption, and no embedding. Less than `SHORTEST_SECONDS` of work has no rate: of so few
+units the figure says nothing. Pure.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+SHORTEST_SECONDS = 5.0
 _IDLE_SECONDS = 30.0  # a pause between two moments that is longer, and far longer than is usual in the run,
 _IDLE_FACTOR = 20  # is a run that was interrupted, not one that is slow
 
@@ -36,7 +38,7 @@ class Throughput:
 
 
 def throughput(moments: Iterable[tuple[float, int]], recent_seconds: float | None = None) -> Throughput | None:
-    """Of a run or its last stretch; None while there are no two moments.
+    """Of a run or its last stretch; None while there are no two moments, or too few seconds of work between them.
 
     Args:
         moments: seconds at which so many images became durable, in any order and by any clock.
@@ -52,4 +54,5 @@ def throughput(moments: Iterable[tuple[float, int]], recent_seconds: float | Non
     pauses = np.diff([seconds for seconds, _ in known])
     usual = float(np.median(pauses))
     idle = pauses[pauses > max(_IDLE_SECONDS, _IDLE_FACTOR * usual)]
-    return Throughput(images, known[-1][0] - start, float((idle - usual).sum()))
+    found = Throughput(images, known[-1][0] - start, float((idle - usual).sum()))
+    return found if found.seconds - found.idle_seconds >= SHORTEST_SECONDS else None

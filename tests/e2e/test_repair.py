@@ -39,12 +39,31 @@ def test_repair_brings_back_a_segment_that_backfill_says_is_missing(name: str, t
     assert refused.exit_code == 2
     assert "Nothing to do" not in refused.stderr
     assert "fastfill repair" in refused.stderr
+    audited = fastfill("audit", "--config", path)
+    assert audited.exit_code == 1
+    assert audited.stderr.splitlines()[-1].startswith("`fastfill repair` makes again what is damaged")
     found = json_of(fastfill("repair", "--config", path, "--json"))
     assert (found["ok"], found["rebuilt"], found["left"], found["problems"]) == (True, [str(segment)], [], [])
     assert segment.read_bytes() == before
     again = fastfill("backfill", "--config", path)
     assert again.exit_code == 0
     assert "Nothing to do" in again.stderr
+
+
+def test_backfill_of_a_finished_run_names_an_older_commit_that_lacks_a_file_and_what_it_has_not_read(
+    tmp_path: Path,
+) -> None:
+    path = copy_run(FINISHED[0], tmp_path)
+    run = Run(load_config(path).run)
+    served = {ref.path for ref in snapshot.read_commit(run, 4).segments}
+    older = next(ref.path for ref in snapshot.read_commit(run, 0).segments if ref.path not in served)
+    naming = [item.number for item in snapshot.read_commits(run) if older in {ref.path for ref in item.segments}]
+    Path(run.path(older)).unlink()
+    result = fastfill("backfill", "--config", path)
+    assert result.exit_code == 0, "prod does not serve the file"
+    assert f"lack files: {', '.join(map(str, naming))};" in result.stderr
+    assert "`fastfill repair` mends what it can" in result.stderr
+    assert result.stderr.splitlines()[-1].endswith("`fastfill audit` proves the files.")
 
 
 @pytest.mark.parametrize("name", HALF)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,15 @@ def test_people_are_told_why_something_stays(run_uri: str) -> None:
     assert result.exit_code == 0
     assert "commit 1 stays: before prod" in result.stderr
     assert "removed no commit" in result.stderr
+    assert "; 0 index files, 0 left-over files, " in result.stderr
+
+
+def test_gc_of_one_left_over_file_counts_it_in_the_singular(run_uri: str) -> None:
+    left = Path(run_uri) / "index" / ".tmp-left"
+    left.write_bytes(b"x")
+    os.utime(left, (0, 0))
+    result = CliRunner().invoke(main, ["gc", "--config", "run.yaml"])
+    assert "1 left-over file," in result.stderr
 
 
 @pytest.mark.parametrize("bad", [["--keep", "0"], ["--grace", "-1"]])

@@ -105,6 +105,30 @@ def test_status_of_a_pin_by_an_earlier_version_says_that_and_not_since_when(
     assert "pinned by rollback: later commits" in screen(run)
 
 
+def test_status_of_a_damaged_served_commit_or_a_missing_segment_says_so(
+    tmp_path: Path, screen: Callable[[Run], str]
+) -> None:
+    run = published(tmp_path)
+    assert "damaged" not in screen(run)
+    segment = Path(run.path(snapshot.read_commit(run, 2).segments[0].path))
+    data = segment.read_bytes()
+    segment.unlink()
+    assert re.search(r"damaged +│ commit 2 names a file that is missing: .*fastfill repair", screen(run))
+    segment.write_bytes(data)
+    commit = Path(run.commit(2))
+    commit.write_bytes(commit.read_bytes()[:40])
+    assert re.search(rf"damaged +│ not a JSON file: {re.escape(str(commit))[:60]}", screen(run))
+
+
+def test_status_of_a_run_whose_work_took_no_time_has_no_rate(tmp_path: Path, screen: Callable[[Run], str]) -> None:
+    options = Options(waves=4, embedded_waves=3, unit_images=10, seconds_per_unit=0.1)
+    _, run = make_run(tmp_path, known(300), options)
+    status = read_status(run.uri)
+    assert status["images_per_second"] is None
+    assert status["eta_seconds"] is None
+    assert re.search(r"rate +│ none: fewer than 5 seconds of work", screen(run))
+
+
 @pytest.mark.parametrize("name", ["img [/2019] x.png", "img [a] :smile: [bold].png"])
 def test_status_shows_rejects_with_brackets_as_they_are(
     tmp_path: Path, screen: Callable[[Run], str], name: str

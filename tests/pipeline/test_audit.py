@@ -403,7 +403,11 @@ def test_damaged_commits_and_tags_without_a_commit_are_found(tmp_path: Path) -> 
         whole.run.commit(0),
         whole.run.commit(1),
     ]
-    assert_found(whole, "tag", whole.run.tag("prod"), "1")
+    tags = [item.where for item in report.problems if item.kind == "tag"]
+    assert tags == [], "the commits are damaged, and the tags that name them are not"
+    tag = snapshot.Tag(7, attempt_id="x")
+    storage.put(whole.run.tag("prod"), snapshot.to_json(tag))
+    assert_found(whole, "tag", whole.run.tag("prod"), "7")
     storage.put(whole.run.tag("candidate"), b"{}")
     assert_found(whole, "tag", whole.run.tag("candidate"))
 

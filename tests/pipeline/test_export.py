@@ -233,7 +233,7 @@ def test_gc_waits_for_an_export(tmp_path: Path) -> None:
 
 def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
     whole = make(tmp_path / "run")
-    with pytest.raises(DataError, match="nothing to export"):
+    with pytest.raises(DataError, match=r"(?s)no tag 'other'.*found: candidate, prod"):
         export(whole.run.uri, str(tmp_path / "out"), "faiss", tag="other")
     with pytest.raises(DataError, match="no such commit"):
         export(whole.run.uri, str(tmp_path / "out"), "faiss", commit=2)

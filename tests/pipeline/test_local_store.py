@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
@@ -89,3 +90,32 @@ def test_reader_root_that_is_a_link_itself_holds_what_lies_behind_it(root: Path,
     assert reader.whole(f"{tmp_path}/alias/inner", MOST)[0] == b"inside"
     with pytest.raises(Outside):
         reader.whole(f"{tmp_path}/alias/link", MOST)
+
+
+@pytest.mark.parametrize("how", ["put", "put_if_absent", "compare_and_swap"])
+def test_write_that_the_file_system_refuses_names_the_target_and_not_the_temporary_file(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*paths: object, **_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), *paths[:1], None, *paths[1:2])
+
+    target, store = str(tmp_path / "tag.json"), LocalStore()
+    calls = {
+        "put": ("rename", lambda: store.put(target, b"1")),
+        "put_if_absent": ("link", lambda: store.put_if_absent(target, b"1")),
+        "compare_and_swap": ("rename", lambda: store.compare_and_swap(target, b"1", None)),
+    }
+    name, call = calls[how]
+    monkeypatch.setattr(os, name, refused)
+    with pytest.raises(OSError, match="Read-only") as caught:
+        call()
+    assert (str(caught.value.filename), caught.value.filename2) == (target, None)
+
+
+def test_write_over_a_folder_names_the_target_alone(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    target.mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        LocalStore().put(str(target), b"1")
+    assert str(caught.value.filename) == str(target)
+    assert caught.value.filename2 is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -204,12 +205,16 @@ def test_published_are_the_embedded_images_of_published_waves(tmp_path: Path) ->
     assert counting.progress(4).published == counting.progress(4).durable
 
 
-def test_there_is_no_rate_and_no_eta_before_the_second_unit(tmp_path: Path) -> None:
-    counting, every = tracker(tmp_path), units()
+def test_there_is_no_rate_and_no_eta_before_the_second_unit_and_five_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting, every, now = tracker(tmp_path), units(), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     for count, unit in enumerate(every):
         progress = counting.progress(0)
-        assert (progress.images_per_second is None) == (progress.eta_seconds is None) == (count < 2)
+        assert (progress.images_per_second is None) == (progress.eta_seconds is None) == (count < 4)
         counting.add(ack(unit))
+        now[0] += 1.3  # after four units the first one is 5.2 seconds ago
     assert counting.progress(0).eta_seconds == 0
 
 
@@ -227,7 +232,7 @@ def test_the_rate_of_the_log_is_its_images_over_the_time_between_its_parts(tmp_p
         write(tmp_path, unit)
         seconds = 1_000_000 + [-5000, 0, 2, 10][number]  # the first lies too far back
         os.utime(log.part(unit.wave, unit.unit), (seconds, seconds))
-        assert (recent_rate(plan, part_times(log)) is None) == (number < 2)
+        assert (recent_rate(plan, part_times(log)) is None) == (number < 3), "two seconds are too short for a rate"
     assert recent_rate(plan, part_times(log)) == pytest.approx((4 + 1) / 10)
 
 

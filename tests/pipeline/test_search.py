@@ -163,8 +163,11 @@ def test_nothing_to_search_yet(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing to search"):
         Searcher(whole.run.uri)
     whole.publish(0)
-    with pytest.raises(DataError, match=r"\[0\]"):
+    with pytest.raises(DataError, match=r"commits that are there: 0") as caught:
         Searcher(whole.run.uri)
+    assert "candidate" in str(caught.value)
+    with pytest.raises(DataError, match=r"(?s)no tag 'live'.*found: candidate"):
+        Searcher(whole.run.uri, tag="live")
     with pytest.raises(DataError, match="no such commit"):
         Searcher(whole.run.uri, commit=1)
 

@@ -151,8 +151,10 @@ def test_a_writer_notices_that_it_was_taken_over_before_it_publishes(run: Run) -
     old.check()
     new = Writer.acquire(run)
     new.check()
-    with pytest.raises(SnapshotConflict, match="took this run over"):
+    with pytest.raises(SnapshotConflict, match="took this run over") as caught:
         old.check()
+    assert f"found: epoch {new.epoch} at commit 1\n" in str(caught.value)
+    assert "Tag(" not in str(caught.value)
     new.publish(draft(2))
     new.check()
 

@@ -22,6 +22,14 @@ def test_throughput_of_a_single_moment_is_unknown(moments: list[tuple[float, int
     assert throughput(moments, 60.0) is None
 
 
+def test_throughput_of_less_than_five_seconds_of_work_is_unknown() -> None:
+    assert throughput([(0.0, 30), (0.02, 30)]) is None
+    assert throughput([(0.0, 30), (4.9, 30)]) is None
+    assert throughput([(0.0, 30), (5.0, 30)]) == Throughput(30, 5.0)
+    interrupted = [(number + 3600.0 * (number > 2), 10) for number in range(5)]
+    assert throughput(interrupted) is None, "an interruption is no work"
+
+
 def test_throughput_leaves_out_an_interruption_and_keeps_a_slow_run() -> None:
     interrupted = STEADY + [(seconds + 3616, images) for seconds, images in STEADY]
     found = throughput(interrupted)
