@@ -160,7 +160,7 @@ def test_damaged_codebook_commit_or_tag_is_refused(tmp_path: Path) -> None:
 
 def test_nothing_to_search_yet(tmp_path: Path) -> None:
     whole = WholeRun(Run(str(tmp_path)), num=60)
-    with pytest.raises(DataError, match="nothing to search"):
+    with pytest.raises(DataError, match="no tag 'prod'"):
         Searcher(whole.run.uri)
     whole.publish(0)
     with pytest.raises(DataError, match=r"commits that are there: 0") as caught:
