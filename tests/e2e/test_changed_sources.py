@@ -42,7 +42,7 @@ def backfill_after_changes(folder: Path, make_run: Callable[..., str], deleted_i
     for uri, data in zip(uris, images, strict=False):
         Path(uri).write_bytes(data)
     columns = {"id": "id", "uri": "uri", "etag": "etag", "old_embedding": "old"}
-    plan = {"waves": 3, "unit_images": 16, "deleted_images": deleted_images}
+    plan = {"waves": 3, "unit_images": 32, "deleted_images": deleted_images}
     path = make_run(folder, gallery__columns=columns, plan=plan, backfill__max_reject_fraction=0.5)
     old = np.random.default_rng(0).normal(size=(IMAGES, OLD_DIM)).astype(np.float32)
     table: dict[str, Any] = {
