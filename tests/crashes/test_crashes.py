@@ -17,7 +17,7 @@ def test_backfill_killed_before_or_after_any_storage_call_ends_with_the_same_byt
 
 def test_backfill_whose_process_ends_at_an_operation_ends_with_the_same_bytes(world: World) -> None:
     """Real deaths, of which there are few here: that the states above are what they leave."""
-    (kinds,) = world.run(cases.operations, [(world.home, world.folder("operations"))])
+    (kinds,) = world.run(cases.operations, [(world.home, world.folder("counted"))])
     changes = sum(count for kind, count in kinds.items() if not kind.startswith("open "))
     assert changes > 200
     runs = {number: world.folder(f"dead-{number}") for number in range(changes // 16, changes, changes // 8)}
