@@ -26,7 +26,7 @@ from tests.galleries import NEW_DIM, PREPROCESS, digits, write_config, write_man
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
-FAST = {"plan__waves": 2, "plan__unit_images": 128}
+FAST = {"plan__waves": 2, "plan__unit_images": 32}  # as the pairs that are copied were embedded
 OF_A_FUNCTION = {"function": "tests.own_functions:new_encoder", "dim": NEW_DIM, "preprocess": PREPROCESS}
 
 
