@@ -230,7 +230,9 @@ def _number(value: float | None, unit: str) -> str:
 
 def _rate(images_per_second: float | None) -> str:
     if images_per_second is None:
-        return "none: fewer than 5 seconds of work"
+        from pipeline.throughput import SHORTEST_SECONDS
+
+        return f"none: fewer than {SHORTEST_SECONDS:g} seconds of work"
     return _number(images_per_second, "images/s over the last stretch of work, at most ten minutes")
 
 

@@ -46,7 +46,7 @@ from pipeline.leases import find_leases
 from pipeline.plan import dropped_files
 from pipeline.run import Run
 from pipeline.snapshot import CANDIDATE, PROD
-from pipeline.store import Stat
+from pipeline.store import Stat, is_full
 
 KEEP = 3
 GRACE_SECONDS = 3600.0
@@ -363,7 +363,7 @@ def _store_time(run: Run) -> float:
         storage.put(where, to_json(_Clock(uuid.uuid4().hex, time.time())))
         return storage.stat(where).modified_seconds
     except OSError as error:
-        if not reserve.is_full(error):
+        if not is_full(error):
             raise
         return _newest(run)
 

@@ -24,7 +24,7 @@ from pipeline.schema import Float32, Int64
 from pipeline.segments import Rows, check_digest, local_segment, store_segment
 
 _QUERIES_AT_ONCE = 1024
-_RESULTS_AT_ONCE = 2**22  # of all queries that are searched together: what is held besides the answer
+_RESULTS_AT_ONCE = 2**22  # over the queries of one group: bounds the memory beside the answer
 _COLUMNS_AT_ONCE = 8192
 _COLUMNS_TO_SORT = 64  # up to which sorting them all is the fastest
 

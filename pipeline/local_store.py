@@ -21,7 +21,7 @@ from typing import cast
 
 from pipeline.errors import DataError
 from pipeline.object_store import COUNTS
-from pipeline.store import AlreadyExists, Changed, Outside, Span, Stat, TooLarge, Unreadable
+from pipeline.store import AlreadyExists, Changed, Outside, Span, Stat, TooLarge, Unreadable, is_full
 
 _TEMPORARY = ".tmp-"
 _NO_FILE = (errno.ENXIO, errno.ENODEV, errno.EAGAIN)  # opening a socket, or a device that is not there or not ready
@@ -137,7 +137,7 @@ class LocalStore:
             self.put_if_absent(str(probe), b"probe")
             probe.unlink()
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_full(error):
                 raise OSError(error.errno, error.strerror, prefix) from error
             raise DataError(
                 "the folder cannot be written", found=error.strerror, where=prefix, remedy="give another one"

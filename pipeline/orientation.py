@@ -1,4 +1,4 @@
-"""How a camera was held: the EXIF orientation of a picture, and the picture turned upright.
+"""Reads the EXIF orientation of a picture, and turns the picture upright.
 
 Below `images` and `device_decode`, which decode. Guarantee: a picture is turned as Pillow's `ImageOps.exif_transpose`
 turns it, whether it is Pillow's, an array or a tensor. An orientation that cannot be read counts as upright: damage to

@@ -127,7 +127,7 @@ def _move_units(run: Run, plan: Plan, done: Repair, problems: list[Problem]) -> 
     """
     if not problems:
         return
-    snapshot.Writer.acquire(run)  # whoever wrote to the run before cannot publish what is taken away here
+    snapshot.Writer.acquire(run)  # a driver that is still at work cannot publish the parts that are moved away here
     log, notes = plan.log(run), Notes()
     mine = (f"{log.parts_uri}/", f"{log.rejects_uri}/")
     cut_again = _waves(done.rebuilt)

@@ -4,10 +4,10 @@
     -> cut points -> relearnt/wave-WWW/transformed, relearnt/wave-WWW/plan
 
 Guarantee: the waves that are left keep their sizes, and hold the images that they held together before, each once.
-Every file is created once, the first one counts, and it is a function of those before it. So whoever goes on after a
-kill, or does it at the same time on another processor, comes to the same plan; `plan/plan.json` of the place is last,
-and from then on no file there changes. No unit of a wave that is left may be embedded before that, which `backfill`
-sees to. Does not know what was learnt.
+Every file is created once, the first one counts, and it is a function of those before it. So a driver that goes on
+after a kill, or works at the same time on another processor, comes to the same plan. `plan/plan.json` of the place is
+last, and from then on no file there changes. No unit of a wave that is left may be embedded before that, which
+`backfill` sees to. Does not know what was learnt.
 """
 
 from __future__ import annotations

@@ -2,13 +2,12 @@
 
 gc has to announce what it removes before it may remove it, so it cannot free the first byte without a write.
 Beside the commits; the driver writes the file, `index/reserve`, when it takes the run over, and each gc writes it
-again. An object store is never full and has none. Guarantee: nothing reads the file, and whoever lacks it, as runs
-of earlier versions do, only loses the room. Does not know what gc writes.
+again. An object store is never full and has none. Guarantee: nothing reads the file. A run without it, such as one of
+an earlier version, only lacks the room. Does not know what gc writes.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import random
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import TypeVar
 from pipeline import storage
 from pipeline.errors import FastfillError
 from pipeline.run import Run
+from pipeline.store import is_full
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +63,6 @@ def with_room(run: Run, write: Callable[[], T]) -> T:
             where=error.filename,
             remedy="free space there by hand, 1 MB is enough (a file that is not the run's), then run gc again",
         ) from error
-
-
-def is_full(error: OSError) -> bool:
-    """Whether an error says that the disk, or the user's share of it, is full."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _path(run: Run) -> str:

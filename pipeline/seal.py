@@ -190,7 +190,7 @@ def _seal_embedded(
 
 
 def _check_acknowledged(log: VectorLog, wave: int, found: dict[int, str], acknowledged: dict[int, str]) -> None:
-    """The parts are those that the driver was told of when they were written."""
+    """Check that each part is the one that was acknowledged when it was written."""
     for unit, digest in found.items():
         if acknowledged.get(unit, digest) != digest:
             raise DataError(

@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Protocol
 
 
+def is_full(error: OSError) -> bool:
+    """Whether an error says that the disk, or the user's share of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 class AlreadyExists(Exception):
     """`put_if_absent` lost: the name is taken."""
 

@@ -58,7 +58,7 @@ def _forked(case: Case, arguments: tuple[Any, ...]) -> Any:
 def _answer(writing: int, case: Case, arguments: tuple[Any, ...]) -> None:
     try:
         answer = True, case(*arguments)
-    except BaseException:  # noqa: BLE001 (told to whoever waits for the case)
+    except BaseException:  # noqa: BLE001 (the process that waits for the case reports it)
         answer = False, traceback.format_exc()
     data = pickle.dumps(answer)
     with os.fdopen(writing, "wb") as pipe:

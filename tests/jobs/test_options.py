@@ -1,4 +1,4 @@
-"""Where commands print: what they print is data, and Ray's warning on its own processes is left out."""
+"""Commands print data without markup, and leave out Ray's warning about its worker processes."""
 
 from __future__ import annotations
 
