@@ -85,8 +85,9 @@ class GateRefused(Refused):
 
 
 def _text(value: object) -> str:
-    """A detail as a user reads it: several files are listed, and not shown as a tuple of Python."""
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    """A detail as a user reads it: files of a tuple are listed; a tuple of numbers is a shape and stays one, `(2, 8)`."""
+    is_list = isinstance(value, tuple) and any(isinstance(item, str) for item in value)
+    return ", ".join(map(str, value)) if is_list else str(value)  # type: ignore[call-overload]
 
 
 def _rebuild(cls: type[FastfillError], summary: str, details: dict[str, object]) -> FastfillError:

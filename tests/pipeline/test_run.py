@@ -293,7 +293,7 @@ def test_a_missing_run_and_another_format_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no run here"):
         read_settings(run)
     storage.put(run.settings, b'{"format_version": 99}')
-    with pytest.raises(DataError, match="found: 99"):
+    with pytest.raises(DataError, match="found: format_version 99"):
         read_settings(run)
 
 
