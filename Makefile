@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 
 # Not among them, for each takes many minutes, or has a short form only to see whether it runs: a cluster that loses nodes
 # (spot), what foretells others (scaling, simulation_check), whole fits (quality, loss_modes, fit_steps), whole fits whose
-# backfills are compared (expected, relearn, subgroups), and encoders, which measures nothing: it trains what others need.
+# backfills are compared (expected, subgroups), and encoders, which measures nothing: it trains what others need.
 BENCHMARKS := throughput waves decode fetch fetch_tars plan index fit startup first_benefit manifest simulate
 
 # Slow tests that are of another target than their folder's, so that CI takes less than an hour.
-FAULTS := tests/crashes tests/e2e/test_kill.py tests/e2e/test_own_code.py tests/e2e/test_relearn.py tests/e2e/test_cifar100_s3.py
+FAULTS := tests/crashes tests/e2e/test_kill.py tests/e2e/test_own_code.py tests/e2e/test_cifar100_s3.py
 LONG_SEARCH := tests/pipeline/test_commit_protocol.py::test_no_order_of_requests_and_no_fault_breaks_the_protocol_in_a_long_search
 MEMORY := tests/pipeline/test_evaluate.py::test_memory_stays_below_a_gigabyte_at_50_000_by_50_000
 
@@ -34,7 +34,7 @@ test-slow: $(VENV)/installed  ## what takes minutes: whole CIFAR-100 and small r
 	$(BIN)/python -m pytest -m slow --durations 15 --ignore tests/cluster --ignore tests/faults --ignore tests/scale \
 		$(addprefix --ignore ,$(FAULTS)) $(addprefix --deselect ,$(LONG_SEARCH) $(MEMORY))
 
-test-faults: $(VENV)/installed  ## kills, drivers, errors at any operation, learning on the way, CIFAR-100 on S3: over half an hour
+test-faults: $(VENV)/installed  ## kills, drivers, errors at any operation, CIFAR-100 on S3: over half an hour
 	$(BIN)/python -m pytest -m slow tests/faults $(FAULTS) $(LONG_SEARCH)
 
 test-ci-faults: $(VENV)/installed  ## two drivers, a faulty store, a killed driver: ten minutes, also part of test-faults

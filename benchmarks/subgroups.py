@@ -11,7 +11,7 @@ orders, with 22 points, all 10,000 test images as gallery and queries. Measured 
 
 at fraction 0, at about a fifth and at the end, as means over fits. `left` is the gap at a fifth over that at fraction
 0, `above the end` the same of what the gap is above its end, the new encoder's own; `halved at` is the first fraction
-from which on the gap is at most half of that at fraction 0. `boost auto` is what `plan.group_bound: 0.5` takes.
+from which on the gap is at most half of that at fraction 0. `boost` is `plan.group_boost`.
 
     python -m benchmarks.subgroups [--json] [--plot docs/subgroups.svg]     # two fits: some minutes on two cores
     python -m benchmarks.subgroups --short                                  # one fit of a few epochs: whether it runs
@@ -43,14 +43,12 @@ from pipeline.evaluate import by_group, evaluate, random_order, simulate_curve
 from pipeline.policy import load_policy
 from pipeline.ranking import Float64
 from pipeline.schema import Int64
-from training.boost import EMBEDDED, choose_boost
-from training.held_out import HeldOut
 from training.simulate import order_by
 
 OFFSETS = ("none", "confidence")
 POLICIES = ("uncertainty", "least_confidence", "learned")
 BOOSTED, BOOSTS = "learned", (1.0, 4.0)
-BOUND = 0.5
+EMBEDDED = 0.2
 FIGURES = ("gap", "gap, mAP", "best - worst")
 _RANDOM_ORDERS = 3
 
@@ -88,7 +86,7 @@ def halved(gaps: Float64) -> float:
 
 
 def orders_of(found: Fitted, groups: NDArray[np.object_], seed: int) -> dict[str, list[Int64]]:
-    """The gallery's rows by each order, but those whose boost is chosen."""
+    """The gallery's rows by each order."""
     scored = replace(found.gallery.scored(), groups=groups)
 
     def by(policy: str, boost: float = 0.0) -> list[Int64]:
@@ -104,14 +102,6 @@ def measure_fit(config: Config, images: Images, groups: NDArray[np.object_], see
     """Per order (P, 3), FIGURES in points."""
     found = fitted(config, images, seed, folder)
     orders, gallery, labels = orders_of(found, groups, seed), images.gallery, images.gallery.labels
-    scored = replace(found.gallery.scored(), groups=groups)
-    known = images.table.sort_by("index")["group"].to_numpy()
-    pairs = HeldOut(found.held_out, found.served, known, found.reference)
-    for policy in POLICIES:
-        chosen = choose_boost(config, pairs, policy, BOUND)
-        print(f"offset {config.fit.offset}, seed {seed}, {policy}: {chosen}", file=sys.stderr, flush=True)
-        priority = load_policy(policy, seed, found.reference, group_boost=chosen.boost)(scored)
-        orders[f"{policy}, boost auto"] = [order_by(priority, seed)]
     simulation = simulate_curve(
         found.transformed,
         gallery.new,
@@ -163,7 +153,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
 
 def _kept(config: Config, images: Images, groups: NDArray[np.object_], seed: int, folder: Path) -> Curves:
     """`measure_fit`, or what it gave when this script was stopped after it."""
-    decides = [config.fit.model_dump(mode="json"), seed, images.data.num_train, POLICIES, BOOSTS, BOUND]
+    decides = [config.fit.model_dump(mode="json"), seed, images.data.num_train, POLICIES, BOOSTS]
     file = folder / f"gaps-{digest(decides)}.npz"
     if not file.exists():
         np.savez(file, **measure_fit(config, images, groups, seed, folder))  # type: ignore[arg-type]

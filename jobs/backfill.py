@@ -137,7 +137,7 @@ def _run_steps(config: Config, bars: Bars, retry_rejects: bool, stop: Stop | Non
         bars.images("backfill", done, progress.gallery, text)
 
     try:
-        progress = backfill(config, run, plan, show, stop, lambda wave: learn(config, run, plan, wave, bars))
+        progress = backfill(config, run, plan, show, stop)
     except GateRefused:
         write_report(config, run, plan, bars)
         raise
@@ -149,20 +149,6 @@ def _run_steps(config: Config, bars: Bars, retry_rejects: bool, stop: Stop | Non
         bars.console.print(f"no image was left to read; {progress.reading.retries:,} retries", soft_wrap=True)
     write_report(config, run, plan, bars)
     return progress
-
-
-def learn(config: Config, run: Run, plan: Plan, wave: int, bars: Bars) -> None:
-    """Learn from what is embedded, and plan anew what is left after a wave; nothing where that is done."""
-    from training.relearn import relearn
-
-    def show(epoch: dict[str, float]) -> None:
-        done, total = int(epoch["epoch"]) + 1, int(epoch["epochs"])
-        bars.images(f"fit after wave {wave}: epochs", done, total, f"loss {epoch['loss']:.4f}")
-
-    with bars.step(f"learn from {wave} waves") as step:
-        learnt = relearn(config, run, plan, wave, show, step.say)
-    if learnt is not None:
-        bars.console.print(str(learnt), soft_wrap=True)
 
 
 def _promote_last(config: Config) -> None:

@@ -147,7 +147,7 @@ def _check_policy(config: Config) -> None:
     from training.losses import needs_classifier
 
     plan, gallery, pairs = config.plan, config.gallery.columns, config.pairs.columns
-    boosted = plan.group_boost > 0 or plan.group_bound is not None
+    boosted = plan.group_boost > 0
     needs = POLICIES[plan.policy].needs if plan.policy in POLICIES else frozenset[str]()
     if ":" in plan.policy:
         load_policy(plan.policy, config.seed)
@@ -162,7 +162,6 @@ def _check_policy(config: Config) -> None:
     ):
         if wanted and not there:
             found = f"plan.policy {plan.policy}, traffic {plan.traffic}, group_boost {plan.group_boost:g}"
-            found += "" if plan.group_bound is None else f", group_bound {plan.group_bound:g}"
             raise ConfigError("the plan's order needs what is not given", expected=where, found=found, where="plan")
 
 
@@ -171,22 +170,19 @@ def _check_selected(config: Config, images: int, sample: Sample | None) -> None:
     from pipeline.errors import ConfigError
     from pipeline.probe_set import size
     from pipeline.run import Run
-    from pipeline.selection import resolve_policy, resolve_relearn
+    from pipeline.selection import resolve_policy
     from pipeline.transformation import has_transformation
     from training.select import LEAST_SHARE, too_few
 
     run = Run(config.run)
     if has_transformation(run):
         resolve_policy(run, config.plan.policy)
-        resolve_relearn(run, config)
         return
-    settings = {"plan.policy": config.plan.policy, "relearn.what": config.relearn.what}
-    wanted = [name for name, value in settings.items() if value == "selected"]
-    if wanted and config.select is None:
+    if config.plan.policy == "selected" and config.select is None:
         raise ConfigError(
             "nothing is selected in this run",
             expected="a `select` section, or `fastfill fit --select` first",
-            where=f"{' and '.join(wanted)}: selected",
+            where="plan.policy: selected",
         )
     if config.select is None or config.select.measured_on == "pairs":
         return

@@ -87,8 +87,6 @@ def show_selection(selection: Selection, most: int = 12) -> None:
         )
     console().print(table)
     console().print(f"Chosen: {describe(selection.chosen)}.", soft_wrap=True, highlight=False)
-    if selection.learning is not None:
-        console().print(f"To learn on the way: {selection.learning}.", soft_wrap=True, highlight=False)
     show_likeness(selection.likeness, selection.measured_on == "probe")
 
 

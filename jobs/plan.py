@@ -36,8 +36,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
 
     from jobs.bars import Bars
     from jobs.prepare import ensure_embeddings, ensure_fit, ensure_plan, open_run
-    from pipeline.boost import read_boost
-    from pipeline.selection import read_selection, resolve_policy
+    from pipeline.selection import read_selection
     from pipeline.tuner import tune
     from training.expect import expected_curve, resemblance
 
@@ -61,20 +60,17 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
                 lambda done, what: bars.images("measure", min(int(done), whole), whole, what),
             )
             bars.images("measure", whole, whole)
-    boost = read_boost(config, run, resolve_policy(run, config.plan.policy))
     if as_json:
         expected = {name: curve.to_json() for name, curve in outlook.curves.items()}
         print_json(
             asdict(plan)
             | {"expected": expected, "expected_notes": outlook.notes}
             | {"expected_made_unix_seconds": outlook.made_unix_seconds}
-            | {"likeness": asdict(alike) if alike else None, "group_boost": asdict(boost) if boost else None}
+            | {"likeness": asdict(alike) if alike else None}
             | ({"estimate": found.to_json()} if found else {})
         )
         return
     show(plan)
-    if boost:
-        console().print(f"Subgroups, on held-out pairs: {boost}.", soft_wrap=True)
     if found:
         show_estimate(found)
     if outlook.curves:

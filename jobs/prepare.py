@@ -106,17 +106,14 @@ def ensure_fit(config: Config, run: Run, bars: Bars) -> TransformationInfo:
 
 
 def ensure_plan(config: Config, run: Run, bars: Bars) -> Plan:
-    """The plan; old embeddings are computed, a boost is chosen and the gallery is scored where it is missing."""
+    """The plan; old embeddings are computed and the gallery is scored where it is missing."""
     from pipeline.embeddings import embed_missing
     from pipeline.plan import read_plan
     from pipeline.planner import make_plan
-    from training.boost import ensure_boost
 
     done = read_plan(run)
     if done is not None:
         return done
     embed_missing(config, run, ["gallery"], bars.images)
     with bars.step("plan") as step:
-        step.say("boost")
-        ensure_boost(config, run)
         return make_plan(config, run, on_step=step.say)

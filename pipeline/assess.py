@@ -21,7 +21,7 @@ from pipeline.nearest import nearest
 from pipeline.neighbours import Found, Neighbours, in_old_gallery, in_snapshot
 from pipeline.plan import Plan
 from pipeline.points import SLOTS
-from pipeline.probe_set import ProbeSet, as_of, stands_alone
+from pipeline.probe_set import ProbeSet, stands_alone
 from pipeline.quality import (
     MIN_QUERIES,
     Figures,
@@ -105,7 +105,6 @@ def examine(
     Raises:
         DataError: a segment is missing or damaged.
     """
-    probe = as_of(run, plan, probe, commit.number)
     return assess(probe, known, commit, in_snapshot(run, plan, probe, commit, waves))
 
 

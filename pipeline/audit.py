@@ -48,6 +48,7 @@ def audit(run_uri: str) -> AuditReport:
         DataError: there is no run there.
         TransientError: the store kept failing, which says nothing of the run.
         PermissionError: a file may not be read, which says nothing of it either.
+        IncompatibleRun: the plan is one that this version cannot follow.
     """
     run = Run(run_uri)
     if not storage.exists(run.settings):
@@ -69,7 +70,7 @@ def _check_all(run: Run, notes: Notes, commits: dict[int, Commit], latest: int |
     check_manifest(run, notes)
     if commits:
         evidence = Evidence.gather(run, notes, published, _drops_deleted(run))
-        _check_steps(run, notes, commits, evidence.relearn_after)
+        _check_steps(run, notes, commits)
         _check_gallery(evidence, notes, _Files(run, notes), list(commits.values()))
 
 
@@ -122,14 +123,10 @@ def _check_tags(run: Run, notes: Notes, commits: dict[int, Commit]) -> None:
             notes.problem("tag", uri, f"one of the commits {sorted(commits)}", tag.commit)
 
 
-def _check_steps(run: Run, notes: Notes, commits: dict[int, Commit], relearn_after: tuple[int, ...]) -> None:
-    """Commit n is the one before with other segments in wave n, or since that one's wave, and nothing else.
-
-    After a wave of `relearn_after` those of all later waves are others as well.
-    """
+def _check_steps(run: Run, notes: Notes, commits: dict[int, Commit]) -> None:
+    """Commit n is the one before with other segments in wave n, or since that one's wave, and nothing else."""
     for (earlier, parent), (number, commit) in pairwise(sorted(commits.items())):
-        learnt = any(earlier < wave <= number for wave in relearn_after)
-        waves = range(earlier + 1, (commit.num_waves if learnt else number) + 1)
+        waves = range(earlier + 1, number + 1)
         changed = {ref for ref in parent.segments if ref.wave not in waves}
         changed ^= {ref for ref in commit.segments if ref.wave not in waves}
         same = ("codebook_sha256", "metric", "dim", "num_waves", "num_shards")
@@ -146,23 +143,23 @@ def _check_gallery(evidence: Evidence, notes: Notes, files: _Files, commits: lis
     """Every segment of every commit holds exactly what the plan and the log say."""
     last = commits[-1]
     codebook = files.codebook(last)
-    segments = _segments(evidence, commits)
+    segments = _segments(commits)
     _check_plan(evidence, notes, last)
     _check_log(evidence, notes, commits)
     etags: dict[str, set[str]] = {}
     for shard in range(last.num_shards):
         cells = _cells(evidence, shard, last)
-        refs = [ref for cell in cells for ref in segments.get((shard, cell.wave, cell.learnt), ())]
+        refs = [ref for cell in cells for ref in segments.get((shard, cell.wave), ())]
         files.look_at(("sidecar", ref.sidecar_path, ref.sidecar_sha256) for ref in refs)
         files.look_at(("segment", ref.path, ref.sha256) for ref in refs if codebook is not None)
-        _check_shard(evidence, notes, shard, cells, last.num_shards)
+        _check_shard(evidence, notes, shard, np.concatenate([cell.ids for cell in cells]), last.num_shards)
         for cell in cells:
-            if cell.wave <= last.number and evidence.is_final(cell.wave, cell.learnt):
+            if cell.wave <= last.number:
                 where = f"{evidence.run.path('embedded', f'wave-{cell.wave:03d}')}, shard {shard}"
                 notes.compare("log", where, cell.ids, np.concatenate([cell.embedded, cell.rejected]))
                 for row in evidence.container_etags(cell).to_pylist():
                     etags.setdefault(row["uri"], set()).add(row["source_etag"])
-            for ref in segments.get((shard, cell.wave, cell.learnt), ()):
+            for ref in segments.get((shard, cell.wave), ()):
                 _check_sidecar(notes, files, ref, cell)
                 if codebook is not None:
                     _check_segment(evidence, files, ref, cell, codebook)
@@ -171,14 +168,12 @@ def _check_gallery(evidence: Evidence, notes: Notes, files: _Files, commits: lis
 
 def _check_plan(evidence: Evidence, notes: Notes, commit: Commit) -> None:
     """No image lies outside the waves and shards of the run."""
-    highest = (commit.num_waves, commit.num_shards - 1)
-    for learnt, parts in evidence.plan.items():
-        lowest = (learnt + 1, 0)
-        for part in parts:
-            keys = filled(part)
-            outside = keys[((keys < lowest) | (keys > highest)).any(axis=1)]
-            if len(outside):
-                notes.problem("plan", part.uri, f"(wave, shard) from {lowest} to {highest}", outside[:3].tolist())
+    lowest, highest = (1, 0), (commit.num_waves, commit.num_shards - 1)
+    for part in evidence.plan:
+        keys = filled(part)
+        outside = keys[((keys < lowest) | (keys > highest)).any(axis=1)]
+        if len(outside):
+            notes.problem("plan", part.uri, f"(wave, shard) from {lowest} to {highest}", outside[:3].tolist())
 
 
 def _check_containers(notes: Notes, etags: dict[str, set[str]]) -> None:
@@ -204,27 +199,23 @@ def _check_log(evidence: Evidence, notes: Notes, commits: list[Commit]) -> None:
 
 
 def _cells(evidence: Evidence, shard: int, commit: Commit) -> list[Cell]:
-    """What each wave of a shard holds, as first planned and as planned anew."""
+    """What each wave of a shard holds."""
     found = []
     for wave in range(1, commit.num_waves + 1):
         rejected = evidence.rejects.get(wave, NO_IDS)
         mine = rejected[shard_of(rejected, commit.num_shards) == shard]
-        found += [evidence.cell(shard, wave, learnt, mine) for learnt in evidence.plan if learnt < wave]
+        found.append(evidence.cell(shard, wave, mine))
     return found
 
 
-def _check_shard(evidence: Evidence, notes: Notes, shard: int, cells: list[Cell], num_shards: int) -> None:
-    """The images of a shard belong there, and each is in one wave; planned anew they are the same ones."""
-    first: Int64 = NO_IDS
-    for learnt in evidence.plan:
-        where = f"{evidence.run.relearnt(learnt).transformed}, shard {shard}"
-        ids = np.concatenate([cell.ids for cell in cells if cell.learnt == evidence.learnt(cell.wave, learnt)])
-        first = first if learnt else np.unique(ids)
-        astray = ids[shard_of(ids, num_shards) != shard]
-        if len(astray):
-            notes.problem("shard", where, f"only ids of shard {shard}", f"{len(astray)} others, such as {astray[0]}")
-        notes.compare("plan", where, first, ids)
-        notes.checked["ids"] += len(ids)
+def _check_shard(evidence: Evidence, notes: Notes, shard: int, ids: Int64, num_shards: int) -> None:
+    """The images of a shard belong there, and each is in one wave."""
+    where = f"{evidence.run.transformed}, shard {shard}"
+    astray = ids[shard_of(ids, num_shards) != shard]
+    if len(astray):
+        notes.problem("shard", where, f"only ids of shard {shard}", f"{len(astray)} others, such as {astray[0]}")
+    notes.compare("plan", where, np.unique(ids), ids)
+    notes.checked["ids"] += len(ids)
 
 
 def _check_sidecar(notes: Notes, files: _Files, ref: SegmentRef, cell: Cell) -> None:
@@ -300,11 +291,10 @@ class _Files:
         return self.notes.attempt("codebook", self.run.path(path), Codebook.open, self.run, path, sha256, verify=False)
 
 
-def _segments(evidence: Evidence, commits: Iterable[Commit]) -> dict[tuple[int, int, int], list[SegmentRef]]:
-    """The segments that any commit names for each (shard, wave, wave after which it was planned so), each once."""
-    found: dict[tuple[int, int, int], dict[SegmentRef, None]] = {}
+def _segments(commits: Iterable[Commit]) -> dict[tuple[int, int], list[SegmentRef]]:
+    """The segments that any commit names for each (shard, wave), each once."""
+    found: dict[tuple[int, int], dict[SegmentRef, None]] = {}
     for commit in commits:
         for ref in commit.segments:
-            learnt = evidence.learnt(ref.wave, commit.number)
-            found.setdefault((ref.shard, ref.wave, learnt), {})[ref] = None
+            found.setdefault((ref.shard, ref.wave), {})[ref] = None
     return {cell: list(refs) for cell, refs in found.items()}

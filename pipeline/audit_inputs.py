@@ -12,7 +12,6 @@ import numpy as np
 
 from pipeline import documents, manifest, quality, storage, vector_log
 from pipeline import plan as plans
-from pipeline.boost import Boost
 from pipeline.evidence import NO_IDS, Notes
 from pipeline.parts import list_parts
 from pipeline.plan import Plan, read_plan
@@ -43,12 +42,11 @@ def check_inputs(run: Run, notes: Notes, published: int | None) -> None:
     _check_pairs(run, notes)
     _check_probe_set(run, notes)
     _check_reports(run, notes)
-    for place in (run, *(run.relearnt(wave) for wave in (found.relearn_after if found else ()))):
-        _check_transformation(place, notes, needed=found is not None and place == run)
+    _check_transformation(run, notes, needed=found is not None)
     if found is not None:
         _check_transformed(run, found, notes)
         _check_units(run, found, notes, quietly=published is not None)
-        check_log(found.log(run), list(_planned(run, found)), notes, published or 0)
+        check_log(found.log(run), list(found.units(run)), notes, published or 0)
     elif published is None:
         check_log(gallery_log(run), [], notes, 0)
 
@@ -134,47 +132,29 @@ def _check_reports(run: Run, notes: Notes) -> None:
     notes.attempt("best", run.path("reports", "best.json"), quality.read_best, run, _LATEST)
     for uri in quality.files(run):
         notes.attempt("quality", uri, quality.read_file, uri)
-    for uri in storage.list_files(run.path("plan"), ".json"):
-        if "/group-boost-" in uri:
-            notes.attempt("boost", uri, _read_boost, uri)
 
 
-def _read_boost(uri: str) -> Boost:
-    return documents.parse(Boost, storage.read_bytes(uri), uri)
-
-
-def _check_transformation(place: Run, notes: Notes, needed: bool) -> None:
+def _check_transformation(run: Run, notes: Notes, needed: bool) -> None:
     """The weights and the other files of a transformation are those that its marker names."""
     from pipeline.transformation import has_transformation, verify  # here: torch takes seconds
 
-    if not has_transformation(place):
+    if not has_transformation(run):
         if needed:
-            notes.problem("transformation", place.path("transformation", "transformation.json"), "a file", "missing")
+            notes.problem("transformation", run.path("transformation", "transformation.json"), "a file", "missing")
         return
-    for where, error in verify(place):
+    for where, error in verify(run):
         notes.problem("transformation", where, error.details["expected"] or "a whole file", error.summary)
     notes.checked["transformations"] += 1
 
 
-def _planned(run: Run, plan: Plan) -> Iterable[Unit]:
-    """The units of the plan, without those that are planned anew later."""
-    for unit in plan.units(run):
-        learnt = plan.learnt_after(unit.wave - 1)
-        if not learnt or storage.exists(run.relearnt(learnt).plan):
-            yield unit
-
-
 def _check_transformed(run: Run, plan: Plan, notes: Notes) -> None:
     """Each part of the transformed gallery is there; the rest of the audit looks into those that are."""
-    for learnt in (0, *plan.relearn_after):
-        if learnt and not storage.exists(run.relearnt(learnt).plan):
-            continue
-        place = plan.place(run, learnt + 1)
-        there = {uri.rpartition("/")[2] for uri, _ in storage.iter_stats(place.transformed, deep=False)}
-        for number in range(plan.num_parts):
-            uri = place.transformed_part(number)
-            if uri.rpartition("/")[2] not in there:
-                notes.problem("plan_part", uri, "a part of the plan", "missing")
+    place = plan.laid_out(run)
+    there = {uri.rpartition("/")[2] for uri, _ in storage.iter_stats(place.transformed, deep=False)}
+    for number in range(plan.num_parts):
+        uri = place.transformed_part(number)
+        if uri.rpartition("/")[2] not in there:
+            notes.problem("plan_part", uri, "a part of the plan", "missing")
 
 
 def _check_units(run: Run, plan: Plan, notes: Notes, quietly: bool) -> None:
@@ -183,7 +163,7 @@ def _check_units(run: Run, plan: Plan, notes: Notes, quietly: bool) -> None:
     `quietly`: the parts of `transformed/` are also compared with segments, which notes what is damaged there.
     """
     units: dict[int, list[Unit]] = {}
-    for unit in _planned(run, plan):
+    for unit in plan.units(run):
         units.setdefault(unit.wave, []).append(unit)
 
     def read(notes: Notes, unit: Unit) -> Int64 | None:

@@ -7,9 +7,8 @@ add up. Knows nothing of tags and writers (`snapshot`), nor of what is inside a 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
@@ -85,7 +84,6 @@ class Commit:
         parent: number - 1, or None for commit 0.
         metric: what the index measures; with `nprobe`, `dim` and the codebook all a query needs to know.
         segments: exactly one per (shard, wave).
-        quality: figures of the probe set, by name.
         log_digests: of waves 1 to number, the digest of the parts in the vector log that each was sealed from; empty
             where it is not known, as of waves that older versions sealed.
     """
@@ -101,7 +99,6 @@ class Commit:
     num_shards: int
     segments: tuple[SegmentRef, ...]
     counts: Counts
-    quality: dict[str, float] = field(default_factory=dict)
     log_digests: tuple[str, ...] = ()
     attempt_id: str = ""
     epoch: int = 0
@@ -251,13 +248,11 @@ def check_commit(commit: Commit, where: str) -> None:
             found=len(commit.log_digests),
             where=where,
         )
-    if not all(map(math.isfinite, commit.quality.values())):
-        raise DataError("a quality figure is not a number", expected="finite", found=commit.quality, where=where)
 
 
 def to_json(item: DataclassInstance) -> bytes:
     """A commit or a tag as the bytes of its file: with the format version, and a digest of all the rest."""
-    return documents.encode(item, allow_nan=True)  # the reader refuses them, by name
+    return documents.encode(item)
 
 
 def from_json(kind: type[T], data: bytes, where: str) -> T:

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config_method import POLICY_NAMES as POLICY_NAMES
 from pipeline.config_method import Classifier as Classifier
-from pipeline.config_method import Count, Evaluate, Fraction, Plan, Relearn, Section
+from pipeline.config_method import Count, Evaluate, Fraction, Plan, Section
 from pipeline.config_method import Fit as Fit
 from pipeline.config_method import Gate as Gate
 from pipeline.config_method import LossMode as LossMode
@@ -300,7 +300,6 @@ class Config(Section):
     fit: Fit = Fit()
     select: Select | None = None
     plan: Plan = Plan()
-    relearn: Relearn = Relearn()
     backfill: Backfill = Backfill()
     fetch: Fetch = Fetch()
     index: Index = Index()
@@ -310,15 +309,6 @@ class Config(Section):
     publish: Publish = Publish()
     telemetry: Telemetry = Telemetry()
     storage: Storage = Storage()
-
-    @model_validator(mode="after")
-    def _waves_are_left(self) -> Self:
-        waves = self.plan.waves if isinstance(self.plan.waves, int) else len(self.plan.waves)
-        if self.relearn.after_waves and self.relearn.after_waves[-1] >= waves:
-            raise ValueError(
-                f"relearn.after_waves: wave {self.relearn.after_waves[-1]} has none after it (plan.waves: {waves})"
-            )
-        return self
 
 
 def unit_images(config: Config) -> int:

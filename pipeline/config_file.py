@@ -162,7 +162,7 @@ def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:
     if kind != "extra_forbidden":
         return f"{where}: {message.removeprefix('Value error, ')}" if where else message
     names = _names_beside(location)
-    near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(names)}"
     return f"{where}: unknown key; {hint}"
 

@@ -136,14 +136,12 @@ class Plan(Section):
 
     With `traffic`, what it costs to leave an image transformed counts as often as `gallery.columns.traffic` says.
     With `group_boost`, it counts up to 1 + group_boost times for the groups (`pairs.columns.group`) that suffer most
-    on held-out pairs, so that the worst one catches up early. With `group_bound` the number is chosen: the least with
-    which, on held-out pairs, a fifth of them embedded, the worst group is at most this share of its first gap behind.
+    on held-out pairs, so that the worst one catches up early.
     """
 
     policy: str = "uncertainty"
     traffic: bool = False
     group_boost: Annotated[float, Field(ge=0.0)] = 0.0
-    group_bound: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     waves: Annotated[int, Field(ge=1, le=100_000)] | tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = 20
     unit_images: Count | None = None
     deleted_images: Literal["keep", "drop"] = "keep"
@@ -155,34 +153,6 @@ class Plan(Section):
         if self.policy not in (*POLICY_NAMES, "selected") and not re.fullmatch(r"[\w.]+:\w+", self.policy):
             names = ", ".join(POLICY_NAMES)
             raise ValueError(f"policy: expected one of {names}, or module:function, found {self.policy!r}")
-        if self.group_bound is not None and (self.group_boost or self.policy == "random"):
-            raise ValueError("group_bound: it chooses group_boost, which must not be given, for a policy but random")
-        return self
-
-
-class Relearn(Section):
-    """Learning on the way: what is left is planned anew with the embedded images of the gallery.
-
-    Once a wave of `after_waves` is embedded, these images are pairs like any others: h and s are fitted again on the
-    pairs and at most `images` of them; with `what: order` only what the policy knows is made anew, and h stays. The
-    images that are left are then transformed, scored and cut again into the waves that are left, whose sizes stay; no
-    image is embedded twice. The new h is taken only where it is clearly nearer to the new encoder on images of the
-    gallery that are left (the probe set's), and by their labels, if they have some, does not find less. The stream
-    stands still meanwhile.
-
-    With `what: selected` the selection decides: it simulates each way on what it measures on, and nothing is learnt
-    where that does not raise the area by more than two standard errors, or where there are no labels to tell by.
-    Without it see docs/decisions/0005 before you turn it on: it gains most with few pairs of another kind.
-    """
-
-    after_waves: tuple[Count, ...] = ()
-    what: Literal["transformation", "order", "selected"] = "transformation"
-    images: Count = 200_000
-
-    @model_validator(mode="after")
-    def _ascending(self) -> Self:
-        if list(self.after_waves) != sorted(set(self.after_waves)):
-            raise ValueError(f"after_waves: expected ascending numbers, found {list(self.after_waves)}")
         return self
 
 

@@ -33,13 +33,13 @@ DELETE = "delete the file, and run the same command again: the file is made agai
 _VERSION, _DIGEST, _CHECKED = "format_version", "sha256", "checked_by"
 
 
-def encode(content: DataclassInstance | Mapping[str, object], allow_nan: bool = False) -> bytes:
+def encode(content: DataclassInstance | Mapping[str, object]) -> bytes:
     """The content as the bytes of its file; equal content gives equal bytes.
 
     The key `checked_by` says that the file has a digest, so a file that lost its digest is not taken for an old one.
     """
     tree = dict(content) if isinstance(content, Mapping) else asdict(content)
-    plain = json.loads(json.dumps(tree, allow_nan=allow_nan))
+    plain = json.loads(json.dumps(tree, allow_nan=False))
     content_only = {key: value for key, value in plain.items() if key not in (_VERSION, _CHECKED, _DIGEST)}
     tree = {_VERSION: FORMAT_VERSION, _CHECKED: _DIGEST} | content_only
     return json.dumps(tree | {_DIGEST: digest(tree)}, indent=1).encode()

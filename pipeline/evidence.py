@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline import storage, vector_log
-from pipeline.errors import FastfillError, TransientError
+from pipeline.errors import FastfillError, IncompatibleRun, TransientError
 from pipeline.parts import list_parts
 from pipeline.plan import read_plan
 from pipeline.rejects import gallery_log, manifest_log
@@ -59,10 +59,11 @@ class Notes:
 
         Raises:
             TransientError, PermissionError: the store fails or refuses, so nobody knows what is there.
+            IncompatibleRun: the run is one of another version, which says nothing of damage.
         """
         try:
             return read(*args, **kwargs)
-        except (TransientError, PermissionError):
+        except (TransientError, PermissionError, IncompatibleRun):
             raise
         except FastfillError as error:
             expected = error.details["expected"] or "a whole file"
@@ -112,7 +113,6 @@ class Cell:
     """What a (shard, wave) has to hold: all ids are sorted, and no vector is read before it is asked for.
 
     Attributes:
-        learnt: the wave after which it was planned so; 0 for the first plan.
         ids: its images, by the plan.
         embedded: those that the log holds.
         rejected: those in the rejects.
@@ -121,7 +121,6 @@ class Cell:
 
     shard: int
     wave: int
-    learnt: int
     ids: Int64
     embedded: Int64
     rejected: Int64
@@ -134,12 +133,11 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """The parts of the plan by the wave after which they were made, and those of the log by wave."""
+    """The parts of the plan, and those of the log by wave."""
 
     run: Run
     notes: Notes
-    relearn_after: tuple[int, ...]
-    plan: dict[int, list[Part]]
+    plan: list[Part]
     log: dict[int, list[Part]]
     rejects: dict[int, Int64]
     dropped: Int64
@@ -147,42 +145,28 @@ class Evidence:
     @classmethod
     def gather(cls, run: Run, notes: Notes, published: int, drops_deleted: bool) -> Evidence:
         """Read the footers of the plan, and those of the log up to wave `published`."""
-        place, waves = notes.attempt("plan", run.plan, _planned, run) or (run, [])
-        relearn_after = tuple(wave for wave in waves if wave <= published)
-        plan = {learnt: _parquet_in(place.relearnt(learnt).transformed) for learnt in (0, *relearn_after)}
+        place = notes.attempt("plan", run.plan, _laid_out, run) or run
+        plan = _parquet_in(place.transformed)
         log = {wave: uris for wave, uris in unit_files(run.path("embedded")).items() if wave <= published}
-        plan_parts = {learnt: _parts(notes, "plan_part", uris, ["wave", "shard"]) for learnt, uris in plan.items()}
+        plan_parts = _parts(notes, "plan_part", plan, ["wave", "shard"])
         log_parts = {wave: _parts(notes, "log_part", uris, ["shard"]) for wave, uris in log.items()}
         rejects = {wave: uris for wave, uris in reject_files(gallery_log(run)).items() if wave <= published}
         return cls(
             place,
             notes,
-            relearn_after,
             plan_parts,
             log_parts,
             {wave: _ids(notes, "reject_part", uris) for wave, uris in rejects.items()},
             _deleted([uri for uris in rejects.values() for uri in uris]) if drops_deleted else NO_IDS,
         )
 
-    def learnt(self, wave: int, commit: int) -> int:
-        """After which wave the rows of a wave were planned, as a commit has them."""
-        before = min(commit, wave - 1)
-        return max((other for other in self.relearn_after if other <= before), default=0)
-
-    def is_final(self, wave: int, learnt: int) -> bool:
-        """Whether these are the images of the wave that are embedded in it."""
-        return learnt == self.learnt(wave, wave - 1)
-
-    def cell(self, shard: int, wave: int, learnt: int, rejected: Int64) -> Cell:
-        """Read the ids of a (shard, wave) as planned after wave `learnt`; `rejected` are its own."""
-        ids = self._rows(self.plan[learnt], [wave, shard], ["id"])
-        final = self.is_final(wave, learnt)
-        embedded = self._rows(self.log.get(wave, []), [shard], ["id"]) if final else None
-        rejected = rejected if final else NO_IDS
+    def cell(self, shard: int, wave: int, rejected: Int64) -> Cell:
+        """Read the ids of a (shard, wave); `rejected` are its own."""
+        ids = self._rows(self.plan, [wave, shard], ["id"])
+        embedded = self._rows(self.log.get(wave, []), [shard], ["id"])
         return Cell(
             shard,
             wave,
-            learnt,
             NO_IDS if ids is None else np.sort(ids["id"].to_numpy()),
             NO_IDS if embedded is None else np.sort(embedded["id"].to_numpy()),
             np.sort(rejected),
@@ -194,7 +178,7 @@ class Evidence:
 
         None where a part cannot be read, or where plan and log do not fit together.
         """
-        rows = self._rows(self.plan[cell.learnt], [cell.wave, cell.shard], ["id", "vector"])
+        rows = self._rows(self.plan, [cell.wave, cell.shard], ["id", "vector"])
         if rows is None:
             return None
         vectors = vectors_from_arrow(rows.sort_by("id")["vector"])
@@ -212,7 +196,7 @@ class Evidence:
     def container_etags(self, cell: Cell) -> pa.Table:
         """The etags that the images of containers were read with: each `uri` with each of its `source_etag`s."""
         place = ["uri", "offset", "length", "row"]
-        rows = self._rows(self.plan[cell.learnt], [cell.wave, cell.shard], ["id", *place])
+        rows = self._rows(self.plan, [cell.wave, cell.shard], ["id", *place])
         logged = self._rows(self.log.get(cell.wave, []), [cell.shard], ["id", "source_etag"])
         if rows is None or logged is None:
             return pa.table({"uri": pa.array([], pa.string()), "source_etag": pa.array([], pa.string())})
@@ -242,7 +226,7 @@ def check_manifest(run: Run, notes: Notes) -> None:
     if not storage.exists(run.plan) or not storage.exists(run.path("gallery", "manifest.json")):
         return
     rejects = reject_files(manifest_log(run, "gallery", "old"))
-    place, _ = notes.attempt("plan", run.plan, _planned, run) or (run, [])
+    place = notes.attempt("plan", run.plan, _laid_out, run) or run
     parts = {"gallery": list_parts(run.path("gallery")), "transformed": list_parts(place.transformed)}
 
     def check(notes: Notes, number: int) -> None:
@@ -257,14 +241,15 @@ def check_manifest(run: Run, notes: Notes) -> None:
     notes.each(check, sorted(parts["gallery"].keys() | parts["transformed"].keys()))
 
 
-def _planned(run: Run) -> tuple[Run, list[int]]:
-    """The run as the plan laid it out, and the waves after which the run planned anew.
+def _laid_out(run: Run) -> Run:
+    """The run as the plan laid it out.
 
     Raises:
         DataError: the plan is damaged.
+        IncompatibleRun: it is a plan that only an earlier version can follow.
     """
     plan = read_plan(run)
-    return (run, []) if plan is None else (plan.laid_out(run), list(plan.relearn_after))
+    return run if plan is None else plan.laid_out(run)
 
 
 def _parquet_in(folder: str) -> list[str]:

@@ -172,7 +172,7 @@ def _in_segments(run: Run, plan: Plan, probe: ProbeSet, commit: Commit, refs: Se
     distances, ids = index.search(codebook, segments, probe.new, NEIGHBOURS, commit.nprobe)
     keys = np.where(ids < 0, np.float32(np.inf), distances if commit.metric == "l2" else -distances)
     shards = range(min(ref.shard for ref in refs), max(ref.shard for ref in refs) + 1)
-    planned = plans.read_transformed(run, plan, refs[0].wave, ["id", "label"], shards, commit.number)
+    planned = plans.read_transformed(run, plan, refs[0].wave, ["id", "label"], shards)
     sidecars = pa.concat_tables([storage.read_parquet(run.path(ref.sidecar_path), ["id", "kind"]) for ref in refs])
     new = sidecars.filter(pa.compute.equal(sidecars["kind"], "embedded"))["id"].to_numpy()
     labels = _look_up(ids, planned["id"].to_numpy(), _codes(planned, probe))

@@ -3,10 +3,6 @@
 Guarantee: each id is in exactly one wave; wave sizes are exact; ties are broken by a stable hash of
 the id, so a plan is a pure function of (priorities, waves, seed). `plan/plan.json` is written last, by
 `planner`; this module reads it, and imports nothing heavy.
-
-The sizes of the waves and of their units never change. Which images they hold may, where the run learns on the way:
-once a wave of `relearn_after` is embedded, those of the waves after it are cut anew (`replan`). Until then no unit of a
-later wave is embedded, so what a wave holds when it is embedded is known from its number: `place` says where it lies.
 """
 
 from __future__ import annotations
@@ -17,10 +13,9 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from pipeline import documents, storage
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, IncompatibleRun
 from pipeline.run import Run
 from pipeline.schema import Unit
 from pipeline.store import Stat
@@ -56,7 +51,6 @@ class Plan:
         deleted_images: `keep` or `drop`, as `config.Plan` says.
         num_rejected: images of the gallery that are not in the plan: the old encoder could not read them, so
             they have no vector of any kind, and cannot be served.
-        relearn_after: the waves, ascending, after which what is left is planned anew.
         layout: the folder inside `transformed/` and `plan/` with this plan's own parts. Two drivers that plan at
             the same time write into different folders if their scores differ. Empty in plans of earlier versions.
     """
@@ -72,25 +66,10 @@ class Plan:
     fingerprint: str
     deleted_images: str = "keep"
     num_rejected: int = 0
-    relearn_after: tuple[int, ...] = ()
     layout: str = ""
 
-    @property
-    def stages(self) -> tuple[int, ...]:
-        """The last wave of each stretch that is embedded without a stop: those of `relearn_after`, and the last one."""
-        return (*self.relearn_after, len(self.waves))
-
-    def learnt_after(self, commit: int) -> int:
-        """The wave after which a commit's transformed vectors were learnt; 0 for the first fit."""
-        return max((wave for wave in self.relearn_after if wave <= commit), default=0)
-
-    def place(self, run: Run, wave: int, commit: int | None = None) -> Run:
-        """Where the rows and units of a wave lie: as a commit has them, else as they are when it is embedded."""
-        before = wave - 1 if commit is None else min(commit, wave - 1)
-        return self.laid_out(run).relearnt(self.learnt_after(before))
-
     def laid_out(self, run: Run) -> Run:
-        """The run with the paths of this plan's own parts, as first planned."""
+        """The run with the paths of this plan's own parts."""
         return replace(run, layout=self.layout)
 
     def log(self, run: Run) -> VectorLog:
@@ -98,23 +77,17 @@ class Plan:
         return VectorLog(run.path("embedded"), run.path("rejects"), self.dim, self.num_shards)
 
     def units(self, run: Run) -> Iterable[Unit]:
-        """All units, in wave and locality order; the files of those that are planned anew later are not there yet."""
+        """All units, in wave and locality order."""
+        place = self.laid_out(run)
         for wave in self.waves:
             for first in range(0, wave.units, UNITS_PER_FILE):
-                uri = self.place(run, wave.wave).wave_units(wave.wave, first)
+                uri = place.wave_units(wave.wave, first)
                 for unit in range(first, min(first + UNITS_PER_FILE, wave.units)):
                     yield Unit(wave.wave, unit, uri, unit - first, self.unit_size(wave.wave, unit))
 
     def unit_size(self, wave: int, unit: int) -> int:
         """The number of images of a unit."""
         return min(self.unit_images, self.waves[wave - 1].images - unit * self.unit_images)
-
-
-def wave_ends(waves: int | tuple[float, ...]) -> NDArray[np.float64]:
-    """The fraction of the gallery that is embedded once each wave is, (W,) float64; see `wave_sizes`."""
-    shares = np.arange(1, waves + 1, dtype=np.float64) if isinstance(waves, int) else np.array(waves)
-    ends: NDArray[np.float64] = np.cumsum(shares) / shares.sum()
-    return ends
 
 
 def wave_sizes(waves: int | tuple[float, ...], num_gallery: int) -> list[int]:
@@ -126,7 +99,8 @@ def wave_sizes(waves: int | tuple[float, ...], num_gallery: int) -> list[int]:
     Raises:
         ConfigError: a wave would have no image.
     """
-    ends = np.floor(wave_ends(waves) * num_gallery + 1e-9).astype(np.int64)
+    shares = np.arange(1, waves + 1, dtype=np.float64) if isinstance(waves, int) else np.array(waves)
+    ends = np.floor(np.cumsum(shares) / shares.sum() * num_gallery + 1e-9).astype(np.int64)
     ends[-1] = num_gallery
     sizes = np.diff(ends, prepend=0)
     if (sizes < 1).any():
@@ -145,13 +119,25 @@ def read_plan(run: Run) -> Plan | None:
 
     Raises:
         DataError: the file is damaged or of another format.
+        IncompatibleRun: the plan is one of version 0.1 that cuts the later waves again on the way.
     """
     found = storage.read_versioned(run.plan)
-    return None if found is None else documents.parse(Plan, found[0], run.plan)
+    if found is None:
+        return None
+    tree = documents.decode(found[0], run.plan)
+    if waves := tree.get("relearn_after"):
+        raise IncompatibleRun(
+            "this run plans its later waves again on the way (relearn), which only fastfill 0.1 can",
+            expected="one plan for all waves",
+            found=f"relearn_after {waves}",
+            where=run.plan,
+            remedy="use fastfill 0.1 for this run, or start beside it with `fastfill backfill --new-run`",
+        )
+    return documents.build(Plan, tree, run.plan)
 
 
 def transformed_parts(run: Run) -> list[str]:
-    """The parts of the transformed gallery, as first planned; none before there is a plan."""
+    """The parts of the transformed gallery; none before there is a plan."""
     plan = read_plan(run)
     return [] if plan is None else [plan.laid_out(run).transformed_part(part) for part in range(plan.num_parts)]
 
@@ -177,9 +163,7 @@ def _above(uri: str) -> str:
     return uri.rpartition("/")[0]
 
 
-def read_transformed(
-    run: Run, plan: Plan, wave: int, columns: list[str], shards: range | None = None, commit: int | None = None
-) -> pa.Table:
+def read_transformed(run: Run, plan: Plan, wave: int, columns: list[str], shards: range | None = None) -> pa.Table:
     """Columns of the transformed images of a wave, or of some of its shards, sorted by part.
 
     Args:
@@ -188,11 +172,10 @@ def read_transformed(
         wave: which.
         columns: of `transformed/`.
         shards: None for all.
-        commit: the wave as this commit has it; None for as it is when it is embedded.
     """
     first = (wave - 1) * plan.num_shards
     groups = [first + shard for shard in (range(plan.num_shards) if shards is None else shards)]
-    place = plan.place(run, wave, commit)
+    place = plan.laid_out(run)
     parts = (place.transformed_part(part) for part in range(plan.num_parts))
     read = partial(storage.read_parquet, columns=columns, row_groups=groups)
     return pa.concat_tables(storage.at_once(read, parts))

@@ -65,9 +65,7 @@ def make_plan(config: Config, run: Run, on_step: Callable[[str], None] = lambda 
 
 def _plan(config: Config, run: Run, settings: Identity, on_step: Callable[[str], None]) -> Plan:
     from pipeline.score import score_gallery  # here: the tasks of this module must not wait for torch
-    from pipeline.selection import resolve_relearn
 
-    relearn_after = resolve_relearn(run, config).after_waves
     on_step("transform")
     scored = f"{SCORED}/{settings_digest(settings)}"
     parts = score_gallery(config, run, scored)
@@ -75,7 +73,7 @@ def _plan(config: Config, run: Run, settings: Identity, on_step: Callable[[str],
     rejected = _check_whole(run, counts)
     place = replace(run, layout=_layout(config, settings, [part.sha256 for part in parts]))
     waves, found = arrange(config, place, scored, counts, on_step)
-    plan = _describe(config, place, counts, rejected, waves, found, relearn_after)
+    plan = _describe(config, place, counts, rejected, waves, found)
     try:  # equal bytes are the same plan, of a driver that planned at the same time: both may go on, no attempt id
         storage.put_if_absent(run.plan, documents.encode(plan))
     except storage.AlreadyExists:
@@ -186,27 +184,18 @@ def _keys(rows: pa.Table, seed: int) -> Digits:
     return cuts.digits(priority, rows["id"].to_numpy(), seed)
 
 
-def lay_out(run: Run, scored: str, num_parts: int, found: Digits, config: Config, first_wave: int = 1) -> None:
-    """Write `transformed/` from the scored parts: tasks of Ray.
-
-    Args:
-        run: the run, or the place of what is planned anew.
-        scored: the folder of the scored parts there.
-        num_parts: of the gallery.
-        found: the cut points.
-        config: the run's config.
-        first_wave: of those that are cut; the row groups of the waves before it are empty.
-    """
+def lay_out(run: Run, scored: str, num_parts: int, found: Digits, config: Config) -> None:
+    """Write `transformed/` from the scored parts: tasks of Ray."""
     task = ray.remote(num_cpus=_TASK_CPUS)(lay_out_part)
-    ray.get([task.remote(run, scored, part, found, config, first_wave) for part in range(num_parts)])
+    ray.get([task.remote(run, scored, part, found, config) for part in range(num_parts)])
 
 
-def lay_out_part(run: Run, scored: str, part: int, found: Digits, config: Config, first_wave: int) -> None:
+def lay_out_part(run: Run, scored: str, part: int, found: Digits, config: Config) -> None:
     """Rewrite a scored part with one row group per (wave, shard), rows sorted by id."""
     rows = storage.read_parquet(run.part(scored, part))
     ids = rows["id"].to_numpy()
-    num_waves, num_shards = found.shape[1] + first_wave, config.index.shards
-    waves = cuts.bucket(_keys(rows, config.seed), found) + np.int32(first_wave - 1)
+    num_waves, num_shards = found.shape[1] + 1, config.index.shards
+    waves = cuts.bucket(_keys(rows, config.seed), found)
     shards = shard_of(ids, num_shards)
     groups = waves.astype(np.int64) * num_shards + shards
     order = np.lexsort((ids, groups))
@@ -217,15 +206,12 @@ def lay_out_part(run: Run, scored: str, part: int, found: Digits, config: Config
     storage.put_once(run.transformed_part(part), storage.parquet_bytes(schema, row_groups))
 
 
-def cut_waves(
-    run: Run, num_parts: int, sizes: list[int], num_shards: int, unit_images: int, first_wave: int = 1
-) -> list[int]:
-    """Write the units of the waves from `first_wave` on, of these sizes, by tasks of Ray; gives how many each has."""
+def cut_waves(run: Run, num_parts: int, sizes: list[int], num_shards: int, unit_images: int) -> list[int]:
+    """Write the units of the waves, of these sizes, by tasks of Ray; gives how many each has."""
     task = ray.remote(num_cpus=_TASK_CPUS)(cut_wave)
-    waves = [
-        task.remote(run, num_parts, wave, size, num_shards, unit_images) for wave, size in enumerate(sizes, first_wave)
-    ]
-    return ray.get(waves)
+    return ray.get(
+        [task.remote(run, num_parts, wave, size, num_shards, unit_images) for wave, size in enumerate(sizes, 1)]
+    )
 
 
 def cut_wave(run: Run, num_parts: int, wave: int, size: int, num_shards: int, unit_images: int) -> int:
@@ -239,15 +225,7 @@ def cut_wave(run: Run, num_parts: int, wave: int, size: int, num_shards: int, un
     return num_units
 
 
-def _describe(
-    config: Config,
-    run: Run,
-    counts: list[int],
-    rejected: int,
-    waves: list[Wave],
-    found: Digits,
-    relearn_after: tuple[int, ...],
-) -> Plan:
+def _describe(config: Config, run: Run, counts: list[int], rejected: int, waves: list[Wave], found: Digits) -> Plan:
     with storage.open_parquet(run.transformed_part(0)) as file:
         dim = file.schema_arrow.field("vector").type.list_size
     plan = Plan(
@@ -262,7 +240,6 @@ def _describe(
         fingerprint=hashlib.sha256(found.tobytes()).hexdigest(),
         deleted_images=config.plan.deleted_images,
         num_rejected=rejected,
-        relearn_after=relearn_after,
         layout=run.layout,
     )
     digest = hashlib.sha256(json.dumps(asdict(plan)).encode()).hexdigest()

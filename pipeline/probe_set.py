@@ -168,21 +168,6 @@ def stands_alone(run: Run, plan: Plan, probe: ProbeSet) -> bool:
     return others + int((probe.labels >= 0).sum()) < plan.num_gallery
 
 
-def as_of(run: Run, plan: Plan, probe: ProbeSet, commit: int) -> ProbeSet:
-    """The probe set as a commit has it: with the wave and the transformed vector of each image as last planned.
-
-    What `gather` keeps is the first plan's.
-    """
-    for learnt in (wave for wave in plan.relearn_after if wave <= commit):
-        table = _replanned(run.relearnt(learnt), plan, probe.ids, learnt)
-        rows = np.searchsorted(probe.ids, table["id"].to_numpy())
-        wave, transformed, uncertainty = probe.wave.copy(), probe.transformed.copy(), probe.uncertainty.copy()
-        wave[rows], uncertainty[rows] = table["wave"].to_numpy(), table["uncertainty"].to_numpy()
-        transformed[rows] = vectors_from_arrow(table["vector"])
-        probe = replace(probe, wave=wave, transformed=transformed, uncertainty=uncertainty)
-    return probe
-
-
 def load(run: Run) -> ProbeSet | None:
     """The probe set as `gather` kept it; None where it is not there, or has fewer than two images."""
     if not is_gathered(run):
@@ -273,13 +258,3 @@ def _planned(run: Run, ids: Int64, part: int) -> pa.Table:
     uri = run.transformed_part(part)
     there = np.flatnonzero(np.isin(storage.read_parquet(uri, ["id"])["id"].to_numpy(), ids))
     return storage.read_parquet(uri, _PLANNED).take(pa.array(there))
-
-
-def _replanned(place: Run, plan: Plan, ids: Int64, learnt: int) -> pa.Table:
-    """What is planned anew of the probe's images, once and kept beside it: what a place holds never changes."""
-    uri = storage.join(place.uri, FOLDER, "set.parquet")
-    if not storage.exists(uri):
-        left = sum(wave.images for wave in plan.waves[learnt:])
-        found = pa.concat_tables(fan_out.each(_planned, (place, ids), range(plan.num_parts), left))
-        storage.put(uri, storage.parquet_bytes(found.schema, [found]))
-    return storage.read_parquet(uri)

@@ -136,14 +136,11 @@ class Tracker:
         self._recent_images = 0  # their sum: adding thousands up again for every unit would hold the driver up
         self._reading = Reading()
         self._start_seconds = time.monotonic()
-        self._asked = False
 
-    def pending(self, run: Run, last: int | None = None) -> list[Unit]:
-        """The units that are not durable, up to wave `last` or all, in plan order; from now on they are asked for."""
-        if not self._asked:
-            self._asked, self._start_seconds = True, time.monotonic()
-        done, most = self._done, len(self._plan.waves) if last is None else last
-        return [unit for unit in self._plan.units(run) if unit.wave <= most and unit.unit not in done[unit.wave]]
+    def pending(self, run: Run) -> list[Unit]:
+        """The units that are not durable, in plan order; from now on they are asked for."""
+        self._start_seconds = time.monotonic()
+        return [unit for unit in self._plan.units(run) if unit.unit not in self._done[unit.wave]]
 
     def add(self, ack: UnitAck) -> None:
         """Count a unit, once however often it is acknowledged.
@@ -160,14 +157,14 @@ class Tracker:
         self._recent_images += ack.embedded + ack.rejected
         self._check_rejects(ack.wave)
 
-    def whole_waves(self, last: int | None = None) -> list[int]:
-        """The waves, up to `last`, that have become whole since the last call, in order and without gaps.
+    def whole_waves(self) -> list[int]:
+        """The waves that have become whole since the last call, in order and without gaps.
 
         Raises:
             DataError: one of them has too many rejects.
         """
         found = []
-        while self._next_wave <= (len(self._plan.waves) if last is None else last):
+        while self._next_wave <= len(self._plan.waves):
             wave = self._plan.waves[self._next_wave - 1]
             if len(self._done[wave.wave]) < wave.units:
                 break

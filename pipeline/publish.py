@@ -1,9 +1,7 @@
 """Publish waves while the stream goes on: seal, commit, move `prod`; one at a time, strictly in order.
 
 Guarantee: commit n holds waves 1..n embedded and all others transformed, whatever order images were
-embedded in. A wave that is committed is never committed again. Where what is left was planned anew after a wave, the
-commit of that wave is the first to hold it: all waves after it are others, and no image is in two of them. It does not
-know how images are read.
+embedded in. A wave that is committed is never committed again. It does not know how images are read.
 """
 
 from __future__ import annotations
@@ -102,17 +100,6 @@ class Publisher:
             self._writer.check()
             self._checked = time.monotonic()
 
-    def may_go_on(self) -> bool:
-        """Wait until all that was submitted is published; False where a condition to stop is met by then.
-
-        Raises:
-            SnapshotConflict, GateRefused: as `check`, which looks now and then; this looks in any case.
-        """
-        for future in self._futures:
-            future.result()
-        self._writer.check()
-        return self.stopped is None
-
     def check_budget(self) -> None:
         """Stop where a budget is spent: waves that are not being published yet are left."""
         reason = self._promotion.stop.by_budget(time.monotonic(), telemetry.spent())
@@ -153,11 +140,10 @@ class Publisher:
         if self._commit is None:
             segments = self._sealer.transformed([item.wave for item in self._plan.waves])
         else:
-            left = [item.wave for item in self._plan.waves[wave:]] if wave in self._plan.relearn_after else []
-            kept = [segment for segment in self._commit.segments if segment.wave not in (wave, *left)]
+            kept = [segment for segment in self._commit.segments if segment.wave != wave]
             embedded, digest = self._sealer.embedded(wave, self._acknowledged.pop(wave, {}))
             digests = (*_padded(self._commit.log_digests, wave - 1), digest)
-            segments = kept + embedded + self._sealer.transformed(left, commit=wave)
+            segments = kept + embedded
         draft = self._draft(wave, segments, digests)
         sealed = time.perf_counter()
         if wave:

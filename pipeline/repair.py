@@ -108,7 +108,7 @@ def _waves(places: Iterable[str]) -> set[int]:
 def _cut_units_again(run: Run, plan: Plan, done: Repair, problems: list[Problem]) -> None:
     """The units of a wave are a function of the transformed gallery."""
     for wave in sorted(_waves(item.where for item in problems)):
-        place, size = plan.place(run, wave), plan.waves[wave - 1].images
+        place, size = plan.laid_out(run), plan.waves[wave - 1].images
         files = sorted({unit.rows_uri for unit in plan.units(run) if unit.wave == wave})
         try:
             plans.read_transformed(run, plan, wave, UNITS.names)  # before any file is moved
@@ -214,7 +214,7 @@ def _seal_one(run: Run, plan: Plan, ref: SegmentRef, commit: Commit, files: set[
     """Seal one segment again; None if its damaged files have the bytes that the commit names, else why not."""
     sealer = Sealer(run, plan, commit.codebook_path, commit.codebook_sha256)
     try:
-        found = seal_again(sealer, ref, commit.number)
+        found = seal_again(sealer, ref)
     except DataError as error:
         return f"it cannot be sealed again: {error}"
     same = run.path(ref.path) not in files or found.sha256 == ref.sha256

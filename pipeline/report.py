@@ -238,14 +238,12 @@ def _selection(run: Run) -> Tree | None:
         return None
     shown = [item for item in found.candidates if item == found.chosen or item in found.candidates[:_CANDIDATES]]
     rows = [asdict(item) | {"chosen": item == found.chosen} for item in shown]
-    learning = None if found.learning is None else str(found.learning)
     return {
         "metrics": found.metrics,
         "folds": found.folds,
         "count": len(found.candidates),
         "candidates": rows,
         "measured_on": found.measured_on,
-        "learning": learning,
         "warnings": [] if found.likeness is None else found.likeness.warnings(found.measured_on == "probe"),
     }
 

@@ -49,6 +49,7 @@ RUNTIME = {
 
 
 _CONTENT = "content of "
+_BOUND = "plan.group_bound"  # of version 0.1: the order was made with a `group_boost` that no setting says
 _TAG = re.compile(r"[\w-]+")  # it becomes a file's name
 _RESTORE = (
     "restore the file from a copy of the run; if your config is the one that the run was made with, you can also move "
@@ -88,8 +89,8 @@ STAGES = {
         "plan/settings.json",
         "plan/plan.json",
         (
-            *("plan.policy", "plan.traffic", "plan.group_boost", "plan.group_bound", "plan.waves"),
-            *("index.shards", "relearn", "content of plan.policy"),
+            *("plan.policy", "plan.traffic", "plan.group_boost", "plan.waves"),
+            *("index.shards", "content of plan.policy"),
         ),
     ),
     "index": Stage("index/settings.json", f"index/commits/{0:020d}.json", ("index.factory", "index.train_vectors")),
@@ -151,10 +152,6 @@ class Run:
     def part(self, folder: str, number: int) -> str:
         """Part `number` of a folder of Parquet files."""
         return self.path(folder, f"part-{number:05d}.parquet")
-
-    def relearnt(self, wave: int) -> Run:
-        """What was learnt anew once a wave was embedded, laid out like a run of its own; the run itself for 0."""
-        return Run(self.path("relearnt", f"wave-{wave:03d}")) if wave else self
 
     def commit(self, number: int) -> str:
         """The commit file of snapshot `number`."""
@@ -226,8 +223,14 @@ def check_resumable(config: Config, fingerprints: dict[str, str], *, all_inputs:
     _refuse(started, now, run.settings)
 
 
-def _with_later_settings(tree: dict[str, Any]) -> None:
-    """Add to a run's config what runs did not have at first, as the program did it then."""
+def _as_of_now(tree: dict[str, Any]) -> None:
+    """Bring a run's config into the form of this version.
+
+    Settings that runs did not have at first are added, as the program did it then; those that are gone are dropped.
+    """
+    tree.pop("relearn", None)
+    if isinstance(tree.get("plan"), dict):
+        tree["plan"].pop("group_bound", None)
     tree.setdefault("allow_outside", True)
     encoders = tree.get("encoders")
     for encoder in encoders.values() if isinstance(encoders, dict) else ():
@@ -300,7 +303,7 @@ def read_settings(run: Run) -> dict[str, object]:
     if missing:
         found = f"without {' and '.join(missing)}"
         raise DataError("not the settings of a run", found=found, where=run.settings, remedy=_RESTORE)
-    _with_later_settings(cast(dict[str, Any], settings["config"]))
+    _as_of_now(cast(dict[str, Any], settings["config"]))
     return settings
 
 
@@ -363,7 +366,13 @@ def _made_with(run: Run, stage: Stage) -> Identity | None:
     found = storage.read_versioned(run.path(stage.settings))
     if found is None:
         return None
-    return documents.decode(found[0], run.path(stage.settings), _RESTORE)
+    made_with = documents.decode(found[0], run.path(stage.settings), _RESTORE)
+    return {key: value for key, value in made_with.items() if not _is_gone(key, value)}
+
+
+def _is_gone(key: str, value: object) -> bool:
+    """Whether it is a setting of version 0.1 that has no effect now; `read_plan` refuses what `relearn` has changed."""
+    return _is_below(key, "relearn") or (key == _BOUND and value is None)
 
 
 def _refuse(started: Identity, now: Identity, where: str) -> None:
@@ -397,4 +406,5 @@ def _flatten(value: object, prefix: str) -> list[tuple[str, object]]:
 
 def _changes(started: Identity, now: Identity) -> list[str]:
     keys = [key for key in started | now if started.get(key) != now.get(key)]
-    return [f"{key}: the run has {started.get(key)!r}, you gave {now.get(key)!r}" for key in keys]
+    others = {_BOUND: "which only fastfill 0.1 has"}
+    return [f"{key}: the run has {started.get(key)!r}, {others.get(key, f'you gave {now.get(key)!r}')}" for key in keys]

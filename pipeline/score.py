@@ -2,8 +2,7 @@
 
 Guarantee: part k holds, for each image of gallery part k that has an old embedding, the transformed
 embedding, its uncertainty, and the policy's priority. No image is touched. A part that is there is
-not made again. The scored gallery is laid out by wave once the plan is known, and deleted then. Where a run learns on
-the way, the images that are left are scored again, by another transformation.
+not made again. The scored gallery is laid out by wave once the plan is known, and deleted then.
 """
 
 from __future__ import annotations
@@ -12,16 +11,13 @@ import contextlib
 import hashlib
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
-from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
 
 from pipeline import manifest, policy, storage
 from pipeline.actors import actor_pool
-from pipeline.boost import resolve_boost
 from pipeline.config import Config
 from pipeline.embeddings import embedding_log, read_embeddings
 from pipeline.errors import DataError
@@ -37,32 +33,6 @@ _APPLY_BATCH = 8192
 
 
 @dataclass(frozen=True, slots=True)
-class Scoring:
-    """What is scored, and by what.
-
-    Attributes:
-        run: the run.
-        place: whose transformation it is, and where the scored parts go: the run, or what was learnt anew.
-        folder: of these parts.
-        planned: where the images that are left are planned so far; None for the whole gallery.
-        after: only images of the waves after this one.
-    """
-
-    run: Run
-    place: Run
-    folder: str
-    planned: Run | None = None
-    after: int = 0
-
-    def left(self, part: int, ids: Int64) -> NDArray[np.bool_]:
-        """Which of some images of a part are to be scored, (N,) bool."""
-        if self.planned is None:
-            return np.ones(len(ids), np.bool_)
-        rows = storage.read_parquet(self.planned.transformed_part(part), ["id", "wave"])
-        return np.isin(ids, rows["id"].to_numpy()[rows["wave"].to_numpy() > self.after])
-
-
-@dataclass(frozen=True, slots=True)
 class ScoredPart:
     """A scored part: how many images it has, and the sha256 of its bytes."""
 
@@ -71,12 +41,7 @@ class ScoredPart:
 
 
 def score_gallery(config: Config, run: Run, folder: str) -> list[ScoredPart]:
-    """Transform and score every part of the gallery into a folder of the run; see `score_parts`."""
-    return score_parts(config, Scoring(run, run, folder))
-
-
-def score_parts(config: Config, scoring: Scoring) -> list[ScoredPart]:
-    """Transform and score every part of the gallery, or of what is left of it.
+    """Transform and score every part of the gallery into a folder of the run.
 
     Returns:
         what was written, by part.
@@ -85,16 +50,16 @@ def score_parts(config: Config, scoring: Scoring) -> list[ScoredPart]:
         ConfigError: the policy raised something, or there is no room for an actor.
         DataError: the old embeddings do not fit the transformation, or the policy gave a NaN.
     """
-    gallery = manifest.read_manifest(scoring.run, "gallery")
+    gallery = manifest.read_manifest(run, "gallery")
     assert gallery is not None, "the gallery is normalised before it is scored"
-    load_run_policy(config, scoring.run, scoring.place)  # a typing error shows here, before any work
+    load_run_policy(config, run)  # a typing error shows here, before any work
     parts = len(gallery.rows)
     pool = actor_pool(config.backfill, config.device)
     scored = (
         ray.data.range(parts, override_num_blocks=parts)
         .map_batches(
             Scorer,
-            fn_constructor_args=(config, scoring),
+            fn_constructor_args=(config, run, folder),
             batch_size=1,
             batch_format="numpy",
             compute=ActorPoolStrategy(min_size=1, max_size=pool.largest),
@@ -107,33 +72,32 @@ def score_parts(config: Config, scoring: Scoring) -> list[ScoredPart]:
     return [ScoredPart(row["images"], row["sha256"]) for row in rows]
 
 
-def load_run_policy(config: Config, run: Run, place: Run) -> Policy:
-    """The policy of the plan, with what the transformation at `place` knows of pairs.
+def load_run_policy(config: Config, run: Run) -> Policy:
+    """The policy of the plan, with what its transformation knows of pairs.
 
     Raises:
         ConfigError: it cannot be found, or the transformation was not fitted with what it needs.
         DataError: there is no transformation, or a file of it is missing or damaged.
     """
     plan, name = config.plan, resolve_policy(run, config.plan.policy)
-    boost = resolve_boost(config, run, name)
-    return policy.load_policy(name, config.seed, load_reference(place), plan.traffic, boost)
+    return policy.load_policy(name, config.seed, load_reference(run), plan.traffic, plan.group_boost)
 
 
 class Scorer:
     """The actor: holds h, writes one scored part a call, which stays as it was written first."""
 
-    def __init__(self, config: Config, scoring: Scoring) -> None:
-        self._config, self._scoring, place = config, scoring, scoring.place
+    def __init__(self, config: Config, run: Run, folder: str) -> None:
+        self._config, self._run, self._folder = config, run, folder
         self._device = resolve_device(config.device)
-        self._network, self._info = load_transformation(place, self._device)
-        offset = read_part(place, PART)
+        self._network, self._info = load_transformation(run, self._device)
+        offset = read_part(run, PART)
         self._offset = None if offset is None else Offset.from_bytes(offset)
-        self._policy = load_run_policy(config, scoring.run, place)
+        self._policy = load_run_policy(config, run)
 
     def __call__(self, batch: dict[str, Int64]) -> dict[str, list[int] | list[str]]:
         """Score the part of this number; gives its number, its images and the sha256 of its file."""
         part = int(batch["id"][0])
-        uri = self._scoring.place.part(self._scoring.folder, part)
+        uri = self._run.part(self._folder, part)
         data = self._stored(part, uri)
         return {"part": [part], "images": [_num_rows(data, uri)], "sha256": [hashlib.sha256(data).hexdigest()]}
 
@@ -147,17 +111,14 @@ class Scorer:
         return found[0]
 
     def _score(self, part: int) -> bytes:
-        run = self._scoring.run
-        log = embedding_log(self._config, run, "gallery", "old")
-        rows, old = read_embeddings(run, "gallery", part, "old_embedding", log)
-        left = self._scoring.left(part, rows["id"].to_numpy())
-        rows, old = rows.filter(pa.array(left)), old[left]
+        log = embedding_log(self._config, self._run, "gallery", "old")
+        rows, old = read_embeddings(self._run, "gallery", part, "old_embedding", log)
         if old.shape[1] != self._info.d_old:
             raise DataError(
                 "the gallery's old embeddings do not fit the transformation",
                 expected=f"width {self._info.d_old}",
                 found=f"width {old.shape[1]}",
-                where=run.part("gallery", part),
+                where=self._run.part("gallery", part),
             )
         transformed, uncertainty = apply(self._network, old, _side(rows), self._device, _APPLY_BATCH)
         columns = {name: rows[name].to_numpy() for name in ("id", "label", "group")}

@@ -55,13 +55,13 @@ class Sealer:
     codebook_path: str
     codebook_sha256: str
 
-    def transformed(self, waves: list[int], commit: int = 0) -> list[SegmentRef]:
-        """Seal waves before any of their images is embedded, as this commit has them, sorted by wave and shard.
+    def transformed(self, waves: list[int]) -> list[SegmentRef]:
+        """Seal waves before any of their images is embedded, sorted by wave and shard.
 
         Raises:
             TransientError: one of the tasks is killed every time.
         """
-        return [ref for refs in _run(_seal_transformed, self._tasks(waves, commit)) for ref in refs]
+        return [ref for refs in _run(_seal_transformed, self._tasks(waves)) for ref in refs]
 
     def embedded(self, wave: int, acknowledged: dict[int, str] | None = None) -> tuple[list[SegmentRef], str]:
         """Seal a wave whose units are all in the log.
@@ -92,12 +92,10 @@ class Sealer:
             )
         return [ref for refs, _ in found for ref in refs], digests[0]
 
-    def _tasks(self, waves: list[int], *more: object) -> list[tuple[str, tuple[object, ...]]]:
+    def _tasks(self, waves: list[int]) -> list[tuple[str, tuple[object, ...]]]:
         """One for each of a wave's shards, or for several of them where these are small."""
         return [
-            (f"wave {wave}, {_text(shards)}", (self, wave, shards, *more))
-            for wave in waves
-            for shards in self.together(wave)
+            (f"wave {wave}, {_text(shards)}", (self, wave, shards)) for wave in waves for shards in self.together(wave)
         ]
 
     def together(self, wave: int) -> list[range]:
@@ -153,8 +151,8 @@ def _text(shards: range) -> str:
     return f"shard {shards[0]}" if len(shards) == 1 else f"shards {shards[0]} to {shards[-1]}"
 
 
-def _seal_transformed(sealer: Sealer, wave: int, shards: range, commit: int) -> list[SegmentRef]:
-    return _write(sealer, wave, shards, *_planned(sealer, wave, shards, commit), "transformed")
+def _seal_transformed(sealer: Sealer, wave: int, shards: range) -> list[SegmentRef]:
+    return _write(sealer, wave, shards, *_planned(sealer, wave, shards), "transformed")
 
 
 def _seal_embedded(
@@ -202,8 +200,8 @@ def _check_acknowledged(log: VectorLog, wave: int, found: dict[int, str], acknow
             )
 
 
-def seal_again(sealer: Sealer, ref: SegmentRef, commit: int) -> SegmentRef:
-    """Seal one segment as a commit has it, in this process: on equal processors to the bytes that the commit names.
+def seal_again(sealer: Sealer, ref: SegmentRef) -> SegmentRef:
+    """Seal one segment in this process: on equal processors to the bytes that its commit names.
 
     Raises:
         DataError: the plan or the log is damaged.
@@ -211,7 +209,7 @@ def seal_again(sealer: Sealer, ref: SegmentRef, commit: int) -> SegmentRef:
     shards = range(ref.shard, ref.shard + 1)
     if ref.kind == "embedded":
         return _seal_embedded(sealer, ref.wave, shards)[0][0]
-    return _seal_transformed(sealer, ref.wave, shards, commit)[0]
+    return _seal_transformed(sealer, ref.wave, shards)[0]
 
 
 def _write(
@@ -234,10 +232,10 @@ def _ids_of(unit: Unit) -> Int64:
     return ids
 
 
-def _planned(sealer: Sealer, wave: int, shards: range, commit: int | None = None) -> tuple[Rows, NDArray[np.int32]]:
+def _planned(sealer: Sealer, wave: int, shards: range) -> tuple[Rows, NDArray[np.int32]]:
     """The rows of some shards of a wave as the plan has them, sorted by id, and the shard of each, (n,)."""
     columns = ["id", "shard", "uncertainty", "group", "vector"]
-    table = plans.read_transformed(sealer.run, sealer.plan, wave, columns, shards, commit).sort_by("id")
+    table = plans.read_transformed(sealer.run, sealer.plan, wave, columns, shards).sort_by("id")
     rows = Rows(
         ids=table["id"].to_numpy(),
         vectors=vectors_from_arrow(table["vector"]),

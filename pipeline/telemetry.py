@@ -240,7 +240,6 @@ def observe_commit(commit: Commit) -> None:
     INDEX_VECTORS.labels("embedded").set(commit.counts.embedded)
     INDEX_SEGMENTS.set(len(commit.segments))
     INDEX_BYTES.set(sum(segment.bytes for segment in commit.segments))
-    observe_quality(commit.number, commit.quality)
 
 
 def observe_quality(wave: int, figures: Mapping[str, float]) -> None:

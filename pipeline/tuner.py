@@ -85,12 +85,11 @@ def tune(
 
 
 def _sample(run: Run, plan: Plan, seed: int) -> list[pa.Table]:
-    """Up to 64 units of the whole plan, as first made, chosen at random, as rows in locality order."""
-    first = replace(plan, relearn_after=())
+    """Up to 64 units of the whole plan, chosen at random, as rows in locality order."""
     units = sum(wave.units for wave in plan.waves)
     chosen = np.random.default_rng(seed).permutation(units)[:_UNITS]
     wanted = set(chosen.tolist())
-    found = {number: unit for number, unit in enumerate(first.units(run)) if number in wanted}
+    found = {number: unit for number, unit in enumerate(plan.units(run)) if number in wanted}
     places = [(found[number].rows_uri, found[number].row_group) for number in chosen]
     return [storage.read_parquet(uri, UNITS.names, [row_group]) for uri, row_group in places]
 

@@ -203,7 +203,6 @@ def test_load_config_mutated_file_is_settings_or_one_error(tmp_path: Path) -> No
         "gallery": {"manifest": "gallery.parquet", "columns": {"id": "id", "uri": "uri"}, "metric": "l2"},
         "pairs": {"manifest": ["a.parquet", "b.parquet"], "columns": {"id": "id", "image": "image"}},
         "plan": {"waves": [0.25, 0.75], "traffic": False},
-        "relearn": {"after_waves": [1]},
     }
 
     def check(data: bytes) -> None:

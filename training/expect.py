@@ -13,7 +13,6 @@ import pyarrow as pa
 
 from pipeline import documents, fan_out, probe_set, storage
 from pipeline.agreement import among
-from pipeline.boost import resolve_boost
 from pipeline.config import Config
 from pipeline.evaluate import METRICS, Metrics, evaluate, order_by_priority, recall
 from pipeline.expected import Ends, Expected, expect, expected_uri, read_expected
@@ -109,7 +108,7 @@ def _shapes(config: Config, run: Run, labelled: bool) -> tuple[tuple[str, ...], 
     on the probe set are left aside: the probe set has its say by `_own`.
     """
     policy = resolve_policy(run, config.plan.policy)
-    boost, selection = resolve_boost(config, run, policy), read_selection(run)
+    boost, selection = config.plan.group_boost, read_selection(run)
     plain = not boost and not config.plan.traffic
     as_selected = selection is not None and selection.chosen.policy == policy and selection.measured_on == "pairs"
     if selection is not None and as_selected and plain and (labelled or "recall10" in selection.curves):
@@ -130,7 +129,7 @@ def curves_by_fold(
         boost: `group_boost`.
         labelled: whether to measure by labels, where each fold has some that can be.
     """
-    [priority] = priorities(config, pairs, policy, [boost])
+    priority = priorities(config, pairs, policy, boost)
     num_folds = FOLDS if len(priority) >= _LEAST_FOLDED else 1
     places = fold_places(len(priority), num_folds)
     some = [np.flatnonzero(places == number) for number in range(num_folds)]

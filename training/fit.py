@@ -78,7 +78,6 @@ def fit(
     data: FitData,
     on_epoch: Callable[[Epoch], None] | None = None,
     on_step: OnStep = lambda what, done, total: None,
-    classify: bool = False,
 ) -> TransformationInfo:
     """Fit, measure and save the run's transformation; one that is there already is left as it is.
 
@@ -94,8 +93,6 @@ def fit(
         on_step: of a selection, told what is done, how much of it, and of how much.
         on_epoch: called from a thread of this process after each epoch with `epoch` (from 0), `epochs`,
             `loss`, `alignment`, `lr`, `images_per_second` and `pid` (of rank 0's process).
-        classify: keep a classifier where there can be one, though neither loss nor offset needs it; after a selection
-            that is so by itself.
 
     Raises:
         ConfigError: the settings do not fit the data: no labels for the loss, too few parts or pairs.
@@ -111,8 +108,7 @@ def fit(
     if config.select is not None:
         chosen = select(config, run, data, on_step)
         config = config.model_copy(update={"fit": settings_of(chosen, config.fit)})
-    classify = (classify or chosen is not None) and can_classify(data)
-    job = replace(make_job(config, data), classify=classify)
+    job = replace(make_job(config, data), classify=chosen is not None and can_classify(data))
     network, classifier = _train(config, run, job, on_epoch)
     held_out = pa.concat_tables([storage.read_parquet(uri) for uri in data.held_out_parts])
     pairs = make_arrays(held_out, job)

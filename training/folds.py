@@ -172,7 +172,7 @@ def fit_folds(
 ) -> dict[Recipe, Fits]:
     """Each recipe's fits; they are tasks, side by side as far as the cluster has room."""
     settings, stored = config.select or Select(), ray.put(parts)
-    task = fitting_task(config, _fit_fold)
+    task = ray.remote(num_cpus=1, num_gpus=1 if _use_gpu(config) else 0)(_fit_fold)
     work = [(recipe, fold) for recipe in recipes for fold in range(settings.folds)]
     shape = [settings.folds, settings.max_pairs, settings.max_measured, parts.digest()]
     uris = {
@@ -193,12 +193,10 @@ def fit_folds(
     }
 
 
-def fitting_task(config: Config, function: Callable[..., object]) -> ray.remote_function.RemoteFunction:
-    """A function as a task that fits: on a GPU where the config, or the cluster, says so."""
-    gpus = ray.cluster_resources().get("GPU", 0)
-    use_gpu = config.device.startswith("cuda") or (config.device == "auto" and gpus > 0)
-    task: ray.remote_function.RemoteFunction = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(function)
-    return task
+def _use_gpu(config: Config) -> bool:
+    """Whether a fit takes a GPU: where the config, or the cluster, says so."""
+    gpus: float = ray.cluster_resources().get("GPU", 0)
+    return config.device.startswith("cuda") or (config.device == "auto" and gpus > 0)
 
 
 def job_of(config: Config, data: FitData, recipe: Recipe) -> Job:

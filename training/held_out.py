@@ -6,7 +6,6 @@ neighbour in it, and what `learned` has learnt of its harm is learnt again from 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -82,8 +81,8 @@ def as_scored(config: Config, pairs: HeldOut) -> Scored:
     return replace(scored, labels=np.array(labels, dtype=object))
 
 
-def priorities(config: Config, pairs: HeldOut, policy: str, boosts: Sequence[float]) -> list[Float32]:
-    """The priority of each pair under the run's policy, (N,) float32, for each `group_boost`; without traffic.
+def priorities(config: Config, pairs: HeldOut, policy: str, boost: float = 0.0) -> Float32:
+    """The priority of each pair under the run's policy, (N,) float32; without traffic.
 
     `learned` ranks a pair by a model of the harm of other folds' pairs.
 
@@ -91,17 +90,15 @@ def priorities(config: Config, pairs: HeldOut, policy: str, boosts: Sequence[flo
         config: `gallery` and `seed` count.
         pairs: of which the policy knows.
         policy: by its name.
-        boosts: one priority each.
+        boost: `group_boost`.
 
     Raises:
         ConfigError: the policy needs what the reference does not have.
     """
     scored = as_scored(config, pairs)
-    found = [np.empty(len(pairs.served), np.float32) for _ in boosts]
+    found = np.empty(len(pairs.served), np.float32)
     for rows, reference in _unseen(config, pairs, policy):
-        for boost, priority in zip(boosts, found, strict=True):
-            ranked = load_policy(policy, config.seed, reference, group_boost=boost)(_take(scored, rows))
-            priority[rows] = ranked
+        found[rows] = load_policy(policy, config.seed, reference, group_boost=boost)(_take(scored, rows))
     return found
 
 

@@ -3,7 +3,6 @@
     pairs -> folds -> fit each recipe on all folds but one (training.folds) -> z, s of the fold left out
           -> simulate the backfill of that fold: each offset with a few orders, then the best with all of them
           -> the simplest candidate within one standard error of the best, and the table of all
-          -> where the run may learn on the way: whether that is worth it
 
 Guarantee: what is measured on a fold was fitted without it: the network and its classifier, the offset, and what the
 policies know of pairs. Offset and policies are fitted on another fold, with the classifier that had not seen that one.
@@ -29,13 +28,12 @@ from pipeline.evaluate import METRICS, evaluate
 from pipeline.gallery import codes_of
 from pipeline.policy import POLICIES
 from pipeline.run import Run
-from pipeline.selection import Learning, Selection, learning_starts
+from pipeline.selection import Selection
 from pipeline.shift import Likeness, likeness
-from training.candidates import Candidate, Recipe, Row, Serving, choose, finalists, selection_of
+from training.candidates import Candidate, Recipe, Row, Serving, finalists, selection_of
 from training.folds import FOLDER, Fits, Fold, OnStep, Split, by_chance, digest, fit_folds, job_of, split, taken
 from training.learner import FitData, PairArrays, can_classify, make_arrays
 from training.losses import NO_LABEL, needs_labels
-from training.relearn_worth import decide
 from training.simulate import FINAL, SCREENING, Detail, measure_fold
 
 _SCREENING = ("random", "uncertainty", "least_confidence")
@@ -55,7 +53,7 @@ def select(config: Config, run: Run, data: FitData, on_step: OnStep) -> Selectio
     """Measure all candidates and choose one.
 
     Args:
-        config: `select` says what is tried, `relearn` whether learning on the way is to be decided on.
+        config: `select` says what is tried.
         run: with its probe set, if there is one. Fits and the selection are kept below FOLDER, until the caller has
             what it wants of them.
         data: all pairs; those that `fit` will hold out take part as any others.
@@ -72,7 +70,7 @@ def select(config: Config, run: Run, data: FitData, on_step: OnStep) -> Selectio
         sample = _measured(sample, settings)
     _check(settings, data, sample)
     parts = split(config, data, settings, sample)
-    decides = [settings.model_dump(mode="json"), _relearn_settings(config), parts.digest()]
+    decides = [settings.model_dump(mode="json"), parts.digest()]
     kept = run.path(FOLDER, f"{digest(config, data, decides)}.json")
     if storage.exists(kept):
         return Selection.from_tree(documents.decode(storage.read_bytes(kept), kept, documents.REDO), kept)
@@ -94,13 +92,8 @@ def _select(config: Config, run: Run, data: FitData, settings: Select, parts: Sp
     screened = _measure(config, sides, tried, first, SCREENING, "screen", on_step)
     rows = _measure(config, sides, finalists(screened, columns, settings.finalists), known, FINAL, "orders", on_step)
     found = selection_of(rows, screened, names, columns, len(some[0].s), _ends(config, some))
-    learning = None
-    if _relearn_settings(config) is not None:
-        learning = Learning("nothing", learning_starts(config), {}, {})
-        if names == METRICS:
-            learning = decide(config, data, parts, choose(rows, columns).candidate, columns, on_step)
     alike = _likeness(config, fits[recipes[0]])
-    return replace(found, measured_on=settings.measured_on, likeness=alike, learning=learning)
+    return replace(found, measured_on=settings.measured_on, likeness=alike)
 
 
 def _sample(config: Config, run: Run, data: FitData) -> PairArrays | None:
@@ -253,14 +246,6 @@ def _measure(
         ]
         on_step(f"select: {what}", done, len(tried))
     return rows
-
-
-def _relearn_settings(config: Config) -> dict[str, object] | None:
-    """What decides on learning on the way, where the selection is asked."""
-    relearn = config.relearn
-    if relearn.what != "selected" or not relearn.after_waves:
-        return None
-    return relearn.model_dump(mode="json") | {"waves": config.plan.waves, "held_out": config.pairs.held_out_fraction}
 
 
 def _likeness(config: Config, fits: Fits) -> Likeness | None:

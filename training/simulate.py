@@ -52,8 +52,8 @@ def measure_fold(
         policies: their names.
         detail: P points, and how many queries at most.
     """
-    served, others = serve(config, fold, other, serving)
-    reference = knowing(config, fold, other, others, "learned" in policies)
+    served, others = _serve(config, fold, other, serving)
+    reference = _reference(config, fold, other, others, "learned" in policies)
     ids, scored = np.arange(len(served)), fold.scored()
     orders = {}
     for name in policies:
@@ -64,7 +64,7 @@ def measure_fold(
     return curves_of(config, served, fold, orders, detail)[1]
 
 
-def serve(config: Config, fold: Fold, other: Fold, serving: Serving) -> tuple[Float32, Float32]:
+def _serve(config: Config, fold: Fold, other: Fold, serving: Serving) -> tuple[Float32, Float32]:
     """A fold and the pairs `other` as they are served, (N, d_new) and (M, d_new), by an offset fitted on `other`."""
     if serving.offset == "none":
         return fold.z, other.z
@@ -72,22 +72,6 @@ def serve(config: Config, fold: Fold, other: Fold, serving: Serving) -> tuple[Fl
         serving.offset, serving.strength, other.z, other.s, other.pairs.new, other.classifier, config.gallery.metric
     )
     return replace(fitted, classifier=fold.classifier).apply(fold.z, fold.s), fitted.apply(other.z, other.s)
-
-
-def knowing(config: Config, fold: Fold, other: Fold, served: Float32, learned: bool) -> Reference:
-    """What policies know of the pairs `other`, with the fold's own classifier.
-
-    Args:
-        config: `gallery.metric` and `seed` count.
-        fold: what is ranked.
-        other: pairs.
-        served: (M, d_new) float32, as these are served.
-        learned: whether the policy `learned` is to know its model.
-    """
-    reference = _reference(config, other, served, learned)
-    if fold.classifier is None:
-        return reference
-    return replace(reference, classifier_weight=fold.classifier.weight, classifier_bias=fold.classifier.bias)
 
 
 def queries_of(
@@ -154,12 +138,22 @@ def curves_of(
     return METRICS, {name: curve.values for name, curve in simulation.orders.items()}
 
 
-def _reference(config: Config, other: Fold, served: Float32, learned: bool) -> Reference:
+def _reference(config: Config, fold: Fold, other: Fold, served: Float32, learned: bool) -> Reference:
+    """What policies know of the pairs `other`, with the fold's own classifier.
+
+    Args:
+        config: `gallery.metric` and `seed` count.
+        fold: what is ranked.
+        other: pairs.
+        served: (M, d_new) float32, as these are served.
+        learned: whether the policy `learned` is to know its model.
+    """
     pairs, metric = other.pairs, config.gallery.metric
     known = None if other.classifier is None else (other.classifier.weight, other.classifier.bias)
     reference = build_reference(pairs.old, other.z, other.s, pairs.new, pairs.labels, known, metric, config.seed)
-    if not learned:
+    if learned:
+        costs = harm(served, pairs.new, other.labels(), metric, config.seed)
+        reference = fit_learned(other.scored(), reference, costs, config.seed)
+    if fold.classifier is None:
         return reference
-    return fit_learned(
-        other.scored(), reference, harm(served, pairs.new, other.labels(), metric, config.seed), config.seed
-    )
+    return replace(reference, classifier_weight=fold.classifier.weight, classifier_bias=fold.classifier.bias)

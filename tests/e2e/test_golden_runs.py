@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
+from pipeline import documents
 from tests.data.make_golden_runs import DATA, GALLERY
 from tests.golden import FINISHED, HALF, copy_run
 
@@ -71,6 +72,17 @@ def test_a_half_finished_golden_run_is_resumed_to_the_end(name: str, tmp_path: P
     assert read_json("audit", "--config", config)["problems"] == []
     found = nearest(config)
     assert np.mean([f"gallery {row}" in ids for row, ids in enumerate(found)]) >= 0.9, "the codec is lossy"
+
+
+@pytest.mark.parametrize("command", ["status", "audit", "backfill"])
+def test_a_golden_run_that_would_cut_its_waves_again_on_the_way_needs_version_0_1(command: str, tmp_path: Path) -> None:
+    config = copy_run(HALF[0], tmp_path)
+    path = tmp_path / "run/plan/plan.json"
+    plan = documents.decode(path.read_bytes(), str(path))
+    path.write_bytes(documents.encode(plan | {"relearn_after": [3]}))
+    result = fastfill(command, "--config", config)
+    assert result.exit_code == 3
+    assert "use fastfill 0.1 for this run" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize("name", FINISHED + HALF)

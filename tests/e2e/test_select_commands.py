@@ -39,14 +39,11 @@ def test_what_was_selected_by_a_labelled_sample_is_planned_backfilled_and_report
         probe={"manifest": "sample.parquet", "columns": {"id": "name", "label": "digit"}},
         select=SELECT | {"measured_on": "probe"},
         plan__policy="selected",
-        relearn={"after_waves": [3], "what": "selected"},
     )
     shown = " ".join(fastfill("fit", "--config", path).stderr.split())
     run = Run(load_config(path).run)
     found = read_selection(run)
     assert found is not None
-    assert found.learning is not None
-    assert f"To learn on the way: {found.learning}." in shown
     assert "on the probe set, 2 folds" in shown
     assert f"{len(found.candidates)} candidates by the area of" in shown
     assert f"in the order {found.chosen.policy}" in shown
@@ -54,11 +51,9 @@ def test_what_was_selected_by_a_labelled_sample_is_planned_backfilled_and_report
     plan = read_plan(run)
     assert plan is not None
     assert resolve_policy(run, plan.policy) == found.chosen.policy
-    assert plan.relearn_after == (() if found.learning.what == "nothing" else (3,))
     fastfill("backfill", "--config", path)
     report = json.loads(storage.read_bytes(run.path("reports", "report.json")))
     assert report["selection"]["count"] == len(found.candidates)
-    assert report["selection"]["learning"] == str(found.learning)
     assert all("top1" in commit["figures"] for commit in report["probe"])
     status = json.loads(fastfill("status", "--config", path, "--json").stdout)
     assert status["published"] == status["gallery"]

@@ -92,17 +92,7 @@ def test_an_order_for_which_the_fit_will_leave_what_it_needs_passes(check: Check
         ({"plan__policy": "neighbour_purity", "pairs__columns__label": None}, ConfigError, "pairs.columns.label"),
         ({"plan__traffic": True}, ConfigError, "expected: gallery.columns.traffic"),
         ({"plan__group_boost": 1.0}, ConfigError, "expected: pairs.columns.group and .label"),
-        (
-            {"plan__group_bound": 0.5},
-            ConfigError,
-            r"expected: pairs.columns.group and .label\n  found: plan.policy uncertainty, .*group_bound 0\.5",
-        ),
         ({"plan__policy": "selected"}, ConfigError, "nothing is selected(.|\n)*where: plan.policy: selected"),
-        (
-            {"relearn": {"after_waves": [1], "what": "selected"}},
-            ConfigError,
-            "nothing is selected(.|\n)*where: relearn.what: selected",
-        ),
         ({"select": {"measured_on": "probe"}, "probe__images": 0}, ConfigError, "at least 300 images(.|\n)*found: 0"),
         ({"select": {"measured_on": "probe"}}, ConfigError, "too small to choose by(.|\n)*found: 200"),
         ({"plan__policy": "no_such_module:order"}, ConfigError, "the policy's function cannot be found"),

@@ -18,7 +18,7 @@ NUM_PARTS = 2
 
 def plan_in_process(patch: pytest.MonkeyPatch) -> None:
     """Score, count, lay out and cut without Ray; for galleries of NUM_PARTS parts."""
-    patch.setattr(score, "score_parts", lambda config, scoring: score_each(Scorer(config, scoring)))
+    patch.setattr(score, "score_gallery", lambda *scored: score_each(Scorer(*scored)))
     patch.setattr(planner, "count_parts", _count_parts)
     patch.setattr(planner, "lay_out", _lay_out)
     patch.setattr(planner, "cut_waves", _cut_waves)
@@ -34,11 +34,10 @@ def _count_parts(run: Run, scored: str, parts: int, levels: Any, seed: int) -> I
     yield planner._count_some(run, scored, range(parts), levels, seed)
 
 
-def _lay_out(run: Run, scored: str, parts: int, found: Any, config: Config, first_wave: int = 1) -> None:
+def _lay_out(run: Run, scored: str, parts: int, found: Any, config: Config) -> None:
     for part in range(parts):
-        planner.lay_out_part(run, scored, part, found, config, first_wave)
+        planner.lay_out_part(run, scored, part, found, config)
 
 
-def _cut_waves(run: Run, parts: int, sizes: list[int], shards: int, images: int, first_wave: int = 1) -> list[int]:
-    each = enumerate(sizes, first_wave)
-    return [planner.cut_wave(run, parts, wave, size, shards, images) for wave, size in each]
+def _cut_waves(run: Run, parts: int, sizes: list[int], shards: int, images: int) -> list[int]:
+    return [planner.cut_wave(run, parts, wave, size, shards, images) for wave, size in enumerate(sizes, 1)]

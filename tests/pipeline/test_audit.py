@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import commits, index, snapshot, storage
+from pipeline import commits, documents, index, snapshot, storage
 from pipeline.audit import audit
 from pipeline.config import Metric
-from pipeline.errors import DataError, TransientError
+from pipeline.errors import DataError, IncompatibleRun, TransientError
 from pipeline.evidence import Notes
 from pipeline.local_store import LocalStore
 from pipeline.run import Run
@@ -42,6 +42,14 @@ def template(metric: Metric, factory: str) -> WholeRun:
     snapshot.promote(whole.run, 1, blockers=[])
     atexit.register(shutil.rmtree, whole.run.uri)
     return whole
+
+
+def test_audit_run_of_version_0_1_that_this_one_cannot_follow_is_refused_and_not_called_damaged(tmp_path: Path) -> None:
+    run = make(tmp_path).run
+    plan = documents.decode(storage.read_bytes(run.plan), run.plan)
+    storage.put(run.plan, documents.encode(plan | {"relearn_after": [2]}))
+    with pytest.raises(IncompatibleRun, match=r"use fastfill 0\.1"):
+        audit(run.uri)
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "IVF4,SQ8"])

@@ -232,18 +232,10 @@ def test_all_problems_are_listed_at_once_each_with_its_key() -> None:
         assert f"  - {key}" in message
 
 
-@pytest.mark.parametrize(
-    ("after", "waves", "found"),
-    [
-        ([3, 2], 20, "ascending"),
-        ([2, 2], 20, "ascending"),
-        ([0], 20, "after_waves"),
-        ([20], 20, "wave 20 has none after it"),
-        ([2], [0.5, 0.5], "wave 2 has none after it"),
-    ],
-)
-def test_waves_after_which_nothing_can_be_learnt_are_refused(after: object, waves: object, found: str) -> None:
-    assert found in refusal(tree(relearn={"after_waves": after}, plan={"waves": waves}))
+def test_settings_of_version_0_1_are_unknown_and_the_valid_ones_are_named() -> None:
+    message = refusal(tree(relearn={"after_waves": [3]}, plan={"group_bound": 0.5}))
+    assert "plan.group_bound: unknown key; did you mean 'group_boost'?" in message
+    assert "relearn: unknown key; valid here: run, data_root, " in message
 
 
 @pytest.mark.parametrize("waves", [[0.5, 0.4], [0.5, 0.6], [1.0, 0.0], [1.5, -0.5], 0, []])

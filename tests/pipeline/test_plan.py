@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import storage
-from pipeline.errors import ConfigError
+from pipeline import documents, storage
+from pipeline.errors import ConfigError, IncompatibleRun
 from pipeline.plan import UNITS_PER_FILE, Plan, Wave, read_plan, read_transformed, wave_sizes
 from pipeline.run import Run
 from pipeline.schema import transformed_schema, vectors_to_arrow
@@ -94,38 +93,24 @@ def test_units_cover_each_image_of_each_wave_once_and_in_order(sizes: list[int],
         assert 1 <= mine[-1].images <= unit_images
 
 
-@given(st.sets(st.integers(1, 9)))
-def test_what_a_wave_holds_when_it_is_embedded_is_planned_after_the_last_chosen_wave_before_it(
-    waves: set[int],
-) -> None:
-    after = tuple(sorted(waves))
-    run, plan = Run("run"), replace(make_plan([7] * 10, 4), relearn_after=after)
-    assert plan.stages == (*after, 10)
-    for wave in range(1, 11):
-        last = max((number for number in after if number < wave), default=0)
-        assert plan.place(run, wave) == run.relearnt(last)
-        mine = {unit.rows_uri for unit in plan.units(run) if unit.wave == wave}
-        assert mine == {run.relearnt(last).wave_units(wave, 0)}
-        for commit in range(11):
-            planned = max((number for number in after if number <= min(commit, wave - 1)), default=0)
-            assert plan.place(run, wave, commit) == run.relearnt(planned)
-    assert run.relearnt(0) == run
-
-
-@pytest.mark.parametrize("relearn_after", [(), (1, 2)])
-def test_a_plan_comes_back_from_its_file_as_it_went_in(tmp_path: Path, relearn_after: tuple[int, ...]) -> None:
-    run, plan = Run(str(tmp_path)), replace(make_plan([3, 10, 20], 4), relearn_after=relearn_after)
-    assert read_plan(run) is None
-    storage.put(run.plan, json.dumps(asdict(plan)).encode())
-    assert read_plan(run) == plan
-
-
-def test_a_plan_from_before_runs_learnt_on_the_way_is_read(tmp_path: Path) -> None:
+def test_a_plan_comes_back_from_its_file_as_it_went_in(tmp_path: Path) -> None:
     run, plan = Run(str(tmp_path)), make_plan([3, 10, 20], 4)
-    tree = asdict(plan)
-    del tree["relearn_after"]
-    storage.put(run.plan, json.dumps(tree).encode())
+    assert read_plan(run) is None
+    storage.put(run.plan, documents.encode(plan))
     assert read_plan(run) == plan
+
+
+def test_a_plan_of_version_0_1_is_read(tmp_path: Path) -> None:
+    run, plan = Run(str(tmp_path)), make_plan([3, 10, 20], 4)
+    storage.put(run.plan, documents.encode(asdict(plan) | {"relearn_after": []}))
+    assert read_plan(run) == plan
+
+
+def test_a_plan_of_version_0_1_that_cuts_waves_again_on_the_way_is_refused(tmp_path: Path) -> None:
+    run = Run(str(tmp_path))
+    storage.put(run.plan, documents.encode(asdict(make_plan([3, 10, 20], 4)) | {"relearn_after": [1, 2]}))
+    with pytest.raises(IncompatibleRun, match=r"found: relearn_after \[1, 2\](.|\n)*use fastfill 0\.1"):
+        read_plan(run)
 
 
 def test_a_wave_or_a_shard_of_it_is_read_from_all_parts(tmp_path: Path) -> None:

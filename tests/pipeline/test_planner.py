@@ -18,7 +18,7 @@ from pipeline.errors import IncompatibleRun
 from pipeline.plan import SCORED, Plan, dropped_files, read_plan, read_transformed
 from pipeline.reference import PART, build_reference
 from pipeline.run import Run
-from pipeline.score import ScoredPart, Scorer, Scoring
+from pipeline.score import ScoredPart, Scorer
 from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
 from tests.pipeline.in_process import plan_in_process, score_each
 from tests.pipeline.interleave import Turns
@@ -58,9 +58,9 @@ def in_two_threads(patch: pytest.MonkeyPatch, order: Iterable[int], drivers: lis
     """What each driver's `make_plan` gives; the second driver is on another processor."""
     plan_in_process(patch)
 
-    def score_parts(config: Config, scoring: Scoring) -> list[ScoredPart]:
+    def score_gallery(config: Config, run: Run, folder: str) -> list[ScoredPart]:
         kind = OtherProcessor if threading.current_thread() in others else Scorer
-        return score_each(kind(config, scoring))
+        return score_each(kind(config, run, folder))
 
     others: set[threading.Thread] = set()
 
@@ -68,7 +68,7 @@ def in_two_threads(patch: pytest.MonkeyPatch, order: Iterable[int], drivers: lis
         others.add(threading.current_thread())
         return planner.make_plan(*drivers[1])
 
-    patch.setattr(score, "score_parts", score_parts)
+    patch.setattr(score, "score_gallery", score_gallery)
     return Turns(patch, order).run(lambda: planner.make_plan(*drivers[0]), second)
 
 
@@ -102,17 +102,17 @@ def test_make_plan_slower_driver_that_rounds_differently_takes_the_plan_and_leav
     before: list[dict[str, bytes]] = []
     with pytest.MonkeyPatch.context() as patch:
         plan_in_process(patch)
-        real = score.score_parts
+        real = score.score_gallery
 
-        def meanwhile(config: Config, scoring: Scoring) -> list[ScoredPart]:
+        def meanwhile(config: Config, run: Run, folder: str) -> list[ScoredPart]:
             if not before:
                 before.append({})
                 planner.make_plan(config, run)
                 before[0] = content(run)
-                return score_each(OtherProcessor(config, scoring))
-            return real(config, scoring)
+                return score_each(OtherProcessor(config, run, folder))
+            return real(config, run, folder)
 
-        patch.setattr(score, "score_parts", meanwhile)
+        patch.setattr(score, "score_gallery", meanwhile)
         plan = planner.make_plan(config, run)
     assert plan == read_plan(run)
     assert content(run) == before[0]

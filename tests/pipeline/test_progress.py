@@ -116,17 +116,6 @@ def test_a_resumed_count_equals_an_uninterrupted_one(tmp_path: Path, first: int)
     assert resumed.whole_waves() == straight.whole_waves() == [1, 2, 3, 4]
 
 
-def test_a_stretch_of_waves_is_asked_for_and_told_apart(tmp_path: Path) -> None:
-    counting, every = tracker(tmp_path), units()
-    assert counting.pending(Run(""), 2) == [unit for unit in every if unit.wave <= 2]
-    for unit in every:
-        counting.add(ack(unit))
-    assert counting.whole_waves(0) == []
-    assert counting.whole_waves(2) == [1, 2]
-    assert counting.whole_waves(2) == []
-    assert counting.whole_waves(4) == [3, 4]
-
-
 def test_rejects_of_a_unit_that_died_count_once_when_it_is_done_again(tmp_path: Path) -> None:
     unit = units()[0]
     write(tmp_path, unit, rejected=2)

@@ -19,11 +19,9 @@ from pipeline.run import Run
 from pipeline.schema import UnitAck
 from pipeline.snapshot import Writer
 from pipeline.stream import Work
+from tests.pipeline.planned_backfill import backfill_in_process, begin
 from tests.pipeline.unreliable_store import FakeTime
 from tests.pipeline.whole_run import DIM, WholeRun
-from tests.training.test_relearn import begin, in_this_process
-
-__all__ = ["in_this_process"]  # a fixture
 
 
 @pytest.fixture
@@ -112,12 +110,16 @@ def test_publisher_refuses_a_wave_with_a_part_that_is_not_the_acknowledged_one(
     assert snapshot.list_commits(whole.run) == [0]
 
 
-def test_a_driver_goes_on_with_the_codebook_of_a_commit_that_it_adopts(tmp_path: Path, in_this_process: None) -> None:
-    config, run, plan, encoder = begin(tmp_path, after=())
+def test_a_driver_goes_on_with_the_codebook_of_a_commit_that_it_adopts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backfill_in_process(monkeypatch)
+    scene = begin(tmp_path)
+    config, run, plan = scene.config, scene.run, scene.plan
     config = config.model_copy(update={"index": config.index.model_copy(update={"factory": "IVF4,Flat", "nprobe": 4})})
     late = Publisher(config.model_copy(update={"seed": 8}), run, plan)  # as on another processor: other bytes
     sealed = late._draft(0, late._sealer.transformed([item.wave for item in plan.waves]), ())
-    for _ in encoder.stream([Work(config.encoders.new, plan.log(run), plan.units(run))], config):
+    for _ in scene.encoder.stream([Work(config.encoders.new, plan.log(run), plan.units(run))], config):
         pass
 
     with Publisher(config, run, plan) as publisher:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import storage
+from pipeline import documents, storage
 from pipeline.config import Config
 from pipeline.errors import IncompatibleRun
 from pipeline.resumed import as_started
-from pipeline.run import Run
-from tests.pipeline.test_run import begin, config
+from pipeline.run import STAGES, Run, read_settings
+from tests.pipeline.test_run import begin, config, finish
 
 
 def begin_before_later_settings(item: Config) -> Run:
@@ -53,3 +53,34 @@ def test_as_started_setting_that_is_given_stays_and_is_refused_by_its_name(tmp_p
 def test_as_started_run_that_ignores_exif_goes_on_so_without_the_key(tmp_path: Path) -> None:
     begin(config(tmp_path, encoders__new__preprocess__exif="ignore"))
     begin(as_started(config(tmp_path)))
+
+
+def begin_in_version_0_1(item: Config, group_bound: float | None = None) -> Run:
+    """A planned run with the settings that this version does not have."""
+    run = finish(item)
+    settings = read_settings(run)
+    tree = json.loads(json.dumps(settings["config"]))
+    tree["relearn"] = {"after_waves": [3], "what": "selected", "images": 200_000}
+    tree["plan"]["group_bound"] = group_bound
+    storage.put(run.settings, documents.encode(settings | {"config": tree}))
+    where = run.path(STAGES["plan"].settings)
+    relearn = {"relearn.after_waves": [3], "relearn.what": "selected", "relearn.images": 200_000}
+    made_with = documents.decode(storage.read_bytes(where), where) | relearn | {"plan.group_bound": group_bound}
+    storage.put(where, documents.encode(made_with))
+    return run
+
+
+def test_as_started_run_of_version_0_1_goes_on_without_the_settings_that_are_gone(tmp_path: Path) -> None:
+    run = begin_in_version_0_1(config(tmp_path))
+    written = storage.read_bytes(run.settings)
+    begin(as_started(config(tmp_path)))
+    assert Config.model_validate(read_settings(run)["config"]) == config(tmp_path)
+    assert storage.read_bytes(run.settings) == written
+
+
+def test_as_started_run_whose_order_was_made_with_a_group_bound_is_refused(tmp_path: Path) -> None:
+    begin_in_version_0_1(config(tmp_path), group_bound=0.5)
+    with pytest.raises(IncompatibleRun) as caught:
+        begin(as_started(config(tmp_path)))
+    lines = [line for line in str(caught.value).splitlines() if line.startswith("  - ")]
+    assert lines == ["  - plan.group_bound: the run has 0.5, which only fastfill 0.1 has"]

@@ -18,7 +18,7 @@ from pipeline.partition import Partition, write_part
 from pipeline.reference import PART, build_reference
 from pipeline.run import Run
 from pipeline.schema import vectors_to_arrow
-from pipeline.score import Scorer, Scoring
+from pipeline.score import Scorer
 from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
 
 NUM, D_OLD, D_NEW = 40, 5, 3
@@ -47,7 +47,7 @@ def scene(folder: Path, weights: object = TRAFFIC, **plan: object) -> tuple[Conf
 
 
 def priorities(config: Config, run: Run) -> np.ndarray:
-    scorer = Scorer(config, Scoring(run, run, "scored"))
+    scorer = Scorer(config, run, "scored")
     uri = run.part("scored", 0)
     for _ in range(2):  # the second time it is there already
         found = scorer({"id": np.array([0])})
@@ -83,4 +83,4 @@ def test_traffic_that_is_no_weight_is_refused_with_its_row(tmp_path: Path, bad: 
 def test_a_policy_without_what_it_needs_is_refused_before_a_part_is_scored(tmp_path: Path) -> None:
     config, run = scene(tmp_path, policy="entropy")
     with pytest.raises(ConfigError, match="expected: classifier"):
-        Scorer(config, Scoring(run, run, "scored"))
+        Scorer(config, run, "scored")

@@ -141,7 +141,7 @@ def test_the_driver_counts_each_of_its_own_retries_once(endpoint: str, monkeypat
     monkeypatch.setattr(driver, "embed_stream", lambda *_: iter(acks))
     before = retries(scrape(endpoint))
     COUNTS.add("retries:InternalError")  # before it began
-    found = driver.backfill(MagicMock(), MagicMock(), MagicMock(stages=(2,), relearn_after=()), lambda _: None)
+    found = driver.backfill(MagicMock(), MagicMock(), MagicMock(), lambda _: None)
     assert found.reading.retries == 3 + 3 * 3  # of the units, and of commits 0 to 2
     assert retries(scrape(endpoint)) - before == 3 + 3 * 3
 
@@ -163,16 +163,15 @@ def test_actors_are_counted_once_and_forgotten_when_they_give_nothing_more(endpo
     assert scrape(endpoint)["fastfill_embed_actors"] == 1
 
 
-def test_a_driver_that_goes_on_knows_how_old_the_snapshot_is_and_how_good(endpoint: str) -> None:
+def test_a_driver_that_goes_on_knows_how_old_the_snapshot_is_and_what_it_holds(endpoint: str) -> None:
     segment = SegmentRef(0, 1, "embedded", "p", "s", 500, 90, "q", "t", rejected=5)
     counts = Vectors.of([segment, SegmentRef(0, 2, "transformed", "p", "s", 300, 10, "q", "t")])
-    commit = Commit(1, 0, "", "", "l2", 1, 2, 2, 1, (segment, segment), counts, {"map": 25.0}, created_unix_seconds=7.5)
+    commit = Commit(1, 0, "", "", "l2", 1, 2, 2, 1, (segment, segment), counts, created_unix_seconds=7.5)
     telemetry.observe_commit(commit)
     found = scrape(endpoint)
     assert found["fastfill_snapshot_published_timestamp_seconds"] == 7.5
     assert (found["fastfill_index_vectors:embedded"], found["fastfill_index_vectors:transformed"]) == (85, 15)
     assert (found["fastfill_index_segments"], found["fastfill_index_bytes"]) == (2, 1000)
-    assert found["fastfill_wave_quality_ratio:map:1"] == 0.25
 
 
 def test_what_the_fit_and_the_curve_say_is_there(endpoint: str) -> None:

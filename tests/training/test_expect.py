@@ -79,7 +79,7 @@ def test_a_fold_s_curve_is_that_of_embedding_it_piece_by_piece(
     names, curves = curves_by_fold(config, pairs, "uncertainty", boost)
     assert names == ("top1", "top5", "map")
     assert curves.shape == (folds, 22, 3)
-    [priority] = priorities(config, pairs, "uncertainty", [boost])
+    priority = priorities(config, pairs, "uncertainty", boost)
     assert pairs.fold.pairs.labels is not None
     for fold in range(folds):
         rows = np.flatnonzero(fold_places(num, folds) == fold)

@@ -13,7 +13,7 @@ from pipeline.config import Config
 from pipeline.config_file import validate
 from pipeline.offset import Offset
 from pipeline.policy import Scored, load_policy
-from pipeline.schema import Float32, vectors_from_arrow
+from pipeline.schema import vectors_from_arrow
 from tests.pipeline.synthetic_run import Options, known, make_run
 from tests.training.planned_run import pairs_of, save, write_pairs
 from training.harm import fit_learned, harm
@@ -25,11 +25,6 @@ def config_of(folder: Path, **columns: str) -> Config:
     images = {"manifest": "images", "columns": columns}
     tree = {"run": str(folder), "encoders": {"new": encoder}, "gallery": images}
     return validate(tree | {"pairs": {"manifest": "images", "columns": {}}}, "test")
-
-
-def one(config: Config, pairs: HeldOut, policy: str, boost: float = 0.0) -> Float32:
-    [found] = priorities(config, pairs, policy, [boost])
-    return found
 
 
 def test_they_come_by_index_as_the_network_gives_them_and_are_served_with_the_offset(tmp_path: Path) -> None:
@@ -59,7 +54,7 @@ def test_the_learned_order_of_a_pair_is_by_a_model_of_the_other_folds_alone(tmp_
     reference, fold = pairs.reference, pairs.fold
     assert reference is not None
     assert fold.pairs.labels is not None
-    found, places, scored = one(config, pairs, "learned"), fold_places(400, FOLDS), fold.scored()
+    found, places, scored = priorities(config, pairs, "learned"), fold_places(400, FOLDS), fold.scored()
     for number in range(FOLDS):
         rows, rest = np.flatnonzero(places == number), np.flatnonzero(places != number)
         taken = fold.take(rest)
@@ -76,10 +71,10 @@ def test_the_order_by_class_goes_by_the_pairs_labels_where_the_gallery_has_some(
     labels, new = pairs.fold.pairs.labels, pairs.fold.pairs.new
     assert labels is not None
     means = np.stack([new[labels == label].mean(axis=0) for label in range(labels.max() + 1)])
-    found = one(config_of(tmp_path, label="label"), pairs, "class_mean")
+    found = priorities(config_of(tmp_path, label="label"), pairs, "class_mean")
     assert found == pytest.approx(np.square(pairs.fold.z - means[labels]).sum(axis=1), rel=1e-4)
     nearest = np.square(pairs.fold.z[:, None] - means).sum(axis=2).min(axis=1)
-    assert one(config_of(tmp_path), pairs, "class_mean") == pytest.approx(nearest, rel=1e-3, abs=1e-3)
+    assert priorities(config_of(tmp_path), pairs, "class_mean") == pytest.approx(nearest, rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize("policy", ["uncertainty", "learned"])
@@ -89,7 +84,7 @@ def test_a_boost_raises_the_groups_that_need_it(tmp_path: Path, policy: str) -> 
     assert pairs.reference.group_need is not None
     needs = dict(zip(pairs.reference.group_names, pairs.reference.group_need.tolist(), strict=True))
     need = np.array([needs[group] for group in pairs.groups.tolist()])
-    plain, boosted = priorities(config, pairs, policy, [0.0, 4.0])
+    plain, boosted = (priorities(config, pairs, policy, boost) for boost in (0.0, 4.0))
     cost = np.exp(plain) if policy == "uncertainty" else plain
     assert boosted == pytest.approx(cost * (1 + 4 * need), rel=1e-4, abs=1e-5)
 
@@ -97,7 +92,7 @@ def test_a_boost_raises_the_groups_that_need_it(tmp_path: Path, policy: str) -> 
 def test_two_pairs_are_enough_to_rank(tmp_path: Path) -> None:
     pairs = pairs_of(40)
     few = HeldOut(pairs.fold.take(np.arange(2)), pairs.served[:2], pairs.groups[:2], pairs.reference)
-    assert np.isfinite(one(config_of(tmp_path), few, "learned")).all()
+    assert np.isfinite(priorities(config_of(tmp_path), few, "learned")).all()
 
 
 def test_a_policy_of_the_users_own_sees_all_pairs_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,4 +101,4 @@ def test_a_policy_of_the_users_own_sees_all_pairs_at_once(tmp_path: Path, monkey
     monkeypatch.syspath_prepend(str(tmp_path))
     pairs = replace(pairs_of(60), reference=None)
     assert isinstance(pairs.fold.scored(), Scored)
-    assert one(config_of(tmp_path), pairs, "own_order_of_pairs:order") == pytest.approx(pairs.fold.s + 60)
+    assert priorities(config_of(tmp_path), pairs, "own_order_of_pairs:order") == pytest.approx(pairs.fold.s + 60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,22 +14,13 @@ import torch
 from pipeline import selection, storage
 from pipeline.config import Config, Select
 from pipeline.config_file import validate
-from pipeline.config_method import Relearn
 from pipeline.errors import ConfigError
 from pipeline.offset import Classifier, fit_offset
 from pipeline.policy import load_policy
 from pipeline.reference import load_reference
 from pipeline.run import Run
 from pipeline.schema import vectors_from_arrow, vectors_to_arrow
-from pipeline.selection import (
-    Candidate,
-    Learning,
-    Selection,
-    learning_starts,
-    read_selection,
-    resolve_policy,
-    resolve_relearn,
-)
+from pipeline.selection import Candidate, Selection, read_selection, resolve_policy
 from pipeline.transformation import read_info
 from tests.training.test_fit import D_NEW, _data
 from training import folds
@@ -143,22 +135,17 @@ def probed(monkeypatch: pytest.MonkeyPatch, table: pa.Table) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_probe_set_is_measured_in_place_of_pairs_and_decides_on_learning_on_the_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_probe_set_is_measured_in_place_of_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = _data(tmp_path, hard=True)
     sample = sample_of(data, 201)
     probed(monkeypatch, sample)
     one = {"policies": ["uncertainty"], "losses": ["alignment+uncertainty"], "offsets": ["none"]}
-    relearn = Relearn(after_waves=(2,), what="selected")
-    config = config_of(tmp_path, **one, measured_on="probe").model_copy(update={"relearn": relearn})
+    config = config_of(tmp_path, **one, measured_on="probe")
     run = Run(config.run)
     found = select(config, run, data, silent)
     assert (found.measured_on, found.num_measured) == ("probe", 101)
     assert found.likeness is not None
     assert found.likeness.error_ratio is not None
-    assert found.learning is not None
-    assert set(found.learning.gain) == {"nothing", "order", "transformation"}
     assert Selection.from_json(found.to_json()) == found
     recipe = Recipe("alignment+uncertainty", 1.0, config.fit.inner_width, config.fit.epochs)
     measured = selecting._sample(config, run, data)
@@ -179,9 +166,6 @@ def test_the_probe_set_is_measured_in_place_of_pairs_and_decides_on_learning_on_
         share = mine.take(shares[number])
         curve = measure_fold(config, share, held, Serving("none", 0), ["uncertainty"], FINAL)["uncertainty"]
         np.testing.assert_allclose(np.array([found.curves[name][number] for name in found.curves]).T, curve)
-    monkeypatch.setattr(selection, "read_selection", lambda run: found)
-    wanted = {"nothing": (), "order": (2,), "transformation": (2,)}[found.learning.what]
-    assert resolve_relearn(run, config).after_waves == wanted
 
 
 @pytest.mark.parametrize(("count", "found"), [(0, 0), (150, 150)])
@@ -256,27 +240,19 @@ def test_a_pair_that_is_an_image_of_the_sample_is_left_out_though_its_embedding_
         folds.split(config, data, settings, every)
 
 
-def test_learning_on_the_way_that_nobody_was_asked_about_is_named_as_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, run = config_of(tmp_path), Run(str(tmp_path))
-
-    def asked(waves: tuple[int, ...], what: str) -> Config:
-        return config.model_copy(update={"relearn": Relearn(after_waves=waves, what=what)})  # type: ignore[arg-type]
-
-    selected, given = asked((2,), "selected"), asked((2,), "order")
+def test_a_policy_that_nobody_selected_is_named_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Selection | None] = [None, CHOSEN]
     monkeypatch.setattr(selection, "read_selection", lambda run: found.pop(0))
-    with pytest.raises(ConfigError, match="nothing was selected"):
-        resolve_relearn(run, selected)
-    with pytest.raises(ConfigError, match="not asked"):
-        resolve_relearn(run, selected)
-    learning = Learning("order", learning_starts(selected), {}, {})
-    monkeypatch.setattr(selection, "read_selection", lambda run: replace(CHOSEN, learning=learning))
-    assert resolve_relearn(run, selected) == given.relearn
-    assert resolve_relearn(run, given) == given.relearn
-    with pytest.raises(ConfigError, match=r"asked for after 1\.4%, and now after 0\.5%, 1\.4%"):
-        resolve_relearn(run, asked((1, 2), "selected"))
+    run = Run(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"nothing was selected(.|\n)*say it in plan\.policy"):
+        resolve_policy(run, "selected")
+    assert resolve_policy(run, "selected") == "random"
+    assert resolve_policy(run, "margin") == "margin"
+
+
+def test_a_selection_of_version_0_1_is_read() -> None:
+    tree = json.loads(CHOSEN.to_json()) | {"learning": {"what": "nothing", "starts": [0.1], "gain": {}}}
+    assert Selection.from_json(json.dumps(tree)) == CHOSEN
 
 
 @pytest.mark.slow

@@ -1,0 +1,103 @@
+"""A planned run before its first commit, and an encoder whose vectors are known: whole backfills without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+
+from pipeline import backfill as driver
+from pipeline import planner, reference, seal, storage, vector_log
+from pipeline.config import Config, Gate
+from pipeline.plan import Plan
+from pipeline.probe_set import draw
+from pipeline.progress import Progress
+from pipeline.reference import build_reference
+from pipeline.run import Run, fix_settings, stage_settings
+from pipeline.schema import Int64, UnitAck, vectors_to_arrow
+from pipeline.stop import Stop
+from pipeline.stream import Work
+from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
+from pipeline.vector_log import EmbeddedUnit
+from tests.pipeline.in_process import plan_in_process
+from tests.pipeline.synthetic_run import Known, Options, known, make_run
+
+WAVES = 5
+REJECTED = 23  # of the ids, one in so many
+_PAIRS = 60
+
+
+@dataclass
+class Encoder:
+    """The new encoder's answers, and how often each image was asked for."""
+
+    images: Known
+    asked: dict[int, int] = field(default_factory=dict)
+
+    def stream(self, work: list[Work], config: Config) -> Iterator[tuple[int, UnitAck]]:
+        """As `embed_stream`, unit by unit."""
+        rows = {id: row for row, id in enumerate(self.images.ids.tolist())}
+        for unit in work[0].units:
+            ids: Int64 = storage.read_parquet(unit.rows_uri, ["id"], [unit.row_group])["id"].to_numpy()
+            stages = pa.array(["decode" if id % REJECTED == 0 else "" for id in ids.tolist()])
+            vectors = self.images.embedded[[rows[id] for id in ids.tolist()]]
+            embedded = EmbeddedUnit(ids, vectors, pa.nulls(len(ids), pa.string()), stages, stages)
+            size, rejected, digest = vector_log.write_unit(work[0].log, unit, embedded)
+            self.asked |= {id: self.asked.get(id, 0) + 1 for id in ids.tolist()}
+            counts = (len(ids) - rejected, rejected, size)
+            yield 0, UnitAck(unit.wave, unit.unit, *counts, 0.0, 0.0, 0.0, part_digest=digest)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A run with its plan, and what embeds its images."""
+
+    config: Config
+    run: Run
+    plan: Plan
+    encoder: Encoder
+
+    def go_on(self, look: Callable[[], None] = lambda: None, stop: Stop | None = None) -> Progress:
+        """The driver, started or started again; it calls `look` after every unit."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(driver, "embed_stream", self.encoder.stream)
+            return driver.backfill(self.config, self.run, self.plan, lambda _: look(), stop)
+
+
+def backfill_in_process(patch: pytest.MonkeyPatch) -> None:
+    """Plan and seal in this process and thread."""
+    plan_in_process(patch)
+    patch.setattr(seal, "_run", lambda function, tasks: [function(*arguments) for _, arguments in tasks])
+
+
+def begin(folder: Path) -> Scene:
+    """Plan the run; its transformation was never fitted."""
+    images = known(420)
+    options = Options(WAVES, embedded_waves=0, commits=False, transformation=False, new_in_manifest=True)
+    config, run = make_run(folder, images, options)
+    index = config.index.model_copy(update={"factory": "Flat", "shards": options.shards})
+    gate = Gate(min_slot_share=None, max_slot_share=None, max_fall=100)
+    config = config.model_copy(update={"index": index, "gate": gate, "device": "cpu"})
+    pairs = pa.table({"new": vectors_to_arrow(images.embedded[:_PAIRS])})
+    storage.put(run.part("pairs/train", 0), storage.parquet_bytes(pairs.schema, [pairs]))
+    _write_transformation(config, run, images)
+    storage.delete(run.plan)
+    plan = planner.make_plan(config, run)
+    assert draw(config, run) is not None
+    return Scene(config, run, plan, Encoder(images))
+
+
+def _write_transformation(config: Config, run: Run, images: Known) -> None:
+    torch.manual_seed(0)
+    widths = images.old.shape[1], images.embedded.shape[1]
+    info = TransformationInfo(*widths, None, 16, False, "alignment", 0, 1, _PAIRS, _PAIRS, True)
+    known_pairs = build_reference(
+        images.old, images.transformed, images.uncertainty, images.embedded, None, None, "l2", 0
+    )
+    fix_settings(run, "fit", stage_settings(config, "fit"))
+    network = TransformationNetwork(*widths, 16).eval()
+    save_transformation(run, network, info, {reference.PART: known_pairs.to_bytes()})
