@@ -24,9 +24,9 @@ from tests.crashes.memory_store import MemoryStore
 from tests.crashes.moments import Operation, States, watch
 from tests.crashes.outcome import Outcome, differences, durable_images, outcome, written_once
 from tests.pipeline.unreliable_store import FakeTime
-from training import boost, fit
+from training import fit
 
-IMPORTED = (boost, checks, embed, expected, fit, fsspec, planner, probe, score)
+IMPORTED = (checks, embed, expected, fit, fsspec, planner, probe, score)
 """What a driver imports as it goes, and what takes seconds: once in the server that forks, not in every case."""
 Image.init()
 
