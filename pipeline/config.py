@@ -22,6 +22,7 @@ from pipeline.config_method import Measure as Measure
 from pipeline.config_method import Offset as Offset
 from pipeline.config_method import Probe as Probe
 from pipeline.config_method import Select as Select
+from pipeline.config_method import TransformationKind as TransformationKind
 
 Metric = Literal["l2", "ip", "cosine"]
 Side = Count | tuple[Count, Count]

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pipeline import uris
 
 LossMode = Literal["alignment", "alignment+uncertainty", "alignment+discriminative", "fastfill"]
+TransformationKind = Literal["linear", "residual", "fastfill"]
 Offset = Literal["none", "uncertainty", "confidence"]
 Measure = Literal["top1", "top5", "map", "recall10"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
