@@ -47,7 +47,7 @@ from pipeline.encoders import load_tensors
 from pipeline.evaluate import METRICS
 from pipeline.run import Run
 from pipeline.schema import vectors_from_arrow
-from pipeline.transformation import TransformationNetwork, load_transformation
+from pipeline.transformation import Transformation, load_transformation
 from training.fit import fit
 from training.learner import Epoch, FitData
 from training.pairs import build_pairs, fit_data
@@ -97,7 +97,7 @@ def prepare(config: Config) -> tuple[Run, FitData]:
         return run, fit_data(config, run, build_pairs(config, run, bars.images))
 
 
-def fit_ours(config: Config) -> tuple[TransformationNetwork, dict[str, float]]:
+def fit_ours(config: Config) -> tuple[Transformation, dict[str, float]]:
     """What `fastfill fit` does, in this process, with a Ray of its own; the network and the stages' wall seconds."""
     epochs: list[tuple[float, Epoch]] = []
     times = [time.monotonic()]
@@ -182,7 +182,7 @@ def start_reference(config: Config, state: Path) -> Reference:
     return Reference(state, config.seed, rows, load_tensors(config.fit.classifier.path))
 
 
-def areas(network: TransformationNetwork, gallery: Embedded, seed: int) -> dict[str, dict[str, float]]:
+def areas(network: Transformation, gallery: Embedded, seed: int) -> dict[str, dict[str, float]]:
     """Of each order, and what the gallery is worth at fraction 0; top1, top5 and map in per cent."""
     simulation = simulate(network, gallery, seed)
     found = {order: dict(zip(METRICS, curve.area.tolist(), strict=True)) for order, curve in simulation.orders.items()}

@@ -23,7 +23,7 @@ from pipeline.encoders import load_encoder
 from pipeline.evaluate import Simulation, order_by_priority, random_order, simulate_curve
 from pipeline.images import Limits, decode_image
 from pipeline.schema import Float32, Int64, vectors_to_arrow
-from pipeline.transformation import TransformationNetwork, apply
+from pipeline.transformation import Transformation, apply
 
 _BATCH = 1000
 _LIMITS = Limits(10**6, 10**6)
@@ -55,7 +55,7 @@ def cache_embeddings(config: Config, folder: Path) -> tuple[Path, Embedded]:
         return pairs, Embedded(arrays["ids"].tolist(), arrays["labels"], arrays["old"], arrays["new"])
 
 
-def simulate(network: TransformationNetwork, gallery: Embedded, seed: int) -> Simulation:
+def simulate(network: Transformation, gallery: Embedded, seed: int) -> Simulation:
     """The curves by uncertainty and at random by the official protocol: all images are gallery and queries."""
     cpu = torch.device("cpu")
     transformed, uncertainty = apply(network.eval(), gallery.old, None, cpu, _APPLY_BATCH)

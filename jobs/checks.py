@@ -94,7 +94,7 @@ def check_images(config: Config, run: Run, folder: str, rows: Manifest) -> None:
 
 
 def _check_training(config: Config, images: int, pairs: int) -> None:
-    """The batch and the index fit the number of pairs that will train, where none of them is rejected."""
+    """The workers and the index fit the number of pairs that will train, if none of them is rejected."""
     from pipeline.codebook import check_trainable
     from pipeline.errors import ConfigError, DataError
     from training.pairs import MIN_PAIRS, NUM_STRIPES, num_training
@@ -111,15 +111,6 @@ def _check_training(config: Config, images: int, pairs: int) -> None:
             where="fit.num_workers",
         )
     training = num_training(pairs, config.pairs.held_out_fraction)
-    smallest = 2 * config.fit.num_workers
-    if not smallest <= config.fit.batch_size <= training:
-        raise ConfigError(
-            "the batch does not fit the training pairs",
-            expected=f"{smallest} to {training}: two per worker at least, and at most the {pairs} pairs "
-            "less those that are held out",
-            found=config.fit.batch_size,
-            where="fit.batch_size",
-        )
     vectors = min(training, config.index.train_vectors)
     check_trainable(config.index.factory, images, vectors, config.encoders.new.dim)
 

@@ -77,7 +77,7 @@ def show_selection(selection: Selection, most: int = 12) -> None:
             "*" if row == selection.chosen else "",
             loss_of(row),
             str(row.inner_width),
-            str(row.epochs),
+            "" if row.epochs is None else str(row.epochs),
             offset_of(row),
             row.policy,
             *(f"{row.area[name]:.1f} ± {row.area_std[name]:.1f}" for name in names),
@@ -99,7 +99,8 @@ def show_likeness(found: Likeness | None, known: bool = False) -> None:
 def describe(chosen: Candidate) -> str:
     """The settings of a candidate in one line, which no terminal is too narrow for."""
     offset = "no offset" if chosen.offset == "none" else f"offset by {offset_of(chosen)}"
-    settings = f"width {chosen.inner_width}, {chosen.epochs} epochs, {offset}, in the order {chosen.policy}"
+    epochs = "" if chosen.epochs is None else f"{chosen.epochs} epochs, "
+    settings = f"width {chosen.inner_width}, {epochs}{offset}, in the order {chosen.policy}"
     return f"{loss_of(chosen)}, {settings}"
 
 
@@ -119,7 +120,8 @@ def show(info: TransformationInfo) -> None:
     """Print the held-out figures as a table."""
     from rich.table import Table
 
-    table = Table(title=f"{info.loss}, {info.num_train:,} pairs, measured on {info.num_held_out:,} held out")
+    kind = info.loss if info.kind == "fastfill" else f"{info.kind}, {info.loss}"
+    table = Table(title=f"{kind}, {info.num_train:,} pairs, measured on {info.num_held_out:,} held out")
     for name in ("queries / gallery", "top-1", "top-5", "mAP"):
         table.add_column(name, justify="left" if name.startswith("queries") else "right")
     names = {"old_old": "old / old", "transformed": "new / transformed", "new_new": "new / new"}

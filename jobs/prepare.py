@@ -100,8 +100,8 @@ def ensure_fit(config: Config, run: Run, bars: Bars) -> TransformationInfo:
         telemetry.observe_epoch(epoch)
         bars.images("fit: epochs", int(epoch["epoch"]) + 1, int(epoch["epochs"]), f"loss {epoch['loss']:.4f}")
 
-    if config.select is None:
-        bars.images("fit: epochs", 0, config.fit.epochs)
+    if config.select is None and config.fit.num_epochs:
+        bars.images("fit: epochs", 0, config.fit.num_epochs)
     return fit(config, run, fit_data(config, run, pairs), show, bars.images)
 
 

@@ -6,7 +6,7 @@ Part of `pipeline.config`, which has the rest.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -36,6 +36,15 @@ POLICY_NAMES = (
 )
 """Those of `pipeline.policy`, the simplest first."""
 
+EPOCHS = 80
+"""Of the paper's recipe."""
+
+LOSSES: dict[TransformationKind, tuple[LossMode, ...]] = {
+    "linear": ("alignment",),
+    "residual": ("alignment", "alignment+discriminative"),
+    "fastfill": get_args(LossMode),
+}
+"""What each kind can be fitted by: the error estimate of the first two is fitted apart, and does not shape z."""
 
 _SOME = Field(min_length=1)
 
@@ -69,13 +78,18 @@ class Classifier(Section):
 
 
 class Fit(Section):
-    """The transformation's loss, network and optimisation; the defaults are the paper's.
+    """The transformation's kind, loss, network and optimisation; the defaults are the paper's.
+
+    `linear` is least squares, and has nothing else to set; `residual` adds a small network to it. Without `epochs` the
+    fit takes `steps` optimiser steps, however many pairs there are, and an epoch is an eightieth of them; with it an
+    epoch is a pass over the pairs, as in the paper.
 
     `offset` is not the paper's: transformed vectors are served a little further from every query, the more
     the less certain they are, `confidence` by the new encoder's classifier, `uncertainty` by s. `offset_strength` is
     the share of the expected squared error that is added to their squared distances.
     """
 
+    transformation: TransformationKind = "fastfill"
     loss: LossMode = "fastfill"
     classifier: Classifier | None = None
     offset: Offset = "none"
@@ -83,7 +97,8 @@ class Fit(Section):
     lambda_disc: Annotated[float, Field(ge=0.0)] = 1.0
     label_smoothing: Fraction = 0.1
     inner_width: Count = 2048
-    epochs: Count = 80
+    steps: Count = 4000
+    epochs: Count | None = None
     warmup_epochs: Annotated[int, Field(ge=0)] = 5
     batch_size: Count = 1024
     lr: Annotated[float, Field(gt=0)] = 5e-4
@@ -92,6 +107,28 @@ class Fit(Section):
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
     num_workers: Count = 1
     max_failures: Annotated[int, Field(ge=-1)] = 3
+
+    @model_validator(mode="before")
+    @classmethod
+    def _least_squares(cls, tree: object) -> object:
+        """`alignment` is the default loss of `linear` and `residual`."""
+        if isinstance(tree, dict) and tree.get("transformation") in ("linear", "residual"):
+            return {"loss": "alignment"} | tree
+        return tree
+
+    @model_validator(mode="after")
+    def _suits(self) -> Self:
+        if self.loss not in LOSSES[self.transformation]:
+            known = " or ".join(LOSSES[self.transformation])
+            raise ValueError(f"loss: transformation {self.transformation} takes {known}, found {self.loss}")
+        return self
+
+    @property
+    def num_epochs(self) -> int:
+        """Parts of the fit after which it is measured, reported and can go on; 0 if nothing is learnt by steps."""
+        if self.transformation == "linear":
+            return 0
+        return min(EPOCHS, self.steps) if self.epochs is None else self.epochs
 
 
 class Select(Section):

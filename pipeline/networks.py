@@ -148,7 +148,7 @@ class ResidualTransformation(Transformation):
 
 
 def inputs(old: Tensor, side: Tensor | None, normalize: bool) -> Tensor:
-    """x (B, d_old + d_side), what a linear map is applied to: both side by side, each of unit length if that is asked."""
+    """x (B, d_old + d_side), what a linear map is applied to: both side by side, of unit length with `normalize`."""
     parts = [old] if side is None else [old, side]
     return torch.cat([functional.normalize(part, dim=1) if normalize else part for part in parts], dim=1)
 

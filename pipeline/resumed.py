@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from pipeline import storage
-from pipeline.config import Config, Encoder
+from pipeline.config import Config, Encoder, Fit
 from pipeline.run import Run, read_settings
 
 
@@ -31,9 +31,19 @@ def as_started(config: Config) -> Config:
         if encoder is not None
     }
     changes: dict[str, object] = {"encoders": config.encoders.model_copy(update=encoders)}
+    if "steps" not in started["fit"]:
+        changes["fit"] = _by_epochs(config.fit, started["fit"])
     if "allow_outside" not in config.model_fields_set:
         changes["allow_outside"] = started["allow_outside"]
     return config.model_copy(update=changes)
+
+
+def _by_epochs(fit: Fit, started: dict[str, Any]) -> Fit:
+    """`fit` with the kind and the epochs of a run from before there were others, if the config does not say them."""
+    given = fit.model_fields_set
+    update = {} if "transformation" in given else {"transformation": started["transformation"]}
+    update |= {} if given & {"steps", "epochs", "transformation"} else {"epochs": started["epochs"]}
+    return fit.model_copy(update=update)
 
 
 def _with_exif(encoder: Encoder, started: dict[str, Any] | None) -> Encoder:

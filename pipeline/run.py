@@ -232,6 +232,8 @@ def _as_of_now(tree: dict[str, Any]) -> None:
     if isinstance(tree.get("plan"), dict):
         tree["plan"].pop("group_bound", None)
     tree.setdefault("allow_outside", True)
+    if isinstance(tree.get("fit"), dict):
+        tree["fit"].setdefault("transformation", "fastfill")
     encoders = tree.get("encoders")
     for encoder in encoders.values() if isinstance(encoders, dict) else ():
         if isinstance(encoder, dict) and isinstance(encoder.get("preprocess"), dict):
@@ -367,6 +369,8 @@ def _made_with(run: Run, stage: Stage) -> Identity | None:
     if found is None:
         return None
     made_with = documents.decode(found[0], run.path(stage.settings), _RESTORE)
+    if "fit.lr" in made_with:
+        made_with.setdefault("fit.transformation", "fastfill")
     return {key: value for key, value in made_with.items() if not _is_gone(key, value)}
 
 
@@ -387,6 +391,8 @@ def _refuse(started: Identity, now: Identity, where: str) -> None:
 
 def _identity(settings: dict[str, object]) -> Identity:
     flat = {key: value for key, value in _flatten(settings["config"], "") if not _is_runtime(key)}
+    if flat.get("fit.epochs") is not None:  # then the steps do not count; runs did not have them at first
+        flat.pop("fit.steps", None)
     return flat | {f"{_CONTENT}{key}": value for key, value in _flatten(settings["fingerprints"], "")}
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, Self
 
 from pipeline import documents
-from pipeline.config import LossMode
+from pipeline.config import LossMode, TransformationKind
 from pipeline.config_method import Offset
 from pipeline.errors import ConfigError, DataError
 from pipeline.run import Run
@@ -27,7 +27,7 @@ class Candidate:
     """One row of the table; figures are means over the folds, in per cent.
 
     Attributes:
-        loss, lambda_disc, inner_width, epochs, offset, offset_strength: settings of `fit`.
+        transformation, loss, lambda_disc, inner_width, epochs, offset, offset_strength: settings of `fit`.
         policy: the order.
         area: by metric, the plain mean of the curve's points.
         area_std: by metric, the sample deviation over the folds.
@@ -40,7 +40,7 @@ class Candidate:
     loss: LossMode
     lambda_disc: float
     inner_width: int
-    epochs: int
+    epochs: int | None
     offset: Offset
     offset_strength: float
     policy: str
@@ -51,6 +51,7 @@ class Candidate:
     fraction99: Figures
     behind: float
     behind_error: float
+    transformation: TransformationKind = "fastfill"
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
-from torch import Tensor, nn
-from torch.nn import functional
 
-from pipeline import documents, storage
+from pipeline import documents, networks, storage
+from pipeline.config import TransformationKind
 from pipeline.errors import ConfigError, DataError, SnapshotConflict
+from pipeline.networks import Transformation as Transformation
+from pipeline.networks import TransformationNetwork as TransformationNetwork
 from pipeline.run import Run
 from pipeline.schema import FORMAT_VERSION, Float32
 
@@ -31,50 +32,11 @@ _MARKER = "transformation.json"
 Figures = dict[str, float | dict[str, float]]
 
 
-class TransformationNetwork(nn.Module):
-    """FastFill's network (arXiv 2303.04766): two branches, a trunk, z, and s as a linear function of z.
-
-    With `normalize` (the gallery's metric is cosine) the inputs and z have unit length; s is computed
-    before z is normalised, where its length still says something. With `uncertainty_shapes_z` off, the
-    gradient of s stops at its own head.
-    """
-
-    def __init__(
-        self, d_old: int, d_new: int, inner_width: int = 2048, d_side: int | None = None, normalize: bool = False
-    ) -> None:
-        super().__init__()
-        self.d_old, self.d_new, self.inner_width, self.d_side = d_old, d_new, inner_width, d_side
-        self.normalize = normalize
-        self.uncertainty_shapes_z = True
-        self.old_branch = _branch(d_old, d_new)
-        self.side_branch = _branch(d_old if d_side is None else d_side, d_new)
-        self.trunk = nn.Sequential(_block(4 * d_new, inner_width), _block(inner_width, inner_width))
-        self.embedding = nn.Linear(inner_width, d_new)
-        self.uncertainty = nn.Linear(d_new, 1)
-
-    def forward(self, old: Tensor, side: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Transform a batch.
-
-        Args:
-            old: (B, d_old) float32.
-            side: (B, d_side) float32 where the network was made with side information, else None.
-
-        Returns:
-            z (B, d_new) and s = log sigma^2 (B,), both float32 outside of autocast.
-        """
-        if self.normalize:
-            old = functional.normalize(old, dim=1)
-            side = None if side is None else functional.normalize(side, dim=1)
-        branches = [self.old_branch(old), self.side_branch(old if side is None else side)]
-        z = self.embedding(self.trunk(torch.cat(branches, dim=1)))
-        s = self.uncertainty(z if self.uncertainty_shapes_z else z.detach()).squeeze(1)
-        return functional.normalize(z, dim=1) if self.normalize else z, s
-
-
 @dataclass(frozen=True, slots=True)
 class TransformationInfo:
     """What a fitted transformation is and how good it is on pairs it has not seen.
 
+    `kind` is `fit.transformation`; an earlier version had one kind, and wrote none.
     `held_out` holds `alignment` (mean squared error per dimension), `spearman` (rank correlation of s
     with that error), `num_pairs`, and for each of `transformed`, `old_old` and `new_new` the retrieval
     figures in per cent: `top1`, `top5`, `map`, or `agreement10` where there are no labels.
@@ -93,10 +55,11 @@ class TransformationInfo:
     better_than_old: bool
     held_out: Figures = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    kind: TransformationKind = "fastfill"
 
-    def network(self) -> TransformationNetwork:
-        """An untrained network of this shape."""
-        return TransformationNetwork(self.d_old, self.d_new, self.inner_width, self.d_side, self.normalize)
+    def network(self) -> Transformation:
+        """A transformation of this kind and shape, not fitted."""
+        return networks.make(self.kind, self.d_old, self.d_new, self.inner_width, self.d_side, self.normalize)
 
     def to_json(self) -> str:
         """The fields as one JSON object."""
@@ -139,7 +102,7 @@ def has_transformation(run: Run) -> bool:
 
 
 def save_transformation(
-    run: Run, network: TransformationNetwork, info: TransformationInfo, parts: Mapping[str, bytes] | None = None
+    run: Run, network: Transformation, info: TransformationInfo, parts: Mapping[str, bytes] | None = None
 ) -> None:
     """Write the weights, then the marker that names their digest; the transformation exists from then on.
 
@@ -192,7 +155,7 @@ def read_info(run: Run) -> TransformationInfo:
     return documents.build(TransformationInfo, tree, where, _again(run))
 
 
-def load_transformation(run: Run, device: torch.device) -> tuple[TransformationNetwork, TransformationInfo]:
+def load_transformation(run: Run, device: torch.device) -> tuple[Transformation, TransformationInfo]:
     """The network on `device`, in eval mode, and its description.
 
     Raises:
@@ -233,7 +196,7 @@ def verify(run: Run) -> list[tuple[str, DataError]]:
 
 
 def apply(
-    network: TransformationNetwork, old: Float32, side: Float32 | None, device: torch.device, batch_size: int
+    network: Transformation, old: Float32, side: Float32 | None, device: torch.device, batch_size: int
 ) -> tuple[Float32, Float32]:
     """Transform N old embeddings; the same bits for the same `batch_size`, device and number of threads.
 
@@ -271,14 +234,6 @@ def apply(
     if broken:
         raise DataError("the transformation's output is not finite", expected="numbers", found=f"{broken} bad rows")
     return z, s
-
-
-def _block(d_in: int, d_out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(d_in, d_out, bias=False), nn.BatchNorm1d(d_out), nn.ReLU())
-
-
-def _branch(d_in: int, d_new: int) -> nn.Sequential:
-    return nn.Sequential(_block(d_in, 2 * d_in), _block(2 * d_in, 2 * d_new))
 
 
 def _put_part(run: Run, name: str, data: bytes) -> str:

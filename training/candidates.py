@@ -11,13 +11,14 @@ from typing import get_args
 
 import numpy as np
 
-from pipeline.config import Fit, LossMode, Offset
+from pipeline.config import Fit, LossMode, Offset, TransformationKind
 from pipeline.expected import REACHED, fraction_for
 from pipeline.policy import POLICIES
 from pipeline.ranking import Float64
 from pipeline.selection import Candidate as Described
 from pipeline.selection import Figures, Selection
 
+_KINDS = get_args(TransformationKind)
 _LOSSES = get_args(LossMode)
 _OFFSETS = get_args(Offset)
 Ends = dict[str, Figures]
@@ -30,7 +31,8 @@ class Recipe:
     loss: LossMode
     lambda_disc: float
     inner_width: int
-    epochs: int
+    epochs: int | None
+    transformation: TransformationKind = "fastfill"
 
     def of(self, fit: Fit) -> Fit:
         """`fit` with these settings."""
@@ -54,11 +56,11 @@ class Candidate:
     policy: str
 
     def simplicity(self) -> tuple[float, ...]:
-        """Sorts the simpler one first: no offset, a simple order, few terms in the loss, a small network."""
+        """Sorts the simpler one first: its kind, no offset, a simple order, few terms in the loss, a small network."""
         recipe, serving = self.recipe, self.serving
-        sizes = (recipe.inner_width, recipe.epochs, recipe.lambda_disc)
+        sizes = (recipe.inner_width, recipe.epochs or 0, recipe.lambda_disc)
         simple = (_OFFSETS.index(serving.offset), POLICIES[self.policy].simplicity, _LOSSES.index(recipe.loss))
-        return (*simple, *sizes, serving.strength)
+        return (_KINDS.index(recipe.transformation), *simple, *sizes, serving.strength)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ out is measured on pairs that were held out. This module does not know where the
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -43,31 +44,29 @@ from pipeline import reference, selection, storage
 from pipeline.actors import may_grow
 from pipeline.config import Config, Fit
 from pipeline.errors import ConfigError, DataError, SnapshotConflict
+from pipeline.networks import LinearTransformation, Transformation
 from pipeline.offset import Classifier, Offset
 from pipeline.run import Run, check_settings_of, fix_settings, stage_settings
 from pipeline.schema import Float32
-from pipeline.transformation import (
-    TransformationInfo,
-    TransformationNetwork,
-    has_transformation,
-    read_info,
-    save_transformation,
-)
+from pipeline.transformation import TransformationInfo, has_transformation, read_info, save_transformation
 from training.attempts import fit_to_the_end, no_failure_but_announced_ones
 from training.candidates import settings_of
 from training.folds import FOLDER, OnStep
 from training.knowledge import reference_of
-from training.learner import Epoch, FitData, Job, Learner, PairArrays, can_classify, make_arrays
+from training.learner import Epoch, FitData, Job, Learner, PairArrays, can_classify, columns_of, cut, make_arrays
+from training.linear_fit import fit_linear
+from training.linear_parts import over_parts
 from training.losses import needs_classifier, needs_labels
 from training.measure import measure, transform
 from training.select import select
 
-Fitted = tuple[TransformationNetwork, Classifier | None]
+Fitted = tuple[Transformation, Classifier | None]
 """The network, and the classifier where the job needed one."""
 
 _LOG = logging.getLogger(__name__)
 _STATE = "state.pt"
 _READ_CPUS = 0.25
+_LEAST_PAIRS = 3  # of a worker: a batch of two, and one that is watched
 _POLL_SECONDS = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 _START_SECONDS = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
@@ -90,7 +89,7 @@ def fit(
         config: the run's.
         run: with its pairs.
         data: the pairs.
-        on_step: of a selection, told what is done, how much of it, and of how much.
+        on_step: of a selection and of a linear fit, told what is done, how much of it, and of how much.
         on_epoch: called from a thread of this process after each epoch with `epoch` (from 0), `epochs`,
             `loss`, `alignment`, `lr`, `images_per_second` and `pid` (of rank 0's process).
 
@@ -108,7 +107,8 @@ def fit(
     if config.select is not None:
         chosen = select(config, run, data, on_step)
         config = config.model_copy(update={"fit": settings_of(chosen, config.fit)})
-    job = replace(make_job(config, data), classify=chosen is not None and can_classify(data))
+    classify = chosen is not None and can_classify(data)
+    job = _with_linear(replace(make_job(config, data), classify=classify), on_step)
     network, classifier = _train(config, run, job, on_epoch)
     held_out = pa.concat_tables([storage.read_parquet(uri) for uri in data.held_out_parts])
     pairs = make_arrays(held_out, job)
@@ -126,7 +126,7 @@ def fit(
     return read_info(run)
 
 
-def _save(run: Run, network: TransformationNetwork, info: TransformationInfo, parts: dict[str, bytes]) -> None:
+def _save(run: Run, network: Transformation, info: TransformationInfo, parts: dict[str, bytes]) -> None:
     """Keep a fit, unless another driver with these settings was faster: the first one counts."""
     try:
         save_transformation(run, network, info, parts)
@@ -156,19 +156,34 @@ def make_job(config: Config, data: FitData) -> Job:
     for uri in data.train_parts:
         with storage.open_parquet(uri) as file:
             rows.append(file.metadata.num_rows)
-    smallest, rank_batch = min(sum(rows[rank::workers]) for rank in range(workers)), fit.batch_size // workers
-    if rank_batch < 2 or smallest < rank_batch:
+    smallest = min(sum(rows[rank::workers]) for rank in range(workers))
+    if smallest < _LEAST_PAIRS:
         raise ConfigError(
-            "the batch does not fit the training pairs",
-            expected=f"2 to {smallest} pairs per worker and batch, the smallest of {workers} shares",
-            found=f"{rank_batch} ({fit.batch_size} over {workers} workers)",
-            where="fit.batch_size",
+            "there are too few training pairs for so many workers",
+            expected=f"at least {_LEAST_PAIRS} pairs per worker",
+            found=f"{smallest} in the smallest of {workers} shares",
+            where="fit.num_workers",
         )
-    return Job(fit, data, config.seed, config.gallery.metric == "cosine", smallest // rank_batch, rank_batch)
+    return Job(fit, data, config.seed, config.gallery.metric == "cosine", *cut(fit, smallest, workers))
+
+
+def _with_linear(job: Job, on_step: OnStep) -> Job:
+    """The job with the linear fit that its kind is, or starts from."""
+    if job.fit.transformation == "fastfill":
+        return job
+    data, done = job.data, itertools.count(1)
+    parts = 2 * len(data.train_parts)  # two passes
+    network = LinearTransformation(data.d_old, data.d_new, data.d_side, job.normalize)
+    one_pass = over_parts(job, lambda: on_step("fit: parts of the pairs", next(done), parts))
+    return replace(job, linear=fit_linear(one_pass, network))
 
 
 def _train(config: Config, run: Run, job: Job, on_epoch: Callable[[Epoch], None] | None) -> Fitted:
-    """Run Ray Train to the last epoch, and load the last checkpoint."""
+    """Run Ray Train to the last epoch, and load the last checkpoint; a linear fit needs it for a classifier alone."""
+    if job.fit.num_epochs == 0:
+        if not (job.classify or needs_classifier(job.fit)):
+            return job.network(), None
+        on_epoch = None
     folder = _training_folder(run)
     _drop_broken_snapshot(storage.join(folder, _fingerprint(job)))
     os.environ.setdefault(_POLL_SECONDS, "0.2")  # each epoch waits for the controller's next look, 2 s by default
@@ -188,7 +203,8 @@ def _train(config: Config, run: Run, job: Job, on_epoch: Callable[[Epoch], None]
 
         checkpoint = fit_to_the_end(make_trainer, job.fit.max_failures)
     state, network = _read_checkpoint(checkpoint, torch.device("cpu")), job.network()
-    network.load_state_dict(state["network"])
+    stopping = state["stopping"]
+    network.load_state_dict(state["network"] if stopping is None else stopping["weights"])
     if state["classifier"] is None:
         return network, None
     weight, bias = state["classifier"]
@@ -213,13 +229,19 @@ def _worker(config: dict[str, Job]) -> None:
     if checkpoint is not None:
         learner.restore(_read_checkpoint(checkpoint, device))
     learner.prepare()
-    while learner.epoch < job.fit.epochs:
-        figures = learner.run_epoch()
-        with tempfile.TemporaryDirectory() as folder:
-            if rank == 0:
-                torch.save(learner.state(), Path(folder, _STATE))
-            saved = Checkpoint.from_directory(folder) if rank == 0 else None
-            ray.train.report({**figures, "pid": os.getpid()}, checkpoint=saved)
+    if learner.done and checkpoint is None:
+        _report(learner, rank, {})
+    while not learner.done:
+        _report(learner, rank, learner.run_epoch())
+
+
+def _report(learner: Learner, rank: int, figures: Epoch) -> None:
+    """Tell the driver; rank 0 keeps the state."""
+    with tempfile.TemporaryDirectory() as folder:
+        if rank == 0:
+            torch.save(learner.state(), Path(folder, _STATE))
+        saved = Checkpoint.from_directory(folder) if rank == 0 else None
+        ray.train.report({**figures, "pid": os.getpid()}, checkpoint=saved)
 
 
 @contextmanager
@@ -290,9 +312,7 @@ def _run_config(job: Job, folder: str, callbacks: list[UserCallback]) -> RunConf
 
 def _share(job: Job, rank: int) -> ray.data.Dataset:
     """The pairs of one rank: each n-th part."""
-    columns = ["index", "old", "new"]
-    columns += ["label"] if job.data.num_classes is not None else []
-    columns += ["side"] if job.data.d_side is not None else []
+    columns = columns_of(job.data)
     parts = job.data.train_parts[rank :: job.fit.num_workers]
     filesystem, _ = storage.arrow_filesystem(parts[0])
     paths = [storage.arrow_filesystem(part)[1] for part in parts]

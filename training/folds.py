@@ -24,6 +24,7 @@ from pipeline import storage
 from pipeline.config import Config, Select
 from pipeline.errors import ConfigError
 from pipeline.nearest import nearest
+from pipeline.networks import LinearTransformation
 from pipeline.offset import Classifier
 from pipeline.policy import Scored
 from pipeline.run import Run
@@ -31,7 +32,8 @@ from pipeline.schema import Float32, Int64, splitmix64, vectors_from_arrow
 from pipeline.transformation import apply, resolve_device
 from training.candidates import Recipe
 from training.knowledge import measurable
-from training.learner import FitData, Job, Learner, PairArrays, can_classify, make_arrays
+from training.learner import FitData, Job, Learner, PairArrays, can_classify, cut, make_arrays
+from training.linear_fit import LinearFit, fit_linear, over_arrays
 
 OnStep = Callable[[str, int, int], None]
 FOLDER = "selecting"
@@ -224,14 +226,23 @@ def fit_alone(job: Job, train: PairArrays, held: PairArrays, seed: int, device: 
         seed: of the first weights and the shuffles.
         device: where to compute.
     """
-    batch = min(job.fit.batch_size, len(train.old))
-    job = replace(job, seed=seed, steps=len(train.old) // batch, rank_batch=batch)
+    steps, batch = cut(job.fit, len(train.old), 1)
+    job = replace(job, seed=seed, steps=steps, rank_batch=batch, linear=_linear(job, train))
     learner = Learner(job, train, 0, device, lambda module: module)
     learner.prepare()
-    while learner.epoch < job.fit.epochs:
+    while not learner.done:
         learner.run_epoch()
-    z, s = apply(learner.network.eval(), held.old, held.side, device, APPLY_BATCH)
+    z, s = apply(learner.fitted(), held.old, held.side, device, APPLY_BATCH)
     return Fold(held, z, s, learner.classifier)
+
+
+def _linear(job: Job, train: PairArrays) -> LinearFit | None:
+    """The linear fit that the job's kind is, or starts from."""
+    if job.fit.transformation == "fastfill":
+        return None
+    data = job.data
+    one_pass = over_arrays(np.arange(len(train.old)), train.old, train.new, train.side, job.normalize)
+    return fit_linear(one_pass, LinearTransformation(data.d_old, data.d_new, data.d_side, job.normalize))
 
 
 def _fit_fold(config: Config, data: FitData, parts: Split, recipe: Recipe, fold: int, uri: str) -> None:

@@ -13,7 +13,6 @@ Sources: ridge regression, Hoerl and Kennard (Technometrics 12, 1970); orthogona
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -161,7 +160,9 @@ def fit(folds: Folds) -> Fitted:
     everything = total(folds)
     few = everything.count < _FEW * len(everything.x_i)
     parts = [everything - fold for fold in folds]
-    errors_g = sum(_ridge_errors(part, fold) for part, fold in zip(parts, folds, strict=True) if fold.count)
+    errors_g = np.zeros(len(LAMBDAS))
+    for part, fold in zip(parts, folds, strict=True):
+        errors_g += _ridge_errors(part, fold) if fold.count else 0.0
     best = int(np.argmin(errors_g))
     lam: float | None = LAMBDAS[best]
     error = float(errors_g[best])
@@ -187,7 +188,7 @@ def ridge(sums: Sums, lam: float) -> Affine:
     d_in = len(mean_i)
     penalty = lam * np.trace(xx_ii) / d_in
     regular = xx_ii + (penalty if penalty > 0 else 1.0) * np.eye(d_in)
-    return Affine(np.linalg.solve(regular, xy_io), mean_i, mean_o)
+    return Affine(np.linalg.solve(regular, xy_io).astype(np.float64, copy=False), mean_i, mean_o)
 
 
 def procrustes(sums: Sums) -> Affine:

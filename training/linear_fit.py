@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional
 
 from pipeline.errors import DataError
-from pipeline.networks import LinearTransformation, inputs
+from pipeline.networks import LinearTransformation, ResidualTransformation, Transformation, inputs
 from pipeline.schema import Float32, Int64, splitmix64
 from training import linear
 from training.linear import Affine, Float64, Folds, folds_of
@@ -59,6 +59,14 @@ class LinearFit:
     lam: float | None
     error: float
     deviation: Float64
+
+    def start(self, network: Transformation) -> None:
+        """Write into a transformation of the same widths what it is, if it is linear, or what it starts from."""
+        if isinstance(network, ResidualTransformation):
+            network.deviation.copy_(torch.tensor(self.deviation))
+            network.scale.fill_(float(np.sqrt(self.error)))
+        of_linear = network.linear if isinstance(network, ResidualTransformation) else network
+        of_linear.load_state_dict(self.network.state_dict())
 
 
 def fit_linear(one_pass: OnePass, network: LinearTransformation) -> LinearFit:

@@ -75,6 +75,21 @@ def uncertainty_weighted(loss_b: Tensor, s_b: Tensor) -> Tensor:
     return 0.5 * torch.exp(-s_b) * loss_b + 0.5 * s_b
 
 
+def errors(loss: Loss, z_bd: Tensor, new_bd: Tensor, label_b: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the uncertainty weighs, and the alignment error in it, both (B,).
+
+    Raises:
+        ValueError: the mode needs labels and a classifier, and one is missing.
+    """
+    align_b = alignment(z_bd, new_bd)
+    if not needs_labels(loss.mode):
+        return align_b, align_b
+    if label_b is None or loss.classifier is None:
+        raise ValueError(f"the loss {loss.mode!r} needs labels and a classifier")
+    disc_b = discriminative(z_bd, label_b, loss.classifier, loss.label_smoothing)
+    return align_b + loss.lambda_disc * disc_b, align_b
+
+
 def combined(
     loss: Loss, z_bd: Tensor, s_b: Tensor, new_bd: Tensor, label_b: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -97,13 +112,7 @@ def combined(
     Raises:
         ValueError: the mode needs labels and a classifier, and one is missing.
     """
-    align_b = alignment(z_bd, new_bd)
-    total_b = align_b
-    if needs_labels(loss.mode):
-        if label_b is None or loss.classifier is None:
-            raise ValueError(f"the loss {loss.mode!r} needs labels and a classifier")
-        disc_b = discriminative(z_bd, label_b, loss.classifier, loss.label_smoothing)
-        total_b = align_b + loss.lambda_disc * disc_b
+    total_b, align_b = errors(loss, z_bd, new_bd, label_b)
     if uses_uncertainty(loss.mode):
         objective = uncertainty_weighted(total_b, s_b).mean()
     else:

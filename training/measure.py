@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from pipeline.agreement import among
 from pipeline.config import Config
 from pipeline.evaluate import evaluate, recall
+from pipeline.networks import Transformation
 from pipeline.schema import Float32
-from pipeline.transformation import Figures, TransformationInfo, TransformationNetwork, apply, resolve_device
+from pipeline.transformation import Figures, TransformationInfo, apply, resolve_device
 from training.learner import Job, PairArrays
 from training.losses import NO_LABEL
 
@@ -24,7 +25,7 @@ _MEASURED_PAIRS = 10_000
 _APPLY_BATCH = 8192
 
 
-def transform(config: Config, network: TransformationNetwork, pairs: PairArrays) -> tuple[Float32, Float32]:
+def transform(config: Config, network: Transformation, pairs: PairArrays) -> tuple[Float32, Float32]:
     """z (N, d_new) and s (N,) float32 of the pairs; the network is moved to where `config.device` says, and back."""
     device = torch.device("cpu") if config.device == "cpu" else resolve_device("auto")
     z, s = apply(network.to(device).eval(), pairs.old, pairs.side, device, _APPLY_BATCH)
@@ -53,7 +54,7 @@ def measure(config: Config, job: Job, pairs: PairArrays, z: Float32, s: Float32)
     if not better:
         _LOG.warning(
             "The transformation is worse than the old model on held-out pairs (%s against %s): a gallery that is "
-            "served through it answers worse than today's. Try another fit.loss, more pairs, or more epochs.",
+            "served through it answers worse than today's. Try another fit.loss, more pairs, or more fit.steps.",
             _rounded(new),
             _rounded(old),
         )
@@ -67,11 +68,12 @@ def measure(config: Config, job: Job, pairs: PairArrays, z: Float32, s: Float32)
         normalize=job.normalize,
         loss=fit.loss,
         seed=job.seed,
-        epochs=fit.epochs,
+        epochs=fit.num_epochs,
         num_train=data.num_train,
         num_held_out=len(error),
         better_than_old=better,
         held_out=figures,
+        kind=fit.transformation,
     )
 
 

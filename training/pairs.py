@@ -33,6 +33,7 @@ NUM_STRIPES = 16
 MIN_PAIRS = 2 * NUM_STRIPES
 MIN_HELD_OUT = 2
 _MOST_ROWS = 2**20
+_GROUP_ROWS = 16_384  # of a row group: a linear fit holds one at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,8 @@ def build_pairs(config: Config, run: Run, on_units: OnUnits = lambda what, done,
 
 def _put(run: Run, folder: str, number: int, rows: pa.Table) -> dict[str, str]:
     """Write a part, and give the sha256 of its file by its path below `pairs`."""
-    data, uri = storage.parquet_bytes(rows.schema, [rows]), run.part(f"pairs/{folder}", number)
+    groups = [rows.slice(start, _GROUP_ROWS) for start in range(0, max(1, rows.num_rows), _GROUP_ROWS)]
+    data, uri = storage.parquet_bytes(rows.schema, groups), run.part(f"pairs/{folder}", number)
     storage.put(uri, data)
     return {f"{folder}/{uri.rpartition('/')[2]}": hashlib.sha256(data).hexdigest()}
 

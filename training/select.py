@@ -23,6 +23,7 @@ import ray
 
 from pipeline import documents, probe_set, storage
 from pipeline.config import Config, Select
+from pipeline.config_method import LOSSES
 from pipeline.errors import ConfigError
 from pipeline.evaluate import METRICS, evaluate
 from pipeline.gallery import codes_of
@@ -105,7 +106,9 @@ def _sample(config: Config, run: Run, data: FitData) -> PairArrays | None:
     columns = {"index": table["id"], "label": pa.nulls(count, pa.int32()), "old": table["old"], "new": table["new"]}
     columns |= {"side": table["side"]} if data.d_side is not None else {}
     codes, names = codes_of(table["label"])
-    job = job_of(config, data, Recipe(config.fit.loss, 0.0, config.fit.inner_width, config.fit.epochs))
+    fit = config.fit
+    recipe = Recipe(fit.loss, 0.0, fit.inner_width, fit.epochs, fit.transformation)
+    job = job_of(config, data, recipe)
     return replace(make_arrays(pa.table(columns), job), labels=codes if names else None)
 
 
@@ -191,10 +194,12 @@ def _check(settings: Select, data: FitData, sample: PairArrays | None) -> None:
 
 
 def _recipes(config: Config, settings: Select, data: FitData) -> list[Recipe]:
-    losses = [loss for loss in settings.losses if data.num_classes is not None or not needs_labels(loss)]
+    kind = config.fit.transformation
+    losses = [loss for loss in settings.losses if loss in LOSSES[kind]] or [config.fit.loss]
+    losses = [loss for loss in losses if data.num_classes is not None or not needs_labels(loss)]
     widths, epochs = settings.inner_widths or (config.fit.inner_width,), settings.epochs or (config.fit.epochs,)
     return [
-        Recipe(loss, weight, width, count)
+        Recipe(loss, weight, width, count, kind)
         for loss in losses
         for weight in (settings.lambdas if needs_labels(loss) else (config.fit.lambda_disc,))
         for width, count in itertools.product(widths, epochs)
