@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from pipeline import documents, storage
+from pipeline.config import TransformationKind
 from pipeline.errors import ConfigError, DataError, SnapshotConflict
 from pipeline.run import Run
 from pipeline.schema import Float32
@@ -82,6 +84,37 @@ def test_loaded_transformation_equals_the_saved_one(saved: tuple[Run, Transforma
     assert not loaded.training
     for expected, found in zip(apply(network, _old(), None, CPU, 8), apply(loaded, _old(), None, CPU, 8), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("d_side", [None, 4])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "residual", "fastfill"])
+def test_each_kind_is_loaded_as_it_was_saved_bit_for_bit(
+    tmp_path: Path, kind: TransformationKind, normalize: bool, d_side: int | None
+) -> None:
+    run, info = Run(str(tmp_path / "run")), replace(_info(d_side), kind=kind, normalize=normalize)
+    network = info.network()
+    with torch.no_grad():
+        for tensor in network.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(1 + torch.rand_like(tensor))
+    save_transformation(run, network.eval(), info)
+    loaded, found = load_transformation(run, CPU)
+    assert found == info
+    side = None if d_side is None else _old(dim=d_side)
+    for one, other in zip(apply(network, _old(), side, CPU, 8), apply(loaded, _old(), side, CPU, 8), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert type(loaded) is type(network)
+
+
+def test_a_marker_without_a_kind_is_of_the_network(saved: tuple[Run, TransformationNetwork]) -> None:
+    marker = Path(saved[0].transformation, "transformation.json")
+    tree = json.loads(marker.read_text())
+    del tree["kind"], tree["sha256"], tree["checked_by"]
+    marker.write_text(json.dumps(tree))
+    network, info = load_transformation(saved[0], CPU)
+    assert info.kind == "fastfill"
+    assert isinstance(network, TransformationNetwork)
 
 
 def test_info_survives_json() -> None:

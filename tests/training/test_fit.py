@@ -21,10 +21,11 @@ from pipeline.config import Config, LossMode
 from pipeline.config_file import validate
 from pipeline.errors import ConfigError, DataError, TransientError
 from pipeline.evaluate import METRICS, order_by_priority, simulate_curve
+from pipeline.networks import Transformation
 from pipeline.reference import load_reference
 from pipeline.run import Run
 from pipeline.schema import Float32, Int64, vectors_to_arrow
-from pipeline.transformation import TransformationInfo, TransformationNetwork, apply, load_transformation
+from pipeline.transformation import TransformationInfo, apply, load_transformation
 from training import fit as fitting
 from training import learner as learning
 from training.fit import fit, make_job
@@ -104,7 +105,7 @@ def _learner(job: Job, rank: int = 0) -> Learner:
     return learner
 
 
-def _fit_here(job: Job) -> TransformationNetwork:
+def _fit_here(job: Job) -> Transformation:
     """The same fit as a plain loop in this process, with as many threads as a worker has: sums depend on them."""
     torch.set_num_threads(os.cpu_count() or 1)
     learner = _learner(job)
@@ -113,11 +114,11 @@ def _fit_here(job: Job) -> TransformationNetwork:
     return learner.network
 
 
-def _measured(config: Config, job: Job, network: TransformationNetwork, pairs: PairArrays) -> TransformationInfo:
+def _measured(config: Config, job: Job, network: Transformation, pairs: PairArrays) -> TransformationInfo:
     return measure(config, job, pairs, *transform(config, network, pairs))
 
 
-def _assert_same_weights(found: TransformationNetwork, expected: TransformationNetwork) -> None:
+def _assert_same_weights(found: Transformation, expected: Transformation) -> None:
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(found.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
 
@@ -250,8 +251,8 @@ def test_ranks_share_steps_and_split_the_batch(tmp_path: Path) -> None:
     assert [(job.steps, job.rank_batch) for job in jobs] == [(8, 64), (8, 32)]
     with pytest.raises(ConfigError, match="fewer parts"):
         make_job(_config(tmp_path, num_workers=PARTS + 1), data)
-    with pytest.raises(ConfigError, match="batch does not fit"):
-        make_job(_config(tmp_path, batch_size=513), data)
+    with pytest.raises(ConfigError, match="too few training pairs for so many workers"):
+        make_job(_config(tmp_path, num_workers=PARTS), _data(tmp_path / "few", num=10))
 
 
 def test_a_classifier_of_another_shape_is_refused(tmp_path: Path) -> None:
@@ -344,7 +345,7 @@ def test_two_workers_fit_as_well_as_one(tmp_path: Path) -> None:
     assert together.better_than_old
 
 
-def _areas(network: TransformationNetwork, pairs: PairArrays) -> dict[str, float]:
+def _areas(network: Transformation, pairs: PairArrays) -> dict[str, float]:
     """The curve of held-out pairs by uncertainty, as gallery and queries: its area and its ends, in per cent."""
     transformed, uncertainty = apply(network.eval(), pairs.old, None, CPU, 8192)
     assert pairs.labels is not None
@@ -392,7 +393,7 @@ def test_a_fit_uses_that_of_another_driver_which_was_faster(tmp_path: Path, monk
     """On another processor the other driver's weights have other last bits; here it has fitted for longer."""
     config, run, data = _config(tmp_path), Run(str(tmp_path / "run")), _data(tmp_path)
     drivers: list[TransformationInfo] = []
-    networks: list[TransformationNetwork] = []
+    networks: list[Transformation] = []
 
     def train(config: Config, run: Run, job: Job, on_epoch: object) -> fitting.Fitted:
         learner = _learner(job)
