@@ -259,6 +259,19 @@ def test_by_default_a_unit_is_as_many_images_as_fill_64_mib(height: int, width: 
     assert images & (images - 1) == 0
 
 
+@pytest.mark.parametrize(
+    ("given", "loss"), [({}, "alignment"), ({"loss": "alignment+discriminative"}, "alignment+discriminative")]
+)
+def test_other_kinds_of_transformation_are_fitted_by_alignment_if_no_loss_is_given(given: Any, loss: str) -> None:
+    assert validate(tree(fit={"transformation": "residual"} | given), where="").fit.loss == loss
+    assert validate(tree(fit={"transformation": "linear"}), where="").fit.loss == "alignment"
+
+
+@pytest.mark.parametrize(("kind", "loss"), [("linear", "fastfill"), ("residual", "alignment+uncertainty")])
+def test_a_loss_that_a_kind_of_transformation_does_not_take_is_refused(kind: str, loss: str) -> None:
+    assert f"transformation {kind} takes alignment" in refusal(tree(fit={"transformation": kind, "loss": loss}))
+
+
 def test_a_configured_unit_is_taken_as_it_is() -> None:
     assert unit_images(validate(tree(plan={"unit_images": 77}), where="")) == 77
 

@@ -11,7 +11,7 @@ from pipeline import documents, storage
 from pipeline.config import Config
 from pipeline.errors import IncompatibleRun
 from pipeline.resumed import as_started
-from pipeline.run import STAGES, Run, read_settings
+from pipeline.run import STAGES, Run, read_settings, stage_settings
 from tests.pipeline.test_run import begin, config, finish
 
 
@@ -48,6 +48,34 @@ def test_as_started_setting_that_is_given_stays_and_is_refused_by_its_name(tmp_p
         begin(given)
     lines = [line for line in str(caught.value).splitlines() if line.startswith("  - ")]
     assert lines == ["  - encoders.new.preprocess.exif: the run has 'ignore', you gave 'apply'"]
+
+
+def by_epochs(item: Config) -> Run:
+    """A run as it was started and fitted before there were `fit.transformation` and `fit.steps`."""
+    run = begin(item)
+    settings = json.loads(storage.read_bytes(run.settings))
+    del settings["sha256"], settings["checked_by"]
+    del settings["config"]["fit"]["transformation"], settings["config"]["fit"]["steps"]
+    settings["config"]["fit"]["epochs"] = 80
+    storage.put(run.settings, json.dumps(settings).encode())
+    return run
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+def test_as_started_run_from_before_there_were_steps_goes_on_by_epochs(tmp_path: Path, fitted: bool) -> None:
+    run = by_epochs(config(tmp_path))
+    if fitted:
+        made_with = stage_settings(config(tmp_path), "fit") | {"fit.epochs": 80}
+        del made_with["fit.transformation"], made_with["fit.steps"]
+        storage.put(run.path(STAGES["fit"].settings), documents.encode(made_with))
+    resumed = as_started(config(tmp_path))
+    assert (resumed.fit.epochs, resumed.fit.transformation) == (80, "fastfill")
+    begin(resumed)
+    assert as_started(config(tmp_path, fit__epochs=3)).fit.epochs == 3
+    assert as_started(config(tmp_path, fit__steps=3)).fit.epochs is None
+    if fitted:
+        with pytest.raises(IncompatibleRun, match="fit.transformation"):
+            begin(as_started(config(tmp_path, fit__transformation="linear", fit__epochs=80)))
 
 
 def test_as_started_run_that_ignores_exif_goes_on_so_without_the_key(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Least squares from sums: exact over any partition, cross-validated as by brute force, right if the answer is known."""
+"""Least squares from sums: exact over any partition, cross-validated as by brute force, right if one knows it."""
 
 from __future__ import annotations
 

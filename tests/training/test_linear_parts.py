@@ -100,9 +100,9 @@ def test_a_linear_fit_is_measured_saved_and_loaded_bit_for_bit(tmp_path: Path, m
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(("kind", "loss"), [("linear", "alignment"), ("residual", "alignment+discriminative")])
 def test_ray_train_fits_other_kinds_with_a_classifier(tmp_path: Path, kind: str, loss: str, workers: int) -> None:
-    config = _config(tmp_path, transformation=kind, loss=loss, epochs=4, num_workers=workers)
+    config = _config(tmp_path, transformation=kind, loss=loss, epochs=4, num_workers=workers, offset="confidence")
     run, told = Run(str(tmp_path / "run")), list[Epoch]()
-    info = fit(config, run, _data(tmp_path), on_epoch=told.append, classify=True)
+    info = fit(config, run, _data(tmp_path), on_epoch=told.append)
     assert info.kind == kind
     assert info.better_than_old
     assert len(told) == (0 if kind == "linear" else 4)
