@@ -49,6 +49,7 @@ RUNTIME = {
 
 
 _CONTENT = "content of "
+_EPOCHS, _STEPS = "fit.epochs", "fit.steps"
 _BOUND = "plan.group_bound"  # of version 0.1: the order was made with a `group_boost` that no setting says
 _TAG = re.compile(r"[\w-]+")  # it becomes a file's name
 _RESTORE = (
@@ -391,8 +392,8 @@ def _refuse(started: Identity, now: Identity, where: str) -> None:
 
 def _identity(settings: dict[str, object]) -> Identity:
     flat = {key: value for key, value in _flatten(settings["config"], "") if not _is_runtime(key)}
-    if flat.get("fit.epochs") is not None:  # then the steps do not count; runs did not have them at first
-        flat.pop("fit.steps", None)
+    if flat.get(_EPOCHS) is not None:  # then the steps do not count; runs did not have them at first
+        flat.pop(_STEPS, None)
     return flat | {f"{_CONTENT}{key}": value for key, value in _flatten(settings["fingerprints"], "")}
 
 
@@ -412,5 +413,6 @@ def _flatten(value: object, prefix: str) -> list[tuple[str, object]]:
 
 def _changes(started: Identity, now: Identity) -> list[str]:
     keys = [key for key in started | now if started.get(key) != now.get(key)]
+    keys = [key for key in keys if key != _STEPS or _EPOCHS not in keys]  # they are there on one side alone
     others = {_BOUND: "which only fastfill 0.1 has"}
     return [f"{key}: the run has {started.get(key)!r}, {others.get(key, f'you gave {now.get(key)!r}')}" for key in keys]

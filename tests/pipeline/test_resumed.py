@@ -74,7 +74,7 @@ def test_as_started_run_from_before_there_were_steps_goes_on_by_epochs(tmp_path:
     assert as_started(config(tmp_path, fit__epochs=3)).fit.epochs == 3
     assert as_started(config(tmp_path, fit__steps=3)).fit.epochs is None
     if fitted:
-        with pytest.raises(IncompatibleRun, match="fit.transformation"):
+        with pytest.raises(IncompatibleRun, match=r"fit\.transformation"):
             begin(as_started(config(tmp_path, fit__transformation="linear", fit__epochs=80)))
 
 
