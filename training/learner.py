@@ -155,7 +155,12 @@ def make_arrays(table: pa.Table, job: Job) -> PairArrays:
     Raises:
         DataError: a vector is null, a label is out of range, or a width is wrong.
     """
-    data, table = job.data, table.sort_by("index")
+    return unsorted_arrays(table.sort_by("index"), job)
+
+
+def unsorted_arrays(table: pa.Table, job: Job) -> PairArrays:
+    """As `make_arrays`, in the order of the rows."""
+    data = job.data
     try:
         old, new = vectors_from_arrow(table["old"]), vectors_from_arrow(table["new"])
         side = vectors_from_arrow(table["side"]) if data.d_side is not None else None

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 
 from pipeline.errors import DataError
@@ -38,8 +39,8 @@ _SPAN = 4.0
 BlockSums = Callable[[Int64, Float32, Float32], Folds]
 """The sums of some pairs, of their indices (N,), inputs (N, I) and new embeddings (N, O)."""
 
-OnePass = Callable[[BlockSums], Folds]
-"""The sums of all pairs: the function is called on blocks, and what it gives is added up in their order."""
+OnePass = Callable[[BlockSums, float], Folds]
+"""The sums of the pairs that `sampled` takes: the function is called on blocks, and the sums are added up in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def fit_linear(one_pass: OnePass, network: LinearTransformation) -> LinearFit:
     Raises:
         DataError: an embedding is not finite.
     """
-    found = one_pass(_pair_sums)
+    found = one_pass(_pair_sums, 1.0)
     if not all(np.isfinite(fold.xx_ii).all() and np.isfinite(fold.yy) for fold in found):
         remedy = "look for NaN and infinite values in the old and new embeddings of the pairs"
         raise DataError("the training pairs hold embeddings that are not finite", remedy=remedy)
@@ -92,17 +93,27 @@ def fit_linear(one_pass: OnePass, network: LinearTransformation) -> LinearFit:
         without=fitted.without,
         about=(of_map.mean_i, fitted.deviation_i, of_map.mean_o, linear.deviations(variance_o)),
         normalize=network.normalize,
-        share=ERROR_PAIRS / total.count,
         least=_LEAST * max(yy, 1e-30) / total.count / len(of_map.mean_o),
     )
-    _fill(network, of_map, errors, one_pass(errors))
+    _fill(network, of_map, errors, one_pass(errors, ERROR_PAIRS / total.count))
     return LinearFit(network, fitted.without, fitted.lam, fitted.error, fitted.deviation_i)
 
 
 def over_arrays(indices: Int64, old: Float32, new: Float32, side: Float32 | None, normalize: bool) -> OnePass:
     """A pass over pairs in memory; `new` has unit length already with `normalize`."""
     x_ni = inputs_of(old, side, normalize)
-    return lambda function: function(indices, x_ni, new)
+
+    def one_pass(function: BlockSums, share: float) -> Folds:
+        rows = slice(None) if share >= 1 else sampled(indices, share)
+        return function(indices[rows], x_ni[rows], new[rows])
+
+    return one_pass
+
+
+def sampled(indices: Int64, share: float) -> NDArray[np.bool_]:
+    """About this share of the pairs, below 1: by a hash of their indices."""
+    found: NDArray[np.bool_] = splitmix64(indices, _SALT) < np.uint64(share * 2.0**64)
+    return found
 
 
 def inputs_of(old: Float32, side: Float32 | None, normalize: bool) -> Float32:
@@ -126,27 +137,22 @@ def _pair_sums(indices: Int64, x_ni: Float32, y_no: Float32) -> Folds:
 
 @dataclass(frozen=True, slots=True)
 class ErrorSums:
-    """Sums of standardised [x, z] and of r, the log of the mean squared error of z, for a sample of the pairs.
+    """Sums of standardised [x, z] and of r, the log of the mean squared error of z.
 
     Attributes:
         without: for each fold the map of the others.
         about: means and deviations of x, means and deviations of z.
         normalize: z is served with unit length, and its error is taken so.
-        share: of the pairs; from 1 on all.
         least: the error counts as no less.
     """
 
     without: tuple[Affine, ...]
     about: tuple[Float64, Float64, Float64, Float64]
     normalize: bool
-    share: float
     least: float
 
     def __call__(self, indices: Int64, x_ni: Float32, y_no: Float32) -> Folds:
         """As `BlockSums`."""
-        if self.share < 1:
-            mine = splitmix64(indices, _SALT) < np.uint64(self.share * 2.0**64)
-            indices, x_ni, y_no = indices[mine], x_ni[mine], y_no[mine]
         folds_n = folds_of(indices)
         z_no = out_of_fold(self.without, folds_n, x_ni)
         served = functional.normalize(torch.from_numpy(z_no), dim=1).numpy() if self.normalize else z_no

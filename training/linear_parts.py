@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-import numpy as np
+import pyarrow as pa
 import ray
 
 from pipeline import storage
 from training import linear
-from training.learner import Job, columns_of, make_arrays
+from training.learner import Job, columns_of, unsorted_arrays
 from training.linear import Folds
-from training.linear_fit import BlockSums, OnePass, inputs_of
+from training.linear_fit import BlockSums, OnePass, inputs_of, sampled
 
 ROWS = 16_384
 """Rows that are in memory at a time, beside the row group that they come from."""
@@ -30,8 +30,8 @@ def over_parts(job: Job, on_part: Callable[[], None]) -> OnePass:
         on_part: called after each part.
     """
 
-    def one_pass(function: BlockSums) -> Folds:
-        stored = ray.put((job, function))
+    def one_pass(function: BlockSums, share: float) -> Folds:
+        stored = ray.put((job, function, share))
         task = ray.remote(num_cpus=1)(_part_sums)
         at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
         running = deque(task.remote(stored, uri) for uri in job.data.train_parts[:at_once])
@@ -46,18 +46,20 @@ def over_parts(job: Job, on_part: Callable[[], None]) -> OnePass:
     return one_pass
 
 
-def _part_sums(stored: tuple[Job, BlockSums], uri: str) -> Folds | None:
+def _part_sums(stored: tuple[Job, BlockSums, float], uri: str) -> Folds | None:
     """The sums of a part's pairs; None if there are none in it."""
-    job, function = stored
+    job, function, share = stored
     found: Folds | None = None
     with storage.open_parquet(uri) as file:
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, columns=columns_of(job.data))
+            if share < 1:
+                table = table.filter(pa.array(sampled(table["index"].to_numpy(), share)))
             for start in range(0, table.num_rows, ROWS):
                 rows = table.slice(start, ROWS)
-                pairs = make_arrays(rows, job)  # by ascending index
+                pairs = unsorted_arrays(rows, job)
                 x_ni = inputs_of(pairs.old, pairs.side, job.normalize)
-                found = _added(found, function(np.sort(rows["index"].to_numpy()), x_ni, pairs.new))
+                found = _added(found, function(rows["index"].to_numpy(), x_ni, pairs.new))
     return found
 
 

@@ -97,7 +97,8 @@ def test_other_partitions_give_the_same_weights() -> None:
     old, new, _ = pairs(700)
     whole = over_arrays(np.arange(700), old, new, None, False)
 
-    def in_parts(function: BlockSums) -> Folds:
+    def in_parts(function: BlockSums, share: float) -> Folds:
+        assert share >= 1
         rows: list[Int64] = [np.arange(700)[part::3] for part in range(3)]
         first, *rest = (function(mine, old[mine], new[mine]) for mine in rows)
         for part in rest:
@@ -115,8 +116,8 @@ def test_s_is_fitted_on_a_sample_where_pairs_are_many(monkeypatch: pytest.Monkey
     monkeypatch.setattr(linear_fit, "ERROR_PAIRS", 500)
     counts = []
 
-    def counted(function: BlockSums) -> Folds:
-        found = function(np.arange(2000), old, new)
+    def counted(function: BlockSums, share: float) -> Folds:
+        found = over_arrays(np.arange(2000), old, new, None, False)(function, share)
         counts.append(sum(fold.count for fold in found))
         return found
 
