@@ -31,8 +31,9 @@ def as_started(config: Config) -> Config:
         if encoder is not None
     }
     changes: dict[str, object] = {"encoders": config.encoders.model_copy(update=encoders)}
-    if "steps" not in started["fit"]:
-        changes["fit"] = _by_epochs(config.fit, started["fit"])
+    fit = started.get("fit")
+    if fit is not None and "steps" not in fit:
+        changes["fit"] = _by_epochs(config.fit, fit)
     if "allow_outside" not in config.model_fields_set:
         changes["allow_outside"] = started["allow_outside"]
     return config.model_copy(update=changes)
