@@ -13,6 +13,7 @@ Sources: ridge regression, Hoerl and Kennard (Technometrics 12, 1970); orthogona
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Self
 
@@ -63,21 +64,21 @@ class Sums:
             yy += float(np.vdot(y, y))
         return cls(len(x_ni), x_i, y_o, xx_ii, xy_io, yy)
 
-    def __add__(self, other: Self) -> Self:
-        return self._with(other, 1)
+    def copy(self) -> Self:
+        """With arrays of its own."""
+        arrays = (self.x_i.copy(), self.y_o.copy(), self.xx_ii.copy(), self.xy_io.copy())
+        return type(self)(self.count, *arrays, self.yy)
 
-    def __sub__(self, other: Self) -> Self:
-        return self._with(other, -1)
+    def absorb(self, other: Self, sign: int = 1) -> Self:
+        """The sums of both (of the first without the second with sign -1), in the arrays of the first."""
+        arrays = (self.x_i, self.y_o, self.xx_ii, self.xy_io)
+        for mine, more in zip(arrays, (other.x_i, other.y_o, other.xx_ii, other.xy_io), strict=True):
+            (np.add if sign > 0 else np.subtract)(mine, more, out=mine)
+        return type(self)(self.count + sign * other.count, *arrays, self.yy + sign * other.yy)
 
-    def _with(self, other: Self, sign: int) -> Self:
-        return type(self)(
-            self.count + sign * other.count,
-            self.x_i + sign * other.x_i,
-            self.y_o + sign * other.y_o,
-            self.xx_ii + sign * other.xx_ii,
-            self.xy_io + sign * other.xy_io,
-            self.yy + sign * other.yy,
-        )
+    def without(self, other: Self) -> Self:
+        """The sums of those pairs that are not among the other's."""
+        return self.copy().absorb(other, sign=-1)
 
     def about(self, mean_i: Float64, mean_o: Float64) -> tuple[Float64, Float64, float]:
         """The sums of products of x - mean_i and y - mean_o: xx (I, I), xy (I, O) and yy."""
@@ -138,16 +139,18 @@ def sums_of(x_ni: Float32, y_no: Float32, folds_n: Int64) -> Folds:
     return [Sums.of(x_ni[mine], y_no[mine]) for mine in rows]
 
 
-def added(first: Folds, second: Folds) -> Folds:
-    """The sums of both, fold by fold."""
-    return [one + other for one, other in zip(first, second, strict=True)]
+def added(first: Folds | None, second: Folds | None) -> Folds | None:
+    """The sums of both, fold by fold, in the arrays of the first; of a side that is None the other."""
+    if first is None or second is None:
+        return first or second
+    return [one.absorb(other) for one, other in zip(first, second, strict=True)]
 
 
 def total(folds: Folds) -> Sums:
     """The sums of all folds."""
-    found = folds[0]
+    found = folds[0].copy()
     for fold in folds[1:]:
-        found = found + fold
+        found = found.absorb(fold)
     return found
 
 
@@ -159,22 +162,21 @@ def fit(folds: Folds) -> Fitted:
     """
     everything = total(folds)
     few = everything.count < _FEW * len(everything.x_i)
-    parts = [everything - fold for fold in folds]
     errors_g = np.zeros(len(LAMBDAS))
-    for part, fold in zip(parts, folds, strict=True):
-        errors_g += _ridge_errors(part, fold) if fold.count else 0.0
+    for fold in folds:
+        errors_g += _ridge_errors(everything.without(fold), fold) if fold.count else 0.0
     best = int(np.argmin(errors_g))
     lam: float | None = LAMBDAS[best]
     error = float(errors_g[best])
     if few:
-        turned = sum(_error(procrustes(part), fold) for part, fold in zip(parts, folds, strict=True) if fold.count)
+        turned = sum(_error(procrustes(everything.without(fold)), fold) for fold in folds if fold.count)
         if turned < error:
             lam, error = None, turned
-    maps = [procrustes(part) if lam is None else ridge(part, lam) for part in (everything, *parts)]
+    makes = procrustes if lam is None else functools.partial(ridge, lam=lam)
     variance_i = np.diag(everything.about(*_means(everything))[0]) / everything.count
     return Fitted(
-        map=maps[0],
-        without=tuple(maps[1:]),
+        map=makes(everything),
+        without=tuple(makes(everything.without(fold)) for fold in folds),
         lam=lam,
         error=max(error, 0.0) / everything.count / len(everything.y_o),
         deviation_i=deviations(variance_i),

@@ -37,7 +37,8 @@ def over_parts(job: Job, on_part: Callable[[], None]) -> OnePass:
         running = deque(task.remote(stored, uri) for uri in job.data.train_parts[:at_once])
         found: Folds | None = None
         for number in range(len(job.data.train_parts)):
-            found = _added(found, ray.get(running.popleft()))
+            part: Folds | None = ray.get(running.popleft())  # in shared memory: not to be added to
+            found = linear.added(found, part) if found else part and [fold.copy() for fold in part]
             running.extend(task.remote(stored, uri) for uri in job.data.train_parts[number + at_once :][:1])
             on_part()
         assert found is not None, "checked before the fit: there are pairs"
@@ -59,9 +60,5 @@ def _part_sums(stored: tuple[Job, BlockSums, float], uri: str) -> Folds | None:
                 rows = table.slice(start, ROWS)
                 pairs = unsorted_arrays(rows, job)
                 x_ni = inputs_of(pairs.old, pairs.side, job.normalize)
-                found = _added(found, function(rows["index"].to_numpy(), x_ni, pairs.new))
+                found = linear.added(found, function(rows["index"].to_numpy(), x_ni, pairs.new))
     return found
-
-
-def _added(first: Folds | None, second: Folds | None) -> Folds | None:
-    return first or second if first is None or second is None else linear.added(first, second)

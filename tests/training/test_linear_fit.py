@@ -100,10 +100,10 @@ def test_other_partitions_give_the_same_weights() -> None:
     def in_parts(function: BlockSums, share: float) -> Folds:
         assert share >= 1
         rows: list[Int64] = [np.arange(700)[part::3] for part in range(3)]
-        first, *rest = (function(mine, old[mine], new[mine]) for mine in rows)
-        for part in rest:
-            first = added(first, part)
-        return first
+        first, second, third = (function(mine, old[mine], new[mine]) for mine in rows)
+        found = added(added(first, second), third)
+        assert found is not None
+        return found
 
     passes: list[OnePass] = [whole, in_parts]
     one, other = (fit_linear(item, LinearTransformation(D_OLD, D_NEW)).network.state_dict() for item in passes)
