@@ -235,11 +235,13 @@ def finish(config: Config, as_json: bool) -> None:
 def _retry_before_plan(run: Run) -> None:
     """Forget what could not be embedded for the fit and the plan, where these are not made yet."""
     from pipeline import vector_log
+    from pipeline.manifest import GALLERY_PAIRS
     from pipeline.plan import read_plan
     from pipeline.rejects import manifest_log
     from training.pairs import has_pairs
 
-    open_folders = [("pairs", "old"), ("pairs", "new")] if not has_pairs(run) else []
+    folders = [] if has_pairs(run) else ["pairs", GALLERY_PAIRS]
+    open_folders = [(folder, role) for folder in folders for role in ("old", "new")]
     open_folders += [("gallery", "old")] if read_plan(run) is None else []
     count = sum(vector_log.forget_rejects(manifest_log(run, *item), after_wave=-1) for item in open_folders)
     if count:

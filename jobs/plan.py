@@ -74,7 +74,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
     if found:
         show_estimate(found)
     if outlook.curves:
-        show_expected(outlook, found)
+        show_expected(outlook, found, plan.num_from_pairs / plan.num_gallery)
     for note in outlook.notes:
         console().print(note, soft_wrap=True)
     selection = read_selection(run)
@@ -85,14 +85,20 @@ def show(plan: Plan) -> None:
     """Print the waves as a table."""
     from rich.table import Table
 
+    from jobs.status import from_pairs_text
+    from pipeline.plan import FROM_PAIRS
+
     table = Table(title=f"{plan.num_gallery:,} images, order: {plan.policy}, {plan.num_shards} shards")
     for name in ("wave", "images", "units", "fraction"):
         table.add_column(name, justify="right")
     done = 0
     for wave in plan.waves:
         done += wave.images
-        table.add_row(str(wave.wave), f"{wave.images:,}", f"{wave.units:,}", f"{done / plan.num_gallery:.1%}")
+        name = "pairs" if wave.wave == FROM_PAIRS else str(wave.wave)
+        table.add_row(name, f"{wave.images:,}", f"{wave.units:,}", f"{done / plan.num_gallery:.1%}")
     console().print(table)
+    if plan.num_from_pairs:
+        console().print(from_pairs_text(plan.num_from_pairs, plan.num_gallery) + ".", soft_wrap=True)
     if plan.num_rejected:
         console().print(
             f"{plan.num_rejected:,} images are not in the plan: the old encoder cannot read them; see `fastfill status`"
@@ -131,8 +137,12 @@ def show_estimate(found: Estimate) -> None:
     out.print(table)
 
 
-def show_expected(outlook: Outlook, estimate: Estimate | None) -> None:
-    """Print what the gallery is expected to be worth at both ends, and how much of it 95 and 99 per cent take."""
+def show_expected(outlook: Outlook, estimate: Estimate | None, start: float = 0.0) -> None:
+    """Print what the gallery is expected to be worth at both ends, and how much of it 95 and 99 per cent take.
+
+    `start` is the fraction that is embedded in the first snapshot.
+    """
+    import numpy as np
     from rich.table import Table
 
     from pipeline.expected import BAND_SAYS
@@ -143,14 +153,16 @@ def show_expected(outlook: Outlook, estimate: Estimate | None) -> None:
     for name in ("metric", "at first", "in the end", "95 % of that", "99 % of that"):
         table.add_column(name, justify="left" if name == "metric" else "right")
     for name, curve in outlook.curves.items():
-        ends = [f"{curve.values[at]:.1f} ({curve.low[at]:.1f} - {curve.high[at]:.1f})" for at in (0, -1)]
+        sides = [[np.interp(at, curve.fractions, side) for side in (curve.values, curve.low, curve.high)] for at in (start, 1)]
+        ends = [f"{value:.1f} ({low:.1f} - {high:.1f})" for value, low, high in sides]
         costs = []
         for reached in curve.reached.values():
-            fraction = reached.fraction
-            cost = f"after {fraction:.0%} ({reached.low:.0%} - {reached.high:.0%})"
+            fraction, low, high = (max(start, item) for item in (reached.fraction, reached.low, reached.high))
+            cost = f"after {fraction:.0%} ({low:.0%} - {high:.0%})"
             if estimate is not None:
-                cost += f", {duration(estimate.seconds * fraction)}"
-                cost += "" if estimate.money is None else f", {estimate.money * fraction:,.2f} in money"
+                share = (fraction - start) / (1 - start)  # of what is to be embedded
+                cost += f", {duration(estimate.seconds * share)}"
+                cost += "" if estimate.money is None else f", {estimate.money * share:,.2f} in money"
             costs.append(cost)
         table.add_row(name, *ends, *costs)
     console().print(table)

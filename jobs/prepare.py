@@ -1,7 +1,7 @@
 """Everything that comes before the backfill, in order, each step only where it is not done yet.
 
-    checks -> gallery, pairs (normalised) -> run.json -> probe set (drawn) -> pairs, probe set (embedded) -> fit
-    -> old embeddings -> plan
+    checks -> gallery, pairs (normalised) -> run.json -> probe set, pairs of the gallery (drawn)
+    -> pairs, probe set (embedded) -> fit -> old embeddings -> plan
 
 The cheap checks come first: nothing is embedded or fitted for a run whose gallery cannot be used.
 """
@@ -31,14 +31,14 @@ def open_run(config: Config, bars: Bars) -> Run:
     """
     from jobs.checks import check_images, check_settings, check_widths
     from pipeline import manifest
-    from pipeline.config import unit_images
+    from pipeline.config import sources, unit_images
     from pipeline.plan import read_plan
     from pipeline.run import Run, check_resumable, start, weight_fingerprints
     from pipeline.storage import check
 
     check(config.run)
-    sources = {"gallery": config.gallery, "pairs": config.pairs}
-    fingerprints = weight_fingerprints(config) | {name: manifest.digest(source) for name, source in sources.items()}
+    given = sources(config)
+    fingerprints = weight_fingerprints(config) | {name: manifest.digest(source) for name, source in given.items()}
     check_resumable(config, fingerprints)
     run = Run(config.run)
     encoders = {"old_embedding": config.encoders.old, "new_embedding": config.encoders.new}
@@ -48,12 +48,12 @@ def open_run(config: Config, bars: Bars) -> Run:
         with bars.step("check the settings"):
             check_settings(config, dims)
     rows = {}
-    for name, source in sources.items():
+    for name, source in given.items():
         with bars.step(f"check the {name}"):
             rows[name] = manifest.normalise(run, name, source, dims, unit_images(config), config.data_root)
             if not planned:
                 check_images(config, run, name, rows[name])
-    check_widths(config, rows["gallery"].dims, rows["pairs"].dims)
+    check_widths(config, {name: item.dims for name, item in rows.items()})
     return start(config, fingerprints)
 
 
@@ -62,16 +62,18 @@ def ensure_embeddings(config: Config, run: Run, bars: Bars) -> None:
     otherwise. Of a run that is planned already only the probe set can be missing."""
     from pipeline.embeddings import embed_missing
     from pipeline.plan import read_plan
+    from training.pairs import pair_folders
 
-    probe = _probe(config, run)
-    embed_missing(config, run, probe if read_plan(run) is not None else ["pairs", "gallery", *probe], bars.images)
+    probe, pairs = _probe(config, run), pair_folders(config, run)
+    embed_missing(config, run, probe if read_plan(run) is not None else [*pairs, "gallery", *probe], bars.images)
 
 
 def ensure_probe(config: Config, run: Run, bars: Bars) -> None:
     """The probe set with its embeddings, and those of the pairs: what a selection looks at, and no more."""
     from pipeline.embeddings import embed_missing
+    from training.pairs import pair_folders
 
-    embed_missing(config, run, ["pairs", *_probe(config, run)], bars.images)
+    embed_missing(config, run, [*_probe(config, run), *pair_folders(config, run)], bars.images)
 
 
 def _probe(config: Config, run: Run) -> list[str]:

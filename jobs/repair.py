@@ -50,14 +50,17 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
 def _embed(config: Config, run: Run, plan: Plan, done: Repair) -> None:
     """Embed again what was moved aside: units of published waves, and images of manifests."""
     from jobs.bars import Bars
+    from pipeline import first_wave
     from pipeline.embeddings import embed_missing
+    from pipeline.plan import FROM_PAIRS
     from pipeline.repair import units_of
     from pipeline.snapshot import list_commits
     from pipeline.stream import Work, embed_stream
 
     published = max(list_commits(run), default=0)
-    units = [unit for unit in units_of(run, plan, done) if unit.wave <= published]
-    if not units and not done.folders:
+    units = [unit for unit in units_of(run, plan, done) if FROM_PAIRS < unit.wave <= published]
+    copied = any(wave == FROM_PAIRS for wave, _ in done.embed_again)
+    if not units and not done.folders and not copied:
         return
     start_ray()
     with Bars(console()) as bars:
@@ -66,6 +69,7 @@ def _embed(config: Config, run: Run, plan: Plan, done: Repair) -> None:
             count += ack.embedded + ack.rejected
             bars.images("embed again", count, total)
         embed_missing(config, run, done.folders, bars.images)
+    first_wave.write(config, run, plan)
 
 
 def _show(done: Repair, problems: list[str]) -> None:

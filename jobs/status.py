@@ -25,6 +25,7 @@ class Pin(TypedDict):
 class Status(TypedDict):
     """The figures of `status --json` (an interface; CHANGELOG before it changes).
 
+    `from_pairs` are the images that were embedded for the fit: of the durable ones, and of the published ones.
     `quality` is that of `quality_commit`, the latest commit; `prod_quality` that of the commit that prod serves.
     """
 
@@ -33,6 +34,7 @@ class Status(TypedDict):
     embedded: int
     durable: int
     published: int
+    from_pairs: int
     rejected: int
     wave: int
     waves: int | None
@@ -80,6 +82,7 @@ def read_status(run_uri: str) -> Status:
         embedded=0,
         durable=0,
         published=0,
+        from_pairs=0,
         rejected=0,
         wave=0,
         waves=None,
@@ -100,13 +103,14 @@ def read_status(run_uri: str) -> Status:
         return status
     log = plan.log(run)
     parts = vector_log.part_times(log)
-    progress = Tracker(plan, log, max_reject_fraction=1.0, parts=parts).progress(status["commit"] or 0)
+    progress = Tracker(plan, log, max_reject_fraction=1.0, parts=parts).progress(-1 if latest is None else latest)
     rate = recent_rate(plan, parts)
     status["gallery"] = progress.gallery
     status["embedded"] = status["durable"] = progress.durable
     status["published"], status["rejected"] = progress.published, progress.rejected
     status["wave"], status["waves"] = progress.wave, progress.waves
     status["fraction"] = progress.published / progress.gallery
+    status["from_pairs"] = progress.from_pairs
     status["images_per_second"] = rate
     status["eta_seconds"] = 0.0 if progress.left == 0 else progress.left / rate if rate else None
     return status
@@ -115,14 +119,14 @@ def read_status(run_uri: str) -> Status:
 def is_complete(config: Config) -> bool:
     """Whether the last wave of the run is published, and this config is the run's."""
     from pipeline import manifest
+    from pipeline.config import sources
     from pipeline.run import Run, check_resumable, weight_fingerprints
     from pipeline.storage import exists
 
     run = Run(config.run)
     if not exists(run.settings):
         return False
-    sources = {"gallery": config.gallery, "pairs": config.pairs}
-    digests = {name: manifest.digest(source) for name, source in sources.items()}
+    digests = {name: manifest.digest(source) for name, source in sources(config).items()}
     check_resumable(config, weight_fingerprints(config) | digests)
     status = read_status(config.run)
     return status["waves"] is not None and status["wave"] == status["waves"]
@@ -145,6 +149,8 @@ def show(status: Status, run: Run) -> None:
         table.add_row("gallery", f"{status['gallery']:,} images")
         table.add_row("published", f"{status['published']:,} ({status['fraction']:.1%})")
         table.add_row("durable", f"{status['durable']:,}")
+        if status["from_pairs"]:
+            table.add_row("from pairs", from_pairs_text(status["from_pairs"], status["gallery"]))
         table.add_row("rejected", _rejected(status["rejected"], plan.num_rejected if plan else 0))
         table.add_row("wave", f"{status['wave']} of {status['waves']}")
         table.add_row("rate", _rate(status["images_per_second"]))
@@ -164,6 +170,11 @@ def show(status: Status, run: Run) -> None:
         table.add_row("stopped, as asked", status["stopped"])
     console().print(table)
     _show_rejects(run, plan)
+
+
+def from_pairs_text(count: int, gallery: int) -> str:
+    """What is embedded of a gallery before its backfill begins."""
+    return f"{count:,} of {gallery:,} images are embedded already: the pairs of the fit"
 
 
 def _damage(run: Run, served: int | None) -> str | None:

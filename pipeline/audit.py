@@ -129,7 +129,7 @@ def _check_steps(run: Run, notes: Notes, commits: dict[int, Commit]) -> None:
         waves = range(earlier + 1, number + 1)
         changed = {ref for ref in parent.segments if ref.wave not in waves}
         changed ^= {ref for ref in commit.segments if ref.wave not in waves}
-        same = ("codebook_sha256", "metric", "dim", "num_waves", "num_shards")
+        same = ("codebook_sha256", "metric", "dim", "first_wave", "num_waves", "num_shards")
         others = [name for name in same if getattr(commit, name) != getattr(parent, name)]
         if commit.counts.gallery != parent.counts.gallery:
             others.append("counts.gallery")
@@ -168,7 +168,7 @@ def _check_gallery(evidence: Evidence, notes: Notes, files: _Files, commits: lis
 
 def _check_plan(evidence: Evidence, notes: Notes, commit: Commit) -> None:
     """No image lies outside the waves and shards of the run."""
-    lowest, highest = (1, 0), (commit.num_waves, commit.num_shards - 1)
+    lowest, highest = (commit.first_wave, 0), (commit.num_waves, commit.num_shards - 1)
     for part in evidence.plan:
         keys = filled(part)
         outside = keys[((keys < lowest) | (keys > highest)).any(axis=1)]
@@ -189,7 +189,8 @@ def _check_log(evidence: Evidence, notes: Notes, commits: list[Commit]) -> None:
     for wave, parts in evidence.log.items():
         found = wave_digest({unit_of(part.uri): part.digest for part in parts})
         for commit in commits:
-            known = commit.log_digests[wave - 1] if wave <= len(commit.log_digests) else ""
+            place = wave - commit.first_wave
+            known = commit.log_digests[place] if place < len(commit.log_digests) else ""
             if not known:
                 continue
             notes.checked["log_digests"] += 1
@@ -201,7 +202,7 @@ def _check_log(evidence: Evidence, notes: Notes, commits: list[Commit]) -> None:
 def _cells(evidence: Evidence, shard: int, commit: Commit) -> list[Cell]:
     """What each wave of a shard holds."""
     found = []
-    for wave in range(1, commit.num_waves + 1):
+    for wave in range(commit.first_wave, commit.num_waves + 1):
         rejected = evidence.rejects.get(wave, NO_IDS)
         mine = rejected[shard_of(rejected, commit.num_shards) == shard]
         found.append(evidence.cell(shard, wave, mine))

@@ -13,6 +13,7 @@ import numpy as np
 from pipeline import documents, manifest, quality, storage, vector_log
 from pipeline import plan as plans
 from pipeline.evidence import NO_IDS, Notes
+from pipeline.manifest import GALLERY_PAIRS
 from pipeline.parts import list_parts
 from pipeline.plan import Plan, read_plan
 from pipeline.rejects import gallery_log, manifest_log
@@ -21,7 +22,9 @@ from pipeline.schema import Int64, Unit
 from pipeline.standing import read_standing
 from pipeline.vector_log import VectorLog
 
-_FOLDERS = ("gallery", "pairs", "probe-set")
+_FOLDERS = ("gallery", "pairs", GALLERY_PAIRS, "probe-set")
+NOTHING = -1
+"""The last published wave where nothing is published: then all waves are looked at."""
 _LATEST = 2**62  # a commit number above all: `read_best` looks at nothing else then
 
 
@@ -46,9 +49,9 @@ def check_inputs(run: Run, notes: Notes, published: int | None) -> None:
     if found is not None:
         _check_transformed(run, found, notes)
         _check_units(run, found, notes, quietly=published is not None)
-        check_log(found.log(run), list(found.units(run)), notes, published or 0)
+        check_log(found.log(run), list(found.units(run)), notes, NOTHING if published is None else published)
     elif published is None:
-        check_log(gallery_log(run), [], notes, 0)
+        check_log(gallery_log(run), [], notes, NOTHING)
 
 
 def _check_settings(run: Run, notes: Notes) -> None:
@@ -83,7 +86,7 @@ def _check_manifest(run: Run, notes: Notes, folder: str, needed: bool) -> None:
 
     notes.each(check, enumerate(found.rows))
     for role in ("old", "new"):
-        check_log(manifest_log(run, folder, role), manifest.units(run, folder, found), notes, -1)
+        check_log(manifest_log(run, folder, role), manifest.units(run, folder, found), notes, NOTHING)
     if needed and "old_embedding" not in found.dims:
         _check_whole(manifest_log(run, folder, "old"), manifest.units(run, folder, found), notes)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from pipeline import storage, telemetry
+from pipeline import first_wave, storage, telemetry
 from pipeline.config import Config
 from pipeline.plan import Plan
 from pipeline.progress import Progress, Tracker
@@ -46,6 +46,7 @@ def backfill(
         GateRefused: a snapshot is not promoted; what is published before it is served on.
     """
     log, before = plan.log(run), storage.counts()
+    from_pairs = first_wave.write(config, run, plan)  # what was embedded for the fit is not embedded again
     tracker, counted = Tracker(plan, log, config.backfill.max_reject_fraction, config.backfill.reject_allowance), before
 
     def report(ended: bool = False) -> Progress:
@@ -60,7 +61,9 @@ def backfill(
         return progress
 
     with Publisher(config, run, plan, stop) as publisher:
-        publisher.submit(0).result()  # the whole gallery is served in the new space before an image is read
+        for ack in from_pairs:
+            publisher.expect(ack)
+        publisher.submit(0).result()  # the whole gallery is served in the new space before another image is read
         report()
         publisher.submit_all(tracker.whole_waves())
         units = tracker.pending(run) if publisher.stopped is None else []

@@ -1,6 +1,6 @@
 """What a snapshot of the index consists of: the commit file, its content, its checks, its JSON.
 
-Commit n names every segment of the snapshot in which waves 1..n are embedded and the others transformed.
+Commit n names every segment of the snapshot in which the waves up to n are embedded and the others transformed.
 Guarantee: what is written and what is read back names exactly one segment per (shard, wave), and its counts
 add up. Knows nothing of tags and writers (`snapshot`), nor of what is inside a segment (`index`).
 """
@@ -76,7 +76,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """One snapshot: waves 1..number are embedded, the others transformed.
+    """One snapshot: the waves up to `number` are embedded, the others transformed.
 
     The last three fields say who published it and when; `Writer.publish` fills them in.
 
@@ -84,8 +84,9 @@ class Commit:
         parent: number - 1, or None for commit 0.
         metric: what the index measures; with `nprobe`, `dim` and the codebook all a query needs to know.
         segments: exactly one per (shard, wave).
-        log_digests: of waves 1 to number, the digest of the parts in the vector log that each was sealed from; empty
+        log_digests: of the waves up to `number`, the digest of the parts in the vector log that each was sealed from; empty
             where it is not known, as of waves that older versions sealed.
+        first_wave: 0 if commit 0 holds a wave that was embedded for the fit, else 1.
     """
 
     number: int
@@ -100,6 +101,7 @@ class Commit:
     segments: tuple[SegmentRef, ...]
     counts: Counts
     log_digests: tuple[str, ...] = ()
+    first_wave: int = 1
     attempt_id: str = ""
     epoch: int = 0
     created_unix_seconds: float = 0.0
@@ -220,6 +222,8 @@ def check_commit(commit: Commit, where: str) -> None:
         DataError: it does not, naming `where`.
     """
     parent = commit.number - 1 if commit.number else None
+    if commit.first_wave not in (0, 1):
+        raise DataError("a commit begins with an unknown wave", expected="0 or 1", found=commit.first_wave, where=where)
     if not 0 <= commit.number <= commit.num_waves or commit.parent != parent:
         raise DataError(
             "the number of a commit does not fit its parent or its waves",
@@ -228,7 +232,7 @@ def check_commit(commit: Commit, where: str) -> None:
             where=where,
         )
     cells = sorted((segment.wave, segment.shard) for segment in commit.segments)
-    planned = list(product(range(1, commit.num_waves + 1), range(commit.num_shards)))
+    planned = list(product(range(commit.first_wave, commit.num_waves + 1), range(commit.num_shards)))
     if cells != planned:
         raise DataError(
             "a commit does not name exactly one segment per (wave, shard)",
@@ -241,10 +245,11 @@ def check_commit(commit: Commit, where: str) -> None:
     counts = Counts.of(commit.segments)
     if counts != commit.counts:
         raise DataError("the counts of a commit do not add up", expected=counts, found=commit.counts, where=where)
-    if len(commit.log_digests) not in (0, commit.number):
+    embedded = commit.number - commit.first_wave + 1
+    if len(commit.log_digests) not in (0, embedded):
         raise DataError(
             "a commit does not name one digest of the vector log per embedded wave",
-            expected=commit.number,
+            expected=embedded,
             found=len(commit.log_digests),
             where=where,
         )

@@ -29,6 +29,9 @@ Side = Count | tuple[Count, Count]
 
 _UNIT_BYTES = 64 * 2**20
 _MAX_UNIT_IMAGES = 2048
+_MOST_FROM_GALLERY = 20_000  # pairs
+_SHARE_OF_GALLERY = 5  # one image in so many is a pair
+_LEAST_FROM_GALLERY = 64  # pairs, as far as a small gallery has them
 
 
 class Preprocess(Section):
@@ -171,10 +174,38 @@ class Gallery(Manifest):
     metric: Metric = "l2"
 
 
-class Pairs(Manifest):
-    """The images or embeddings that the transformation is fitted on."""
+class Pairs(Section):
+    """The images or embeddings that the transformation is fitted on: from a manifest, from the gallery, or both.
 
+    With `from_gallery` so many images of the gallery are embedded before the fit. They are pairs, and their new
+    embeddings are served from the first snapshot on: no image is embedded twice. `auto` takes none if there is a
+    manifest, else a fifth of the gallery, 20,000 at most, and half of a gallery of up to 128 images.
+    """
+
+    manifest: str | tuple[str, ...] | None = None
+    columns: Columns = Columns()
+    from_gallery: Literal["auto"] | Annotated[int, Field(ge=0, le=2**53)] = "auto"
     held_out_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if self.manifest is None and self.from_gallery == 0:
+            raise ValueError("there are no pairs: give a manifest, or from_gallery above 0")
+        if self.manifest is None and self.columns != Columns():
+            raise ValueError("columns say what a manifest's columns mean: give manifest, too")
+        if self.manifest is not None and "columns" not in self.model_fields_set:
+            raise ValueError("columns: required with a manifest, and not given")
+        return self
+
+    @property
+    def given(self) -> Manifest | None:
+        """The manifest with its columns; None if there is none."""
+        return None if self.manifest is None else Manifest(manifest=self.manifest, columns=self.columns)
+
+    @property
+    def uses_gallery(self) -> bool:
+        """Whether pairs come from the gallery, too."""
+        return self.manifest is None if self.from_gallery == "auto" else self.from_gallery > 0
 
 
 AnyManifest = TypeVar("AnyManifest", bound=Manifest)
@@ -297,7 +328,7 @@ class Config(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     encoders: Encoders
     gallery: Gallery
-    pairs: Pairs
+    pairs: Pairs = Pairs()
     fit: Fit = Fit()
     select: Select | None = None
     plan: Plan = Plan()
@@ -320,6 +351,30 @@ def unit_images(config: Config) -> int:
     height, width = preprocess.image_size or (1, 1)
     fitting = _UNIT_BYTES // (height * width * preprocess.channels)
     return min(_MAX_UNIT_IMAGES, 1 << max(0, fitting.bit_length() - 1))
+
+
+def num_from_gallery(config: Config, num_gallery: int, num_probe: int = 0) -> int:
+    """How many pairs come from the gallery itself: as configured, or by its size, and none of the probe set."""
+    wanted = config.pairs.from_gallery
+    if wanted != "auto":
+        return wanted
+    if not config.pairs.uses_gallery:
+        return 0
+    share = max(num_gallery // _SHARE_OF_GALLERY, min(_LEAST_FROM_GALLERY, num_gallery // 2))
+    return max(0, min(_MOST_FROM_GALLERY, share, num_gallery - num_probe))
+
+
+def sources(config: Config) -> dict[str, Manifest]:
+    """The manifests that are given, by the name of their folder in the run."""
+    pairs = config.pairs.given
+    return {"gallery": config.gallery} | ({} if pairs is None else {"pairs": pairs})
+
+
+def pair_roles(config: Config) -> set[str]:
+    """The roles (`label`, `group`, ...) that a column says of some pairs at least."""
+    pairs = config.pairs
+    columns = [*([pairs.columns] if pairs.manifest is not None else []), *([config.gallery.columns] if pairs.uses_gallery else [])]
+    return {role for item in columns for role in item.model_dump(exclude_none=True)}
 
 
 def _pair(side: Side) -> tuple[int, int]:

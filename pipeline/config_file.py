@@ -100,7 +100,9 @@ def resolve(config: Config) -> Config:
     def manifest(item: AnyManifest) -> AnyManifest:
         return item.model_copy(update={"manifest": files(item.manifest)})
 
-    probe = config.probe
+    pairs, probe = config.pairs, config.probe
+    if pairs.manifest is not None:
+        pairs = pairs.model_copy(update={"manifest": files(pairs.manifest)})
     if probe.manifest is not None:
         probe = probe.model_copy(update={"manifest": files(probe.manifest)})
     fit = config.fit
@@ -113,7 +115,7 @@ def resolve(config: Config) -> Config:
             "data_root": root,
             "encoders": encoders,
             "gallery": manifest(config.gallery),
-            "pairs": manifest(config.pairs),
+            "pairs": pairs,
             "probe": probe,
             "fit": fit,
         }

@@ -168,7 +168,8 @@ class Plan(Section):
     """The order and the waves.
 
     `waves` is a count (fine at the start, coarser later) or the fractions of the gallery, which
-    add up to 1. A unit is the piece of a wave that one task embeds and writes; by default as many
+    add up to 1; `auto` is 20, and fewer for a small gallery, so that the first one has about 32 images. Images that
+    are embedded for the fit (`pairs.from_gallery`) are not in them. A unit is the piece of a wave that one task embeds and writes; by default as many
     images as fill 64 MiB once decoded, 2,048 at most. An image that was deleted since the manifest was
     made is a reject; with `deleted_images: drop` its vector also leaves the index when its wave is published.
 
@@ -180,7 +181,11 @@ class Plan(Section):
     policy: str = "uncertainty"
     traffic: bool = False
     group_boost: Annotated[float, Field(ge=0.0)] = 0.0
-    waves: Annotated[int, Field(ge=1, le=100_000)] | tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = 20
+    waves: (
+        Literal["auto"]
+        | Annotated[int, Field(ge=1, le=100_000)]
+        | tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...]
+    ) = "auto"
     unit_images: Count | None = None
     deleted_images: Literal["keep", "drop"] = "keep"
 

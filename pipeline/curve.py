@@ -33,6 +33,7 @@ from pipeline.gallery import GalleryArrays as GalleryArrays
 from pipeline.gallery import check_known, query_rows
 from pipeline.gallery import has_labels as has_labels
 from pipeline.gallery import load_gallery as load_gallery
+from pipeline.plan import FROM_PAIRS
 from pipeline.points import SLOTS
 from pipeline.ranking import Float64, Progress
 from pipeline.run import Run
@@ -136,7 +137,10 @@ def _simulate(config: Config, gallery: GalleryArrays, on_progress: Progress | No
 
 
 def _orders(config: Config, gallery: GalleryArrays) -> dict[str, list[Int64]]:
-    """The orders to compare; first of those under its policy's name is the run's own, from its stored priorities."""
+    """The orders to compare; first of those under its policy's name is the run's own, from its stored priorities.
+
+    All of them begin with the images that were embedded for the fit, which come before any policy.
+    """
     ids, seed, policy = gallery.ids, config.seed, config.plan.policy
     orders = {
         "uncertainty": [order_by_priority(gallery.uncertainty, ids, seed)],
@@ -144,7 +148,9 @@ def _orders(config: Config, gallery: GalleryArrays) -> dict[str, list[Int64]]:
         "oracle": [oracle_order(gallery.transformed, gallery.embedded)],
     }
     own = [order_by_priority(gallery.priority, ids, seed), *orders.get(policy, [])[1:]]
-    return {policy: own} | orders | {policy: own}
+    orders = {policy: own} | orders | {policy: own}
+    known = gallery.wave == FROM_PAIRS
+    return {name: [order[np.argsort(~known[order], kind="stable")] for order in some] for name, some in orders.items()}
 
 
 def _order(order: OrderCurve, fractions: Float64) -> Json:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from pipeline import manifest, rejects, storage, vector_log
 from pipeline.config import Config, Encoder
 from pipeline.errors import ConfigError
-from pipeline.manifest import Manifest
+from pipeline.manifest import GALLERY_PAIRS, Manifest
 from pipeline.run import Run
 from pipeline.schema import Float32, Unit, vectors_from_arrow
 from pipeline.stream import Work, embed_stream
@@ -24,10 +24,12 @@ from pipeline.vector_log import VectorLog
 
 logger = logging.getLogger(__name__)
 
-_NEEDED = {"gallery": ("old",), "pairs": ("old", "new"), "probe-set": ("old", "new")}
+_BOTH = ("old", "new")
+_NEEDED = {"gallery": ("old",), "pairs": _BOTH, GALLERY_PAIRS: _BOTH, "probe-set": _BOTH}
 _LOST = {
     "gallery": "they have no vector, so they are not served",
     "pairs": "they are left out of the fit",
+    GALLERY_PAIRS: "they are left out of the fit",
     "probe-set": "they are left out of what snapshots are measured on",
 }
 
@@ -38,13 +40,13 @@ OnUnits = Callable[[str, int, int], None]
 def embed_missing(config: Config, run: Run, folders: Sequence[str], on_units: OnUnits) -> None:
     """Embed the images of normalised manifests where their embeddings did not come with them, in one stream.
 
-    The gallery needs its old embeddings, the pairs and the probe set need both. An image that
+    The gallery needs its old embeddings; the pairs, wherever they come from, and the probe set need both. An image that
     cannot be read has none; how many these are, and where their reasons are, is logged as a warning.
 
     Args:
         config: the run's config.
         run: the run, with these manifests normalised.
-        folders: of `gallery`, `pairs` and `probe-set`.
+        folders: of `gallery`, `pairs`, `gallery-pairs` and `probe-set`.
         on_units: told of progress.
 
     Raises:
@@ -109,7 +111,7 @@ def _encoder(config: Config, folder: str, role: str) -> Encoder:
     if encoder is None:
         raise ConfigError(
             f"the {folder}'s {role} embeddings are not given, and neither is the encoder to compute them",
-            where=f"{folder}.columns.{role}_embedding, encoders.{role}",
+            where=f"{'pairs' if folder == 'pairs' else 'gallery'}.columns.{role}_embedding, encoders.{role}",
         )
     return encoder
 

@@ -73,7 +73,7 @@ class Estimate:
     """What is to be expected, and what to set.
 
     Attributes:
-        images: of the plan.
+        images: of the plan that are to be embedded: all but the pairs of the fit.
         bytes: to be fetched for them.
         seconds: from the start of the stream to the last durable image, on the cluster and with the settings as they
             are; Ray's start and snapshot 0 come before it.
@@ -115,7 +115,7 @@ def estimate(rates: Rates, images: int, waves: int, largest_pool: int, prices: T
 
     Args:
         rates: measured on the cluster that it will run on.
-        images: of the whole plan, whatever is embedded already.
+        images: of the whole plan but for the pairs of the fit, whatever else is embedded already.
         waves: in which they are published.
         largest_pool: actors that the cluster has room for, whatever is configured.
         prices: per node and per GPU.

@@ -29,7 +29,10 @@ from pipeline.errors import DataError
 from pipeline.manifest_columns import check_columns, check_content, check_ids
 from pipeline.partition import EMBEDDINGS, Partition, write_part
 from pipeline.run import Run
-from pipeline.schema import Unit, splitmix64
+from pipeline.schema import Int64, Unit, splitmix64
+
+GALLERY_PAIRS = "gallery-pairs"
+"""The folder of the pairs that come from the gallery itself; those of the user's manifest are in `pairs`."""
 
 _PARTITION_ROWS = 131_072
 _HASHED_BYTES = 2**30  # a second of reading
@@ -180,6 +183,14 @@ def read_manifest(run: Run, folder: str) -> Manifest | None:
     where = _marker(run, folder)
     found = storage.read_versioned(where)
     return documents.parse(Manifest, found[0], where, documents.REDO) if found else None
+
+
+def ids_of(run: Run, folder: str) -> Int64:
+    """The ids of a sample that was written as a normalised manifest, (n,) int64; none if there is no such manifest."""
+    found = read_manifest(run, folder)
+    parts = range(0 if found is None else len(found.rows))
+    ids = [storage.read_parquet(run.part(folder, part), ["id"])["id"].to_numpy() for part in parts]
+    return np.concatenate([np.empty(0, np.int64), *ids])
 
 
 def units(run: Run, folder: str, manifest: Manifest) -> list[Unit]:

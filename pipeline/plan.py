@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,13 +22,19 @@ from pipeline.schema import Unit
 from pipeline.store import Stat
 from pipeline.vector_log import VectorLog
 
+FROM_PAIRS = 0
+"""The wave of the images that were embedded for the fit; commit 0 holds it embedded. The others count from 1."""
+
+MOST_WAVES = 20  # of `auto`
+_FIRST_WAVE_IMAGES = 32  # of `auto`, at least
+
 UNITS_PER_FILE = 64  # whoever reads one of them reads the footer of all: so many are still one request
 SCORED = "scored"  # folder of the scored gallery, by a digest of the plan's settings; deleted once it is laid out
 
 
 @dataclass(frozen=True, slots=True)
 class Wave:
-    """One wave: its number from 1, its images, and the units they are cut into."""
+    """One wave: its number, from 1 (or FROM_PAIRS), its images, and the units they are cut into."""
 
     wave: int
     images: int
@@ -46,7 +53,7 @@ class Plan:
         num_shards: shards of the index.
         dim: width of the new space.
         unit_images: images per unit, but for the last unit of a wave.
-        waves: in order.
+        waves: in order; first FROM_PAIRS, if images of the gallery were embedded for the fit.
         fingerprint: a digest of the cut points and all of the others.
         deleted_images: `keep` or `drop`, as `config.Plan` says.
         num_rejected: images of the gallery that are not in the plan: the old encoder could not read them, so
@@ -76,22 +83,61 @@ class Plan:
         """The vector log of the backfill."""
         return VectorLog(run.path("embedded"), run.path("rejects"), self.dim, self.num_shards)
 
+    @property
+    def first_wave(self) -> int:
+        """The number of the first wave: FROM_PAIRS, or 1."""
+        return self.waves[0].wave
+
+    @property
+    def last_wave(self) -> int:
+        """The number of the last wave."""
+        return self.waves[-1].wave
+
+    @property
+    def num_from_pairs(self) -> int:
+        """Images that were embedded for the fit."""
+        return self.waves[0].images if self.first_wave == FROM_PAIRS else 0
+
+    def wave(self, number: int) -> Wave:
+        """A wave by its number."""
+        return self.waves[number - self.first_wave]
+
     def units(self, run: Run) -> Iterable[Unit]:
         """All units, in wave and locality order."""
-        place = self.laid_out(run)
         for wave in self.waves:
-            for first in range(0, wave.units, UNITS_PER_FILE):
-                uri = place.wave_units(wave.wave, first)
-                for unit in range(first, min(first + UNITS_PER_FILE, wave.units)):
-                    yield Unit(wave.wave, unit, uri, unit - first, self.unit_size(wave.wave, unit))
+            yield from self.units_of(run, wave.wave)
+
+    def units_of(self, run: Run, number: int) -> Iterable[Unit]:
+        """The units of a wave, in locality order."""
+        place, wave = self.laid_out(run), self.wave(number)
+        for first in range(0, wave.units, UNITS_PER_FILE):
+            uri = place.wave_units(wave.wave, first)
+            for unit in range(first, min(first + UNITS_PER_FILE, wave.units)):
+                yield Unit(wave.wave, unit, uri, unit - first, self.unit_size(wave.wave, unit))
 
     def unit_size(self, wave: int, unit: int) -> int:
         """The number of images of a unit."""
-        return min(self.unit_images, self.waves[wave - 1].images - unit * self.unit_images)
+        return min(self.unit_images, self.wave(wave).images - unit * self.unit_images)
+
+    def row_groups(self, wave: int) -> range:
+        """The row groups of a wave in each part of `transformed/`: one for each shard."""
+        return row_groups(wave - self.first_wave, self.num_shards)
 
 
-def wave_sizes(waves: int | tuple[float, ...], num_gallery: int) -> list[int]:
-    """The exact number of images of each wave, in order.
+def row_groups(place: int, num_shards: int) -> range:
+    """The row groups of the wave at some place in the plan, from 0."""
+    return range(place * num_shards, (place + 1) * num_shards)
+
+
+def num_waves(num_images: int) -> int:
+    """How many waves `auto` stands for: MOST_WAVES, or fewer so that the first one has enough images; 1 at least."""
+    return next(
+        (count for count in range(MOST_WAVES, 1, -1) if 2 * num_images >= _FIRST_WAVE_IMAGES * count * (count + 1)), 1
+    )
+
+
+def wave_sizes(waves: int | tuple[float, ...] | Literal["auto"], num_gallery: int) -> list[int]:
+    """The exact number of images of each wave, in order; of those that are not embedded for the fit.
 
     A count K makes wave i a share of i in 1 + 2 + ... + K: fine at the start, where the curve is
     steepest, and coarser later. Fractions are cut at floor(cumulative * N).
@@ -99,6 +145,8 @@ def wave_sizes(waves: int | tuple[float, ...], num_gallery: int) -> list[int]:
     Raises:
         ConfigError: a wave would have no image.
     """
+    if waves == "auto":
+        waves = num_waves(num_gallery)
     shares = np.arange(1, waves + 1, dtype=np.float64) if isinstance(waves, int) else np.array(waves)
     ends = np.floor(np.cumsum(shares) / shares.sum() * num_gallery + 1e-9).astype(np.int64)
     ends[-1] = num_gallery
@@ -173,7 +221,7 @@ def read_transformed(run: Run, plan: Plan, wave: int, columns: list[str], shards
         columns: of `transformed/`.
         shards: None for all.
     """
-    first = (wave - 1) * plan.num_shards
+    first = plan.row_groups(wave)[0]
     groups = [first + shard for shard in (range(plan.num_shards) if shards is None else shards)]
     place = plan.laid_out(run)
     parts = (place.transformed_part(part) for part in range(plan.num_parts))

@@ -24,7 +24,7 @@ from pipeline import cuts, documents, manifest, rejects, storage
 from pipeline.config import Config, unit_images
 from pipeline.cuts import CutSearch, Digits, Tally, count_digit, needs_ids
 from pipeline.errors import DataError
-from pipeline.plan import SCORED, UNITS_PER_FILE, Plan, Wave, read_plan, wave_sizes
+from pipeline.plan import FROM_PAIRS, SCORED, UNITS_PER_FILE, Plan, Wave, read_plan, row_groups, wave_sizes
 from pipeline.run import Identity, Run, check_settings_of, fix_settings, settings_digest, stage_settings
 from pipeline.schema import UNITS, Float32, Int64, shard_of, transformed_schema
 from pipeline.units import cut_units
@@ -69,10 +69,10 @@ def _plan(config: Config, run: Run, settings: Identity, on_step: Callable[[str],
     on_step("transform")
     scored = f"{SCORED}/{settings_digest(settings)}"
     parts = score_gallery(config, run, scored)
-    counts = [part.images for part in parts]
+    counts, from_pairs = [part.images for part in parts], sum(part.from_pairs for part in parts)
     rejected = _check_whole(run, counts)
     place = replace(run, layout=_layout(config, settings, [part.sha256 for part in parts]))
-    waves, found = arrange(config, place, scored, counts, on_step)
+    waves, found = arrange(config, place, scored, counts, on_step, from_pairs)
     plan = _describe(config, place, counts, rejected, waves, found)
     try:  # equal bytes are the same plan, of a driver that planned at the same time: both may go on, no attempt id
         storage.put_if_absent(run.plan, documents.encode(plan))
@@ -113,7 +113,12 @@ def _check_whole(run: Run, counts: list[int]) -> int:
 
 
 def arrange(
-    config: Config, run: Run, scored: str, counts: list[int], on_step: Callable[[str], None] = lambda step: None
+    config: Config,
+    run: Run,
+    scored: str,
+    counts: list[int],
+    on_step: Callable[[str], None] = lambda step: None,
+    from_pairs: int = 0,
 ) -> tuple[list[Wave], Digits]:
     """Cut a scored gallery into waves, lay it out, write the units.
 
@@ -123,6 +128,7 @@ def arrange(
         scored: the folder of the scored parts, inside the run.
         counts: images of each part.
         on_step: told the name of each step as it starts.
+        from_pairs: images that were embedded for the fit: those of the highest priority, which get a wave of their own.
 
     Returns:
         the waves, and the cut points between them, (6, W - 1).
@@ -131,17 +137,19 @@ def arrange(
         ConfigError: a wave would have no image.
         IncompatibleRun: another driver has laid the gallery out with other settings.
     """
-    sizes = wave_sizes(config.plan.waves, sum(counts))
+    first = FROM_PAIRS if from_pairs else FROM_PAIRS + 1
+    sizes = [from_pairs] * (first == FROM_PAIRS) + wave_sizes(config.plan.waves, sum(counts) - from_pairs)
     on_step("cut")
     found = find_cuts(
         np.cumsum(sizes)[:-1], lambda search: count_parts(run, scored, len(counts), search.levels, config.seed)
     )
     on_step("lay out")
     fix_settings(run, "plan", stage_settings(config, "plan"))
-    lay_out(run, scored, len(counts), found, config)
+    lay_out(run, scored, len(counts), found, config, first)
     on_step("cut units")
-    units = cut_waves(run, len(counts), sizes, config.index.shards, unit_images(config))
-    return [Wave(i + 1, size, count) for i, (size, count) in enumerate(zip(sizes, units, strict=True))], found
+    cut = [Wave(wave, size, -(-size // unit_images(config))) for wave, size in enumerate(sizes, first)]
+    cut_waves(run, len(counts), cut, config.index.shards, unit_images(config))
+    return cut, found
 
 
 def find_cuts(ranks: Int64, count: Callable[[CutSearch], Iterable[tuple[cuts.Codes, Int64]]]) -> Digits:
@@ -184,14 +192,14 @@ def _keys(rows: pa.Table, seed: int) -> Digits:
     return cuts.digits(priority, rows["id"].to_numpy(), seed)
 
 
-def lay_out(run: Run, scored: str, num_parts: int, found: Digits, config: Config) -> None:
-    """Write `transformed/` from the scored parts: tasks of Ray."""
+def lay_out(run: Run, scored: str, num_parts: int, found: Digits, config: Config, first: int) -> None:
+    """Write `transformed/` from the scored parts: tasks of Ray; `first` is the number of the first wave."""
     task = ray.remote(num_cpus=_TASK_CPUS)(lay_out_part)
-    ray.get([task.remote(run, scored, part, found, config) for part in range(num_parts)])
+    ray.get([task.remote(run, scored, part, found, config, first) for part in range(num_parts)])
 
 
-def lay_out_part(run: Run, scored: str, part: int, found: Digits, config: Config) -> None:
-    """Rewrite a scored part with one row group per (wave, shard), rows sorted by id."""
+def lay_out_part(run: Run, scored: str, part: int, found: Digits, config: Config, first: int = 1) -> None:
+    """Rewrite a scored part with one row group per (wave, shard), rows sorted by id; waves count from `first`."""
     rows = storage.read_parquet(run.part(scored, part))
     ids = rows["id"].to_numpy()
     num_waves, num_shards = found.shape[1] + 1, config.index.shards
@@ -200,29 +208,34 @@ def lay_out_part(run: Run, scored: str, part: int, found: Digits, config: Config
     groups = waves.astype(np.int64) * num_shards + shards
     order = np.lexsort((ids, groups))
     starts = np.searchsorted(groups[order], np.arange(num_waves * num_shards + 1))
-    rows = rows.append_column("wave", pa.array(waves + 1)).append_column("shard", pa.array(shards)).take(order)
+    rows = rows.append_column("wave", pa.array(waves + np.int32(first))).append_column("shard", pa.array(shards)).take(order)
     schema = transformed_schema(rows.schema.field("vector").type.list_size)
     row_groups = (rows.slice(start, end - start) for start, end in itertools.pairwise(starts))
     storage.put_once(run.transformed_part(part), storage.parquet_bytes(schema, row_groups))
 
 
-def cut_waves(run: Run, num_parts: int, sizes: list[int], num_shards: int, unit_images: int) -> list[int]:
-    """Write the units of the waves, of these sizes, by tasks of Ray; gives how many each has."""
+def cut_waves(run: Run, num_parts: int, waves: list[Wave], num_shards: int, unit_images: int) -> None:
+    """Write the units of all waves by tasks of Ray."""
     task = ray.remote(num_cpus=_TASK_CPUS)(cut_wave)
-    return ray.get(
-        [task.remote(run, num_parts, wave, size, num_shards, unit_images) for wave, size in enumerate(sizes, 1)]
-    )
+    each = (row_groups(place, num_shards) for place in range(len(waves)))
+    ray.get([task.remote(run, num_parts, wave, groups, unit_images) for wave, groups in zip(waves, each, strict=True)])
 
 
-def cut_wave(run: Run, num_parts: int, wave: int, size: int, num_shards: int, unit_images: int) -> int:
-    """Write the units files of a wave in locality order: by object, then by offset or row in it."""
-    groups = list(range((wave - 1) * num_shards, wave * num_shards))
+def cut_wave(run: Run, num_parts: int, wave: Wave, groups: range, unit_images: int) -> None:
+    """Write the units files of a wave in locality order: by object, then by offset or row in it.
+
+    Args:
+        run: the run, with the layout of the plan.
+        num_parts: of `transformed/`.
+        wave: which.
+        groups: its row groups in each part.
+        unit_images: images of each unit but the last.
+    """
     parts = [run.transformed_part(part) for part in range(num_parts)]
-    units, num_units = cut_units(parts, groups, size, unit_images), -(-size // unit_images)
-    for first in range(0, num_units, UNITS_PER_FILE):
+    units = cut_units(parts, list(groups), wave.images, unit_images)
+    for first in range(0, wave.units, UNITS_PER_FILE):
         some = itertools.islice(units, UNITS_PER_FILE)
-        storage.put_once(run.wave_units(wave, first), storage.parquet_bytes(UNITS, some))
-    return num_units
+        storage.put_once(run.wave_units(wave.wave, first), storage.parquet_bytes(UNITS, some))
 
 
 def _describe(config: Config, run: Run, counts: list[int], rejected: int, waves: list[Wave], found: Digits) -> Plan:

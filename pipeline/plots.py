@@ -125,8 +125,8 @@ def share_plot(points: Sequence[Tree], key: str, level: float | None = None) -> 
     return _svg(draw)
 
 
-def histogram_plot(edges: Float64, counts: Int64) -> str:
-    """Uncertainties, stacked by wave; `edges` is (B + 1,), `counts` (W, B)."""
+def histogram_plot(edges: Float64, counts: Int64, first_wave: int = 1) -> str:
+    """Uncertainties, stacked by wave; `edges` is (B + 1,), `counts` (W, B) of the waves from `first_wave` on."""
 
     def draw(axes: Axes) -> None:
         waves = len(counts)
@@ -136,7 +136,7 @@ def histogram_plot(edges: Float64, counts: Int64) -> str:
             axes.stairs(bottom + counts[wave], edges, baseline=bottom, fill=True, color=colours[wave], lw=0)
             bottom += counts[wave]
         for wave in sorted({0, waves // 2, waves - 1}):
-            axes.plot([], [], "s", ms=6, color=colours[wave], label=f"wave {wave + 1}")
+            axes.plot([], [], "s", ms=6, color=colours[wave], label=f"wave {wave + first_wave}" if wave + first_wave else "pairs")
         axes.set_ylim(0, 1.05 * max(bottom.max(), 1))
         axes.legend(loc="upper left", fontsize=8.5, handletextpad=0.1)
         axes.set_xlabel("uncertainty s")

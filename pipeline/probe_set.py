@@ -18,11 +18,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline import documents, fan_out, manifest, storage
-from pipeline.config import Config
+from pipeline.config import Config, num_from_gallery
 from pipeline.embeddings import embedding_log, read_embeddings
 from pipeline.errors import IncompatibleRun
 from pipeline.gallery import codes_of, count_labelled
-from pipeline.manifest import Manifest
+from pipeline.manifest import GALLERY_PAIRS, Manifest
 from pipeline.plan import Plan
 from pipeline.probe_sample import find_rows, read_sample
 from pipeline.quality import FOLDER as FOLDER
@@ -106,8 +106,10 @@ def draw(config: Config, run: Run) -> Manifest | None:
         if (done.digest, done.root, done.reading) == (gallery.digest, gallery.root, gallery.reading):
             return done
     if sample is None:
-        count = done.num_rows if done is not None else size(config.probe.images, gallery.num_rows)
-        rows = _by_chance(run, gallery, count)
+        pairs = manifest.ids_of(run, GALLERY_PAIRS)  # none where the set is drawn when the run starts
+        room = gallery.num_rows - max(len(pairs), num_from_gallery(config, gallery.num_rows))
+        count = done.num_rows if done is not None else min(size(config.probe.images, gallery.num_rows), room)
+        rows = _by_chance(run, gallery, count, pairs)
     else:
         rows = find_rows(run, gallery, sample, config.gallery.columns.id)
     rows = rows.sort_by("id")
@@ -221,9 +223,9 @@ def _check_sample(run: Run, drawn: str, given: str) -> None:
     )
 
 
-def _by_chance(run: Run, gallery: Manifest, count: int) -> pa.Table:
-    """The rows of the gallery with the lowest hashes."""
-    found = list(fan_out.each(_lowest, (run, count), range(len(gallery.rows)), gallery.num_rows))
+def _by_chance(run: Run, gallery: Manifest, count: int, excluded: Int64) -> pa.Table:
+    """The rows of the gallery with the lowest hashes, but for some."""
+    found = list(fan_out.each(_lowest, (run, count, excluded), range(len(gallery.rows)), gallery.num_rows))
     hashes = np.concatenate([some for some, _ in found])
     limit = np.sort(hashes)[count - 1]  # unique: the hash is a bijection, and so are ids
     return pa.concat_tables([rows.filter(pa.array(some <= limit)) for some, rows in found])
@@ -243,12 +245,13 @@ def _embedded(config: Config, run: Run) -> pa.Table:
     return found.append_column("new", vectors_to_arrow(new[in_old]))
 
 
-def _lowest(run: Run, count: int, part: int) -> tuple[NDArray[np.uint64], pa.Table]:
+def _lowest(run: Run, count: int, excluded: Int64, part: int) -> tuple[NDArray[np.uint64], pa.Table]:
     """Of a part of the gallery, the rows with the lowest hashes, as many as are wanted in all, and these hashes."""
     uri = run.part("gallery", part)
     ids: Int64 = storage.read_parquet(uri, ["id"])["id"].to_numpy()
     hashes = splitmix64(ids, _SALT)
-    chosen = np.argsort(hashes)[:count]
+    order = np.argsort(hashes)
+    chosen = order[~np.isin(ids[order], excluded)][:count]
     rows = storage.read_parquet(uri).take(pa.array(np.sort(chosen)))
     return hashes[np.sort(chosen)], rows
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from pipeline import rejects, vector_log
-from pipeline.plan import Plan
+from pipeline.plan import FROM_PAIRS, Plan
 from pipeline.run import Run
 from pipeline.schema import Unit, UnitAck
 from pipeline.throughput import SHORTEST_SECONDS, Throughput, throughput
@@ -73,10 +73,11 @@ class Progress:
         rejected: images that could not be embedded, by the new encoder or before the plan by the old one.
         published: images whose new embedding is in the latest commit.
         wave: the last wave that is published, 0 before the first.
-        waves: waves in the plan.
+        waves: the last wave of the plan.
         images_per_second: over the last minute of work, None for less than two units or five seconds of it.
         reading: what this driver's units took to read.
         stopped: which condition has stopped the backfill, with the figures; None where none has.
+        from_pairs: images that were embedded for the fit; they count as durable, and with commit 0 as published.
     """
 
     gallery: int
@@ -88,6 +89,7 @@ class Progress:
     images_per_second: float | None
     reading: Reading = Reading()
     stopped: str | None = None
+    from_pairs: int = 0
 
     @property
     def left(self) -> int:
@@ -164,8 +166,8 @@ class Tracker:
             DataError: one of them has too many rejects.
         """
         found = []
-        while self._next_wave <= len(self._plan.waves):
-            wave = self._plan.waves[self._next_wave - 1]
+        while self._next_wave <= self._plan.last_wave:
+            wave = self._plan.wave(self._next_wave)
             if len(self._done[wave.wave]) < wave.units:
                 break
             self._check_rejects(wave.wave)
@@ -174,7 +176,12 @@ class Tracker:
         return found
 
     def progress(self, published_wave: int, ended: bool = False) -> Progress:
-        """The figures of now, given the last wave that is published; `ended`: with the rate that `status` shows."""
+        """The figures of now.
+
+        Args:
+            published_wave: the last commit; -1 before the first.
+            ended: with the rate that `status` shows.
+        """
         rejected = sum(self._rejected.values())
         accounted = sum(self._accounted(wave.wave) for wave in self._plan.waves)
         published = [wave for wave in self._plan.waves if wave.wave <= published_wave]
@@ -183,14 +190,15 @@ class Tracker:
             durable=accounted - rejected,
             rejected=rejected + self._plan.num_rejected,
             published=sum(wave.images - self._rejected[wave.wave] for wave in published),
-            wave=published_wave,
-            waves=len(self._plan.waves),
+            wave=max(0, published_wave),
+            waves=self._plan.last_wave,
             images_per_second=recent_rate(self._plan, vector_log.part_times(self._log)) if ended else self._rate(),
             reading=self._reading,
+            from_pairs=self._plan.num_from_pairs,
         )
 
     def _accounted(self, number: int) -> int:
-        wave = self._plan.waves[number - 1]
+        wave = self._plan.wave(number)
         full, last = len(self._done[number]), wave.units - 1
         short = wave.units * self._plan.unit_images - wave.images if last in self._done[number] else 0
         return full * self._plan.unit_images - short
@@ -205,7 +213,7 @@ class Tracker:
         return Throughput(self._recent_images - first_images, now - first_seconds).per_second
 
     def _check_rejects(self, number: int) -> None:
-        wave = self._plan.waves[number - 1]
+        wave = self._plan.wave(number)
         summary = f"too many images of wave {number} cannot be embedded; the wave is not published"
         fraction, where = self._max_reject_fraction, self._log.rejects_uri
         rejects.check(self._rejected[number], wave.images, fraction, self._allowance, summary, where)
@@ -214,7 +222,9 @@ class Tracker:
 def recent_rate(plan: Plan, parts: dict[tuple[int, int], float]) -> float | None:
     """Images per second over the last ten minutes of a log, or all of it if it is shorter.
 
-    From the times its parts (wave, unit) were written; None for less than five seconds of work.
+    From the times its parts (wave, unit) were written, but for those that were only copied; None for less than five
+    seconds of work.
     """
-    found = throughput(((seconds, plan.unit_size(*unit)) for unit, seconds in parts.items()), _LOG_WINDOW_SECONDS)
+    embedded = ((seconds, plan.unit_size(*unit)) for unit, seconds in parts.items() if unit[0] != FROM_PAIRS)
+    found = throughput(embedded, _LOG_WINDOW_SECONDS)
     return None if found is None else found.per_second

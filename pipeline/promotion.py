@@ -169,7 +169,8 @@ class Promotion:
         if not asked:
             return {}
         start = quality.read_quality(self.run, 0)
-        known = {} if self._probe is None or start is None else quality.full_estimate(self._probe[1], start)
+        left = 1 - self.plan.num_from_pairs / self.plan.num_gallery
+        known = {} if self._probe is None or start is None else quality.full_estimate(self._probe[1], start, left)
         for item in asked:
             if item.figure not in known:
                 raise ConfigError(

@@ -1,6 +1,6 @@
 """Publish waves while the stream goes on: seal, commit, move `prod`; one at a time, strictly in order.
 
-Guarantee: commit n holds waves 1..n embedded and all others transformed, whatever order images were
+Guarantee: commit n holds the waves up to n embedded and all others transformed, whatever order images were
 embedded in. A wave that is committed is never committed again. It does not know how images are read.
 """
 
@@ -56,8 +56,8 @@ class Publisher:
 
     @property
     def published(self) -> int:
-        """The last wave that is published; 0 also before the first commit."""
-        return self._commit.number if self._commit else 0
+        """The last wave that is published; -1 before the first commit."""
+        return self._commit.number if self._commit else -1
 
     @property
     def waiting(self) -> int:
@@ -75,7 +75,7 @@ class Publisher:
             self._acknowledged.setdefault(ack.wave, {})[ack.unit] = ack.part_digest
 
     def submit(self, wave: int) -> Future[None]:
-        """Publish a wave (0: everything as transformed) after those submitted before it.
+        """Publish a wave (0: everything as transformed, but for the pairs) after those submitted before it.
 
         Of a run that goes on, wave 0 stands for its last commit, which is judged anew: the limits may be others.
         """
@@ -138,12 +138,13 @@ class Publisher:
         start = time.perf_counter()
         digests: tuple[str, ...] = ()
         if self._commit is None:
-            segments = self._sealer.transformed([item.wave for item in self._plan.waves])
+            segments = self._sealer.transformed([item.wave for item in self._plan.waves if item.wave > wave])
         else:
-            kept = [segment for segment in self._commit.segments if segment.wave != wave]
+            segments = [segment for segment in self._commit.segments if segment.wave != wave]
+            digests = _padded(self._commit.log_digests, wave - self._plan.first_wave)
+        if wave >= self._plan.first_wave:
             embedded, digest = self._sealer.embedded(wave, self._acknowledged.pop(wave, {}))
-            digests = (*_padded(self._commit.log_digests, wave - 1), digest)
-            segments = kept + embedded
+            segments, digests = segments + embedded, (*digests, digest)
         draft = self._draft(wave, segments, digests)
         sealed = time.perf_counter()
         if wave:
@@ -167,7 +168,8 @@ class Publisher:
             metric=self._config.gallery.metric,
             nprobe=self._config.index.nprobe,
             dim=self._plan.dim,
-            num_waves=len(self._plan.waves),
+            first_wave=self._plan.first_wave,
+            num_waves=self._plan.last_wave,
             num_shards=self._plan.num_shards,
             segments=tuple(segments),
             counts=Counts.of(segments),

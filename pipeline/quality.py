@@ -91,7 +91,7 @@ class Quality:
     groups: tuple[tuple[str, int, int], ...]
 
 
-def full_estimate(known: Reference, start: Quality) -> Figures:
+def full_estimate(known: Reference, start: Quality, left: float = 1.0) -> Figures:
     """What the full new model is expected to reach on the probe set, in per cent; only what can be told.
 
     `top1_error` and `top5_error` are their standard errors in points, of the sum, whose parts share their queries;
@@ -103,22 +103,23 @@ def full_estimate(known: Reference, start: Quality) -> Figures:
     Args:
         known: the run's reference.
         start: the quality of commit 0.
+        left: the share of the gallery that is transformed in it, which is what gains.
     """
     new, transformed = top(known.within_new), top(known.within_transformed)
     sums = {
-        name: float(np.clip(start.figures[name] + new[name] - transformed[name], 0, 100))
+        name: float(np.clip(start.figures[name] + left * (new[name] - transformed[name]), 0, 100))
         for name in new.keys() & start.figures.keys()
     }
-    errors = {f"top{k}_error": _error(known, start, k) for k in (1, 5) if f"top{k}" in sums}
+    errors = {f"top{k}_error": _error(known, start, left, k) for k in (1, 5) if f"top{k}" in sums}
     return sums | errors | {"recall10": 100.0}
 
 
-def _error(known: Reference, start: Quality, k: int) -> float:
+def _error(known: Reference, start: Quality, left: float, k: int) -> float:
     """Of `top{k}` in `full_estimate`, over the queries with a match in the gallery and among the probe images."""
     ranks = np.array([start.ranks, known.within_new, known.within_transformed])
     ranks = ranks[:, (ranks >= 0).all(axis=0)]
     answers = 100.0 * ((ranks > 0) & (ranks <= k))
-    return float((answers[0] + answers[1] - answers[2]).std(ddof=1) / np.sqrt(ranks.shape[1]))
+    return float((answers[0] + left * (answers[1] - answers[2])).std(ddof=1) / np.sqrt(ranks.shape[1]))
 
 
 def read_reference(run: Run) -> Reference | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from pipeline import plan as plans
 from pipeline import planner, snapshot, storage, vector_log
-from pipeline.audit_inputs import check_log
+from pipeline.audit_inputs import NOTHING, check_log
 from pipeline.codebook import write_codebook
 from pipeline.commits import Commit, SegmentRef, read_commit
 from pipeline.config import Config
@@ -51,7 +51,7 @@ class Repair:
         rebuilt: files that were made again, to the bytes that a commit or the plan names.
         moved: damaged files, by where they lie now.
         embed_again: units (wave, unit) of the vector log whose images have to be embedded again.
-        folders: manifests (gallery, pairs, probe-set) some of whose images have to be embedded again.
+        folders: manifests (gallery, pairs, gallery-pairs, probe-set) some of whose images have to be embedded again.
         left: what is still damaged.
     """
 
@@ -108,15 +108,15 @@ def _waves(places: Iterable[str]) -> set[int]:
 def _cut_units_again(run: Run, plan: Plan, done: Repair, problems: list[Problem]) -> None:
     """The units of a wave are a function of the transformed gallery."""
     for wave in sorted(_waves(item.where for item in problems)):
-        place, size = plan.laid_out(run), plan.waves[wave - 1].images
-        files = sorted({unit.rows_uri for unit in plan.units(run) if unit.wave == wave})
+        place = plan.laid_out(run)
+        files = sorted({unit.rows_uri for unit in plan.units_of(run, wave)})
         try:
             plans.read_transformed(run, plan, wave, UNITS.names)  # before any file is moved
         except DataError as error:
             done.left.append(Left(files[0], f"the units cannot be cut again: {error}"))
             continue
         done.moved += [_move_aside(run, uri) for uri in files if storage.exists(uri)]
-        planner.cut_wave(place, plan.num_parts, wave, size, plan.num_shards, plan.unit_images)
+        planner.cut_wave(place, plan.num_parts, plan.wave(wave), plan.row_groups(wave), plan.unit_images)
         done.rebuilt += files
 
 
@@ -134,7 +134,7 @@ def _move_units(run: Run, plan: Plan, done: Repair, problems: list[Problem]) -> 
     problems = [item for item in problems if not (item.where.startswith(mine) and _waves([item.where]) & cut_again)]
     waves = _waves(item.where for item in problems if item.kind != "log_part")
     units = [unit for unit in plan.units(run) if unit.wave in waves | cut_again]
-    check_log(log, units, notes, published=0, waves=waves | cut_again)
+    check_log(log, units, notes, published=NOTHING, waves=waves | cut_again)
     finished = vector_log.finished_units(log)
     broken = {
         (unit.wave, unit.unit) for unit in units if unit.wave in waves and unit.unit not in finished.get(unit.wave, [])

@@ -27,7 +27,7 @@ from pipeline.errors import DataError
 from pipeline.estimate import estimate_uri
 from pipeline.expected import expected_uri, read_expected
 from pipeline.gallery import new_embeddings_given
-from pipeline.plan import Plan, read_plan, transformed_parts
+from pipeline.plan import FROM_PAIRS, Plan, read_plan, transformed_parts
 from pipeline.progress import Progress, Tracker
 from pipeline.readable import duration, moment
 from pipeline.rejects import read_all as read_rejects
@@ -67,7 +67,7 @@ class ReportData:
         commits: number, when it was created (UTC), and its counts.
         curve: as `evaluate --curve --json` prints it.
         no_curve: why there is none.
-        uncertainty: `edges` (B + 1) and `counts` (waves x B).
+        uncertainty: `edges` (B + 1), `counts` (waves x B), and the number of the first wave.
         throughput: `edges_seconds` (B + 1), `rates` (B) in images per second, and the mean `images_per_second` with
             what it is of: see `throughput.Throughput`.
         estimate: the last `plan`'s `images_per_second`, `seconds` and `made_unix_seconds`.
@@ -112,7 +112,7 @@ def collect(config: Config, run: Run) -> ReportData:
     plan = read_plan(run)
     prod = snapshot.read_tag(run, snapshot.PROD)
     commits = [_figures(commit) for commit in snapshot.read_commits(run)]
-    progress = _progress(run, plan, max((commit["commit"] for commit in commits), default=0))
+    progress = _progress(run, plan, max((commit["commit"] for commit in commits), default=-1))
     curve, no_curve = _curve(config, run, progress)
     expected = _expected(run)
     where = storage.join(run.transformation, "transformation.json")
@@ -224,7 +224,7 @@ def _charts(data: ReportData) -> dict[str, str]:
             charts |= {f"gap_{metric}": plots.gap_plot(groups, metric) for metric in ("top1", "map")}
     if data.uncertainty is not None:
         edges, counts = np.array(data.uncertainty["edges"]), np.array(data.uncertainty["counts"])
-        charts["uncertainty"] = plots.histogram_plot(edges, counts)
+        charts["uncertainty"] = plots.histogram_plot(edges, counts, data.uncertainty["first_wave"])
     if data.throughput is not None:
         edges, rates = np.array(data.throughput["edges_seconds"]), np.array(data.throughput["rates"])
         charts["throughput"] = plots.throughput_plot(edges, rates)
@@ -301,19 +301,19 @@ def _uncertainty(run: Run, plan: Plan | None) -> Tree | None:
     for uri in uris:
         part = storage.read_parquet(uri, ["uncertainty", "wave"])
         bins = np.digitize(part["uncertainty"].to_numpy(), edges[1:-1])
-        np.add.at(counts, (part["wave"].to_numpy() - 1, bins), 1)
-    return {"edges": edges.tolist(), "counts": counts.tolist()}
+        np.add.at(counts, (part["wave"].to_numpy() - plan.first_wave, bins), 1)
+    return {"edges": edges.tolist(), "counts": counts.tolist(), "first_wave": plan.first_wave}
 
 
 def _throughput(run: Run, plan: Plan | None) -> Tree | None:
     """Images per second between the times at which parts were written; None for fewer than two parts or five seconds.
 
-    A part's time is all that storage knows of when its images were embedded.
+    A part's time is all that storage knows of when its images were embedded; those of the pairs were embedded before.
     """
     if plan is None:
         return None
     written = vector_log.part_times(plan.log(run))
-    parts = sorted((seconds, plan.unit_size(*unit)) for unit, seconds in written.items())
+    parts = sorted((seconds, plan.unit_size(*unit)) for unit, seconds in written.items() if unit[0] != FROM_PAIRS)
     found = throughput(parts)
     if found is None:
         return None

@@ -12,6 +12,8 @@ from pipeline import storage
 from pipeline.config import Config, Encoder, Fit
 from pipeline.run import Run, read_settings
 
+_WAVES_AT_FIRST = 20  # the default of `plan.waves` before `auto`
+
 
 def as_started(config: Config) -> Config:
     """The config with the values that its run was started with, for settings that runs did not have at first.
@@ -36,6 +38,8 @@ def as_started(config: Config) -> Config:
         changes["fit"] = _by_epochs(config.fit, fit)
     if "allow_outside" not in config.model_fields_set:
         changes["allow_outside"] = started["allow_outside"]
+    if "waves" not in config.plan.model_fields_set and (started.get("plan") or {}).get("waves") == _WAVES_AT_FIRST:
+        changes["plan"] = config.plan.model_copy(update={"waves": _WAVES_AT_FIRST})
     return config.model_copy(update=changes)
 
 

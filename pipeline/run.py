@@ -235,6 +235,8 @@ def _as_of_now(tree: dict[str, Any]) -> None:
     tree.setdefault("allow_outside", True)
     if isinstance(tree.get("fit"), dict):
         tree["fit"].setdefault("transformation", "fastfill")
+    if isinstance(tree.get("pairs"), dict):
+        tree["pairs"].setdefault("from_gallery", "auto")
     encoders = tree.get("encoders")
     for encoder in encoders.values() if isinstance(encoders, dict) else ():
         if isinstance(encoder, dict) and isinstance(encoder.get("preprocess"), dict):

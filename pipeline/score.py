@@ -1,8 +1,8 @@
 """Transform the gallery and score it: `gallery/part-*` in, scored parts out, a Ray Data map over parts.
 
 Guarantee: part k holds, for each image of gallery part k that has an old embedding, the transformed
-embedding, its uncertainty, and the policy's priority. No image is touched. A part that is there is
-not made again. The scored gallery is laid out by wave once the plan is known, and deleted then.
+embedding, its uncertainty, and the policy's priority; that of an image whose new embedding is known
+from the fit is above all others. No image is touched. A part that is there is not made again. The scored gallery is laid out by wave once the plan is known, and deleted then.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import contextlib
 import hashlib
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
+from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
 
 from pipeline import manifest, policy, storage
@@ -22,6 +24,7 @@ from pipeline.config import Config
 from pipeline.embeddings import embedding_log, read_embeddings
 from pipeline.errors import DataError
 from pipeline.offset import PART, Offset
+from pipeline.pair_sample import embedded_ids
 from pipeline.policy import Policy, Scored
 from pipeline.reference import load_reference
 from pipeline.run import Run
@@ -34,10 +37,11 @@ _APPLY_BATCH = 8192
 
 @dataclass(frozen=True, slots=True)
 class ScoredPart:
-    """A scored part: how many images it has, and the sha256 of its bytes."""
+    """A scored part: how many images it has, the sha256 of its bytes, and how many images were embedded for the fit."""
 
     images: int
     sha256: str
+    from_pairs: int = 0
 
 
 def score_gallery(config: Config, run: Run, folder: str) -> list[ScoredPart]:
@@ -69,7 +73,7 @@ def score_gallery(config: Config, run: Run, folder: str) -> list[ScoredPart]:
         .take_all()
     )
     rows = sorted(scored, key=lambda row: row["part"])
-    return [ScoredPart(row["images"], row["sha256"]) for row in rows]
+    return [ScoredPart(row["images"], row["sha256"], row["from_pairs"]) for row in rows]
 
 
 def load_run_policy(config: Config, run: Run) -> Policy:
@@ -93,13 +97,17 @@ class Scorer:
         offset = read_part(run, PART)
         self._offset = None if offset is None else Offset.from_bytes(offset)
         self._policy = load_run_policy(config, run)
+        self._from_pairs = embedded_ids(config, run)
 
     def __call__(self, batch: dict[str, Int64]) -> dict[str, list[int] | list[str]]:
-        """Score the part of this number; gives its number, its images and the sha256 of its file."""
+        """Score the part of this number; gives its number, and the fields of its `ScoredPart`."""
         part = int(batch["id"][0])
         uri = self._run.part(self._folder, part)
         data = self._stored(part, uri)
-        return {"part": [part], "images": [_num_rows(data, uri)], "sha256": [hashlib.sha256(data).hexdigest()]}
+        images, from_pairs = _count(data, uri)
+        from_pairs = from_pairs if len(self._from_pairs) else 0  # a policy may say inf, too
+        digest = hashlib.sha256(data).hexdigest()
+        return {"part": [part], "images": [images], "sha256": [digest], "from_pairs": [from_pairs]}
 
     def _stored(self, part: int, uri: str) -> bytes:
         """The bytes of the scored part: those of another driver if it wrote them first."""
@@ -125,6 +133,8 @@ class Scorer:
         traffic = rows["traffic"].to_numpy() if "traffic" in rows.schema.names else None
         scored = Scored(columns["id"], uncertainty, transformed, old, columns["label"], columns["group"], traffic)
         priority = policy.prioritise(self._policy, scored, where=f"plan.policy: {self._config.plan.policy}")
+        if len(self._from_pairs):
+            priority = first(priority, np.isin(columns["id"], self._from_pairs))
         table = rows.append_column("uncertainty", pa.array(uncertainty))
         table = table.append_column("priority", pa.array(priority))
         served = transformed if self._offset is None else self._offset.apply(transformed, uncertainty)
@@ -133,9 +143,16 @@ class Scorer:
         return storage.parquet_bytes(schema, [table])
 
 
-def _num_rows(data: bytes, uri: str) -> int:
+def first(priority: Float32, known: NDArray[np.bool_]) -> Float32:
+    """Priorities, (N,) float32, of which those of images whose new embedding is known are above all others."""
+    return np.where(known, np.float32(np.inf), np.minimum(priority, np.finfo(np.float32).max))
+
+
+def _count(data: bytes, uri: str) -> tuple[int, int]:
+    """The images of a scored part, and how many of them have the highest priority that there is."""
     try:
-        return int(pq.read_metadata(pa.BufferReader(data)).num_rows)
+        priority = pq.read_table(pa.BufferReader(data), columns=["priority"])["priority"].to_numpy()
+        return len(priority), int(np.isposinf(priority).sum())
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError("not a readable Parquet file", found=error, where=uri) from error
 

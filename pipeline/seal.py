@@ -101,7 +101,7 @@ class Sealer:
     def together(self, wave: int) -> list[range]:
         """Which shards of a wave one task seals, so that it opens each part once for all of them."""
         num_shards = self.plan.num_shards
-        wave_bytes = self.plan.waves[wave - 1].images * self.plan.dim * 4
+        wave_bytes = self.plan.wave(wave).images * self.plan.dim * 4
         step = max(1, num_shards * _BYTES_AT_ONCE // wave_bytes)
         return [range(first, min(first + step, num_shards)) for first in range(0, num_shards, step)]
 

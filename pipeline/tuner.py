@@ -78,7 +78,7 @@ def tune(
     finally:
         storage.delete(folder)
     room = actor_pool(config.backfill.model_copy(update={"max_actors": None}), config.device).first
-    found = estimate(rates, plan.num_gallery, len(plan.waves), room, config.telemetry)
+    found = estimate(rates, plan.num_gallery - plan.num_from_pairs, plan.last_wave, room, config.telemetry)
     found = replace(found, made_unix_seconds=time.time())
     storage.put(estimate_uri(run), json.dumps(found.to_json(), indent=1).encode())
     return found

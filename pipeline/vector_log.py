@@ -169,6 +169,23 @@ def read_parts(log: VectorLog, wave: int, shards: range | None = None) -> tuple[
     return *_sorted_vectors([table for table, _ in found], log.dim), digests
 
 
+def read_ids(log: VectorLog, wave: int) -> Int64:
+    """The ids of the embedded images of a wave, (n,) int64, sorted."""
+    files = part_files(log.parts_uri, wave).values()
+    tables = storage.at_once(partial(storage.read_parquet, columns=["id"]), files)
+    return np.sort(np.concatenate([np.empty(0, np.int64), *(table["id"].to_numpy() for table in tables)]))
+
+
+def read_unit(log: VectorLog, wave: int, unit: int) -> pa.Table:
+    """The `id`, `source_etag` and `vector` of a unit's embedded images.
+
+    Raises:
+        DataError: its part is missing or damaged.
+    """
+    with _open_part(log.part(wave, unit)) as file:
+        return file.read(["id", "source_etag", "vector"])
+
+
 def unit_of(part: str) -> int:
     """The unit of a part, by its name."""
     match = _PART.search(part)

@@ -64,7 +64,8 @@ def expected_curve(config: Config, run: Run, plan: Plan) -> Outlook:
         why = "no two of its images have all embeddings" if config.probe.images else "probe.images is 0"
         return Outlook({}, (f"No quality is expected: the run has no probe set to measure the gallery by ({why}).",))
     rows = _queries(probe)
-    names, curves = _shapes(config, run, labelled=rows is not None)
+    first = plan.num_from_pairs / plan.num_gallery
+    names, curves = _shapes(config, run, rows is not None, first)
     sample, own = (0, ""), dict[str, Float64]()
     if rows is None:
         ends = _ends_by_agreement(config, probe)
@@ -101,24 +102,26 @@ def resemblance(config: Config, run: Run, plan: Plan) -> Likeness | None:
     return likeness(pairs.fold.pairs.old, probe.old, config.seed, (mine, gallery))
 
 
-def _shapes(config: Config, run: Run, labelled: bool) -> tuple[tuple[str, ...], Float64]:
+def _shapes(config: Config, run: Run, labelled: bool, first: float) -> tuple[tuple[str, ...], Float64]:
     """The metrics, and per fold of held-out pairs their curves under the run's order, (F, P, M).
+
+    `first` is the share of the gallery that was embedded for the fit.
 
     A selection's curves are of pairs that its policy knows nothing of, but of the policy alone. Those that it measured
     on the probe set are left aside: the probe set has its say by `_own`.
     """
     policy = resolve_policy(run, config.plan.policy)
     boost, selection = config.plan.group_boost, read_selection(run)
-    plain = not boost and not config.plan.traffic
+    plain = not boost and not config.plan.traffic and not first
     as_selected = selection is not None and selection.chosen.policy == policy and selection.measured_on == "pairs"
     if selection is not None and as_selected and plain and (labelled or "recall10" in selection.curves):
         names = tuple(selection.curves)
         return names, np.stack([np.array(selection.curves[name]) for name in names], axis=2)
-    return curves_by_fold(config, held_out(config, run), policy, boost, labelled)
+    return curves_by_fold(config, held_out(config, run), policy, boost, labelled, first)
 
 
 def curves_by_fold(
-    config: Config, pairs: HeldOut, policy: str, boost: float = 0.0, labelled: bool = True
+    config: Config, pairs: HeldOut, policy: str, boost: float = 0.0, labelled: bool = True, first: float = 0.0
 ) -> tuple[tuple[str, ...], Float64]:
     """The metrics, and per fold of the pairs their curves under a policy, (F, P, M) float64 in per cent.
 
@@ -128,6 +131,7 @@ def curves_by_fold(
         policy: by its name.
         boost: `group_boost`.
         labelled: whether to measure by labels, where each fold has some that can be.
+        first: the share that comes before all others, whatever the policy says.
     """
     priority = priorities(config, pairs, policy, boost)
     num_folds = FOLDS if len(priority) >= _LEAST_FOLDED else 1
@@ -139,10 +143,16 @@ def curves_by_fold(
     curves: list[Float64] = []
     names: tuple[str, ...] = ()
     for rows, fold in zip(some, folds, strict=True):
-        orders = {policy: [order_by(priority[rows], config.seed)]}
+        orders = {policy: [_after_pairs(order_by(priority[rows], config.seed), first)]}
         names, found = curves_of(config, pairs.served[rows], fold, orders, FINAL)
         curves.append(found[policy])
     return names, np.stack(curves)
+
+
+def _after_pairs(order: Int64, share: float) -> Int64:
+    """An order of all rows in which a share of them, drawn by chance, comes first, as the pairs of the gallery do."""
+    known = np.isin(order, by_chance(len(order), round(share * len(order))))
+    return np.concatenate([order[known], order[~known]])
 
 
 def _queries(probe: ProbeSet) -> Int64 | None:
@@ -194,6 +204,7 @@ def _own(config: Config, run: Run, plan: Plan, probe: ProbeSet, rows: Int64) -> 
         "id"
     )
     order = order_by_priority(table["priority"].to_numpy(), ids, plan.seed)
+    order = _after_pairs(order, plan.num_from_pairs / plan.num_gallery)
     sides, metric = (probe.transformed[rows], probe.new[rows], probe.labels[rows]), config.gallery.metric
     return queries_of(*sides, order, metric, Detail(FINAL.points, len(rows)))
 

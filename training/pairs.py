@@ -3,6 +3,8 @@
     pairs/part-* (normalised manifest) -> pairs/old, pairs/new (the embedding stream, where images are
     given) -> pairs/train/part-*, pairs/held_out/part-*
 
+Pairs of the gallery itself come from gallery-pairs/ in the same way, alone or beside those of a manifest.
+
 Guarantee: a held-out pair never trains; the split is stratified by label and a function of ids, labels
 and seed alone. Training parts are stripes, so any of them is a sample. `pairs/pairs.json` is last.
 """
@@ -18,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline import documents, manifest, rejects, storage
+from pipeline import documents, manifest, pair_sample, rejects, storage
 from pipeline.config import Classifier, Config
 from pipeline.embeddings import OnUnits, embed_missing, embedding_log, read_embeddings
 from pipeline.encoders import load_tensors
@@ -70,15 +72,11 @@ def build_pairs(config: Config, run: Run, on_units: OnUnits = lambda what, done,
     done = storage.read_versioned(_marker(run))
     if done is not None:
         return documents.parse(Pairs, done[0], _marker(run), documents.REDO)
-    rows = manifest.read_manifest(run, "pairs")
-    assert rows is not None, "the pairs are normalised before they are embedded"
-    embed_missing(config, run, ["pairs"], on_units)
-    logs = {role: embedding_log(config, run, "pairs", role) for role in ("old", "new")}
-    table = pa.concat_tables([_join(run, part, logs) for part in range(len(rows.rows))])
-    rejected = rows.num_rows - table.num_rows
-    rejects.check_manifest(rejected, rows.num_rows, config.backfill, "pairs", run.path("pairs"))
-    if table.num_rows < MIN_PAIRS:
-        raise DataError("too few training pairs", expected=f"at least {MIN_PAIRS}", found=table.num_rows)
+    folders = pair_folders(config, run)
+    embed_missing(config, run, folders, on_units)
+    tables = [_join_folder(config, run, folder) for folder in folders]
+    table, rejected = _together([table for table, _ in tables]), sum(bad for _, bad in tables)
+    check_enough(table.num_rows, f"{', '.join(map(run.path, folders))}; {rejected} images cannot be read")
     labels, num_classes, label_names = _codes(table["label"])
     ids = table["index"].to_numpy()
     held_out = split(ids, labels, config.pairs.held_out_fraction, config.seed)
@@ -104,6 +102,32 @@ def build_pairs(config: Config, run: Run, on_units: OnUnits = lambda what, done,
     )
     storage.put(_marker(run), documents.encode(pairs))
     return pairs
+
+
+def pair_folders(config: Config, run: Run) -> list[str]:
+    """The normalised manifests that the pairs come from; the gallery's pairs are drawn if they are not yet.
+
+    Raises:
+        DataError, IncompatibleRun: as `pair_sample.draw`.
+    """
+    given = [] if config.pairs.manifest is None else ["pairs"]
+    return given if pair_sample.draw(config, run) is None else [*given, pair_sample.FOLDER]
+
+
+def check_enough(num_pairs: int, where: str) -> None:
+    """Check that there are enough pairs to fit on, and some to hold out.
+
+    Raises:
+        DataError: there are fewer than MIN_PAIRS.
+    """
+    if num_pairs < MIN_PAIRS:
+        raise DataError(
+            "too few training pairs",
+            expected=f"at least {MIN_PAIRS}",
+            found=num_pairs,
+            where=where,
+            remedy="give more in pairs.manifest, or let more images of the gallery be pairs (pairs.from_gallery)",
+        )
 
 
 def _put(run: Run, folder: str, number: int, rows: pa.Table) -> dict[str, str]:
@@ -157,10 +181,37 @@ def num_training(num_pairs: int, held_out_fraction: float) -> int:
     return num_pairs - max(MIN_HELD_OUT, math.floor(num_pairs * held_out_fraction + 0.5))
 
 
-def _join(run: Run, part: int, logs: dict[str, VectorLog]) -> pa.Table:
+def _join_folder(config: Config, run: Run, folder: str) -> tuple[pa.Table, int]:
+    """The pairs of a normalised manifest, and how many of its images cannot be read.
+
+    Raises:
+        DataError: these are too many.
+    """
+    rows = manifest.read_manifest(run, folder)
+    assert rows is not None, f"the {folder} manifest is normalised before its images are embedded"
+    logs = {role: embedding_log(config, run, folder, role) for role in ("old", "new")}
+    table = pa.concat_tables([_join(run, folder, part, logs) for part in range(len(rows.rows))])
+    rejected = rows.num_rows - table.num_rows
+    rejects.check_manifest(rejected, rows.num_rows, config.backfill, folder, run.path(folder))
+    return table, rejected
+
+
+def _together(tables: list[pa.Table]) -> pa.Table:
+    """All pairs. An id of a manifest may be one of the gallery, too: the gallery's pairs get free numbers then."""
+    table, *others = tables
+    for other in others:
+        order = pa.array(np.argsort(other["index"].to_numpy(), kind="stable"))
+        numbers = np.arange(table.num_rows + other.num_rows)
+        free = np.setdiff1d(numbers, table["index"].to_numpy())[: other.num_rows]
+        place = other.schema.get_field_index("index")
+        table = pa.concat_tables([table, other.take(order).set_column(place, "index", pa.array(free))])
+    return table
+
+
+def _join(run: Run, folder: str, part: int, logs: dict[str, VectorLog]) -> pa.Table:
     """One part's pairs: index, label, group, old, new, and side where it is given; rows without both are left out."""
-    rows, old = read_embeddings(run, "pairs", part, "old_embedding", logs["old"])
-    other, new = read_embeddings(run, "pairs", part, "new_embedding", logs["new"])
+    rows, old = read_embeddings(run, folder, part, "old_embedding", logs["old"])
+    other, new = read_embeddings(run, folder, part, "new_embedding", logs["new"])
     both = np.intersect1d(rows["id"].to_numpy(), other["id"].to_numpy())
     left, right = _places(rows, both), _places(other, both)
     columns = {
