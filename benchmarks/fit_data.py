@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.config import Config, Encoder, Gallery, Pairs
+from pipeline.config import Config, Encoder, Manifest
 from pipeline.encoders import load_encoder
 from pipeline.evaluate import Simulation, order_by_priority, random_order, simulate_curve
 from pipeline.images import Limits, decode_image
@@ -46,7 +46,8 @@ def cache_embeddings(config: Config, folder: Path) -> tuple[Path, Embedded]:
     pairs, gallery = folder / "pairs.parquet", folder / "gallery.npz"
     if not gallery.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        found = _embed(config, config.pairs)
+        assert config.pairs.given is not None
+        found = _embed(config, config.pairs.given)
         columns = {"old_embedding": vectors_to_arrow(found.old), "new_embedding": vectors_to_arrow(found.new)}
         pq.write_table(pa.table({"id": found.ids, "label": found.labels, **columns}), pairs)
         rest = _embed(config, config.gallery)
@@ -68,7 +69,7 @@ def simulate(network: Transformation, gallery: Embedded, seed: int) -> Simulatio
     return simulate_curve(transformed, gallery.new, gallery.new, labels, labels, orders, self_match=True)
 
 
-def _embed(config: Config, source: Gallery | Pairs) -> Embedded:
+def _embed(config: Config, source: Manifest) -> Embedded:
     assert len(source.manifest) == 1
     columns = source.columns
     table = pq.read_table(source.manifest[0], columns=[columns.id, columns.image, columns.label])

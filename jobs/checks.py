@@ -25,27 +25,33 @@ def check_settings(config: Config, dims: dict[str, int]) -> None:
         ConfigError, DataError: one of them cannot be used.
     """
     from pipeline import manifest
+    from pipeline.config import sources
     from pipeline.encoders import load_encoder
     from pipeline.plan import wave_sizes
     from pipeline.transformation import resolve_device
 
     _check_sources(config)
-    images, pairs = (
-        sum(part.num_rows for part in manifest.scan(item, dims)) for item in (config.gallery, config.pairs)
-    )
-    check_widths(config, manifest.widths(config.gallery), manifest.widths(config.pairs))
-    wave_sizes(config.plan.waves, images)
-    _check_training(config, images, pairs)
+    given = sources(config)
+    rows = {name: sum(part.num_rows for part in manifest.scan(item, dims)) for name, item in given.items()}
+    images, sample = rows["gallery"], _check_sample(config)
+    check_widths(config, {name: manifest.widths(item) for name, item in given.items()})
+    sampled = _check_from_gallery(config, images, rows.get("pairs", 0), sample)
+    wave_sizes(config.plan.waves, images - sampled)
+    _check_training(config, images, rows.get("pairs", 0) + sampled)
     _check_policy(config)
-    _check_selected(config, images, _check_sample(config))
+    _check_selected(config, images, sample)
     resolve_device(config.device)
     for key, encoder in (("encoders.old", config.encoders.old), ("encoders.new", config.encoders.new)):
         if encoder is not None:
             load_encoder(encoder, resolve_device("cpu"), key)
 
 
-def check_widths(config: Config, gallery: dict[str, int], pairs: dict[str, int]) -> None:
+def check_widths(config: Config, dims: dict[str, dict[str, int]]) -> None:
     """The gallery's old embeddings and side information are of the pairs' width, as far as both are known.
+
+    Args:
+        config: the run's config.
+        dims: of each manifest that is given, embedding column -> width.
 
     Raises:
         DataError: they are not.
@@ -53,7 +59,7 @@ def check_widths(config: Config, gallery: dict[str, int], pairs: dict[str, int])
     from pipeline.errors import DataError
 
     for role in ("old_embedding", "side"):
-        widths = gallery.get(role), pairs.get(role)
+        widths = dims["gallery"].get(role), dims.get("pairs", {}).get(role)
         if None not in widths and widths[0] != widths[1]:
             names = [getattr(item.columns, role) for item in (config.gallery, config.pairs)]
             raise DataError(
@@ -93,16 +99,40 @@ def check_images(config: Config, run: Run, folder: str, rows: Manifest) -> None:
     )
 
 
+def _check_from_gallery(config: Config, images: int, given: int, sample: Sample | None) -> int:
+    """How many pairs will come from the gallery itself: it has so many, and with those of the manifest they are enough.
+
+    Raises:
+        ConfigError: it does not have so many.
+        DataError: they are too few.
+    """
+    from pipeline.config import num_from_gallery
+    from pipeline.errors import ConfigError
+    from training.pairs import check_enough
+
+    probed = 0 if sample is None else len(sample.rows)
+    wanted, most = num_from_gallery(config, images, probed), min(images // 2, images - probed)
+    if wanted > most:
+        raise ConfigError(
+            "more pairs are to come from the gallery than it can give",
+            expected=f"at most {most}: half of its {images} images, and none of the probe set's sample",
+            found=wanted,
+            where="pairs.from_gallery",
+        )
+    names = [config.pairs.manifest] if isinstance(config.pairs.manifest, str) else config.pairs.manifest or ()
+    from_gallery = (
+        [f"{wanted} of the gallery's {images} images (pairs.from_gallery)"] if config.pairs.uses_gallery else []
+    )
+    check_enough(given + wanted, ", ".join([*names, *from_gallery]))
+    return wanted
+
+
 def _check_training(config: Config, images: int, pairs: int) -> None:
     """The workers and the index fit the number of pairs that will train, if none of them is rejected."""
     from pipeline.codebook import check_trainable
-    from pipeline.errors import ConfigError, DataError
-    from training.pairs import MIN_PAIRS, NUM_STRIPES, num_training
+    from pipeline.errors import ConfigError
+    from training.pairs import NUM_STRIPES, num_training
 
-    if pairs < MIN_PAIRS:
-        raise DataError(
-            "too few training pairs", expected=f"at least {MIN_PAIRS}", found=pairs, where=config.pairs.manifest
-        )
     if config.fit.num_workers > NUM_STRIPES:
         raise ConfigError(
             "there are more workers than parts of training pairs",
@@ -133,22 +163,23 @@ def _check_sample(config: Config) -> Sample | None:
 def _check_policy(config: Config) -> None:
     """A function of the user's own can be found; what one of ours needs will be there. What `selected` stands for is
     known once the transformation is fitted, of policies that had what they need."""
+    from pipeline.config import pair_roles
     from pipeline.errors import ConfigError
     from pipeline.policy import POLICIES, load_policy
     from training.losses import needs_classifier
 
-    plan, gallery, pairs = config.plan, config.gallery.columns, config.pairs.columns
+    plan, gallery, pairs = config.plan, config.gallery.columns, pair_roles(config)
     boosted = plan.group_boost > 0
     needs = POLICIES[plan.policy].needs if plan.policy in POLICIES else frozenset[str]()
     if ":" in plan.policy:
         load_policy(plan.policy, config.seed)
-    classifier = config.fit.classifier is not None or (needs_classifier(config.fit) and pairs.label is not None)
+    classifier = config.fit.classifier is not None or (needs_classifier(config.fit) and "label" in pairs)
     for wanted, there, where in (
         ("classifier" in needs, classifier, "fit.classifier, or pairs.columns.label and a loss that fits one"),
-        ("labels" in needs, pairs.label is not None, "pairs.columns.label"),
+        ("labels" in needs, "label" in pairs, "pairs.columns.label"),
         ("gallery_labels" in needs, gallery.label is not None, "gallery.columns.label"),
         (plan.traffic, gallery.traffic is not None, "gallery.columns.traffic"),
-        (boosted, pairs.group is not None and pairs.label is not None, "pairs.columns.group and .label"),
+        (boosted, {"group", "label"} <= pairs, "pairs.columns.group and .label"),
         (boosted, gallery.group is not None, "gallery.columns.group"),
     ):
         if wanted and not there:
@@ -187,25 +218,28 @@ def _check_selected(config: Config, images: int, sample: Sample | None) -> None:
 
 
 def _check_sources(config: Config) -> None:
+    from pipeline.config import pair_roles, sources
     from pipeline.errors import ConfigError
     from training.losses import needs_labels
 
-    gallery, pairs = config.gallery.columns, config.pairs.columns
+    gallery, pairs, roles = config.gallery.columns, config.pairs.columns, pair_roles(config)
     if gallery.image is None and gallery.uri is None:
         raise ConfigError("the gallery does not say where its images are", where="gallery.columns.image or .uri")
-    for name, columns in (("gallery", gallery), ("pairs", pairs)):
-        if columns.old_embedding is None and config.encoders.old is None:
+    for name, source in sources(config).items():
+        if source.columns.old_embedding is None and config.encoders.old is None:
             raise ConfigError(
                 f"the {name}'s old embeddings are not given, and there is no old encoder to compute them",
                 where=f"{name}.columns.old_embedding, encoders.old",
             )
-    if pairs.image is None and pairs.uri is None and (pairs.old_embedding is None or pairs.new_embedding is None):
+    has_manifest = config.pairs.manifest is not None
+    embedded = {"old_embedding", "new_embedding"} <= pairs.model_dump(exclude_none=True).keys()
+    if has_manifest and pairs.image is None and pairs.uri is None and not embedded:
         raise ConfigError(
             "the pairs have neither images nor both embeddings",
             expected="image or uri, or old_embedding and new_embedding",
             where="pairs.columns",
         )
-    if (gallery.side is None) != (pairs.side is None):
+    if has_manifest and (gallery.side is None) != (pairs.side is None):
         given, missing = ("pairs", "gallery") if gallery.side is None else ("gallery", "pairs")
         raise ConfigError(
             f"side information is given for the {given} and not for the {missing}",
@@ -219,13 +253,13 @@ def _check_sources(config: Config) -> None:
             found=config.fit.offset,
             where="fit.offset, gallery.metric",
         )
-    if config.fit.offset == "confidence" and pairs.label is None and config.fit.classifier is None:
+    if config.fit.offset == "confidence" and "label" not in roles and config.fit.classifier is None:
         raise ConfigError(
             "an offset by confidence needs a classifier, or labels to fit one on",
             where="fit.classifier, pairs.columns.label",
             remedy="set fit.offset to uncertainty, which needs neither",
         )
-    if needs_labels(config.fit.loss) and pairs.label is None:
+    if needs_labels(config.fit.loss) and "label" not in roles:
         raise ConfigError(
             f"the loss {config.fit.loss!r} needs labels",
             where="pairs.columns.label",

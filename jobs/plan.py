@@ -153,7 +153,10 @@ def show_expected(outlook: Outlook, estimate: Estimate | None, start: float = 0.
     for name in ("metric", "at first", "in the end", "95 % of that", "99 % of that"):
         table.add_column(name, justify="left" if name == "metric" else "right")
     for name, curve in outlook.curves.items():
-        sides = [[np.interp(at, curve.fractions, side) for side in (curve.values, curve.low, curve.high)] for at in (start, 1)]
+        sides = [
+            [np.interp(at, curve.fractions, side) for side in (curve.values, curve.low, curve.high)]
+            for at in (start, 1)
+        ]
         ends = [f"{value:.1f} ({low:.1f} - {high:.1f})" for value, low, high in sides]
         costs = []
         for reached in curve.reached.values():

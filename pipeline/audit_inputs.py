@@ -23,6 +23,7 @@ from pipeline.standing import read_standing
 from pipeline.vector_log import VectorLog
 
 _FOLDERS = ("gallery", "pairs", GALLERY_PAIRS, "probe-set")
+_WHOLE = {"gallery": "old", GALLERY_PAIRS: "new"}  # which embeddings of a folder the plan and its log are made from
 NOTHING = -1
 """The last published wave where nothing is published: then all waves are looked at."""
 _LATEST = 2**62  # a commit number above all: `read_best` looks at nothing else then
@@ -41,7 +42,7 @@ def check_inputs(run: Run, notes: Notes, published: int | None) -> None:
         notes.problem("plan", run.plan, "a plan", "missing")
     _check_settings(run, notes)
     for folder in _FOLDERS:
-        _check_manifest(run, notes, folder, needed=found is not None and folder == "gallery")
+        _check_manifest(run, notes, folder, planned=found is not None)
     _check_pairs(run, notes)
     _check_probe_set(run, notes)
     _check_reports(run, notes)
@@ -64,12 +65,15 @@ def _check_settings(run: Run, notes: Notes) -> None:
         notes.checked["settings"] += 1
 
 
-def _check_manifest(run: Run, notes: Notes, folder: str, needed: bool) -> None:
-    """The parts of a manifest are whole, and the embeddings beside them are those of its images."""
+def _check_manifest(run: Run, notes: Notes, folder: str, planned: bool) -> None:
+    """The parts of a manifest are whole, and the embeddings beside them are those of its images.
+
+    Once there is a plan, the gallery's manifest is there, and the embeddings that were needed for it are whole.
+    """
     where = run.path(folder, "manifest.json")
     found = notes.attempt("manifest_file", where, manifest.read_manifest, run, folder)
     if found is None:
-        if needed and not storage.exists(where):
+        if planned and folder == "gallery" and not storage.exists(where):
             notes.problem("manifest_file", where, "a manifest", "missing")
         return
 
@@ -87,8 +91,9 @@ def _check_manifest(run: Run, notes: Notes, folder: str, needed: bool) -> None:
     notes.each(check, enumerate(found.rows))
     for role in ("old", "new"):
         check_log(manifest_log(run, folder, role), manifest.units(run, folder, found), notes, NOTHING)
-    if needed and "old_embedding" not in found.dims:
-        _check_whole(manifest_log(run, folder, "old"), manifest.units(run, folder, found), notes)
+    role = _WHOLE.get(folder)
+    if planned and role is not None and f"{role}_embedding" not in found.dims:
+        _check_whole(manifest_log(run, folder, role), manifest.units(run, folder, found), notes)
 
 
 def _check_whole(log: VectorLog, units: Iterable[Unit], notes: Notes) -> None:

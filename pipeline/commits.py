@@ -84,8 +84,8 @@ class Commit:
         parent: number - 1, or None for commit 0.
         metric: what the index measures; with `nprobe`, `dim` and the codebook all a query needs to know.
         segments: exactly one per (shard, wave).
-        log_digests: of the waves up to `number`, the digest of the parts in the vector log that each was sealed from; empty
-            where it is not known, as of waves that older versions sealed.
+        log_digests: of the waves up to `number`, the digest of the parts in the vector log that each was sealed from;
+            empty where it is not known, as of waves that older versions sealed.
         first_wave: 0 if commit 0 holds a wave that was embedded for the fit, else 1.
     """
 

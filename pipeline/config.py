@@ -373,7 +373,10 @@ def sources(config: Config) -> dict[str, Manifest]:
 def pair_roles(config: Config) -> set[str]:
     """The roles (`label`, `group`, ...) that a column says of some pairs at least."""
     pairs = config.pairs
-    columns = [*([pairs.columns] if pairs.manifest is not None else []), *([config.gallery.columns] if pairs.uses_gallery else [])]
+    columns = [
+        *([pairs.columns] if pairs.manifest is not None else []),
+        *([config.gallery.columns] if pairs.uses_gallery else []),
+    ]
     return {role for item in columns for role in item.model_dump(exclude_none=True)}
 
 

@@ -169,9 +169,10 @@ class Plan(Section):
 
     `waves` is a count (fine at the start, coarser later) or the fractions of the gallery, which
     add up to 1; `auto` is 20, and fewer for a small gallery, so that the first one has about 32 images. Images that
-    are embedded for the fit (`pairs.from_gallery`) are not in them. A unit is the piece of a wave that one task embeds and writes; by default as many
-    images as fill 64 MiB once decoded, 2,048 at most. An image that was deleted since the manifest was
-    made is a reject; with `deleted_images: drop` its vector also leaves the index when its wave is published.
+    are embedded for the fit (`pairs.from_gallery`) are not in them. A unit is the piece of a wave that one task embeds
+    and writes; by default as many images as fill 64 MiB once decoded, 2,048 at most. An image that was deleted since
+    the manifest was made is a reject; with `deleted_images: drop` its vector also leaves the index when its wave is
+    published.
 
     With `traffic`, what it costs to leave an image transformed counts as often as `gallery.columns.traffic` says.
     With `group_boost`, it counts up to 1 + group_boost times for the groups (`pairs.columns.group`) that suffer most
@@ -182,9 +183,7 @@ class Plan(Section):
     traffic: bool = False
     group_boost: Annotated[float, Field(ge=0.0)] = 0.0
     waves: (
-        Literal["auto"]
-        | Annotated[int, Field(ge=1, le=100_000)]
-        | tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...]
+        Literal["auto"] | Annotated[int, Field(ge=1, le=100_000)] | tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...]
     ) = "auto"
     unit_images: Count | None = None
     deleted_images: Literal["keep", "drop"] = "keep"

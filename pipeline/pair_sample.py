@@ -153,7 +153,7 @@ def _labels(run: Run, gallery: Manifest, excluded: Int64, most: int) -> tuple[pa
 def _shares(totals: Int64, count: int) -> Int64:
     """So many of `count` images for each label, by largest remainders; they add up to it."""
     exact = totals * (count / totals.sum())
-    shares = np.minimum(np.floor(exact).astype(np.int64), totals)
+    shares: Int64 = np.minimum(np.floor(exact).astype(np.int64), totals)
     largest = np.argsort(shares - exact, kind="stable")
     shares[largest[: count - shares.sum()]] += 1
     return shares
@@ -166,9 +166,7 @@ def _count_labels(run: Run, excluded: Int64, most: int, part: int) -> tuple[list
     return counted.field("values").to_pylist(), counted.field("counts").to_pylist(), rows.num_rows
 
 
-def _lowest(
-    run: Run, excluded: Int64, names: pa.Array | None, wanted: Int64, part: int
-) -> tuple[Int64, Int64]:
+def _lowest(run: Run, excluded: Int64, names: pa.Array | None, wanted: Int64, part: int) -> tuple[Int64, Int64]:
     """Of each label, the images of a part with the lowest hashes, as many as are wanted in all: labels and ids."""
     rows = _others(run, part, excluded)
     if names is None:

@@ -198,7 +198,7 @@ def lay_out(run: Run, scored: str, num_parts: int, found: Digits, config: Config
     ray.get([task.remote(run, scored, part, found, config, first) for part in range(num_parts)])
 
 
-def lay_out_part(run: Run, scored: str, part: int, found: Digits, config: Config, first: int = 1) -> None:
+def lay_out_part(run: Run, scored: str, part: int, found: Digits, config: Config, first: int) -> None:
     """Rewrite a scored part with one row group per (wave, shard), rows sorted by id; waves count from `first`."""
     rows = storage.read_parquet(run.part(scored, part))
     ids = rows["id"].to_numpy()
@@ -208,7 +208,11 @@ def lay_out_part(run: Run, scored: str, part: int, found: Digits, config: Config
     groups = waves.astype(np.int64) * num_shards + shards
     order = np.lexsort((ids, groups))
     starts = np.searchsorted(groups[order], np.arange(num_waves * num_shards + 1))
-    rows = rows.append_column("wave", pa.array(waves + np.int32(first))).append_column("shard", pa.array(shards)).take(order)
+    rows = (
+        rows.append_column("wave", pa.array(waves + np.int32(first)))
+        .append_column("shard", pa.array(shards))
+        .take(order)
+    )
     schema = transformed_schema(rows.schema.field("vector").type.list_size)
     row_groups = (rows.slice(start, end - start) for start, end in itertools.pairwise(starts))
     storage.put_once(run.transformed_part(part), storage.parquet_bytes(schema, row_groups))

@@ -136,7 +136,14 @@ def histogram_plot(edges: Float64, counts: Int64, first_wave: int = 1) -> str:
             axes.stairs(bottom + counts[wave], edges, baseline=bottom, fill=True, color=colours[wave], lw=0)
             bottom += counts[wave]
         for wave in sorted({0, waves // 2, waves - 1}):
-            axes.plot([], [], "s", ms=6, color=colours[wave], label=f"wave {wave + first_wave}" if wave + first_wave else "pairs")
+            axes.plot(
+                [],
+                [],
+                "s",
+                ms=6,
+                color=colours[wave],
+                label=f"wave {wave + first_wave}" if wave + first_wave else "pairs",
+            )
         axes.set_ylim(0, 1.05 * max(bottom.max(), 1))
         axes.legend(loc="upper left", fontsize=8.5, handletextpad=0.1)
         axes.set_xlabel("uncertainty s")

@@ -79,7 +79,7 @@ def read_all(run: Run, plan: Plan | None) -> pa.Table:
 
 
 def read_of_pairs(run: Run) -> pa.Table:
-    """The rejects of the training pairs, wherever they come from, as REJECTS rows, an image once per encoder that could not read it."""
+    """The rejects of the training pairs as REJECTS rows, an image once per encoder that could not read it."""
     folders = [(folder, role) for folder in ("pairs", "gallery-pairs") for role in ("old", "new")]
     return pa.concat_tables(_of_manifest(run, folder, role, f"pairs, {role} encoder") for folder, role in folders)
 

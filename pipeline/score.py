@@ -1,8 +1,9 @@
 """Transform the gallery and score it: `gallery/part-*` in, scored parts out, a Ray Data map over parts.
 
 Guarantee: part k holds, for each image of gallery part k that has an old embedding, the transformed
-embedding, its uncertainty, and the policy's priority; that of an image whose new embedding is known
-from the fit is above all others. No image is touched. A part that is there is not made again. The scored gallery is laid out by wave once the plan is known, and deleted then.
+embedding, its uncertainty, and the policy's priority; that of an image which was embedded for the fit is
+above all others. No image is touched. A part that is there is not made again. The scored gallery is laid
+out by wave once the plan is known, and deleted then.
 """
 
 from __future__ import annotations

@@ -182,8 +182,17 @@ def read_unit(log: VectorLog, wave: int, unit: int) -> pa.Table:
     Raises:
         DataError: its part is missing or damaged.
     """
-    with _open_part(log.part(wave, unit)) as file:
-        return file.read(["id", "source_etag", "vector"])
+    try:
+        with _open_part(log.part(wave, unit)) as file:
+            return file.read(["id", "source_etag", "vector"])
+    except DataError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        raise DataError(
+            "a part of the vector log is missing",
+            where=log.part(wave, unit),
+            remedy="run `fastfill repair`, which embeds its images again; then run the same command again",
+        ) from error
 
 
 def unit_of(part: str) -> int:

@@ -28,6 +28,7 @@ from tests.galleries import NEW_DIM, OLD_DIM, PREPROCESS, digits
 from training.pairs import build_pairs
 
 IMAGES, PAIRS, WAVES = 48, 40, 3
+FROM_GALLERY = 10  # pairs, which are embedded before the fit: two units of wave 0
 BROKEN = 5  # this image cannot be read: a reject
 
 
@@ -90,6 +91,7 @@ def _fit(config: Config) -> None:
 
 def _tree(home: Path) -> dict[str, Any]:
     columns = {"id": "id", "old_embedding": "old"}
+    sampled = {"from_gallery": FROM_GALLERY}
     encoder = {"function": "tests.own_functions:new_encoder", "dim": NEW_DIM, "preprocess": PREPROCESS}
     return {
         "run": str(home / "run"),
@@ -97,7 +99,7 @@ def _tree(home: Path) -> dict[str, Any]:
         "device": "cpu",
         "encoders": {"new": encoder},
         "gallery": {"manifest": "gallery.parquet", "columns": {**columns, "uri": "uri", "label": "digit"}},
-        "pairs": {"manifest": "pairs.parquet", "columns": {**columns, "new_embedding": "new"}},
+        "pairs": {"manifest": "pairs.parquet", "columns": {**columns, "new_embedding": "new"}} | sampled,
         "fit": {"loss": "alignment", "batch_size": 8},
         "plan": {"waves": [1 / WAVES] * WAVES, "unit_images": 8},
         "backfill": {"batch_size": 8, "max_actors": 1},

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline import planner, score
 from pipeline.config import Config
+from pipeline.plan import Wave, row_groups
 from pipeline.run import Run
 from pipeline.score import ScoredPart, Scorer
 
@@ -27,17 +28,18 @@ def plan_in_process(patch: pytest.MonkeyPatch) -> None:
 def score_each(scorer: Scorer) -> list[ScoredPart]:
     """What a scorer gives for each part of the gallery."""
     found = [scorer({"id": np.array([part])}) for part in range(NUM_PARTS)]
-    return [ScoredPart(int(item["images"][0]), str(item["sha256"][0])) for item in found]
+    return [ScoredPart(int(item["images"][0]), str(item["sha256"][0]), int(item["from_pairs"][0])) for item in found]
 
 
 def _count_parts(run: Run, scored: str, parts: int, levels: Any, seed: int) -> Iterator[Any]:
     yield planner._count_some(run, scored, range(parts), levels, seed)
 
 
-def _lay_out(run: Run, scored: str, parts: int, found: Any, config: Config) -> None:
+def _lay_out(run: Run, scored: str, parts: int, found: Any, config: Config, first: int) -> None:
     for part in range(parts):
-        planner.lay_out_part(run, scored, part, found, config)
+        planner.lay_out_part(run, scored, part, found, config, first)
 
 
-def _cut_waves(run: Run, parts: int, sizes: list[int], shards: int, images: int) -> list[int]:
-    return [planner.cut_wave(run, parts, wave, size, shards, images) for wave, size in enumerate(sizes, 1)]
+def _cut_waves(run: Run, parts: int, waves: list[Wave], shards: int, images: int) -> None:
+    for place, wave in enumerate(waves):
+        planner.cut_wave(run, parts, wave, row_groups(place, shards), images)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from pipeline import backfill as driver
-from pipeline import planner, reference, seal, storage, vector_log
+from pipeline import manifest, pair_sample, planner, reference, seal, storage, vector_log
 from pipeline.config import Config, Gate
+from pipeline.embeddings import embedding_log
 from pipeline.plan import Plan
 from pipeline.probe_set import draw
 from pipeline.progress import Progress
@@ -74,11 +75,20 @@ def backfill_in_process(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(seal, "_run", lambda function, tasks: [function(*arguments) for _, arguments in tasks])
 
 
-def begin(folder: Path) -> Scene:
-    """Plan the run; its transformation was never fitted."""
+def begin(folder: Path, from_gallery: int = 0, given: bool = True) -> Scene:
+    """Plan the run; its transformation was never fitted.
+
+    Args:
+        folder: of the run.
+        from_gallery: images that are embedded before the plan, as pairs.
+        given: new embeddings came with the gallery; else the encoder embeds these images, and there is no probe set.
+    """
     images = known(420)
-    options = Options(WAVES, embedded_waves=0, commits=False, transformation=False, new_in_manifest=True)
+    options = Options(WAVES, embedded_waves=0, commits=False, transformation=False, new_in_manifest=given)
     config, run = make_run(folder, images, options)
+    sampled = config.pairs.model_copy(update={"from_gallery": from_gallery})
+    probe = config.probe.model_copy(update={"images": config.probe.images if given else 0})
+    config = config.model_copy(update={"pairs": sampled, "probe": probe})
     index = config.index.model_copy(update={"factory": "Flat", "shards": options.shards})
     gate = Gate(min_slot_share=None, max_slot_share=None, max_fall=100)
     config = config.model_copy(update={"index": index, "gate": gate, "device": "cpu"})
@@ -86,9 +96,14 @@ def begin(folder: Path) -> Scene:
     storage.put(run.part("pairs/train", 0), storage.parquet_bytes(pairs.schema, [pairs]))
     _write_transformation(config, run, images)
     storage.delete(run.plan)
+    encoder, sample = Encoder(images), pair_sample.draw(config, run)
+    if sample is not None and not given:
+        log = embedding_log(config, run, pair_sample.FOLDER, "new")
+        work = Work(config.encoders.new, log, manifest.units(run, pair_sample.FOLDER, sample))
+        assert len(list(encoder.stream([work], config))) == len(work.units)
     plan = planner.make_plan(config, run)
-    assert draw(config, run) is not None
-    return Scene(config, run, plan, Encoder(images))
+    assert (draw(config, run) is not None) == given
+    return Scene(config, run, plan, encoder)
 
 
 def _write_transformation(config: Config, run: Run, images: Known) -> None:

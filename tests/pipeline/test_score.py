@@ -51,7 +51,7 @@ def priorities(config: Config, run: Run) -> np.ndarray:
     uri = run.part("scored", 0)
     for _ in range(2):  # the second time it is there already
         found = scorer({"id": np.array([0])})
-        assert found == {"part": [0], "images": [NUM], "sha256": [storage.sha256(uri)]}
+        assert found == {"part": [0], "images": [NUM], "sha256": [storage.sha256(uri)], "from_pairs": [0]}
     stored = storage.read_parquet(uri)
     assert "traffic" not in stored.schema.names
     priority: np.ndarray = stored["priority"].to_numpy()

@@ -1,0 +1,180 @@
+"""The gallery's own pairs: the same images whoever draws them, each label with its share, and none of the probe set."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline import manifest, probe_set, storage
+from pipeline.config import Config, num_from_gallery
+from pipeline.config_file import validate
+from pipeline.errors import DataError
+from pipeline.pair_sample import FOLDER, draw, embedded_ids, read_new
+from pipeline.run import Run
+from pipeline.schema import Int64
+from tests.pipeline.sample import put_sample
+from tests.pipeline.synthetic_run import Known, Options, known, make_run
+
+PINNED = [55, 130, 139, 145, 183]
+
+
+def scene(
+    folder: Path, images: Known, count: int | Literal["auto"] = 60, probe: int = 50, options: Options | None = None
+) -> tuple[Config, Run]:
+    """A normalised gallery before anything is drawn from it."""
+    config, run = make_run(folder, images, options or Options(new_in_manifest=True, commits=False, embedded_waves=0))
+    pairs = config.pairs.model_copy(update={"from_gallery": count})
+    sampled = config.probe.model_copy(update={"images": probe})
+    return config.model_copy(update={"pairs": pairs, "probe": sampled}), run
+
+
+def ids(run: Run, folder: str = FOLDER) -> list[int]:
+    return sorted(manifest.ids_of(run, folder).tolist())
+
+
+def config_with(pairs: dict[str, object]) -> Config:
+    encoder = {"function": "a:b", "dim": 8, "preprocess": {"size": 8}}
+    tree = {"run": "run", "encoders": {"new": encoder}, "gallery": {"manifest": "x", "columns": {}}}
+    return validate(tree | {"pairs": pairs}, "test")
+
+
+@pytest.mark.parametrize(
+    ("gallery", "images"),
+    [(10**9, 20_000), (100_000, 20_000), (20_000, 4000), (600, 120), (320, 64), (200, 64), (100, 50), (64, 32), (1, 0)],
+)
+def test_size_auto_is_a_fifth_of_a_gallery_and_more_of_a_tiny_one(gallery: int, images: int) -> None:
+    assert num_from_gallery(config_with({}), gallery) == images
+    assert num_from_gallery(config_with({"manifest": "x", "columns": {}}), gallery) == 0
+
+
+def test_size_auto_leaves_the_probe_sample_of_the_user_alone_and_a_count_is_what_it_says() -> None:
+    assert num_from_gallery(config_with({}), 600, num_probe=580) == 20
+    assert num_from_gallery(config_with({"manifest": "x", "columns": {}, "from_gallery": 70}), 600) == 70
+
+
+def test_draw_takes_the_same_images_however_the_gallery_is_ordered(tmp_path: Path) -> None:
+    images = known(300)
+    order = np.random.default_rng(0).permutation(300)
+    assert images.labels is not None
+    other = replace(images, ids=images.ids[order], labels=[images.labels[row] for row in order])
+    draw(*(one := scene(tmp_path / "one", images)))
+    draw(*(two := scene(tmp_path / "two", other)))
+    assert len(ids(one[1])) == 60
+    assert ids(one[1]) == ids(two[1])
+    assert ids(one[1])[:5] == PINNED
+
+
+def test_draw_gives_each_label_its_share_to_one_image_and_no_image_of_the_probe_set(tmp_path: Path) -> None:
+    images = known(600, num_labels=7)
+    config, run = scene(tmp_path, images, 150, 100)
+    assert draw(config, run) is not None
+    probe = set(ids(run, probe_set.FOLDER))
+    assert len(probe) == 100
+    assert not probe & set(ids(run))
+    assert images.labels is not None
+    label = dict(zip(images.ids.tolist(), images.labels, strict=True))
+    there = Counter(label[image] for image in label if image not in probe)
+    drawn = Counter(label[image] for image in ids(run))
+    assert drawn.total() == 150
+    assert all(abs(drawn[name] - there[name] * 150 / 500) < 1 for name in there)
+
+
+@pytest.mark.parametrize("labels", ["none", "some", "one each"])
+def test_draw_of_a_gallery_with_few_labels_or_too_many_is_of_the_size_that_is_wanted(
+    labels: str, tmp_path: Path
+) -> None:
+    images = known(300)
+    names = [None if labels == "none" or (labels == "some" and row % 3) else f"{row}" for row in range(300)]
+    config, run = scene(tmp_path, replace(images, labels=names), 60, 0)  # type: ignore[arg-type] # as `Known` may be
+    drawn = draw(config, run)
+    assert drawn is not None
+    assert drawn.num_rows == len(set(ids(run))) == 60
+    assert set(ids(run)) < set(images.ids.tolist())
+
+
+def test_draw_on_resume_keeps_the_sample_and_finds_it_in_the_parts_that_were_written_again(tmp_path: Path) -> None:
+    config, run = scene(tmp_path, known(300))
+    first = draw(config, run)
+    written = storage.stat(run.part(FOLDER, 0))
+    assert draw(config, run) == first
+    assert storage.stat(run.part(FOLDER, 0)) == written
+    before = ids(run)
+    gallery = manifest.read_manifest(run, "gallery")
+    assert gallery is not None
+    moved = replace(gallery, root="/moved")
+    storage.put(run.path("gallery", "manifest.json"), json.dumps(asdict(moved)).encode())
+    for part in range(2):
+        rows = storage.read_parquet(run.part("gallery", part))
+        place = rows.schema.get_field_index("uri")
+        rows = rows.set_column(place, "uri", pa.array(["/moved"] * rows.num_rows))
+        storage.put(run.part("gallery", part), storage.parquet_bytes(rows.schema, [rows]))
+    found = draw(config.model_copy(update={"seed": 9}), run)
+    assert found is not None
+    assert found.root == "/moved"
+    assert ids(run) == before
+    assert storage.read_parquet(run.part(FOLDER, 0))["uri"].unique().to_pylist() == ["/moved"]
+
+
+def test_a_probe_set_that_is_asked_for_later_has_no_image_of_the_sample(tmp_path: Path) -> None:
+    config, run = scene(tmp_path, known(300), 60, 0)
+    draw(config, run)
+    assert manifest.read_manifest(run, probe_set.FOLDER) is None
+    before = ids(run)
+    probe = config.probe.model_copy(update={"images": 100})
+    assert draw(config.model_copy(update={"probe": probe}), run) is not None
+    assert ids(run) == before
+    assert len(ids(run, probe_set.FOLDER)) == 100
+    assert not set(ids(run, probe_set.FOLDER)) & set(before)
+
+
+def test_a_small_gallery_is_shared_out_between_the_sample_and_the_probe_set(tmp_path: Path) -> None:
+    config, run = scene(tmp_path, known(100), 50, 1000)
+    draw(config, run)
+    assert (len(ids(run)), len(ids(run, probe_set.FOLDER))) == (50, 50)
+
+
+def test_the_users_own_probe_sample_is_not_in_it(tmp_path: Path) -> None:
+    images = known(300)
+    config, run = scene(tmp_path / "run", images, 60)
+    chosen = images.ids[:200]
+    config = put_sample(config, tmp_path, id=chosen, label=["a"] * len(chosen))
+    draw(config, run)
+    assert len(ids(run)) == 60
+    assert not set(ids(run)) & set(chosen.tolist())
+
+
+def test_without_pairs_of_the_gallery_nothing_is_drawn_or_known(tmp_path: Path) -> None:
+    config, run = scene(tmp_path, known(300), 0)
+    assert draw(config, run) is None
+    assert manifest.read_manifest(run, FOLDER) is None
+    assert len(embedded_ids(config, run)) == 0
+
+
+def known_rows(images: Known, wanted: Int64) -> Int64:
+    order = np.argsort(images.ids)
+    found: Int64 = order[np.searchsorted(images.ids, wanted, sorter=order)]
+    return found
+
+
+def test_new_embeddings_that_came_with_the_gallery_are_those_of_the_images(tmp_path: Path) -> None:
+    images = known(300)
+    config, run = scene(tmp_path, images)
+    draw(config, run)
+    wanted = np.random.default_rng(0).permutation(embedded_ids(config, run))[:30]
+    vectors, etags = read_new(config, run, wanted)
+    np.testing.assert_array_equal(vectors, images.embedded[known_rows(images, wanted)])
+    assert etags.null_count == len(etags) == 30
+
+
+def test_an_image_without_an_embedding_is_named(tmp_path: Path) -> None:
+    config, run = scene(tmp_path, known(300))
+    draw(config, run)
+    with pytest.raises(DataError, match=r"no embedding any more(.|\n)*1 are missing, such as 12345678"):
+        read_new(config, run, np.array([12345678]))
