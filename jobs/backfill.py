@@ -115,6 +115,7 @@ def run_all(config: Config, bars: Bars, retry_rejects: bool = False, stop: Stop 
 
 def _run_steps(config: Config, bars: Bars, retry_rejects: bool, stop: Stop | None) -> Progress:
     from jobs.prepare import ensure_embeddings, ensure_fit, ensure_plan, open_run
+    from jobs.status import from_pairs_text
     from pipeline import telemetry
     from pipeline.backfill import backfill
     from pipeline.errors import GateRefused
@@ -126,6 +127,8 @@ def _run_steps(config: Config, bars: Bars, retry_rejects: bool, stop: Stop | Non
     ensure_embeddings(config, run, bars)
     telemetry.observe_held_out(ensure_fit(config, run, bars).held_out)
     plan = ensure_plan(config, run, bars)
+    if plan.num_from_pairs:
+        bars.console.print(from_pairs_text(plan.num_from_pairs, plan.num_gallery), soft_wrap=True)
     if retry_rejects:
         _retry_rejects(run, plan)
 

@@ -169,22 +169,28 @@ def _check_policy(config: Config) -> None:
     from training.losses import needs_classifier
 
     plan, gallery, pairs = config.plan, config.gallery.columns, pair_roles(config)
+    columns = _columns_of_pairs(config)
     boosted = plan.group_boost > 0
     needs = POLICIES[plan.policy].needs if plan.policy in POLICIES else frozenset[str]()
     if ":" in plan.policy:
         load_policy(plan.policy, config.seed)
     classifier = config.fit.classifier is not None or (needs_classifier(config.fit) and "label" in pairs)
     for wanted, there, where in (
-        ("classifier" in needs, classifier, "fit.classifier, or pairs.columns.label and a loss that fits one"),
-        ("labels" in needs, "label" in pairs, "pairs.columns.label"),
+        ("classifier" in needs, classifier, f"fit.classifier, or {columns}.label and a loss that fits one"),
+        ("labels" in needs, "label" in pairs, f"{columns}.label"),
         ("gallery_labels" in needs, gallery.label is not None, "gallery.columns.label"),
         (plan.traffic, gallery.traffic is not None, "gallery.columns.traffic"),
-        (boosted, {"group", "label"} <= pairs, "pairs.columns.group and .label"),
+        (boosted, {"group", "label"} <= pairs, f"{columns}.group and .label"),
         (boosted, gallery.group is not None, "gallery.columns.group"),
     ):
         if wanted and not there:
             found = f"plan.policy {plan.policy}, traffic {plan.traffic}, group_boost {plan.group_boost:g}"
             raise ConfigError("the plan's order needs what is not given", expected=where, found=found, where="plan")
+
+
+def _columns_of_pairs(config: Config) -> str:
+    """Where the columns of pairs are named."""
+    return "gallery.columns" if config.pairs.manifest is None else "pairs.columns"
 
 
 def _check_selected(config: Config, images: int, sample: Sample | None) -> None:
@@ -256,12 +262,12 @@ def _check_sources(config: Config) -> None:
     if config.fit.offset == "confidence" and "label" not in roles and config.fit.classifier is None:
         raise ConfigError(
             "an offset by confidence needs a classifier, or labels to fit one on",
-            where="fit.classifier, pairs.columns.label",
+            where=f"fit.classifier, {_columns_of_pairs(config)}.label",
             remedy="set fit.offset to uncertainty, which needs neither",
         )
     if needs_labels(config.fit.loss) and "label" not in roles:
         raise ConfigError(
             f"the loss {config.fit.loss!r} needs labels",
-            where="pairs.columns.label",
+            where=f"{_columns_of_pairs(config)}.label",
             remedy="name the label column, or take fit.loss=alignment+uncertainty, which needs none",
         )

@@ -98,7 +98,7 @@ def show(plan: Plan) -> None:
         table.add_row(name, f"{wave.images:,}", f"{wave.units:,}", f"{done / plan.num_gallery:.1%}")
     console().print(table)
     if plan.num_from_pairs:
-        console().print(from_pairs_text(plan.num_from_pairs, plan.num_gallery) + ".", soft_wrap=True)
+        console().print(from_pairs_text(plan.num_from_pairs, plan.num_gallery), soft_wrap=True)
     if plan.num_rejected:
         console().print(
             f"{plan.num_rejected:,} images are not in the plan: the old encoder cannot read them; see `fastfill status`"

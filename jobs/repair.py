@@ -69,7 +69,7 @@ def _embed(config: Config, run: Run, plan: Plan, done: Repair) -> None:
             count += ack.embedded + ack.rejected
             bars.images("embed again", count, total)
         embed_missing(config, run, done.folders, bars.images)
-    first_wave.write(config, run, plan)
+    first_wave.write(run, plan)
 
 
 def _show(done: Repair, problems: list[str]) -> None:
@@ -77,13 +77,18 @@ def _show(done: Repair, problems: list[str]) -> None:
     for title, lines in (
         ("made again", done.rebuilt),
         ("moved aside", done.moved),
-        ("embedded again, or by the next backfill", [f"wave {wave}, unit {unit}" for wave, unit in done.embed_again]),
+        ("embedded again, or by the next backfill", [_unit(*unit) for unit in done.embed_again]),
         ("not repaired", [f"{item.where}: {item.why}" for item in done.left]),
         ("still damaged", problems),
     ):
         for line in lines:
             out.print(f"{title}: {line}", soft_wrap=True, markup=False)
     out.print("the run is not whole" if problems else "the run is whole", markup=False)
+
+
+def _unit(wave: int, unit: int) -> str:
+    pairs = "" if wave else " (pairs of the fit: their embeddings are copied)"
+    return f"wave {wave}, unit {unit}{pairs}"
 
 
 if __name__ == "__main__":

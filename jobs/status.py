@@ -149,8 +149,6 @@ def show(status: Status, run: Run) -> None:
         table.add_row("gallery", f"{status['gallery']:,} images")
         table.add_row("published", f"{status['published']:,} ({status['fraction']:.1%})")
         table.add_row("durable", f"{status['durable']:,}")
-        if status["from_pairs"]:
-            table.add_row("from pairs", from_pairs_text(status["from_pairs"], status["gallery"]))
         table.add_row("rejected", _rejected(status["rejected"], plan.num_rejected if plan else 0))
         table.add_row("wave", f"{status['wave']} of {status['waves']}")
         table.add_row("rate", _rate(status["images_per_second"]))
@@ -169,12 +167,14 @@ def show(status: Status, run: Run) -> None:
     if status["stopped"] is not None:
         table.add_row("stopped, as asked", status["stopped"])
     console().print(table)
+    if status["gallery"] is not None and status["from_pairs"]:
+        console().print(from_pairs_text(status["from_pairs"], status["gallery"]), soft_wrap=True)
     _show_rejects(run, plan)
 
 
 def from_pairs_text(count: int, gallery: int) -> str:
     """What is embedded of a gallery before its backfill begins."""
-    return f"{count:,} of {gallery:,} images are embedded already: the pairs of the fit"
+    return f"{count:,} of {gallery:,} images are embedded already: the pairs of the fit."
 
 
 def _damage(run: Run, served: int | None) -> str | None:

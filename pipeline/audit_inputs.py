@@ -15,10 +15,10 @@ from pipeline import plan as plans
 from pipeline.evidence import NO_IDS, Notes
 from pipeline.manifest import GALLERY_PAIRS
 from pipeline.parts import list_parts
-from pipeline.plan import Plan, read_plan
+from pipeline.plan import FROM_PAIRS, Plan, read_plan
 from pipeline.rejects import gallery_log, manifest_log
 from pipeline.run import STAGES, Run, read_settings, read_stage_settings
-from pipeline.schema import Int64, Unit
+from pipeline.schema import Int64, Unit, vectors_from_arrow
 from pipeline.standing import read_standing
 from pipeline.vector_log import VectorLog
 
@@ -51,6 +51,7 @@ def check_inputs(run: Run, notes: Notes, published: int | None) -> None:
         _check_transformed(run, found, notes)
         _check_units(run, found, notes, quietly=published is not None)
         check_log(found.log(run), list(found.units(run)), notes, NOTHING if published is None else published)
+        _check_first_wave(run, found, notes)
     elif published is None:
         check_log(gallery_log(run), [], notes, NOTHING)
 
@@ -91,9 +92,9 @@ def _check_manifest(run: Run, notes: Notes, folder: str, planned: bool) -> None:
     notes.each(check, enumerate(found.rows))
     for role in ("old", "new"):
         check_log(manifest_log(run, folder, role), manifest.units(run, folder, found), notes, NOTHING)
-    role = _WHOLE.get(folder)
-    if planned and role is not None and f"{role}_embedding" not in found.dims:
-        _check_whole(manifest_log(run, folder, role), manifest.units(run, folder, found), notes)
+    needed = _WHOLE.get(folder) if planned else None
+    if needed is not None and f"{needed}_embedding" not in found.dims:
+        _check_whole(manifest_log(run, folder, needed), manifest.units(run, folder, found), notes)
 
 
 def _check_whole(log: VectorLog, units: Iterable[Unit], notes: Notes) -> None:
@@ -214,6 +215,29 @@ def check_log(
             notes.compare("log_part", where, np.sort(wanted), np.concatenate([ids, rejected]))
 
     notes.each(check, (key for key in done if key[0] > published and (waves is None or key[0] in waves)))
+
+
+def _check_first_wave(run: Run, plan: Plan, notes: Notes) -> None:
+    """Wave 0 of the log holds what was embedded for the fit."""
+    if not plan.num_from_pairs:
+        return
+    from pipeline import pair_sample  # here: Ray Data takes seconds
+
+    def check(notes: Notes, key: tuple[int, int]) -> None:
+        where = log.part(*key)
+        rows = Notes().attempt("log_part", where, vector_log.read_unit, log, *key)  # a damaged part is noted already
+        if rows is None:
+            return
+        known = notes.attempt("pairs", where, pair_sample.read_new, run, rows["id"].to_numpy())
+        if known is None:
+            return
+        others = int((known[0] != vectors_from_arrow(rows["vector"])).any(axis=1).sum())
+        notes.checked["images_from_pairs"] += rows.num_rows
+        if others:
+            notes.problem("log_part", where, "the embeddings that the fit was made with", f"{others} others")
+
+    log = plan.log(run)
+    notes.each(check, vector_log.part_files(log.parts_uri, FROM_PAIRS))
 
 
 def _attempt_quietly(unit: Unit) -> Int64 | None:

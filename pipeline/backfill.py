@@ -46,7 +46,7 @@ def backfill(
         GateRefused: a snapshot is not promoted; what is published before it is served on.
     """
     log, before = plan.log(run), storage.counts()
-    from_pairs = first_wave.write(config, run, plan)  # what was embedded for the fit is not embedded again
+    from_pairs = first_wave.write(run, plan)  # what was embedded for the fit is not embedded again
     tracker, counted = Tracker(plan, log, config.backfill.max_reject_fraction, config.backfill.reject_allowance), before
 
     def report(ended: bool = False) -> Progress:

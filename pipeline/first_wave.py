@@ -13,14 +13,13 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import fan_out, pair_sample, storage, vector_log
-from pipeline.config import Config
 from pipeline.plan import FROM_PAIRS, Plan
 from pipeline.run import Run
 from pipeline.schema import Int64, Unit, UnitAck
 from pipeline.vector_log import EmbeddedUnit, VectorLog
 
 
-def write(config: Config, run: Run, plan: Plan) -> list[UnitAck]:
+def write(run: Run, plan: Plan) -> list[UnitAck]:
     """Write the units of wave 0 that are not in the log yet; safe to repeat, and with two drivers.
 
     Returns:
@@ -34,13 +33,13 @@ def write(config: Config, run: Run, plan: Plan) -> list[UnitAck]:
     log = plan.log(run)
     done = vector_log.part_files(log.parts_uri, FROM_PAIRS)
     units = [unit for unit in plan.units_of(run, FROM_PAIRS) if (unit.wave, unit.unit) not in done]
-    return list(fan_out.each(_write_unit, (config, run, log), units, sum(unit.images for unit in units)))
+    return list(fan_out.each(_write_unit, (run, log), units, sum(unit.images for unit in units)))
 
 
-def _write_unit(config: Config, run: Run, log: VectorLog, unit: Unit) -> UnitAck:
+def _write_unit(run: Run, log: VectorLog, unit: Unit) -> UnitAck:
     start = time.perf_counter()
     ids: Int64 = storage.read_parquet(unit.rows_uri, ["id"], [unit.row_group])["id"].to_numpy()
-    vectors, etags = pair_sample.read_new(config, run, ids)
+    vectors, etags = pair_sample.read_new(run, ids)
     good = pa.array(np.full(len(ids), ""), pa.string())
     size, rejected, digest = vector_log.write_unit(log, unit, EmbeddedUnit(ids, vectors, etags, good, good))
     seconds = time.perf_counter() - start

@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 
 from pipeline import documents, fan_out, manifest, probe_set, storage, vector_log
 from pipeline.config import Config, num_from_gallery
-from pipeline.embeddings import embedding_log
 from pipeline.errors import DataError
 from pipeline.manifest import GALLERY_PAIRS, Manifest
+from pipeline.rejects import manifest_log
 from pipeline.run import Run
 from pipeline.schema import Float32, Int64, manifest_schema, splitmix64, vectors_from_arrow
 
@@ -66,21 +66,20 @@ def draw(config: Config, run: Run) -> Manifest | None:
     return drawn
 
 
-def embedded_ids(config: Config, run: Run) -> Int64:
+def embedded_ids(run: Run) -> Int64:
     """The ids of the drawn images whose new embedding is known, (n,) int64, sorted; none if none are drawn."""
     drawn = manifest.read_manifest(run, FOLDER)
     if drawn is None:
         return np.empty(0, np.int64)
     if "new_embedding" in drawn.dims:
         return np.sort(manifest.ids_of(run, FOLDER))
-    return vector_log.read_ids(embedding_log(config, run, FOLDER, "new"), 0)
+    return vector_log.read_ids(manifest_log(run, FOLDER, "new"), 0)
 
 
-def read_new(config: Config, run: Run, ids: Int64) -> tuple[Float32, pa.Array]:
+def read_new(run: Run, ids: Int64) -> tuple[Float32, pa.Array]:
     """The new embeddings of some of the drawn images.
 
     Args:
-        config: the run's config.
         run: the run.
         ids: (n,) int64, in any order.
 
@@ -98,7 +97,7 @@ def read_new(config: Config, run: Run, ids: Int64) -> tuple[Float32, pa.Array]:
         rows = rows.rename_columns(["id", "vector"]).append_column("source_etag", pa.nulls(len(rows), pa.string()))
         where = part
     else:
-        log = embedding_log(config, run, FOLDER, "new")
+        log = manifest_log(run, FOLDER, "new")
         rows, where = pa.concat_tables([vector_log.read_unit(log, 0, unit) for unit in units.tolist()]), log.parts_uri
     rows = rows.take(pa.array(_places(rows["id"].to_numpy(), ids, where)))
     return vectors_from_arrow(rows["vector"]), rows["source_etag"].combine_chunks()

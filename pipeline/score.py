@@ -98,17 +98,22 @@ class Scorer:
         offset = read_part(run, PART)
         self._offset = None if offset is None else Offset.from_bytes(offset)
         self._policy = load_run_policy(config, run)
-        self._from_pairs = embedded_ids(config, run)
+        self._from_pairs = embedded_ids(run)
 
     def __call__(self, batch: dict[str, Int64]) -> dict[str, list[int] | list[str]]:
         """Score the part of this number; gives its number, and the fields of its `ScoredPart`."""
         part = int(batch["id"][0])
         uri = self._run.part(self._folder, part)
         data = self._stored(part, uri)
-        images, from_pairs = _count(data, uri)
-        from_pairs = from_pairs if len(self._from_pairs) else 0  # a policy may say inf, too
         digest = hashlib.sha256(data).hexdigest()
-        return {"part": [part], "images": [images], "sha256": [digest], "from_pairs": [from_pairs]}
+        known = self._num_from_pairs(uri)
+        return {"part": [part], "images": [_num_rows(data, uri)], "sha256": [digest], "from_pairs": [known]}
+
+    def _num_from_pairs(self, uri: str) -> int:
+        """How many images of a scored part were embedded for the fit."""
+        if not len(self._from_pairs):
+            return 0  # and a policy may give an infinite priority
+        return int(np.isposinf(storage.read_parquet(uri, ["priority"])["priority"].to_numpy()).sum())
 
     def _stored(self, part: int, uri: str) -> bytes:
         """The bytes of the scored part: those of another driver if it wrote them first."""
@@ -149,11 +154,9 @@ def first(priority: Float32, known: NDArray[np.bool_]) -> Float32:
     return np.where(known, np.float32(np.inf), np.minimum(priority, np.finfo(np.float32).max))
 
 
-def _count(data: bytes, uri: str) -> tuple[int, int]:
-    """The images of a scored part, and how many of them have the highest priority that there is."""
+def _num_rows(data: bytes, uri: str) -> int:
     try:
-        priority = pq.read_table(pa.BufferReader(data), columns=["priority"])["priority"].to_numpy()
-        return len(priority), int(np.isposinf(priority).sum())
+        return int(pq.read_metadata(pa.BufferReader(data)).num_rows)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError("not a readable Parquet file", found=error, where=uri) from error
 

@@ -111,6 +111,8 @@ def pair_folders(config: Config, run: Run) -> list[str]:
         DataError, IncompatibleRun: as `pair_sample.draw`.
     """
     given = [] if config.pairs.manifest is None else ["pairs"]
+    if not config.pairs.uses_gallery:
+        return given
     return given if pair_sample.draw(config, run) is None else [*given, pair_sample.FOLDER]
 
 

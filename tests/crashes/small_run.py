@@ -29,14 +29,15 @@ from training.pairs import build_pairs
 
 IMAGES, PAIRS, WAVES = 48, 40, 3
 FROM_GALLERY = 10  # pairs, which are embedded before the fit: two units of wave 0
-BROKEN = 5  # this image cannot be read: a reject
+BROKEN = (5, 10)  # these images cannot be read: rejects, of the probe set and of the pairs
 
 
 def write_home(home: Path) -> Config:
     """Images, manifests and the config; and in `home`/run pairs and a transformation, which a driver would fit."""
     (home / "data" / "images").mkdir(parents=True)
     images, labels = digits(IMAGES)
-    images[BROKEN] = b"no image"
+    for row in BROKEN:
+        images[row] = b"no image"
     for row, image in enumerate(images):
         (home / "data" / "images" / f"{row:02d}.png").write_bytes(image)
     rng = np.random.default_rng(0)

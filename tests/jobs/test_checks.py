@@ -39,7 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def check(data: Path, tmp_path: Path) -> Check:
     def run(**changes: Any) -> None:
-        shutil.copytree(data / "data", tmp_path / "data")
+        shutil.copytree(data / "data", tmp_path / "data", dirs_exist_ok=True)
         config = load_config(write_config(tmp_path, **changes))
         check_settings(config, {"new_embedding": NEW_DIM} | ({"old_embedding": OLD_DIM} if config.encoders.old else {}))
 
@@ -145,8 +145,66 @@ def test_too_few_pairs_are_refused(check: Check, data: Path, tmp_path: Path) -> 
 
 def test_widths_that_no_footer_tells_are_compared_once_they_are_known(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path))
-    check_widths(config, {"old_embedding": 4}, {})
-    check_widths(config, {}, {"old_embedding": 4, "side": 3})
-    check_widths(config, {"old_embedding": 4, "side": 3}, {"old_embedding": 4, "side": 3})
+    check_widths(config, {"gallery": {"old_embedding": 4}, "pairs": {}})
+    check_widths(config, {"gallery": {"old_embedding": 4, "side": 3}})
+    check_widths(config, {"gallery": {}, "pairs": {"old_embedding": 4, "side": 3}})
+    check_widths(config, {"gallery": {"old_embedding": 4, "side": 3}, "pairs": {"old_embedding": 4, "side": 3}})
     with pytest.raises(DataError, match="side has another width"):
-        check_widths(config, {"old_embedding": 4, "side": 3}, {"old_embedding": 4, "side": 5})
+        check_widths(config, {"gallery": {"old_embedding": 4, "side": 3}, "pairs": {"old_embedding": 4, "side": 5}})
+
+
+NO_LABELS = {"id": "name", "image": "image"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gallery__columns": NO_LABELS},
+        {"gallery__columns__label": "digit", "plan__policy": "class_mean"},
+        {"pairs": {"from_gallery": 150}},
+        {"gallery__columns__side": "side", "gallery__columns__new_embedding": "new"},
+    ],
+)
+def test_a_gallery_without_a_manifest_of_pairs_passes(check: Check, changes: dict[str, Any]) -> None:
+    check(**{"pairs": {}, "fit__batch_size": 16, "plan__waves": "auto"} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "said"),
+    [
+        ({"pairs": {"from_gallery": 31}}, DataError, "at least 32\n  found: 31(.|\n)*31 of the gallery's 300 images"),
+        ({"pairs": {"from_gallery": 151}}, ConfigError, "at most 150: half of its 300 images(.|\n)*pairs.from_gallery"),
+        ({"fit__loss": "fastfill", "gallery__columns": NO_LABELS}, ConfigError, "where: gallery.columns.label"),
+        ({"plan__policy": "class_mean", "gallery__columns": NO_LABELS}, ConfigError, "expected: gallery.columns.label"),
+        ({"gallery__columns__old_embedding": None, "encoders__old": None}, ConfigError, "the gallery's old embeddings"),
+    ],
+)
+def test_what_does_not_fit_a_gallery_without_a_manifest_of_pairs_is_refused(
+    check: Check, changes: dict[str, Any], kind: type[FastfillError], said: str
+) -> None:
+    with pytest.raises(kind, match=said):
+        check(**{"pairs": {}, "fit__batch_size": 16} | changes)
+
+
+def test_a_gallery_that_is_too_small_to_take_pairs_from_is_refused(check: Check, data: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few.parquet"
+    pq.write_table(pq.read_table(data / "data" / "gallery.parquet").slice(0, 63), few)
+    said = r"too few training pairs\n  expected: at least 32\n  found: 31\n  where: 31 of the gallery's 63 images"
+    with pytest.raises(DataError, match=said):
+        check(pairs={}, gallery__manifest=str(few), plan__waves="auto")
+
+
+def test_few_pairs_of_a_manifest_are_enough_with_some_of_the_gallery(check: Check, data: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few.parquet"
+    pq.write_table(pq.read_table(data / "data" / "training.parquet").slice(0, 20), few)
+    check(pairs__manifest=str(few), pairs__from_gallery=20, fit__batch_size=16)
+
+
+def test_the_users_probe_sample_leaves_enough_images_for_pairs(check: Check, tmp_path: Path) -> None:
+    path = tmp_path / "sample.parquet"
+    pq.write_table(pa.table({"id": [f"gallery-{row}" for row in range(280)], "label": [1] * 280}), path)
+    with pytest.raises(DataError, match=r"at least 32\n  found: 20"):
+        check(pairs={}, probe__manifest=str(path), fit__batch_size=16)
+    with pytest.raises(ConfigError, match=r"at most 20: (.|\n)*the probe set's sample\n  found: 40"):
+        check(pairs={"from_gallery": 40}, probe__manifest=str(path), fit__batch_size=16)

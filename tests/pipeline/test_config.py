@@ -44,7 +44,7 @@ def refusal(content: dict[str, Any]) -> str:
 def test_the_smallest_config_is_enough_and_the_rest_has_defaults() -> None:
     config = validate(tree(), where="here")
     assert config.fit.loss == "fastfill"
-    assert config.plan.waves == 20
+    assert config.plan.waves == "auto"
     assert config.telemetry.host == "127.0.0.1"
 
 
@@ -90,7 +90,7 @@ def test_load_config_of_more_than_a_mebibyte_is_refused(tmp_path: Path) -> None:
         load_config(str(tmp_path / "run.yaml"))
 
 
-@pytest.mark.parametrize("section", ["run", "encoders", "gallery", "pairs"])
+@pytest.mark.parametrize("section", ["run", "encoders", "gallery"])
 def test_what_is_required_has_no_default(section: str) -> None:
     content = tree()
     del content[section]

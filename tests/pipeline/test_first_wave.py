@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from jobs.status import read_status
@@ -16,7 +17,7 @@ from pipeline.pair_sample import embedded_ids
 from pipeline.plan import FROM_PAIRS, read_plan
 from pipeline.repair import repair
 from pipeline.run import Run
-from pipeline.schema import Float32
+from pipeline.schema import Float32, vectors_from_arrow
 from tests.pipeline.planned_backfill import REJECTED, WAVES, Scene, backfill_in_process, begin
 from tests.pipeline.test_backfill import vectors
 
@@ -30,7 +31,7 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sample(scene: Scene) -> set[int]:
-    return set(embedded_ids(scene.config, scene.run).tolist())
+    return set(embedded_ids(scene.run).tolist())
 
 
 def parts(run: Run) -> dict[str, bytes]:
@@ -120,13 +121,34 @@ def test_a_driver_that_dies_between_units_of_the_pairs_is_followed_to_the_same_b
     assert commits[0] == commits[1]
 
 
+def test_audit_finds_an_embedding_of_the_pairs_that_is_another_and_repair_copies_it_again(tmp_path: Path) -> None:
+    scene = begin(tmp_path, SAMPLED, given=False)
+    scene.go_on()
+    before, part = parts(scene.run), scene.plan.log(scene.run).part(FROM_PAIRS, 0)
+    rows = vector_log.read_unit(scene.plan.log(scene.run), FROM_PAIRS, 0)
+    storage.delete_files([part])
+    other = vectors_from_arrow(rows["vector"]).copy()
+    other[3] += 1
+    good = pa.nulls(len(rows), pa.string()).fill_null("")
+    unit = next(iter(scene.plan.units_of(scene.run, FROM_PAIRS)))
+    embedded = vector_log.EmbeddedUnit(rows["id"].to_numpy(), other, rows["source_etag"].combine_chunks(), good, good)
+    vector_log.write_unit(scene.plan.log(scene.run), unit, embedded)
+    report = audit(scene.run.uri)
+    assert report.checked["images_from_pairs"] == scene.plan.num_from_pairs
+    assert ("log_part", part, "1 others") in [(item.kind, item.where, item.found) for item in report.problems]
+    assert repair(scene.config, scene.run, scene.plan, report.problems).embed_again == [(FROM_PAIRS, 0)]
+    first_wave.write(scene.run, scene.plan)
+    assert parts(scene.run) == before
+    assert audit(scene.run.uri).problems == []
+
+
 def test_a_second_driver_writes_no_unit_again(tmp_path: Path) -> None:
     scene = begin(tmp_path, SAMPLED, given=False)
-    first = first_wave.write(scene.config, scene.run, scene.plan)
+    first = first_wave.write(scene.run, scene.plan)
     written = parts(scene.run)
     assert [ack.embedded for ack in first] == [unit.images for unit in scene.plan.units_of(scene.run, FROM_PAIRS)]
     assert all(ack.part_digest and not ack.rejected for ack in first)
-    assert first_wave.write(scene.config, scene.run, scene.plan) == []
+    assert first_wave.write(scene.run, scene.plan) == []
     assert parts(scene.run) == written
 
 
@@ -140,7 +162,7 @@ def test_a_lost_unit_of_the_pairs_is_found_and_copied_again(tmp_path: Path) -> N
     assert {problem.kind for problem in problems} >= {"log"}
     done = repair(scene.config, scene.run, scene.plan, problems)
     assert done.embed_again == [(FROM_PAIRS, 1)]
-    first_wave.write(scene.config, scene.run, scene.plan)
+    first_wave.write(scene.run, scene.plan)
     assert parts(scene.run) == before
     assert audit(scene.run.uri).problems == []
     assert scene.encoder.asked == asked
@@ -160,7 +182,7 @@ def test_pairs_whose_embeddings_are_lost_stop_the_backfill_until_they_are_repair
 
 def test_status_counts_the_pairs_as_durable_before_the_first_commit_and_as_published_with_it(tmp_path: Path) -> None:
     scene = begin(tmp_path, SAMPLED)
-    first_wave.write(scene.config, scene.run, scene.plan)
+    first_wave.write(scene.run, scene.plan)
     status = read_status(scene.run.uri)
     assert (status["from_pairs"], status["durable"], status["published"], status["wave"]) == (90, 90, 0, 0)
     scene.go_on()

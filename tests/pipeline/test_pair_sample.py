@@ -154,7 +154,7 @@ def test_without_pairs_of_the_gallery_nothing_is_drawn_or_known(tmp_path: Path) 
     config, run = scene(tmp_path, known(300), 0)
     assert draw(config, run) is None
     assert manifest.read_manifest(run, FOLDER) is None
-    assert len(embedded_ids(config, run)) == 0
+    assert len(embedded_ids(run)) == 0
 
 
 def known_rows(images: Known, wanted: Int64) -> Int64:
@@ -167,8 +167,8 @@ def test_new_embeddings_that_came_with_the_gallery_are_those_of_the_images(tmp_p
     images = known(300)
     config, run = scene(tmp_path, images)
     draw(config, run)
-    wanted = np.random.default_rng(0).permutation(embedded_ids(config, run))[:30]
-    vectors, etags = read_new(config, run, wanted)
+    wanted = np.random.default_rng(0).permutation(embedded_ids(run))[:30]
+    vectors, etags = read_new(run, wanted)
     np.testing.assert_array_equal(vectors, images.embedded[known_rows(images, wanted)])
     assert etags.null_count == len(etags) == 30
 
@@ -177,4 +177,4 @@ def test_an_image_without_an_embedding_is_named(tmp_path: Path) -> None:
     config, run = scene(tmp_path, known(300))
     draw(config, run)
     with pytest.raises(DataError, match=r"no embedding any more(.|\n)*1 are missing, such as 12345678"):
-        read_new(config, run, np.array([12345678]))
+        read_new(run, np.array([12345678]))

@@ -183,7 +183,9 @@ def test_of_two_drivers_with_different_settings_the_first_to_keep_something_is_o
     fix_settings(run, "plan", stage_settings(one, "plan"))
     fix_settings(run, "plan", stage_settings(one, "plan"))
     for late in (fix_settings, check_settings_of):
-        with pytest.raises(IncompatibleRun, match=r"plan\.waves: the run has 20, you gave 3(.|\n)*plan/settings\.json"):
+        with pytest.raises(
+            IncompatibleRun, match=r"plan\.waves: the run has 'auto', you gave 3(.|\n)*plan/settings\.json"
+        ):
             late(run, "plan", stage_settings(other, "plan"))
 
 
