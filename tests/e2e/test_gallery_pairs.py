@@ -51,7 +51,7 @@ def write_gallery(folder: Path) -> str:
             "new": {"export": "new.pt2", "dim": NEW_DIM, "preprocess": PREPROCESS},
         },
         "gallery": {"manifest": "gallery.parquet", "columns": {"id": "name", "image": "image"}},
-        "fit": {"loss": "alignment+uncertainty", "inner_width": 32, "epochs": 4, "batch_size": 32},
+        "fit": {"transformation": "linear"},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
     return str(folder / "run.yaml")

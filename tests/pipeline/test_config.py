@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.config import Config, unit_images
+from pipeline.config import Config, pair_roles, sources, unit_images
 from pipeline.config_file import load_config, resolve, validate
 from pipeline.errors import ConfigError
 
@@ -39,6 +39,37 @@ def refusal(content: dict[str, Any]) -> str:
     with pytest.raises(ConfigError) as caught:
         validate(content, where="run.yaml")
     return str(caught.value)
+
+
+def test_pairs_come_from_a_manifest_from_the_gallery_or_from_both() -> None:
+    columns = {"label": "digit", "uri": "uri"}
+    gallery = {"manifest": "g.parquet", "columns": columns | {"group": "kind"}}
+    pairs = {"manifest": "p.parquet", "columns": columns | {"side": "side"}}
+    alone = validate({key: value for key, value in tree(gallery=gallery).items() if key != "pairs"}, "here")
+    assert (alone.pairs.given, alone.pairs.uses_gallery, pair_roles(alone)) == (None, True, {"label", "uri", "group"})
+    assert list(sources(resolve(alone))) == ["gallery"]
+    given = validate(tree(gallery=gallery, pairs=pairs), "here")
+    assert (given.pairs.uses_gallery, pair_roles(given)) == (False, {"label", "uri", "side"})
+    assert sources(given)["pairs"].columns == given.pairs.columns
+    both = validate(tree(gallery=gallery, pairs=pairs | {"from_gallery": 7}), "here")
+    assert (both.pairs.uses_gallery, pair_roles(both)) == (True, {"label", "uri", "side", "group"})
+    for config in (alone, given, both):
+        assert Config.model_validate(config.model_dump(mode="json")) == config, "as run.json keeps it"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        ({"from_gallery": 0}, "pairs: there are no pairs: give a manifest, or from_gallery above 0"),
+        ({"columns": {"uri": "uri"}}, "pairs: columns say what a manifest's columns mean: give manifest, too"),
+        ({"manifest": "p.parquet"}, "pairs: columns: required with a manifest, and not given"),
+        ({"from_gallery": -1}, "pairs.from_gallery"),
+        ({"from_gallery": "all"}, "pairs.from_gallery"),
+        ({"gallery": 5}, "pairs.gallery: unknown key"),
+    ],
+)
+def test_pairs_that_come_from_nowhere_are_refused(pairs: dict[str, Any], said: str) -> None:
+    assert said in refusal(tree(pairs=pairs))
 
 
 def test_the_smallest_config_is_enough_and_the_rest_has_defaults() -> None:

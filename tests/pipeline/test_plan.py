@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline import documents, storage
 from pipeline.errors import ConfigError, IncompatibleRun
-from pipeline.plan import UNITS_PER_FILE, Plan, Wave, read_plan, read_transformed, wave_sizes
+from pipeline.plan import FROM_PAIRS, UNITS_PER_FILE, Plan, Wave, read_plan, read_transformed, wave_sizes
 from pipeline.run import Run
 from pipeline.schema import transformed_schema, vectors_to_arrow
 
@@ -46,6 +46,36 @@ def test_fractions_are_exact_to_one_image(parts: list[int], num_gallery: int) ->
     assert len(sizes) == len(parts)
     for size, part in zip(sizes, parts, strict=True):
         assert abs(size - num_gallery * part / sum(parts)) < 1.001
+
+
+@pytest.mark.parametrize(
+    ("num_images", "waves"),
+    [(10**9, 20), (6720, 20), (6719, 19), (600, 5), (480, 5), (479, 4), (96, 2), (95, 1), (1, 1)],
+)
+def test_auto_has_twenty_waves_and_fewer_for_a_small_gallery_whose_first_one_has_32_images(
+    num_images: int, waves: int
+) -> None:
+    sizes = wave_sizes("auto", num_images)
+    assert len(sizes) == waves
+    assert sizes == wave_sizes(waves, num_images)
+    assert sizes[0] >= 32 or waves == 1
+
+
+def test_wave_numbers_units_and_row_groups_begin_with_the_wave_of_the_pairs() -> None:
+    without, plan = make_plan([3, 7], 4), make_plan([9, 3, 7], 4)
+    plan = replace(plan, waves=tuple(replace(wave, wave=wave.wave - 1) for wave in plan.waves))
+    assert (without.first_wave, without.last_wave, without.num_from_pairs) == (1, 2, 0)
+    assert (plan.first_wave, plan.last_wave, plan.num_from_pairs) == (FROM_PAIRS, 2, 9)
+    for number in (1, 2):
+        assert plan.wave(number) == without.wave(number)
+        assert plan.unit_size(number, 0) == without.unit_size(number, 0)
+    assert [list(plan.row_groups(number)) for number in (0, 1)] == [[0, 1, 2], [3, 4, 5]]
+    assert list(without.row_groups(1)) == [0, 1, 2]
+    assert [(unit.wave, unit.unit, unit.images) for unit in plan.units_of(Run("run"), 0)] == [
+        (0, 0, 4),
+        (0, 1, 4),
+        (0, 2, 1),
+    ]
 
 
 def test_fractions_that_divide_the_gallery_are_exact() -> None:

@@ -83,6 +83,29 @@ def test_as_started_run_that_ignores_exif_goes_on_so_without_the_key(tmp_path: P
     begin(as_started(config(tmp_path)))
 
 
+def begin_with_twenty_waves(item: Config) -> Run:
+    """A run as it was started before `plan.waves: auto` and `pairs.from_gallery`."""
+    run = begin(item)
+    settings = read_settings(run)
+    tree = json.loads(json.dumps(settings["config"]))
+    tree["plan"]["waves"] = 20
+    del tree["pairs"]["from_gallery"]
+    storage.put(run.settings, documents.encode(settings | {"config": tree}))
+    return run
+
+
+def test_as_started_run_with_twenty_waves_and_no_pairs_of_the_gallery_keeps_both(tmp_path: Path) -> None:
+    assert as_started(config(tmp_path)).plan.waves == "auto"
+    begin_with_twenty_waves(config(tmp_path))
+    resumed = as_started(config(tmp_path))
+    assert resumed.plan.waves == 20
+    begin(resumed)
+    begin(as_started(config(tmp_path, pairs__from_gallery="auto")))
+    with pytest.raises(IncompatibleRun, match=r"pairs\.from_gallery: the run has 'auto', you gave 40"):
+        begin(as_started(config(tmp_path, pairs__from_gallery=40)))
+    begin(as_started(config(tmp_path, plan__waves=3)))  # there is no plan yet
+
+
 def begin_in_version_0_1(item: Config, group_bound: float | None = None) -> Run:
     """A planned run with the settings that this version does not have."""
     run = finish(item)

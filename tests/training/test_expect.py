@@ -24,6 +24,7 @@ from tests.pipeline.synthetic_run import known
 from tests.training.planned_run import HELD_OUT, labels_of, pairs_of, planned, write_pairs
 from tests.training.test_held_out import config_of
 from training.expect import Labelled, Outlook, _own, curves_by_fold, ends_of, expected_curve
+from training.folds import by_chance
 from training.held_out import FOLDS, fold_places, priorities
 
 
@@ -90,6 +91,20 @@ def test_a_fold_s_curve_is_that_of_embedding_it_piece_by_piece(
             state[some] = new[some]
             exact = evaluate(new, state, labels, labels, self_match=True)
             assert curves[fold, point].tolist() == pytest.approx([exact.top1, exact.top5, exact.map])
+
+
+def test_a_share_that_is_embedded_for_the_fit_comes_first_by_chance_and_then_the_policy(tmp_path: Path) -> None:
+    pairs, config, share = pairs_of(400), config_of(tmp_path), 6 / 21
+    _, plain = curves_by_fold(config, pairs, "uncertainty")
+    _, curves = curves_by_fold(config, pairs, "uncertainty", first=share)
+    assert pairs.fold.pairs.labels is not None
+    new, state, labels = pairs.fold.pairs.new, pairs.served.copy(), pairs.fold.pairs.labels
+    known = by_chance(400, round(share * 400))
+    state[known] = new[known]
+    exact = evaluate(new, state, labels, labels, self_match=True)
+    assert curves[0, 6].tolist() == pytest.approx([exact.top1, exact.top5, exact.map])
+    assert curves[0, [0, -1]].tolist() == plain[0, [0, -1]].tolist()
+    assert not np.allclose(curves[0, 3:9], plain[0, 3:9])
 
 
 def test_without_labels_the_curve_ends_where_all_answers_are_the_new_model_s(tmp_path: Path) -> None:

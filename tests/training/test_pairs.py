@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -14,12 +16,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from pipeline import manifest, storage
-from pipeline.config import Classifier
+from pipeline import documents, manifest, storage
+from pipeline.config import Classifier, Pairs
 from pipeline.config_file import validate
 from pipeline.errors import DataError
+from pipeline.manifest import GALLERY_PAIRS
 from pipeline.run import Run
 from pipeline.schema import Int64, vectors_from_arrow
+from tests.pipeline.synthetic_run import Options, known, make_run
 from training.pairs import _classifier, _codes, build_pairs, fit_data, num_training, split
 
 fractions = st.floats(0.02, 0.5)
@@ -171,6 +175,34 @@ def test_each_pair_trains_or_is_held_out_and_none_does_both(tmp_path: Path) -> N
         copied = storage.read_bytes(run.part(f"pairs/{folder}", 0))
         storage.put(run.path("pairs", folder, "part-00000 (copy).parquet"), copied)
     assert fit_data(config, run, pairs) == before, "a copy beside a part is not read"
+
+
+def test_pairs_of_a_manifest_and_of_the_gallery_are_one_set_though_ids_are_the_same(tmp_path: Path) -> None:
+    config, run = make_run(tmp_path, known(300), Options(new_in_manifest=True, commits=False))
+    pairs = config.pairs.model_copy(update={"from_gallery": 50})
+    config = config.model_copy(update={"pairs": pairs})
+    given = storage.read_parquet(run.part("gallery", 0)).slice(0, 40)  # their ids are those of images of the gallery
+    storage.put(run.part("pairs", 0), storage.parquet_bytes(given.schema, [given]))
+    gallery = manifest.read_manifest(run, "gallery")
+    assert gallery is not None
+    storage.put(run.path("pairs", "manifest.json"), documents.encode(replace(gallery, rows=[40])))
+    found = build_pairs(config, run)
+    assert (found.num_train + found.num_held_out, found.rejected) == (90, 0)
+    table = pa.concat_tables([read_all(run, part) for part in ("train", "held_out")])
+    assert len(set(table["index"].to_pylist())) == 90
+    images = known(300)
+    sampled = manifest.ids_of(run, GALLERY_PAIRS)
+    rows = np.flatnonzero(np.isin(images.ids, sampled))
+    rest = table.filter(pc.invert(pc.is_in(table["index"], value_set=given["id"].combine_chunks())))
+    for side, column in ((images.old, "old"), (images.embedded, "new")):
+        assert sorted(map(tuple, vectors_from_arrow(rest[column]))) == sorted(map(tuple, side[rows]))
+
+
+def test_too_few_pairs_that_can_be_read_say_what_to_do(tmp_path: Path) -> None:
+    config, run = make_run(tmp_path, known(300), Options(new_in_manifest=True, commits=False))
+    config = config.model_copy(update={"pairs": Pairs(from_gallery=31)})
+    with pytest.raises(DataError, match=r"at least 32\n  found: 31(.|\n)*pairs.from_gallery"):
+        build_pairs(config, run)
 
 
 def read_all(run: Run, part: str) -> pa.Table:
