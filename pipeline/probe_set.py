@@ -108,7 +108,7 @@ def draw(config: Config, run: Run) -> Manifest | None:
     if sample is None:
         pairs = manifest.ids_of(run, GALLERY_PAIRS)  # none where the set is drawn when the run starts
         room = gallery.num_rows - max(len(pairs), num_from_gallery(config, gallery.num_rows))
-        count = done.num_rows if done is not None else min(size(config.probe.images, gallery.num_rows), room)
+        count = done.num_rows if done is not None else max(1, min(size(config.probe.images, gallery.num_rows), room))
         rows = _by_chance(run, gallery, count, pairs)
     else:
         rows = find_rows(run, gallery, sample, config.gallery.columns.id)
