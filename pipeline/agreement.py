@@ -10,16 +10,23 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from pipeline.calibration import Calibration
 from pipeline.evaluate import recall
-from pipeline.nearest import nearest
-from pipeline.ranking import Float64
+from pipeline.nearest import nearest, nearest_by_kind
+from pipeline.ranking import Bools, Float64
 from pipeline.schema import Float32, Int64
 
 NEIGHBOURS = 10
 
 
 def agreement_curve(
-    transformed: Float32, embedded: Float32, queries: Int64, orders: Mapping[str, Int64], points: int, metric: str
+    transformed: Float32,
+    embedded: Float32,
+    queries: Int64,
+    orders: Mapping[str, Int64],
+    points: int,
+    metric: str,
+    calibration: Calibration | None = None,
 ) -> dict[str, Float64]:
     """Of each order, the agreement in per cent at each point, (P,) float64; as `evaluate.simulate_curve` cuts it.
 
@@ -30,16 +37,18 @@ def agreement_curve(
         orders: name -> permutation (N,) of the rows, the first to embed first.
         points: P, at least 2.
         metric: l2, ip or cosine.
+        calibration: maps the keys of transformed vectors; None to rank both kinds as they are.
     """
     exact = among(embedded[queries], embedded, queries, metric)
     cuts = np.arange(points) * len(embedded) // (points - 1)
     curves = {}
     for name, order in orders.items():
-        state, values = transformed.copy(), []
+        state, left, values = transformed.copy(), np.ones(len(embedded), np.bool_), []
         for start, end in zip(np.concatenate([[0], cuts]), cuts, strict=False):
             rows = order[start:end]
-            state[rows] = embedded[rows]
-            values.append(recall(among(embedded[queries], state, queries, metric), exact))
+            state[rows], left[rows] = embedded[rows], False
+            found = nearest_by_kind(embedded[queries], state, exact.shape[1], queries, metric, left, calibration)[1]
+            values.append(recall(found, exact))
         curves[name] = np.array(values)
     return curves
 

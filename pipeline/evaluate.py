@@ -13,16 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline import ranking
+from pipeline.calibration import Calibration
 from pipeline.points import curve_steps, score_points, slot_share, transformed_slots
-from pipeline.ranking import Float64, Int32, Labels, Progress
+from pipeline.ranking import Bools, Float64, Int32, Labels, Progress
 from pipeline.schema import Float32, Int64, splitmix64
 
 METRICS = ("top1", "top5", "map")
-
-Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +99,8 @@ def evaluate(
     self_match: bool = False,
     query_ids: Int64 | None = None,
     gallery_ids: Int64 | None = None,
+    transformed: Bools | None = None,
+    calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> Metrics:
     """CMC top-1 and top-5, and mAP over the full ranking.
@@ -114,13 +114,15 @@ def evaluate(
         self_match: query i is gallery row i, which does not count for it.
         query_ids: (Q,) and `gallery_ids` (N,): the gallery row of a query's own id does not count for it.
         gallery_ids: see `query_ids`.
+        transformed: (N,) bool, which gallery rows are transformed vectors.
+        calibration: maps the keys of these rows; None to rank both kinds as they are.
         progress: called with (queries done, queries).
 
     Raises:
         DataError: shapes do not fit, a value is not finite, or no query has a match.
     """
     own = ranking.own_rows(len(queries), len(gallery), self_match, query_ids, gallery_ids)
-    task = ranking.prepare(queries, query_labels, gallery_labels, own, metric)
+    task = ranking.prepare(queries, query_labels, gallery_labels, own, metric, calibration)
     first_rank, average_precision = _no_scores(len(queries))
 
     def score(rows: Int64, columns: Int64, distances: list[Float32]) -> None:
@@ -129,7 +131,7 @@ def evaluate(
         irrelevant = counts[:, 0].cumsum(axis=1)
         first_rank[rows], average_precision[rows] = ranking.score(irrelevant, task.num_matches[rows])
 
-    task.run([gallery], score, progress)
+    task.run([gallery], score, progress, [transformed])
     return _metrics(first_rank, average_precision, len(gallery))
 
 
@@ -147,6 +149,7 @@ def simulate_curve(
     query_ids: Int64 | None = None,
     gallery_ids: Int64 | None = None,
     embeddable: Bools | None = None,
+    calibration: Calibration | None = None,
     detail: str | None = None,
     per_query: bool = False,
     progress: Progress | None = None,
@@ -159,6 +162,7 @@ def simulate_curve(
         orders: name -> one or more permutations (N,) int64 of the gallery rows, the first to embed first.
         points: P, at least 2.
         embeddable: (N,) bool; where it is False (a reject) the vector stays transformed throughout.
+        calibration: maps the keys of transformed vectors; None to rank both kinds as they are.
         detail: the order whose first permutation is returned per query, with its slot share.
         per_query: return the scores of all orders per query.
 
@@ -167,7 +171,7 @@ def simulate_curve(
     """
     num = len(transformed)
     own = ranking.own_rows(len(queries), num, self_match, query_ids, gallery_ids)
-    task = ranking.prepare(queries, query_labels, gallery_labels, own, metric)
+    task = ranking.prepare(queries, query_labels, gallery_labels, own, metric, calibration)
     possible = np.ones(num, np.bool_) if embeddable is None else embeddable
     cuts = np.arange(points) * num // (points - 1)
     names = [name for name in orders for _ in orders[name]]
@@ -182,7 +186,8 @@ def simulate_curve(
         scores = score_points(distances, columns, task.num_matches[rows], steps, points)
         first_rank[..., rows], average_precision[..., rows] = scores
 
-    task.run([transformed, np.where(possible[:, None], embedded, transformed)], score, progress)
+    galleries = [transformed, np.where(possible[:, None], embedded, transformed)]
+    task.run(galleries, score, progress, [np.ones(num, np.bool_), ~possible])
     start, end = (_metrics(first_rank[0, point], average_precision[0, point], num) for point in (0, -1))
     means = np.stack([_means(*scores) for scores in zip(first_rank, average_precision, strict=True)])
     members = {name: [own == name for own in names] for name in orders}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
@@ -20,9 +20,11 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.calibration import Calibration
 from pipeline.errors import DataError
 from pipeline.schema import Float32, Int64
 
+Bools = NDArray[np.bool_]
 Float64 = NDArray[np.float64]
 Int32 = NDArray[np.int32]
 Labels = NDArray[np.generic]
@@ -41,7 +43,7 @@ class Task:
 
     `queries` is (Q, d) float32; `labels` (Q,) int64 indexes `columns`, the gallery rows of each label;
     `own` (Q,) int64 is the gallery row that does not count for a query, or -1; `num_matches` (Q,)
-    int64 is the number of relevant rows that do count.
+    int64 is the number of relevant rows that do count. `calibration` maps the keys of transformed rows.
     """
 
     metric: str
@@ -50,13 +52,26 @@ class Task:
     columns: list[Int64]
     own: Int64
     num_matches: Int64
+    calibration: Calibration | None = None
 
-    def run(self, galleries: list[Float32], score: Score, progress: Progress | None) -> None:
+    def run(
+        self,
+        galleries: list[Float32],
+        score: Score,
+        progress: Progress | None,
+        transformed: Sequence[Bools | None] = (),
+    ) -> None:
         """Call `score(rows, columns, distances)` for every query that has a match, from several threads.
 
         `rows` (B,) are queries of one label, `columns` (R,) the gallery rows of that label, `distances`
         holds a (B, N) float32 per gallery, in whose place `score` may write. Blocks and the order of
         sums depend on Q, N and the labels only, so the same input gives the same bits.
+
+        Args:
+            galleries: each (N, d) float32.
+            score: what to call.
+            progress: called with (queries done, queries).
+            transformed: of each gallery the rows that are transformed vectors, (N,) bool, or None for none of them.
 
         Raises:
             DataError: a gallery has another shape than labels and queries ask for, or is not finite.
@@ -65,7 +80,8 @@ class Task:
         for gallery in galleries:
             if gallery.shape != expected:
                 raise DataError("the gallery does not fit labels and queries", expected=expected, found=gallery.shape)
-        sides = [_side(gallery, self.metric) for gallery in galleries]
+        kinds = itertools.chain(transformed, itertools.repeat(None)) if self.calibration else itertools.repeat(None)
+        sides = [_side(gallery, self.metric, kind) for gallery, kind in zip(galleries, kinds, strict=False)]
         rows = np.argsort(self.labels, kind="stable")
         rows = rows[self.num_matches[rows] > 0]
         size = max(1, _BLOCK // len(galleries[0]))
@@ -91,7 +107,26 @@ class Task:
         for first, last in itertools.pairwise(bounds):
             for start in range(first, last, size):
                 part = slice(start, min(start + size, last))
-                yield block[part], [side[part] for side in distances]
+                rows = block[part]
+                yield (
+                    rows,
+                    [self._calibrated(some[part], rows, side) for some, side in zip(distances, sides, strict=True)],
+                )
+
+    def _calibrated(self, distances: Float32, rows: Int64, side: _Side) -> Float32:
+        """The distances of B queries, (B, N) float32, with those of transformed rows mapped in place.
+
+        For l2 a distance is half the key without the query's squared length: see `_side`.
+        """
+        if self.calibration is None or side.transformed is None:
+            return distances
+        keys = distances[:, side.transformed].astype(np.float64)
+        if self.metric == "l2":
+            lengths = np.square(self.queries[rows], dtype=np.float64).sum(axis=1, keepdims=True)
+            distances[:, side.transformed] = (self.calibration.apply_exactly(2 * keys + lengths) - lengths) / 2
+        else:
+            distances[:, side.transformed] = self.calibration.apply_exactly(keys)
+        return distances
 
     def _distances(self, rows: Int64, side: _Side) -> Float32:
         """(B, N) float32, infinite at each query's own row; any monotone function of the distance does."""
@@ -109,9 +144,17 @@ class Task:
 class _Side:
     vectors: Float32
     offset: Float32 | None
+    transformed: Bools | None
 
 
-def prepare(queries: Float32, query_labels: Labels, gallery_labels: Labels, own: Int64, metric: str) -> Task:
+def prepare(
+    queries: Float32,
+    query_labels: Labels,
+    gallery_labels: Labels,
+    own: Int64,
+    metric: str,
+    calibration: Calibration | None = None,
+) -> Task:
     """Check the queries and find the relevant rows of each; arguments as in `evaluate.evaluate`.
 
     Raises:
@@ -128,7 +171,7 @@ def prepare(queries: Float32, query_labels: Labels, gallery_labels: Labels, own:
     num_matches = counts[labels] - is_own
     if not num_matches.any():
         raise DataError("no query has a match in the gallery", expected="labels that occur more than once")
-    return Task(metric, -_checked(queries, metric), labels, columns, own, num_matches)
+    return Task(metric, -_checked(queries, metric), labels, columns, own, num_matches, calibration)
 
 
 def own_rows(
@@ -223,9 +266,10 @@ def score(irrelevant: Int64, num_matches: Int64) -> tuple[Int64, Float64]:
     return ranks[..., 0], precision.sum(axis=-1) / matches
 
 
-def _side(gallery: Float32, metric: str) -> _Side:
+def _side(gallery: Float32, metric: str, transformed: Bools | None) -> _Side:
     vectors = _checked(gallery, metric)
-    return _Side(vectors, np.einsum("nd,nd->n", vectors, vectors) / 2 if metric == "l2" else None)
+    offset = np.einsum("nd,nd->n", vectors, vectors) / 2 if metric == "l2" else None
+    return _Side(vectors, offset, transformed if transformed is not None and transformed.any() else None)
 
 
 def _checked(vectors: Float32, metric: str) -> Float32:

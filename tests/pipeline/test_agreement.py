@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from pipeline.agreement import NEIGHBOURS, agreement_curve, among
+from pipeline.calibration import Calibration
+from pipeline.ranking import Bools
 from pipeline.schema import Float32, Int64
 
 NUM, DIM, POINTS = 60, 5, 4
@@ -18,10 +20,19 @@ def vectors(seed: int) -> Float32:
     return found
 
 
-def by_sorting(queries: Float32, gallery: Float32, own: Int64, metric: str) -> list[set[int]]:
+def by_sorting(
+    queries: Float32,
+    gallery: Float32,
+    own: Int64,
+    metric: str,
+    left: Bools | None = None,
+    calibration: Calibration | None = None,
+) -> list[set[int]]:
     if metric == "cosine":
         queries, gallery = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (queries, gallery))
     keys = -queries @ gallery.T if metric == "ip" else np.square(queries[:, None] - gallery).sum(axis=2)
+    if calibration is not None and left is not None:
+        keys[:, left] = calibration.apply(keys[:, left])
     keys[np.arange(len(own)), own] = np.inf
     return [set(row) for row in np.argsort(keys, axis=1)[:, :NEIGHBOURS].tolist()]
 
@@ -33,20 +44,24 @@ def test_the_nearest_are_those_of_a_full_sort_without_the_query_itself(metric: s
     assert [set(row) for row in found.tolist()] == by_sorting(vectors(0)[own], vectors(1), own, metric)
 
 
+@pytest.mark.parametrize("calibration", [None, Calibration((-1.0, 0.0, 5.0), (-2.0, 0.0, 3.0))])
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
-def test_each_point_is_the_share_of_the_new_models_neighbours_in_that_mixture(metric: str) -> None:
+def test_each_point_is_the_share_of_the_new_models_neighbours_in_that_mixture(
+    metric: str, calibration: Calibration | None
+) -> None:
     transformed, embedded, order, own = (
         vectors(0),
         vectors(1),
         np.random.default_rng(2).permutation(NUM),
         np.arange(NUM),
     )
-    found = agreement_curve(transformed, embedded, own, {"some": order}, POINTS, metric)["some"]
+    found = agreement_curve(transformed, embedded, own, {"some": order}, POINTS, metric, calibration)["some"]
     exact = by_sorting(embedded, embedded, own, metric)
     for point in range(POINTS):
-        state = transformed.copy()
-        state[order[: point * NUM // (POINTS - 1)]] = embedded[order[: point * NUM // (POINTS - 1)]]
-        shares = [len(a & b) / NEIGHBOURS for a, b in zip(by_sorting(embedded, state, own, metric), exact, strict=True)]
+        state, left, done = transformed.copy(), np.ones(NUM, np.bool_), order[: point * NUM // (POINTS - 1)]
+        state[done], left[done] = embedded[done], False
+        mixed = by_sorting(embedded, state, own, metric, left, calibration)
+        shares = [len(a & b) / NEIGHBOURS for a, b in zip(mixed, exact, strict=True)]
         assert found[point] == pytest.approx(100 * np.mean(shares))
     assert found[-1] == 100
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline import ranking
+from pipeline.calibration import Calibration
 from pipeline.errors import DataError
 from pipeline.evaluate import (
     Simulation,
@@ -40,17 +41,29 @@ def integers(num: int, dim: int, seed: int, high: int = 4) -> Float32:
     return np.random.default_rng(seed).integers(0, high, (num, dim)).astype(np.float32)
 
 
+# Knots on whole numbers and slopes that are powers of 2, so that mapped keys are exact, and some are equal.
+MAP = Calibration((-64.0, -8.0, 0.0, 4.0, 16.0), (-176.0, -64.0, 0.0, 8.0, 14.0))
+
+
 def labels_of(num: int, num_labels: int, seed: int) -> Int64:
     return np.random.default_rng(seed + 1000).integers(0, num_labels, num)
 
 
 def naive(
-    queries: Float32, gallery: Float32, query_labels: NDArray, gallery_labels: NDArray, own: Int64, metric: str = "l2"
+    queries: Float32,
+    gallery: Float32,
+    query_labels: NDArray,
+    gallery_labels: NDArray,
+    own: Int64,
+    metric: str = "l2",
+    transformed: NDArray | None = None,
 ) -> tuple[list[int], list[float]]:
     """First rank and average precision of each query by sorting its whole ranking, relevant ones last in a tie."""
     first_rank, precision = [], []
     for query, label, self_row in zip(queries.astype(np.float64), query_labels, own, strict=True):
         distance = -(gallery.astype(np.float64) @ query) if metric == "ip" else ((gallery - query) ** 2).sum(axis=1)
+        if transformed is not None:
+            distance = np.where(transformed, MAP.apply_exactly(distance.astype(np.float64)), distance)
         relevant = gallery_labels == label
         order = [row for row in np.lexsort((relevant, distance)) if row != self_row]
         ranks = np.flatnonzero(relevant[order]) + 1
@@ -66,20 +79,31 @@ def naive(
     num_labels=st.integers(1, 20),
     metric=st.sampled_from(["l2", "ip"]),
     self_match=st.booleans(),
+    calibrated=st.booleans(),
     seed=st.integers(0, 10_000),
 )
 def test_equals_a_naive_ranking_with_ties_and_unmatched_queries(
-    num: int, dim: int, num_labels: int, metric: str, self_match: bool, seed: int
+    num: int, dim: int, num_labels: int, metric: str, self_match: bool, calibrated: bool, seed: int
 ) -> None:
     gallery, labels = integers(num, dim, seed), labels_of(num, num_labels, seed)
     queries, asked = (gallery, labels) if self_match else (integers(9, dim, seed + 1), labels_of(9, 20, seed + 1))
     own = np.arange(num) if self_match else np.full(9, -1)
-    first_rank, precision = naive(queries, gallery, asked, labels, own, metric)
+    transformed = np.random.default_rng(seed).random(num) < 0.5 if calibrated else None
+    first_rank, precision = naive(queries, gallery, asked, labels, own, metric, transformed)
     if not any(first_rank):
         with pytest.raises(DataError, match="no query has a match"):
             evaluate(queries, gallery, asked, labels, metric=metric, self_match=self_match)
         return
-    found = evaluate(queries, gallery, asked, labels, metric=metric, self_match=self_match)
+    found = evaluate(
+        queries,
+        gallery,
+        asked,
+        labels,
+        metric=metric,
+        self_match=self_match,
+        transformed=transformed,
+        calibration=MAP if calibrated else None,
+    )
     assert found.first_rank.tolist() == first_rank
     np.testing.assert_allclose(found.average_precision, precision, rtol=1e-12)
     assert found.map == pytest.approx(100 * np.nanmean(precision))
@@ -246,6 +270,62 @@ def test_every_point_is_the_evaluation_of_the_mixed_gallery(
         assert np.array_equal(simulation.detail.first_rank[point], state.first_rank)
         assert np.array_equal(simulation.detail.average_precision[point], state.average_precision)
         assert simulation.orders["oracle"].values[point].tolist() == [state.top1, state.top5, state.map]
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_every_point_of_a_calibrated_curve_is_the_calibrated_evaluation_of_the_mixed_gallery(
+    space: tuple[Float32, Float32, Int64], orders: dict[str, list[Int64]], metric: str
+) -> None:
+    transformed, embedded, labels = space
+    good = np.random.default_rng(1).random(NUM) < 0.9
+    map_ = Calibration((-1.0, 0.0, 2.0, 10.0), (-1.0, 0.3, 2.2, 9.0))
+    result = simulate_curve(
+        transformed,
+        embedded,
+        embedded,
+        labels,
+        labels,
+        {"oracle": orders["oracle"]},
+        points=7,
+        metric=metric,
+        self_match=True,
+        embeddable=good,
+        calibration=map_,
+        detail="oracle",
+    )
+    assert result.detail is not None
+    plain = []
+    for point in range(7):
+        done = orders["oracle"][0][: point * NUM // 6]
+        left = ~np.isin(np.arange(NUM), done) | ~good
+        gallery = np.where(left[:, None], transformed, embedded)
+        state = evaluate(
+            embedded, gallery, labels, labels, metric=metric, self_match=True, transformed=left, calibration=map_
+        )
+        assert np.array_equal(result.detail.first_rank[point], state.first_rank)
+        assert np.array_equal(result.detail.average_precision[point], state.average_precision)
+        plain.append(evaluate(embedded, gallery, labels, labels, metric=metric, self_match=True).map)
+    assert result.orders["oracle"].values[0, 2] == pytest.approx(plain[0])  # one kind alone keeps its ranks
+    assert abs(result.orders["oracle"].values[3, 2] - plain[3]) > 0.01
+
+
+def test_an_identity_map_gives_the_curve_without_a_map(
+    space: tuple[Float32, Float32, Int64], orders: dict[str, list[Int64]], simulation: Simulation
+) -> None:
+    transformed, embedded, labels = space
+    found = simulate_curve(
+        transformed,
+        embedded,
+        embedded,
+        labels,
+        labels,
+        orders,
+        self_match=True,
+        points=POINTS,
+        calibration=Calibration((0.0, 1.0), (0.0, 1.0)),
+    )
+    for name in orders:
+        np.testing.assert_allclose(found.orders[name].values, simulation.orders[name].values, atol=1e-9)
 
 
 def test_areas_are_the_plain_mean_and_the_trapezoid_and_random_has_a_spread(
