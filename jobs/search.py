@@ -61,20 +61,26 @@ def main(
         [value if found else None for value, found in zip(*row, strict=True)]
         for row in zip(result.distances.tolist(), there.tolist(), strict=True)
     ]
+    kinds = [[kind or None for kind in row] for row in result.kinds.tolist()]
     if as_json:
-        print_json({"commit": result.commit, "ids": names, "distances": distances})
+        print_json({"commit": result.commit, "ids": names, "distances": distances, "kinds": kinds})
         return
-    _show(result.commit, names, distances)
+    _show(result.commit, names, distances, kinds)
 
 
-def _show(commit: int, names: list[list[int | str | None]], distances: list[list[float | None]]) -> None:
+def _show(
+    commit: int,
+    names: list[list[int | str | None]],
+    distances: list[list[float | None]],
+    kinds: list[list[str | None]],
+) -> None:
     from rich.table import Table
 
-    table = Table("query", "rank", "id", "distance", title=f"commit {commit}", title_justify="left")
-    for query, (row, values) in enumerate(zip(names, distances, strict=True)):
-        for rank, (name, value) in enumerate(zip(row, values, strict=True), start=1):
+    table = Table("query", "rank", "id", "distance", "kind", title=f"commit {commit}", title_justify="left")
+    for query, hits in enumerate(zip(names, distances, kinds, strict=True)):
+        for rank, (name, value, kind) in enumerate(zip(*hits, strict=True), start=1):
             if value is not None:
-                table.add_row(str(query) if rank == 1 else "", str(rank), str(name), f"{value:.4f}")
+                table.add_row(str(query) if rank == 1 else "", str(rank), str(name), f"{value:.4f}", kind)
     console().print(table)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.calibration import Calibration
 from pipeline.evaluate import recall
 from pipeline.nearest import nearest, nearest_by_kind
-from pipeline.ranking import Bools, Float64
+from pipeline.ranking import Float64
 from pipeline.schema import Float32, Int64
 
 NEIGHBOURS = 10

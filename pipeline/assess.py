@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.calibration import Calibration
 from pipeline.commits import Commit
 from pipeline.config import Config
-from pipeline.nearest import nearest
+from pipeline.nearest import nearest_by_kind
 from pipeline.neighbours import Found, Neighbours, in_old_gallery, in_snapshot
 from pipeline.plan import Plan
 from pipeline.points import SLOTS
@@ -113,7 +114,9 @@ def assess(probe: ProbeSet, known: Reference, commit: Commit, found: Found) -> Q
     others = found.nearest.without(probe.ids)
     kept, gallery = probe.new.copy(), probe.transformed.copy()  # of an image that the index dropped these stay
     kept[found.rows], gallery[found.rows] = found.kept, found.stored
-    exact, mixed = (_within(probe, probe.new, side, commit.metric, known.alone) for side in (kept, gallery))
+    exact = _within(probe, probe.new, kept, commit.metric, known.alone)
+    by_kind = (~found.embedded, commit.calibration)
+    mixed = _within(probe, probe.new, gallery, commit.metric, known.alone, *by_kind)
     recalled = _recalled(mixed.nearest, exact.nearest)
     ranks = mixed.ranks if known.alone else _ranks(others.labels, probe.labels, np.array(known.old) >= 0)
     own = _own(probe, found.embedded, gallery, kept)
@@ -139,10 +142,22 @@ class _Within:
     ranks: tuple[int, ...]
 
 
-def _within(probe: ProbeSet, queries: Float32, side: Float32, metric: str, alone: bool) -> _Within:
-    """By exact search. For ranks the labelled images compete alone where these stand for the gallery, else all do."""
+def _within(
+    probe: ProbeSet,
+    queries: Float32,
+    side: Float32,
+    metric: str,
+    alone: bool,
+    transformed: Bools | None = None,
+    calibration: Calibration | None = None,
+) -> _Within:
+    """By exact search. For ranks the labelled images compete alone where these stand for the gallery, else all do.
+
+    The calibration maps the keys of the rows of `side` that are `transformed`.
+    """
     own = np.arange(len(probe.ids))
-    found = nearest(queries, side, min(SLOTS, len(own) - 1), own, metric)[1]
+    kinds = np.zeros(len(own), np.bool_) if transformed is None else transformed
+    found = nearest_by_kind(queries, side, min(SLOTS, len(own) - 1), own, metric, kinds, calibration)[1]
     labelled = np.flatnonzero(probe.labels >= 0)
     matched = _matched(probe.labels, np.bincount(probe.labels[labelled], minlength=len(probe.label_names)))
     if not alone or len(labelled) == len(own):
@@ -151,7 +166,8 @@ def _within(probe: ProbeSet, queries: Float32, side: Float32, metric: str, alone
         return _Within(found, (-1,) * len(own))
     places = np.full(len(own), -1)
     places[labelled] = np.arange(len(labelled))
-    few = nearest(queries, side[labelled], min(SLOTS, len(labelled) - 1), places, metric)[1]
+    slots = min(SLOTS, len(labelled) - 1)
+    few = nearest_by_kind(queries, side[labelled], slots, places, metric, kinds[labelled], calibration)[1]
     return _Within(found, _ranks(probe.labels[labelled[few]], probe.labels, matched))
 
 

@@ -17,8 +17,10 @@ import numpy as np
 
 from pipeline import snapshot, storage
 from pipeline.audit_inputs import check_inputs
+from pipeline.calibration import read_calibration
 from pipeline.codebook import Codebook
 from pipeline.commits import read_removals
+from pipeline.errors import DataError
 from pipeline.evidence import NO_IDS, Cell, Evidence, Notes, Problem, check_manifest, filled
 from pipeline.index import Segment, decode
 from pipeline.plan import read_plan
@@ -71,6 +73,7 @@ def _check_all(run: Run, notes: Notes, commits: dict[int, Commit], latest: int |
     if commits:
         evidence = Evidence.gather(run, notes, published, _drops_deleted(run))
         _check_steps(run, notes, commits)
+        _check_calibration(run, notes, commits)
         _check_gallery(evidence, notes, _Files(run, notes), list(commits.values()))
 
 
@@ -129,7 +132,7 @@ def _check_steps(run: Run, notes: Notes, commits: dict[int, Commit]) -> None:
         waves = range(earlier + 1, number + 1)
         changed = {ref for ref in parent.segments if ref.wave not in waves}
         changed ^= {ref for ref in commit.segments if ref.wave not in waves}
-        same = ("codebook_sha256", "metric", "dim", "first_wave", "num_waves", "num_shards")
+        same = ("codebook_sha256", "metric", "dim", "first_wave", "num_waves", "num_shards", "calibration")
         others = [name for name in same if getattr(commit, name) != getattr(parent, name)]
         if commit.counts.gallery != parent.counts.gallery:
             others.append("counts.gallery")
@@ -137,6 +140,17 @@ def _check_steps(run: Run, notes: Notes, commits: dict[int, Commit]) -> None:
             others += [f"segment (shard {ref.shard}, wave {ref.wave})" for ref in changed]
             expected = f"commit {earlier} but for wave{'s' if len(waves) > 1 else ''} {', '.join(map(str, waves))}"
             notes.problem("commit", run.commit(number), expected, f"other: {', '.join(others[:5])}")
+
+
+def _check_calibration(run: Run, notes: Notes, commits: dict[int, Commit]) -> None:
+    """The first commit ranks with the calibration of the run's transformation; `_check_steps` compares the others."""
+    try:
+        known = read_calibration(run)
+    except DataError:
+        return  # `check_inputs` says so
+    number, commit = min(commits.items())
+    if commit.calibration != known:
+        notes.problem("commit", run.commit(number), "the calibration of the run's transformation", "another one")
 
 
 def _check_gallery(evidence: Evidence, notes: Notes, files: _Files, commits: list[Commit]) -> None:
@@ -228,9 +242,9 @@ def _check_sidecar(notes: Notes, files: _Files, ref: SegmentRef, cell: Cell) -> 
     if table is None:
         return
     ids, is_embedded = table["id"].to_numpy(), table["kind"].to_numpy() == "embedded"
-    notes.compare("sidecar", where, cell.held(ref.kind == "embedded"), ids)
+    notes.compare("sidecar", where, cell.held(ref), ids)
     notes.compare("kind", where, cell.embedded if ref.kind == "embedded" else NO_IDS, ids[is_embedded])
-    rejected = int((~is_embedded).sum()) if ref.kind == "embedded" else 0
+    rejected = int((~is_embedded).sum()) if ref.kind == "embedded" or ref.rejected else 0
     deleted = len(cell.dropped) if ref.kind == "embedded" else 0
     if (len(ids), rejected, deleted) != (ref.vectors, ref.rejected, ref.deleted):
         expected = f"{ref.vectors} vectors, {ref.rejected} rejected, {ref.deleted} deleted"
@@ -246,10 +260,9 @@ def _check_segment(evidence: Evidence, files: _Files, ref: SegmentRef, cell: Cel
     if segment is None:
         return
     ids, vectors = decode(codebook, segment)
-    held = cell.held(ref.kind == "embedded")
-    if not notes.compare("segment", where, held, ids) or not codebook.exact or not len(ids):
+    if not notes.compare("segment", where, cell.held(ref), ids) or not codebook.exact or not len(ids):
         return
-    expected = evidence.vectors(cell, embedded=ref.kind == "embedded")
+    expected = evidence.vectors(cell, ref)
     if expected is None:
         return
     wrong = ids[(vectors != expected).any(axis=1)]

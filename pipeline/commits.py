@@ -1,8 +1,10 @@
 """What a snapshot of the index consists of: the commit file, its content, its checks, its JSON.
 
-Commit n names every segment of the snapshot in which the waves up to n are embedded and the others transformed.
-Guarantee: what is written and what is read back names exactly one segment per (shard, wave), and its counts
-add up. Knows nothing of tags and writers (`snapshot`), nor of what is inside a segment (`index`).
+Commit n names every segment of the snapshot in which the waves up to n are embedded and the others transformed. A segment
+holds one kind: images of an embedded wave that were rejected are in a transformed segment of their own. Segments of
+earlier versions hold these images beside the embedded ones, and are read.
+Guarantee: what is written and what is read back names exactly one segment per (shard, wave), and one more for rejects,
+and its counts add up. Knows nothing of tags and writers (`snapshot`), nor of what is inside a segment (`index`).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from pipeline import documents, storage
+from pipeline.calibration import Calibration
 from pipeline.config import Metric
 from pipeline.errors import DataError, Removed
 from pipeline.run import Run
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Kind = Literal["transformed", "embedded"]
+KINDS: tuple[Kind, Kind] = ("embedded", "transformed")
 T = TypeVar("T")
 
 _WHO_PUBLISHED = {"attempt_id", "epoch", "created_unix_seconds"}
@@ -31,7 +35,9 @@ class SegmentRef:
     """One segment as a commit names it; paths are relative to the run.
 
     Attributes:
-        kind: what the wave holds; in an embedded one, `rejected` of the `vectors` are still transformed.
+        kind: of all its vectors; in an embedded segment of an earlier version, `rejected` of the `vectors` are still
+            transformed.
+        rejected: images of an embedded wave that are still transformed: all of a transformed segment of that wave.
         deleted: images of the (shard, wave) that are in no segment any more: they are gone, and were to be dropped.
         bytes: size of the file.
     """
@@ -70,7 +76,7 @@ class Counts:
         vectors = sum(segment.vectors for segment in segments)
         deleted = sum(segment.deleted for segment in segments)
         rejected = sum(segment.rejected for segment in segments)
-        embedded = sum(segment.vectors for segment in segments if segment.kind == "embedded") - rejected
+        embedded = sum(segment.vectors - segment.rejected for segment in segments if segment.kind == "embedded")
         return cls(vectors + deleted, vectors - embedded, embedded, rejected, deleted)
 
 
@@ -87,6 +93,8 @@ class Commit:
         log_digests: of the waves up to `number`, the digest of the parts in the vector log that each was sealed from;
             empty where it is not known, as of waves that older versions sealed.
         first_wave: 0 if commit 0 holds a wave that was embedded for the fit, else 1.
+        calibration: maps the keys of transformed hits; None if the run's transformation has none. It is the same in
+            all commits of a run.
     """
 
     number: int
@@ -102,6 +110,7 @@ class Commit:
     counts: Counts
     log_digests: tuple[str, ...] = ()
     first_wave: int = 1
+    calibration: Calibration | None = None
     attempt_id: str = ""
     epoch: int = 0
     created_unix_seconds: float = 0.0
@@ -231,7 +240,8 @@ def check_commit(commit: Commit, where: str) -> None:
             found=f"{commit.number}, with parent {commit.parent}",
             where=where,
         )
-    cells = sorted((segment.wave, segment.shard) for segment in commit.segments)
+    rejects = [segment for segment in commit.segments if _is_of_rejects(segment, commit.number)]
+    cells = sorted((segment.wave, segment.shard) for segment in commit.segments if segment not in rejects)
     planned = list(product(range(commit.first_wave, commit.num_waves + 1), range(commit.num_shards)))
     if cells != planned:
         raise DataError(
@@ -240,8 +250,16 @@ def check_commit(commit: Commit, where: str) -> None:
             found=f"{len(cells)} segments; missing {sorted(set(planned) - set(cells))[:3]}",
             where=where,
         )
+    others = sorted({(segment.wave, segment.shard) for segment in rejects})
+    if len(others) != len(rejects):
+        raise DataError(
+            "a commit names two segments of the rejects of one (wave, shard)",
+            expected=f"{len(others)} segments",
+            found=len(rejects),
+            where=where,
+        )
     for segment in commit.segments:
-        _check_segment(segment, commit.number, where)
+        _check_segment(segment, commit, where)
     counts = Counts.of(commit.segments)
     if counts != commit.counts:
         raise DataError("the counts of a commit do not add up", expected=counts, found=commit.counts, where=where)
@@ -269,14 +287,23 @@ def from_json(kind: type[T], data: bytes, where: str) -> T:
     return documents.parse(kind, data, where, must_be_checked=True)
 
 
-def _check_segment(segment: SegmentRef, number: int, where: str) -> None:
-    kind = "embedded" if segment.wave <= number else "transformed"
-    most = segment.vectors if kind == "embedded" else 0
+def _is_of_rejects(segment: SegmentRef, number: int) -> bool:
+    """Whether a segment of commit `number` holds the rejects of an embedded wave."""
+    return segment.kind == "transformed" and segment.wave <= number
+
+
+def _check_segment(segment: SegmentRef, commit: Commit, where: str) -> None:
+    if _is_of_rejects(segment, commit.number):
+        kind, least, most = "transformed", max(1, segment.vectors), segment.vectors
+    elif segment.wave <= commit.number:
+        kind, least, most = "embedded", 0, segment.vectors if commit.calibration is None else 0
+    else:
+        kind, least, most = "transformed", 0, 0
     deleted = segment.deleted < 0 or (segment.deleted > 0 and kind == "transformed")
-    if segment.kind != kind or segment.vectors < 0 or deleted or not 0 <= segment.rejected <= most:
+    if segment.kind != kind or segment.vectors < 0 or deleted or not least <= segment.rejected <= most:
         raise DataError(
-            f"segment (shard {segment.shard}, wave {segment.wave}) does not belong into commit {number}",
-            expected=f"{kind}, of which 0..{most} rejected",
+            f"segment (shard {segment.shard}, wave {segment.wave}) does not belong into commit {commit.number}",
+            expected=f"{kind}, of which {least}..{most} rejected",
             found=f"{segment.kind}, {segment.rejected} of {segment.vectors} rejected, {segment.deleted} deleted",
             where=where,
         )

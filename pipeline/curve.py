@@ -13,6 +13,7 @@ from typing import cast
 import numpy as np
 
 from pipeline import documents, storage
+from pipeline.calibration import Calibration, read_calibration
 from pipeline.config import Config
 from pipeline.errors import DataError
 from pipeline.evaluate import (
@@ -65,7 +66,7 @@ def curve(config: Config, run: Run, *, published: bool = True, on_progress: Prog
         return cast(Json, stored["curve"])
     gallery = load_gallery(run)
     check_known(gallery, run)
-    result = _simulate(config, gallery, _portion(on_progress, 0, 0.5 if published else 1))
+    result = _simulate(config, gallery, read_calibration(run), _portion(on_progress, 0, 0.5 if published else 1))
     if published:
         result["published"] = {"points": published_points(run, gallery, _portion(on_progress, 0.5, 1))}
     storage.put(_uri(run), documents.encode({"key": key, "curve": result}))
@@ -94,7 +95,9 @@ def published_point(run: Run, commit: int | None = None) -> Point:
     return published.published_point(run, commit)
 
 
-def _simulate(config: Config, gallery: GalleryArrays, on_progress: Progress | None) -> Json:
+def _simulate(
+    config: Config, gallery: GalleryArrays, calibration: Calibration | None, on_progress: Progress | None
+) -> Json:
     rows = query_rows(gallery)
     orders = _orders(config, gallery)
     chosen = config.plan.policy
@@ -119,6 +122,7 @@ def _simulate(config: Config, gallery: GalleryArrays, on_progress: Progress | No
         query_ids=gallery.ids[rows],
         gallery_ids=gallery.ids,
         embeddable=~gallery.rejected,
+        calibration=calibration,
         detail=chosen,
         progress=on_progress,
     )

@@ -162,7 +162,6 @@ def simulate_curve(
         orders: name -> one or more permutations (N,) int64 of the gallery rows, the first to embed first.
         points: P, at least 2.
         embeddable: (N,) bool; where it is False (a reject) the vector stays transformed throughout.
-        calibration: maps the keys of transformed vectors; None to rank both kinds as they are.
         detail: the order whose first permutation is returned per query, with its slot share.
         per_query: return the scores of all orders per query.
 
@@ -172,8 +171,7 @@ def simulate_curve(
     num = len(transformed)
     own = ranking.own_rows(len(queries), num, self_match, query_ids, gallery_ids)
     task = ranking.prepare(queries, query_labels, gallery_labels, own, metric, calibration)
-    possible = np.ones(num, np.bool_) if embeddable is None else embeddable
-    cuts = np.arange(points) * num // (points - 1)
+    possible, cuts = np.full(num, True) if embeddable is None else embeddable, np.arange(points) * num // (points - 1)
     names = [name for name in orders for _ in orders[name]]
     steps = [curve_steps(order, cuts, name) for name in orders for order in orders[name]]
     shown = None if detail is None else np.where(possible, steps[names.index(detail)], points)
@@ -183,21 +181,20 @@ def simulate_curve(
     def score(rows: Int64, columns: Int64, distances: list[Float32]) -> None:
         if shown is not None:
             slots[:, rows] = transformed_slots(distances, shown, points)
-        scores = score_points(distances, columns, task.num_matches[rows], steps, points)
-        first_rank[..., rows], average_precision[..., rows] = scores
+        found = score_points(distances, columns, task.num_matches[rows], steps, points)
+        first_rank[..., rows], average_precision[..., rows] = found
 
-    galleries = [transformed, np.where(possible[:, None], embedded, transformed)]
-    task.run(galleries, score, progress, [np.ones(num, np.bool_), ~possible])
+    mixed = np.where(possible[:, None], embedded, transformed)
+    task.run([transformed, mixed], score, progress, [possible | True, ~possible])
     start, end = (_metrics(first_rank[0, point], average_precision[0, point], num) for point in (0, -1))
     means = np.stack([_means(*scores) for scores in zip(first_rank, average_precision, strict=True)])
     members = {name: [own == name for own in names] for name in orders}
     curves = {name: _order_curve(means[mine], cuts / num) for name, mine in members.items()}
     kept = {name: (first_rank[mine], average_precision[mine]) for name, mine in members.items()} if per_query else None
-    found = None
-    if detail is not None and shown is not None:
-        share, index = slot_share(slots[:, task.num_matches > 0], shown), names.index(detail)
-        found = Detail(first_rank[index], average_precision[index], share)
-    return Simulation(cuts / num, curves, start, end, found, kept)
+    if shown is None:
+        return Simulation(cuts / num, curves, start, end, None, kept)
+    at, share = names.index(detail or ""), slot_share(slots[:, task.num_matches > 0], shown)
+    return Simulation(cuts / num, curves, start, end, Detail(first_rank[at], average_precision[at], share), kept)
 
 
 def by_group(first_rank: Int32, average_precision: Float64, groups: Int64, num_groups: int) -> Float64:

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline import storage, vector_log
+from pipeline.commits import SegmentRef
 from pipeline.errors import FastfillError, IncompatibleRun, TransientError
 from pipeline.parts import list_parts
 from pipeline.plan import read_plan
@@ -116,7 +117,7 @@ class Cell:
         ids: its images, by the plan.
         embedded: those that the log holds.
         rejected: those in the rejects.
-        dropped: those of the rejected that are in no embedded segment: deleted, and to be dropped.
+        dropped: those of the rejected that are in no segment of an embedded wave: deleted, and to be dropped.
     """
 
     shard: int
@@ -126,9 +127,15 @@ class Cell:
     rejected: Int64
     dropped: Int64
 
-    def held(self, embedded: bool) -> Int64:
-        """The ids that a segment of this (shard, wave) has to hold, sorted."""
-        return np.setdiff1d(self.ids, self.dropped, assume_unique=True) if embedded else self.ids
+    def held(self, ref: SegmentRef) -> Int64:
+        """The ids that a segment of this (shard, wave) has to hold, sorted.
+
+        Earlier versions sealed rejects together with the embedded images of their wave.
+        """
+        if ref.kind == "embedded":
+            left_out = self.dropped if ref.rejected else self.rejected
+            return np.setdiff1d(self.ids, left_out, assume_unique=True)
+        return np.setdiff1d(self.rejected, self.dropped, assume_unique=True) if ref.rejected else self.ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,25 +180,23 @@ class Evidence:
             np.intersect1d(rejected, self.dropped),
         )
 
-    def vectors(self, cell: Cell, embedded: bool) -> Float32 | None:
-        """The vectors of `cell.held(embedded)` in order, (n, d): transformed, or where there are any the embedded ones.
+    def vectors(self, cell: Cell, ref: SegmentRef) -> Float32 | None:
+        """The vectors of `cell.held(ref)` in order, (n, d): transformed, or where there are any the embedded ones.
 
         None where a part cannot be read, or where plan and log do not fit together.
         """
         rows = self._rows(self.plan, [cell.wave, cell.shard], ["id", "vector"])
         if rows is None:
             return None
-        vectors = vectors_from_arrow(rows.sort_by("id")["vector"])
-        if not embedded:
-            return vectors
-        if not len(cell.embedded):
-            return vectors[~np.isin(cell.ids, cell.dropped)]
+        vectors, held = vectors_from_arrow(rows.sort_by("id")["vector"]), np.isin(cell.ids, cell.held(ref))
+        if ref.kind == "transformed" or not len(cell.embedded):
+            return vectors[held]
         logged = self._rows(self.log[cell.wave], [cell.shard], ["id", "vector"])
         if logged is None or not np.isin(cell.embedded, cell.ids).all():
             return None
         vectors = vectors.copy()
         vectors[np.searchsorted(cell.ids, cell.embedded)] = vectors_from_arrow(logged.sort_by("id")["vector"])
-        return vectors[~np.isin(cell.ids, cell.dropped)]
+        return vectors[held]
 
     def container_etags(self, cell: Cell) -> pa.Table:
         """The etags that the images of containers were read with: each `uri` with each of its `source_etag`s."""

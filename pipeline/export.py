@@ -1,4 +1,4 @@
-"""A snapshot for other programs: one plain FAISS index per shard, or Parquet files.
+"""A snapshot for other programs: plain FAISS indexes per shard, or Parquet files.
 
 After the snapshots, for those who serve from something else. Guarantee: what has an `export.json` is whole,
 of one commit, and with the checksums that are in it; an export that was interrupted goes on where it
@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from pipeline import index, leases, snapshot, storage
 from pipeline.codebook import Codebook
+from pipeline.commits import KINDS, Kind
 from pipeline.errors import DataError, Refused
 from pipeline.index import Segment
 from pipeline.keys import Keys
@@ -33,6 +34,12 @@ Format = Literal["faiss", "parquet"]
 Tree = dict[str, Any]  # Any: what JSON can hold
 
 _MARKER, _STARTED = "export.json", "export.started.json"
+_HOW_TO_MERGE = (
+    "Search both kinds for k neighbours each. Replace the key of each transformed hit by map(key), and take the k "
+    "smallest keys of both. A key is the squared distance for l2, and minus the similarity for ip and cosine. The map "
+    "is linear between the knots (observed[i], expected[i]), and has slope 1 below the first and above the last. "
+    "Equal keys: embedded first, then by the key before the map, then by id."
+)
 _SUFFIX = {"faiss": "faiss", "parquet": "parquet"}
 
 
@@ -48,8 +55,10 @@ def export(
     """Write a snapshot as files of another format, one per shard.
 
     `faiss`: each file is an IVF index of its own (behind its transforms, where there are any) with the ids of
-    the gallery; searching it gives what the snapshot gives for that shard. If the users' ids are strings,
-    `shard-*.ids.parquet` beside it has `id` and `key` of each vector. `parquet`: `id`, `key` (the user's
+    the gallery; searching it gives what the snapshot gives for that shard. If the snapshot has a calibration, a shard
+    has one file per kind of vector that it holds: distances of the two kinds are comparable only after the map, which
+    is in `export.json`. If the users' ids are strings, `shard-*.ids.parquet` beside it has `id` and `key` of each
+    vector. `parquet`: `id`, `key` (the user's
     own id, where that is a string), `vector` and `kind` (transformed or embedded), one row group per wave.
 
     Args:
@@ -77,7 +86,7 @@ def export(
             return finished
         files = []
         for shard in range(found.num_shards):
-            files.append(writer.write(shard))
+            files += writer.write(shard)
             if on_progress is not None:
                 on_progress(shard + 1, found.num_shards)
         return writer.finish(files)
@@ -108,7 +117,19 @@ class _Writer:
             "codec": self.codebook.codec,
             "vectors": "exact" if self.codebook.exact else "decoded",
             "counts": asdict(self.commit.counts),
+            "calibration": self._calibration(),
         }
+
+    def _calibration(self) -> Tree | None:
+        """The map in JSON, and how to use it."""
+        if self.commit.calibration is None:
+            return None
+        knots = {name: list(values) for name, values in asdict(self.commit.calibration).items()}
+        return knots | {"how_to_merge": _HOW_TO_MERGE}
+
+    def _kinds(self) -> tuple[Kind | None, ...]:
+        """What each file of a shard holds: one kind, or both."""
+        return (None,) if self.form == "parquet" or self.commit.calibration is None else KINDS
 
     def begin(self) -> Tree | None:
         """Make sure that the folder is ours; returns what the marker says, where the export is finished already."""
@@ -124,22 +145,33 @@ class _Writer:
                     storage.delete_files([storage.join(self.out_uri, _STARTED)])
                     return known
         shards = range(self.commit.num_shards)
-        strangers = there.keys() - {_STARTED, *map(self._name, shards), *map(self._ids_name, shards)}
+        names = {self._name(shard, kind) for shard in shards for kind in self._kinds()}
+        strangers = there.keys() - {_STARTED, *names, *map(self._ids_name, shards)}
         if there and (_STARTED not in there or strangers):
             raise self._in_the_way(f"{counted(len(there), 'file')}, such as {min(strangers or there)}")
         if not there:
             storage.put(storage.join(self.out_uri, _STARTED), json.dumps(facts, indent=1).encode())
         return None
 
-    def write(self, shard: int) -> Tree:
+    def write(self, shard: int) -> list[Tree]:
         """Write the files of a shard that no earlier attempt has written; returns what the marker says of them."""
+        files = []
         refs = sorted((ref for ref in self.commit.segments if ref.shard == shard), key=lambda ref: ref.wave)
-        form = self._faiss if self.form == "faiss" else partial(self._parquet, shard=shard)
-        found = self._put(self._name(shard), partial(form, refs))
-        found |= {"shard": shard, "vectors": sum(ref.vectors for ref in refs)}
-        if self.form == "faiss" and self.keys.exist:
-            found["ids"] = self._put(self._ids_name(shard), partial(self._ids, refs))
-        return found
+        ids = self._put(self._ids_name(shard), partial(self._ids, refs)) if self._has_ids_files() else None
+        for kind in self._kinds():
+            mine = [ref for ref in refs if kind in (None, ref.kind)]
+            num_vectors = sum(ref.vectors for ref in mine)
+            if kind is not None and not num_vectors:
+                continue
+            form = self._faiss if self.form == "faiss" else partial(self._parquet, shard=shard)
+            found = self._put(self._name(shard, kind), partial(form, mine))
+            found |= {"shard": shard, "vectors": num_vectors}
+            found |= {} if kind is None else {"kind": kind}
+            files.append(found | ({} if ids is None else {"ids": ids}))
+        return files
+
+    def _has_ids_files(self) -> bool:
+        return self.form == "faiss" and self.keys.exist
 
     def _put(self, name: str, make: Callable[[], bytes]) -> Tree:
         """Write a file unless it is there; its name, size and checksum."""
@@ -192,8 +224,8 @@ class _Writer:
         schema = pa.schema([pa.field("id", pa.int64(), nullable=False), pa.field("key", pa.string())])
         return storage.parquet_bytes(schema, [pa.table({"id": pa.array(ids), "key": self.keys.strings(ids)})])
 
-    def _name(self, shard: int) -> str:
-        return f"shard-{shard:05d}.{_SUFFIX[self.form]}"
+    def _name(self, shard: int, kind: Kind | None) -> str:
+        return f"shard-{shard:05d}{'' if kind is None else f'-{kind}'}.{_SUFFIX[self.form]}"
 
     def _ids_name(self, shard: int) -> str:
         return f"shard-{shard:05d}.ids.parquet"

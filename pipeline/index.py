@@ -1,7 +1,8 @@
-"""Segments: the FAISS index in pieces, one per (shard, wave).
+"""Segments: the FAISS index in pieces, one per (shard, wave, kind).
 
 After the codebook, before the snapshot; with the codebook the importer of faiss for the index. A segment is
-inverted lists with explicit ids, and borrows the codebook's quantizer.
+inverted lists with explicit ids, and borrows the codebook's quantizer. If the run has a calibration, a search takes the
+k nearest of each kind and merges them by calibrated keys (`search_by_kind`).
 Guarantee: on equal processors the same rows give the same segment bytes in any order (across processors: see
 `equality`), and searching segments gives what one index of all their vectors would give. Knows nothing of
 commits, plans or images.
@@ -9,19 +10,22 @@ commits, plans or images.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.calibration import Calibration
 from pipeline.codebook import READ_FLAGS, Codebook, parts
-from pipeline.commits import Kind, SegmentRef
+from pipeline.commits import KINDS, Kind, SegmentRef
 from pipeline.errors import DataError
 from pipeline.run import Run
 from pipeline.schema import Float32, Int64
 from pipeline.segments import Rows, check_digest, local_segment, store_segment
+
+Bools = NDArray[np.bool_]
 
 _QUERIES_AT_ONCE = 1024
 _RESULTS_AT_ONCE = 2**22  # over the queries of one group: bounds the memory beside the answer
@@ -137,15 +141,64 @@ def search(
     Raises:
         DataError: the queries have another width, or are not finite.
     """
+    found = search_by_kind(codebook, {"embedded": segments}, queries, k, nprobe, None)
+    return found.distances, found.ids
+
+
+@dataclass(frozen=True, slots=True)
+class Hits:
+    """The k nearest vectors of Q queries, best first; all are (Q, k).
+
+    Attributes:
+        distances: float32, as a user sees them: squared Euclidean ascending for l2, similarity descending for ip and
+            cosine; inf or -inf where fewer than k were found. Those of transformed vectors are calibrated.
+        ids: int64; -1 where fewer than k were found.
+        transformed: bool, whether the vector is in a transformed segment.
+        raw: float32, the distances without the calibration.
+    """
+
+    distances: Float32
+    ids: Int64
+    transformed: Bools
+    raw: Float32
+
+
+def search_by_kind(
+    codebook: Codebook,
+    segments: Mapping[Kind, Sequence[Segment]],
+    queries: Float32,
+    k: int,
+    nprobe: int,
+    calibration: Calibration | None,
+) -> Hits:
+    """The k nearest vectors of all segments by calibrated key, exactly.
+
+    A key is the squared distance for l2, and minus the similarity for ip and cosine. The calibration maps the keys of
+    transformed vectors. It is monotone, so that the k nearest of each kind hold the k nearest of both. Equal calibrated
+    keys are ordered: embedded before transformed, then by the key before calibration, then by id. Without a
+    calibration equal keys are ordered by id, whatever their kind.
+
+    Args:
+        codebook: the one that the segments were built with.
+        segments: by kind, any number of each.
+        queries: (Q, d) float32.
+        k: neighbours per query.
+        nprobe: inverted lists to visit per query and kind.
+        calibration: the run's; None to merge both kinds as they are.
+
+    Raises:
+        DataError: the queries have another width, or are not finite.
+    """
     prepared = codebook.prepare(queries)
-    keys = np.empty((len(prepared), k), dtype=np.float32)
-    ids = np.empty((len(prepared), k), dtype=np.int64)
+    found = []
     together = max(1, min(_QUERIES_AT_ONCE, _RESULTS_AT_ONCE // k))
-    for start in range(0, len(prepared), together):
+    for start in range(0, max(1, len(prepared)), together):
         rows = slice(start, start + together)
         probe = _Probe(prepared[rows], *codebook.assign(prepared[rows], nprobe))
-        keys[rows], ids[rows] = _nearest(segments, probe, k, width=k + 1)
-    return keys * _sign(codebook.ivf), ids
+        found.append(_nearest_by_kind(segments, probe, k, calibration))
+    keys, ids, is_transformed, raw = found[0] if len(found) == 1 else map(np.concatenate, zip(*found, strict=True))
+    sign = _sign(codebook.ivf)
+    return Hits(keys * sign, ids, is_transformed, raw * sign)
 
 
 def decode(codebook: Codebook, segment: Segment, wanted: Int64 | None = None) -> tuple[Int64, Float32]:
@@ -215,7 +268,7 @@ def write_segment(run: Run, codebook: Codebook, rows: Rows, shard: int, wave: in
         rows: all that belongs to the (shard, wave).
         shard: from 0.
         wave: from 1.
-        kind: what the wave is; in an embedded one the rejected rows are still transformed.
+        kind: of all rows; in an embedded segment of an earlier version the rejected rows are still transformed.
 
     Raises:
         DataError: as `build_segment`; or an embedded row in a transformed segment.
@@ -300,6 +353,30 @@ def _merge(parts: list[tuple[Float32, Int64]], k: int) -> tuple[Float32, Int64]:
             keys, ids = keys[rows, nearest], ids[rows, nearest]
     order = np.lexsort((ids, keys), axis=1)[:, :k]
     return keys[rows, order], ids[rows, order]
+
+
+def _nearest_by_kind(
+    segments: Mapping[Kind, Sequence[Segment]], probe: _Probe, k: int, calibration: Calibration | None
+) -> tuple[Float32, Int64, Bools, Float32]:
+    """The k nearest of both kinds: calibrated keys, ids, whether transformed, and keys as they are; all (q, k)."""
+    some = {kind: segments.get(kind, ()) for kind in KINDS}
+    there = [kind for kind in KINDS if any(segment.num_vectors for segment in some[kind])]
+    each = [_nearest(some[kind], probe, k, width=k + 1) for kind in there or KINDS[:1]]
+    raw = each[0][0] if len(each) == 1 else np.concatenate([keys for keys, _ in each], axis=1)
+    ids = each[0][1] if len(each) == 1 else np.concatenate([ids for _, ids in each], axis=1)
+    keys, first = raw, k if "embedded" in there else 0  # the column from which on all are transformed
+    if calibration is not None and "transformed" in there:
+        keys = raw.copy()
+        keys[:, first:] = calibration.apply(raw[:, first:])
+    if len(each) == 1:
+        return keys, ids, np.full(ids.shape, "transformed" in there) & (ids >= 0), raw
+    if calibration is None:
+        order = np.lexsort((ids, keys), axis=1)[:, :k]
+    else:  # the columns are in the order that equal keys have
+        order = np.argsort(keys, axis=1, kind="stable")[:, :k]
+    rows = np.arange(len(keys))[:, None]
+    ids = ids[rows, order]
+    return keys[rows, order], ids, (order >= k) & (ids >= 0), raw[rows, order]
 
 
 def _filled(codebook: Codebook, ids: Int64, vectors: Float32) -> faiss.IndexIVF:

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from pipeline import fan_out, index, storage
 from pipeline import plan as plans
+from pipeline.calibration import Calibration
 from pipeline.codebook import Codebook
-from pipeline.commits import Commit, SegmentRef
+from pipeline.commits import KINDS, Commit, SegmentRef
 from pipeline.config import Config
 from pipeline.embeddings import embedding_log, read_embeddings
 from pipeline.index import Segment
@@ -47,7 +48,7 @@ class Neighbours:
 
     Attributes:
         ids: (Q, k) int64; -1 where there are fewer.
-        keys: (Q, k) float32, the smaller the nearer; inf where there are fewer.
+        keys: (Q, k) float32, the smaller the nearer, not calibrated; inf where there are fewer.
         labels: (Q, k) int64, an index into the probe set's `label_names`, -1 for any other label and for none; that of
             a probe image is the probe set's, of any other the gallery's.
         transformed: (Q, k) bool, whether what was found is a transformed vector.
@@ -69,10 +70,14 @@ class Neighbours:
             np.zeros(shape, np.bool_),
         )
 
-    def merge(self, other: Neighbours) -> Neighbours:
-        """The nearest of both, as many as either has; equal ones by smaller id."""
+    def merge(self, other: Neighbours, calibration: Calibration | None = None) -> Neighbours:
+        """The nearest of both, as many as either has; equal ones in the order of `index.search_by_kind`."""
         both = [np.concatenate([getattr(self, item.name), getattr(other, item.name)], axis=1) for item in fields(self)]
-        order = np.lexsort((both[0], both[1]), axis=1)[:, : self.ids.shape[1]]
+        ids, keys, transformed = both[0], both[1], both[3]
+        by = [ids, keys]
+        if calibration is not None:
+            by += [transformed, np.where(transformed, calibration.apply(keys), keys)]
+        order = np.lexsort(by, axis=1)[:, : self.ids.shape[1]]
         return Neighbours(*(np.take_along_axis(values, order, axis=1) for values in both))
 
     def without(self, own: Int64) -> Neighbours:
@@ -102,11 +107,13 @@ class Found:
     stored: Float32
     kept: Float32
 
-    def merge(self, other: Found) -> Found:
-        """What both give together."""
+    def merge(self, other: Found, calibration: Calibration | None = None) -> Found:
+        """What both give together; the calibration is that of the commit."""
         both = ((getattr(self, name), getattr(other, name)) for name in ("rows", "stored", "kept"))
         return Found(
-            self.nearest.merge(other.nearest), self.embedded | other.embedded, *(np.concatenate(pair) for pair in both)
+            self.nearest.merge(other.nearest, calibration),
+            self.embedded | other.embedded,
+            *(np.concatenate(pair) for pair in both),
         )
 
 
@@ -146,11 +153,11 @@ def in_snapshot(run: Run, plan: Plan, probe: ProbeSet, commit: Commit, known: di
     found: dict[str, Found] = {}
     each = fan_out.each(_in_segments, (run, plan, probe, commit), [refs for _, refs in pieces], images)
     for (uri, _), some in zip(pieces, each, strict=True):
-        found[uri] = found[uri].merge(some) if uri in found else some
+        found[uri] = found[uri].merge(some, commit.calibration) if uri in found else some
     for uri, some in found.items():
         storage.put(uri, _to_parquet(some))
     known |= found
-    return reduce(Found.merge, known.values())
+    return reduce(lambda one, other: one.merge(other, commit.calibration), known.values())
 
 
 def _in_old_part(run: Run, log: VectorLog, probe: ProbeSet, metric: str, part: int) -> tuple[Neighbours, Int64]:
@@ -169,8 +176,10 @@ def _in_segments(run: Run, plan: Plan, probe: ProbeSet, commit: Commit, refs: Se
     """Search some segments of one wave, and say what was found."""
     codebook = Codebook.open(run, commit.codebook_path, commit.codebook_sha256)
     segments = [Segment.open(run, codebook, ref) for ref in refs]
-    distances, ids = index.search(codebook, segments, probe.new, NEIGHBOURS, commit.nprobe)
-    keys = np.where(ids < 0, np.float32(np.inf), distances if commit.metric == "l2" else -distances)
+    kinds = {kind: [item for item, ref in zip(segments, refs, strict=True) if ref.kind == kind] for kind in KINDS}
+    hits = index.search_by_kind(codebook, kinds, probe.new, NEIGHBOURS, commit.nprobe, commit.calibration)
+    ids = hits.ids
+    keys = np.where(ids < 0, np.float32(np.inf), hits.raw if commit.metric == "l2" else -hits.raw)
     shards = range(min(ref.shard for ref in refs), max(ref.shard for ref in refs) + 1)
     planned = plans.read_transformed(run, plan, refs[0].wave, ["id", "label"], shards)
     sidecars = pa.concat_tables([storage.read_parquet(run.path(ref.sidecar_path), ["id", "kind"]) for ref in refs])
@@ -217,7 +226,9 @@ def _portions(refs: list[SegmentRef]) -> list[list[SegmentRef]]:
 
 def _uri(run: Run, commit: Commit, refs: list[SegmentRef]) -> str:
     """Where what is found in a wave is kept: by the content of its segments, and by how they are searched."""
-    content = [_FORMAT, commit.codebook_sha256, commit.nprobe, sorted((ref.shard, ref.sha256) for ref in refs)]
+    content: list[object] = [_FORMAT, commit.codebook_sha256, commit.nprobe]
+    content.append(sorted((ref.shard, ref.sha256) for ref in refs))
+    content += [] if commit.calibration is None else [commit.calibration]
     digest = hashlib.sha256(repr(content).encode()).hexdigest()
     return run.path(FOLDER, "neighbours", f"wave-{refs[0].wave:03d}-{digest[:16]}.parquet")
 

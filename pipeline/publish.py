@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import reserve, snapshot, storage, telemetry
+from pipeline.calibration import read_calibration
 from pipeline.codebook import train_codebook, write_codebook
 from pipeline.config import Config
 from pipeline.errors import GateRefused
@@ -47,6 +48,7 @@ class Publisher:
         if self._commit is not None:
             telemetry.observe_commit(self._commit)
         self._sealer = self._make_sealer()
+        self._calibration = read_calibration(run) if self._commit is None else self._commit.calibration
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._futures: list[Future[None]] = []
         self._promotion = Promotion(config, run, plan, stop or Stop(), self._writer.check)
@@ -174,6 +176,7 @@ class Publisher:
             segments=tuple(segments),
             counts=Counts.of(segments),
             log_digests=digests,
+            calibration=self._calibration,
         )
 
     def _make_sealer(self) -> Sealer:

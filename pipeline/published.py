@@ -15,18 +15,20 @@ import numpy as np
 
 from pipeline import leases
 from pipeline.codebook import Codebook
-from pipeline.commits import Commit
+from pipeline.commits import Commit, Kind, SegmentRef
 from pipeline.equality import ROUNDING
 from pipeline.errors import DataError, Removed
 from pipeline.evaluate import evaluate
 from pipeline.gallery import GalleryArrays, check_known, find_rows, load_gallery, query_rows
 from pipeline.index import Segment, decode
+from pipeline.ranking import Bools, calibrate
 from pipeline.run import Run
 from pipeline.schema import Float32, Int64
 from pipeline.search import Searcher
 from pipeline.snapshot import PROD, list_commits, read_commit, read_commits, read_tag
 
 Point = dict[str, int | float]
+_Cell = tuple[int, int, Kind]
 
 _RECALL_QUERIES = 1000
 _RECALL_NEIGHBOURS = 10
@@ -93,6 +95,8 @@ def _measure(snapshots: _Snapshots, gallery: GalleryArrays, commit: Commit) -> P
         metric=commit.metric,
         query_ids=gallery.ids[rows],
         gallery_ids=gallery.ids[held],
+        transformed=snapshots.transformed[held],
+        calibration=commit.calibration,
     )
     counts = commit.counts  # rejects and deleted images are done, as in the simulated orders
     fraction = (counts.embedded + counts.rejected + counts.deleted) / counts.gallery
@@ -109,14 +113,23 @@ def _recall(snapshots: _Snapshots, gallery: GalleryArrays, commit: Commit) -> fl
         ids = searcher.search(gallery.embedded[rows], k).ids
     places = np.searchsorted(gallery.ids[held], ids)
     offset = np.einsum("nd,nd->n", vectors, vectors) / 2 if commit.metric == "l2" else np.float32(0)
+    transformed, queries = snapshots.transformed[held], gallery.embedded[rows]
+    if commit.metric == "cosine":
+        queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
     found, size = 0, max(1, _SCORES_AT_ONCE // len(vectors))
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
-        scores = gallery.embedded[rows[part]] @ vectors.T - offset
+        scores = queries[part] @ vectors.T - offset
+        if commit.calibration is not None:
+            scores = -calibrate(-scores, queries[part], transformed, commit.metric, commit.calibration)
         last = np.partition(scores, -k, axis=1)[:, -k] - ROUNDING * np.abs(scores).max(axis=1)
         there = ids[part] >= 0
         found += int((there & (np.take_along_axis(scores, places[part] * there, axis=1) >= last[:, None])).sum())
     return 100 * found / ids.size
+
+
+def _cell(ref: SegmentRef) -> _Cell:
+    return (ref.shard, ref.wave, ref.kind)
 
 
 @dataclass(slots=True)
@@ -124,19 +137,22 @@ class _Snapshots:
     """The vectors of one commit after the other, in the rows of the gallery.
 
     Attributes:
-        applied: by (shard, wave), the sha256 of the segment whose vectors are in place.
-        rows: by (shard, wave), the rows of these vectors.
+        applied: by (shard, wave, kind), the sha256 of the segment whose vectors are in place.
+        rows: by (shard, wave, kind), the rows of these vectors.
+        transformed: (N,) bool, which rows are in a transformed segment.
     """
 
     run: Run
     gallery: GalleryArrays
     vectors: Float32 = field(init=False)
-    applied: dict[tuple[int, int], str] = field(default_factory=dict)
-    rows: dict[tuple[int, int], Int64] = field(default_factory=dict)
+    transformed: Bools = field(init=False)
+    applied: dict[_Cell, str] = field(default_factory=dict)
+    rows: dict[_Cell, Int64] = field(default_factory=dict)
     codebooks: dict[str, Codebook] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.vectors = np.empty_like(self.gallery.transformed)
+        self.transformed = np.ones(len(self.vectors), np.bool_)
 
     def vectors_of(self, commit: Commit) -> tuple[Float32, Int64]:
         """(N, d_new) float32 as the commit's segments hold them, overwritten by the next call; and which rows are held.
@@ -145,12 +161,15 @@ class _Snapshots:
             DataError: the commit does not hold exactly the gallery, but for deleted images.
         """
         codebook = self._codebook(commit)
+        for gone in self.applied.keys() - {_cell(ref) for ref in commit.segments}:
+            del self.applied[gone], self.rows[gone]
         for ref in commit.segments:
-            cell = (ref.shard, ref.wave)
+            cell = _cell(ref)
             if self.applied.get(cell) != ref.sha256:
                 ids, vectors = decode(codebook, Segment.open(self.run, codebook, ref))
                 self.rows[cell] = find_rows(self.gallery.ids, ids, self.run.path(ref.path))
                 self.vectors[self.rows[cell]] = vectors
+                self.transformed[self.rows[cell]] = ref.kind == "transformed"
                 self.applied[cell] = ref.sha256
         held = np.unique(np.concatenate(list(self.rows.values())))
         if len(held) != len(self.gallery.ids) - commit.counts.deleted:

@@ -114,19 +114,9 @@ class Task:
                 )
 
     def _calibrated(self, distances: Float32, rows: Int64, side: _Side) -> Float32:
-        """The distances of B queries, (B, N) float32, with those of transformed rows mapped in place.
-
-        For l2 a distance is half the key without the query's squared length: see `_side`.
-        """
         if self.calibration is None or side.transformed is None:
             return distances
-        keys = distances[:, side.transformed].astype(np.float64)
-        if self.metric == "l2":
-            lengths = np.square(self.queries[rows], dtype=np.float64).sum(axis=1, keepdims=True)
-            distances[:, side.transformed] = (self.calibration.apply_exactly(2 * keys + lengths) - lengths) / 2
-        else:
-            distances[:, side.transformed] = self.calibration.apply_exactly(keys)
-        return distances
+        return calibrate(distances, self.queries[rows], side.transformed, self.metric, self.calibration)
 
     def _distances(self, rows: Int64, side: _Side) -> Float32:
         """(B, N) float32, infinite at each query's own row; any monotone function of the distance does."""
@@ -145,6 +135,27 @@ class _Side:
     vectors: Float32
     offset: Float32 | None
     transformed: Bools | None
+
+
+def calibrate(
+    distances: Float32, queries: Float32, transformed: Bools, metric: str, calibration: Calibration
+) -> Float32:
+    """Distances with those of transformed rows mapped, in place.
+
+    Args:
+        distances: (B, N) float32: for ip and cosine the keys, for l2 half of them without the query's squared length.
+        queries: (B, d) float32, or their negatives.
+        transformed: (N,) bool.
+        metric: l2, ip or cosine.
+        calibration: the map.
+    """
+    keys = distances[:, transformed].astype(np.float64)
+    if metric == "l2":
+        lengths = np.square(queries, dtype=np.float64).sum(axis=1, keepdims=True)
+        distances[:, transformed] = (calibration.apply_exactly(2 * keys + lengths) - lengths) / 2
+    else:
+        distances[:, transformed] = calibration.apply_exactly(keys)
+    return distances
 
 
 def prepare(

@@ -193,7 +193,7 @@ def _seal_again(run: Run, plan: Plan, done: Repair, suspected: set[str]) -> None
     why = f"its bytes are those that its commit names, and the plan or the log is another. {_RESTORE}"
     done.left += [Left(where, why) for where in sorted(suspected - damaged)]
     found = [named[where] for where in sorted(damaged & named.keys())]
-    again = {(ref.shard, ref.wave, ref.sha256): (ref, commit) for ref, commit in found}
+    again = {(ref.shard, ref.wave, ref.kind, ref.sha256): (ref, commit) for ref, commit in found}
     for ref, commit in again.values():
         files = {run.path(ref.path), run.path(ref.sidecar_path)} & damaged
         failed = _seal_one(run, plan, ref, commit, files)

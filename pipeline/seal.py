@@ -1,16 +1,16 @@
-"""Seal a wave: its vectors, from the plan or from the vector log, become one segment per shard.
+"""Seal a wave: its vectors, from the plan or from the vector log, become segments, one per shard and kind.
 
 Guarantee: a segment is a function of the plan, the log and the codebook alone, so it can be sealed again
 anywhere: to the same bytes on equal processors, else to vectors that are equal within rounding (`equality`).
-Images that were rejected keep their transformed vectors. The functions here run as Ray tasks; they give
-back references, never vectors.
+Images that were rejected keep their transformed vectors, in a transformed segment of their own. The functions here run
+as Ray tasks; they give back references, never vectors.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -71,8 +71,8 @@ class Sealer:
             acknowledged: the digest of each unit's part, as far as this driver was told it.
 
         Returns:
-            the segments, sorted by shard, and the digest of the wave's parts; empty if parts of older versions have
-            none.
+            an embedded segment per shard, and a transformed one where images were rejected, sorted by shard; and the
+            digest of the wave's parts, empty if parts of older versions have none.
 
         Raises:
             DataError: an image of the wave is neither in the log nor rejected, or a part is not what was acknowledged.
@@ -90,7 +90,8 @@ class Sealer:
                 where=f"{self.plan.log(self.run).parts_uri}, wave {wave}",
                 remedy="let nothing else write to the run, and run the same command again",
             )
-        return [ref for refs, _ in found for ref in refs], digests[0]
+        refs = [ref for refs, _ in found for ref in refs]
+        return sorted(refs, key=lambda ref: (ref.shard, ref.kind)), digests[0]
 
     def _tasks(self, waves: list[int]) -> list[tuple[str, tuple[object, ...]]]:
         """One for each of a wave's shards, or for several of them where these are small."""
@@ -156,8 +157,9 @@ def _seal_transformed(sealer: Sealer, wave: int, shards: range) -> list[SegmentR
 
 
 def _seal_embedded(
-    sealer: Sealer, wave: int, shards: range, acknowledged: dict[int, str] | None = None
+    sealer: Sealer, wave: int, shards: range, acknowledged: dict[int, str] | None = None, mixed: bool = False
 ) -> tuple[list[SegmentRef], str]:
+    """Seal an embedded wave; `mixed`: with the rejects in the embedded segments, as earlier versions did."""
     rows, shard_of_row = _planned(sealer, wave, shards)
     log = sealer.plan.log(sealer.run)
     embedded_ids, embedded_vectors, digests = vector_log.read_parts(log, wave, shards)
@@ -180,11 +182,15 @@ def _seal_embedded(
     kinds = np.where(is_embedded, "embedded", "transformed")
     sealed = replace(rows, vectors=vectors, kinds=kinds)
     whole = vector_log.wave_digest(digests)
-    if sealer.plan.deleted_images == "keep":
-        return _write(sealer, wave, shards, sealed, shard_of_row, "embedded"), whole
-    kept = ~np.isin(rows.ids, vector_log.read_deleted(log, wave))
-    refs = _write(sealer, wave, shards, sealed.take(kept), shard_of_row[kept], "embedded")
-    return [replace(ref, deleted=int((shard_of_row[~kept] == ref.shard).sum())) for ref in refs], whole
+    kept = np.ones(len(rows.ids), np.bool_)
+    if sealer.plan.deleted_images == "drop":
+        kept = ~np.isin(rows.ids, vector_log.read_deleted(log, wave))
+    of_wave, left = (kept, kept & False) if mixed else (kept & is_embedded, kept & ~is_embedded)
+    refs = _write(sealer, wave, shards, sealed.take(of_wave), shard_of_row[of_wave], "embedded")
+    refs = [replace(ref, deleted=int((shard_of_row[~kept] == ref.shard).sum())) for ref in refs]
+    of_rejects = [shard for shard in shards if (shard_of_row[left] == shard).any()]
+    more = _write(sealer, wave, of_rejects, sealed.take(left), shard_of_row[left], "transformed") if of_rejects else []
+    return refs + [replace(ref, rejected=ref.vectors) for ref in more], whole
 
 
 def _check_acknowledged(log: VectorLog, wave: int, found: dict[int, str], acknowledged: dict[int, str]) -> None:
@@ -207,13 +213,23 @@ def seal_again(sealer: Sealer, ref: SegmentRef) -> SegmentRef:
         DataError: the plan or the log is damaged.
     """
     shards = range(ref.shard, ref.shard + 1)
-    if ref.kind == "embedded":
-        return _seal_embedded(sealer, ref.wave, shards)[0][0]
-    return _seal_transformed(sealer, ref.wave, shards)[0]
+    if ref.kind == "transformed" and not ref.rejected:
+        return _seal_transformed(sealer, ref.wave, shards)[0]
+    mixed = ref.kind == "embedded" and ref.rejected > 0
+    found = _seal_embedded(sealer, ref.wave, shards, mixed=mixed)[0]
+    again = next((some for some in found if some.kind == ref.kind), None)
+    if again is None:
+        raise DataError(
+            "the vector log has no rejects of a wave whose commit names some",
+            expected=f"{ref.rejected} rejects",
+            found=0,
+            where=f"{sealer.plan.log(sealer.run).rejects_uri}, wave {ref.wave}, {_text(shards)}",
+        )
+    return again
 
 
 def _write(
-    sealer: Sealer, wave: int, shards: range, rows: Rows, shard_of_row: NDArray[np.int32], kind: Kind
+    sealer: Sealer, wave: int, shards: Iterable[int], rows: Rows, shard_of_row: NDArray[np.int32], kind: Kind
 ) -> list[SegmentRef]:
     codebook = sealer.codebook()
     each = ((shard, rows.take(shard_of_row == shard)) for shard in shards)

@@ -25,14 +25,16 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline import index, leases, snapshot
+from pipeline import index, leases, snapshot, storage
 from pipeline.codebook import Codebook
+from pipeline.commits import KINDS, Kind
 from pipeline.errors import DataError, FastfillError, Removed
 from pipeline.index import Segment
 from pipeline.keys import Keys
 from pipeline.leases import Lease
 from pipeline.run import Run
 from pipeline.schema import Float32, Int64
+from pipeline.segments import check_digest
 from pipeline.snapshot import PROD, Commit, SegmentRef
 
 logger = logging.getLogger(__name__)
@@ -50,7 +52,8 @@ class SearchResult:
     Attributes:
         commit: the commit that gave it.
         distances: (Q, K) float32, best first: squared Euclidean for l2, similarity for ip and cosine;
-            inf or -inf where fewer than K were found.
+            inf or -inf where fewer than K were found. If the commit has a calibration, that of a transformed hit is
+            what the distance of its embedded vector is expected to be.
         ids: (Q, K) int64; -1 where fewer than K were found. If the gallery's ids are integers, they are these;
             if they are strings, these are row numbers of the gallery, and `keys` has the strings.
     """
@@ -58,7 +61,13 @@ class SearchResult:
     commit: int
     distances: Float32
     ids: Int64
+    _transformed: NDArray[np.bool_] = field(repr=False)
     _keys: Keys = field(repr=False, compare=False)
+
+    @property
+    def kinds(self) -> NDArray[np.str_]:
+        """(Q, K) strings: `embedded` or `transformed`; empty where fewer than K were found."""
+        return np.where(self.ids < 0, "", np.where(self._transformed, "transformed", "embedded"))
 
     @property
     def keys(self) -> NDArray[np.object_]:
@@ -79,7 +88,8 @@ class _Snapshot:
     commit: Commit
     codebook: Codebook
     segments: dict[str, Segment]  # by sha256: segments without a vector may be the same file
-    searched: list[Segment]  # these, or all of them gathered into one
+    searched: dict[Kind, list[Segment]]  # these, or all of a kind gathered into one
+    rejected: Int64  # ids of transformed vectors in embedded segments, which earlier versions sealed
     lease: Lease | None
 
 
@@ -102,10 +112,10 @@ class Searcher:
             commit: stay at this commit.
             verify: check every byte against the commit before serving it; without it a damaged file is
                 noticed only where FAISS cannot read it.
-            in_memory: gather the segments of a commit into one index, so that a query costs what it costs in one
-                index; in memory that is the index once, and twice while `refresh` opens the next commit. Without
-                it they stay mapped files: opened in no time and shared between processes, and a single query of
-                many segments takes several times as long.
+            in_memory: gather the segments of a commit into one index per kind, so that a query costs little more than
+                in one index of all. In memory that is the index once, and twice while `refresh` opens the next commit.
+                Without it they stay mapped files: opened in no time and shared between processes, and a single query
+                of many segments takes several times as long.
 
         Raises:
             DataError: there is no such tag or commit, or one of its files is missing or damaged.
@@ -149,8 +159,14 @@ class Searcher:
             vectors = np.asarray(queries, dtype=np.float32)
         except (TypeError, ValueError) as error:
             raise DataError("queries are not an array of numbers", found=error) from error
-        distances, ids = index.search(opened.codebook, opened.searched, vectors, columns, opened.commit.nprobe)
-        return SearchResult(opened.commit.number, distances, ids, self._keys)
+        commit = opened.commit
+        hits = index.search_by_kind(
+            opened.codebook, opened.searched, vectors, columns, commit.nprobe, commit.calibration
+        )
+        transformed = hits.transformed
+        if len(opened.rejected):
+            transformed = transformed | np.isin(hits.ids, opened.rejected)
+        return SearchResult(commit.number, hits.distances, hits.ids, transformed, self._keys)
 
     def refresh(self) -> bool:
         """Go to the commit that the tag points to now; whatever goes wrong, the present one stays.
@@ -253,10 +269,26 @@ class Searcher:
         refs = {ref.sha256: ref for ref in commit.segments}
         with ThreadPoolExecutor(_OPEN_THREADS) as pool:
             segments = dict(zip(refs, pool.map(open_segment, refs.values()), strict=True))
-        searched = list(segments.values())
+        searched = {kind: _of_kind(commit, segments, kind) for kind in KINDS}
         if self._in_memory:
-            searched = [index.gather(codebook, searched)]
-        return _Snapshot(commit, codebook, segments, searched, lease)
+            searched = {kind: [index.gather(codebook, some)] for kind, some in searched.items() if some}
+        return _Snapshot(commit, codebook, segments, searched, self._rejected(commit), lease)
+
+    def _rejected(self, commit: Commit) -> Int64:
+        """The ids of transformed vectors in embedded segments; only earlier versions sealed such segments."""
+        found = [np.empty(0, np.int64)]
+        for ref in commit.segments:
+            if ref.kind == "embedded" and ref.rejected:
+                where = self._run.path(ref.sidecar_path)
+                if self._verify:
+                    check_digest(where, ref.sidecar_sha256)
+                sidecar = storage.read_parquet(where, ["id", "kind"])
+                found.append(sidecar["id"].to_numpy()[sidecar["kind"].to_numpy() == "transformed"])
+        return np.concatenate(found)
+
+
+def _of_kind(commit: Commit, segments: dict[str, Segment], kind: Kind) -> list[Segment]:
+    return [segments[sha256] for sha256 in dict.fromkeys(ref.sha256 for ref in commit.segments if ref.kind == kind)]
 
 
 def _whole(name: str, value: int, least: int) -> int:

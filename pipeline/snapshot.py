@@ -114,7 +114,7 @@ class Writer:
         where = self.run.commit(draft.number)
         commit = replace(
             draft,
-            segments=tuple(sorted(draft.segments, key=lambda segment: (segment.wave, segment.shard))),
+            segments=tuple(sorted(draft.segments, key=lambda segment: (segment.wave, segment.shard, segment.kind))),
             attempt_id=uuid.uuid4().hex,
             epoch=self.epoch,
             created_unix_seconds=time.time(),

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from pipeline import documents, fan_out, probe_set, storage
 from pipeline.agreement import among
+from pipeline.calibration import read_calibration
 from pipeline.config import Config
 from pipeline.evaluate import METRICS, Metrics, evaluate, order_by_priority, recall
 from pipeline.expected import Ends, Expected, expect, expected_uri, read_expected
@@ -144,7 +145,7 @@ def curves_by_fold(
     names: tuple[str, ...] = ()
     for rows, fold in zip(some, folds, strict=True):
         orders = {policy: [_after_pairs(order_by(priority[rows], config.seed), first)]}
-        names, found = curves_of(config, pairs.served[rows], fold, orders, FINAL)
+        names, found = curves_of(config, pairs.served[rows], fold, orders, FINAL, pairs.calibration)
         curves.append(found[policy])
     return names, np.stack(curves)
 
@@ -206,7 +207,7 @@ def _own(config: Config, run: Run, plan: Plan, probe: ProbeSet, rows: Int64) -> 
     order = order_by_priority(table["priority"].to_numpy(), ids, plan.seed)
     order = _after_pairs(order, plan.num_from_pairs / plan.num_gallery)
     sides, metric = (probe.transformed[rows], probe.new[rows], probe.labels[rows]), config.gallery.metric
-    return queries_of(*sides, order, metric, Detail(FINAL.points, len(rows)))
+    return queries_of(*sides, order, metric, Detail(FINAL.points, len(rows)), read_calibration(run))
 
 
 def _priorities(run: Run, ids: Int64, part: int) -> pa.Table:

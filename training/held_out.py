@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline import offset as offsets
 from pipeline import storage
+from pipeline.calibration import Calibration, read_calibration
 from pipeline.config import Config
 from pipeline.offset import Offset
 from pipeline.policy import POLICIES, Scored, load_policy
@@ -34,12 +35,16 @@ _MOST_PAIRS = 5000
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """N pairs: as the network gives them, as they are served (N, d) float32, their groups (N,) str or None."""
+    """N pairs: as the network gives them, as they are served (N, d) float32, their groups (N,) str or None.
+
+    `calibration` is the run's.
+    """
 
     fold: Fold
     served: Float32
     groups: NDArray[np.object_]
     reference: Reference | None
+    calibration: Calibration | None = None
 
 
 def held_out(config: Config, run: Run) -> HeldOut:
@@ -59,7 +64,7 @@ def held_out(config: Config, run: Run) -> HeldOut:
     part = read_part(run, offsets.PART)
     served = z if part is None else Offset.from_bytes(part).apply(z, s)
     groups = table["group"].to_numpy() if "group" in table.schema.names else np.full(len(z), None, dtype=object)
-    return HeldOut(Fold(arrays, z, s, None), served, groups, load_reference(run))
+    return HeldOut(Fold(arrays, z, s, None), served, groups, load_reference(run), read_calibration(run))
 
 
 def fold_places(num: int, num_folds: int) -> Int64:

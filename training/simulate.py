@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline import offset as offsets
 from pipeline.agreement import agreement_curve
+from pipeline.calibration import Calibration
 from pipeline.config import Config
 from pipeline.evaluate import METRICS, order_by_priority, random_order, simulate_curve
 from pipeline.policy import load_policy
@@ -75,7 +76,13 @@ def _serve(config: Config, fold: Fold, other: Fold, serving: Serving) -> tuple[F
 
 
 def queries_of(
-    served: Float32, new: Float32, labels: Int64, order: Int64, metric: str, detail: Detail
+    served: Float32,
+    new: Float32,
+    labels: Int64,
+    order: Int64,
+    metric: str,
+    detail: Detail,
+    calibration: Calibration | None = None,
 ) -> dict[str, Float64]:
     """The backfill of images that are gallery and queries at once, query by query: per metric of METRICS (Q, P), in per
     cent, of the queries that have a match.
@@ -87,11 +94,18 @@ def queries_of(
         order: (N,) int64, the rows as they are embedded.
         metric: l2, ip or cosine.
         detail: P points, and how many queries at most.
+        calibration: maps the keys of transformed vectors.
     """
     rows, ids = _some(np.flatnonzero(labels != NO_LABEL), detail.queries), np.arange(len(served))
     sides = (served, new, new[rows], labels[rows], labels, {"": [order]})
     found = simulate_curve(
-        *sides, points=detail.points, metric=metric, query_ids=rows, gallery_ids=ids, per_query=True
+        *sides,
+        points=detail.points,
+        metric=metric,
+        query_ids=rows,
+        gallery_ids=ids,
+        calibration=calibration,
+        per_query=True,
     ).queries
     assert found is not None, "asked per query"
     ranks, precision = (values[0] for values in found[""])  # (P, Q) of the one order
@@ -113,14 +127,22 @@ def order_by(priority: Float32, seed: int) -> Int64:
 
 
 def curves_of(
-    config: Config, served: Float32, fold: Fold, orders: dict[str, list[Int64]], detail: Detail
+    config: Config,
+    served: Float32,
+    fold: Fold,
+    orders: dict[str, list[Int64]],
+    detail: Detail,
+    calibration: Calibration | None = None,
 ) -> tuple[tuple[str, ...], dict[str, Float64]]:
-    """The metrics, and the curve of each order, (P, M) float64 in per cent; the fold is gallery and queries at once."""
+    """The metrics, and the curve of each order, (P, M) float64 in per cent; the fold is gallery and queries at once.
+
+    The calibration maps the keys of transformed vectors.
+    """
     labels, metric, ids = fold.labels(), config.gallery.metric, np.arange(len(served))
     if labels is None:
         flat = {name: some[0] for name, some in orders.items()}
         rows = _some(ids, detail.queries)
-        curves = agreement_curve(served, fold.pairs.new, rows, flat, detail.points, metric)
+        curves = agreement_curve(served, fold.pairs.new, rows, flat, detail.points, metric, calibration)
         return ("recall10",), {name: curve[:, None] for name, curve in curves.items()}
     queries = _some(np.flatnonzero(labels != NO_LABEL), detail.queries)
     simulation = simulate_curve(
@@ -134,6 +156,7 @@ def curves_of(
         metric=metric,
         query_ids=queries,
         gallery_ids=ids,
+        calibration=calibration,
     )
     return METRICS, {name: curve.values for name, curve in simulation.orders.items()}
 

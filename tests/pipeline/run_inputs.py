@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from pipeline import documents, storage
+from pipeline import calibration, documents, storage
 from pipeline.manifest import Manifest
 from pipeline.plan import Plan, Wave
 from pipeline.run import STAGES, Run
@@ -28,7 +28,9 @@ def write_other_inputs(whole: WholeRun, num_units: int, dim: int) -> None:
         storage.put(whole.run.path(stage.settings), documents.encode({}))
     network = TransformationNetwork(D_OLD, dim, inner_width=8)
     info = TransformationInfo(D_OLD, dim, None, 8, False, "alignment", 0, 1, 10, 2, True)
-    save_transformation(whole.run, network, info, {"offset.safetensors": b"any bytes"})
+    parts = {"offset.safetensors": b"any bytes"}
+    parts |= {} if whole.calibration is None else {calibration.PART: whole.calibration.to_bytes()}
+    save_transformation(whole.run, network, info, parts)
     sizes = [int((whole.waves == wave).sum()) for wave in range(1, whole.num_waves + 1)]
     waves = tuple(Wave(number, size, num_units) for number, size in enumerate(sizes, 1))
     plan = Plan("random", 0, whole.num, 2, whole.num_shards, dim, max(sizes), waves, "synthetic")

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline import calibration as calibrations
 from pipeline import codebook as codebooks
 from pipeline import index, segments, snapshot, storage
+from pipeline.calibration import Calibration
 from pipeline.config import Config, Gallery, Index
 from pipeline.config_file import validate
 from pipeline.evaluate import order_by_priority
@@ -31,7 +33,7 @@ from pipeline.schema import (
     transformed_schema,
     vectors_to_arrow,
 )
-from pipeline.transformation import TransformationInfo
+from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
 from tests.pipeline.whole_run import put_rejects
 
 CONTAINER = "/data/images.parquet#image"
@@ -95,6 +97,7 @@ class Options:
     swapped_wave: int | None = None
     imprecision: float = 0.0
     keys: bool = False
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def make_run(folder: Path, images: Known, options: Options | None = None) -> tup
         _write_wave(layout, wave)
     _write_plan(layout)
     if options.transformation:
-        _write_transformation(run, images)
+        _write_transformation(run, images, options.calibration)
     if options.commits:
         _publish(layout)
     return config, run
@@ -254,7 +257,7 @@ def _write_plan(layout: _Layout) -> None:
     storage.put(layout.run.plan, json.dumps(asdict(plan)).encode())
 
 
-def _write_transformation(run: Run, images: Known) -> None:
+def _write_transformation(run: Run, images: Known, calibration: Calibration | None) -> None:
     figures = {"top1": 41.2, "top5": 70.9, "map": 22.1}
     info = TransformationInfo(
         d_old=images.old.shape[1],
@@ -276,7 +279,11 @@ def _write_transformation(run: Run, images: Known) -> None:
             "new_new": {"top1": 52.6, "top5": 75.8, "map": 30.2},
         },
     )
-    storage.put(storage.join(run.transformation, "transformation.json"), info.to_json().encode())
+    if calibration is None:
+        storage.put(storage.join(run.transformation, "transformation.json"), info.to_json().encode())
+    else:
+        network = TransformationNetwork(info.d_old, info.d_new, info.inner_width)
+        save_transformation(run, network, info, {calibrations.PART: calibration.to_bytes()})
 
 
 def _publish(layout: _Layout) -> None:
@@ -290,7 +297,7 @@ def _publish(layout: _Layout) -> None:
     writer = snapshot.Writer.acquire(run)
     cells = [(wave, shard) for wave in range(1, options.waves + 1) for shard in range(options.shards)]
     for number in range(layout.done + 1):
-        refs = tuple(_segment(layout, codebook, number, wave, shard) for wave, shard in cells)
+        refs = tuple(ref for wave, shard in cells for ref in _segments(layout, codebook, number, wave, shard))
         commit = snapshot.Commit(
             number=number,
             parent=number - 1 if number else None,
@@ -303,12 +310,16 @@ def _publish(layout: _Layout) -> None:
             num_shards=options.shards,
             segments=refs,
             counts=snapshot.Counts.of(refs),
+            calibration=options.calibration,
         )
         writer.publish(commit)
         snapshot.auto_promote(run, number)
 
 
-def _segment(layout: _Layout, codebook: codebooks.Codebook, number: int, wave: int, shard: int) -> snapshot.SegmentRef:
+def _segments(
+    layout: _Layout, codebook: codebooks.Codebook, number: int, wave: int, shard: int
+) -> list[snapshot.SegmentRef]:
+    """Of a (shard, wave): one, and one for its rejects if the wave is embedded and has some."""
     images = layout.images
     rows = np.flatnonzero((layout.waves == wave) & (shard_of(images.ids, layout.options.shards) == shard))
     is_embedded = ~layout.rejected[rows] & (wave <= number)
@@ -323,5 +334,11 @@ def _segment(layout: _Layout, codebook: codebooks.Codebook, number: int, wave: i
         uncertainties=images.uncertainty[rows],
         groups=pa.array([images.groups[row] if images.groups else None for row in rows], pa.string()),
     )
-    kind: snapshot.Kind = "embedded" if wave <= number else "transformed"
-    return index.write_segment(layout.run, codebook, members, shard, wave, kind)
+    where = (layout.run, codebook)
+    if wave > number:
+        return [index.write_segment(*where, members, shard, wave, "transformed")]
+    refs = [index.write_segment(*where, members.take(is_embedded), shard, wave, "embedded")]
+    if not is_embedded.all():
+        left = index.write_segment(*where, members.take(~is_embedded), shard, wave, "transformed")
+        refs.append(replace(left, rejected=left.vectors))
+    return refs

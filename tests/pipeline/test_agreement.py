@@ -30,7 +30,7 @@ def by_sorting(
 ) -> list[set[int]]:
     if metric == "cosine":
         queries, gallery = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (queries, gallery))
-    keys = -queries @ gallery.T if metric == "ip" else np.square(queries[:, None] - gallery).sum(axis=2)
+    keys = np.square(queries[:, None] - gallery).sum(axis=2) if metric == "l2" else -queries @ gallery.T
     if calibration is not None and left is not None:
         keys[:, left] = calibration.apply(keys[:, left])
     keys[np.arange(len(own)), own] = np.inf

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline import ranking
@@ -31,6 +30,7 @@ from pipeline.evaluate import (
     share_of_gap,
     simulate_curve,
 )
+from pipeline.ranking import Bools
 from pipeline.schema import Float32, Int64, splitmix64
 
 POINTS = 22
@@ -52,11 +52,11 @@ def labels_of(num: int, num_labels: int, seed: int) -> Int64:
 def naive(
     queries: Float32,
     gallery: Float32,
-    query_labels: NDArray,
-    gallery_labels: NDArray,
+    query_labels: Int64,
+    gallery_labels: Int64,
     own: Int64,
     metric: str = "l2",
-    transformed: NDArray | None = None,
+    transformed: Bools | None = None,
 ) -> tuple[list[int], list[float]]:
     """First rank and average precision of each query by sorting its whole ranking, relevant ones last in a tie."""
     first_rank, precision = [], []

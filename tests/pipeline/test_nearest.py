@@ -44,4 +44,5 @@ def test_nearest_by_kind_without_a_map_is_nearest() -> None:
     transformed = np.arange(NUM) % 2 == 0
     expected = nearest(queries, base, 7, own)
     found = nearest_by_kind(queries, base, 7, own, "l2", transformed, None)
-    assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
+    assert np.array_equal(found[0], expected[0])
+    assert np.array_equal(found[1], expected[1])

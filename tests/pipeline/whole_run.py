@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline import codebook as codebooks
 from pipeline import index, storage, vector_log
+from pipeline.calibration import Calibration
 from pipeline.codebook import Codebook
 from pipeline.config import Index, Metric
 from pipeline.run import Run
@@ -44,7 +45,10 @@ def put_rejects(folder: str, wave: int, unit: int, rows: pa.Table, schema: pa.Sc
 
 @dataclass
 class WholeRun:
-    """A gallery in `num_waves` waves; every 50th image is a reject."""
+    """A gallery in `num_waves` waves; every 50th image is a reject.
+
+    `mixed`: rejects are in the embedded segments of their waves, as earlier versions sealed them.
+    """
 
     run: Run
     metric: Metric = "l2"
@@ -53,7 +57,9 @@ class WholeRun:
     num_waves: int = 3
     num_shards: int = 2
     seed: int = 0
-    refs: dict[tuple[int, int, Kind], SegmentRef] = field(default_factory=dict)
+    mixed: bool = False
+    calibration: Calibration | None = None
+    refs: dict[tuple[int, int, Kind, bool], SegmentRef] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(self.seed)
@@ -138,9 +144,12 @@ class WholeRun:
             }
         )
 
-    def rows(self, shard: int, wave: int, kind: Kind) -> Rows:
-        """What the segment of a (shard, wave) has to hold."""
-        at = np.flatnonzero((self.shards == shard) & (self.waves == wave))
+    def rows(self, shard: int, wave: int, kind: Kind, rejects: bool = False) -> Rows:
+        """What the segment of a (shard, wave, kind) has to hold; `rejects`: that of the rejects of an embedded wave."""
+        mine = (self.shards == shard) & (self.waves == wave)
+        if not self.mixed and (kind == "embedded" or rejects):
+            mine &= self.rejected == rejects
+        at = np.flatnonzero(mine)
         new = ~self.rejected[at] & (kind == "embedded")
         return Rows(
             self.ids[at],
@@ -150,21 +159,27 @@ class WholeRun:
             pa.nulls(len(at), pa.string()),
         )
 
-    def segment(self, shard: int, wave: int, kind: Kind) -> SegmentRef:
+    def segment(self, shard: int, wave: int, kind: Kind, rejects: bool = False) -> SegmentRef:
         """Written when first asked for."""
-        key = (shard, wave, kind)
+        key = (shard, wave, kind, rejects)
         if key not in self.refs:
-            self.refs[key] = index.write_segment(
-                self.run, self.codebook, self.rows(shard, wave, kind), shard, wave, kind
-            )
+            ref = index.write_segment(self.run, self.codebook, self.rows(shard, wave, kind, rejects), shard, wave, kind)
+            self.refs[key] = replace(ref, rejected=ref.vectors) if rejects else ref
         return self.refs[key]
+
+    def sealed(self, shard: int, wave: int) -> list[SegmentRef]:
+        """The segments of a (shard, wave) that is embedded."""
+        rejects = self.rejected & (self.shards == shard) & (self.waves == wave)
+        left = [self.segment(shard, wave, "transformed", rejects=True)] if rejects.any() and not self.mixed else []
+        return [self.segment(shard, wave, "embedded"), *left]
 
     def draft(self, number: int) -> Commit:
         """Commit `number`, not published."""
         segments = tuple(
-            self.segment(shard, wave, "embedded" if wave <= number else "transformed")
+            ref
             for wave in range(1, self.num_waves + 1)
             for shard in range(self.num_shards)
+            for ref in (self.sealed(shard, wave) if wave <= number else [self.segment(shard, wave, "transformed")])
         )
         return Commit(
             number=number,
@@ -179,6 +194,7 @@ class WholeRun:
             segments=segments,
             counts=Counts.of(segments),
             log_digests=tuple(map(self.log_digest, range(1, number + 1))),
+            calibration=self.calibration,
         )
 
     def log_digest(self, wave: int) -> str:
