@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline import assess, quality, snapshot
+from pipeline.calibration import fit_calibration
 from pipeline.commits import from_json, to_json
 from pipeline.config import Config
 from pipeline.evaluate import evaluate
@@ -89,6 +90,37 @@ def test_a_labelled_sample_stands_for_a_gallery_without_labels(tmp_path: Path, l
     assert reference.old == reference.within_old
     estimate = quality.full_estimate(reference, quality.read_all(run)[0])
     assert estimate["top1"] == pytest.approx(quality.read_all(run)[-1].figures["top1"]), "nothing is left to guess"
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_quality_of_a_calibrated_run_is_the_evaluation_with_its_map(tmp_path: Path, metric: str, alone: bool) -> None:
+    images = known(600)
+    images = replace(images, transformed=images.transformed / 2)
+    map_ = fit_calibration(images.transformed, images.embedded, metric, seed=0)
+    rows, labels = sample_of(images)
+    gallery = unlabelled(images) if alone else images
+    config, run = make_run(tmp_path, gallery, replace(OPTIONS, metric=metric, calibration=map_, rejects=20))
+    settled(put_sample(config, tmp_path, id=images.ids[rows], label=labels), run)
+    ids = images.ids
+    waves = dict(zip(np.sort(ids).tolist(), storage_waves(run).tolist(), strict=True))
+    rejected = np.isin(np.arange(600), np.arange(20) * 7)
+    everything, truth = rows if alone else np.arange(600), np.array(images.labels)
+    plain = []
+    for item in quality.read_all(run):
+        left = rejected | np.array([waves[image] > item.commit for image in ids.tolist()])
+        served = np.where(left[:, None], images.transformed, images.embedded)
+        sides = (images.embedded[rows], served[everything], truth[rows], truth[everything])
+        own = (ids[rows], ids[everything])
+        of_kind = left[everything]
+        exact, uncalibrated = (
+            evaluate(*sides, metric=metric, query_ids=own[0], gallery_ids=own[1], transformed=of_kind, calibration=by)
+            for by in (map_, None)
+        )
+        assert item.figures["top1"] == pytest.approx(exact.top1)
+        assert item.figures["top5"] == pytest.approx(exact.top5)
+        plain.append(uncalibrated.top1 - exact.top1)
+    assert any(plain), "the map matters"
 
 
 def test_a_run_is_gated_and_stopped_by_the_labels_of_a_sample(tmp_path: Path) -> None:

@@ -18,11 +18,14 @@ import pytest
 
 from pipeline import commits, documents, index, snapshot, storage
 from pipeline.audit import audit
+from pipeline.calibration import Calibration
+from pipeline.commits import KINDS
 from pipeline.config import Metric
 from pipeline.errors import DataError, IncompatibleRun, TransientError
 from pipeline.evidence import Notes
 from pipeline.local_store import LocalStore
 from pipeline.run import Run
+from pipeline.segments import Rows
 from pipeline.snapshot import Counts, SegmentRef
 from tests.pipeline.run_inputs import write_manifest_part
 from tests.pipeline.whole_run import WholeRun, put_rejects
@@ -79,6 +82,64 @@ def test_a_whole_run_has_no_problems(tmp_path: Path, factory: str, metric: Metri
         "transformations": 1,
         "units": 6,
     } | ({"vectors": whole.num + whole.num * LAST // whole.num_waves} if whole.codebook.exact else {})
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,SQ8"])
+def test_audit_of_segments_of_an_earlier_version_which_hold_their_rejects_finds_nothing(
+    tmp_path: Path, factory: str
+) -> None:
+    whole = WholeRun(Run(str(tmp_path)), factory=factory, mixed=True).write_inputs()
+    whole.publish(LAST)
+    assert any(ref.rejected for ref in whole.draft(LAST).segments)
+    assert audit(whole.run.uri).problems == []
+
+
+def test_audit_of_a_run_that_an_earlier_version_began_and_this_one_ended_finds_nothing(tmp_path: Path) -> None:
+    whole = WholeRun(Run(str(tmp_path)), mixed=True).write_inputs()
+    whole.publish(1)
+    old = {ref for ref in whole.draft(1).segments if ref.wave == 1}
+    whole.mixed, whole.refs = False, {}
+    mine = tuple(ref for ref in whole.draft(2).segments if ref.wave != 1)
+    draft = replace(whole.draft(2), segments=(*old, *mine))
+    snapshot.Writer.acquire(whole.run).publish(replace(draft, counts=Counts.of(draft.segments)))
+    assert audit(whole.run.uri).problems == []
+
+
+def test_audit_of_a_commit_without_the_rejects_of_a_wave_names_it(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    commit = snapshot.read_commit(whole.run, LAST)
+    segments = tuple(ref for ref in commit.segments if ref.kind == "embedded" or not ref.rejected)
+    assert len(segments) < len(commit.segments)
+    changed = replace(commit, segments=segments, counts=Counts.of(segments))
+    storage.put(whole.run.commit(LAST), commits.to_json(changed))
+    assert_found(whole, "commit", whole.run.commit(LAST), "counts.gallery")
+
+
+MAP = Calibration((0.0, 1.0), (0.0, 2.0))
+
+
+def test_audit_of_a_calibrated_run_finds_nothing(tmp_path: Path) -> None:
+    whole = WholeRun(Run(str(tmp_path)), calibration=MAP).write_inputs()
+    whole.publish(LAST)
+    assert audit(whole.run.uri).problems == []
+
+
+@pytest.mark.parametrize("fitted", [None, Calibration((0.0, 1.0), (0.0, 3.0))])
+def test_audit_of_commits_with_another_calibration_than_the_transformation_names_the_first(
+    tmp_path: Path, fitted: Calibration | None
+) -> None:
+    whole = WholeRun(Run(str(tmp_path)), calibration=fitted).write_inputs()
+    whole.calibration = MAP
+    whole.publish(LAST)
+    assert_found(whole, "commit", whole.run.commit(0), "another one")
+
+
+def test_audit_of_a_commit_with_another_calibration_than_the_one_before_names_it(tmp_path: Path) -> None:
+    whole = WholeRun(Run(str(tmp_path)), calibration=MAP).write_inputs()
+    whole.publish(1)
+    whole.calibration = None
+    whole.publish(2)
+    assert_found(whole, "commit", whole.run.commit(2), "calibration")
 
 
 def test_audit_of_a_log_part_that_was_replaced_after_its_wave_was_sealed_names_the_commits(tmp_path: Path) -> None:
@@ -230,11 +291,11 @@ def rewrite(uri: str, change: Callable[[int, dict[str, list[object]]], None]) ->
     storage.put(uri, storage.parquet_bytes(schema, tables))
 
 
-def republish(whole: WholeRun, number: int, replacement: SegmentRef) -> None:
+def republish(whole: WholeRun, number: int, other: SegmentRef) -> None:
     """Rewrite a commit with another segment, so that it is whole in itself."""
     commit = snapshot.read_commit(whole.run, number)
     segments = tuple(
-        replacement if (ref.shard, ref.wave) == (replacement.shard, replacement.wave) else ref
+        other if (ref.shard, ref.wave, ref.kind) == (other.shard, other.wave, other.kind) else ref
         for ref in commit.segments
     )
     changed = replace(commit, segments=segments, counts=Counts.of(segments))
@@ -280,10 +341,16 @@ def test_a_segment_of_the_wrong_place_is_found_though_its_checksum_is_right(tmp_
 
 def test_a_sidecar_that_calls_a_transformed_vector_embedded_is_found(tmp_path: Path) -> None:
     whole = make(tmp_path)
-    rows = whole.rows(1, 2, "embedded")
-    assert (rows.kinds == "transformed").any()
-    lying = replace(rows, kinds=np.full(len(rows.ids), "embedded"))
-    ref = index.write_segment(whole.run, whole.codebook, lying, 1, 2, "embedded")
+    (shard,) = whole.shards[whole.rejected & (whole.waves == 2)][:1]
+    good, left = (whole.rows(int(shard), 2, kind, kind == "transformed") for kind in KINDS)
+    both = Rows(
+        np.concatenate([good.ids, left.ids]),
+        np.concatenate([good.vectors, left.vectors]),
+        np.full(len(good.ids) + len(left.ids), "embedded"),
+        np.concatenate([good.uncertainties, left.uncertainties]),
+        pa.chunked_array([good.groups, left.groups]),
+    )
+    ref = index.write_segment(whole.run, whole.codebook, both, int(shard), 2, "embedded")
     republish(whole, 2, ref)
     assert_found(whole, "kind", ref.sidecar_path, "1 unknown")
 

@@ -11,10 +11,11 @@ import pytest
 
 from pipeline import curve as curves
 from pipeline import published, storage
+from pipeline.calibration import fit_calibration
 from pipeline.codebook import Codebook
 from pipeline.curve import curve, has_labels, load_gallery, published_point, published_points, read_curve
 from pipeline.errors import DataError
-from pipeline.evaluate import evaluate, order_by_priority
+from pipeline.evaluate import evaluate, order_by_priority, simulate_curve
 from pipeline.index import Segment, decode
 from pipeline.plan import wave_sizes
 from pipeline.run import Run
@@ -94,6 +95,37 @@ def test_a_published_point_is_the_evaluation_of_its_gallery_and_the_default_is_w
     assert published_point(run)["commit"] == 4
     with pytest.raises(DataError, match="no such commit"):
         published_point(run, 9)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_published_points_of_a_calibrated_run_are_the_simulated_ones(
+    tmp_path: Path, images: Known, metric: str
+) -> None:
+    images = replace(images, transformed=images.transformed / 2)
+    map_ = fit_calibration(images.transformed, images.embedded, metric, seed=0)
+    config, run = make_run(tmp_path, images, Options(metric=metric, calibration=map_))
+    gallery = load_gallery(run)
+    order = order_by_priority(gallery.priority, gallery.ids, config.seed)
+    done = np.cumsum([0, *wave_sizes(4, len(images.ids))])
+    sides = (gallery.transformed, gallery.embedded, gallery.embedded, gallery.labels, gallery.labels)
+    simulated = simulate_curve(
+        *sides, {"own": [order]}, points=301, metric=metric, self_match=True, calibration=map_
+    ).orders["own"]
+    found, plain = published_points(run), []
+    for number, point in enumerate(found):
+        values = dict(zip(("top1", "top5", "map"), simulated.values[done[number]].tolist(), strict=True))
+        assert {name: point[name] for name in METRICS} == pytest.approx(values, abs=1e-9)
+        left = gallery.wave > number
+        mixed = np.where(left[:, None], gallery.transformed, gallery.embedded)
+        sides_of = (gallery.embedded, mixed, gallery.labels, gallery.labels)
+        by_map = evaluate(*sides_of, metric=metric, self_match=True, transformed=left, calibration=map_)
+        assert point["map"] == pytest.approx(by_map.map)
+        plain.append(evaluate(*sides_of, metric=metric, self_match=True).map)
+    assert plain[2] != pytest.approx(found[2]["map"])
+    assert published_point(run, 2)["recall10"] == 100
+    result = curve(config, run)
+    for place, point in ((0, found[0]), (-1, found[-1])):
+        assert result["orders"]["uncertainty"]["points"][place]["map"] == pytest.approx(point["map"])
 
 
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])

@@ -14,6 +14,7 @@ import pytest
 
 from pipeline import index, leases, snapshot, storage
 from pipeline.audit import audit
+from pipeline.calibration import Calibration
 from pipeline.collect import Rules, collect
 from pipeline.config import Metric
 from pipeline.errors import DataError, Refused
@@ -29,9 +30,17 @@ FACTORIES = ["Flat", "IVF4,Flat", "IVF4,SQ8", "OPQ4_8,IVF4,PQ4x4", "IVF4_HNSW8,F
 K = 12
 
 
-def make(folder: Path, factory: str = "IVF4,Flat", metric: Metric = "l2", num_shards: int = 3) -> WholeRun:
+def make(
+    folder: Path,
+    factory: str = "IVF4,Flat",
+    metric: Metric = "l2",
+    num_shards: int = 3,
+    calibration: Calibration | None = None,
+) -> WholeRun:
     """Wave 1 of 2 is published and promoted."""
-    whole = WholeRun(Run(str(folder)), metric, factory, num=300, num_waves=2, num_shards=num_shards).write_inputs()
+    run = Run(str(folder))
+    whole = WholeRun(run, metric, factory, 300, num_waves=2, num_shards=num_shards, calibration=calibration)
+    whole.write_inputs()
     whole.write_gallery()
     whole.publish(1)
     snapshot.promote(whole.run, 1, blockers=[])
@@ -66,6 +75,50 @@ def test_plain_faiss_finds_in_the_files_what_the_searcher_finds(tmp_path: Path, 
     for number, (_, found) in enumerate(answers):
         assert set(found[found >= 0].tolist()) <= set(whole.ids[whole.shards == number].tolist())
         assert faiss.extract_index_ivf(shards[number]).nprobe == 4
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_export_faiss_of_a_calibrated_snapshot_has_a_file_per_kind_and_merges_as_its_marker_says(
+    tmp_path: Path, metric: Metric
+) -> None:
+    map_ = Calibration((-1.0, 0.0, 1.0, 20.0), (-1.2, 0.1, 4.0, 15.0))
+    whole = make(tmp_path / "run", "IVF4,Flat", metric, calibration=map_)
+    whole.write_gallery(with_keys=True)
+    marker = export(whole.run.uri, str(tmp_path / "out"), "faiss")
+    assert exported(tmp_path / "out") == marker == export(whole.run.uri, str(tmp_path / "out"), "faiss")
+    names = [f"shard-{shard:05d}-{kind}.faiss" for shard in range(3) for kind in ("embedded", "transformed")]
+    assert [file["path"] for file in marker["files"]] == names
+    assert sum(file["vectors"] for file in marker["files"]) == whole.num
+    knots = marker["calibration"]
+    assert "k smallest keys" in knots["how_to_merge"]
+    queries, sign = np.random.default_rng(3).standard_normal((20, DIM)).astype(np.float32), 1 if metric == "l2" else -1
+    keys, ids = [], []
+    for file in marker["files"]:
+        distances, found = faiss.read_index(str(tmp_path / "out" / file["path"])).search(queries, K)
+        key = distances * sign
+        if file["kind"] == "transformed":
+            key = np.interp(key, knots["observed"], knots["expected"], right=np.inf)  # none is beyond the knots
+        keys.append(key)
+        ids.append(found)
+    order = np.argsort(np.concatenate(keys, axis=1), axis=1)[:, :K]
+    with Searcher(whole.run.uri) as searcher:
+        expected = searcher.search(queries, K)
+    np.testing.assert_array_equal(np.take_along_axis(np.concatenate(ids, axis=1), order, 1), expected.ids)
+    merged = np.take_along_axis(np.concatenate(keys, axis=1), order, 1) * sign
+    np.testing.assert_allclose(merged, expected.distances, rtol=1e-4, atol=1e-4)
+
+
+def test_export_of_a_calibrated_snapshot_of_one_kind_has_a_file_per_shard(tmp_path: Path) -> None:
+    whole = make(tmp_path / "run", calibration=Calibration((0.0, 1.0), (0.0, 2.0)))
+    marker = export(whole.run.uri, str(tmp_path / "out"), "faiss", commit=0)
+    assert [file["kind"] for file in marker["files"]] == ["transformed"] * 3
+
+
+def test_export_parquet_of_a_calibrated_snapshot_tells_the_map(tmp_path: Path) -> None:
+    whole = make(tmp_path / "run", calibration=Calibration((0.0, 1.0), (0.0, 2.0)))
+    marker = export(whole.run.uri, str(tmp_path / "out"), "parquet")
+    assert len(marker["files"]) == 3
+    assert (marker["calibration"]["observed"], marker["calibration"]["expected"]) == ([0.0, 1.0], [0.0, 2.0])
 
 
 def test_a_faiss_file_needs_nothing_else_and_can_be_changed(tmp_path: Path) -> None:

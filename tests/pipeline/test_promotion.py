@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline import assess, quality, snapshot, storage
+from pipeline.calibration import fit_calibration
 from pipeline.config import Config, Gate
 from pipeline.errors import GateRefused
 from pipeline.gate import blockers
@@ -98,6 +99,18 @@ def test_what_is_recalled_may_fall_on_the_way_and_prod_waits_for_what_is_better(
     assert failed[0] == failed[-1] == []
     assert {check for checks in failed for check in checks} == {"fall"}
     assert prod(run) == LAST
+
+
+def test_what_is_recalled_falls_less_on_the_way_with_a_calibration(tmp_path: Path) -> None:
+    images = known(num=2000)
+    shrunk = replace(images, transformed=images.embedded / 2, labels=None, groups=None)
+    lowest = []
+    for map_ in (None, fit_calibration(shrunk.transformed, shrunk.embedded, "l2", seed=0)):
+        config, run = probed(tmp_path / str(len(lowest)), shrunk, calibration=map_)
+        settle(config, run)
+        recalled = [item.figures["recall10"] for item in quality.read_all(run)]
+        lowest.append(min(recalled) - recalled[0])
+    assert lowest[1] > lowest[0] + 2
 
 
 def test_a_draft_that_was_examined_is_not_searched_again_as_a_commit(

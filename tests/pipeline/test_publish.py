@@ -10,6 +10,7 @@ import pytest
 
 from pipeline import publish, reserve, seal, snapshot, storage, vector_log
 from pipeline.audit import audit
+from pipeline.calibration import Calibration
 from pipeline.commits import to_json
 from pipeline.config_file import validate
 from pipeline.errors import DataError, SnapshotConflict
@@ -61,10 +62,12 @@ def test_a_driver_looks_once_in_ten_seconds(tmp_path: Path, time: FakeTime, monk
     assert looks == [10.0, 20.0, 30.0]
 
 
-def publisher_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[WholeRun, Publisher]:
+def publisher_of(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, calibration: Calibration | None = None
+) -> tuple[WholeRun, Publisher]:
     """Of a run with commit 0 and a whole log; it seals in this process."""
     monkeypatch.setattr(seal, "_run", lambda function, tasks: [function(*arguments) for _, arguments in tasks])
-    whole = WholeRun(Run(str(folder))).write_inputs()
+    whole = WholeRun(Run(str(folder)), calibration=calibration).write_inputs()
     whole.publish(0)
     waves = tuple(Wave(wave, 80, 2) for wave in range(1, 4))
     plan = Plan("random", 0, whole.num, 2, whole.num_shards, DIM, 40, waves, "f")
@@ -91,6 +94,16 @@ def test_publisher_names_the_digest_of_each_waves_parts_in_the_commit(
     expected = tuple(map(whole.log_digest, (1, 2)))
     assert all(expected)
     assert snapshot.read_commit(whole.run, 2).log_digests == expected
+
+
+def test_publisher_gives_each_commit_the_calibration_of_the_transformation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration = Calibration((0.0, 1.0), (0.0, 2.0))
+    whole, publisher = publisher_of(tmp_path, monkeypatch, calibration)
+    publisher._commit = publisher._seal(1)
+    assert snapshot.read_commit(whole.run, 1).calibration == calibration
+    assert snapshot.read_commit(whole.run, 1).counts.rejected == int((whole.rejected & (whole.waves == 1)).sum())
 
 
 def test_publisher_takes_a_run_over_and_leaves_gc_room_for_a_full_disk(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,7 @@ from pipeline.plan import Plan, Wave
 from pipeline.run import Run
 from pipeline.schema import UNITS as UNITS_SCHEMA
 from pipeline.seal import Sealer
-from pipeline.snapshot import Kind
+from pipeline.snapshot import Kind, SegmentRef
 from tests.pipeline.whole_run import DIM, UNITS, WholeRun
 
 
@@ -126,6 +127,44 @@ def test_shards_that_are_read_together_are_sealed_to_the_same_bytes(
         ]
         what = [{(ref.shard, ref.kind, ref.rejected, ref.path) for ref in refs} for refs in (found[0], expected)]
         assert what[0] == what[1]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("deleted_images", ["keep", "drop"])
+def test_segments_that_are_sealed_again_have_the_bytes_of_their_commit_also_those_of_earlier_versions(
+    tmp_path: Path, mixed: bool, deleted_images: Literal["keep", "drop"]
+) -> None:
+    whole, sealer = make(tmp_path)
+    sealer = replace(sealer, plan=replace(sealer.plan, deleted_images=deleted_images))
+    for shard in range(whole.num_shards):
+        refs = seal._seal_embedded(sealer, 2, range(shard, shard + 1), mixed=mixed)[0]
+        assert all(ref.kind == "embedded" for ref in refs) or not mixed
+        for ref in (*refs, *seal._seal_transformed(sealer, 2, range(shard, shard + 1))):
+            assert seal.seal_again(sealer, ref) == ref
+
+
+def test_rejects_of_a_wave_are_sealed_into_a_transformed_segment_of_their_own(tmp_path: Path) -> None:
+    whole, sealer = make(tmp_path)
+    refs, _ = seal._seal_embedded(sealer, 2, range(whole.num_shards))
+    for ref in refs:
+        ids = storage.read_parquet(whole.run.path(ref.sidecar_path))["id"].to_numpy()
+        mine = (whole.waves == 2) & (whole.shards == ref.shard) & (whole.rejected == (ref.kind == "transformed"))
+        assert ids.tolist() == np.sort(whole.ids[mine]).tolist()
+        assert ref.rejected == (ref.vectors if ref.kind == "transformed" else 0)
+    with_rejects = {int(shard) for shard in whole.shards[(whole.waves == 2) & whole.rejected]}
+    assert {ref.shard for ref in refs if ref.kind == "transformed"} == with_rejects
+
+
+def test_rejects_that_the_log_has_no_more_cannot_be_sealed_again(tmp_path: Path) -> None:
+    whole, sealer = make(tmp_path)
+    refs, _ = seal._seal_embedded(sealer, 3, range(whole.num_shards))
+    ref = next(ref for ref in refs if ref.kind == "embedded" and ref.shard not in _of_rejects(refs))
+    with pytest.raises(DataError, match="no rejects"):
+        seal.seal_again(sealer, replace(ref, kind="transformed", rejected=1))
+
+
+def _of_rejects(refs: list[SegmentRef]) -> set[int]:
+    return {ref.shard for ref in refs if ref.kind == "transformed"}
 
 
 def test_seal_embedded_of_a_part_that_is_not_the_acknowledged_one_names_it(tmp_path: Path) -> None:

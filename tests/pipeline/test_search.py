@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from pipeline import snapshot, storage
+from pipeline.calibration import Calibration
 from pipeline.config import Metric
 from pipeline.errors import DataError
 from pipeline.leases import Lease
@@ -74,6 +75,57 @@ def test_every_commit_is_searched_whole(tmp_path: Path, metric: Metric, in_memor
                 assert not searcher.refresh()
                 publish_next(whole)
                 assert searcher.refresh()
+
+
+CALIBRATION = Calibration((-1.0, 0.0, 1.0, 40.0), (-1.2, 0.1, 3.0, 30.0))
+
+
+def calibrated_order(whole: WholeRun, number: int, queries: np.ndarray) -> np.ndarray:
+    """Ids by calibrated key, (Q, N), by a sort of all of them."""
+    vectors, left = whole.vectors(number).astype(np.float64), whole.rejected | (whole.waves > number)
+    if whole.metric == "l2":
+        keys = ((queries[:, None] - vectors[None]) ** 2).sum(-1)
+    else:
+        queries, vectors = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (queries, vectors))
+        keys = -(queries @ vectors.T)
+    keys[:, left] = CALIBRATION.apply_exactly(keys[:, left])
+    return np.argsort(keys, axis=1)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_search_of_a_calibrated_commit_ranks_by_calibrated_distance_and_tells_the_kinds(
+    tmp_path: Path, metric: Metric, in_memory: bool
+) -> None:
+    whole = WholeRun(Run(str(tmp_path)), metric=metric, num=120, calibration=CALIBRATION)
+    whole.publish(whole.num_waves)
+    queries = np.random.default_rng(1).standard_normal((7, DIM))
+    for number in range(whole.num_waves + 1):
+        with Searcher(whole.run.uri, commit=number, in_memory=in_memory) as searcher:
+            result = searcher.search(queries, whole.num)
+        rows = calibrated_order(whole, number, queries)
+        np.testing.assert_array_equal(result.ids, whole.ids[rows])
+        left = whole.rejected | (whole.waves > number)
+        assert result.kinds.tolist() == np.where(left[rows], "transformed", "embedded").tolist()
+
+
+def test_search_of_a_commit_of_an_earlier_version_tells_the_kinds_of_its_rejects(tmp_path: Path) -> None:
+    whole = WholeRun(Run(str(tmp_path)), num=120, mixed=True)
+    whole.publish(2)
+    assert any(ref.kind == "embedded" and ref.rejected for ref in snapshot.read_commit(whole.run, 2).segments)
+    queries = np.random.default_rng(1).standard_normal((7, DIM))
+    with Searcher(whole.run.uri, commit=2) as searcher:
+        result = searcher.search(queries, whole.num)
+    np.testing.assert_array_equal(result.ids, exact_order(whole, 2, queries))
+    left = set(whole.ids[whole.rejected | (whole.waves > 2)].tolist())
+    assert [[item in left for item in row] for row in result.ids.tolist()] == (result.kinds == "transformed").tolist()
+
+
+def test_search_with_fewer_hits_than_columns_has_empty_kinds_there(tmp_path: Path) -> None:
+    whole = make(tmp_path)
+    with Searcher(whole.run.uri) as searcher:
+        result = searcher.search(np.zeros((1, DIM)), 200)
+    assert result.kinds[0].tolist() == ["transformed"] * whole.num + [""] * (200 - whole.num)
 
 
 def test_a_given_commit_stays_and_another_tag_is_followed(tmp_path: Path) -> None:

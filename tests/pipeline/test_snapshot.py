@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pipeline import commits, documents, snapshot, storage
+from pipeline.calibration import Calibration
 from pipeline.errors import DataError, GateRefused, Refused, SnapshotConflict
 from pipeline.run import Run
 from pipeline.snapshot import (
@@ -77,11 +78,59 @@ def draft(number: int, salt: str = SAME, waves: int = WAVES) -> Commit:
 
 def test_commit_of_an_older_version_without_log_digests_and_with_quality_can_be_read(run: Run) -> None:
     tree = json.loads(commits.to_json(draft(2))) | {"quality": {"top1": 0.5}}
-    del tree["log_digests"], tree["sha256"]
+    del tree["log_digests"], tree["calibration"], tree["sha256"]
     tree["sha256"] = documents.digest(tree)
     found = commits.from_json(Commit, json.dumps(tree).encode(), "old")
     commits.check_commit(found, "old")
     assert found == draft(2)
+
+
+def with_rejects_apart(commit: Commit, twice: bool = False) -> Commit:
+    """The rejects of each embedded segment in a transformed one of the same (shard, wave)."""
+    segments: list[SegmentRef] = []
+    for ref in commit.segments:
+        count = ref.rejected
+        segments.append(replace(ref, vectors=ref.vectors - count, rejected=0))
+        apart = replace(ref, kind="transformed", vectors=count, rejected=count, path=f"{ref.path}.rejects")
+        segments += [apart, *([apart] if twice else [])] if count else []
+    return replace(commit, segments=tuple(segments), counts=Counts.of(segments))
+
+
+def test_commit_with_its_rejects_in_segments_of_their_own_has_the_same_counts(run: Run) -> None:
+    writer = Writer.acquire(run)
+    for number in range(3):
+        commit = writer.publish(with_rejects_apart(draft(number)))
+    assert commit.counts == draft(2).counts
+    assert commit.counts.rejected == 2
+    assert len(commit.segments) == WAVES * SHARDS + 2
+    assert read_commit(run, 2) == commit
+
+
+def test_commit_with_two_segments_of_the_same_rejects_is_refused() -> None:
+    with pytest.raises(DataError, match="two segments of the rejects"):
+        commits.check_commit(with_rejects_apart(draft(2), twice=True), "commit")
+
+
+def test_commit_with_images_that_are_not_rejected_in_a_segment_of_rejects_is_refused() -> None:
+    commit = with_rejects_apart(draft(2))
+    segments = tuple(
+        replace(ref, rejected=0) if ref.kind == "transformed" and ref.wave == 1 else ref for ref in commit.segments
+    )
+    with pytest.raises(DataError, match="does not belong into commit 2"):
+        commits.check_commit(replace(commit, segments=segments, counts=Counts.of(segments)), "commit")
+
+
+def test_commit_keeps_its_calibration_to_the_last_bit() -> None:
+    calibration = Calibration((0.0, 0.1, 1 / 3), (0.0, 0.2, 2 / 3))
+    commit = replace(with_rejects_apart(draft(2)), calibration=calibration)
+    assert commits.from_json(Commit, commits.to_json(commit), "commit") == commit
+    commits.check_commit(commit, "commit")
+
+
+def test_commit_with_a_calibration_and_two_kinds_in_one_segment_is_refused() -> None:
+    commit = replace(draft(2), calibration=Calibration((0.0, 1.0), (0.0, 2.0)))
+    with pytest.raises(DataError, match="does not belong into commit 2"):
+        commits.check_commit(commit, "commit")
 
 
 @pytest.mark.parametrize("digests", [("a",), ("a", "b", "c")])
