@@ -330,7 +330,7 @@ class Config(Section):
     gallery: Gallery
     pairs: Pairs = Pairs()
     fit: Fit = Fit()
-    select: Select | None = None
+    select: Select = Select()
     plan: Plan = Plan()
     backfill: Backfill = Backfill()
     fetch: Fetch = Fetch()

@@ -14,6 +14,7 @@ from pipeline import uris
 
 LossMode = Literal["alignment", "alignment+uncertainty", "alignment+discriminative", "fastfill"]
 TransformationKind = Literal["linear", "residual", "fastfill"]
+Auto = Literal["auto"]
 Offset = Literal["none", "uncertainty", "confidence"]
 Measure = Literal["top1", "top5", "map", "recall10"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -45,6 +46,9 @@ LOSSES: dict[TransformationKind, tuple[LossMode, ...]] = {
     "fastfill": get_args(LossMode),
 }
 """What each kind can be fitted by: the error estimate of the first two is fitted apart, and does not shape z."""
+
+_OF_PAPER: dict[bool, LossMode] = {True: "fastfill", False: "alignment+uncertainty"}
+"""With labels, and without."""
 
 _SOME = Field(min_length=1)
 
@@ -78,20 +82,25 @@ class Classifier(Section):
 
 
 class Fit(Section):
-    """The transformation's kind, loss, network and optimisation; the defaults are the paper's.
+    """The transformation's kind, loss, network and optimisation; the numbers are the paper's.
 
-    `linear` is least squares, and has nothing else to set; `residual` adds a small network to it. Without `epochs` the
+    With `transformation: auto` what is fitted is chosen by measurement, see `select`. `linear` is least squares, and
+    has nothing else to set; `residual` adds a small network to it; `fastfill` is the paper's. `loss: auto` is the first
+    loss that the kind takes, and for `fastfill` the whole loss if there are labels. Without `epochs` the
     fit takes `steps` optimiser steps, however many pairs there are, and an epoch is an eightieth of them; with it an
     epoch is a pass over the pairs, as in the paper.
 
-    `offset` is not the paper's: transformed vectors are served a little further from every query, the more
-    the less certain they are, `confidence` by the new encoder's classifier, `uncertainty` by s. `offset_strength` is
-    the share of the expected squared error that is added to their squared distances.
+    `calibrate` maps the distances of transformed vectors to those that their embeddings would have, so that both kinds
+    rank on one scale. `offset` adds a constant per image before that: transformed vectors are served a little
+    further from every query, the more the less certain they are, `confidence` by the new encoder's classifier,
+    `uncertainty` by s. `offset_strength` is the share of the expected squared error that is added to their squared
+    distances.
     """
 
-    transformation: TransformationKind = "fastfill"
-    loss: LossMode = "fastfill"
+    transformation: TransformationKind | Auto = "auto"
+    loss: LossMode | Auto = "auto"
     classifier: Classifier | None = None
+    calibrate: bool = True
     offset: Offset = "none"
     offset_strength: Annotated[float, Field(gt=0.0)] = 0.5
     lambda_disc: Annotated[float, Field(ge=0.0)] = 1.0
@@ -108,20 +117,31 @@ class Fit(Section):
     num_workers: Count = 1
     max_failures: Annotated[int, Field(ge=-1)] = 3
 
-    @model_validator(mode="before")
-    @classmethod
-    def _least_squares(cls, tree: object) -> object:
-        """`alignment` is the default loss of `linear` and `residual`."""
-        if isinstance(tree, dict) and tree.get("transformation") in ("linear", "residual"):
-            return {"loss": "alignment"} | tree
-        return tree
-
     @model_validator(mode="after")
     def _suits(self) -> Self:
-        if self.loss not in LOSSES[self.transformation]:
+        if self.transformation != "auto" and self.loss not in ("auto", *LOSSES[self.transformation]):
             known = " or ".join(LOSSES[self.transformation])
             raise ValueError(f"loss: transformation {self.transformation} takes {known}, found {self.loss}")
         return self
+
+    def resolved(self, labelled: bool) -> Self:
+        """With the loss that `auto` means, for a kind that is not `auto`."""
+        if self.loss != "auto" or self.transformation == "auto":
+            return self
+        loss: LossMode = "alignment" if self.transformation != "fastfill" else _OF_PAPER[labelled]
+        return self.model_copy(update={"loss": loss})
+
+    @property
+    def kind(self) -> TransformationKind:
+        """The transformation, once it is chosen."""
+        assert self.transformation != "auto", "the selection comes first"
+        return self.transformation
+
+    @property
+    def mode(self) -> LossMode:
+        """The loss, once it is resolved."""
+        assert self.loss != "auto", "`resolved` comes first"
+        return self.loss
 
     @property
     def num_epochs(self) -> int:
@@ -132,23 +152,29 @@ class Fit(Section):
 
 
 class Select(Section):
-    """What `fastfill fit --select` chooses between, by the area of curves on pairs that were held out.
+    """What `fit.transformation: auto` chooses between, by the area of curves on pairs that were held out.
 
-    Each recipe (loss, `lambda_disc` where the loss has that term, inner width, epochs) is fitted once per fold, on
+    Each recipe (kind, loss, `lambda_disc` where the loss has that term, inner width, epochs) is fitted once per fold, on
     the other folds; of what a fold holds out, at most `max_measured` pairs are gallery and queries of a simulated
-    backfill. `metrics` says what counts, as their mean; without labels it is `recall10`, as in `gate`. Where a list of
-    `fit`'s settings is empty, `fit` says it; with no policies, all that can be are tried.
+    backfill. The simplest comes first, which is `linear`; others are tried while there is time: `minutes`, by default a
+    tenth of what the backfill is estimated to take, and at least one. A recipe is taken only if it is better than all
+    simpler ones by more than one standard error.
+
+    `metrics` says what counts, as their mean; without labels it is `recall10`, as in `gate`. `losses` and `lambdas` are
+    of `fastfill`. Where a list of `fit`'s settings is empty, `fit` says it; with no policies, all that can be are tried.
 
     With `measured_on: probe` the probe set is gallery and queries instead, a share of it for each fold: for pairs that
     do not look like the gallery. Give it labels (`probe.manifest`), and some thousand images.
     """
 
+    transformations: Annotated[tuple[TransformationKind, ...], _SOME] = ("linear", "residual", "fastfill")
+    minutes: Annotated[float, Field(gt=0.0)] | None = None
     losses: Annotated[tuple[LossMode, ...], _SOME] = ("alignment+uncertainty", "fastfill")
     lambdas: Annotated[tuple[Annotated[float, Field(ge=0.0)], ...], _SOME] = (0.1, 1.0)
     inner_widths: tuple[Count, ...] = ()
     epochs: tuple[Count, ...] = ()
-    offsets: Annotated[tuple[Offset, ...], _SOME] = ("none", "uncertainty", "confidence")
-    strengths: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], _SOME] = (0.25, 0.5, 0.75)
+    offsets: Annotated[tuple[Offset, ...], _SOME] = ("none", "confidence")
+    strengths: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], _SOME] = (0.5,)
     policies: tuple[str, ...] = ()
     metrics: Annotated[tuple[Measure, ...], _SOME] = ("top1", "map")
     measured_on: Literal["pairs", "probe"] = "pairs"
@@ -167,6 +193,9 @@ class Select(Section):
 class Plan(Section):
     """The order and the waves.
 
+    `policy: auto` is the order that the selection chose, and `uncertainty` if nothing was selected. `selected` is the
+    same, but an error if nothing was.
+
     `waves` is a count (fine at the start, coarser later) or the fractions of the gallery, which
     add up to 1; `auto` is 20, and fewer for a small gallery, so that the first one has about 32 images. Images that
     are embedded for the fit (`pairs.from_gallery`) are not in them. A unit is the piece of a wave that one task embeds
@@ -179,7 +208,7 @@ class Plan(Section):
     on held-out pairs, so that the worst one catches up early.
     """
 
-    policy: str = "uncertainty"
+    policy: str = "auto"
     traffic: bool = False
     group_boost: Annotated[float, Field(ge=0.0)] = 0.0
     waves: (
@@ -192,7 +221,7 @@ class Plan(Section):
     def _whole(self) -> Self:
         if isinstance(self.waves, tuple) and abs(sum(self.waves) - 1.0) > 1e-6:
             raise ValueError(f"waves: the fractions must add up to 1, these add up to {sum(self.waves):.6g}")
-        if self.policy not in (*POLICY_NAMES, "selected") and not re.fullmatch(r"[\w.]+:\w+", self.policy):
+        if self.policy not in (*POLICY_NAMES, "auto", "selected") and not re.fullmatch(r"[\w.]+:\w+", self.policy):
             names = ", ".join(POLICY_NAMES)
             raise ValueError(f"policy: expected one of {names}, or module:function, found {self.policy!r}")
         return self

@@ -170,7 +170,7 @@ def make_job(config: Config, data: FitData) -> Job:
 
 def _with_linear(job: Job, on_step: OnStep) -> Job:
     """The job with the linear fit that its kind is, or starts from."""
-    if job.fit.transformation == "fastfill":
+    if job.fit.kind == "fastfill":
         return job
     data, done = job.data, itertools.count(1)
     parts = 2 * len(data.train_parts)  # two passes
@@ -379,9 +379,9 @@ def _read_checkpoint(checkpoint: Checkpoint, device: torch.device) -> dict[str, 
 
 
 def _check_classes(fit: Fit, data: FitData) -> None:
-    if data.num_classes is None and needs_labels(fit.loss):
+    if data.num_classes is None and needs_labels(fit.mode):
         raise ConfigError(
-            f"the loss {fit.loss!r} needs labels",
+            f"the loss {fit.mode!r} needs labels",
             expected="pairs.columns.label",
             found="training pairs without labels",
             where="fit.loss",

@@ -238,7 +238,7 @@ def fit_alone(job: Job, train: PairArrays, held: PairArrays, seed: int, device: 
 
 def _linear(job: Job, train: PairArrays) -> LinearFit | None:
     """The linear fit that the job's kind is, or starts from."""
-    if job.fit.transformation == "fastfill":
+    if job.fit.kind == "fastfill":
         return None
     data = job.data
     one_pass = over_arrays(np.arange(len(train.old)), train.old, train.new, train.side, job.normalize)

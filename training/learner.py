@@ -118,9 +118,9 @@ class Job:
         """The network with its first weights, a function of the seed, and of the linear fit if there is one."""
         torch.manual_seed(self.seed)
         data, fit = self.data, self.fit
-        network = make(fit.transformation, data.d_old, data.d_new, fit.inner_width, data.d_side, self.normalize)
+        network = make(fit.kind, data.d_old, data.d_new, fit.inner_width, data.d_side, self.normalize)
         if isinstance(network, TransformationNetwork):
-            network.uncertainty_shapes_z = uses_uncertainty(fit.loss)
+            network.uncertainty_shapes_z = uses_uncertainty(fit.mode)
         elif self.linear is not None:
             self.linear.start(network)
         return network
@@ -143,7 +143,7 @@ class Job:
 
 def cut(fit: Fit, count: int, workers: int) -> tuple[int, int]:
     """Steps per pass over `count` pairs of a rank, and the rank's batch: at most an eighth of them, at least two."""
-    if fit.transformation == "residual":
+    if fit.kind == "residual":
         count -= num_stopping(count)
     batch = max(2, min(fit.batch_size // workers, count // _LEAST_STEPS))
     return max(1, count // batch), batch
@@ -199,7 +199,7 @@ class Learner:
         fit, learns = job.fit, job.fit.num_epochs > 0
         self._model = wrap(self.network) if learns else self.network
         self._optimizer = _optimizer(fit, self.network) if learns else None
-        self._stopping = Stopping() if fit.transformation == "residual" else None
+        self._stopping = Stopping() if fit.kind == "residual" else None
         count = len(pairs.old)
         self._rows, self._watched = np.arange(count), np.arange(0)
         if self._stopping is not None:
@@ -340,7 +340,7 @@ class Learner:
 
     def _loss(self) -> Loss:
         fit = self._job.fit
-        return Loss(fit.loss, fit.lambda_disc, fit.label_smoothing, self._classifier)
+        return Loss(fit.mode, fit.lambda_disc, fit.label_smoothing, self._classifier)
 
     def _set_modes(self, frozen: bool) -> None:
         """Train mode; with `frozen`, BatchNorm normalises by its running statistics and leaves them alone."""
@@ -361,7 +361,7 @@ class Learner:
 
 def _optimizer(fit: Fit, network: nn.Module) -> torch.optim.Optimizer:
     """Adam as in the paper; AdamW for `residual`, whose weights decay apart from the gradient."""
-    kind = torch.optim.AdamW if fit.transformation == "residual" else torch.optim.Adam
+    kind = torch.optim.AdamW if fit.kind == "residual" else torch.optim.Adam
     return kind(
         network.parameters(),
         lr=fit.lr,

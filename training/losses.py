@@ -46,7 +46,7 @@ def needs_labels(mode: LossMode) -> bool:
 
 def needs_classifier(fit: Fit) -> bool:
     """Whether a fit takes the given classifier, or fits one: for its loss, or for its offset."""
-    return needs_labels(fit.loss) or fit.offset == "confidence"
+    return needs_labels(fit.mode) or fit.offset == "confidence"
 
 
 def uses_uncertainty(mode: LossMode) -> bool:

@@ -66,14 +66,14 @@ def measure(config: Config, job: Job, pairs: PairArrays, z: Float32, s: Float32)
         d_side=data.d_side,
         inner_width=fit.inner_width,
         normalize=job.normalize,
-        loss=fit.loss,
+        loss=fit.mode,
         seed=job.seed,
         epochs=fit.num_epochs,
         num_train=data.num_train,
         num_held_out=len(error),
         better_than_old=better,
         held_out=figures,
-        kind=fit.transformation,
+        kind=fit.kind,
     )
 
 
