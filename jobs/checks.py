@@ -174,7 +174,9 @@ def _check_policy(config: Config) -> None:
     needs = POLICIES[plan.policy].needs if plan.policy in POLICIES else frozenset[str]()
     if ":" in plan.policy:
         load_policy(plan.policy, config.seed)
-    classifier = config.fit.classifier is not None or (needs_classifier(config.fit) and "label" in pairs)
+    fit, labelled = config.fit, "label" in pairs
+    fits_one = fit.transformation == "auto" or needs_classifier(fit.resolved(labelled))
+    classifier = fit.classifier is not None or (labelled and fits_one)
     for wanted, there, where in (
         ("classifier" in needs, classifier, f"fit.classifier, or {columns}.label and a loss that fits one"),
         ("labels" in needs, "label" in pairs, f"{columns}.label"),
@@ -206,13 +208,16 @@ def _check_selected(config: Config, images: int, sample: Sample | None) -> None:
     if has_transformation(run):
         resolve_policy(run, config.plan.policy)
         return
-    if config.plan.policy == "selected" and config.select is None:
+    selects = config.fit.transformation == "auto"
+    if config.plan.policy == "selected" and not selects:
         raise ConfigError(
             "nothing is selected in this run",
-            expected="a `select` section, or `fastfill fit --select` first",
+            expected="fit.transformation: auto",
+            found=config.fit.transformation,
             where="plan.policy: selected",
+            remedy="set plan.policy to auto or to a name, or fit.transformation to auto",
         )
-    if config.select is None or config.select.measured_on == "pairs":
+    if not selects or config.select.measured_on == "pairs":
         return
     count, what = size(config.probe.images, images) if config.probe.images else 0, "images"
     if sample is not None:
@@ -265,7 +270,7 @@ def _check_sources(config: Config) -> None:
             where=f"fit.classifier, {_columns_of_pairs(config)}.label",
             remedy="set fit.offset to uncertainty, which needs neither",
         )
-    if needs_labels(config.fit.loss) and "label" not in roles:
+    if config.fit.loss != "auto" and needs_labels(config.fit.loss) and "label" not in roles:
         raise ConfigError(
             f"the loss {config.fit.loss!r} needs labels",
             where=f"{_columns_of_pairs(config)}.label",

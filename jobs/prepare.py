@@ -69,7 +69,7 @@ def ensure_embeddings(config: Config, run: Run, bars: Bars) -> None:
 
 
 def ensure_probe(config: Config, run: Run, bars: Bars) -> None:
-    """The probe set with its embeddings, and those of the pairs: what a selection looks at, and no more."""
+    """The probe set with its embeddings, and those of the pairs: what a fit looks at, and no more."""
     from pipeline.embeddings import embed_missing
     from training.pairs import pair_folders
 
@@ -102,9 +102,33 @@ def ensure_fit(config: Config, run: Run, bars: Bars) -> TransformationInfo:
         telemetry.observe_epoch(epoch)
         bars.images("fit: epochs", int(epoch["epoch"]) + 1, int(epoch["epochs"]), f"loss {epoch['loss']:.4f}")
 
-    if config.select is None and config.fit.num_epochs:
+    if config.fit.transformation != "auto" and config.fit.num_epochs:
         bars.images("fit: epochs", 0, config.fit.num_epochs)
-    return fit(config, run, fit_data(config, run, pairs), show, bars.images)
+    return fit(config, run, fit_data(config, run, pairs), show, bars.images, selection_seconds(config, run))
+
+
+def selection_seconds(config: Config, run: Run) -> float:
+    """The time for fits that are only tried: a tenth of what the backfill is estimated to take, and a minute at least.
+
+    The estimate is by the rate at which the new encoder has embedded images of this run so far.
+    """
+    from pipeline import manifest, vector_log
+    from pipeline.embeddings import embedding_log
+    from pipeline.probe_set import FOLDER
+    from pipeline.throughput import throughput
+    from training.select import LEAST_SECONDS
+
+    gallery, moments = manifest.read_manifest(run, "gallery"), list[tuple[float, int]]()
+    for folder in ("pairs", FOLDER):
+        rows = manifest.read_manifest(run, folder)
+        if rows is not None:
+            images = {(unit.wave, unit.unit): unit.images for unit in manifest.units(run, folder, rows)}
+            times = vector_log.part_times(embedding_log(config, run, folder, "new"))
+            moments += [(seconds, images.get(unit, 0)) for unit, seconds in times.items()]
+    rate = throughput(moments)
+    if gallery is None or rate is None:
+        return LEAST_SECONDS
+    return max(LEAST_SECONDS, 0.1 * gallery.num_rows / rate.per_second)
 
 
 def ensure_plan(config: Config, run: Run, bars: Bars) -> Plan:

@@ -154,14 +154,15 @@ class Fit(Section):
 class Select(Section):
     """What `fit.transformation: auto` chooses between, by the area of curves on pairs that were held out.
 
-    Each recipe (kind, loss, `lambda_disc` where the loss has that term, inner width, epochs) is fitted once per fold, on
-    the other folds; of what a fold holds out, at most `max_measured` pairs are gallery and queries of a simulated
+    Each recipe (kind, loss, `lambda_disc` where the loss has that term, inner width, epochs) is fitted once per fold,
+    on the other folds; of what a fold holds out, at most `max_measured` pairs are gallery and queries of a simulated
     backfill. The simplest comes first, which is `linear`; others are tried while there is time: `minutes`, by default a
     tenth of what the backfill is estimated to take, and at least one. A recipe is taken only if it is better than all
     simpler ones by more than one standard error.
 
     `metrics` says what counts, as their mean; without labels it is `recall10`, as in `gate`. `losses` and `lambdas` are
-    of `fastfill`. Where a list of `fit`'s settings is empty, `fit` says it; with no policies, all that can be are tried.
+    of `fastfill`. Where a list of `fit`'s settings is empty, `fit` says it; with no policies, all that can be are
+    tried.
 
     With `measured_on: probe` the probe set is gallery and queries instead, a share of it for each fold: for pairs that
     do not look like the gallery. Give it labels (`probe.manifest`), and some thousand images.

@@ -85,7 +85,7 @@ class GateRefused(Refused):
 
 
 def _text(value: object) -> str:
-    """A detail as a user reads it: files of a tuple are listed; a tuple of numbers is a shape and stays one, `(2, 8)`."""
+    """A detail as a user reads it: texts of a tuple are listed; a tuple of numbers is a shape, `(2, 8)`."""
     is_list = isinstance(value, tuple) and any(isinstance(item, str) for item in value)
     return ", ".join(map(str, value)) if is_list else str(value)  # type: ignore[call-overload]
 

@@ -32,7 +32,7 @@ from pipeline.progress import Progress, Tracker
 from pipeline.readable import duration, moment
 from pipeline.rejects import read_all as read_rejects
 from pipeline.run import Run
-from pipeline.selection import read_selection
+from pipeline.selection import describe, read_selection, recipe_name
 from pipeline.standing import read_standing
 from pipeline.throughput import throughput
 
@@ -237,11 +237,16 @@ def _selection(run: Run) -> Tree | None:
     if found is None:
         return None
     shown = [item for item in found.candidates if item == found.chosen or item in found.candidates[:_CANDIDATES]]
-    rows = [asdict(item) | {"chosen": item == found.chosen} for item in shown]
+    rows = [
+        asdict(item)
+        | {"chosen": item == found.chosen, "name": recipe_name(item.transformation, item.loss, item.lambda_disc)}
+        for item in shown
+    ]
     return {
         "metrics": found.metrics,
         "folds": found.folds,
         "count": len(found.candidates),
+        "sentence": describe(found),
         "candidates": rows,
         "measured_on": found.measured_on,
         "warnings": [] if found.likeness is None else found.likeness.warnings(found.measured_on == "probe"),

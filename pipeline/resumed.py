@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 from pipeline import storage
-from pipeline.config import Config, Encoder, Fit
+from pipeline.config import Config, Encoder
+from pipeline.config_method import Section
 from pipeline.run import Run, read_settings
 
-_WAVES_AT_FIRST = 20  # the default of `plan.waves` before `auto`
+_SECTIONS = ("fit", "plan")
+"""Whose defaults are others than they were."""
 
 
 def as_started(config: Config) -> Config:
@@ -33,22 +35,18 @@ def as_started(config: Config) -> Config:
         if encoder is not None
     }
     changes: dict[str, object] = {"encoders": config.encoders.model_copy(update=encoders)}
-    fit = started.get("fit")
-    if fit is not None and "steps" not in fit:
-        changes["fit"] = _by_epochs(config.fit, fit)
+    for name in _SECTIONS:
+        changes[name] = _with_started(getattr(config, name), started.get(name) or {})
     if "allow_outside" not in config.model_fields_set:
         changes["allow_outside"] = started["allow_outside"]
-    if "waves" not in config.plan.model_fields_set and (started.get("plan") or {}).get("waves") == _WAVES_AT_FIRST:
-        changes["plan"] = config.plan.model_copy(update={"waves": _WAVES_AT_FIRST})
     return config.model_copy(update=changes)
 
 
-def _by_epochs(fit: Fit, started: dict[str, Any]) -> Fit:
-    """`fit` with the kind and the epochs of a run from before there were others, if the config does not say them."""
-    given = fit.model_fields_set
-    update = {} if "transformation" in given else {"transformation": started["transformation"]}
-    update |= {} if given & {"steps", "epochs", "transformation"} else {"epochs": started["epochs"]}
-    return fit.model_copy(update=update)
+def _with_started(section: Section, started: dict[str, Any]) -> Section:
+    """A section with the run's own value of each setting that the config does not give."""
+    given = {name: getattr(section, name) for name in section.model_fields_set}
+    known = {name: value for name, value in started.items() if name in type(section).model_fields}
+    return type(section).model_validate(known | given)
 
 
 def _with_exif(encoder: Encoder, started: dict[str, Any] | None) -> Encoder:

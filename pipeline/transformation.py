@@ -37,6 +37,8 @@ class TransformationInfo:
     """What a fitted transformation is and how good it is on pairs it has not seen.
 
     `kind` is `fit.transformation`; an earlier version had one kind, and wrote none.
+    `pairs_to_pass_old` is with how many training pairs the linear map is to be expected to be as good as the old model;
+    None if it is as good, or no number is to be expected to do.
     `held_out` holds `alignment` (mean squared error per dimension), `spearman` (rank correlation of s
     with that error), `num_pairs`, and for each of `transformed`, `old_old` and `new_new` the retrieval
     figures in per cent: `top1`, `top5`, `map`, or `agreement10` where there are no labels.
@@ -56,6 +58,7 @@ class TransformationInfo:
     held_out: Figures = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     kind: TransformationKind = "fastfill"
+    pairs_to_pass_old: int | None = None
 
     def network(self) -> Transformation:
         """A transformation of this kind and shape, not fitted."""

@@ -16,7 +16,7 @@ from pipeline.expected import REACHED, fraction_for
 from pipeline.policy import POLICIES
 from pipeline.ranking import Float64
 from pipeline.selection import Candidate as Described
-from pipeline.selection import Figures, Selection
+from pipeline.selection import Figures, Selection, recipe_name
 
 _KINDS = get_args(TransformationKind)
 _LOSSES = get_args(LossMode)
@@ -38,13 +38,18 @@ class Recipe:
         """`fit` with these settings."""
         return fit.model_copy(update=asdict(self))
 
+    def __str__(self) -> str:
+        """Its name in a table."""
+        return recipe_name(self.transformation, self.loss, self.lambda_disc)
+
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """How its vectors are served: the settings of `fit` by the names `offset` and `offset_strength`."""
+    """How its vectors are served: the settings of `fit` by the names `offset`, `offset_strength` and `calibrate`."""
 
     offset: Offset
     strength: float
+    calibrate: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +61,14 @@ class Candidate:
     policy: str
 
     def simplicity(self) -> tuple[float, ...]:
-        """Sorts the simpler one first: its kind, no offset, a simple order, few terms in the loss, a small network."""
+        """Sorts the simpler one first.
+
+        By its kind, no offset, calibrated as always, a simple order, few terms in the loss, a small network.
+        """
         recipe, serving = self.recipe, self.serving
         sizes = (recipe.inner_width, recipe.epochs or 0, recipe.lambda_disc)
-        simple = (_OFFSETS.index(serving.offset), POLICIES[self.policy].simplicity, _LOSSES.index(recipe.loss))
+        served = (_OFFSETS.index(serving.offset), not serving.calibrate)
+        simple = (*served, POLICIES[self.policy].simplicity, _LOSSES.index(recipe.loss))
         return (_KINDS.index(recipe.transformation), *simple, *sizes, serving.strength)
 
 
@@ -117,7 +126,8 @@ def _ranked(rows: Iterable[Row], columns: Sequence[int]) -> list[Row]:
 def settings_of(selection: Selection, fit: Fit) -> Fit:
     """`fit` with the settings of the chosen candidate."""
     chosen = selection.chosen
-    update: dict[str, object] = {name: getattr(chosen, name) for name in Recipe.__slots__} | {"offset": chosen.offset}
+    update: dict[str, object] = {name: getattr(chosen, name) for name in Recipe.__slots__}
+    update |= {"offset": chosen.offset, "calibrate": chosen.calibrate}
     update |= {"offset_strength": chosen.offset_strength} if chosen.offset != "none" else {}
     return fit.model_copy(update=update)
 
@@ -171,10 +181,12 @@ def _described(row: Row, names: Sequence[str], columns: Sequence[int], best: Flo
         **asdict(row.candidate.recipe),
         offset=row.candidate.serving.offset,
         offset_strength=row.candidate.serving.strength,
+        calibrate=row.candidate.serving.calibrate,
         policy=row.candidate.policy,
         area=dict(zip(names, areas.mean(axis=0).tolist(), strict=True)),
         area_std=dict(zip(names, areas.std(axis=0, ddof=1).tolist(), strict=True)),
         start=dict(zip(names, mean[0].tolist(), strict=True)),
+        lowest=dict(zip(names, mean.min(axis=0).tolist(), strict=True)),
         fraction95=reached[95],
         fraction99=reached[99],
         behind=float(behind.mean()),

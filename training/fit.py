@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 import ray.train
@@ -39,9 +40,11 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline import calibration as calibrations
 from pipeline import offset as offsets
 from pipeline import reference, selection, storage
 from pipeline.actors import may_grow
+from pipeline.calibration import fit_calibration
 from pipeline.config import Config, Fit
 from pipeline.errors import ConfigError, DataError, SnapshotConflict
 from pipeline.networks import LinearTransformation, Transformation
@@ -55,10 +58,10 @@ from training.folds import FOLDER, OnStep
 from training.knowledge import reference_of
 from training.learner import Epoch, FitData, Job, Learner, PairArrays, can_classify, columns_of, cut, make_arrays
 from training.linear_fit import fit_linear
-from training.linear_parts import over_parts
+from training.linear_parts import out_of_fold_pairs, over_parts
 from training.losses import needs_classifier, needs_labels
-from training.measure import measure, transform
-from training.select import select
+from training.measure import measure, pairs_to_pass_old, transform
+from training.select import LEAST_SECONDS, select
 
 Fitted = tuple[Transformation, Classifier | None]
 """The network, and the classifier where the job needed one."""
@@ -66,6 +69,7 @@ Fitted = tuple[Transformation, Classifier | None]
 _LOG = logging.getLogger(__name__)
 _STATE = "state.pt"
 _READ_CPUS = 0.25
+_CALIBRATED = 5000  # pairs
 _LEAST_PAIRS = 3  # of a worker: a batch of two, and one that is watched
 _POLL_SECONDS = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 _START_SECONDS = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -77,10 +81,11 @@ def fit(
     data: FitData,
     on_epoch: Callable[[Epoch], None] | None = None,
     on_step: OnStep = lambda what, done, total: None,
+    seconds: float = LEAST_SECONDS,
 ) -> TransformationInfo:
     """Fit, measure and save the run's transformation; one that is there already is left as it is.
 
-    With a `select` section the loss, the network and the offset are chosen first, by measurement.
+    With `fit.transformation: auto` it is chosen first, by measurement.
 
     A fit that was stopped goes on after its last whole epoch. With the gallery metric `cosine` the
     targets are normalised as well, and a given classifier is applied to unit vectors.
@@ -90,6 +95,7 @@ def fit(
         run: with its pairs.
         data: the pairs.
         on_step: of a selection and of a linear fit, told what is done, how much of it, and of how much.
+        seconds: that a selection may take for fits after the simplest one's.
         on_epoch: called from a thread of this process after each epoch with `epoch` (from 0), `epochs`,
             `loss`, `alignment`, `lr`, `images_per_second` and `pid` (of rank 0's process).
 
@@ -104,9 +110,10 @@ def fit(
         check_settings_of(run, "fit", settings)
         return read_info(run)
     chosen = None
-    if config.select is not None:
-        chosen = select(config, run, data, on_step)
+    if config.fit.transformation == "auto":
+        chosen = select(config, run, data, on_step, seconds)
         config = config.model_copy(update={"fit": settings_of(chosen, config.fit)})
+    config = config.model_copy(update={"fit": config.fit.resolved(data.num_classes is not None)})
     classify = chosen is not None and can_classify(data)
     job = _with_linear(replace(make_job(config, data), classify=classify), on_step)
     network, classifier = _train(config, run, job, on_epoch)
@@ -117,14 +124,31 @@ def fit(
     offset = None if config.fit.offset == "none" else _offset(config, classifier, z, s, pairs)
     served = z if offset is None else offset.apply(z, s)
     info = measure(config, job, pairs, served, s)
+    if job.linear is not None and not info.better_than_old:
+        more = pairs_to_pass_old(pairs, job.linear, job.normalize, config.gallery.metric)
+        info = replace(info, pairs_to_pass_old=more)
     given = None if data.classifier is None else Classifier(*data.classifier)
     known = reference_of(config, held_out, pairs, z, s, served, classifier or given, data.label_names)
     fix_settings(run, "fit", settings)
     parts = {reference.PART: known.to_bytes()}
     parts |= {} if offset is None else {offsets.PART: offset.to_bytes()}
+    calibration = fit_calibration(*_unseen(job, pairs, served), config.gallery.metric, config.seed)
+    parts |= {calibrations.PART: calibration.to_bytes()} if calibration is not None and config.fit.calibrate else {}
     parts |= {} if chosen is None else {selection.PART: chosen.to_json().encode()}
     _save(run, network, info, parts)
     return read_info(run)
+
+
+def _unseen(job: Job, pairs: PairArrays, served: Float32) -> tuple[Float32, Float32]:
+    """Transformed vectors (N, d_new) of pairs that the map has not seen, as they are served, and their new embeddings.
+
+    These are the held-out pairs; and of a linear map as it is, training pairs by the maps of the other folds: the top
+    of a ranking takes many distances.
+    """
+    if job.fit.kind != "linear" or job.fit.offset != "none" or job.linear is None:
+        return served, pairs.new
+    z, new = out_of_fold_pairs(job, job.linear, _CALIBRATED)
+    return np.concatenate([served, z]), np.concatenate([pairs.new, new])
 
 
 def _save(run: Run, network: Transformation, info: TransformationInfo, parts: dict[str, bytes]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
@@ -169,30 +170,51 @@ def split(config: Config, data: FitData, settings: Select, sample: PairArrays | 
     return Split(table.take(pa.array(rows)), places, sample)
 
 
+class OutOfTime(Exception):
+    """Fits took longer than they were given."""
+
+
 def fit_folds(
-    config: Config, run: Run, data: FitData, recipes: list[Recipe], parts: Split, on_step: OnStep
-) -> dict[Recipe, Fits]:
-    """Each recipe's fits; they are tasks, side by side as far as the cluster has room."""
-    settings, stored = config.select or Select(), ray.put(parts)
-    task = ray.remote(num_cpus=1, num_gpus=1 if _use_gpu(config) else 0)(_fit_fold)
-    work = [(recipe, fold) for recipe in recipes for fold in range(settings.folds)]
+    config: Config,
+    run: Run,
+    data: FitData,
+    recipe: Recipe,
+    parts: Split,
+    on_step: OnStep,
+    seconds: float | None = None,
+) -> Fits:
+    """A recipe's fits, one per fold; they are tasks, side by side as far as the cluster has room.
+
+    Args:
+        seconds: that they may take; None: as long as it takes. Fits that are kept take no time.
+
+    Raises:
+        OutOfTime: they took longer, and were stopped; those that were done are kept.
+    """
+    settings, what = config.select, f"select: fits of {recipe}"
     shape = [settings.folds, settings.max_pairs, settings.max_measured, parts.digest()]
-    uris = {
-        (recipe, fold): run.path(FOLDER, f"{digest(config, data, [asdict(recipe), fold, *shape])}.safetensors")
-        for recipe, fold in work
-    }
-    waiting = [task.remote(config, data, stored, recipe, fold, uris[recipe, fold]) for recipe, fold in work]
-    on_step("select: fits", 0, len(work))
-    for done in range(1, len(work) + 1):
-        ready, waiting = ray.wait(waiting)
+    uris = [
+        run.path(FOLDER, f"{digest(config, data, [asdict(recipe), fold, *shape])}.safetensors")
+        for fold in range(settings.folds)
+    ]
+    task, stored = ray.remote(num_cpus=1, num_gpus=1 if _use_gpu(config) else 0)(_fit_fold), ray.put(parts)
+    missing = [fold for fold, uri in enumerate(uris) if not storage.exists(uri)]
+    if missing and seconds is not None and seconds <= 0:
+        raise OutOfTime
+    waiting = [task.remote(config, data, stored, recipe, fold, uris[fold]) for fold in missing]
+    ends = None if seconds is None else time.monotonic() + seconds
+    on_step(what, len(uris) - len(waiting), len(uris))
+    while waiting:
+        ready, waiting = ray.wait(waiting, timeout=None if ends is None else max(0.0, ends - time.monotonic()))
+        if not ready:
+            for reference in waiting:
+                ray.cancel(reference, force=True)
+            raise OutOfTime
         ray.get(ready)
-        on_step("select: fits", done, len(work))
-    job = job_of(config, data, recipes[0])
+        on_step(what, len(uris) - len(waiting), len(uris))
+    job = job_of(config, data, recipe)
     held = [parts.held(fold, job, settings.max_measured) for fold in range(settings.folds)]
-    return {
-        recipe: _fits([_read(held[fold], parts.sample, uris[recipe, fold]) for fold in range(settings.folds)])
-        for recipe in recipes
-    }
+    return _fits([_read(held[fold], parts.sample, uri) for fold, uri in enumerate(uris)])
 
 
 def _use_gpu(config: Config) -> bool:
@@ -250,7 +272,7 @@ def _fit_fold(config: Config, data: FitData, parts: Split, recipe: Recipe, fold:
     if storage.exists(uri):
         return
     job = job_of(config, data, recipe)
-    held = parts.held(fold, job, (config.select or Select()).max_measured)
+    held = parts.held(fold, job, config.select.max_measured)
     both = held if parts.sample is None else joined(held, parts.sample)
     found = fit_alone(job, parts.train(fold, job), both, config.seed + fold, resolve_device(config.device))
     tensors = {"z": found.z, "s": found.s}

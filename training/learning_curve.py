@@ -1,8 +1,6 @@
 """How good the linear map gets with more pairs, from what it reaches with a part of them. Pure.
 
-    sums of folds -> the map of 1, 2, 3 and all folds -> their quality on held-out pairs -> a - b n^-c through these
-
-Guarantee: the same sums and held-out pairs give the same figures. It does not know where the pairs come from.
+    quality on held-out pairs of the maps that 1, 2, 3 and all folds give -> a - b n^-c through these -> n for a target
 
 Source: learning curves of statistical learners fall as an inverse power law of the number of examples; Hestness et
 al., "Deep Learning Scaling is Predictable, Empirically" (2017).
@@ -10,7 +8,7 @@ al., "Deep Learning Scaling is Predictable, Empirically" (2017).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,12 +25,10 @@ class LearningCurve:
     Attributes:
         pairs: numbers of pairs, ascending.
         quality: in per cent, of each.
-        old: what the old model reaches on the same held-out pairs, in per cent.
     """
 
     pairs: tuple[int, ...]
     quality: tuple[float, ...]
-    old: float
 
     def pairs_for(self, target: float) -> int | None:
         """The number of pairs with which the quality is to be expected to reach `target`.
@@ -50,19 +46,6 @@ class LearningCurve:
             return None
         needed = (gain / (best - target)) ** (1 / exponent)
         return None if needed > _MOST * self.pairs[-1] else int(np.ceil(max(needed, self.pairs[-1] + 1)))
-
-
-def learning_curve(counts: Sequence[int], quality_of: Callable[[int], float], old: float) -> LearningCurve:
-    """Measure the curve.
-
-    Args:
-        counts: pairs of each fold.
-        quality_of: the quality in per cent of the map that the first so many folds give.
-        old: the old model's.
-    """
-    folds = sorted({1, 2, 3, len(counts)} & set(range(1, len(counts) + 1)))
-    sizes = np.cumsum(counts)
-    return LearningCurve(tuple(int(sizes[k - 1]) for k in folds), tuple(quality_of(k) for k in folds), old)
 
 
 def _power_law(pairs: Sequence[int], quality: Sequence[float]) -> tuple[float, float, float] | None:

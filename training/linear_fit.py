@@ -53,6 +53,7 @@ class LinearFit:
         lam: the weight of the ridge penalty; None: Procrustes.
         error: the cross-validated squared error, as the mean over pairs and dimensions.
         deviation: standard deviations of the inputs, (I,) float64.
+        growing: numbers of pairs, ascending, and the map that the first so many give; the last has all.
     """
 
     network: LinearTransformation
@@ -60,6 +61,7 @@ class LinearFit:
     lam: float | None
     error: float
     deviation: Float64
+    growing: tuple[tuple[int, Affine], ...] = ()
 
     def start(self, network: Transformation) -> None:
         """Write into a transformation of the same widths what it is, if it is linear, or what it starts from."""
@@ -96,7 +98,7 @@ def fit_linear(one_pass: OnePass, network: LinearTransformation) -> LinearFit:
         least=_LEAST * max(yy, 1e-30) / total.count / len(of_map.mean_o),
     )
     _fill(network, of_map, errors, one_pass(errors, ERROR_PAIRS / total.count))
-    return LinearFit(network, fitted.without, fitted.lam, fitted.error, fitted.deviation_i)
+    return LinearFit(network, fitted.without, fitted.lam, fitted.error, fitted.deviation_i, _growing(found, fitted))
 
 
 def over_arrays(indices: Int64, old: Float32, new: Float32, side: Float32 | None, normalize: bool) -> OnePass:
@@ -129,6 +131,18 @@ def out_of_fold(without: tuple[Affine, ...], folds_n: Int64, x_ni: Float32) -> F
         mine = folds_n == fold
         z_no[mine] = of_others(x_ni[mine])
     return z_no
+
+
+def _growing(folds: Folds, fitted: linear.Fitted) -> tuple[tuple[int, Affine], ...]:
+    """See `LinearFit.growing`: of one fold, of two and three, and of all."""
+    parts = [linear.total(folds[:count]) for count in (1, 2, 3)]
+    lam = fitted.lam
+    maps = [
+        (part.count, linear.procrustes(part) if lam is None else linear.ridge(part, lam))
+        for part in parts
+        if part.count
+    ]
+    return (*maps, (linear.total(folds).count, fitted.map))
 
 
 def _pair_sums(indices: Int64, x_ni: Float32, y_no: Float32) -> Folds:

@@ -7,16 +7,18 @@ holds one row group and the sums; the driver holds the sums of a few parts. It d
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import pyarrow as pa
 import ray
 
 from pipeline import storage
+from pipeline.schema import Float32
 from training import linear
 from training.learner import Job, columns_of, unsorted_arrays
 from training.linear import Folds
-from training.linear_fit import BlockSums, OnePass, inputs_of, sampled
+from training.linear_fit import BlockSums, LinearFit, OnePass, inputs_of, out_of_fold, sampled
 
 ROWS = 16_384
 """Rows that are in memory at a time, beside the row group that they come from."""
@@ -45,6 +47,42 @@ def over_parts(job: Job, on_part: Callable[[], None]) -> OnePass:
         return found
 
     return one_pass
+
+
+def out_of_fold_pairs(job: Job, fit: LinearFit, most: int) -> tuple[Float32, Float32]:
+    """Some training pairs as a map transforms them that has not seen them.
+
+    Args:
+        job: whose `data` and `normalize` count.
+        fit: the linear fit on these pairs.
+        most: how many pairs at most; the first ones of the parts, which are stripes of all.
+
+    Returns:
+        z (N, d_new), of length 1 with `normalize`, and new (N, d_new), both float32.
+    """
+    found: list[tuple[Float32, Float32]] = []
+    for table in _blocks(job, most):
+        pairs = unsorted_arrays(table, job)
+        x_ni = inputs_of(pairs.old, pairs.side, job.normalize)
+        z_no = out_of_fold(fit.without, linear.folds_of(table["index"].to_numpy()), x_ni)
+        if job.normalize:
+            z_no /= np.maximum(np.linalg.norm(z_no, axis=1, keepdims=True), np.float32(1e-12))
+        found.append((z_no, pairs.new))
+    return np.concatenate([z for z, _ in found]), np.concatenate([new for _, new in found])
+
+
+def _blocks(job: Job, most: int) -> Iterator[pa.Table]:
+    """The first rows of the training parts, as many as `most`, in blocks."""
+    left = most
+    for uri in job.data.train_parts:
+        with storage.open_parquet(uri) as file:
+            for group in range(file.num_row_groups):
+                if left <= 0:
+                    return
+                rows = file.read_row_group(group, columns=columns_of(job.data)).slice(0, min(left, ROWS))
+                left -= rows.num_rows
+                if rows.num_rows:
+                    yield rows
 
 
 def _part_sums(stored: tuple[Job, BlockSums, float], uri: str) -> Folds | None:

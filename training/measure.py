@@ -18,6 +18,8 @@ from pipeline.networks import Transformation
 from pipeline.schema import Float32
 from pipeline.transformation import Figures, TransformationInfo, apply, resolve_device
 from training.learner import Job, PairArrays
+from training.learning_curve import LearningCurve
+from training.linear_fit import LinearFit, inputs_of
 from training.losses import NO_LABEL
 
 _LOG = logging.getLogger(__name__)
@@ -75,6 +77,19 @@ def measure(config: Config, job: Job, pairs: PairArrays, z: Float32, s: Float32)
         held_out=figures,
         kind=fit.kind,
     )
+
+
+def pairs_to_pass_old(pairs: PairArrays, fit: LinearFit, normalize: bool, metric: str) -> int | None:
+    """With how many training pairs the linear map is to be expected to be as good as the old model on held-out pairs.
+
+    Returns:
+        None if no number is to be expected to do.
+    """
+    x_ni = inputs_of(pairs.old, pairs.side, normalize)
+    found = [_retrieval(pairs, of_some(x_ni), metric) for _, of_some in fit.growing]
+    name = "map" if "map" in found[0]["transformed"] else "agreement10"
+    curve = LearningCurve(tuple(count for count, _ in fit.growing), tuple(each["transformed"][name] for each in found))
+    return curve.pairs_for(found[0]["old_old"][name])
 
 
 def _rounded(figures: dict[str, float]) -> str:

@@ -1,20 +1,24 @@
-"""Choose loss, network, offset and order by the curves that they give on pairs that were held out.
+"""Choose transformation, ranking and order by the curves that they give on pairs that were held out.
 
-    pairs -> folds -> fit each recipe on all folds but one (training.folds) -> z, s of the fold left out
-          -> simulate the backfill of that fold: each offset with a few orders, then the best with all of them
+    pairs -> folds -> fit the simplest recipe on all folds but one (training.folds), then others while there is time
+          -> z, s of the fold left out
+          -> simulate the backfill of that fold: each way to rank with a few orders, then the best with all of them
           -> the simplest candidate within one standard error of the best, and the table of all
 
-Guarantee: what is measured on a fold was fitted without it: the network and its classifier, the offset, and what the
-policies know of pairs. Offset and policies are fitted on another fold, with the classifier that had not seen that one.
+Guarantee: what is measured on a fold was fitted without it: the network and its classifier, offset and calibration, and
+what the policies know of pairs. These are fitted on another fold, with the classifier that had not seen that one.
 With `measured_on: probe` it is the probe set that is measured, a share of it by each fold's network.
-The selection is a function of the pairs, the probe set, the settings and the seed. A fit of a fold, or a whole
+The selection is a function of the pairs, the probe set, the settings, the seed, and of which recipes there was time
+for. A fit of a fold, or a whole
 selection, that is there is not made again. This module does not fit what is served in the end; `fit` does that, with
 the settings chosen here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -22,23 +26,39 @@ import pyarrow as pa
 import ray
 
 from pipeline import documents, probe_set, storage
+from pipeline.agreement import among
 from pipeline.config import Config, Select
-from pipeline.config_method import LOSSES
 from pipeline.errors import ConfigError
-from pipeline.evaluate import METRICS, evaluate
+from pipeline.evaluate import METRICS, evaluate, recall
 from pipeline.gallery import codes_of
 from pipeline.policy import POLICIES
 from pipeline.run import Run
 from pipeline.selection import Selection
 from pipeline.shift import Likeness, likeness
 from training.candidates import Candidate, Recipe, Row, Serving, finalists, selection_of
-from training.folds import FOLDER, Fits, Fold, OnStep, Split, by_chance, digest, fit_folds, job_of, split, taken
+from training.folds import (
+    FOLDER,
+    Fits,
+    Fold,
+    OnStep,
+    OutOfTime,
+    Split,
+    by_chance,
+    digest,
+    fit_folds,
+    job_of,
+    split,
+    taken,
+)
 from training.learner import FitData, PairArrays, can_classify, make_arrays
 from training.losses import NO_LABEL, needs_labels
 from training.simulate import FINAL, SCREENING, Detail, measure_fold
 
 _SCREENING = ("random", "uncertainty", "least_confidence")
 """Orders with which all offsets of all recipes are tried before the finalists meet every order."""
+
+LEAST_SECONDS = 60.0
+"""For fits after the simplest one's, if nobody knows what the backfill will take."""
 
 LEAST_SHARE = 100
 """Images of the probe set that each fold's network is measured on, at least."""
@@ -50,8 +70,8 @@ Sides = list[tuple[Fold, Fold]]
 """For each fold what is measured, and the pairs that offset and policies are fitted on."""
 
 
-def select(config: Config, run: Run, data: FitData, on_step: OnStep) -> Selection:
-    """Measure all candidates and choose one.
+def select(config: Config, run: Run, data: FitData, on_step: OnStep, seconds: float = LEAST_SECONDS) -> Selection:
+    """Measure candidates and choose one.
 
     Args:
         config: `select` says what is tried.
@@ -59,13 +79,15 @@ def select(config: Config, run: Run, data: FitData, on_step: OnStep) -> Selectio
             what it wants of them.
         data: all pairs; those that `fit` will hold out take part as any others.
         on_step: told what is done, how much of it, and of how much.
+        seconds: for fits after the simplest one's, if `select.minutes` does not say it.
 
     Raises:
         ConfigError: a loss, a metric or an order needs labels that the pairs do not have, or the probe set is to be
             measured and is too small.
         DataError: the pairs break their contract.
     """
-    settings = config.select or Select()
+    settings = config.select
+    seconds = seconds if settings.minutes is None else 60 * settings.minutes
     sample = _sample(config, run, data)
     if settings.measured_on == "probe":
         sample = _measured(sample, settings)
@@ -75,14 +97,16 @@ def select(config: Config, run: Run, data: FitData, on_step: OnStep) -> Selectio
     kept = run.path(FOLDER, f"{digest(config, data, decides)}.json")
     if storage.exists(kept):
         return Selection.from_tree(documents.decode(storage.read_bytes(kept), kept, documents.REDO), kept)
-    found = _select(config, run, data, settings, parts, on_step)
+    found = _select(config, run, data, parts, on_step, seconds)
     storage.put(kept, documents.encode(found))
     return found
 
 
-def _select(config: Config, run: Run, data: FitData, settings: Select, parts: Split, on_step: OnStep) -> Selection:
-    recipes = _recipes(config, settings, data)
-    fits = fit_folds(config, run, data, recipes, parts, on_step)
+def _select(config: Config, run: Run, data: FitData, parts: Split, on_step: OnStep, seconds: float) -> Selection:
+    settings, recipes = config.select, _recipes(config, config.select, data)
+    fits = _fits(config, run, data, recipes, parts, on_step, seconds)
+    left_out = tuple(str(recipe) for recipe in recipes if recipe not in fits)
+    recipes = list(fits)
     sides = {recipe: _sides(found, settings) for recipe, found in fits.items()}
     some = [measured for measured, _ in sides[recipes[0]]]
     columns, names = _columns(settings, some[0])
@@ -94,7 +118,19 @@ def _select(config: Config, run: Run, data: FitData, settings: Select, parts: Sp
     rows = _measure(config, sides, finalists(screened, columns, settings.finalists), known, FINAL, "orders", on_step)
     found = selection_of(rows, screened, names, columns, len(some[0].s), _ends(config, some))
     alike = _likeness(config, fits[recipes[0]])
-    return replace(found, measured_on=settings.measured_on, likeness=alike)
+    return replace(found, measured_on=settings.measured_on, likeness=alike, left_out=left_out)
+
+
+def _fits(
+    config: Config, run: Run, data: FitData, recipes: list[Recipe], parts: Split, on_step: OnStep, seconds: float
+) -> dict[Recipe, Fits]:
+    """The fits of the simplest recipe, and of others in order, as far as there is time."""
+    fits = {recipes[0]: fit_folds(config, run, data, recipes[0], parts, on_step)}
+    ends = time.monotonic() + seconds
+    for recipe in recipes[1:]:
+        with contextlib.suppress(OutOfTime):
+            fits[recipe] = fit_folds(config, run, data, recipe, parts, on_step, ends - time.monotonic())
+    return fits
 
 
 def _sample(config: Config, run: Run, data: FitData) -> PairArrays | None:
@@ -106,8 +142,7 @@ def _sample(config: Config, run: Run, data: FitData) -> PairArrays | None:
     columns = {"index": table["id"], "label": pa.nulls(count, pa.int32()), "old": table["old"], "new": table["new"]}
     columns |= {"side": table["side"]} if data.d_side is not None else {}
     codes, names = codes_of(table["label"])
-    fit = config.fit
-    recipe = Recipe(fit.loss, 0.0, fit.inner_width, fit.epochs, fit.transformation)
+    recipe = Recipe("alignment", 0.0, config.fit.inner_width, config.fit.epochs, "linear")  # any will do
     job = job_of(config, data, recipe)
     return replace(make_arrays(pa.table(columns), job), labels=codes if names else None)
 
@@ -184,7 +219,8 @@ def _check(settings: Select, data: FitData, sample: PairArrays | None) -> None:
             where="select.metrics",
         )
     wanting = [loss for loss in settings.losses if needs_labels(loss)]
-    if data.num_classes is None and wanting and len(wanting) == len(settings.losses):
+    alone = settings.transformations == ("fastfill",)
+    if data.num_classes is None and alone and wanting and len(wanting) == len(settings.losses):
         raise ConfigError(
             "every loss to choose from needs labels",
             expected="pairs.columns.label",
@@ -194,14 +230,22 @@ def _check(settings: Select, data: FitData, sample: PairArrays | None) -> None:
 
 
 def _recipes(config: Config, settings: Select, data: FitData) -> list[Recipe]:
-    kind = config.fit.transformation
-    losses = [loss for loss in settings.losses if loss in LOSSES[kind]] or [config.fit.loss]
-    losses = [loss for loss in losses if data.num_classes is not None or not needs_labels(loss)]
-    widths, epochs = settings.inner_widths or (config.fit.inner_width,), settings.epochs or (config.fit.epochs,)
-    return [
-        Recipe(loss, weight, width, count, kind)
+    """What is tried, in this order: the simplest first."""
+    fit, labelled = config.fit, data.num_classes is not None
+    found = [
+        Recipe("alignment", fit.lambda_disc, fit.inner_width, fit.epochs, kind)
+        for kind in ("linear", "residual")
+        if kind in settings.transformations
+    ]
+    if "fastfill" not in settings.transformations:
+        return found
+    losses = settings.losses if fit.loss == "auto" else (fit.loss,)
+    widths, epochs = settings.inner_widths or (fit.inner_width,), settings.epochs or (fit.epochs,)
+    return found + [
+        Recipe(loss, weight, width, count, "fastfill")
         for loss in losses
-        for weight in (settings.lambdas if needs_labels(loss) else (config.fit.lambda_disc,))
+        if labelled or not needs_labels(loss)
+        for weight in (settings.lambdas if needs_labels(loss) else (fit.lambda_disc,))
         for width, count in itertools.product(widths, epochs)
     ]
 
@@ -210,7 +254,10 @@ def _servings(config: Config, settings: Select, data: FitData) -> list[Serving]:
     kinds = [kind for kind in settings.offsets if kind != "confidence" or can_classify(data)]
     kinds = [kind for kind in kinds if kind == "none" or config.gallery.metric != "ip"] or ["none"]
     return [
-        Serving(kind, strength) for kind in kinds for strength in (settings.strengths if kind != "none" else (0.0,))
+        Serving(kind, strength, calibrate)
+        for kind in kinds
+        for strength in (settings.strengths if kind != "none" else (0.0,))
+        for calibrate in (True, False)
     ]
 
 
@@ -266,17 +313,24 @@ def _likeness(config: Config, fits: Fits) -> Likeness | None:
 
 
 def _ends(config: Config, folds: list[Fold]) -> dict[str, dict[str, float]]:
-    """old/old and new/new over the folds, as means; empty without labels."""
+    """old/old and new/new over the folds, as means: by labels, else how far they agree with new/new."""
     found: dict[str, list[dict[str, float]]] = {"old_old": [], "new_new": []}
     for fold in folds:
-        labels = fold.labels()
+        labels, metric = fold.labels(), config.gallery.metric
+        rows = np.arange(len(fold.s)) if labels is None else np.flatnonzero(labels != NO_LABEL)
+        sides = {"old_old": fold.pairs.old[rows], "new_new": fold.pairs.new[rows]}
         if labels is None:
-            return {}
-        rows = np.flatnonzero(labels != NO_LABEL)
-        for name, vectors in (("old_old", fold.pairs.old), ("new_new", fold.pairs.new)):
-            sides = (vectors[rows], vectors[rows], labels[rows], labels[rows])
-            found[name].append(evaluate(*sides, metric=config.gallery.metric, self_match=True).as_dict())
+            some = {name: among(side, side, rows, metric) for name, side in sides.items()}
+            figures = {name: {"recall10": recall(each, some["new_new"])} for name, each in some.items()}
+        else:
+            names = labels[rows]
+            figures = {
+                name: evaluate(side, side, names, names, metric=metric, self_match=True).as_dict()
+                for name, side in sides.items()
+            }
+        for name, each in figures.items():
+            found[name].append(each)
     return {
-        name: {metric: float(np.mean([item[metric] for item in some])) for metric in METRICS}
+        name: {metric: float(np.mean([item[metric] for item in some])) for metric in some[0]}
         for name, some in found.items()
     }

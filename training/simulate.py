@@ -1,9 +1,9 @@
 """Simulate the backfill of pairs that a fit has not seen: how they are served, the order, the curve.
 
-    a fold's z, s -> an offset and what policies know, of another fold -> served vectors, orders -> curves
+    a fold's z, s -> offset, calibration and what policies know, of another fold -> served vectors, orders -> curves
 
-Guarantee: offset and policies are fitted on other pairs than are measured; the same arrays and seed give the same
-curve. It does not know how the transformation was fitted.
+Guarantee: offset, calibration and policies are fitted on other pairs than are measured; the same arrays and seed give
+the same curve. It does not know how the transformation was fitted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline import offset as offsets
 from pipeline.agreement import agreement_curve
-from pipeline.calibration import Calibration
+from pipeline.calibration import Calibration, fit_calibration
 from pipeline.config import Config
 from pipeline.evaluate import METRICS, order_by_priority, random_order, simulate_curve
 from pipeline.policy import load_policy
@@ -48,8 +48,8 @@ def measure_fold(
     Args:
         config: `gallery.metric` and `seed` count.
         fold: gallery and queries at once.
-        other: pairs that offset and policies are fitted on.
-        serving: the offset.
+        other: pairs that offset, calibration and policies are fitted on.
+        serving: how vectors are served and ranked.
         policies: their names.
         detail: P points, and how many queries at most.
     """
@@ -62,7 +62,8 @@ def measure_fold(
             orders[name] = [random_order(ids, config.seed + seed) for seed in range(_RANDOM_SEEDS)]
         else:
             orders[name] = [order_by(load_policy(name, config.seed, reference)(scored), config.seed)]
-    return curves_of(config, served, fold, orders, detail)[1]
+    calibration = fit_calibration(others, other.pairs.new, config.gallery.metric, config.seed)
+    return curves_of(config, served, fold, orders, detail, calibration if serving.calibrate else None)[1]
 
 
 def _serve(config: Config, fold: Fold, other: Fold, serving: Serving) -> tuple[Float32, Float32]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from training.learning_curve import LearningCurve, learning_curve
+from training.learning_curve import LearningCurve
 
 
-def on_curve(best: float, gain: float, exponent: float, old: float = 0.0) -> LearningCurve:
+def on_curve(best: float, gain: float, exponent: float) -> LearningCurve:
     pairs = (200, 400, 600, 1000)
-    return LearningCurve(pairs, tuple(best - gain * count**-exponent for count in pairs), old)
+    return LearningCurve(pairs, tuple(best - gain * count**-exponent for count in pairs))
 
 
 @pytest.mark.parametrize("exponent", [0.25, 0.5, 1.0])
@@ -32,20 +32,4 @@ def test_pairs_for_a_target_that_takes_more_than_a_hundred_times_the_pairs_is_no
 
 
 def test_pairs_for_a_curve_that_falls_is_none() -> None:
-    assert LearningCurve((100, 200, 300), (30.0, 29.0, 28.0), 0.0).pairs_for(40.0) is None
-
-
-def test_learning_curve_of_five_folds_measures_one_two_three_and_all() -> None:
-    asked: list[int] = []
-
-    def quality_of(folds: int) -> float:
-        asked.append(folds)
-        return float(folds)
-
-    curve = learning_curve([10, 20, 30, 40, 50], quality_of, 7.0)
-    assert asked == [1, 2, 3, 5]
-    assert curve == LearningCurve((10, 30, 60, 150), (1.0, 2.0, 3.0, 5.0), 7.0)
-
-
-def test_learning_curve_of_one_fold_measures_it_once() -> None:
-    assert learning_curve([10], float, 0.0).pairs == (10,)
+    assert LearningCurve((100, 200, 300), (30.0, 29.0, 28.0)).pairs_for(40.0) is None
