@@ -14,7 +14,6 @@ from pipeline import uris
 
 LossMode = Literal["alignment", "alignment+uncertainty", "alignment+discriminative", "fastfill"]
 TransformationKind = Literal["linear", "residual", "fastfill"]
-Auto = Literal["auto"]
 Offset = Literal["none", "uncertainty", "confidence"]
 Measure = Literal["top1", "top5", "map", "recall10"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -97,8 +96,8 @@ class Fit(Section):
     distances.
     """
 
-    transformation: TransformationKind | Auto = "auto"
-    loss: LossMode | Auto = "auto"
+    transformation: Literal[TransformationKind, "auto"] = "auto"
+    loss: Literal[LossMode, "auto"] = "auto"
     classifier: Classifier | None = None
     calibrate: bool = True
     offset: Offset = "none"

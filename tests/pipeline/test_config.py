@@ -74,7 +74,7 @@ def test_pairs_that_come_from_nowhere_are_refused(pairs: dict[str, Any], said: s
 
 def test_the_smallest_config_is_enough_and_the_rest_has_defaults() -> None:
     config = validate(tree(), where="here")
-    assert config.fit.loss == "fastfill"
+    assert config.fit.transformation == config.fit.loss == config.plan.policy == "auto"
     assert config.plan.waves == "auto"
     assert config.telemetry.host == "127.0.0.1"
 

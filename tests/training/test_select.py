@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline import selection, storage
-from pipeline.config import Config, Select
+from pipeline.config import Config
 from pipeline.config_file import validate
 from pipeline.errors import ConfigError
 from pipeline.offset import Classifier, fit_offset
@@ -49,6 +49,7 @@ POLICIES = ("random", "uncertainty", "entropy", "learned")
 
 def config_of(folder: Path, **select_settings: object) -> Config:
     chosen = {"folds": 2, "lambdas": [0.1], "strengths": [0.5], "finalists": 2, "policies": POLICIES}
+    chosen |= {"transformations": ["fastfill"], "offsets": ["none", "uncertainty", "confidence"]}
     tree: dict[str, object] = {
         "run": str(folder / "run"),
         "device": "cpu",
@@ -80,7 +81,7 @@ def test_two_selections_are_the_same_and_a_kept_fit_is_not_made_again(
     second = select(config, run, data, silent)
     assert second.to_json() == first.to_json()
     assert {uri: storage.stat(uri).modified_seconds for uri in times} == times
-    assert [words for words in told if words[0] == "select: fits"][-1][1:] == (4, 4)
+    assert [words for words in told if words[0] == "select: fits of fastfill 0.1"][-1][1:] == (2, 2)
     monkeypatch.setattr(selecting, "_select", None)
     assert select(config, run, data, silent).to_json() == first.to_json()
     assert {row.policy for row in first.candidates} == set(POLICIES)
@@ -149,14 +150,14 @@ def test_the_probe_set_is_measured_in_place_of_pairs(tmp_path: Path, monkeypatch
     assert Selection.from_json(found.to_json()) == found
     recipe = Recipe("alignment+uncertainty", 1.0, config.fit.inner_width, config.fit.epochs)
     measured = selecting._sample(config, run, data)
-    parts = folds.split(config, data, config.select or Select(), measured)
+    parts = folds.split(config, data, config.select, measured)
     assert measured is not None
     assert not {row.tobytes() for row in parts.train(0, folds.job_of(config, data, RECIPE)).old} & {
         row.tobytes() for row in measured.old
     }, "pairs that are images of the sample are left out"
-    fits = folds.fit_folds(config, run, data, [recipe], parts, silent)[recipe]
+    fits = folds.fit_folds(config, run, data, recipe, parts, silent)
     assert fits.sample[0].pairs.new.tobytes() == vectors_from_arrow(sample["new"]).tobytes()
-    config_select = config.select or Select()
+    config_select = config.select
     shares = [
         np.flatnonzero(np.isin(mine.pairs.new[:, 0], share.pairs.new[:, 0]))
         for mine, (share, _) in zip(fits.sample, selecting._sides(fits, config_select), strict=True)
@@ -164,7 +165,8 @@ def test_the_probe_set_is_measured_in_place_of_pairs(tmp_path: Path, monkeypatch
     assert np.sort(np.concatenate(shares)).tolist() == list(range(201))
     for number, (held, mine) in enumerate(zip(fits.held, fits.sample, strict=True)):
         share = mine.take(shares[number])
-        curve = measure_fold(config, share, held, Serving("none", 0), ["uncertainty"], FINAL)["uncertainty"]
+        serving = Serving("none", 0, found.chosen.calibrate)
+        curve = measure_fold(config, share, held, serving, ["uncertainty"], FINAL)["uncertainty"]
         np.testing.assert_allclose(np.array([found.curves[name][number] for name in found.curves]).T, curve)
 
 
@@ -195,7 +197,7 @@ def test_of_a_partly_labelled_probe_set_the_labelled_images_are_measured(
     names = [name if row % 3 else None for row, name in enumerate(table["label"].to_pylist())]
     probed(monkeypatch, table.set_column(1, "label", pa.array(names)))
     sample = selecting._sample(config, Run(config.run), data)
-    found = selecting._measured(sample, config.select or Select())
+    found = selecting._measured(sample, config.select)
     assert len(found.old) == sum(name is not None for name in names)
     few = [name if row % 8 == 0 else None for row, name in enumerate(table["label"].to_pylist())]
     probed(monkeypatch, table.set_column(1, "label", pa.array(few)))
@@ -225,7 +227,7 @@ def test_a_pair_that_is_an_image_of_the_sample_is_left_out_though_its_embedding_
     storage.put(str(tmp_path / "pairs.parquet"), storage.parquet_bytes(table.schema, [table]))
     data = FitData([str(tmp_path / "pairs.parquet")], [], 900, None, width, D_NEW)
     config = config_of(tmp_path, measured_on="probe")
-    settings = config.select or Select()
+    settings = config.select
     sample = PairArrays(rounded, np.zeros((300, D_NEW), np.float32), None, None)
     parts = folds.split(config, data, settings, sample)
     assert parts.table["index"].to_pylist() == list(range(300, 900))
@@ -241,12 +243,14 @@ def test_a_pair_that_is_an_image_of_the_sample_is_left_out_though_its_embedding_
 
 
 def test_a_policy_that_nobody_selected_is_named_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[Selection | None] = [None, CHOSEN]
+    found: list[Selection | None] = [None, CHOSEN, None, CHOSEN]
     monkeypatch.setattr(selection, "read_selection", lambda run: found.pop(0))
     run = Run(str(tmp_path))
-    with pytest.raises(ConfigError, match=r"nothing was selected(.|\n)*say it in plan\.policy"):
+    with pytest.raises(ConfigError, match=r"nothing was selected(.|\n)*set plan\.policy to auto"):
         resolve_policy(run, "selected")
     assert resolve_policy(run, "selected") == "random"
+    assert resolve_policy(run, "auto") == "uncertainty"
+    assert resolve_policy(run, "auto") == "random"
     assert resolve_policy(run, "margin") == "margin"
 
 
@@ -296,7 +300,7 @@ def test_a_fold_is_scored_with_the_classifier_that_has_not_seen_it(tmp_path: Pat
     mine, foreign = (Classifier(rng.normal(size=(3, D_NEW)).astype(np.float32), None) for _ in range(2))
     s, config = np.zeros(120, np.float32), config_of(tmp_path)
     fold, detail = Fold(pairs, z, s, mine), Detail(5, 100)
-    serving = Serving("confidence", 0.5)
+    serving = Serving("confidence", 0.5, calibrate=False)
 
     def curve(classifier: Classifier) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
         other = Fold(pairs, z, s, mine)
@@ -357,3 +361,62 @@ def _parts(data: FitData) -> folds.Split:
     tables = [storage.read_parquet(uri) for uri in [*data.train_parts, *data.held_out_parts]]
     table = pa.concat_tables(tables).sort_by("index")
     return folds.Split(table, np.arange(table.num_rows) % 2, None)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_select_with_no_time_left_takes_the_simplest_and_names_what_it_left_out(tmp_path: Path) -> None:
+    data = _data(tmp_path)
+    settings = {"transformations": ["linear", "residual", "fastfill"], "losses": ["fastfill"], "offsets": ["none"]}
+    config = config_of(tmp_path, **settings, policies=["random"], minutes=1e-9)
+    found = select(config, Run(config.run), data, silent)
+    assert found.chosen.transformation == "linear"
+    assert found.left_out == ("residual", "fastfill 0.1")
+    assert "Not tried, for want of time: residual, fastfill 0.1" in selection.describe(found)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_select_on_pairs_of_a_linear_map_takes_linear_though_others_were_tried(tmp_path: Path) -> None:
+    data = _data(tmp_path)  # new is linear in old, with noise
+    settings = {"transformations": ["linear", "residual"], "offsets": ["none"], "minutes": 5.0}
+    config = config_of(tmp_path, **settings, policies=["random"])
+    found = select(config, Run(config.run), data, silent)
+    assert found.chosen.transformation == "linear"
+    assert {row.transformation for row in found.screened} == {"linear", "residual"}
+    assert found.left_out == ()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_fits_that_take_longer_than_they_are_given_are_stopped(tmp_path: Path) -> None:
+    data = _data(tmp_path)
+    config = config_of(tmp_path)
+    config = config.model_copy(update={"fit": config.fit.model_copy(update={"epochs": 10**6})})
+    recipe = Recipe("fastfill", 0.1, 16, 10**6)
+    parts = folds.split(config, data, config.select, None)
+    with pytest.raises(folds.OutOfTime):
+        folds.fit_folds(config, Run(config.run), data, recipe, parts, silent, seconds=1.0)
+    assert not storage.list_files(Run(config.run).path(FOLDER))
+
+
+def curves_of_selection(top1: list[float], old: float) -> Selection:
+    points = tuple(np.linspace(0, 1, len(top1)).tolist())
+    return replace(CHOSEN, ends={"old_old": {"top1": old}}, fractions=points, curves={"top1": [top1, top1]})
+
+
+@pytest.mark.parametrize(
+    ("top1", "fraction"),
+    [
+        ([50.0, 55.0, 60.0], 0.0),
+        ([30.0, 45.0, 60.0], 0.5),
+        ([30.0, 35.0, 60.0], 1.0),
+        ([45.0, 35.0, 60.0], 1.0),
+        ([30.0, 35.0, 39.0], None),
+    ],
+)
+def test_passes_old_is_the_fraction_from_which_on_the_curve_reaches_the_old_model(
+    top1: list[float], fraction: float | None
+) -> None:
+    assert curves_of_selection(top1, 40.0).passes_old() == fraction
+
+
+def test_passes_old_of_a_selection_that_measured_no_old_model_is_none() -> None:
+    assert replace(curves_of_selection([50.0, 60.0], 0.0), ends={}).passes_old() is None
