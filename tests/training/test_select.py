@@ -376,13 +376,27 @@ def test_select_with_no_time_left_takes_the_simplest_and_names_what_it_left_out(
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_select_on_pairs_of_a_linear_map_takes_linear_though_others_were_tried(tmp_path: Path) -> None:
-    data = _data(tmp_path)  # new is linear in old, with noise
-    settings = {"transformations": ["linear", "residual"], "offsets": ["none"], "minutes": 5.0}
+    data = linear_data(tmp_path)
+    settings = {"transformations": ["linear", "residual"], "offsets": ["none"], "minutes": 5.0, "folds": 3}
     config = config_of(tmp_path, **settings, policies=["random"])
     found = select(config, Run(config.run), data, silent)
     assert found.chosen.transformation == "linear"
     assert {row.transformation for row in found.screened} == {"linear", "residual"}
     assert found.left_out == ()
+
+
+def linear_data(folder: Path, num: int = 600) -> FitData:
+    """Pairs whose new embedding is a rotation of the old one, and noise."""
+    rng = np.random.default_rng(0)
+    old = rng.normal(size=(num, D_NEW)).astype(np.float32)
+    turn = np.linalg.qr(rng.normal(size=(D_NEW, D_NEW)))[0]
+    new = (old @ turn + 0.1 * rng.normal(size=old.shape)).astype(np.float32)
+    columns = {"old": vectors_to_arrow(old), "new": vectors_to_arrow(new)}
+    table = pa.table({"index": np.arange(num), "label": pa.nulls(num, pa.int32())} | columns)
+    parts = [str(folder / "pairs" / f"part-{part}.parquet") for part in range(2)]
+    for uri, rows in zip(parts, (table.slice(0, num - 60), table.slice(num - 60)), strict=True):
+        storage.put(uri, storage.parquet_bytes(rows.schema, [rows]))
+    return FitData(parts[:1], parts[1:], num - 60, None, D_NEW, D_NEW)
 
 
 @pytest.mark.usefixtures("ray_cluster")
