@@ -47,6 +47,7 @@ REACHED, WITHIN = 95, 0.15
 RECIPES: dict[str, dict[str, object]] = {
     "published": PUBLISHED | {"fit.loss": "fastfill"},
     "selected": {
+        "fit.transformation": "fastfill",
         "fit.loss": "fastfill",
         "fit.lambda_disc": 0.1,
         "fit.inner_width": 512,

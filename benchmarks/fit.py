@@ -72,6 +72,7 @@ def configure(arguments: argparse.Namespace, pairs: Path, run: str, settings: di
         "pairs.columns.image": "null",
         "pairs.columns.old_embedding": "old_embedding",
         "pairs.columns.new_embedding": "new_embedding",
+        "fit.transformation": "fastfill",
         "fit.loss": "fastfill",
         **settings,
     }

@@ -52,12 +52,14 @@ from training.simulate import Detail
 
 LOSSES = ("alignment", "alignment+uncertainty", "alignment+discriminative", "fastfill")
 PUBLISHED: dict[str, object] = {
+    "fit.transformation": "fastfill",
     "fit.inner_width": 2048,
     "fit.weight_decay": 2.0**-15,
     "fit.precision": "auto",
     "fit.epochs": 40,
 }
-QUICK: dict[str, object] = {"fit.inner_width": 512, "fit.epochs": 20, "fit.precision": "auto"}
+_NO_LIMIT = 1e6  # minutes: every recipe is tried
+QUICK: dict[str, object] = {"fit.transformation": "fastfill", "fit.inner_width": 512, "fit.epochs": 20, "fit.precision": "auto"}
 COARSE = Detail(12, 2500)
 """With other encoders than the given ones: few epochs, points and queries, as many tables are to be made."""
 
@@ -96,7 +98,9 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], Selection]:
         config = configure(arguments, pairs, str(kept / "run"), settings)
         run, data = prepare(config)
         images = images_of(config, data, gallery)
-        selecting = config.model_copy(update={"select": Select() if case.given else Select(max_measured=2500)})
+        fit = config.fit.model_copy(update={"transformation": "auto", "loss": "auto"})
+        measured = {} if case.given else {"max_measured": 2500}
+        selecting = config.model_copy(update={"fit": fit, "select": Select(minutes=_NO_LIMIT, **measured)})
         selection = _selected(selecting, run, data, kept / f"selection-{digest(selecting.fit.model_dump(mode='json'))}")
     chosen = config.model_copy(update={"fit": settings_of(selection, config.fit)})
     old = evaluate(gallery.old, gallery.old, gallery.labels, gallery.labels, self_match=True)

@@ -110,7 +110,7 @@ def part_of_cifar(folder: Path, data: Path, num_gallery: int, num_pairs: int) ->
     return (
         f"gallery.manifest={folder / 'test.parquet'}",
         f"pairs.manifest={folder / 'train.parquet'}",
-        "fit.epochs=2",
+        "fit.transformation=linear",
     )
 
 

@@ -53,7 +53,7 @@ def settings(folder: Path, waves: int, images: int) -> config.Config:
         "data_root": CIFAR,
         "gallery.manifest": gallery,
         "pairs.manifest": CIFAR / "test.parquet",
-        "fit.epochs": 1,
+        "fit.transformation": "linear",
         "fit.warmup_epochs": 0,
         "plan.waves": waves,
         "plan.unit_images": UNIT_IMAGES,

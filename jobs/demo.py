@@ -45,7 +45,6 @@ gallery:
 pairs:
   manifest: training.parquet
   columns: {{id: name, image: image, label: digit}}
-fit: {{loss: alignment+uncertainty, inner_width: 256, epochs: 150, batch_size: 64, lr: 1.0e-3}}
 plan: {{waves: 8, unit_images: 64}}
 index: {{factory: Flat, shards: 2}}
 """

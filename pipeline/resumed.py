@@ -16,6 +16,9 @@ from pipeline.run import Run, read_settings
 _SECTIONS = ("fit", "plan")
 """Whose defaults are others than they were."""
 
+_DEPENDENT = {"transformation": ("loss", "epochs"), "steps": ("epochs",)}
+"""Settings that mean nothing beside a value of these that the run was not started with."""
+
 
 def as_started(config: Config) -> Config:
     """The config with the values that its run was started with, for settings that runs did not have at first.
@@ -46,6 +49,9 @@ def _with_started(section: Section, started: dict[str, Any]) -> Section:
     """A section with the run's own value of each setting that the config does not give."""
     given = {name: getattr(section, name) for name in section.model_fields_set}
     known = {name: value for name, value in started.items() if name in type(section).model_fields}
+    for name in _DEPENDENT:
+        if name in given:  # another kind of fit: its own defaults count
+            known = {key: value for key, value in known.items() if key not in _DEPENDENT[name]}
     return type(section).model_validate(known | given)
 
 

@@ -29,7 +29,7 @@ def settings(run: str, data: Path, train: Path | str, **others: str) -> list[str
         "device": "cpu",
         "pairs.manifest": str(train),
         "gallery.columns.group": "null",
-        "fit.epochs": "5",
+        "fit.transformation": "linear",
         "plan.waves": str(WAVES),
         "evaluate.max_images": "1",
         **others,

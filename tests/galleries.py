@@ -74,7 +74,7 @@ def write_config(folder: Path, **changes: Any) -> str:
             "manifest": "training.parquet",
             "columns": {"id": "name", "image": "image", "label": "digit"},
         },
-        "fit": {"loss": "alignment+uncertainty", "inner_width": 32, "epochs": 8, "batch_size": 64, "lr": 5e-3},
+        "fit": {"transformation": "linear"},
         "plan": {"waves": 5, "unit_images": 32},
         "backfill": {"batch_size": 16, "max_actors": 1},
         "index": {"factory": "Flat", "shards": 3},

@@ -17,7 +17,12 @@ from tests.faulty_proxy import FaultyProxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-LONG_FIT = ("fit.epochs=150", "fit.max_failures=0")  # most of a minute; the first failure that counts would end it
+LONG_FIT = (
+    "fit.transformation=fastfill",
+    "fit.inner_width=512",
+    "fit.epochs=150",
+    "fit.max_failures=0",
+)  # most of a minute; the first failure that counts would end it
 
 
 @pytest.fixture(scope="module")

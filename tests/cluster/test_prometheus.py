@@ -40,6 +40,7 @@ MARK = "FASTFILL_TEST_SCENE"
 SETTINGS: dict[str, Any] = {
     "encoders.new.export": "null",
     "encoders.new.function": "tests.own_functions:slow_encoder",
+    "fit.transformation": "fastfill",
     "fit.epochs": 60,
     "plan.unit_images": 8,
     "backfill.batch_size": 8,

@@ -101,7 +101,7 @@ def _tree(home: Path) -> dict[str, Any]:
         "encoders": {"new": encoder},
         "gallery": {"manifest": "gallery.parquet", "columns": {**columns, "uri": "uri", "label": "digit"}},
         "pairs": {"manifest": "pairs.parquet", "columns": {**columns, "new_embedding": "new"}} | sampled,
-        "fit": {"loss": "alignment", "batch_size": 8},
+        "fit": {"transformation": "linear"},
         "plan": {"waves": [1 / WAVES] * WAVES, "unit_images": 8},
         "backfill": {"batch_size": 8, "max_actors": 1},
         "index": {"factory": "Flat", "shards": 2},

@@ -63,7 +63,14 @@ def write_sound_config(folder: Path, **changes: Any) -> str:
         "old": {"export": "old.pt2", "dim": OLD_DIM, "preprocess": PREPROCESS},
         "new": {"export": "new.pt2", "dim": NEW_DIM, "preprocess": PREPROCESS},
     }
-    fit = {"loss": "alignment+uncertainty", "inner_width": 64, "epochs": 30, "batch_size": 64, "lr": 5e-3}
+    fit = {
+        "transformation": "fastfill",
+        "loss": "alignment+uncertainty",
+        "inner_width": 64,
+        "epochs": 30,
+        "batch_size": 64,
+        "lr": 5e-3,
+    }
     return write_config(folder, encoders=encoders, fit=fit, **changes)
 
 

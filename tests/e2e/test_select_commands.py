@@ -19,7 +19,7 @@ from tests.galleries import write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
-SELECT = {"folds": 2, "lambdas": [0.1], "strengths": [0.5], "finalists": 1, "max_measured": 100}
+SELECT = {"folds": 2, "transformations": ["linear", "fastfill"], "lambdas": [0.1], "finalists": 1, "max_measured": 100}
 
 
 def fastfill(*arguments: str) -> Result:
@@ -38,14 +38,14 @@ def test_what_was_selected_by_a_labelled_sample_is_planned_backfilled_and_report
         gallery__columns={"id": "name", "image": "image"},
         probe={"manifest": "sample.parquet", "columns": {"id": "name", "label": "digit"}},
         select=SELECT | {"measured_on": "probe"},
-        plan__policy="selected",
+        fit={"inner_width": 32, "epochs": 8, "batch_size": 64, "lr": 5e-3},
     )
     shown = " ".join(fastfill("fit", "--config", path).stderr.split())
     run = Run(load_config(path).run)
     found = read_selection(run)
     assert found is not None
     assert "on the probe set, 2 folds" in shown
-    assert f"{len(found.candidates)} candidates by the area of" in shown
+    assert "Chosen: " in shown
     assert f"in the order {found.chosen.policy}" in shown
     fastfill("plan", "--config", path, "--measure", "0")
     plan = read_plan(run)

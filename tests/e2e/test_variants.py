@@ -65,7 +65,7 @@ def cosine_with_side_and_torchvision(folder: Path, make_run: Callable[..., str])
         gallery__metric="cosine",
         gallery__columns__side="side",
         pairs__columns__side="side",
-        fit__epochs=2,
+        fit={"transformation": "fastfill", "inner_width": 32, "epochs": 2, "batch_size": 64},
         **FAST,
     )
     with_side(folder)

@@ -26,7 +26,7 @@ COMMANDS = {
         *("--to", "--suffix", "--uri-column", "--key-column", "--stat", "--hash", "--replace", "--no-ray"),
         *("--config", "--print-config", "--json", "--help", "-h"),
     },
-    "fit": SHARED | {"--select"},
+    "fit": SHARED,
     "plan": SHARED | {"--measure"},
     "backfill": SHARED | {"--retry-rejects", "--new-run", "--stop-when"},
     "status": SHARED,

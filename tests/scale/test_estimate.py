@@ -34,7 +34,7 @@ def fastfill(command: str, settings: list[str], *words: str) -> str:
 def test_the_estimate_of_the_time_is_within_a_quarter_of_the_real_run(cifar100: Path, tmp_path: Path) -> None:
     """Real: from commit 0, after which the first image is asked for, to the last durable part."""
     settings = [f"run={tmp_path / 'run'}", f"data_root={cifar100}", "pairs.manifest=test.parquet"]
-    settings += ["fit.epochs=1", "fit.warmup_epochs=0", "evaluate.max_images=1"]
+    settings += ["fit.transformation=linear", "evaluate.max_images=1"]
     estimated = json.loads(fastfill("plan", settings, "--json"))["estimate"]["seconds"]
     fastfill("backfill", settings)
     run = Run(str(tmp_path / "run"))
