@@ -59,7 +59,12 @@ PUBLISHED: dict[str, object] = {
     "fit.epochs": 40,
 }
 _NO_LIMIT = 1e6  # minutes: every recipe is tried
-QUICK: dict[str, object] = {"fit.transformation": "fastfill", "fit.inner_width": 512, "fit.epochs": 20, "fit.precision": "auto"}
+QUICK: dict[str, object] = {
+    "fit.transformation": "fastfill",
+    "fit.inner_width": 512,
+    "fit.epochs": 20,
+    "fit.precision": "auto",
+}
 COARSE = Detail(12, 2500)
 """With other encoders than the given ones: few epochs, points and queries, as many tables are to be made."""
 
@@ -99,8 +104,8 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], Selection]:
         run, data = prepare(config)
         images = images_of(config, data, gallery)
         fit = config.fit.model_copy(update={"transformation": "auto", "loss": "auto"})
-        measured = {} if case.given else {"max_measured": 2500}
-        selecting = config.model_copy(update={"fit": fit, "select": Select(minutes=_NO_LIMIT, **measured)})
+        choice = Select(minutes=_NO_LIMIT, max_measured=5000 if case.given else 2500)
+        selecting = config.model_copy(update={"fit": fit, "select": choice})
         selection = _selected(selecting, run, data, kept / f"selection-{digest(selecting.fit.model_dump(mode='json'))}")
     chosen = config.model_copy(update={"fit": settings_of(selection, config.fit)})
     old = evaluate(gallery.old, gallery.old, gallery.labels, gallery.labels, self_match=True)

@@ -139,8 +139,9 @@ class Fit(Section):
     @property
     def mode(self) -> LossMode:
         """The loss, once it is resolved."""
-        assert self.loss != "auto", "`resolved` comes first"
-        return self.loss
+        loss = self.resolved(labelled=False).loss if self.kind != "fastfill" else self.loss
+        assert loss != "auto", "whether there are labels decides: `resolved` comes first"
+        return loss
 
     @property
     def num_epochs(self) -> int:

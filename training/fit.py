@@ -21,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 import ray.train
@@ -40,27 +39,22 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import calibration as calibrations
-from pipeline import offset as offsets
-from pipeline import reference, selection, storage
+from pipeline import selection, storage
 from pipeline.actors import may_grow
-from pipeline.calibration import fit_calibration
 from pipeline.config import Config, Fit
 from pipeline.errors import ConfigError, DataError, SnapshotConflict
 from pipeline.networks import LinearTransformation, Transformation
-from pipeline.offset import Classifier, Offset
+from pipeline.offset import Classifier
 from pipeline.run import Run, check_settings_of, fix_settings, stage_settings
-from pipeline.schema import Float32
 from pipeline.transformation import TransformationInfo, has_transformation, read_info, save_transformation
 from training.attempts import fit_to_the_end, no_failure_but_announced_ones
 from training.candidates import settings_of
 from training.folds import FOLDER, OnStep
-from training.knowledge import reference_of
-from training.learner import Epoch, FitData, Job, Learner, PairArrays, can_classify, columns_of, cut, make_arrays
+from training.learner import Epoch, FitData, Job, Learner, can_classify, columns_of, cut, make_arrays
 from training.linear_fit import fit_linear
-from training.linear_parts import out_of_fold_pairs, over_parts
+from training.linear_parts import over_parts
 from training.losses import needs_classifier, needs_labels
-from training.measure import measure, pairs_to_pass_old, transform
+from training.outcome import describe
 from training.select import LEAST_SECONDS, select
 
 Fitted = tuple[Transformation, Classifier | None]
@@ -69,7 +63,6 @@ Fitted = tuple[Transformation, Classifier | None]
 _LOG = logging.getLogger(__name__)
 _STATE = "state.pt"
 _READ_CPUS = 0.25
-_CALIBRATED = 5000  # pairs
 _LEAST_PAIRS = 3  # of a worker: a batch of two, and one that is watched
 _POLL_SECONDS = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 _START_SECONDS = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -117,38 +110,11 @@ def fit(
     classify = chosen is not None and can_classify(data)
     job = _with_linear(replace(make_job(config, data), classify=classify), on_step)
     network, classifier = _train(config, run, job, on_epoch)
-    held_out = pa.concat_tables([storage.read_parquet(uri) for uri in data.held_out_parts])
-    pairs = make_arrays(held_out, job)
-    held_out = held_out.select([name for name in held_out.column_names if name in ("index", "group")])
-    z, s = transform(config, network, pairs)
-    offset = None if config.fit.offset == "none" else _offset(config, classifier, z, s, pairs)
-    served = z if offset is None else offset.apply(z, s)
-    info = measure(config, job, pairs, served, s)
-    if job.linear is not None and not info.better_than_old:
-        more = pairs_to_pass_old(pairs, job.linear, job.normalize, config.gallery.metric)
-        info = replace(info, pairs_to_pass_old=more)
-    given = None if data.classifier is None else Classifier(*data.classifier)
-    known = reference_of(config, held_out, pairs, z, s, served, classifier or given, data.label_names)
+    info, parts = describe(config, job, network, classifier)
     fix_settings(run, "fit", settings)
-    parts = {reference.PART: known.to_bytes()}
-    parts |= {} if offset is None else {offsets.PART: offset.to_bytes()}
-    calibration = fit_calibration(*_unseen(job, pairs, served), config.gallery.metric, config.seed)
-    parts |= {calibrations.PART: calibration.to_bytes()} if calibration is not None and config.fit.calibrate else {}
     parts |= {} if chosen is None else {selection.PART: chosen.to_json().encode()}
     _save(run, network, info, parts)
     return read_info(run)
-
-
-def _unseen(job: Job, pairs: PairArrays, served: Float32) -> tuple[Float32, Float32]:
-    """Transformed vectors (N, d_new) of pairs that the map has not seen, as they are served, and their new embeddings.
-
-    These are the held-out pairs; and of a linear map as it is, training pairs by the maps of the other folds: the top
-    of a ranking takes many distances.
-    """
-    if job.fit.kind != "linear" or job.fit.offset != "none" or job.linear is None:
-        return served, pairs.new
-    z, new = out_of_fold_pairs(job, job.linear, _CALIBRATED)
-    return np.concatenate([served, z]), np.concatenate([pairs.new, new])
 
 
 def _save(run: Run, network: Transformation, info: TransformationInfo, parts: dict[str, bytes]) -> None:
@@ -234,12 +200,6 @@ def _train(config: Config, run: Run, job: Job, on_epoch: Callable[[Epoch], None]
         return network, None
     weight, bias = state["classifier"]
     return network, Classifier(weight.numpy(), None if bias is None else bias.numpy())
-
-
-def _offset(config: Config, classifier: Classifier | None, z: Float32, s: Float32, pairs: PairArrays) -> Offset:
-    kind, strength = config.fit.offset, config.fit.offset_strength
-    assert kind != "none", "nothing to fit"
-    return offsets.fit_offset(kind, strength, z, s, pairs.new, classifier, config.gallery.metric)
 
 
 def _worker(config: dict[str, Job]) -> None:

@@ -57,7 +57,7 @@ def test_a_sound_config_passes_with_images_and_with_embeddings(check: Check) -> 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"plan__policy": "selected", "select": {}}, {"plan__policy": "entropy", "fit__offset": "confidence"}],
+    [{"plan__policy": "selected", "fit": {}}, {"plan__policy": "entropy", "fit__offset": "confidence"}],
 )
 def test_an_order_for_which_the_fit_will_leave_what_it_needs_passes(check: Check, changes: dict[str, Any]) -> None:
     check(**changes)
@@ -98,8 +98,12 @@ def test_an_order_for_which_the_fit_will_leave_what_it_needs_passes(check: Check
             ConfigError,
             "nothing is selected(.|\n)*where: plan.policy: selected",
         ),
-        ({"select": {"measured_on": "probe"}, "probe__images": 0}, ConfigError, "at least 300 images(.|\n)*found: 0"),
-        ({"select": {"measured_on": "probe"}}, ConfigError, "too small to choose by(.|\n)*found: 200"),
+        (
+            {"fit": {}, "select": {"measured_on": "probe"}, "probe__images": 0},
+            ConfigError,
+            "at least 300 images(.|\n)*found: 0",
+        ),
+        ({"fit": {}, "select": {"measured_on": "probe"}}, ConfigError, "too small to choose by(.|\n)*found: 200"),
         ({"plan__policy": "no_such_module:order"}, ConfigError, "the policy's function cannot be found"),
     ],
 )

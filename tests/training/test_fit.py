@@ -38,7 +38,9 @@ MODES: list[LossMode] = ["alignment", "alignment+uncertainty", "alignment+discri
 
 
 def _config(folder: Path, metric: str = "l2", **fit_settings: object) -> Config:
-    small = {"inner_width": 32, "epochs": 6, "batch_size": 64, "warmup_epochs": 2, "lr": 5e-3}
+    small: dict[str, object] = {"inner_width": 32, "epochs": 6, "batch_size": 64, "warmup_epochs": 2, "lr": 5e-3}
+    if "transformation" not in fit_settings:
+        small |= {"transformation": "fastfill", "loss": "fastfill"}
     tree: dict[str, object] = {
         "run": str(folder / "run"),
         "device": "cpu",
@@ -330,7 +332,14 @@ def test_killed_workers_and_a_second_start_change_nothing(tmp_path: Path) -> Non
 def test_two_workers_fit_as_well_as_one(tmp_path: Path) -> None:
     """Within half a point of area, and within a tenth of the alignment error."""
     data = _data(tmp_path, num=12_000, hard=True)
-    settings = {"loss": "alignment+uncertainty", "inner_width": 64, "epochs": 16, "batch_size": 512, "lr": 2e-3}
+    settings = {
+        "transformation": "fastfill",
+        "loss": "alignment+uncertainty",
+        "inner_width": 64,
+        "epochs": 16,
+        "batch_size": 512,
+        "lr": 2e-3,
+    }
     held_out = _read(data.held_out_parts, make_job(_config(tmp_path, **settings), data))
     alone_job = make_job(_config(tmp_path, **settings), data)
     alone = _fit_here(alone_job)  # what one worker of Ray Train gives to the bit: see the test above
