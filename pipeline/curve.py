@@ -39,6 +39,7 @@ from pipeline.points import SLOTS
 from pipeline.ranking import Float64, Progress
 from pipeline.run import Run
 from pipeline.schema import Int64
+from pipeline.selection import resolve_policy
 from pipeline.vector_log import part_files
 
 Json = dict[str, object]
@@ -60,6 +61,8 @@ def curve(config: Config, run: Run, *, published: bool = True, on_progress: Prog
     Raises:
         DataError: the gallery has no labels, or images are neither embedded nor rejected yet.
     """
+    plan = config.plan.model_copy(update={"policy": resolve_policy(run, config.plan.policy)})
+    config = config.model_copy(update={"plan": plan})
     key = _cache_key(config, run, published)
     stored = _read(run)
     if stored is not None and stored["key"] == key:

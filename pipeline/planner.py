@@ -243,10 +243,12 @@ def cut_wave(run: Run, num_parts: int, wave: Wave, groups: range, unit_images: i
 
 
 def _describe(config: Config, run: Run, counts: list[int], rejected: int, waves: list[Wave], found: Digits) -> Plan:
+    from pipeline.selection import resolve_policy
+
     with storage.open_parquet(run.transformed_part(0)) as file:
         dim = file.schema_arrow.field("vector").type.list_size
     plan = Plan(
-        policy=config.plan.policy,
+        policy=resolve_policy(run, config.plan.policy),
         seed=config.seed,
         num_gallery=sum(counts),
         num_parts=len(counts),

@@ -120,7 +120,7 @@ def collect(config: Config, run: Run) -> ReportData:
     return ReportData(
         run=run.uri,
         created=moment(time.time()),
-        policy=config.plan.policy,
+        policy=config.plan.policy if plan is None else plan.policy,
         progress=None if progress is None else asdict(progress),
         prod=prod.commit if prod else None,
         commits=commits,
