@@ -1,8 +1,8 @@
 """What a snapshot of the index consists of: the commit file, its content, its checks, its JSON.
 
-Commit n names every segment of the snapshot in which the waves up to n are embedded and the others transformed. A segment
-holds one kind: images of an embedded wave that were rejected are in a transformed segment of their own. Segments of
-earlier versions hold these images beside the embedded ones, and are read.
+Commit n names every segment of the snapshot in which the waves up to n are embedded and the others transformed. A
+segment holds one kind: images of an embedded wave that were rejected are in a transformed segment of their own. Segments
+of earlier versions hold these images beside the embedded ones, and are read.
 Guarantee: what is written and what is read back names exactly one segment per (shard, wave), and one more for rejects,
 and its counts add up. Knows nothing of tags and writers (`snapshot`), nor of what is inside a segment (`index`).
 """
