@@ -235,6 +235,7 @@ def _as_of_now(tree: dict[str, Any]) -> None:
     tree.setdefault("allow_outside", True)
     if isinstance(tree.get("fit"), dict):
         tree["fit"].setdefault("transformation", "fastfill")
+        tree["fit"].setdefault("calibrate", False)
     if isinstance(tree.get("pairs"), dict):
         tree["pairs"].setdefault("from_gallery", "auto")
     encoders = tree.get("encoders")
@@ -374,6 +375,7 @@ def _made_with(run: Run, stage: Stage) -> Identity | None:
     made_with = documents.decode(found[0], run.path(stage.settings), _RESTORE)
     if "fit.lr" in made_with:
         made_with.setdefault("fit.transformation", "fastfill")
+        made_with.setdefault("fit.calibrate", False)
     return {key: value for key, value in made_with.items() if not _is_gone(key, value)}
 
 

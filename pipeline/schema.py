@@ -1,7 +1,8 @@
 """Column names, Arrow schemas and the format version of every file in a run.
 
 Waves count from 1 to W: commit w is the snapshot in which the waves up to w are embedded, commit 0 the one in
-which everything is transformed, but for wave 0: images that were embedded for the fit, if there are some. Units count from 0 inside their wave, shards from 0 to S-1.
+which everything is transformed, but for wave 0: images that were embedded for the fit, if there are some. Units count
+from 0 inside their wave, shards from 0 to S-1.
 """
 
 from __future__ import annotations

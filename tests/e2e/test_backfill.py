@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 
 from jobs.cli import main
 from pipeline import documents, snapshot, storage, vector_log
+from pipeline.calibration import Calibration
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.encoders import load_encoder
@@ -87,16 +88,33 @@ def test_last_snapshot_answers_as_one_faiss_index_of_a_plain_reembedding(finishe
     np.testing.assert_array_equal(result.ids[apart], ids[:, :10][apart])
 
 
+def by_kind(
+    codebook: Any, nprobe: int, vectors: Any, ids: Any, embedded: Any, queries: Any, calibration: Calibration
+) -> tuple[Any, Any]:
+    """The 10 nearest of a mixed gallery: one FAISS index per kind, the transformed distances mapped, both sorted."""
+    found = []
+    for kind, rows in (("embedded", embedded), ("transformed", ~embedded)):
+        plain = faiss.clone_index(codebook)
+        plain.add_with_ids(vectors[rows], ids[rows])
+        plain.nprobe = nprobe
+        distances, mine = plain.search(queries, 10)
+        distances = np.where(mine < 0, np.inf, distances).astype(np.float32)
+        found.append((distances if kind == "embedded" else calibration.apply(distances), mine))
+    distances, both = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+    order = np.argsort(distances, axis=1, kind="stable")[:, :10]
+    return np.take_along_axis(distances, order, axis=1), np.take_along_axis(both, order, axis=1)
+
+
 def test_every_snapshot_answers_as_a_search_over_its_logical_state(finished: Config) -> None:
     run = Run(finished.run)
     gallery = load_gallery(run)
     codebook = faiss.read_index(run.path(snapshot.read_commit(run, 0).codebook_path))
+    calibration = snapshot.read_commit(run, 0).calibration
+    assert calibration is not None
     queries = gallery.embedded[::7]
     for number in snapshot.list_commits(run):
-        plain = faiss.clone_index(codebook)
-        plain.add_with_ids(logical_state(finished, gallery, number), gallery.ids)
-        plain.nprobe = finished.index.nprobe
-        distances, ids = plain.search(queries, 10)
+        state, embedded = logical_state(finished, gallery, number), gallery.wave <= number
+        distances, ids = by_kind(codebook, finished.index.nprobe, state, gallery.ids, embedded, queries, calibration)
         with Searcher(finished.run, commit=number) as searcher:
             result = searcher.search(queries, 10)
         assert result.commit == number
@@ -228,7 +246,7 @@ def test_status_and_curve_and_search_speak_the_documented_json(finished: Config)
     path = str(Path(finished.run).parent / "run.yaml")
     status = read_json("status", "--config", path)
     assert list(status) == [
-        "run", "gallery", "embedded", "durable", "published", "rejected", "wave", "waves", "fraction",
+        "run", "gallery", "embedded", "durable", "published", "from_pairs", "rejected", "wave", "waves", "fraction",
         "images_per_second", "eta_seconds", "commit", "prod", "quality", "refused", "stopped",
         "quality_commit", "prod_quality", "pinned",
     ]  # fmt: skip
