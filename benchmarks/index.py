@@ -9,7 +9,8 @@ from the plan and the vector log, over Ray. FAISS has one thread in this process
                                         hash and write segments and sidecars; over one add_with_ids from memory with as
                                         many threads, alone and with the write_index that makes it a file
     search    the snapshot in which half of the waves are embedded: `Searcher.search` as it is by default, and with
-              the segments as mapped files, over `search` of one index with the same vectors, codebook and nprobe
+              the segments as mapped files, over `search` of one index with the same vectors, codebook and nprobe.
+              The run has a calibration that changes no distance, so that the answers are those of one index
     bytes     all that the 20 waves added under index/, over the shards as 8 files, rewritten 20 times
     move      `Searcher.refresh` when `prod` has moved by one commit: open and check 8 segments, gather 160
 
@@ -34,7 +35,8 @@ import pyarrow as pa
 
 from benchmarks.measure import Spread, header, interleave, memory, ratio, table
 from jobs.options import start_ray
-from pipeline import planner, snapshot, storage, vector_log
+from pipeline import calibration, planner, snapshot, storage, vector_log
+from pipeline.calibration import Calibration
 from pipeline.codebook import set_threads
 from pipeline.config import Config
 from pipeline.config_file import validate
@@ -51,6 +53,7 @@ from pipeline.vector_log import EmbeddedUnit
 PART_ROWS = 131_072
 CLUSTERS = 5000
 K = 10
+IDENTITY = Calibration((0.0, 1.0), (0.0, 1.0))
 WHAT = ("seal", "search", "bytes", "move")
 
 
@@ -112,7 +115,7 @@ def make_plan(config: Config, run: Run, gallery: Gallery) -> Plan:
     pairs = pa.table({"new": vectors_to_arrow(gallery.embedded[: config.index.train_vectors])})
     storage.put(run.path("pairs", "train", "part-00000.parquet"), storage.parquet_bytes(pairs.schema, [pairs]))
     info = TransformationInfo(dim, dim, None, 8, False, "alignment", 0, 1, len(pairs), 0, better_than_old=True)
-    save_transformation(run, info.network(), info)
+    save_transformation(run, info.network(), info, {calibration.PART: IDENTITY.to_bytes()})
     shards = config.index.shards
     return Plan("uncertainty", 0, num, len(counts), shards, dim, waves[0].images, tuple(waves), "benchmark")
 

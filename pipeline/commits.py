@@ -1,8 +1,8 @@
 """What a snapshot of the index consists of: the commit file, its content, its checks, its JSON.
 
 Commit n names every segment of the snapshot in which the waves up to n are embedded and the others transformed. A
-segment holds one kind: images of an embedded wave that were rejected are in a transformed segment of their own. Segments
-of earlier versions hold these images beside the embedded ones, and are read.
+segment holds one kind: images of an embedded wave that were rejected are in a transformed segment of their own.
+Segments of earlier versions hold these images beside the embedded ones, and are read.
 Guarantee: what is written and what is read back names exactly one segment per (shard, wave), and one more for rejects,
 and its counts add up. Knows nothing of tags and writers (`snapshot`), nor of what is inside a segment (`index`).
 """
@@ -89,7 +89,7 @@ class Commit:
     Attributes:
         parent: number - 1, or None for commit 0.
         metric: what the index measures; with `nprobe`, `dim` and the codebook all a query needs to know.
-        segments: exactly one per (shard, wave).
+        segments: one per (shard, wave), and another one where images of an embedded wave were rejected.
         log_digests: of the waves up to `number`, the digest of the parts in the vector log that each was sealed from;
             empty where it is not known, as of waves that older versions sealed.
         first_wave: 0 if commit 0 holds a wave that was embedded for the fit, else 1.

@@ -194,11 +194,12 @@ def search_by_kind(
     together = max(1, min(_QUERIES_AT_ONCE, _RESULTS_AT_ONCE // k))
     for start in range(0, max(1, len(prepared)), together):
         rows = slice(start, start + together)
-        probe = _Probe(prepared[rows], *codebook.assign(prepared[rows], nprobe))
+        probe = _Probe.make(codebook, prepared[rows], nprobe)
         found.append(_nearest_by_kind(segments, probe, k, calibration))
     keys, ids, is_transformed, raw = found[0] if len(found) == 1 else map(np.concatenate, zip(*found, strict=True))
-    sign = _sign(codebook.ivf)
-    return Hits(keys * sign, ids, is_transformed, raw * sign)
+    if _sign(codebook.ivf) < 0:
+        keys, raw = -keys, -raw
+    return Hits(keys, ids, is_transformed, raw)
 
 
 def decode(codebook: Codebook, segment: Segment, wanted: Int64 | None = None) -> tuple[Int64, Float32]:
@@ -283,46 +284,55 @@ class _Probe:
     queries: Float32
     lists: Int64
     coarse: Float32
+    parameters: faiss.SearchParametersIVF
+
+    @classmethod
+    def make(cls, codebook: Codebook, queries: Float32, nprobe: int) -> _Probe:
+        lists, coarse = codebook.assign(queries, nprobe)
+        parameters = faiss.SearchParametersIVF()
+        parameters.nprobe = lists.shape[1]
+        return cls(queries, lists, coarse, parameters)
 
     def of(self, rows: NDArray[np.intp]) -> _Probe:
-        return _Probe(self.queries[rows], self.lists[rows], self.coarse[rows])
+        return _Probe(self.queries[rows], self.lists[rows], self.coarse[rows], self.parameters)
 
 
-def _nearest(segments: Sequence[Segment], probe: _Probe, k: int, width: int) -> tuple[Float32, Int64]:
-    """The k smallest (key, id) of each query, from the `width` > k best of each segment.
+def _candidates(segments: Sequence[Segment], probe: _Probe, k: int, width: int) -> tuple[Float32, Int64]:
+    """At least the k smallest (key, id) of each query, in any order, from the `width` > k best of each segment.
 
     FAISS picks among equal distances by its own order, so a segment's last result may have equals that it
     left out. Where such a one ties with the k-th of all, the query is asked again for more.
     """
     rows = len(probe.queries)
     best: list[tuple[Float32, Int64]] = []
-    edge = np.full(rows, np.inf, dtype=np.float32)
+    edge: Float32 | None = None
     for segment in segments:
         asked = min(width, segment.num_vectors)
         if not asked:
             continue
         best.append(_scan(segment.ivf, probe, asked))
         if asked < segment.num_vectors:
-            edge = np.minimum(edge, best[-1][0][:, -1])
+            last = best[-1][0][:, -1]
+            edge = last if edge is None else np.minimum(edge, last)
         if sum(keys.shape[1] for keys, _ in best) > _COLUMNS_AT_ONCE:
             best = [_merge(best, k)]
     missing = max(0, k - sum(keys.shape[1] for keys, _ in best))
     if missing:
         best.append((np.full((rows, missing), np.inf, np.float32), np.full((rows, missing), -1, np.int64)))
-    keys, ids = _merge(best, k)
-    tied = np.flatnonzero(np.isfinite(edge) & (edge <= keys[:, -1]))
-    if len(tied):
-        keys[tied], ids[tied] = _nearest(segments, probe.of(tied), k, 4 * width)
+    keys, ids = best[0] if len(best) == 1 else _merge(best, k)  # a scan gives ascending keys
+    if edge is None or not (ties := (edge <= keys[:, k - 1]) & np.isfinite(edge)).any():
+        return keys, ids
+    keys, ids = _merge([(keys, ids)], k)
+    tied = np.flatnonzero(ties)
+    keys[tied], ids[tied] = _merge([_candidates(segments, probe.of(tied), k, 4 * width)], k)
     return keys, ids
 
 
 def _scan(ivf: faiss.IndexIVF, probe: _Probe, k: int) -> tuple[Float32, Int64]:
     """The k nearest of one segment as keys (smaller is better, inf where there is none) and ids."""
-    rows, nprobe = probe.lists.shape
+    rows = len(probe.queries)
     distances = np.empty((rows, k), dtype=np.float32)
     ids = np.empty((rows, k), dtype=np.int64)
-    parameters = faiss.SearchParametersIVF()
-    parameters.nprobe = nprobe
     # The C form, because the wrapped one takes nprobe from the index, which other threads search too.
     ivf.search_preassigned_c(  # type: ignore[attr-defined]  # not in the stubs
         rows,
@@ -333,9 +343,14 @@ def _scan(ivf: faiss.IndexIVF, probe: _Probe, k: int) -> tuple[Float32, Int64]:
         faiss.swig_ptr(distances),
         faiss.swig_ptr(ids),
         False,
-        parameters,
+        probe.parameters,
     )
-    return np.where(ids < 0, np.float32(np.inf), distances * _sign(ivf)), ids
+    if _sign(ivf) < 0:
+        np.negative(distances, out=distances)
+    missing = ids < 0
+    if missing.any():
+        distances[missing] = np.inf
+    return distances, ids
 
 
 def _merge(parts: list[tuple[Float32, Int64]], k: int) -> tuple[Float32, Int64]:
@@ -359,24 +374,24 @@ def _nearest_by_kind(
     segments: Mapping[Kind, Sequence[Segment]], probe: _Probe, k: int, calibration: Calibration | None
 ) -> tuple[Float32, Int64, Bools, Float32]:
     """The k nearest of both kinds: calibrated keys, ids, whether transformed, and keys as they are; all (q, k)."""
-    some = {kind: segments.get(kind, ()) for kind in KINDS}
-    there = [kind for kind in KINDS if any(segment.num_vectors for segment in some[kind])]
-    each = [_nearest(some[kind], probe, k, width=k + 1) for kind in there or KINDS[:1]]
-    raw = each[0][0] if len(each) == 1 else np.concatenate([keys for keys, _ in each], axis=1)
-    ids = each[0][1] if len(each) == 1 else np.concatenate([ids for _, ids in each], axis=1)
-    keys, first = raw, k if "embedded" in there else 0  # the column from which on all are transformed
-    if calibration is not None and "transformed" in there:
+    parts = [_candidates(segments[kind], probe, k, width=k + 1) for kind in KINDS if segments.get(kind)]
+    parts = parts or [_candidates((), probe, k, width=k + 1)]
+    raw = np.concatenate([keys for keys, _ in parts], axis=1)
+    ids = np.concatenate([ids for _, ids in parts], axis=1)
+    only_transformed = len(parts) == 1 and segments.get("transformed")
+    first = 0 if only_transformed else parts[0][0].shape[1]  # the column from which on all are transformed
+    keys = raw
+    by: list[NDArray[np.generic]] = [ids, raw]
+    if calibration is not None and first < raw.shape[1]:
         keys = raw.copy()
         keys[:, first:] = calibration.apply(raw[:, first:])
-    if len(each) == 1:
-        return keys, ids, np.full(ids.shape, "transformed" in there) & (ids >= 0), raw
-    if calibration is None:
-        order = np.lexsort((ids, keys), axis=1)[:, :k]
-    else:  # the columns are in the order that equal keys have
-        order = np.argsort(keys, axis=1, kind="stable")[:, :k]
-    rows = np.arange(len(keys))[:, None]
+        transformed = np.zeros(raw.shape, np.bool_)
+        transformed[:, first:] = True
+        by += [transformed, keys]
+    order = np.lexsort(by, axis=1)[:, :k]
+    rows = np.arange(len(raw))[:, None]
     ids = ids[rows, order]
-    return keys[rows, order], ids, (order >= k) & (ids >= 0), raw[rows, order]
+    return keys[rows, order], ids, (order >= first) & (ids >= 0), raw[rows, order]
 
 
 def _filled(codebook: Codebook, ids: Int64, vectors: Float32) -> faiss.IndexIVF:

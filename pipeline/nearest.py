@@ -51,7 +51,7 @@ def nearest_by_kind(
 ) -> tuple[Float32, Int64]:
     """As `nearest`, if the keys of some rows are mapped: the k nearest of each kind, merged.
 
-    Equal keys are ordered as `index.search` orders them.
+    Equal keys are ordered as `index.search_by_kind` orders them.
 
     Args:
         queries: (N, d) float32.

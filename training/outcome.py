@@ -43,6 +43,7 @@ def describe(
     data, metric = job.data, config.gallery.metric
     held_out = pa.concat_tables([storage.read_parquet(uri) for uri in data.held_out_parts])
     pairs = make_arrays(held_out, job)
+    held_out = held_out.select([name for name in held_out.column_names if name in ("index", "group")])
     z, s = transform(config, network, pairs)
     offset = _offset(config, classifier, z, s, pairs)
     served = z if offset is None else offset.apply(z, s)

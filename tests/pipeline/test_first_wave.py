@@ -8,7 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from jobs.plan import show as show_plan
 from jobs.status import read_status
+from jobs.status import show as show_status
 from pipeline import first_wave, manifest, pair_sample, snapshot, storage, vector_log
 from pipeline.audit import audit
 from pipeline.curve import curve
@@ -189,6 +191,16 @@ def test_status_counts_the_pairs_as_durable_before_the_first_commit_and_as_publi
     status = read_status(scene.run.uri)
     assert (status["wave"], status["waves"], status["fraction"]) == (WAVES, WAVES, status["published"] / 420)
     assert status["from_pairs"] == 90
+
+
+def test_plan_and_status_say_how_many_images_are_embedded_already(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene = begin(tmp_path, SAMPLED)
+    show_plan(scene.plan)
+    assert "90 of 420 images are embedded already: the pairs of the fit." in capsys.readouterr().err
+    show_status(read_status(scene.run.uri), scene.run)
+    assert "90 of 420 images are embedded already: the pairs of the fit." in capsys.readouterr().err
 
 
 def test_the_curve_starts_with_the_pairs_in_every_order_and_meets_what_was_published(tmp_path: Path) -> None:
