@@ -56,7 +56,7 @@ def show_selection(selection: Selection, most: int = 8) -> None:
     shown_metrics = [name for name in ("top1", "map", "recall10") if name in metrics]
     table = Table(title=f"area by {counts} on {what}, {selection.folds} folds, per cent")
     table.add_column("")
-    for name in ("transformation", "order", "ranked"):
+    for name in ("fit", "order"):
         table.add_column(name, overflow="fold")
     for name in (*shown_metrics, "start", "lowest", "behind"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -64,13 +64,12 @@ def show_selection(selection: Selection, most: int = 8) -> None:
         first = selection.metrics[0]
         table.add_row(
             "*" if row == selection.chosen else "",
-            recipe_name(row.transformation, row.loss, row.lambda_disc),
+            ", ".join([recipe_name(row.transformation, row.loss, row.lambda_disc), *ranked(row)]),
             row.policy,
-            ranked(row),
             *(f"{row.area[name]:.1f}" for name in shown_metrics),
             f"{row.start[first]:.1f}",
             f"{row.lowest[first]:.1f}" if row.lowest else "",
-            f"{row.behind:.2f} ± {row.behind_error:.2f}",
+            f"{row.behind:.1f} ± {row.behind_error:.1f}",
         )
     console().print(table)
     console().print(describe(selection), soft_wrap=True, highlight=False)
@@ -85,11 +84,10 @@ def _best_of_each(selection: Selection) -> list[Candidate]:
     return sorted(found.values(), key=lambda row: row.behind)
 
 
-def ranked(candidate: Candidate) -> str:
-    """How transformed vectors are ranked beside embedded ones."""
-    words = ["calibrated"] if candidate.calibrate else []
-    words += [] if candidate.offset == "none" else [f"offset by {offset_of(candidate)}"]
-    return ", ".join(words) or "as they are"
+def ranked(candidate: Candidate) -> list[str]:
+    """How transformed vectors are ranked beside embedded ones, where it is not as always: calibrated, no offset."""
+    words = [] if candidate.calibrate else ["not calibrated"]
+    return words + ([] if candidate.offset == "none" else [f"offset by {offset_of(candidate)}"])
 
 
 def say_outlook(info: TransformationInfo, selection: Selection | None) -> None:

@@ -1,0 +1,74 @@
+"""What `fastfill fit` says of its outcome."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from jobs.fit import say_outlook, show_selection
+from pipeline.selection import Candidate, Selection, describe
+from pipeline.transformation import TransformationInfo
+
+INFO = TransformationInfo(
+    d_old=4, d_new=6, d_side=None, inner_width=8, normalize=False, loss="alignment", seed=0, epochs=0, num_train=900,
+    num_held_out=100, better_than_old=False, kind="linear", pairs_to_pass_old=3000,
+)  # fmt: skip
+
+
+def candidate(transformation: str, area: float, behind: float) -> Candidate:
+    figures = {"top1": area, "top5": area, "map": area}
+    return Candidate(
+        "alignment", 1.0, 8, None, "none", 0.0, "uncertainty", figures, figures, figures, figures, figures,
+        behind, 0.1, transformation=transformation, calibrate=True, lowest=figures,
+    )  # fmt: skip
+
+
+LINEAR, RESIDUAL = candidate("linear", 40.0, 0.05), candidate("residual", 40.1, 0.0)
+SELECTION = Selection(
+    metrics=("top1",), folds=3, num_measured=100, chosen=LINEAR, candidates=(RESIDUAL, LINEAR), screened=(),
+    ends={"old_old": {"top1": 45.0}}, fractions=(0.0, 0.5, 1.0), curves={"top1": [[30.0, 50.0, 60.0]]},
+    left_out=("fastfill 0.1",),
+)  # fmt: skip
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_a_fit_that_is_worse_than_the_old_model_says_when_it_passes_and_with_how_many_pairs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    say_outlook(INFO, SELECTION)
+    text = said(capsys)
+    assert "`prod` stays with the old system; a snapshot is expected to pass it with about 50% of the gallery" in text
+    assert "With about 3,000 training pairs instead of 900" in text
+
+
+def test_a_fit_that_more_pairs_do_not_help_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    say_outlook(replace(INFO, pairs_to_pass_old=None), None)
+    assert "More pairs alone are not expected to change that." in said(capsys)
+
+
+def test_a_fit_that_is_as_good_as_the_old_model_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    say_outlook(replace(INFO, better_than_old=True), SELECTION)
+    assert said(capsys) == ""
+
+
+def test_what_was_chosen_is_one_line_with_what_it_was_compared_with_and_what_was_not_tried() -> None:
+    assert describe(SELECTION) == (
+        "Chosen: linear, in the order uncertainty: area 40.0 % top1 (residual +0.1). "
+        "Not tried, for want of time: fastfill 0.1; select.minutes gives more."
+    )
+
+
+def test_the_table_of_a_selection_fits_80_columns_and_marks_the_chosen_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    show_selection(SELECTION)
+    lines = capsys.readouterr().err.splitlines()
+    table = [line for line in lines if line.startswith(("│", "┃"))]
+    assert all(len(line) <= 80 for line in table)
+    assert any("*" in line and "linear" in line for line in table)
+    assert any("residual" in line for line in table)
