@@ -22,6 +22,7 @@ from benchmarks.fit_data import Embedded
 from pipeline import offset as offsets
 from pipeline import storage
 from pipeline.agreement import agreement_curve
+from pipeline.calibration import Calibration, fit_calibration
 from pipeline.config import Config
 from pipeline.evaluate import oracle_order, random_order, simulate_curve
 from pipeline.offset import Classifier
@@ -62,6 +63,7 @@ class Fitted:
     served: Float32
     transformed: Float32
     reference: Reference
+    calibration: Calibration | None = None
 
 
 def images_of(config: Config, data: FitData, gallery: Embedded) -> Images:
@@ -102,7 +104,8 @@ def fitted(config: Config, images: Images, seed: int, folder: Path) -> Fitted:
         offset = offsets.fit_offset(kind, strength, known.z, known.s, known.pairs.new, known.classifier, "l2")
         served, transformed = offset.apply(known.z, known.s), offset.apply(mine.z, mine.s)
     reference = reference_of(config, images.table, known.pairs, known.z, known.s, served, known.classifier, None)
-    return Fitted(known, mine, served, transformed, reference)
+    calibration = fit_calibration(served, known.pairs.new, "l2", config.seed) if config.fit.calibrate else None
+    return Fitted(known, mine, served, transformed, reference, calibration)
 
 
 def orders_of(found: Fitted, seed: int) -> dict[str, list[Int64]]:
@@ -140,12 +143,13 @@ def simulate(config: Config, images: Images, seed: int, folder: Path, detail: De
         points=detail.points,
         query_ids=queries,
         gallery_ids=ids,
+        calibration=found.calibration,
     )
     curves = {name: curve.values for name, curve in simulation.orders.items()}
     if labelled:
         return curves
     first = {name: some[0] for name, some in orders.items()}
-    recalled = agreement_curve(found.transformed, gallery.new, queries, first, detail.points, "l2")
+    recalled = agreement_curve(found.transformed, gallery.new, queries, first, detail.points, "l2", found.calibration)
     return {name: np.column_stack([values, recalled[name]]) for name, values in curves.items()}
 
 
