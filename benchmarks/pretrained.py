@@ -5,7 +5,8 @@
 The gallery is the first images of a permutation of the training set; the pairs are its first ones, which count as
 embedded, as the default config has it. Per number of pairs and metric: old/old, new/new, and of `linear` alone and
 of `auto` the start, the area and the lowest point of the curve, in random order and in the chosen one; 12 points, at
-most 2,500 queries. The embeddings are computed once and kept in the folder, in bfloat16 where the processor multiplies in it.
+most 2,500 queries. The embeddings are computed once and kept in the folder, in bfloat16 where the processor multiplies
+in it.
 
 The weights are Python packages, which need not be installed for anything else:
 

@@ -138,7 +138,7 @@ def test_a_second_config_is_refused_with_the_name_of_what_differs(
     path, _ = gallery_of_files
     result = fastfill("backfill", "--config", path, "--set", "plan.policy=random")
     assert result.exit_code == 3
-    assert "plan.policy: the run has 'uncertainty', you gave 'random'" in result.stderr
+    assert "plan.policy: the run has 'auto', you gave 'random'" in result.stderr
 
 
 def test_an_error_of_ours_inside_ray_data_reaches_the_user_as_a_few_lines(
