@@ -212,8 +212,8 @@ def test_more_neighbours_than_images_are_null_in_the_document_and_not_in_the_tab
     assert result.exit_code == 0, result.output
     assert "Infinity" not in result.stdout
     found = json.loads(result.stdout)
-    assert [len(found[name][0]) for name in ("ids", "distances")] == [301, 301]
-    assert found["ids"][0][-1] is found["distances"][0][-1] is None
+    assert [len(found[name][0]) for name in ("ids", "distances", "kinds")] == [301, 301, 301]
+    assert found["ids"][0][-1] is found["distances"][0][-1] is found["kinds"][0][-1] is None
     table = fastfill("search", *queries, "-k", "301", "--config", path)
     assert "None" not in table.stderr
 
