@@ -1,4 +1,4 @@
-"""The published protocol on real data: CIFAR-100, 10,000 images as gallery and queries, the shipped config."""
+"""The published protocol on real data: CIFAR-100, 10,000 images as gallery and queries, a recipe of known figures."""
 
 from __future__ import annotations
 
@@ -25,19 +25,28 @@ from pipeline.gallery import load_gallery
 from pipeline.images import Limits, decode_image
 from pipeline.run import Run
 from pipeline.search import Searcher
-from tests.cifar100 import CONFIG
+from tests.cifar100 import CONFIG, options
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 
+RECIPE = (
+    "fit.transformation=fastfill",
+    "fit.loss=alignment+uncertainty",
+    "fit.epochs=40",
+    "fit.calibrate=false",
+    "plan.policy=uncertainty",
+)
+
+
 @pytest.fixture(scope="module")
 def finished(cifar100: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A finished backfill by the shipped config, by the command that a user types."""
+    """A finished backfill by the shipped config with a recipe of known figures, by the command that a user types."""
     run = os.environ.get("FASTFILL_CIFAR100_RUN") or str(tmp_path_factory.mktemp("cifar100") / "run")
-    settings = [f"run={run}", f"data_root={cifar100}"]
+    settings = [f"run={run}", f"data_root={cifar100}", *RECIPE]
     command = [sys.executable, "-m", "jobs.cli", "backfill", "--config", CONFIG]
     start = time.monotonic()
-    subprocess.run([*command, "--set", settings[0], "--set", settings[1]], check=True)
+    subprocess.run([*command, *options(settings)], check=True)
     print(f"the whole job took {time.monotonic() - start:.0f} s")
     return load_config(CONFIG, tuple(settings))
 
