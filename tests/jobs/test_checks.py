@@ -187,7 +187,11 @@ def test_a_gallery_without_a_manifest_of_pairs_passes(check: Check, changes: dic
     [
         ({"pairs": {"from_gallery": 31}}, DataError, "at least 32\n  found: 31(.|\n)*31 of the gallery's 300 images"),
         ({"pairs": {"from_gallery": 151}}, ConfigError, "at most 150: half of its 300 images(.|\n)*pairs.from_gallery"),
-        ({"fit__loss": "fastfill", "gallery__columns": NO_LABELS}, ConfigError, "where: gallery.columns.label"),
+        (
+            {"fit": {"transformation": "fastfill", "loss": "fastfill"}, "gallery__columns": NO_LABELS},
+            ConfigError,
+            "where: gallery.columns.label",
+        ),
         ({"plan__policy": "class_mean", "gallery__columns": NO_LABELS}, ConfigError, "expected: gallery.columns.label"),
         ({"gallery__columns__old_embedding": None, "encoders__old": None}, ConfigError, "the gallery's old embeddings"),
     ],
