@@ -294,8 +294,8 @@ def test_by_default_a_unit_is_as_many_images_as_fill_64_mib(height: int, width: 
     ("given", "loss"), [({}, "alignment"), ({"loss": "alignment+discriminative"}, "alignment+discriminative")]
 )
 def test_other_kinds_of_transformation_are_fitted_by_alignment_if_no_loss_is_given(given: Any, loss: str) -> None:
-    assert validate(tree(fit={"transformation": "residual"} | given), where="").fit.loss == loss
-    assert validate(tree(fit={"transformation": "linear"}), where="").fit.loss == "alignment"
+    assert validate(tree(fit={"transformation": "residual"} | given), where="").fit.mode == loss
+    assert validate(tree(fit={"transformation": "linear"}), where="").fit.mode == "alignment"
 
 
 @pytest.mark.parametrize(("kind", "loss"), [("linear", "fastfill"), ("residual", "alignment+uncertainty")])
