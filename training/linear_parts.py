@@ -20,7 +20,7 @@ from training.learner import Job, columns_of, unsorted_arrays
 from training.linear import Folds
 from training.linear_fit import BlockSums, LinearFit, OnePass, inputs_of, out_of_fold, sampled
 
-ROWS = 16_384
+ROWS = 8192
 """Rows that are in memory at a time, beside the row group that they come from."""
 
 
