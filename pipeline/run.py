@@ -224,20 +224,18 @@ def check_resumable(config: Config, fingerprints: dict[str, str], *, all_inputs:
     _refuse(started, now, run.settings)
 
 
-def _as_of_now(tree: dict[str, Any]) -> None:
-    """Bring a run's config into the form of this version.
+_FIT_AT_FIRST: dict[str, object] = {"transformation": "fastfill", "calibrate": False}  # before there were settings
 
-    Settings that runs did not have at first are added, as the program did it then; those that are gone are dropped.
-    """
+
+def _as_of_now(tree: dict[str, Any]) -> None:
+    """Add to a run's config what runs did not have at first, as the program did it then; drop what is gone."""
     tree.pop("relearn", None)
     if isinstance(tree.get("plan"), dict):
         tree["plan"].pop("group_bound", None)
     tree.setdefault("allow_outside", True)
-    if isinstance(tree.get("fit"), dict):
-        tree["fit"].setdefault("transformation", "fastfill")
-        tree["fit"].setdefault("calibrate", False)
-    if isinstance(tree.get("pairs"), dict):
-        tree["pairs"].setdefault("from_gallery", "auto")
+    for name, at_first in (("fit", _FIT_AT_FIRST), ("pairs", {"from_gallery": "auto"})):
+        if isinstance(tree.get(name), dict):
+            tree[name] = at_first | tree[name]
     encoders = tree.get("encoders")
     for encoder in encoders.values() if isinstance(encoders, dict) else ():
         if isinstance(encoder, dict) and isinstance(encoder.get("preprocess"), dict):
@@ -374,8 +372,7 @@ def _made_with(run: Run, stage: Stage) -> Identity | None:
         return None
     made_with = documents.decode(found[0], run.path(stage.settings), _RESTORE)
     if "fit.lr" in made_with:
-        made_with.setdefault("fit.transformation", "fastfill")
-        made_with.setdefault("fit.calibrate", False)
+        made_with = {f"fit.{name}": value for name, value in _FIT_AT_FIRST.items()} | made_with
     return {key: value for key, value in made_with.items() if not _is_gone(key, value)}
 
 
