@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.fit import show_likeness
+from jobs.fit import say_outlook, show_likeness
 from jobs.options import Seconds, command, console, load, print_json, start_ray
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
     with Bars(console()) as bars:
         run = open_run(config, bars)
         ensure_embeddings(config, run, bars)
-        ensure_fit(config, run, bars)
+        info = ensure_fit(config, run, bars)
         plan = ensure_plan(config, run, bars)
         with bars.step("expect"):
             outlook, alike = expected_curve(config, run, plan), resemblance(config, run, plan)
@@ -79,6 +79,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
         console().print(note, soft_wrap=True)
     selection = read_selection(run)
     show_likeness(alike, selection is not None and selection.measured_on == "probe")
+    say_outlook(info, selection)
 
 
 def show(plan: Plan) -> None:
