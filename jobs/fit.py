@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from jobs.options import command, console, load, print_json, start_ray
 
 if TYPE_CHECKING:
+    from pipeline.run import Run
     from pipeline.selection import Candidate, Selection
     from pipeline.shift import Likeness
     from pipeline.transformation import TransformationInfo
@@ -41,7 +42,15 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     if selection is not None:
         show_selection(selection)
     show(info)
-    say_outlook(info, selection)
+    say_outlook(info, selection, first_share(run))
+
+
+def first_share(run: Run) -> float:
+    """The share of the gallery that is embedded as pairs of the fit."""
+    from pipeline import manifest
+
+    gallery, sample = manifest.read_manifest(run, "gallery"), manifest.read_manifest(run, manifest.GALLERY_PAIRS)
+    return 0.0 if gallery is None or sample is None else sample.num_rows / gallery.num_rows
 
 
 def show_selection(selection: Selection, most: int = 8) -> None:
@@ -90,11 +99,21 @@ def ranked(candidate: Candidate) -> list[str]:
     return words + ([] if candidate.offset == "none" else [f"offset by {offset_of(candidate)}"])
 
 
-def say_outlook(info: TransformationInfo, selection: Selection | None) -> None:
-    """Say what will happen if the transformed gallery is worse than the old one, and what would help."""
+def say_outlook(info: TransformationInfo, selection: Selection | None, first: float = 0.0) -> None:
+    """Say what will happen if the transformed gallery is worse than the old one, and what would help.
+
+    Args:
+        info: of the transformation.
+        selection: None where nothing was selected.
+        first: the share of the gallery that the first snapshot has embedded, as pairs of the fit.
+    """
     if info.better_than_old:
         return
     fraction = None if selection is None else selection.passes_old()
+    if fraction is not None and fraction <= first:
+        text = "The first snapshot is expected to answer about as well as the old system."
+        console().print(text, soft_wrap=True, highlight=False)
+        return
     if fraction is None:
         when = (
             "no snapshot is expected to pass it" if selection is not None else "nothing says when a snapshot passes it"
@@ -104,8 +123,7 @@ def say_outlook(info: TransformationInfo, selection: Selection | None) -> None:
             f"a snapshot is expected to pass it with about {fraction:.0%} of the gallery embedded, and is then promoted"
         )
     text = (
-        "With nothing embedded yet, the gallery is expected to answer worse than the old one. "
-        f"`prod` stays with the old system; {when}."
+        f"The first snapshot is expected to answer worse than the old system. `prod` stays with the old system; {when}."
     )
     console().print(text, style="bold yellow", soft_wrap=True, highlight=False)
     if info.kind != "fastfill":

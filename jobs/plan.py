@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.fit import say_outlook, show_likeness
+from jobs.fit import first_share, say_outlook, show_likeness
 from jobs.options import Seconds, command, console, load, print_json, start_ray
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
         console().print(note, soft_wrap=True)
     selection = read_selection(run)
     show_likeness(alike, selection is not None and selection.measured_on == "probe")
-    say_outlook(info, selection)
+    say_outlook(info, selection, first_share(run))
 
 
 def show(plan: Plan) -> None:

@@ -119,7 +119,7 @@ def selection_seconds(config: Config, run: Run) -> float:
     from training.select import LEAST_SECONDS
 
     gallery, moments = manifest.read_manifest(run, "gallery"), list[tuple[float, int]]()
-    for folder in ("pairs", FOLDER):
+    for folder in ("pairs", manifest.GALLERY_PAIRS, FOLDER):
         rows = manifest.read_manifest(run, folder)
         if rows is not None:
             images = {(unit.wave, unit.unit): unit.images for unit in manifest.units(run, folder, rows)}

@@ -38,8 +38,9 @@ def as_started(config: Config) -> Config:
         if encoder is not None
     }
     changes: dict[str, object] = {"encoders": config.encoders.model_copy(update=encoders)}
-    for name in _SECTIONS:
-        changes[name] = _with_started(getattr(config, name), started.get(name) or {})
+    if "steps" not in (started.get("fit") or {}):  # a run of version 0.1
+        for name in _SECTIONS:
+            changes[name] = _with_started(getattr(config, name), started.get(name) or {})
     if "allow_outside" not in config.model_fields_set:
         changes["allow_outside"] = started["allow_outside"]
     return config.model_copy(update=changes)

@@ -104,6 +104,7 @@ def fit(
         return read_info(run)
     chosen = None
     if config.fit.transformation == "auto":
+        _check_before_selection(config, data)
         chosen = select(config, run, data, on_step, seconds)
         config = config.model_copy(update={"fit": settings_of(chosen, config.fit)})
     config = config.model_copy(update={"fit": config.fit.resolved(data.num_classes is not None)})
@@ -360,6 +361,14 @@ def _read_checkpoint(checkpoint: Checkpoint, device: torch.device) -> dict[str, 
     with checkpoint.as_directory() as folder:
         state: dict[str, Any] = torch.load(Path(folder, _STATE), map_location=device, weights_only=True)
     return state
+
+
+def _check_before_selection(config: Config, data: FitData) -> None:
+    """What does not fit the data is refused before anything is tried."""
+    simplest = config.fit.model_copy(update={"transformation": "linear", "loss": "alignment", "offset": "none"})
+    make_job(config.model_copy(update={"fit": simplest}), data)
+    if data.classifier is not None:
+        _check_classes(simplest, data)
 
 
 def _check_classes(fit: Fit, data: FitData) -> None:

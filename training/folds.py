@@ -204,14 +204,16 @@ def fit_folds(
     waiting = [task.remote(config, data, stored, recipe, fold, uris[fold]) for fold in missing]
     ends = None if seconds is None else time.monotonic() + seconds
     on_step(what, len(uris) - len(waiting), len(uris))
-    while waiting:
-        ready, waiting = ray.wait(waiting, timeout=None if ends is None else max(0.0, ends - time.monotonic()))
-        if not ready:
-            for reference in waiting:
-                ray.cancel(reference, force=True)
-            raise OutOfTime
-        ray.get(ready)
-        on_step(what, len(uris) - len(waiting), len(uris))
+    try:
+        while waiting:
+            ready, waiting = ray.wait(waiting, timeout=None if ends is None else max(0.0, ends - time.monotonic()))
+            if not ready:
+                raise OutOfTime
+            ray.get(ready)
+            on_step(what, len(uris) - len(waiting), len(uris))
+    finally:
+        for reference in waiting:
+            ray.cancel(reference, force=True)
     job = job_of(config, data, recipe)
     held = [parts.held(fold, job, settings.max_measured) for fold in range(settings.folds)]
     return _fits([_read(held[fold], parts.sample, uri) for fold, uri in enumerate(uris)])

@@ -56,7 +56,7 @@ def measure(config: Config, job: Job, pairs: PairArrays, z: Float32, s: Float32)
     if not better:
         _LOG.warning(
             "The transformation is worse than the old model on held-out pairs (%s against %s): a gallery that is "
-            "served through it answers worse than today's. Try another fit.loss, more pairs, or more fit.steps.",
+            "served through it answers worse than today's.",
             _rounded(new),
             _rounded(old),
         )
@@ -87,9 +87,15 @@ def pairs_to_pass_old(pairs: PairArrays, fit: LinearFit, normalize: bool, metric
     """
     x_ni = inputs_of(pairs.old, pairs.side, normalize)
     found = [_retrieval(pairs, of_some(x_ni), metric) for _, of_some in fit.growing]
-    name = "map" if "map" in found[0]["transformed"] else "agreement10"
-    curve = LearningCurve(tuple(count for count, _ in fit.growing), tuple(each["transformed"][name] for each in found))
-    return curve.pairs_for(found[0]["old_old"][name])
+    counts, most = tuple(count for count, _ in fit.growing), 0
+    for name, old in found[0]["old_old"].items():
+        if name != "top5":
+            curve = LearningCurve(counts, tuple(each["transformed"][name] for each in found))
+            needed = curve.pairs_for(old)
+            if needed is None:
+                return None
+            most = max(most, needed)
+    return most if most > counts[-1] else None
 
 
 def _rounded(figures: dict[str, float]) -> str:

@@ -16,8 +16,8 @@ the settings chosen here.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
+import logging
 import time
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ import ray
 from pipeline import documents, probe_set, storage
 from pipeline.agreement import among
 from pipeline.config import Config, Select
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, FastfillError
 from pipeline.evaluate import METRICS, evaluate, recall
 from pipeline.gallery import codes_of
 from pipeline.policy import POLICIES
@@ -53,6 +53,8 @@ from training.folds import (
 from training.learner import FitData, PairArrays, can_classify, make_arrays
 from training.losses import NO_LABEL, needs_labels
 from training.simulate import FINAL, SCREENING, Detail, measure_fold
+
+logger = logging.getLogger(__name__)
 
 _SCREENING = ("random", "uncertainty", "least_confidence")
 """Orders with which all offsets of all recipes are tried before the finalists meet every order."""
@@ -91,7 +93,7 @@ def select(config: Config, run: Run, data: FitData, on_step: OnStep, seconds: fl
     sample = _sample(config, run, data)
     if settings.measured_on == "probe":
         sample = _measured(sample, settings)
-    _check(settings, data, sample)
+    _check(config, data, sample)
     parts = split(config, data, settings, sample)
     decides = [settings.model_dump(mode="json"), parts.digest()]
     kept = run.path(FOLDER, f"{digest(config, data, decides)}.json")
@@ -124,12 +126,20 @@ def _select(config: Config, run: Run, data: FitData, parts: Split, on_step: OnSt
 def _fits(
     config: Config, run: Run, data: FitData, recipes: list[Recipe], parts: Split, on_step: OnStep, seconds: float
 ) -> dict[Recipe, Fits]:
-    """The fits of the simplest recipe, and of others in order, as far as there is time."""
+    """The fits of the simplest recipe, and of others in order, as far as there is time.
+
+    One of the others that fails is left out: it is only tried.
+    """
     fits = {recipes[0]: fit_folds(config, run, data, recipes[0], parts, on_step)}
     ends = time.monotonic() + seconds
     for recipe in recipes[1:]:
-        with contextlib.suppress(OutOfTime):
+        try:
             fits[recipe] = fit_folds(config, run, data, recipe, parts, on_step, ends - time.monotonic())
+        except OutOfTime:
+            continue
+        except (FastfillError, ray.exceptions.RayError) as error:
+            reason = error.summary if isinstance(error, FastfillError) else type(error).__name__
+            logger.warning("%s cannot be fitted on these pairs, and is not tried: %s", recipe, reason)
     return fits
 
 
@@ -200,7 +210,8 @@ def _num_queries(fold: Fold) -> int:
     return int(counts[counts > 1].sum())
 
 
-def _check(settings: Select, data: FitData, sample: PairArrays | None) -> None:
+def _check(config: Config, data: FitData, sample: PairArrays | None) -> None:
+    settings = config.select
     if settings.policies and not any(_possible(name, data) for name in settings.policies):
         raise ConfigError(
             "every order to choose from needs what is not given",
@@ -218,9 +229,10 @@ def _check(settings: Select, data: FitData, sample: PairArrays | None) -> None:
             found=", ".join(settings.metrics),
             where="select.metrics",
         )
-    wanting = [loss for loss in settings.losses if needs_labels(loss)]
+    losses = settings.losses if config.fit.loss == "auto" else (config.fit.loss,)
+    wanting = [loss for loss in losses if needs_labels(loss)]
     alone = settings.transformations == ("fastfill",)
-    if data.num_classes is None and alone and wanting and len(wanting) == len(settings.losses):
+    if data.num_classes is None and alone and len(wanting) == len(losses):
         raise ConfigError(
             "every loss to choose from needs labels",
             expected="pairs.columns.label",

@@ -45,6 +45,11 @@ def test_a_fit_that_is_worse_than_the_old_model_says_when_it_passes_and_with_how
     assert "With about 3,000 training pairs instead of 900" in text
 
 
+def test_a_fit_whose_first_snapshot_has_enough_embedded_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    say_outlook(INFO, SELECTION, first=0.5)
+    assert said(capsys) == "The first snapshot is expected to answer about as well as the old system."
+
+
 def test_a_fit_that_more_pairs_do_not_help_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     say_outlook(replace(INFO, pairs_to_pass_old=None), None)
     assert "More pairs alone are not expected to change that." in said(capsys)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import documents, storage
-from pipeline.config import Config
+from pipeline.config import Config, Fit
 from pipeline.errors import IncompatibleRun
 from pipeline.resumed import as_started
 from pipeline.run import STAGES, Run, read_settings, stage_settings
@@ -89,6 +89,8 @@ def begin_with_twenty_waves(item: Config) -> Run:
     settings = read_settings(run)
     tree = json.loads(json.dumps(settings["config"]))
     tree["plan"]["waves"] = 20
+    tree["fit"]["epochs"] = 80
+    del tree["fit"]["transformation"], tree["fit"]["steps"], tree["fit"]["calibrate"]
     del tree["pairs"]["from_gallery"]
     storage.put(run.settings, documents.encode(settings | {"config": tree}))
     return run
@@ -135,3 +137,8 @@ def test_as_started_run_whose_order_was_made_with_a_group_bound_is_refused(tmp_p
         begin(as_started(config(tmp_path)))
     lines = [line for line in str(caught.value).splitlines() if line.startswith("  - ")]
     assert lines == ["  - plan.group_bound: the run has 0.5, which only fastfill 0.1 has"]
+
+
+def test_as_started_of_a_run_of_this_version_takes_the_defaults_of_now(tmp_path: Path) -> None:
+    begin(config(tmp_path, fit__lr=1.0))
+    assert as_started(config(tmp_path)).fit.lr == Fit().lr

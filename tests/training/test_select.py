@@ -14,7 +14,7 @@ import torch
 from pipeline import selection, storage
 from pipeline.config import Config
 from pipeline.config_file import validate
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, FastfillError
 from pipeline.offset import Classifier, fit_offset
 from pipeline.policy import load_policy
 from pipeline.reference import load_reference
@@ -434,3 +434,26 @@ def test_passes_old_is_the_fraction_from_which_on_the_curve_reaches_the_old_mode
 
 def test_passes_old_of_a_selection_that_measured_no_old_model_is_none() -> None:
     assert replace(curves_of_selection([50.0, 60.0], 0.0), ends={}).passes_old() is None
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_select_leaves_out_a_recipe_whose_fit_fails_and_takes_another(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = linear_data(tmp_path)
+    settings = {"transformations": ["linear", "fastfill"], "losses": ["alignment"], "offsets": ["none"], "minutes": 5.0}
+    config = config_of(tmp_path, **settings, policies=["random"])
+    config = config.model_copy(update={"fit": config.fit.model_copy(update={"lr": 1e30})})
+    found = select(config, Run(config.run), data, silent)
+    assert found.chosen.transformation == "linear"
+    assert found.left_out == ("fastfill, alignment",)
+    assert "cannot be fitted on these pairs, and is not tried" in caplog.text
+
+
+def test_a_classifier_that_does_not_fit_is_refused_before_anything_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.fit.select", None)
+    data = replace(_data(tmp_path), classifier=(np.zeros((1, D_NEW), np.float32), None))
+    with pytest.raises(FastfillError, match="the classifier does not fit the pairs"):
+        fit(config_of(tmp_path), Run(str(tmp_path / "run")), data)
