@@ -99,7 +99,7 @@ def configure(run: Path, metric: str, transformation: str, minutes: float) -> Co
 
 
 def pairs_of(folder: Path, old: Float32, new: Float32) -> FitData:
-    """Pairs without labels as parts; a tenth is held out."""
+    """Write pairs without labels as parts, and hold a tenth of them out."""
     rows, parts = np.arange(len(old)), list[str]()
     for part in range(_PARTS + 1):
         held = rows % 10 == 0

@@ -265,7 +265,7 @@ def _check_segment(evidence: Evidence, files: _Files, ref: SegmentRef, cell: Cel
     expected = evidence.vectors(cell, ref)
     if expected is None:
         return
-    if len(expected) != len(ids):  # an id is there twice, of which `plan` is told
+    if len(expected) != len(ids):  # an id is there twice; the check of the plan says which
         notes.problem("vector", where, f"one vector for each of {len(ids)} ids", f"{len(expected)} in log and plan")
         return
     wrong = ids[(vectors != expected).any(axis=1)]

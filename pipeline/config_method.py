@@ -152,7 +152,7 @@ class Fit(Section):
 
 
 class Select(Section):
-    """What `fit.transformation: auto` chooses between, by the area of curves on pairs that were held out.
+    """What `fit.transformation: auto` chooses between: the area of curves on held-out pairs decides.
 
     Each recipe (kind, loss, `lambda_disc` where the loss has that term, inner width, epochs) is fitted once per fold,
     on the other folds; of what a fold holds out, at most `max_measured` pairs are gallery and queries of a simulated

@@ -2,7 +2,7 @@
 
     gallery-pairs/new -> embedded/wave-000/unit-*, as if the stream had embedded them
 
-Guarantee: no image is embedded for it. A unit is written once, whoever writes it. After `write` the wave is whole.
+Guarantee: no image is embedded again. Each unit is written once, also by two drivers. After `write` the wave is whole.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class TransformationInfo:
 
     `kind` is `fit.transformation`; an earlier version had one kind, and wrote none.
     `pairs_to_pass_old` is with how many training pairs the linear map is to be expected to be as good as the old model;
-    None if it is as good, or no number is to be expected to do.
+    None if the map is as good already, or if more pairs are not expected to be enough.
     `held_out` holds `alignment` (mean squared error per dimension), `spearman` (rank correlation of s
     with that error), `num_pairs`, and for each of `transformed`, `old_old` and `new_new` the retrieval
     figures in per cent: `top1`, `top5`, `map`, or `agreement10` where there are no labels.

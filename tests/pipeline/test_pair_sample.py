@@ -1,4 +1,4 @@
-"""The gallery's own pairs: the same images whoever draws them, each label with its share, and none of the probe set."""
+"""The gallery's own pairs: every driver draws the same. Each label has its share, and no image is in the probe set."""
 
 from __future__ import annotations
 
