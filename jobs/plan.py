@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.fit import first_share, say_outlook, show_likeness
+from jobs.fit import say_outlook, show_likeness
 from jobs.options import Seconds, command, console, load, print_json, start_ray
 
 if TYPE_CHECKING:
@@ -73,13 +73,14 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
     show(plan)
     if found:
         show_estimate(found)
+    first = plan.num_from_pairs / plan.num_gallery
     if outlook.curves:
-        show_expected(outlook, found, plan.num_from_pairs / plan.num_gallery)
+        show_expected(outlook, found, first)
     for note in outlook.notes:
         console().print(note, soft_wrap=True)
     selection = read_selection(run)
     show_likeness(alike, selection is not None and selection.measured_on == "probe")
-    say_outlook(info, selection, first_share(run))
+    say_outlook(info, selection, first)
 
 
 def show(plan: Plan) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,7 @@ from pipeline.errors import DataError
 from pipeline.manifest_columns import check_columns, check_content, check_ids
 from pipeline.partition import EMBEDDINGS, Partition, write_part
 from pipeline.run import Run
-from pipeline.schema import Int64, Unit, splitmix64
+from pipeline.schema import Int64, Unit, manifest_schema, splitmix64
 
 GALLERY_PAIRS = "gallery-pairs"
 """The folder of the pairs that come from the gallery itself; those of the user's manifest are in `pairs`."""
@@ -191,6 +191,29 @@ def ids_of(run: Run, folder: str) -> Int64:
     parts = range(0 if found is None else len(found.rows))
     ids = [storage.read_parquet(run.part(folder, part), ["id"])["id"].to_numpy() for part in parts]
     return np.concatenate([np.empty(0, np.int64), *ids])
+
+
+def is_drawn_from(drawn: Manifest, gallery: Manifest) -> bool:
+    """Whether a sample of the gallery was drawn from its parts as they are now."""
+    return (drawn.digest, drawn.root, drawn.reading) == (gallery.digest, gallery.root, gallery.reading)
+
+
+def write_drawn(run: Run, folder: str, gallery: Manifest, rows: pa.Table, sample: str = "") -> Manifest:
+    """Write a sample of the gallery as a normalised manifest with one part.
+
+    Args:
+        run: the run.
+        folder: of the sample.
+        gallery: the manifest that the rows are from.
+        rows: of its parts, in the order in which they are written.
+        sample: the digest of what the rows were chosen by, if that was given.
+    """
+    groups = (rows.slice(start, gallery.unit_rows) for start in range(0, rows.num_rows, gallery.unit_rows))
+    data = storage.parquet_bytes(manifest_schema(gallery.dims), groups)
+    storage.put(run.part(folder, 0), data)
+    drawn = replace(gallery, rows=[rows.num_rows], sample=sample, parts=(hashlib.sha256(data).hexdigest(),))
+    storage.put(_marker(run, folder), documents.encode(drawn))
+    return drawn
 
 
 def units(run: Run, folder: str, manifest: Manifest) -> list[Unit]:

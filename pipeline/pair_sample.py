@@ -9,20 +9,17 @@ the probe set. A sample that was drawn stays as it is. It does not know what the
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import replace
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import documents, fan_out, manifest, probe_set, storage, vector_log
+from pipeline import fan_out, manifest, probe_set, storage, vector_log
 from pipeline.config import Config, num_from_gallery
 from pipeline.errors import DataError
 from pipeline.manifest import GALLERY_PAIRS, Manifest
 from pipeline.rejects import manifest_log
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64, manifest_schema, splitmix64, vectors_from_arrow
+from pipeline.schema import Float32, Int64, splitmix64, vectors_from_arrow
 
 FOLDER = GALLERY_PAIRS
 _SALT = 0x9A125  # of this sample alone: other choices by a hash of ids are independent of it
@@ -52,18 +49,12 @@ def draw(config: Config, run: Run) -> Manifest | None:
         if not count:
             return None
         ids = _choose(run, gallery, count, probe)
-    elif (done.digest, done.root, done.reading) == (gallery.digest, gallery.root, gallery.reading):
+    elif manifest.is_drawn_from(done, gallery):
         return done
     else:
         ids = manifest.ids_of(run, FOLDER)
     found = fan_out.each(_rows_of, (run, ids), range(len(gallery.rows)), gallery.num_rows)
-    rows = pa.concat_tables(found).sort_by(_ORDER)
-    groups = (rows.slice(start, gallery.unit_rows) for start in range(0, rows.num_rows, gallery.unit_rows))
-    data = storage.parquet_bytes(manifest_schema(gallery.dims), groups)
-    storage.put(run.part(FOLDER, 0), data)
-    drawn = replace(gallery, rows=[rows.num_rows], sample="", parts=(hashlib.sha256(data).hexdigest(),))
-    storage.put(run.path(FOLDER, "manifest.json"), documents.encode(drawn))
-    return drawn
+    return manifest.write_drawn(run, FOLDER, gallery, pa.concat_tables(found).sort_by(_ORDER))
 
 
 def embedded_ids(run: Run) -> Int64:

@@ -10,14 +10,13 @@ no metric.
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import documents, fan_out, manifest, storage
+from pipeline import fan_out, manifest, storage
 from pipeline.config import Config, num_from_gallery
 from pipeline.embeddings import embedding_log, read_embeddings
 from pipeline.errors import IncompatibleRun
@@ -30,7 +29,6 @@ from pipeline.run import Run
 from pipeline.schema import (
     Float32,
     Int64,
-    manifest_schema,
     splitmix64,
     vectors_from_arrow,
     vectors_to_arrow,
@@ -103,7 +101,7 @@ def draw(config: Config, run: Run) -> Manifest | None:
     digest = "" if sample is None else sample.digest
     if done is not None:
         _check_sample(run, done.sample, digest)
-        if (done.digest, done.root, done.reading) == (gallery.digest, gallery.root, gallery.reading):
+        if manifest.is_drawn_from(done, gallery):
             return done
     if sample is None:
         pairs = manifest.ids_of(run, GALLERY_PAIRS)  # none where the set is drawn when the run starts
@@ -112,13 +110,7 @@ def draw(config: Config, run: Run) -> Manifest | None:
         rows = _by_chance(run, gallery, count, pairs)
     else:
         rows = find_rows(run, gallery, sample, config.gallery.columns.id)
-    rows = rows.sort_by("id")
-    groups = (rows.slice(start, gallery.unit_rows) for start in range(0, rows.num_rows, gallery.unit_rows))
-    data = storage.parquet_bytes(manifest_schema(gallery.dims), groups)
-    storage.put(run.part(FOLDER, 0), data)
-    drawn = replace(gallery, rows=[rows.num_rows], sample=digest, parts=(hashlib.sha256(data).hexdigest(),))
-    storage.put(run.path(FOLDER, "manifest.json"), documents.encode(drawn))
-    return drawn
+    return manifest.write_drawn(run, FOLDER, gallery, rows.sort_by("id"), digest)
 
 
 def embedded(config: Config, run: Run) -> pa.Table | None:

@@ -54,18 +54,14 @@ def write_config(folder: Path, **changes: Any) -> str:
     data = folder / "data"
     if not data.exists():
         data.mkdir(parents=True)
-        export_encoder(data / "old.pt2", OLD_DIM, seed=1)
-        export_encoder(data / "new.pt2", NEW_DIM, seed=2)
+        export_encoders(data)
         write_manifest(data / "gallery.parquet", *digits(300))
         write_manifest(data / "training.parquet", *digits(200, first=300))
     tree: dict[str, Any] = {
         "run": str(folder / "run"),
         "data_root": str(data),
         "device": "cpu",
-        "encoders": {
-            "old": {"export": "old.pt2", "dim": OLD_DIM, "preprocess": PREPROCESS},
-            "new": {"export": "new.pt2", "dim": NEW_DIM, "preprocess": PREPROCESS},
-        },
+        "encoders": encoders(),
         "gallery": {
             "manifest": "gallery.parquet",
             "columns": {"id": "name", "image": "image", "label": "digit", "group": "group"},
@@ -88,6 +84,20 @@ def write_config(folder: Path, **changes: Any) -> str:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(tree))
     return str(path)
+
+
+def encoders() -> dict[str, Any]:
+    """The section of the config that names what `export_encoders` writes."""
+    return {
+        "old": {"export": "old.pt2", "dim": OLD_DIM, "preprocess": PREPROCESS},
+        "new": {"export": "new.pt2", "dim": NEW_DIM, "preprocess": PREPROCESS},
+    }
+
+
+def export_encoders(folder: Path) -> None:
+    """Write two small encoders."""
+    export_encoder(folder / "old.pt2", OLD_DIM, seed=1)
+    export_encoder(folder / "new.pt2", NEW_DIM, seed=2)
 
 
 def write_manifest(path: Path, images: list[bytes], labels: list[int], **columns: Any) -> None:

@@ -15,7 +15,7 @@ from pipeline.agreement import among
 from pipeline.config import Config
 from pipeline.evaluate import evaluate, recall
 from pipeline.networks import Transformation
-from pipeline.schema import Float32
+from pipeline.schema import Float32, Int64
 from pipeline.transformation import Figures, TransformationInfo, apply, resolve_device
 from training.learner import Job, PairArrays
 from training.learning_curve import LearningCurve
@@ -50,7 +50,7 @@ def measure(config: Config, job: Job, pairs: PairArrays, z: Float32, s: Float32)
         s: (N,) their uncertainties.
     """
     error = np.square(pairs.new - z).mean(axis=1)
-    found = _retrieval(pairs, z, config.gallery.metric)
+    found = _retrieval(pairs, {"transformed": z}, config.gallery.metric)
     new, old = found["transformed"], found["old_old"]
     better = all(new[name] >= old[name] for name in old if name != "top5")
     if not better:
@@ -86,11 +86,11 @@ def pairs_to_pass_old(pairs: PairArrays, fit: LinearFit, normalize: bool, metric
         None if no number is to be expected to do.
     """
     x_ni = inputs_of(pairs.old, pairs.side, normalize)
-    found = [_retrieval(pairs, of_some(x_ni), metric) for _, of_some in fit.growing]
+    found = _retrieval(pairs, {str(count): of_some(x_ni) for count, of_some in fit.growing}, metric)
     counts, most = tuple(count for count, _ in fit.growing), 0
-    for name, old in found[0]["old_old"].items():
+    for name, old in found["old_old"].items():
         if name != "top5":
-            curve = LearningCurve(counts, tuple(each["transformed"][name] for each in found))
+            curve = LearningCurve(counts, tuple(found[str(count)][name] for count in counts))
             needed = curve.pairs_for(old)
             if needed is None:
                 return None
@@ -116,18 +116,38 @@ def _ranks(values: Float32) -> NDArray[np.float64]:
     return ranks
 
 
-def _retrieval(pairs: PairArrays, z: Float32, metric: str) -> dict[str, dict[str, float]]:
-    """Per kind of (queries, gallery): top1, top5, map; or agreement10 where labels say nothing; in per cent."""
-    rows = np.arange(len(z)) if pairs.labels is None else np.flatnonzero(pairs.labels != NO_LABEL)
+def _retrieval(pairs: PairArrays, transformed: dict[str, Float32], metric: str) -> dict[str, dict[str, float]]:
+    """The figures of each transformed gallery by its name, of old/old and of new/new; see `retrieval`."""
+    num = len(pairs.old)
+    rows = np.arange(num) if pairs.labels is None else np.flatnonzero(pairs.labels != NO_LABEL)
     labels = None if pairs.labels is None else pairs.labels[rows]
     if labels is None or len(np.unique(labels)) == len(labels):
-        rows, labels = np.arange(len(z)), None
-    rows = rows[np.unique(np.linspace(0, len(rows) - 1, _MEASURED_PAIRS).astype(np.int64))]
-    old, new, z = pairs.old[rows], pairs.new[rows], z[rows]
-    kinds = {"transformed": (new, z), "old_old": (old, old), "new_new": (new, new)}
-    if labels is None or pairs.labels is None:
-        own = np.arange(len(rows))
-        found = {kind: among(*sides, own, metric) for kind, sides in kinds.items()}
-        return {kind: {"agreement10": recall(each, found["new_new"])} for kind, each in found.items()}
-    names = pairs.labels[rows]
-    return {kind: evaluate(*kinds[kind], names, names, metric=metric, self_match=True).as_dict() for kind in kinds}
+        rows, labels = np.arange(num), None
+    some = np.unique(np.linspace(0, len(rows) - 1, _MEASURED_PAIRS).astype(np.int64))
+    rows, labels = rows[some], None if labels is None else labels[some]
+    old, new = pairs.old[rows], pairs.new[rows]
+    kinds = {name: (new, z[rows]) for name, z in transformed.items()} | {"old_old": (old, old), "new_new": (new, new)}
+    return retrieval(kinds, labels, metric, "agreement10")
+
+
+def retrieval(
+    kinds: dict[str, tuple[Float32, Float32]], labels: Int64 | None, metric: str, agreement: str
+) -> dict[str, dict[str, float]]:
+    """What images that are gallery and queries at once find, in per cent.
+
+    Args:
+        kinds: by name, queries (N, d) and gallery (N, d) of the same images; one of them is `new_new`.
+        labels: (N,) int64, each of them on two images at least somewhere; None to measure without labels.
+        metric: l2, ip or cosine.
+        agreement: what the figure without labels is called.
+
+    Returns:
+        of each kind top1, top5 and map; without labels the share of the 10 nearest of new/new that are found.
+    """
+    if labels is not None:
+        return {
+            name: evaluate(*sides, labels, labels, metric=metric, self_match=True).as_dict()
+            for name, sides in kinds.items()
+        }
+    found = {name: among(*sides, np.arange(len(sides[0])), metric) for name, sides in kinds.items()}
+    return {name: {agreement: recall(each, found["new_new"])} for name, each in found.items()}

@@ -9,9 +9,8 @@ Guarantee: what is measured on a fold was fitted without it: the network and its
 what the policies know of pairs. These are fitted on another fold, with the classifier that had not seen that one.
 With `measured_on: probe` it is the probe set that is measured, a share of it by each fold's network.
 The selection is a function of the pairs, the probe set, the settings, the seed, and of which recipes there was time
-for. A fit of a fold, or a whole
-selection, that is there is not made again. This module does not fit what is served in the end; `fit` does that, with
-the settings chosen here.
+for. A fit of a fold, or a whole selection, that is there is not made again. This module does not fit what is served in
+the end; `fit` does that, with the settings chosen here.
 """
 
 from __future__ import annotations
@@ -26,10 +25,9 @@ import pyarrow as pa
 import ray
 
 from pipeline import documents, probe_set, storage
-from pipeline.agreement import among
-from pipeline.config import Config, Select
+from pipeline.config import Config, LossMode, Select
 from pipeline.errors import ConfigError, FastfillError
-from pipeline.evaluate import METRICS, evaluate, recall
+from pipeline.evaluate import METRICS
 from pipeline.gallery import codes_of
 from pipeline.policy import POLICIES
 from pipeline.run import Run
@@ -52,6 +50,7 @@ from training.folds import (
 )
 from training.learner import FitData, PairArrays, can_classify, make_arrays
 from training.losses import NO_LABEL, needs_labels
+from training.measure import retrieval
 from training.simulate import FINAL, SCREENING, Detail, measure_fold
 
 logger = logging.getLogger(__name__)
@@ -105,7 +104,7 @@ def select(config: Config, run: Run, data: FitData, on_step: OnStep, seconds: fl
 
 
 def _select(config: Config, run: Run, data: FitData, parts: Split, on_step: OnStep, seconds: float) -> Selection:
-    settings, recipes = config.select, _recipes(config, config.select, data)
+    settings, recipes = config.select, _recipes(config, data)
     fits = _fits(config, run, data, recipes, parts, on_step, seconds)
     left_out = tuple(str(recipe) for recipe in recipes if recipe not in fits)
     recipes = list(fits)
@@ -229,7 +228,7 @@ def _check(config: Config, data: FitData, sample: PairArrays | None) -> None:
             found=", ".join(settings.metrics),
             where="select.metrics",
         )
-    losses = settings.losses if config.fit.loss == "auto" else (config.fit.loss,)
+    losses = _losses(config)
     wanting = [loss for loss in losses if needs_labels(loss)]
     alone = settings.transformations == ("fastfill",)
     if data.num_classes is None and alone and len(wanting) == len(losses):
@@ -241,9 +240,14 @@ def _check(config: Config, data: FitData, sample: PairArrays | None) -> None:
         )
 
 
-def _recipes(config: Config, settings: Select, data: FitData) -> list[Recipe]:
+def _losses(config: Config) -> tuple[LossMode, ...]:
+    """Of `fastfill`, to choose from; one that `fit` names is the only one."""
+    return config.select.losses if config.fit.loss == "auto" else (config.fit.loss,)
+
+
+def _recipes(config: Config, data: FitData) -> list[Recipe]:
     """What is tried, in this order: the simplest first."""
-    fit, labelled = config.fit, data.num_classes is not None
+    settings, fit, labelled = config.select, config.fit, data.num_classes is not None
     found = [
         Recipe("alignment", fit.lambda_disc, fit.inner_width, fit.epochs, kind)
         for kind in ("linear", "residual")
@@ -251,11 +255,10 @@ def _recipes(config: Config, settings: Select, data: FitData) -> list[Recipe]:
     ]
     if "fastfill" not in settings.transformations:
         return found
-    losses = settings.losses if fit.loss == "auto" else (fit.loss,)
     widths, epochs = settings.inner_widths or (fit.inner_width,), settings.epochs or (fit.epochs,)
     return found + [
         Recipe(loss, weight, width, count, "fastfill")
-        for loss in losses
+        for loss in _losses(config)
         if labelled or not needs_labels(loss)
         for weight in (settings.lambdas if needs_labels(loss) else (fit.lambda_disc,))
         for width, count in itertools.product(widths, epochs)
@@ -330,16 +333,9 @@ def _ends(config: Config, folds: list[Fold]) -> dict[str, dict[str, float]]:
     for fold in folds:
         labels, metric = fold.labels(), config.gallery.metric
         rows = np.arange(len(fold.s)) if labels is None else np.flatnonzero(labels != NO_LABEL)
-        sides = {"old_old": fold.pairs.old[rows], "new_new": fold.pairs.new[rows]}
-        if labels is None:
-            some = {name: among(side, side, rows, metric) for name, side in sides.items()}
-            figures = {name: {"recall10": recall(each, some["new_new"])} for name, each in some.items()}
-        else:
-            names = labels[rows]
-            figures = {
-                name: evaluate(side, side, names, names, metric=metric, self_match=True).as_dict()
-                for name, side in sides.items()
-            }
+        old, new = fold.pairs.old[rows], fold.pairs.new[rows]
+        sides = {"old_old": (old, old), "new_new": (new, new)}
+        figures = retrieval(sides, None if labels is None else labels[rows], metric, "recall10")
         for name, each in figures.items():
             found[name].append(each)
     return {

@@ -62,8 +62,10 @@ def measure_fold(
             orders[name] = [random_order(ids, config.seed + seed) for seed in range(_RANDOM_SEEDS)]
         else:
             orders[name] = [order_by(load_policy(name, config.seed, reference)(scored), config.seed)]
-    calibration = fit_calibration(others, other.pairs.new, config.gallery.metric, config.seed)
-    return curves_of(config, served, fold, orders, detail, calibration if serving.calibrate else None)[1]
+    calibration = None
+    if serving.calibrate:
+        calibration = fit_calibration(others, other.pairs.new, config.gallery.metric, config.seed)
+    return curves_of(config, served, fold, orders, detail, calibration)[1]
 
 
 def _serve(config: Config, fold: Fold, other: Fold, serving: Serving) -> tuple[Float32, Float32]:

@@ -28,7 +28,7 @@ from pipeline.run import Run
 from pipeline.schema import UnitAck
 from pipeline.search import Searcher
 from pipeline.stream import Work, embed_stream
-from tests.galleries import NEW_DIM, OLD_DIM, PREPROCESS, digits, export_encoder, write_manifest
+from tests.galleries import NEW_DIM, digits, encoders, export_encoders, write_manifest
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -39,17 +39,13 @@ def write_gallery(folder: Path) -> str:
     """The data, and the smallest config that moves them; gives its path."""
     data = folder / "data"
     data.mkdir()
-    export_encoder(data / "old.pt2", OLD_DIM, seed=1)
-    export_encoder(data / "new.pt2", NEW_DIM, seed=2)
+    export_encoders(data)
     write_manifest(data / "gallery.parquet", *digits(IMAGES))
     tree = {
         "run": str(folder / "run"),
         "data_root": str(data),
         "device": "cpu",
-        "encoders": {
-            "old": {"export": "old.pt2", "dim": OLD_DIM, "preprocess": PREPROCESS},
-            "new": {"export": "new.pt2", "dim": NEW_DIM, "preprocess": PREPROCESS},
-        },
+        "encoders": encoders(),
         "gallery": {"manifest": "gallery.parquet", "columns": {"id": "name", "image": "image"}},
         "fit": {"transformation": "linear"},
     }

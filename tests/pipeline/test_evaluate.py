@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -212,18 +213,14 @@ def orders(space: tuple[Float32, Float32, Int64]) -> dict[str, list[Int64]]:
 
 @pytest.fixture(scope="module")
 def simulation(space: tuple[Float32, Float32, Int64], orders: dict[str, list[Int64]]) -> Simulation:
+    return simulated(space, orders, detail="oracle", per_query=True)
+
+
+def simulated(space: tuple[Float32, Float32, Int64], orders: dict[str, list[Int64]], **options: Any) -> Simulation:
+    """The curves of a space whose images are gallery and queries at once."""
     transformed, embedded, labels = space
     return simulate_curve(
-        transformed,
-        embedded,
-        embedded,
-        labels,
-        labels,
-        orders,
-        self_match=True,
-        points=POINTS,
-        detail="oracle",
-        per_query=True,
+        transformed, embedded, embedded, labels, labels, orders, self_match=True, points=POINTS, **options
     )
 
 
@@ -312,18 +309,7 @@ def test_every_point_of_a_calibrated_curve_is_the_calibrated_evaluation_of_the_m
 def test_an_identity_map_gives_the_curve_without_a_map(
     space: tuple[Float32, Float32, Int64], orders: dict[str, list[Int64]], simulation: Simulation
 ) -> None:
-    transformed, embedded, labels = space
-    found = simulate_curve(
-        transformed,
-        embedded,
-        embedded,
-        labels,
-        labels,
-        orders,
-        self_match=True,
-        points=POINTS,
-        calibration=Calibration((0.0, 1.0), (0.0, 1.0)),
-    )
+    found = simulated(space, orders, calibration=Calibration((0.0, 1.0), (0.0, 1.0)))
     for name in orders:
         np.testing.assert_allclose(found.orders[name].values, simulation.orders[name].values, atol=1e-9)
 
