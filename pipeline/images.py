@@ -264,7 +264,11 @@ def resized_size(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, in
 
 
 def _fit(preprocess: Preprocess) -> Callable[[Picture, tuple[int, int] | None], Picture] | None:
-    """Resize and crop a picture with torchvision, in the arithmetic of what it is: Pillow's or torch's."""
+    """Resize and crop a picture in the arithmetic of what it is: Pillow's or torch's.
+
+    torch resizes bytes in whole numbers: the same pixels on every processor. torchvision does it in floats on a
+    processor without AVX2: other pixels, and 12 bytes more per pixel.
+    """
     if preprocess.resize is None and preprocess.center_crop is None:
         return None
     import torch  # here: they take seconds, and not everybody resizes
@@ -277,10 +281,21 @@ def _fit(preprocess: Preprocess) -> Callable[[Picture, tuple[int, int] | None], 
     def tensor(array: Pixels) -> torch.Tensor:
         return torch.from_numpy(array if array.flags.writeable else array.copy()).permute(2, 0, 1)
 
+    def resize(item: Image.Image | torch.Tensor, size: list[int]) -> Image.Image | torch.Tensor:
+        if isinstance(item, Image.Image):
+            picture: Image.Image = functional.resize(item, size, interpolation)
+            return picture
+        if list(item.shape[1:]) == size:
+            return item
+        batch: torch.Tensor = torch.nn.functional.interpolate(
+            item[None], size=size, mode=interpolation.value, antialias=True
+        )
+        return batch[0]
+
     def fit(picture: Picture, resized: tuple[int, int] | None) -> Picture:
         item = picture if isinstance(picture, Image.Image) else tensor(np.atleast_3d(picture))
         if resized is not None:
-            item = functional.resize(item, list(resized), interpolation, antialias=True)
+            item = resize(item, list(resized))
         if crop is not None:
             item = functional.center_crop(item, [crop, crop] if isinstance(crop, int) else list(crop))
         return item if isinstance(item, Image.Image) else item.permute(1, 2, 0).numpy()

@@ -361,7 +361,11 @@ def test_resize_and_crop_give_what_torchvision_gives(
     by_pillow = chw(np.asarray(steps(decoded)))
     by_torch = steps(torch.from_numpy(chw(np.array(decoded)))).numpy()
     assert np.array_equal(found("pillow"), by_pillow)
-    assert np.array_equal(found("torch"), by_pillow if interpolation == "nearest" else by_torch)
+    expected = by_pillow if interpolation == "nearest" else by_torch
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":  # without AVX2 torchvision resizes in floats
+        assert np.abs(found("torch").astype(int) - expected).max(initial=0) <= 1
+    else:
+        assert np.array_equal(found("torch"), expected)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -376,8 +380,7 @@ def test_torch_and_pillow_resize_a_photograph_to_within_one_of_255(interpolation
         for resample in ("torch", "pillow")
     )
     assert np.abs(by_torch - by_pillow).max() == 1
-    vectorised = torch.backends.cpu.get_cpu_capability() != "DEFAULT"  # torch rounds otherwise without AVX2
-    assert np.abs(by_torch - by_pillow).mean() < (0.02 if vectorised else 0.2)
+    assert np.abs(by_torch - by_pillow).mean() < 0.02
 
 
 def jpeg(pixels: Pixels, **options: Any) -> bytes:
@@ -611,13 +614,14 @@ def test_with_a_reducing_gap_a_jpeg_is_decoded_no_smaller_than_that(
     resample: Any, gap: float, decoded: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, ...]] = []
-    resize = functional.resize
+    module, name = (torch.nn.functional, "interpolate") if resample == "torch" else (functional, "resize")
+    resize = getattr(module, name)
 
     def look(picture: Any, *arguments: Any, **words: Any) -> Any:
         seen.append(functional.get_size(picture))
         return resize(picture, *arguments, **words)
 
-    monkeypatch.setattr(functional, "resize", look)
+    monkeypatch.setattr(module, name, look)
     data = jpeg(smooth(400, 601), quality=95)
     settings = {"resize": 64, "center_crop": 64, "resample": resample}
     reduced = decode_image(data, Preprocess(**settings, reducing_gap=gap), LIMITS)
