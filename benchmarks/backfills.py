@@ -20,16 +20,15 @@ import torch
 
 from benchmarks.fit_data import Embedded
 from pipeline import offset as offsets
-from pipeline import storage
+from pipeline import parquet
 from pipeline.agreement import agreement_curve
+from pipeline.arrays import Float32, Float64, Int64
 from pipeline.calibration import Calibration, fit_calibration
 from pipeline.config import Config
 from pipeline.evaluate import oracle_order, random_order, simulate_curve
 from pipeline.offset import Classifier
 from pipeline.policy import POLICIES, load_policy, missing
-from pipeline.ranking import Float64
 from pipeline.reference import Reference
-from pipeline.schema import Float32, Int64
 from training.folds import Fold, fit_alone
 from training.knowledge import reference_of
 from training.learner import FitData, Job, PairArrays, can_classify, make_arrays
@@ -68,7 +67,7 @@ class Fitted:
 
 def images_of(config: Config, data: FitData, gallery: Embedded) -> Images:
     """The pairs of a run in memory, beside the gallery."""
-    tables = [pa.concat_tables(map(storage.read_parquet, parts)) for parts in (data.train_parts, data.held_out_parts)]
+    tables = [pa.concat_tables(map(parquet.read_parquet, parts)) for parts in (data.train_parts, data.held_out_parts)]
     job = Job(config.fit, data, config.seed, False, 0, 0)
     return Images(data, make_arrays(tables[0], job), make_arrays(tables[1], job), tables[1], gallery)
 

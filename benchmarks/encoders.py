@@ -28,9 +28,9 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.small_run import data_folder
+from pipeline.arrays import Int64
 from pipeline.config import Preprocess
 from pipeline.images import Limits, decode_image
-from pipeline.schema import Int64
 
 FOLDER = Path(tempfile.gettempdir()) / "fastfill-encoders"
 SCARCE_GROUP = "insects"

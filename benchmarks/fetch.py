@@ -29,8 +29,8 @@ from obstore.store import S3Store
 
 from benchmarks.measure import Spread, header, interleave, ratio, table
 from pipeline import fetch
-from pipeline.config import Fetch
 from pipeline.fetch import Place
+from pipeline.settings import Fetch
 from tests.seaweed import SeaweedFS, s3_client
 
 IN_FLIGHT = 32

@@ -23,8 +23,8 @@ import numpy as np
 
 from benchmarks.measure import Spread, header, interleave, ratio
 from pipeline import storage
-from pipeline.config import Fetch
 from pipeline.fetch import Place, fetch
+from pipeline.settings import Fetch
 from tests.seaweed import SeaweedFS, s3_client
 
 BUCKET = "tars"

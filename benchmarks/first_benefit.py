@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from benchmarks import throughput
 from benchmarks.measure import Spread, header, interleave, table
 from benchmarks.small_run import STAGES, VISIBLE, Job, data_folder, part_of_cifar
-from pipeline.schema import vectors_to_arrow
+from pipeline.arrays import vectors_to_arrow
 
 TARGET_PERCENT = 5
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)

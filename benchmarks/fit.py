@@ -40,13 +40,13 @@ from benchmarks.small_run import part_of_cifar
 from jobs.bars import Bars
 from jobs.options import console, start_ray
 from jobs.prepare import open_run
-from pipeline import storage
+from pipeline import parquet, storage
+from pipeline.arrays import vectors_from_arrow
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.encoders import load_tensors
 from pipeline.evaluate import METRICS
 from pipeline.run import Run
-from pipeline.schema import vectors_from_arrow
 from pipeline.transformation import Transformation, load_transformation
 from training.fit import fit
 from training.learner import Epoch, FitData
@@ -176,7 +176,7 @@ def reference(arguments: argparse.Namespace, pairs: Path, gallery: Embedded) -> 
 def start_reference(config: Config, state: Path) -> Reference:
     """The reference over what the run of this config trains on, from its state where there is one."""
     parts = storage.list_files(Run(config.run).path("pairs", "train"), ".parquet")
-    pairs = pa.concat_tables([storage.read_parquet(uri) for uri in parts])
+    pairs = pa.concat_tables([parquet.read_parquet(uri) for uri in parts])
     rows = {name: torch.tensor(vectors_from_arrow(pairs[name])) for name in ("old", "new")}
     rows["label"] = torch.tensor(pairs["label"].to_numpy().astype(np.int64))
     assert config.fit.classifier is not None

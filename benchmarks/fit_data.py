@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from pipeline.arrays import Float32, Int64, vectors_to_arrow
 from pipeline.config import Config, Encoder, Manifest
 from pipeline.encoders import load_encoder
 from pipeline.evaluate import Simulation, order_by_priority, random_order, simulate_curve
 from pipeline.images import Limits, decode_image
-from pipeline.schema import Float32, Int64, vectors_to_arrow
 from pipeline.transformation import Transformation, apply
 
 _BATCH = 1000

@@ -35,16 +35,18 @@ import pyarrow as pa
 
 from benchmarks.measure import Spread, header, interleave, memory, ratio, table
 from jobs.options import start_ray
-from pipeline import calibration, planner, snapshot, storage, vector_log
+from pipeline import calibration, parquet, planner, snapshot, storage, vector_log
+from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
 from pipeline.calibration import Calibration
 from pipeline.codebook import set_threads
 from pipeline.config import Config
 from pipeline.config_file import validate
+from pipeline.hashing import shard_of
 from pipeline.index import build_segment
 from pipeline.plan import Plan, read_transformed
 from pipeline.publish import Publisher
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64, shard_of, transformed_schema, vectors_from_arrow, vectors_to_arrow
+from pipeline.schema import transformed_schema
 from pipeline.seal import Sealer
 from pipeline.search import Searcher
 from pipeline.transformation import TransformationInfo, save_transformation
@@ -109,11 +111,11 @@ def make_plan(config: Config, run: Run, gallery: Gallery) -> Plan:
         columns |= {"vector": vectors_to_arrow(gallery.transformed[ids])}
         nothing = {field.name: pa.nulls(len(ids), field.type) for field in schema}
         rows = pa.table({**nothing, **columns}).select(schema.names)
-        storage.put(run.part("scored", part), storage.parquet_bytes(schema, [rows]))
+        storage.put(run.part("scored", part), parquet.parquet_bytes(schema, [rows]))
         counts.append(len(ids))
     waves, _ = planner.arrange(config, run, "scored", counts)
     pairs = pa.table({"new": vectors_to_arrow(gallery.embedded[: config.index.train_vectors])})
-    storage.put(run.path("pairs", "train", "part-00000.parquet"), storage.parquet_bytes(pairs.schema, [pairs]))
+    storage.put(run.path("pairs", "train", "part-00000.parquet"), parquet.parquet_bytes(pairs.schema, [pairs]))
     info = TransformationInfo(dim, dim, None, 8, False, "alignment", 0, 1, len(pairs), 0, better_than_old=True)
     save_transformation(run, info.network(), info, {calibration.PART: IDENTITY.to_bytes()})
     shards = config.index.shards
@@ -123,7 +125,7 @@ def make_plan(config: Config, run: Run, gallery: Gallery) -> Plan:
 def write_log(run: Run, plan: Plan, gallery: Gallery) -> None:
     """Embed all units: one part each."""
     for unit in plan.units(run):
-        ids: Int64 = storage.read_parquet(unit.rows_uri, ["id"], [unit.row_group])["id"].to_numpy()
+        ids: Int64 = parquet.read_parquet(unit.rows_uri, ["id"], [unit.row_group])["id"].to_numpy()
         no_text = pa.array([""] * len(ids))
         embedded = EmbeddedUnit(ids, gallery.embedded[ids], pa.nulls(len(ids), pa.string()), no_text, no_text)
         vector_log.write_unit(plan.log(run), unit, embedded)

@@ -33,12 +33,13 @@ import numpy as np
 
 from benchmarks.measure import header, memory
 from jobs.options import start_ray
-from pipeline import catalog, config, storage
+from pipeline import catalog, config, parquet, storage
+from pipeline.arrays import vectors_to_arrow
 from pipeline.config_file import validate
-from pipeline.object_store import COUNTS, Page
+from pipeline.object_store import Page
 from pipeline.pieces import Options
+from pipeline.retry import COUNTS
 from pipeline.s3_client import S3Client
-from pipeline.schema import vectors_to_arrow
 from pipeline.store import Stat
 from tests.seaweed import SeaweedFS
 
@@ -118,10 +119,10 @@ def add_embeddings(folders: list[str], to: str) -> None:
     """What a user has whose old embeddings are known: the manifests, with one more column."""
     random = np.random.default_rng(0)
     for number, uri in enumerate(part for folder in folders for part in storage.expand(folder, ".parquet")):
-        rows = storage.read_parquet(uri)
+        rows = parquet.read_parquet(uri)
         vectors = random.standard_normal((rows.num_rows, DIM), dtype=np.float32)
         rows = rows.append_column("old_embedding", vectors_to_arrow(vectors))
-        storage.put(f"{to}/part-{number:05d}.parquet", storage.parquet_bytes(rows.schema, [rows]))
+        storage.put(f"{to}/part-{number:05d}.parquet", parquet.parquet_bytes(rows.schema, [rows]))
 
 
 def settings(run: str, source: str) -> config.Config:

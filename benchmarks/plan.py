@@ -46,12 +46,14 @@ import ray.data
 
 from benchmarks.measure import Spread, header, interleave, memory, ratio, table
 from jobs.options import start_ray
-from pipeline import planner, storage
+from pipeline import parquet, planner, storage
+from pipeline.arrays import Float32, Int64, vectors_to_arrow
 from pipeline.config import Config
 from pipeline.config_file import validate
+from pipeline.hashing import splitmix64
 from pipeline.plan import wave_sizes
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64, splitmix64, transformed_schema, vectors_to_arrow
+from pipeline.schema import transformed_schema
 
 PART_ROWS = 131_072
 DISTINCT = 64
@@ -101,7 +103,7 @@ def make_part(run: Run, part: int, first: int, count: int, dim: int, vectors: st
     schema = pa.schema([field for field in transformed_schema(dim) if field.name not in ("wave", "shard")])
     nothing = {field.name: pa.nulls(count, field.type) for field in schema}
     rows_table = pa.table({**nothing, **columns}).select(schema.names)
-    storage.put(run.part(SCORED, part), storage.parquet_bytes(schema, [rows_table]))
+    storage.put(run.part(SCORED, part), parquet.parquet_bytes(schema, [rows_table]))
 
 
 def make_vectors(random: np.random.Generator, count: int, dim: int, vectors: str) -> Float32:

@@ -34,16 +34,15 @@ from torch.nn import functional
 from benchmarks.fit import started_ray
 from benchmarks.measure import header, table
 from benchmarks.small_run import data_folder
-from pipeline import storage
+from pipeline import parquet, storage
+from pipeline.arrays import Float32, Float64, Int64, vectors_to_arrow
 from pipeline.calibration import read_calibration
 from pipeline.config import Config
 from pipeline.config_file import validate
 from pipeline.evaluate import evaluate, order_by_priority, random_order, simulate_curve
 from pipeline.policy import Scored, load_policy
-from pipeline.ranking import Float64
 from pipeline.reference import load_reference
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64, vectors_to_arrow
 from pipeline.selection import read_selection, recipe_name, resolve_policy
 from pipeline.transformation import apply, load_transformation
 from training.fit import fit
@@ -107,7 +106,7 @@ def pairs_of(folder: Path, old: Float32, new: Float32) -> FitData:
         columns = {"old": vectors_to_arrow(old[mine]), "new": vectors_to_arrow(new[mine])}
         some = pa.table({"index": mine, "label": pa.nulls(len(mine), pa.int32())} | columns)
         parts.append(str(folder / f"part-{part}.parquet"))
-        storage.put(parts[-1], storage.parquet_bytes(some.schema, [some]))
+        storage.put(parts[-1], parquet.parquet_bytes(some.schema, [some]))
     return FitData(parts[:-1], parts[-1:], int((rows % 10 != 0).sum()), None, old.shape[1], new.shape[1])
 
 

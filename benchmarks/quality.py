@@ -38,10 +38,10 @@ from benchmarks.cases import ENCODERS, LABELS, Case
 from benchmarks.fit import configure, prepare, started_ray
 from benchmarks.measure import header, table
 from benchmarks.small_run import data_folder
+from pipeline.arrays import Float64
 from pipeline.config import Config, LossMode, Select
 from pipeline.evaluate import METRICS, Metrics, evaluate, share_of_gap
 from pipeline.expected import REACHED, fraction_for
-from pipeline.ranking import Float64
 from pipeline.run import Run
 from pipeline.selection import Selection
 from training.candidates import settings_of

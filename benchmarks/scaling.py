@@ -30,17 +30,20 @@ import pyarrow as pa
 from PIL import Image
 
 from pipeline import codebook as codebooks
+from pipeline import parquet, segments, storage, telemetry, vector_log
 from pipeline import plan as plans
-from pipeline import segments, storage, telemetry, vector_log
+from pipeline.arrays import Float32, vectors_to_arrow
 from pipeline.codebook import Codebook
-from pipeline.commits import Commit, Counts, SegmentRef, check_commit, from_json, to_json
+from pipeline.commits import Commit, Counts, check_commit
 from pipeline.config import Index, Preprocess
+from pipeline.documents import from_json, to_json
 from pipeline.images import Limits, decode_image
 from pipeline.index import build_segment
 from pipeline.plan import Plan, Wave
 from pipeline.progress import Tracker
 from pipeline.run import Run
-from pipeline.schema import UNITS, Float32, Unit, UnitAck, transformed_schema, vectors_to_arrow
+from pipeline.schema import UNITS, Unit, UnitAck, transformed_schema
+from pipeline.segments import SegmentRef
 from pipeline.vector_log import EmbeddedUnit, VectorLog
 
 DIM = 128
@@ -95,12 +98,12 @@ def units_files(folder: str) -> Figures:
     for count in counts:
         unit = pa.table({"id": np.arange(64)} | location(64))
         uri = f"{folder}/units-{count}.parquet"
-        storage.put(uri, storage.parquet_bytes(UNITS, (unit for _ in range(count))))
-        with storage.open_parquet(uri) as file:
+        storage.put(uri, parquet.parquet_bytes(UNITS, (unit for _ in range(count))))
+        with parquet.open_parquet(uri) as file:
             footers.append(file.metadata.serialized_size)
-        reads.append(seconds_of(partial(storage.read_parquet, uri, UNITS.names, [count // 2])))
+        reads.append(seconds_of(partial(parquet.read_parquet, uri, UNITS.names, [count // 2])))
     rows = pa.table({"id": RANDOM.integers(0, 10**9, 20_480)} | location(20_480))
-    data = storage.parquet_bytes(UNITS, (rows.slice(start, 256) for start in range(0, 20_480, 256)))
+    data = parquet.parquet_bytes(UNITS, (rows.slice(start, 256) for start in range(0, 20_480, 256)))
     footer = slope(counts, footers)
     return {
         "units_footer_bytes": figure(footer, "B/unit", f"slope of the footer over {counts} row groups"),
@@ -125,12 +128,12 @@ def transformed_part(folder: str) -> Figures:
         uri = f"{folder}/transformed{name}.parquet"
         slices = (rows.slice(start, end - start) for start, end in itertools.pairwise(ends))
         start = time.perf_counter()
-        storage.put(uri, storage.parquet_bytes(transformed_schema(DIM), slices))
+        storage.put(uri, parquet.parquet_bytes(transformed_schema(DIM), slices))
         wrote = time.perf_counter() - start
-        with storage.open_parquet(uri) as file:
+        with parquet.open_parquet(uri) as file:
             footer = file.metadata.serialized_size
         size = storage.stat(uri).size_bytes
-        cell = seconds_of(partial(storage.read_parquet, uri, ["id", "uncertainty", "group", "vector"], [7]))
+        cell = seconds_of(partial(parquet.read_parquet, uri, ["id", "uncertainty", "group", "vector"], [7]))
         how = f"{count} rows, {groups} row groups, {DIM}-d"
         found |= {
             f"transformed_row_bytes{name}": figure((size - footer) / count, "B/image", how + ", without the footer"),
@@ -272,8 +275,8 @@ def requests() -> Figures:
         server.make_bucket("scaling")
         root = "s3://scaling"
         unit = pa.table({"id": np.arange(64)} | location(64))
-        storage.put(f"{root}/units.parquet", storage.parquet_bytes(UNITS, [unit] * plans.UNITS_PER_FILE))
-        read = lambda: storage.read_parquet(f"{root}/units.parquet", UNITS.names, [50])  # noqa: E731
+        storage.put(f"{root}/units.parquet", parquet.parquet_bytes(UNITS, [unit] * plans.UNITS_PER_FILE))
+        read = lambda: parquet.read_parquet(f"{root}/units.parquet", UNITS.names, [50])  # noqa: E731
         count("units_read_requests", "requests/unit", f"a unit of a file of {plans.UNITS_PER_FILE}", read)
         log = VectorLog(f"{root}/log", f"{root}/rejects", DIM, SHARDS)
         texts, numbers = pa.array([""] * 256), iter(range(2))
@@ -296,9 +299,9 @@ def requests() -> Figures:
             | {"vector": vectors_to_arrow(vectors(PART_ROWS))}
         )
         slices = (rows.slice(start, 20) for start in range(0, 20 * WAVES * SHARDS, 20))
-        storage.put(f"{root}/part.parquet", storage.parquet_bytes(transformed_schema(DIM), slices))
+        storage.put(f"{root}/part.parquet", parquet.parquet_bytes(transformed_schema(DIM), slices))
         columns = ["id", "uncertainty", "group", "vector"]
-        cell = lambda: storage.read_parquet(f"{root}/part.parquet", columns, [7])  # noqa: E731
+        cell = lambda: parquet.read_parquet(f"{root}/part.parquet", columns, [7])  # noqa: E731
         count("transformed_cell_requests", "requests/(part, wave, shard)", "of a part of 6,400 row groups", cell)
         found["transformed_cell_s3_seconds"] = figure(
             seconds_of(cell), "s/(part, wave, shard)", "as above, from a server on this machine: no network in between"
@@ -331,7 +334,7 @@ def ray_costs() -> Figures:
         row = pa.table([[0], [str(image)], nothing, nothing, nothing, pa.nulls(1, pa.string())], schema=UNITS)
         for turn, count in enumerate((20, *counts)):  # the first one starts the processes
             uri = f"{folder}/units-{turn}.parquet"
-            storage.put(uri, storage.parquet_bytes(UNITS, [row] * count))
+            storage.put(uri, parquet.parquet_bytes(UNITS, [row] * count))
             log = VectorLog(f"{folder}/log-{turn}", f"{folder}/rejects", NEW_DIM, 2)
             work = Work(config.encoders.new, log, [Unit(1, number, uri, number, 1) for number in range(count)])
             start, used = time.perf_counter(), time.process_time()

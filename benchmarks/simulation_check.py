@@ -25,15 +25,16 @@ from benchmarks.measure import header
 from benchmarks.scenario import Cluster, Job, Seconds
 from benchmarks.simulation import Simulation
 from jobs.options import start_ray
-from pipeline import planner, storage, telemetry
+from pipeline import parquet, planner, storage, telemetry
 from pipeline.actors import LOAD_CPUS, actor_pool
+from pipeline.arrays import vectors_to_arrow
 from pipeline.backfill import backfill
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.plan import Plan, wave_sizes
 from pipeline.progress import Progress
 from pipeline.run import Run
-from pipeline.schema import transformed_schema, vectors_to_arrow
+from pipeline.schema import transformed_schema
 from pipeline.transformation import TransformationInfo, save_transformation
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar100"
@@ -73,9 +74,9 @@ def make_run(folder: str, images: Path, job: Job) -> tuple[Config, Run, Plan]:
     }
     schema = pa.schema([field for field in transformed_schema(dim) if field.name not in ("wave", "shard")])
     rows = pa.table({field.name: columns.get(field.name, pa.nulls(job.images, field.type)) for field in schema})
-    storage.put(run.part(SCORED, 0), storage.parquet_bytes(schema, [rows]))
+    storage.put(run.part(SCORED, 0), parquet.parquet_bytes(schema, [rows]))
     pairs = pa.table({"new": vectors_to_arrow(noise[:1_000])})
-    storage.put(run.path("pairs", "train", "part-00000.parquet"), storage.parquet_bytes(pairs.schema, [pairs]))
+    storage.put(run.path("pairs", "train", "part-00000.parquet"), parquet.parquet_bytes(pairs.schema, [pairs]))
     old_dim = config.encoders.old.dim if config.encoders.old is not None else dim
     info = TransformationInfo(
         old_dim, dim, None, 8, False, config.fit.loss, config.seed, 0, 0, 0, better_than_old=False

@@ -38,11 +38,10 @@ from benchmarks.fit import configure, prepare, started_ray
 from benchmarks.measure import header, table
 from benchmarks.quality import QUICK
 from benchmarks.small_run import data_folder
+from pipeline.arrays import Float64, Int64
 from pipeline.config import Config
 from pipeline.evaluate import by_group, evaluate, random_order, simulate_curve
 from pipeline.policy import load_policy
-from pipeline.ranking import Float64
-from pipeline.schema import Int64
 from training.simulate import order_by
 
 OFFSETS = ("none", "confidence")

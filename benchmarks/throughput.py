@@ -43,7 +43,7 @@ from benchmarks import measure
 from benchmarks.measure import Spread, ratio
 from benchmarks.photographs import photograph
 from pipeline import config as settings
-from pipeline import storage
+from pipeline import parquet, storage
 from pipeline.config import Config
 from pipeline.config_file import validate
 from pipeline.images import Limits, decode_image
@@ -124,7 +124,7 @@ class Case:
         rows = [{"id": number, "uri": uri, "row": row} for number, (uri, row) in enumerate(self.places())]
         pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
         uri = str(self.folder / "units.parquet")
-        storage.put(uri, storage.parquet_bytes(UNITS, [pa.Table.from_pylist(piece, UNITS) for piece in pieces]))
+        storage.put(uri, parquet.parquet_bytes(UNITS, [pa.Table.from_pylist(piece, UNITS) for piece in pieces]))
         return [Unit(1, number, uri, number, len(piece)) for number, piece in enumerate(pieces)]
 
 

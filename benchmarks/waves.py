@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks import measure
 from benchmarks.measure import Spread, ratio
-from pipeline import config, snapshot, storage, vector_log
+from pipeline import config, parquet, snapshot, storage, vector_log
 from pipeline.backfill import backfill
 from pipeline.config_file import load_config
 from pipeline.plan import Plan
@@ -46,8 +46,8 @@ def settings(folder: Path, waves: int, images: int) -> config.Config:
     """CIFAR-100's own settings with its training images as the gallery, and a fit of one epoch."""
     gallery = folder / "gallery.parquet"
     if not gallery.exists():
-        rows = storage.read_parquet(str(CIFAR / "train.parquet")).slice(0, images)
-        storage.put(str(gallery), storage.parquet_bytes(rows.schema, [rows]))
+        rows = parquet.read_parquet(str(CIFAR / "train.parquet")).slice(0, images)
+        storage.put(str(gallery), parquet.parquet_bytes(rows.schema, [rows]))
     changes = {
         "run": folder / f"of-{waves}",
         "data_root": CIFAR,

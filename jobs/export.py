@@ -39,7 +39,8 @@ def main(
     """
     from pipeline import storage
     from pipeline.export import export
-    from pipeline.run import Run, read_settings
+    from pipeline.identity import read_settings
+    from pipeline.run import Run
 
     config = load(config_path, overrides)
     read_settings(Run(config.run))

@@ -34,7 +34,8 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, keep: int,
     from dataclasses import asdict
 
     from pipeline.collect import Rules, collect
-    from pipeline.run import Run, read_settings
+    from pipeline.identity import read_settings
+    from pipeline.run import Run
 
     config = load(config_path, overrides)
     read_settings(Run(config.run))

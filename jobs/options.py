@@ -96,8 +96,8 @@ def load(config_path: str, overrides: tuple[str, ...], *, new_run: bool = False)
     """
     from pipeline import storage
     from pipeline.config_file import load_config
+    from pipeline.identity import free_uri
     from pipeline.resumed import as_started
-    from pipeline.run import free_uri
 
     config = load_config(config_path, overrides)
     storage.configure(config.storage)
@@ -139,7 +139,8 @@ def open_run_of(config: Config, *, to_embed: bool = False) -> Run:
         DataError: there is no run, or the encoder's file is missing.
         IncompatibleRun: it was started with other settings, or with other weights.
     """
-    from pipeline.run import Run, check_resumable, encoder_fingerprint, read_settings
+    from pipeline.identity import check_resumable, encoder_fingerprint, read_settings
+    from pipeline.run import Run
 
     run = Run(config.run)
     read_settings(run)  # a run that is not there is an error

@@ -32,8 +32,9 @@ def open_run(config: Config, bars: Bars) -> Run:
     from jobs.checks import check_images, check_settings, check_widths
     from pipeline import manifest
     from pipeline.config import sources, unit_images
+    from pipeline.identity import check_resumable, start, weight_fingerprints
     from pipeline.plan import read_plan
-    from pipeline.run import Run, check_resumable, start, weight_fingerprints
+    from pipeline.run import Run
     from pipeline.storage import check
 
     check(config.run)

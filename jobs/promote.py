@@ -19,7 +19,8 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, commit: in
     """
     from pipeline import quality, snapshot
     from pipeline.gate import blockers
-    from pipeline.run import Run, read_settings
+    from pipeline.identity import read_settings
+    from pipeline.run import Run
 
     config = load(config_path, overrides)
     run = Run(config.run)

@@ -26,9 +26,10 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     Exit code 0 if the run is whole, 1 if something is still damaged.
     """
     from pipeline.audit import audit
+    from pipeline.identity import check_resumable, weight_fingerprints
     from pipeline.plan import read_plan
     from pipeline.repair import Repair, repair
-    from pipeline.run import Run, check_resumable, weight_fingerprints
+    from pipeline.run import Run
 
     config = load(config_path, overrides)
     run, done = Run(config.run), Repair()

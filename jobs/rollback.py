@@ -15,7 +15,8 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, to: int | 
     A running backfill goes on publishing; prod just does not follow.
     """
     from pipeline import snapshot
-    from pipeline.run import Run, read_settings
+    from pipeline.identity import read_settings
+    from pipeline.run import Run
 
     run = Run(load(config_path, overrides).run)
     read_settings(run)

@@ -11,8 +11,8 @@ from jobs.options import absolute, command, console, load, open_run_of, print_js
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from pipeline.arrays import Float32
     from pipeline.config import Config
-    from pipeline.schema import Float32
 
 _TABLES = (".npy", ".parquet")
 
@@ -94,9 +94,9 @@ def _read_queries(config: Config, paths: tuple[str, ...], column: str | None, li
 
     import numpy as np
 
-    from pipeline import storage
+    from pipeline import parquet, storage
+    from pipeline.arrays import vectors_from_arrow
     from pipeline.errors import DataError
-    from pipeline.schema import vectors_from_arrow
 
     try:
         if paths[0].endswith(".npy"):
@@ -107,7 +107,7 @@ def _read_queries(config: Config, paths: tuple[str, ...], column: str | None, li
             return _embed(config, [storage.read_bytes(absolute(path)) for path in paths[:limit]], list(paths))
     except (OSError, ValueError, EOFError, OverflowError, MemoryError, BadZipFile) as error:
         raise DataError("cannot read a query", found=error, where=paths) from error
-    table = storage.read_parquet(absolute(paths[0]))
+    table = parquet.read_parquet(absolute(paths[0]))
     if column is None or table.schema.names.count(column) != 1:
         raise DataError("say which column holds the queries", expected=table.schema.names, found=column, where=paths[0])
     values = table[column] if limit is None else table[column].slice(0, min(limit, table.num_rows))

@@ -54,7 +54,8 @@ class Status(TypedDict):
 @command("status")
 def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show progress, rate, time left, snapshots and rejects of a run; reads storage alone."""
-    from pipeline.run import Run, read_settings
+    from pipeline.identity import read_settings
+    from pipeline.run import Run
 
     config = load(config_path, overrides)
     read_settings(Run(config.run))  # a run that is not there is an error
@@ -120,7 +121,8 @@ def is_complete(config: Config) -> bool:
     """Whether the last wave of the run is published, and this config is the run's."""
     from pipeline import manifest
     from pipeline.config import sources
-    from pipeline.run import Run, check_resumable, weight_fingerprints
+    from pipeline.identity import check_resumable, weight_fingerprints
+    from pipeline.run import Run
     from pipeline.storage import exists
 
     run = Run(config.run)

@@ -10,11 +10,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from pipeline.arrays import Float32, Float64, Int64
 from pipeline.calibration import Calibration
 from pipeline.evaluate import recall
 from pipeline.nearest import nearest, nearest_by_kind
-from pipeline.ranking import Float64
-from pipeline.schema import Float32, Int64
 
 NEIGHBOURS = 10
 

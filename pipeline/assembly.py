@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import storage
+from pipeline import parquet, storage
 from pipeline.errors import DataError
 from pipeline.pieces import CHUNK_BYTES, CHUNK_ROWS, ROWS, Chunk, Kind, Ledger, Options
 from pipeline.table_index import read_chunk
@@ -95,7 +95,7 @@ def write_part(work: PartWork) -> PartInfo:
         num_bytes[item.kind] = num_bytes.get(item.kind, 0) + (pc.sum(table["size_bytes"]).as_py() or 0)
         tables.append(table)
     whole = pa.concat_tables(tables)
-    storage.put(work.uri, storage.parquet_bytes(work.schema, [whole]))
+    storage.put(work.uri, parquet.parquet_bytes(work.schema, [whole]))
     filled = tuple(name for name in whole.schema.names if whole[name].null_count < whole.num_rows)
     return PartInfo(whole.num_rows, num_bytes, whole["size_bytes"].null_count, filled)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.arrays import Float32, Int64
 from pipeline.calibration import Calibration
 from pipeline.commits import Commit
 from pipeline.config import Config
@@ -36,7 +37,6 @@ from pipeline.quality import (
     write_reference,
 )
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64
 
 Bools = NDArray[np.bool_]
 

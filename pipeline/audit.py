@@ -15,17 +15,19 @@ from itertools import pairwise
 
 import numpy as np
 
-from pipeline import snapshot, storage
+from pipeline import parquet, snapshot, storage
+from pipeline.arrays import Int64
 from pipeline.audit_inputs import check_inputs
 from pipeline.calibration import read_calibration
 from pipeline.codebook import Codebook
 from pipeline.commits import read_removals
 from pipeline.errors import DataError
 from pipeline.evidence import NO_IDS, Cell, Evidence, Notes, Problem, check_manifest, filled
+from pipeline.hashing import shard_of
+from pipeline.identity import read_settings
 from pipeline.index import Segment, decode
 from pipeline.plan import read_plan
-from pipeline.run import Run, read_settings
-from pipeline.schema import Int64, shard_of
+from pipeline.run import Run
 from pipeline.segments import check_digest
 from pipeline.snapshot import CANDIDATE, Commit, SegmentRef
 from pipeline.vector_log import unit_of, wave_digest
@@ -238,7 +240,7 @@ def _check_sidecar(notes: Notes, files: _Files, ref: SegmentRef, cell: Cell) -> 
     where = files.run.path(ref.sidecar_path)
     if not files.intact("sidecar", ref.sidecar_path, ref.sidecar_sha256):
         return
-    table = notes.attempt("sidecar", where, storage.read_parquet, where, ["id", "kind"])
+    table = notes.attempt("sidecar", where, parquet.read_parquet, where, ["id", "kind"])
     if table is None:
         return
     ids, is_embedded = table["id"].to_numpy(), table["kind"].to_numpy() == "embedded"

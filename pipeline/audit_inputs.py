@@ -10,15 +10,17 @@ from collections.abc import Collection, Iterable
 
 import numpy as np
 
-from pipeline import documents, manifest, quality, storage, vector_log
+from pipeline import documents, manifest, parquet, quality, storage, vector_log
 from pipeline import plan as plans
+from pipeline.arrays import Int64, vectors_from_arrow
 from pipeline.evidence import NO_IDS, Notes
+from pipeline.identity import STAGES, read_settings, read_stage_settings
 from pipeline.manifest import GALLERY_PAIRS
 from pipeline.parts import list_parts
 from pipeline.plan import FROM_PAIRS, Plan, read_plan
 from pipeline.rejects import gallery_log, manifest_log
-from pipeline.run import STAGES, Run, read_settings, read_stage_settings
-from pipeline.schema import Int64, Unit, vectors_from_arrow
+from pipeline.run import Run
+from pipeline.schema import Unit
 from pipeline.standing import read_standing
 from pipeline.vector_log import VectorLog
 
@@ -246,17 +248,17 @@ def _attempt_quietly(unit: Unit) -> Int64 | None:
 
 
 def _ids_of(unit: Unit) -> Int64:
-    ids: Int64 = storage.read_parquet(unit.rows_uri, row_groups=[unit.row_group])["id"].to_numpy()
+    ids: Int64 = parquet.read_parquet(unit.rows_uri, row_groups=[unit.row_group])["id"].to_numpy()
     return ids
 
 
 def _ids_in(uri: str) -> Int64:
     """The ids of a file of which every column is read."""
-    ids: Int64 = storage.read_parquet(uri)["id"].to_numpy()
+    ids: Int64 = parquet.read_parquet(uri)["id"].to_numpy()
     return ids
 
 
 def _rows_of(uri: str) -> int:
     """The number of rows of a file, every column of which is read, a row group at a time."""
-    with storage.open_parquet(uri) as file:
+    with parquet.open_parquet(uri) as file:
         return sum(file.read_row_group(group).num_rows for group in range(file.num_row_groups))

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import documents
+from pipeline.arrays import Float32
 from pipeline.errors import DataError
 from pipeline.run import Run
-from pipeline.schema import Float32
 
 Float64 = NDArray[np.float64]
 

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import storage
+from pipeline.arrays import Float32, Int64
 from pipeline.config import Index, Metric
 from pipeline.errors import ConfigError, DataError
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64
 from pipeline.segments import check_digest, put_by_content
 
 # `auto` by the size of the gallery: Flat, then IVF with Flat, SQ8 and PQ codes. At 512 dimensions these

@@ -40,7 +40,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from pipeline import removals, reserve, snapshot, storage
-from pipeline.commits import Commit, Removals, read_commit, read_removals, to_json
+from pipeline.commits import Commit, Removals, read_commit, read_removals
+from pipeline.documents import to_json
 from pipeline.errors import ConfigError, Removed, SnapshotConflict
 from pipeline.leases import find_leases
 from pipeline.plan import dropped_files

@@ -12,47 +12,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
-from pipeline import documents, storage
+from pipeline import storage
 from pipeline.calibration import Calibration
 from pipeline.config import Metric
+from pipeline.documents import from_json
 from pipeline.errors import DataError, Removed
 from pipeline.run import Run
+from pipeline.segments import SegmentRef
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+    pass
 
-Kind = Literal["transformed", "embedded"]
-KINDS: tuple[Kind, Kind] = ("embedded", "transformed")
 T = TypeVar("T")
 
 _WHO_PUBLISHED = {"attempt_id", "epoch", "created_unix_seconds"}
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentRef:
-    """One segment as a commit names it; paths are relative to the run.
-
-    Attributes:
-        kind: of all its vectors; in an embedded segment of an earlier version, `rejected` of the `vectors` are still
-            transformed.
-        rejected: images of an embedded wave that are still transformed: all of a transformed segment of that wave.
-        deleted: images of the (shard, wave) that are in no segment any more: they are gone, and were to be dropped.
-        bytes: size of the file.
-    """
-
-    shard: int
-    wave: int
-    kind: Kind
-    path: str
-    sha256: str
-    bytes: int
-    vectors: int
-    sidecar_path: str
-    sidecar_sha256: str
-    rejected: int = 0
-    deleted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,20 +246,6 @@ def check_commit(commit: Commit, where: str) -> None:
             found=len(commit.log_digests),
             where=where,
         )
-
-
-def to_json(item: DataclassInstance) -> bytes:
-    """A commit or a tag as the bytes of its file: with the format version, and a digest of all the rest."""
-    return documents.encode(item)
-
-
-def from_json(kind: type[T], data: bytes, where: str) -> T:
-    """The inverse of `to_json`; every field has to be there with its type.
-
-    Raises:
-        DataError: it is not such a file, was changed after it was written, or is of another format.
-    """
-    return documents.parse(kind, data, where, must_be_checked=True)
 
 
 def _is_of_rejects(segment: SegmentRef, number: int) -> bool:

@@ -8,16 +8,14 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from pipeline import uris
+from pipeline.settings import Count, Fraction, Section
 
 LossMode = Literal["alignment", "alignment+uncertainty", "alignment+discriminative", "fastfill"]
 TransformationKind = Literal["linear", "residual", "fastfill"]
 Offset = Literal["none", "uncertainty", "confidence"]
 Measure = Literal["top1", "top5", "map", "recall10"]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=1, le=2**53)]  # exact in JSON and in floating point, and far below int64
 
 POLICY_NAMES = (
     "random",
@@ -50,28 +48,6 @@ _OF_PAPER: dict[bool, LossMode] = {True: "fastfill", False: "alignment+uncertain
 """With labels, and without."""
 
 _SOME = Field(min_length=1)
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, with finite numbers.
-
-    Unknown keys, texts with NUL, and URLs with a user or password are errors.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*")
-    @classmethod
-    def _usable_texts(cls, value: object) -> object:
-        texts = [text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)]
-        if any("\0" in text for text in texts):
-            raise ValueError("a text must not hold NUL characters")
-        if any(map(uris.holds_user, texts)):
-            raise ValueError(
-                "a URL must not hold a user or password, because the config is stored with the run: credentials come "
-                "from the environment or the machine's role"
-            )
-        return value
 
 
 class Classifier(Section):

@@ -13,6 +13,7 @@ from typing import cast
 import numpy as np
 
 from pipeline import documents, storage
+from pipeline.arrays import Float64, Int64
 from pipeline.calibration import Calibration, read_calibration
 from pipeline.config import Config
 from pipeline.errors import DataError
@@ -36,9 +37,8 @@ from pipeline.gallery import has_labels as has_labels
 from pipeline.gallery import load_gallery as load_gallery
 from pipeline.plan import FROM_PAIRS
 from pipeline.points import SLOTS
-from pipeline.ranking import Float64, Progress
+from pipeline.ranking import Progress
 from pipeline.run import Run
-from pipeline.schema import Int64
 from pipeline.selection import resolve_policy
 from pipeline.vector_log import part_files
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.schema import Float32, Int64, splitmix64
+from pipeline.arrays import Float32, Int64
+from pipeline.hashing import splitmix64
 
 NUM_DIGITS = 6
 _PRIORITY_DIGITS = 2

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline import storage
+from pipeline import parquet
 
 _BUCKET_ROWS = 50_000_000  # hashes sorted in memory at once
 _EXAMPLES = 3
@@ -62,7 +62,7 @@ def find_repeats(
 
 
 def _read(part: str, columns: list[str], only: pc.Expression | None) -> pa.Table:
-    rows = storage.read_parquet(part, columns)
+    rows = parquet.read_parquet(part, columns)
     rows = rows.filter(rows[columns[0]].is_valid())
     return rows if only is None else rows.filter(only)
 

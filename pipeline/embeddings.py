@@ -13,12 +13,13 @@ from functools import cache
 import numpy as np
 import pyarrow as pa
 
-from pipeline import manifest, rejects, storage, vector_log
+from pipeline import manifest, parquet, rejects, vector_log
+from pipeline.arrays import Float32, vectors_from_arrow
 from pipeline.config import Config, Encoder
 from pipeline.errors import ConfigError
 from pipeline.manifest import GALLERY_PAIRS, Manifest
 from pipeline.run import Run
-from pipeline.schema import Float32, Unit, vectors_from_arrow
+from pipeline.schema import Unit
 from pipeline.stream import Work, embed_stream
 from pipeline.vector_log import VectorLog
 
@@ -134,7 +135,7 @@ def read_embeddings(run: Run, folder: str, part: int, role: str, log: VectorLog)
     Returns:
         the part's rows (n), and (n, d) float32; row i belongs to row i.
     """
-    rows = storage.read_parquet(run.part(folder, part))
+    rows = parquet.read_parquet(run.part(folder, part))
     if role in rows.schema.names:
         return rows.drop_columns([role]), vectors_from_arrow(rows[role])
     ids, vectors = vector_log.read_wave(log, part)

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.schema import Float32, Int64
+from pipeline.arrays import Float32, Int64
 
 ROUNDING = 1e-5
 """How far two computations of a float32 vector may lie apart, over its length.

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline import ranking
+from pipeline.arrays import Bools, Float32, Float64, Int32, Int64, Labels
 from pipeline.calibration import Calibration
+from pipeline.hashing import splitmix64
 from pipeline.points import curve_steps, score_points, slot_share, transformed_slots
-from pipeline.ranking import Bools, Float64, Int32, Labels, Progress
-from pipeline.schema import Float32, Int64, splitmix64
+from pipeline.ranking import Progress
 
 METRICS = ("top1", "top5", "map")
 

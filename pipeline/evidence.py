@@ -17,14 +17,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline import storage, vector_log
-from pipeline.commits import SegmentRef
+from pipeline import parquet, storage, vector_log
+from pipeline.arrays import Float32, Int64, vectors_from_arrow
 from pipeline.errors import FastfillError, IncompatibleRun, TransientError
 from pipeline.parts import list_parts
 from pipeline.plan import read_plan
 from pipeline.rejects import gallery_log, manifest_log
 from pipeline.run import Run
-from pipeline.schema import DELETED, Float32, Int64, vectors_from_arrow
+from pipeline.schema import DELETED
+from pipeline.segments import SegmentRef
 from pipeline.vector_log import VectorLog
 
 P = ParamSpec("P")
@@ -215,7 +216,7 @@ class Evidence:
         groups = {part.uri: np.flatnonzero((part.keys == key).all(axis=1)).tolist() for part in parts}
 
         def read(notes: Notes, uri: str) -> pa.Table | None:
-            return notes.attempt("part", uri, storage.read_parquet, uri, columns, groups[uri])
+            return notes.attempt("part", uri, parquet.read_parquet, uri, columns, groups[uri])
 
         tables = self.notes.each(read, (uri for uri, some in groups.items() if some))
         whole = [table for table in tables if table is not None]
@@ -295,7 +296,7 @@ def _parts(notes: Notes, kind: str, uris: list[str], columns: list[str]) -> list
 
 def _ids(notes: Notes, kind: str, uris: list[str]) -> Int64:
     def read(notes: Notes, uri: str) -> Int64:
-        table = notes.attempt(kind, uri, storage.read_parquet, uri, ["id"])
+        table = notes.attempt(kind, uri, parquet.read_parquet, uri, ["id"])
         notes.checked[f"{kind}s"] += 1
         return NO_IDS if table is None else table["id"].to_numpy()
 
@@ -307,7 +308,7 @@ def _deleted(uris: list[str]) -> Int64:
     found: list[Int64] = [NO_IDS]
     for uri in uris:
         try:
-            table = storage.read_parquet(uri, ["id", "reason"])
+            table = parquet.read_parquet(uri, ["id", "reason"])
         except (TransientError, PermissionError):
             raise
         except (FastfillError, OSError, pa.ArrowException, ValueError):
@@ -322,7 +323,7 @@ def _part(uri: str, columns: list[str]) -> Part:
     Raises:
         ValueError: a row group has more than one, or a column is missing.
     """
-    with storage.open_parquet(uri) as file:
+    with parquet.open_parquet(uri) as file:
         metadata = file.metadata
         names = [file.schema.column(position).path for position in range(metadata.num_columns)]
         keys = np.full((metadata.num_row_groups, len(columns)), _EMPTY, dtype=np.int64)

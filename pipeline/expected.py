@@ -24,8 +24,8 @@ from typing import Any, Self
 import numpy as np
 
 from pipeline import documents
+from pipeline.arrays import Float64
 from pipeline.errors import DataError
-from pipeline.ranking import Float64
 from pipeline.run import Run
 
 REACHED = (95, 99)

@@ -18,16 +18,16 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from pipeline import index, leases, snapshot, storage
+from pipeline import index, leases, parquet, snapshot, storage
+from pipeline.arrays import vector_type, vectors_to_arrow
 from pipeline.codebook import Codebook
-from pipeline.commits import KINDS, Kind
 from pipeline.errors import DataError, Refused
 from pipeline.index import Segment
 from pipeline.keys import Keys
 from pipeline.readable import counted
 from pipeline.run import Run
-from pipeline.schema import FORMAT_VERSION, vector_type, vectors_to_arrow
-from pipeline.segments import check_digest
+from pipeline.schema import FORMAT_VERSION
+from pipeline.segments import KINDS, Kind, check_digest
 from pipeline.snapshot import PROD, Commit, SegmentRef
 
 Format = Literal["faiss", "parquet"]
@@ -204,7 +204,7 @@ class _Writer:
             ],
             metadata={"fastfill": json.dumps(facts)},
         )
-        return storage.parquet_bytes(schema, self._row_groups(refs))
+        return parquet.parquet_bytes(schema, self._row_groups(refs))
 
     def _row_groups(self, refs: list[SegmentRef]) -> Iterator[pa.Table]:
         sidecars = [_sidecar(self.run, ref) for ref in refs]
@@ -222,7 +222,7 @@ class _Writer:
         """The ids of a shard as its FAISS file has them, and the users' own."""
         ids = np.sort(pa.concat_tables([_sidecar(self.run, ref) for ref in refs])["id"].to_numpy())
         schema = pa.schema([pa.field("id", pa.int64(), nullable=False), pa.field("key", pa.string())])
-        return storage.parquet_bytes(schema, [pa.table({"id": pa.array(ids), "key": self.keys.strings(ids)})])
+        return parquet.parquet_bytes(schema, [pa.table({"id": pa.array(ids), "key": self.keys.strings(ids)})])
 
     def _name(self, shard: int, kind: Kind | None) -> str:
         return f"shard-{shard:05d}{'' if kind is None else f'-{kind}'}.{_SUFFIX[self.form]}"
@@ -252,4 +252,4 @@ def _sidecar(run: Run, ref: SegmentRef) -> pa.Table:
     """`id` and `kind` of a segment's rows, sorted by id."""
     where = run.path(ref.sidecar_path)
     check_digest(where, ref.sidecar_sha256)
-    return storage.read_parquet(where, ["id", "kind"])
+    return parquet.read_parquet(where, ["id", "kind"])

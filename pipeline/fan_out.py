@@ -6,8 +6,18 @@ its tests need no Ray. Guarantee: the results come in the order of the pieces, w
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_THREADS = 4
+_PATIENCE_SECONDS = 15.0  # a start of Ray takes four
+_ENOUGH = 8  # items left for which it pays
+_TASK_CPUS = 0.5
+_MAX_TASKS = 256  # under way at once
 
 T = TypeVar("T")
 
@@ -35,3 +45,49 @@ def each(function: Callable[..., T], shared: tuple[object, ...], pieces: Sequenc
     stored = [ray.put(item) for item in shared]
     for reference in [task.remote(*stored, piece) for piece in pieces]:
         yield ray.get(reference)
+
+
+def spread(
+    function: Callable[[Item], Result], items: Sequence[Item], start_ray: Callable[[], None] | None
+) -> Iterator[tuple[Item, Result]]:
+    """Each item with its result, in the order in which they get done.
+
+    Args:
+        function: of one item; picklable, as its items and results are.
+        items: the work.
+        start_ray: called before Ray is used; None to do everything in this process.
+    """
+    begin = time.monotonic()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        futures = {pool.submit(function, item): item for item in items}
+        waiting: set[Future[Result]] = set(futures)
+        try:
+            while waiting:
+                done, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield futures[future], future.result()
+                idle = [future for future in waiting if not future.running()]
+                if start_ray is not None and time.monotonic() - begin > _PATIENCE_SECONDS and len(idle) >= _ENOUGH:
+                    left = [future for future in idle if future.cancel()]
+                    waiting -= set(left)
+                    start_ray()
+                    yield from _over_ray(function, [futures[future] for future in left])
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _over_ray(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[Item, Result]]:
+    import ray
+
+    task = ray.remote(num_cpus=_TASK_CPUS, scheduling_strategy="SPREAD")(function)
+    rest = iter(items)
+    waiting: dict[object, Item] = {}
+    while True:
+        for item in rest:
+            waiting[task.remote(item)] = item
+            if len(waiting) >= _MAX_TASKS:
+                break
+        if not waiting:
+            return
+        ready, _ = ray.wait(list(waiting))
+        yield waiting.pop(ready[0]), ray.get(ready[0])

@@ -21,11 +21,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import storage
-from pipeline.config import Fetch
+from pipeline import parquet, storage
+from pipeline.arrays import Int64
 from pipeline.errors import DataError, TransientError
-from pipeline.object_store import COUNTS
-from pipeline.schema import DELETED, Int64
+from pipeline.retry import COUNTS
+from pipeline.schema import DELETED
+from pipeline.settings import Fetch
 from pipeline.store import Reader, Span
 
 WAITED = "microseconds:image"
@@ -376,7 +377,7 @@ def _column(uri: str, wanted: set[int], tries: int = 3) -> tuple[dict[int, bytes
 
 def _column_rows(path: str, column: str, wanted: Int64) -> Iterator[tuple[int, bytes]]:
     """Only of the row groups that hold some."""
-    with storage.open_parquet(path) as file:
+    with parquet.open_parquet(path) as file:
         if column not in file.schema_arrow.names:
             raise DataError("a Parquet file has no such column", expected=column, where=path)
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]

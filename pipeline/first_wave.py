@@ -12,10 +12,11 @@ import time
 import numpy as np
 import pyarrow as pa
 
-from pipeline import fan_out, pair_sample, storage, vector_log
+from pipeline import fan_out, pair_sample, parquet, vector_log
+from pipeline.arrays import Int64
 from pipeline.plan import FROM_PAIRS, Plan
 from pipeline.run import Run
-from pipeline.schema import Int64, Unit, UnitAck
+from pipeline.schema import Unit, UnitAck
 from pipeline.vector_log import EmbeddedUnit, VectorLog
 
 
@@ -38,7 +39,7 @@ def write(run: Run, plan: Plan) -> list[UnitAck]:
 
 def _write_unit(run: Run, log: VectorLog, unit: Unit) -> UnitAck:
     start = time.perf_counter()
-    ids: Int64 = storage.read_parquet(unit.rows_uri, ["id"], [unit.row_group])["id"].to_numpy()
+    ids: Int64 = parquet.read_parquet(unit.rows_uri, ["id"], [unit.row_group])["id"].to_numpy()
     vectors, etags = pair_sample.read_new(run, ids)
     good = pa.array(np.full(len(ids), ""), pa.string())
     size, rejected, digest = vector_log.write_unit(log, unit, EmbeddedUnit(ids, vectors, etags, good, good))

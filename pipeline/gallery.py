@@ -13,13 +13,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import fan_out, storage, vector_log
+from pipeline import fan_out, parquet, storage, vector_log
+from pipeline.arrays import Float32, Int64, vectors_from_arrow
 from pipeline.errors import DataError
+from pipeline.hashing import splitmix64
 from pipeline.parts import list_parts
 from pipeline.plan import transformed_parts
 from pipeline.rejects import gallery_log
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64, splitmix64, vectors_from_arrow
 
 Bools = NDArray[np.bool_]
 
@@ -114,7 +115,7 @@ def transformed_table(run: Run, columns: list[str]) -> pa.Table:
         raise DataError(
             "the gallery is not transformed yet", where=run.path("transformed"), remedy="run `fastfill backfill`"
         )
-    return pa.concat_tables([storage.read_parquet(part, columns) for part in parts])
+    return pa.concat_tables([parquet.read_parquet(part, columns) for part in parts])
 
 
 def labelled_sample(run: Run, num_parts: int, num_gallery: int, most: int, other_than: Int64) -> tuple[pa.Table, int]:
@@ -148,13 +149,13 @@ def count_labelled(run: Run, num_parts: int, num_gallery: int, other_than: Int64
 
 
 def _count_labelled(run: Run, other_than: Int64, part: int) -> int:
-    rows = storage.read_parquet(run.transformed_part(part), ["id", "label"])
+    rows = parquet.read_parquet(run.transformed_part(part), ["id", "label"])
     return int((rows["label"].is_valid().to_numpy() & ~np.isin(rows["id"].to_numpy(), other_than)).sum())
 
 
 def _labelled(run: Run, other_than: Int64, share: float, part: int) -> pa.Table:
     """Of a part, the rows of so large a share of all hashes."""
-    rows = storage.read_parquet(run.transformed_part(part), ["id", "label", "vector"])
+    rows = parquet.read_parquet(run.transformed_part(part), ["id", "label", "vector"])
     ids = rows["id"].to_numpy()
     wanted = rows["label"].is_valid().to_numpy() & ~np.isin(ids, other_than)
     if share < 1:
@@ -165,7 +166,7 @@ def _labelled(run: Run, other_than: Int64, share: float, part: int) -> pa.Table:
 def has_labels(run: Run) -> bool:
     """Whether quality can be measured: two images of one part share a label."""
     for part in transformed_parts(run):
-        labels = storage.read_parquet(part, ["label"])["label"].drop_null()
+        labels = parquet.read_parquet(part, ["label"])["label"].drop_null()
         if len(labels.unique()) < len(labels):
             return True
     return False
@@ -176,7 +177,7 @@ def new_embeddings_given(run: Run) -> bool:
     parts = _manifest_parts(run)
     if not parts:
         return False
-    with storage.open_parquet(parts[0]) as file:
+    with parquet.open_parquet(parts[0]) as file:
         return "new_embedding" in file.schema_arrow.names
 
 
@@ -279,7 +280,7 @@ def _read_vectors(uris: list[str], column: str, where: str) -> tuple[Int64, Floa
     """Ids, sorted, and their vectors, from all files; None where there is no such column."""
     tables = []
     for uri in uris:
-        with storage.open_parquet(uri) as file:
+        with parquet.open_parquet(uri) as file:
             if column not in file.schema_arrow.names:
                 return None
             tables.append(file.read(columns=["id", column]))

@@ -17,13 +17,15 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from pipeline import storage
-from pipeline.config import Config, Fetch, Preprocess
+from pipeline import parquet, storage
+from pipeline.arrays import Int64
+from pipeline.config import Config, Preprocess
 from pipeline.fetch import WAITED, fetch
 from pipeline.fetch import Place as Place
 from pipeline.fetch import Reject as Reject
 from pipeline.orientation import read_turn
-from pipeline.schema import UNITS, Int64, Unit
+from pipeline.schema import UNITS, Unit
+from pipeline.settings import Fetch
 
 Pixels = NDArray[np.uint8]
 Picture = Pixels | Image.Image
@@ -94,7 +96,7 @@ def load_unit(unit: Unit, preprocess: Preprocess, limits: Limits, settings: Fetc
         DataError: the units file is missing or damaged, a store refuses the credentials, or a bucket is missing.
         TransientError: a store kept failing.
     """
-    rows = storage.read_parquet(unit.rows_uri, UNITS.names, [unit.row_group])
+    rows = parquet.read_parquet(unit.rows_uri, UNITS.names, [unit.row_group])
     places = [Place(**row) for row in rows.drop_columns(["id"]).to_pylist()]
     on_device, size = preprocess.decoder == "device", preprocess.image_size
     assert size is not None

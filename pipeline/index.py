@@ -17,13 +17,12 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.arrays import Float32, Int64
 from pipeline.calibration import Calibration
 from pipeline.codebook import READ_FLAGS, Codebook, parts
-from pipeline.commits import KINDS, Kind, SegmentRef
 from pipeline.errors import DataError
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64
-from pipeline.segments import Rows, check_digest, local_segment, store_segment
+from pipeline.segments import KINDS, Kind, Rows, SegmentRef, check_digest, local_segment, store_segment
 
 Bools = NDArray[np.bool_]
 

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pipeline.errors import DataError
+from pipeline.fan_out import spread
 from pipeline.object_index import index_objects
 from pipeline.pieces import Ledger, Options, Piece, PieceWriter, read_ledger
 from pipeline.sources import find_pieces
-from pipeline.spread import spread
 from pipeline.table_index import index_csv, index_parquet
 from pipeline.tar_index import index_tar
 

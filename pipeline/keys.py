@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline import storage
+from pipeline import parquet, storage
+from pipeline.arrays import Int64
 from pipeline.errors import DataError
 from pipeline.parts import list_parts
 from pipeline.run import Run
-from pipeline.schema import Int64
 
 _PARTS_IN_MEMORY = 16  # of 131,072 images each, some megabytes
 
@@ -101,7 +101,7 @@ class Keys:
             if uri in self._read:
                 self._read.move_to_end(uri)
                 return self._read[uri]
-        rows = storage.read_parquet(uri, ["id", "key"])
+        rows = parquet.read_parquet(uri, ["id", "key"])
         with self._lock:
             self._read[uri] = rows
             while len(self._read) > _PARTS_IN_MEMORY:
@@ -121,7 +121,7 @@ def _find(run: Run) -> list[_Part]:
 
 def _look(uri: str) -> _Part | None:
     """A part with its range of ids; None where it has no keys."""
-    with storage.open_parquet(uri) as file:
+    with parquet.open_parquet(uri) as file:
         columns = [file.schema_arrow.names.index(name) for name in ("id", "key")]
         groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
     ids, keys = ([group.column(column).statistics for group in groups] for column in columns)

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pipeline import removals, storage
-from pipeline.commits import from_json, to_json
+from pipeline.documents import from_json, to_json
 from pipeline.errors import DataError, TransientError
 from pipeline.run import Run
 

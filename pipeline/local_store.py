@@ -20,7 +20,7 @@ from stat import S_ISFIFO, S_ISREG, S_ISSOCK
 from typing import cast
 
 from pipeline.errors import DataError
-from pipeline.object_store import COUNTS
+from pipeline.retry import COUNTS
 from pipeline.store import AlreadyExists, Changed, Outside, Span, Stat, TooLarge, Unreadable, is_full
 
 _TEMPORARY = ".tmp-"

@@ -22,14 +22,16 @@ import pyarrow.parquet as pq
 import ray
 
 from pipeline import config as settings
-from pipeline import documents, storage
+from pipeline import documents, parquet, storage
+from pipeline.arrays import Int64
 from pipeline.catalog import is_incomplete
 from pipeline.duplicates import find_repeats
 from pipeline.errors import DataError
+from pipeline.hashing import splitmix64
 from pipeline.manifest_columns import check_columns, check_content, check_ids
 from pipeline.partition import EMBEDDINGS, Partition, write_part
 from pipeline.run import Run
-from pipeline.schema import Int64, Unit, manifest_schema, splitmix64
+from pipeline.schema import Unit, manifest_schema
 
 GALLERY_PAIRS = "gallery-pairs"
 """The folder of the pairs that come from the gallery itself; those of the user's manifest are in `pairs`."""
@@ -87,7 +89,7 @@ def scan(source: settings.Manifest, dims: dict[str, int]) -> list[Partition]:
     hashed = sum(storage.stat(uri).size_bytes for uri in uris) <= _HASHED_BYTES
     for uri in uris:
         tag = _tag(uri, hashed) if source.columns.image else ""
-        with storage.open_parquet(uri) as file:
+        with parquet.open_parquet(uri) as file:
             check_columns(file.schema_arrow, source.columns, dims, uri)
             check_content(file.schema_arrow, source.columns, uri)
             check_ids(file.schema_arrow, source.columns.id, kinds, uri)
@@ -101,7 +103,7 @@ def scan(source: settings.Manifest, dims: dict[str, int]) -> list[Partition]:
 
 def widths(source: settings.Manifest) -> dict[str, int]:
     """The widths of its embedding columns that the first file's footer tells: of those that are fixed in size."""
-    with storage.open_parquet(files(source.manifest)[0]) as file:
+    with parquet.open_parquet(files(source.manifest)[0]) as file:
         schema = file.schema_arrow
     columns = {role: getattr(source.columns, role) for role in EMBEDDINGS}
     kinds = {role: schema.field(name).type for role, name in columns.items() if name in schema.names}
@@ -110,7 +112,7 @@ def widths(source: settings.Manifest) -> dict[str, int]:
 
 def ids_are_integers(source: settings.Manifest) -> bool:
     """Whether the manifest's ids are integers or strings, by the first file's footer; it names their column."""
-    with storage.open_parquet(files(source.manifest)[0]) as file:
+    with parquet.open_parquet(files(source.manifest)[0]) as file:
         return bool(pa.types.is_integer(file.schema_arrow.field(source.columns.id).type))
 
 
@@ -126,7 +128,7 @@ def digest(source: settings.Manifest) -> str:
         return hashlib.sha256("".join(storage.sha256(uri) for uri in uris).encode()).hexdigest()
     footers: list[object] = [sizes]
     for uri in uris:
-        with storage.open_parquet(uri) as file:
+        with parquet.open_parquet(uri) as file:
             groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
             columns = [repr(column.to_dict()) for group in groups for column in _columns(group)]
             footers.append([file.schema_arrow.to_string(), [group.num_rows for group in groups], columns])
@@ -189,7 +191,7 @@ def ids_of(run: Run, folder: str) -> Int64:
     """The ids of a sample that was written as a normalised manifest, (n,) int64; none if there is no such manifest."""
     found = read_manifest(run, folder)
     parts = range(0 if found is None else len(found.rows))
-    ids = [storage.read_parquet(run.part(folder, part), ["id"])["id"].to_numpy() for part in parts]
+    ids = [parquet.read_parquet(run.part(folder, part), ["id"])["id"].to_numpy() for part in parts]
     return np.concatenate([np.empty(0, np.int64), *ids])
 
 
@@ -209,7 +211,7 @@ def write_drawn(run: Run, folder: str, gallery: Manifest, rows: pa.Table, sample
         sample: the digest of what the rows were chosen by, if that was given.
     """
     groups = (rows.slice(start, gallery.unit_rows) for start in range(0, rows.num_rows, gallery.unit_rows))
-    data = storage.parquet_bytes(manifest_schema(gallery.dims), groups)
+    data = parquet.parquet_bytes(manifest_schema(gallery.dims), groups)
     storage.put(run.part(folder, 0), data)
     drawn = replace(gallery, rows=[rows.num_rows], sample=sample, parts=(hashlib.sha256(data).hexdigest(),))
     storage.put(_marker(run, folder), documents.encode(drawn))
@@ -318,7 +320,7 @@ def _first_duplicate(run: Run, folder: str, num_parts: int, num_rows: int) -> st
     parts = [run.part(folder, number) for number in range(num_parts)]
     buckets = -(-num_rows // _BUCKET_IDS)
     for bucket in range(buckets):
-        ids = (storage.read_parquet(part, ["id"])["id"].to_numpy() for part in parts)
+        ids = (parquet.read_parquet(part, ["id"])["id"].to_numpy() for part in parts)
         mine = np.concatenate([some[splitmix64(some, seed=1) % np.uint64(buckets) == bucket] for some in ids])
         mine.sort()
         same = np.flatnonzero(mine[1:] == mine[:-1])

@@ -8,9 +8,8 @@ from __future__ import annotations
 import faiss
 import numpy as np
 
+from pipeline.arrays import Bools, Float32, Int64
 from pipeline.calibration import Calibration
-from pipeline.ranking import Bools
-from pipeline.schema import Float32, Int64
 
 _ITERATIONS = 20
 

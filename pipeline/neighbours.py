@@ -20,11 +20,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import fan_out, index, storage
+from pipeline import fan_out, index, parquet, storage
 from pipeline import plan as plans
+from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
 from pipeline.calibration import Calibration
 from pipeline.codebook import Codebook
-from pipeline.commits import KINDS, Commit, SegmentRef
+from pipeline.commits import Commit
 from pipeline.config import Config
 from pipeline.embeddings import embedding_log, read_embeddings
 from pipeline.index import Segment
@@ -33,7 +34,7 @@ from pipeline.plan import Plan
 from pipeline.points import SLOTS
 from pipeline.probe_set import FOLDER, ProbeSet
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64, vectors_from_arrow, vectors_to_arrow
+from pipeline.segments import KINDS, SegmentRef
 from pipeline.vector_log import VectorLog
 
 NEIGHBOURS = SLOTS + 1  # one of them may be the image itself
@@ -182,7 +183,7 @@ def _in_segments(run: Run, plan: Plan, probe: ProbeSet, commit: Commit, refs: Se
     keys = np.where(ids < 0, np.float32(np.inf), hits.raw if commit.metric == "l2" else -hits.raw)
     shards = range(min(ref.shard for ref in refs), max(ref.shard for ref in refs) + 1)
     planned = plans.read_transformed(run, plan, refs[0].wave, ["id", "label"], shards)
-    sidecars = pa.concat_tables([storage.read_parquet(run.path(ref.sidecar_path), ["id", "kind"]) for ref in refs])
+    sidecars = pa.concat_tables([parquet.read_parquet(run.path(ref.sidecar_path), ["id", "kind"]) for ref in refs])
     new = sidecars.filter(pa.compute.equal(sidecars["kind"], "embedded"))["id"].to_numpy()
     labels = _look_up(ids, planned["id"].to_numpy(), _codes(planned, probe))
     own_ids, stored = (
@@ -245,11 +246,11 @@ def _to_parquet(found: Found) -> bytes:
         for item in fields(Neighbours)
     }
     table = pa.table({**columns, "embedded": pa.array(found.embedded), **vectors})
-    return storage.parquet_bytes(table.schema, [table])
+    return parquet.parquet_bytes(table.schema, [table])
 
 
 def _from_parquet(uri: str) -> Found:
-    table = storage.read_parquet(uri)
+    table = parquet.read_parquet(uri)
     columns = [table[item.name].combine_chunks() for item in fields(Neighbours)]
     values = [column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1) for column in columns]
     there = table["stored"].is_valid()

@@ -21,11 +21,10 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
-from pipeline.config import Fetch, Storage
 from pipeline.errors import ConfigError, DataError, TransientError
-from pipeline.object_store import COUNTS, Again, Retry
 from pipeline.pace import Pace
-from pipeline.s3_answers import SLOW_DOWN, problem
+from pipeline.retry import COUNTS, SLOW_DOWN, Again, Retry, problem
+from pipeline.settings import Fetch, Storage
 from pipeline.store import Span, Store, TooLarge, Unreadable
 
 if TYPE_CHECKING:

@@ -14,48 +14,27 @@ import functools
 import io
 import itertools
 import logging
-import random
 import tempfile
-import threading
-import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from pipeline.errors import ConfigError, DataError, TransientError
+from pipeline.errors import ConfigError, DataError
+from pipeline.retry import COUNTS, Again, NoBucket, Precondition, Retry
 from pipeline.store import AlreadyExists, Changed, Stat
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_FIRST_PAUSE_SECONDS = 0.1
-_SAY_AFTER_SECONDS = 10.0
 _READ_AHEAD = 2**16
 _PROBES = "probe"
 _COPY_BYTES = 2**24
 _DELETE_AT_ONCE = 1000
 _MOST_PUT_BYTES = 5 * 2**30  # of one PUT; more would take a multipart upload
-
-
-class Again(Exception):
-    """The same request may succeed later; `cause` is a short name for counting."""
-
-    def __init__(self, cause: str, text: str = "") -> None:
-        super().__init__(f"{cause}: {text}" if text else cause)
-        self.cause = cause
-
-
-class Precondition(Exception):
-    """The condition of a request did not hold (412)."""
-
-
-class NoBucket(FileNotFoundError):
-    """Not only the object is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,68 +71,6 @@ class Client(Protocol):
 
     def delete(self, names: list[str]) -> None:
         """Remove up to 1,000 objects of one bucket; a missing object is no error."""
-
-
-class Counts:
-    """What a process asked of stores: requests, bytes, and retries by cause. Safe over threads."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
-
-    def add(self, name: str, count: int = 1) -> None:
-        """Add to one of them."""
-        with self._lock:
-            self._counts[name] += count
-
-    def snapshot(self) -> Counter[str]:
-        """All of them, as they are now; subtract two to see what happened between."""
-        with self._lock:
-            return self._counts.copy()
-
-
-COUNTS = Counts()
-"""`requests:<kind>`, `bytes:get`, `bytes:put` and `retries:<cause>` of this process.
-
-Images are counted by themselves: `requests:image`, `bytes:image`, and `bytes:needed`, those of them that were wanted.
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Retry:
-    """For how long a failing request is repeated, and how long the pauses become at most."""
-
-    seconds: float = 300.0
-    most_pause_seconds: float = 10.0
-
-    def call(self, kind: str, request: Callable[[], T], where: str) -> T:
-        """Repeat a request while it raises Again.
-
-        Raises:
-            TransientError: it still did when the time was over.
-        """
-        start, said = time.monotonic(), False
-        pause = _FIRST_PAUSE_SECONDS
-        while True:
-            COUNTS.add(f"requests:{kind}")
-            try:
-                return request()
-            except Again as error:
-                COUNTS.add(f"retries:{error.cause}")
-                waited = time.monotonic() - start
-                if waited >= self.seconds:
-                    raise TransientError(
-                        "object storage keeps failing",
-                        expected=f"an answer within {self.seconds:g} seconds",
-                        found=error,
-                        where=where,
-                        remedy="what is durable is kept; run the same command again when the store is back",
-                    ) from error
-                if waited >= _SAY_AFTER_SECONDS and not said:
-                    said = True
-                    logger.warning("%s: %s; trying again for up to %g seconds", where, error, self.seconds)
-            time.sleep(random.uniform(0, pause))  # full jitter: many workers must not come back at once
-            pause = min(2 * pause, self.most_pause_seconds)
 
 
 class ObjectStore:

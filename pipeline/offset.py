@@ -27,8 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
+from pipeline.arrays import Float32, tensor_metadata
 from pipeline.errors import ConfigError, DataError
-from pipeline.schema import Float32, tensor_metadata
 
 OffsetKind = Literal["uncertainty", "confidence"]
 

@@ -13,13 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import fan_out, manifest, probe_set, storage, vector_log
+from pipeline import fan_out, manifest, parquet, probe_set, vector_log
+from pipeline.arrays import Float32, Int64, vectors_from_arrow
 from pipeline.config import Config, num_from_gallery
 from pipeline.errors import DataError
+from pipeline.hashing import splitmix64
 from pipeline.manifest import GALLERY_PAIRS, Manifest
 from pipeline.rejects import manifest_log
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64, splitmix64, vectors_from_arrow
 
 FOLDER = GALLERY_PAIRS
 _SALT = 0x9A125  # of this sample alone: other choices by a hash of ids are independent of it
@@ -82,9 +83,9 @@ def read_new(run: Run, ids: Int64) -> tuple[Float32, pa.Array]:
     """
     drawn, part = manifest.read_manifest(run, FOLDER), run.part(FOLDER, 0)
     assert drawn is not None, "the sample is drawn before its embeddings are asked for"
-    units = np.unique(_places(storage.read_parquet(part, ["id"])["id"].to_numpy(), ids, part) // drawn.unit_rows)
+    units = np.unique(_places(parquet.read_parquet(part, ["id"])["id"].to_numpy(), ids, part) // drawn.unit_rows)
     if "new_embedding" in drawn.dims:
-        rows = storage.read_parquet(part, ["id", "new_embedding"], units.tolist())
+        rows = parquet.read_parquet(part, ["id", "new_embedding"], units.tolist())
         rows = rows.rename_columns(["id", "vector"]).append_column("source_etag", pa.nulls(len(rows), pa.string()))
         where = part
     else:
@@ -176,13 +177,13 @@ def _keep_lowest(codes: Int64, ids: Int64, wanted: Int64) -> tuple[Int64, Int64]
 
 def _others(run: Run, part: int, excluded: Int64) -> pa.Table:
     """`id` and `label` of a part's images but for some."""
-    rows = storage.read_parquet(run.part("gallery", part), ["id", "label"])
+    rows = parquet.read_parquet(run.part("gallery", part), ["id", "label"])
     return rows.filter(pa.array(~np.isin(rows["id"].to_numpy(), excluded)))
 
 
 def _rows_of(run: Run, ids: Int64, part: int) -> pa.Table:
     """The rows of a part with some ids; only the row groups that hold one are read."""
-    with storage.open_parquet(run.part("gallery", part)) as file:
+    with parquet.open_parquet(run.part("gallery", part)) as file:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         there = np.isin(file.read(["id"])["id"].to_numpy(), ids)
         groups = np.unique(np.repeat(np.arange(len(sizes)), sizes)[there])

@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import config as settings
-from pipeline import storage
+from pipeline import parquet, storage
+from pipeline.arrays import Int64, vectors_from_arrow, vectors_to_arrow
 from pipeline.errors import DataError
 from pipeline.run import Run
-from pipeline.schema import Int64, manifest_schema, vectors_from_arrow, vectors_to_arrow
+from pipeline.schema import manifest_schema
 from pipeline.schemes import check_schemes
 
 EMBEDDINGS = ("old_embedding", "new_embedding", "side")
@@ -67,7 +68,7 @@ def write_part(
     """
     names = _there(source.columns, part)
     wanted = [value for role, value in names.model_dump().items() if value is not None and role != "image"]
-    table = storage.read_parquet(part.uri, sorted(set(wanted)), part.row_groups)
+    table = parquet.read_parquet(part.uri, sorted(set(wanted)), part.row_groups)
     _check_unchanged(part)
     count = part.num_rows
     numbers = np.arange(count, dtype=np.int64)
@@ -87,7 +88,7 @@ def write_part(
     rows = pa.table(columns)
     schema = manifest_schema(dims, traffic=names.traffic is not None)
     groups = (rows.slice(start, unit_rows) for start in range(0, count, unit_rows))
-    data = storage.parquet_bytes(schema, groups)
+    data = parquet.parquet_bytes(schema, groups)
     storage.put(run.part(folder, number), data)
     return Part(count, dims, rooted, hashlib.sha256(data).hexdigest())
 
@@ -132,7 +133,7 @@ def _there(names: settings.Columns, part: Partition) -> settings.Columns:
     """The columns without those of another kind of place that this file does not have."""
     if not names.place:
         return names
-    with storage.open_parquet(part.uri) as file:
+    with parquet.open_parquet(part.uri) as file:
         there = set(file.schema_arrow.names)
     return names.model_copy(update={role: None for role in names.place if getattr(names, role) not in there})
 

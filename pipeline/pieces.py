@@ -19,7 +19,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from pipeline import documents, storage
+from pipeline import documents, parquet, storage
 from pipeline.errors import DataError
 
 CHUNK_ROWS = 131_072
@@ -160,7 +160,7 @@ class PieceWriter:
     def write(self, table: pa.Table) -> None:
         """A table as one chunk."""
         self._schema = table.schema.remove_metadata()
-        data = storage.parquet_bytes(self._schema, [table])
+        data = parquet.parquet_bytes(self._schema, [table])
         uri = storage.join(self._folder, "pieces", f"{self._name}-{len(self._chunks):05d}.rows")
         storage.put(uri, data)
         digest = hashlib.sha256(data).hexdigest()

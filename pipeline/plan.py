@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from pipeline import documents, storage
+from pipeline import documents, parquet, storage
 from pipeline.errors import ConfigError, IncompatibleRun
 from pipeline.run import Run
 from pipeline.schema import Unit
@@ -225,5 +225,5 @@ def read_transformed(run: Run, plan: Plan, wave: int, columns: list[str], shards
     groups = [first + shard for shard in (range(plan.num_shards) if shards is None else shards)]
     place = plan.laid_out(run)
     parts = (place.transformed_part(part) for part in range(plan.num_parts))
-    read = partial(storage.read_parquet, columns=columns, row_groups=groups)
+    read = partial(parquet.read_parquet, columns=columns, row_groups=groups)
     return pa.concat_tables(storage.at_once(read, parts))

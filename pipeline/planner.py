@@ -20,13 +20,16 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from pipeline import cuts, documents, manifest, rejects, storage
+from pipeline import cuts, documents, manifest, parquet, rejects, storage
+from pipeline.arrays import Float32, Int64
 from pipeline.config import Config, unit_images
 from pipeline.cuts import CutSearch, Digits, Tally, count_digit, needs_ids
 from pipeline.errors import DataError
+from pipeline.hashing import shard_of
+from pipeline.identity import Identity, check_settings_of, fix_settings, settings_digest, stage_settings
 from pipeline.plan import FROM_PAIRS, SCORED, UNITS_PER_FILE, Plan, Wave, read_plan, row_groups, wave_sizes
-from pipeline.run import Identity, Run, check_settings_of, fix_settings, settings_digest, stage_settings
-from pipeline.schema import UNITS, Float32, Int64, shard_of, transformed_schema
+from pipeline.run import Run
+from pipeline.schema import UNITS, transformed_schema
 from pipeline.units import cut_units
 
 logger = logging.getLogger(__name__)
@@ -181,7 +184,7 @@ def _count_some(run: Run, scored: str, parts: range, levels: list[cuts.Codes], s
     tally = Tally(levels)
     columns = ["priority", "id"] if needs_ids(levels) else ["priority"]
     for part in parts:
-        rows = storage.read_parquet(run.part(scored, part), columns)
+        rows = parquet.read_parquet(run.part(scored, part), columns)
         ids = rows["id"].to_numpy() if needs_ids(levels) else None
         tally.add(*count_digit(rows["priority"].to_numpy(), ids, seed, levels))
     return tally.result()
@@ -200,7 +203,7 @@ def lay_out(run: Run, scored: str, num_parts: int, found: Digits, config: Config
 
 def lay_out_part(run: Run, scored: str, part: int, found: Digits, config: Config, first: int) -> None:
     """Rewrite a scored part with one row group per (wave, shard), rows sorted by id; waves count from `first`."""
-    rows = storage.read_parquet(run.part(scored, part))
+    rows = parquet.read_parquet(run.part(scored, part))
     ids = rows["id"].to_numpy()
     num_waves, num_shards = found.shape[1] + 1, config.index.shards
     waves = cuts.bucket(_keys(rows, config.seed), found)
@@ -215,7 +218,7 @@ def lay_out_part(run: Run, scored: str, part: int, found: Digits, config: Config
     )
     schema = transformed_schema(rows.schema.field("vector").type.list_size)
     row_groups = (rows.slice(start, end - start) for start, end in itertools.pairwise(starts))
-    storage.put_once(run.transformed_part(part), storage.parquet_bytes(schema, row_groups))
+    storage.put_once(run.transformed_part(part), parquet.parquet_bytes(schema, row_groups))
 
 
 def cut_waves(run: Run, num_parts: int, waves: list[Wave], num_shards: int, unit_images: int) -> None:
@@ -239,13 +242,13 @@ def cut_wave(run: Run, num_parts: int, wave: Wave, groups: range, unit_images: i
     units = cut_units(parts, list(groups), wave.images, unit_images)
     for first in range(0, wave.units, UNITS_PER_FILE):
         some = itertools.islice(units, UNITS_PER_FILE)
-        storage.put_once(run.wave_units(wave.wave, first), storage.parquet_bytes(UNITS, some))
+        storage.put_once(run.wave_units(wave.wave, first), parquet.parquet_bytes(UNITS, some))
 
 
 def _describe(config: Config, run: Run, counts: list[int], rejected: int, waves: list[Wave], found: Digits) -> Plan:
     from pipeline.selection import resolve_policy
 
-    with storage.open_parquet(run.transformed_part(0)) as file:
+    with parquet.open_parquet(run.transformed_part(0)) as file:
         dim = file.schema_arrow.field("vector").type.list_size
     plan = Plan(
         policy=resolve_policy(run, config.plan.policy),

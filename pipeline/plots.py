@@ -18,8 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from pipeline.ranking import Float64
-from pipeline.schema import Int64
+from pipeline.arrays import Float64, Int64
 
 Tree = dict[str, Any]  # Any: JSON
 

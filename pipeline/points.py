@@ -11,9 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline import ranking
+from pipeline.arrays import Float32, Float64, Int64
 from pipeline.errors import DataError
-from pipeline.ranking import Float64
-from pipeline.schema import Float32, Int64
 
 SLOTS = 10
 

@@ -13,9 +13,10 @@ from functools import partial
 import numpy as np
 
 from pipeline import user_code
+from pipeline.arrays import Float32
 from pipeline.errors import ConfigError, DataError
+from pipeline.hashing import splitmix64
 from pipeline.reference import Reference
-from pipeline.schema import Float32, splitmix64
 from pipeline.signals import Scored as Scored
 from pipeline.signals import signals as signals
 

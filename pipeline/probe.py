@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline import storage
+from pipeline import parquet
 from pipeline.config import Config, Preprocess
 from pipeline.fetch import Place, Reject, fetch
 from pipeline.images import decode_image, image_limits
@@ -49,6 +49,6 @@ def _places(run: Run, folder: str, rows: Manifest) -> list[Place]:
         part = int(np.searchsorted(ends, position, side="right"))
         group, row = divmod(position - int(ends[part]) + rows.rows[part], rows.unit_rows)
         columns = [field.name for field in LOCATION]
-        table = storage.read_parquet(run.part(folder, part), columns, [group])
+        table = parquet.read_parquet(run.part(folder, part), columns, [group])
         found.append(Place(**table.slice(row, 1).to_pylist()[0]))
     return found

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import fan_out, manifest, storage
+from pipeline import fan_out, manifest, parquet
 from pipeline.config import Columns, Probe
 from pipeline.errors import DataError
 from pipeline.manifest import Manifest
@@ -63,7 +63,7 @@ def read_sample(source: Probe) -> Sample:
     kinds: dict[bool, str] = {}
     tables, count = [], 0
     for uri in manifest.files(source.manifest):
-        with storage.open_parquet(uri) as file:
+        with parquet.open_parquet(uri) as file:
             check_columns(file.schema_arrow, names, {}, uri)
             check_ids(file.schema_arrow, names.id, kinds, uri)
             count += file.metadata.num_rows
@@ -122,7 +122,7 @@ def find_rows(run: Run, gallery: Manifest, sample: Sample, column: str | None) -
     Raises:
         DataError: the ids are of another kind, or some are not in the gallery.
     """
-    check_kind(sample, column, storage.read_parquet(run.part("gallery", 0), ["key"])["key"].null_count > 0)
+    check_kind(sample, column, parquet.read_parquet(run.part("gallery", 0), ["key"])["key"].null_count > 0)
     name = "id" if sample.has_integers else "key"
     wanted = sample.rows["id"].combine_chunks()
     parts = range(len(gallery.rows))
@@ -164,7 +164,7 @@ def _check_count(count: int, fewest: int, where: str) -> None:
 
 def _find(run: Run, name: str, wanted: pa.Array, part: int) -> pa.Table:
     """Of a part of the gallery, the rows that are wanted; only the row groups that hold one are read."""
-    with storage.open_parquet(run.part("gallery", part)) as file:
+    with parquet.open_parquet(run.part("gallery", part)) as file:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         there = pc.is_in(file.read([name])[name], value_set=wanted).to_numpy()
         groups = np.unique(np.repeat(np.arange(len(sizes)), sizes)[there])

@@ -16,23 +16,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import fan_out, manifest, storage
+from pipeline import fan_out, manifest, parquet, storage
+from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
 from pipeline.config import Config, num_from_gallery
 from pipeline.embeddings import embedding_log, read_embeddings
 from pipeline.errors import IncompatibleRun
 from pipeline.gallery import codes_of, count_labelled
+from pipeline.hashing import splitmix64
 from pipeline.manifest import GALLERY_PAIRS, Manifest
 from pipeline.plan import Plan
 from pipeline.probe_sample import find_rows, read_sample
 from pipeline.quality import FOLDER as FOLDER
 from pipeline.run import Run
-from pipeline.schema import (
-    Float32,
-    Int64,
-    splitmix64,
-    vectors_from_arrow,
-    vectors_to_arrow,
-)
 
 _SALT = 0x9120BE  # of this sample alone: whatever else is chosen by a hash of ids is independent of it
 _LEAST = 200  # images that a small gallery gives, as far as it has them
@@ -145,7 +140,7 @@ def gather(config: Config, run: Run, plan: Plan) -> ProbeSet | None:
         for name in ("label", "group", "new", "old"):
             planned = planned.append_column(name, known[name])
         planned = planned.select(_GATHERED)
-        storage.put(_gathered(run), storage.parquet_bytes(planned.schema, [planned]))
+        storage.put(_gathered(run), parquet.parquet_bytes(planned.schema, [planned]))
     return load(run)
 
 
@@ -166,7 +161,7 @@ def load(run: Run) -> ProbeSet | None:
     """The probe set as `gather` kept it; None where it is not there, or has fewer than two images."""
     if not is_gathered(run):
         return None
-    table = storage.read_parquet(_gathered(run))
+    table = parquet.read_parquet(_gathered(run))
     if table.num_rows < _FEWEST:
         return None
     labels, label_names = codes_of(table["label"])
@@ -188,7 +183,7 @@ def load(run: Run) -> ProbeSet | None:
 def is_used(run: Run) -> bool:
     """Whether commits of this run are measured: a set was drawn, and is not known to be too small."""
     if is_gathered(run):
-        return len(storage.read_parquet(_gathered(run), ["id"])) >= _FEWEST
+        return len(parquet.read_parquet(_gathered(run), ["id"])) >= _FEWEST
     return manifest.read_manifest(run, FOLDER) is not None
 
 
@@ -240,16 +235,16 @@ def _embedded(config: Config, run: Run) -> pa.Table:
 def _lowest(run: Run, count: int, excluded: Int64, part: int) -> tuple[NDArray[np.uint64], pa.Table]:
     """Of a part of the gallery, the rows with the lowest hashes, as many as are wanted in all, and these hashes."""
     uri = run.part("gallery", part)
-    ids: Int64 = storage.read_parquet(uri, ["id"])["id"].to_numpy()
+    ids: Int64 = parquet.read_parquet(uri, ["id"])["id"].to_numpy()
     hashes = splitmix64(ids, _SALT)
     order = np.argsort(hashes)
     chosen = order[~np.isin(ids[order], excluded)][:count]
-    rows = storage.read_parquet(uri).take(pa.array(np.sort(chosen)))
+    rows = parquet.read_parquet(uri).take(pa.array(np.sort(chosen)))
     return hashes[np.sort(chosen)], rows
 
 
 def _planned(run: Run, ids: Int64, part: int) -> pa.Table:
     """What the plan knows of those images of a part that are among `ids`, sorted."""
     uri = run.transformed_part(part)
-    there = np.flatnonzero(np.isin(storage.read_parquet(uri, ["id"])["id"].to_numpy(), ids))
-    return storage.read_parquet(uri, _PLANNED).take(pa.array(there))
+    there = np.flatnonzero(np.isin(parquet.read_parquet(uri, ["id"])["id"].to_numpy(), ids))
+    return parquet.read_parquet(uri, _PLANNED).take(pa.array(there))

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 from pipeline import assess, fenced, gate, quality, snapshot, telemetry
-from pipeline.commits import Commit, SegmentRef
+from pipeline.commits import Commit
 from pipeline.config import Config
 from pipeline.errors import ConfigError, GateRefused
 from pipeline.fenced import Check
@@ -22,6 +22,7 @@ from pipeline.plan import Plan
 from pipeline.probe_set import ProbeSet, gather
 from pipeline.quality import Quality, Reference
 from pipeline.run import Run
+from pipeline.segments import SegmentRef
 from pipeline.standing import Standing, write_standing
 from pipeline.stop import Stop
 

@@ -16,17 +16,19 @@ from typing import Self
 import numpy as np
 import pyarrow as pa
 
-from pipeline import reserve, snapshot, storage, telemetry
+from pipeline import parquet, reserve, snapshot, telemetry
+from pipeline.arrays import Float32, vectors_from_arrow
 from pipeline.calibration import read_calibration
 from pipeline.codebook import train_codebook, write_codebook
 from pipeline.config import Config
 from pipeline.errors import GateRefused
+from pipeline.identity import fix_settings, stage_settings
 from pipeline.offset import PART
 from pipeline.parts import list_parts
 from pipeline.plan import Plan
 from pipeline.promotion import Promotion
-from pipeline.run import Run, fix_settings, stage_settings
-from pipeline.schema import Float32, UnitAck, vectors_from_arrow
+from pipeline.run import Run
+from pipeline.schema import UnitAck
 from pipeline.seal import Sealer
 from pipeline.snapshot import Commit, Counts, SegmentRef, Writer
 from pipeline.stop import Stop
@@ -215,11 +217,11 @@ def _training_vectors(run: Run, plan: Plan, wanted: int) -> Float32:
 
     An offset lies where new embeddings do not vary, so a codebook of these alone would not keep it.
     """
-    pairs = (storage.read_parquet(uri, ["new"])["new"] for uri in list_parts(run.path("pairs", "train")).values())
+    pairs = (parquet.read_parquet(uri, ["new"])["new"] for uri in list_parts(run.path("pairs", "train")).values())
     if read_part(run, PART) is None:
         return _first(pairs, wanted)
     place = plan.laid_out(run)
-    parts = (storage.read_parquet(place.transformed_part(part), ["vector"]) for part in range(plan.num_parts))
+    parts = (parquet.read_parquet(place.transformed_part(part), ["vector"]) for part in range(plan.num_parts))
     return np.concatenate(
         [_first(pairs, wanted - wanted // 2), _first((part["vector"] for part in parts), wanted // 2)]
     )

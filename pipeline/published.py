@@ -14,17 +14,18 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeline import leases
+from pipeline.arrays import Bools, Float32, Int64
 from pipeline.codebook import Codebook
-from pipeline.commits import Commit, Kind, SegmentRef
+from pipeline.commits import Commit
 from pipeline.equality import ROUNDING
 from pipeline.errors import DataError, Removed
 from pipeline.evaluate import evaluate
 from pipeline.gallery import GalleryArrays, check_known, find_rows, load_gallery, query_rows
 from pipeline.index import Segment, decode
-from pipeline.ranking import Bools, calibrate
+from pipeline.ranking import calibrate
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64
 from pipeline.search import Searcher
+from pipeline.segments import Kind, SegmentRef
 from pipeline.snapshot import PROD, list_commits, read_commit, read_commits, read_tag
 
 Point = dict[str, int | float]

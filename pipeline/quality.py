@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline import documents, fenced, storage
-from pipeline.commits import from_json, to_json
+from pipeline.documents import from_json, to_json
 from pipeline.fenced import Check
 from pipeline.run import Run
 

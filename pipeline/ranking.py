@@ -18,16 +18,11 @@ from dataclasses import dataclass
 from threading import Lock
 
 import numpy as np
-from numpy.typing import NDArray
 
+from pipeline.arrays import Bools, Float32, Float64, Int32, Int64, Labels
 from pipeline.calibration import Calibration
 from pipeline.errors import DataError
-from pipeline.schema import Float32, Int64
 
-Bools = NDArray[np.bool_]
-Float64 = NDArray[np.float64]
-Int32 = NDArray[np.int32]
-Labels = NDArray[np.generic]
 Progress = Callable[[int, int], None]
 Score = Callable[[Int64, Int64, list[Float32]], None]
 

@@ -16,10 +16,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from pipeline.arrays import Float32, Int64, tensor_metadata
 from pipeline.errors import DataError
 from pipeline.nearest import cluster, nearest
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64, tensor_metadata
 from pipeline.transformation import read_part
 
 PART = "reference.safetensors"

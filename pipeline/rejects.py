@@ -7,6 +7,8 @@ is counted beside it. Knows the places of the rejects, not what is done with the
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -14,9 +16,33 @@ from pipeline import vector_log
 from pipeline.config import Backfill
 from pipeline.errors import DataError
 from pipeline.plan import Plan
+from pipeline.retry import OTHER
 from pipeline.run import Run
 from pipeline.schema import REJECTS
 from pipeline.vector_log import VectorLog
+
+REJECT_REASONS = (
+    ("fetch", "missing"),
+    ("fetch", "forbidden"),
+    ("fetch", "too large"),
+    ("fetch", "truncated"),
+    ("fetch", "unreadable"),
+    ("fetch", "container changed"),
+    ("fetch", "outside data_root"),
+    ("fetch", "deleted"),
+    ("fetch", "damaged"),
+    ("decode", "empty"),
+    ("decode", "not an image"),
+    ("decode", "truncated"),
+    ("decode", "damaged"),
+    ("decode", "too large"),
+    ("decode", "not 8 or 16 bits a channel"),
+    ("preprocess", "wrong shape"),
+    ("preprocess", "too large when resized"),
+    ("embed", "not finite"),
+    (OTHER, OTHER),
+)
+"""(stage, reason): what `Reject.reason` says before its first colon."""
 
 REMEDY = (
     "read the reasons with `fastfill status`; mend the images and run `fastfill backfill "
@@ -88,3 +114,15 @@ def _of_manifest(run: Run, folder: str, role: str, title: str) -> pa.Table:
     rows = vector_log.read_rejects(manifest_log(run, folder, role))
     stage = pc.binary_join_element_wise(pa.scalar(title), rows["stage"], ": ")
     return rows.set_column(REJECTS.get_field_index("stage"), "stage", stage)
+
+
+def count_rejects(stages: pa.Array, reasons: pa.Array) -> list[int]:
+    """How many images were rejected, by REJECT_REASONS; a stage is empty where the image is embedded."""
+    is_reject = pc.not_equal(stages, "")
+    words = pc.list_element(pc.split_pattern(pc.filter(reasons, is_reject), ":", max_splits=1), 0)
+    pairs = pc.binary_join_element_wise(pc.filter(stages, is_reject), words, ":")
+    found: Counter[tuple[str, str]] = Counter()
+    for pair in pc.value_counts(pairs).to_pylist():
+        stage, _, reason = pair["values"].partition(":")
+        found[(stage, reason) if (stage, reason) in REJECT_REASONS else (OTHER, OTHER)] += pair["counts"]
+    return [found[name] for name in REJECT_REASONS]

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from pipeline import storage
-from pipeline.commits import Removals, from_json, read_removals, removed, to_json
+from pipeline.commits import Removals, read_removals, removed
+from pipeline.documents import from_json, to_json
 from pipeline.errors import SnapshotConflict
 from pipeline.run import Run
 

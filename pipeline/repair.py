@@ -12,11 +12,11 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from pipeline import parquet, planner, snapshot, storage, vector_log
 from pipeline import plan as plans
-from pipeline import planner, snapshot, storage, vector_log
 from pipeline.audit_inputs import NOTHING, check_log
 from pipeline.codebook import write_codebook
-from pipeline.commits import Commit, SegmentRef, read_commit
+from pipeline.commits import Commit, read_commit
 from pipeline.config import Config
 from pipeline.errors import DataError
 from pipeline.evidence import Notes, Problem
@@ -25,7 +25,7 @@ from pipeline.publish import train
 from pipeline.run import Run
 from pipeline.schema import SIDECAR, UNITS, Unit
 from pipeline.seal import Sealer, seal_again
-from pipeline.segments import put_by_content
+from pipeline.segments import SegmentRef, put_by_content
 
 ASIDE = "damaged"
 _WAVE = re.compile(r"/wave-(\d+)(?:/|$|,)")
@@ -226,8 +226,8 @@ def _is_sidecar(run: Run, found: SegmentRef, ref: SegmentRef) -> bool:
     """Whether the sidecar that a commit names is stored now, perhaps in the format of an earlier version."""
     if found.sidecar_sha256 == ref.sidecar_sha256:
         return True
-    rows = storage.read_parquet(run.path(found.sidecar_path))
-    data = storage.parquet_bytes(SIDECAR, [rows], with_digests=False)
+    rows = parquet.read_parquet(run.path(found.sidecar_path))
+    data = parquet.parquet_bytes(SIDECAR, [rows], with_digests=False)
     if hashlib.sha256(data).hexdigest() != ref.sidecar_sha256:
         return False
     put_by_content(run, "index/segments/{}.parquet", data)

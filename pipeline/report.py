@@ -21,7 +21,7 @@ import yaml
 from jinja2 import Environment
 
 from pipeline import curve as curves
-from pipeline import documents, plots, quality, snapshot, storage, vector_log
+from pipeline import documents, parquet, plots, quality, snapshot, storage, vector_log
 from pipeline.config import Config
 from pipeline.errors import DataError
 from pipeline.estimate import estimate_uri
@@ -299,12 +299,12 @@ def _uncertainty(run: Run, plan: Plan | None) -> Tree | None:
     uris = transformed_parts(run)
     low, high = np.inf, -np.inf
     for uri in uris:
-        values = storage.read_parquet(uri, ["uncertainty"])["uncertainty"].to_numpy()
+        values = parquet.read_parquet(uri, ["uncertainty"])["uncertainty"].to_numpy()
         low, high = values.min(initial=low), values.max(initial=high)
     edges = np.linspace(low, max(high, low + 1e-6), _BINS + 1)
     counts = np.zeros((len(plan.waves), _BINS), np.int64)
     for uri in uris:
-        part = storage.read_parquet(uri, ["uncertainty", "wave"])
+        part = parquet.read_parquet(uri, ["uncertainty", "wave"])
         bins = np.digitize(part["uncertainty"].to_numpy(), edges[1:-1])
         np.add.at(counts, (part["wave"].to_numpy() - plan.first_wave, bins), 1)
     return {"edges": edges.tolist(), "counts": counts.tolist(), "first_wave": plan.first_wave}

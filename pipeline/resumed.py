@@ -10,8 +10,9 @@ from typing import Any, cast
 
 from pipeline import storage
 from pipeline.config import Config, Encoder
-from pipeline.config_method import Section
-from pipeline.run import Run, read_settings
+from pipeline.identity import read_settings
+from pipeline.run import Run
+from pipeline.settings import Section
 
 _SECTIONS = ("fit", "plan")
 """Whose defaults are others than they were."""

@@ -21,10 +21,10 @@ from botocore.exceptions import BotoCoreError, ClientError
 from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync
 
-from pipeline.config import Storage
 from pipeline.errors import ConfigError
-from pipeline.object_store import Again, Blob, Page
-from pipeline.s3_answers import problem
+from pipeline.object_store import Blob, Page
+from pipeline.retry import Again, problem
+from pipeline.settings import Storage
 from pipeline.store import Stat
 
 T = TypeVar("T")

@@ -7,22 +7,18 @@ from 0 inside their wave, shards from 0 to S-1.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
+
+from pipeline.arrays import vector_type
 
 FORMAT_VERSION = 1
 
 DELETED = "deleted"
 """How the reason of a reject begins whose image was there when the manifest was made, and is no more."""
 
-Float32 = NDArray[np.float32]
-Int64 = NDArray[np.int64]
 
 LOCATION = [
     pa.field("uri", pa.string()),  # the image's object, or the container it lies in
@@ -54,11 +50,6 @@ SIDECAR = pa.schema(
         pa.field("group", pa.string()),
     ]
 )
-
-
-def vector_type(dim: int) -> pa.DataType:
-    """The Arrow type of a float32 vector of `dim` numbers."""
-    return pa.list_(pa.float32(), dim)
 
 
 def manifest_schema(dims: dict[str, int], traffic: bool = False) -> pa.Schema:
@@ -94,26 +85,6 @@ def embedded_schema(dim: int) -> pa.Schema:
             pa.field("vector", vector_type(dim)),
         ]
     )
-
-
-def vectors_to_arrow(vectors: Float32) -> pa.FixedSizeListArray:
-    """(N, d) float32 as an Arrow column, without a copy where the rows are contiguous."""
-    flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float32).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-
-
-def vectors_from_arrow(column: pa.ChunkedArray | pa.Array) -> Float32:
-    """A fixed-size-list column as (N, d) float32; the inverse of `vectors_to_arrow`, float16 widened.
-
-    Raises:
-        ValueError: a vector is null.
-    """
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if array.null_count:
-        raise ValueError(f"{array.null_count} of {len(array)} vectors are null")
-    flat = array.flatten().to_numpy(zero_copy_only=False)
-    vectors: Float32 = flat.astype(np.float32, copy=False).reshape(len(array), array.type.list_size)
-    return vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,30 +138,3 @@ class UnitAck:
     retry_counts: Sequence[int] = ()
     reject_counts: Sequence[int] = ()
     part_digest: str = ""
-
-
-def tensor_metadata(data: bytes, key: str) -> Any:
-    """A JSON value from the metadata of safetensors, which `safetensors.numpy.load` does not give.
-
-    Raises:
-        ValueError, KeyError: it is not there.
-    """
-    length = int.from_bytes(data[:8], "little")  # of the header, which is JSON as well
-    return json.loads(json.loads(data[8 : 8 + length])["__metadata__"][key])
-
-
-def splitmix64(values: Int64, seed: int) -> NDArray[np.uint64]:
-    """A bijective 64-bit hash of each id, (N,) uint64: stable over machines, versions and time.
-
-    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014).
-    """
-    with np.errstate(over="ignore"):
-        z = values.astype(np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
-
-
-def shard_of(ids: Int64, num_shards: int) -> NDArray[np.int32]:
-    """The shard of each id, (N,) int32 in [0, num_shards): independent of the run's seed."""
-    return (splitmix64(ids, seed=0x5A4D) % np.uint64(num_shards)).astype(np.int32)

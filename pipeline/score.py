@@ -19,8 +19,9 @@ import ray.data
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
 
-from pipeline import manifest, policy, storage
+from pipeline import manifest, parquet, policy, storage
 from pipeline.actors import actor_pool
+from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
 from pipeline.config import Config
 from pipeline.embeddings import embedding_log, read_embeddings
 from pipeline.errors import DataError
@@ -29,7 +30,7 @@ from pipeline.pair_sample import embedded_ids
 from pipeline.policy import Policy, Scored
 from pipeline.reference import load_reference
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64, transformed_schema, vectors_from_arrow, vectors_to_arrow
+from pipeline.schema import transformed_schema
 from pipeline.selection import resolve_policy
 from pipeline.transformation import apply, load_transformation, read_part, resolve_device
 
@@ -113,7 +114,7 @@ class Scorer:
         """How many images of a scored part were embedded for the fit."""
         if not len(self._from_pairs):
             return 0  # and a policy may give an infinite priority
-        return int(np.isposinf(storage.read_parquet(uri, ["priority"])["priority"].to_numpy()).sum())
+        return int(np.isposinf(parquet.read_parquet(uri, ["priority"])["priority"].to_numpy()).sum())
 
     def _stored(self, part: int, uri: str) -> bytes:
         """The bytes of the scored part: those of another driver if it wrote them first."""
@@ -146,7 +147,7 @@ class Scorer:
         served = transformed if self._offset is None else self._offset.apply(transformed, uncertainty)
         table = table.append_column("vector", vectors_to_arrow(served))
         schema = pa.schema([f for f in transformed_schema(transformed.shape[1]) if f.name not in ("wave", "shard")])
-        return storage.parquet_bytes(schema, [table])
+        return parquet.parquet_bytes(schema, [table])
 
 
 def first(priority: Float32, known: NDArray[np.bool_]) -> Float32:

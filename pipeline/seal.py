@@ -19,14 +19,15 @@ import ray
 import ray.exceptions
 from numpy.typing import NDArray
 
+from pipeline import parquet, vector_log
 from pipeline import plan as plans
-from pipeline import storage, vector_log
+from pipeline.arrays import Int64, vectors_from_arrow
 from pipeline.codebook import Codebook, set_threads
 from pipeline.errors import DataError, TransientError
 from pipeline.index import write_segment
 from pipeline.plan import Plan
 from pipeline.run import Run
-from pipeline.schema import Int64, Unit, vectors_from_arrow
+from pipeline.schema import Unit
 from pipeline.segments import Rows
 from pipeline.snapshot import Kind, SegmentRef
 from pipeline.vector_log import VectorLog
@@ -244,7 +245,7 @@ def _units_of(sealer: Sealer, wave: int, ids: Int64) -> str:
 
 
 def _ids_of(unit: Unit) -> Int64:
-    ids: Int64 = storage.read_parquet(unit.rows_uri, ["id"], [unit.row_group])["id"].to_numpy()
+    ids: Int64 = parquet.read_parquet(unit.rows_uri, ["id"], [unit.row_group])["id"].to_numpy()
     return ids
 
 

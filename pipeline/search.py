@@ -25,16 +25,15 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline import index, leases, snapshot, storage
+from pipeline import index, leases, parquet, snapshot
+from pipeline.arrays import Float32, Int64
 from pipeline.codebook import Codebook
-from pipeline.commits import KINDS, Kind
 from pipeline.errors import DataError, FastfillError, Removed
 from pipeline.index import Segment
 from pipeline.keys import Keys
 from pipeline.leases import Lease
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64
-from pipeline.segments import check_digest
+from pipeline.segments import KINDS, Kind, check_digest
 from pipeline.snapshot import PROD, Commit, SegmentRef
 
 logger = logging.getLogger(__name__)
@@ -282,7 +281,7 @@ class Searcher:
                 where = self._run.path(ref.sidecar_path)
                 if self._verify:
                     check_digest(where, ref.sidecar_sha256)
-                sidecar = storage.read_parquet(where, ["id", "kind"])
+                sidecar = parquet.read_parquet(where, ["id", "kind"])
                 found.append(sidecar["id"].to_numpy()[sidecar["kind"].to_numpy() == "transformed"])
         return np.concatenate(found)
 

@@ -11,16 +11,22 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import storage
-from pipeline.commits import Kind, SegmentRef
+from pipeline import parquet, storage
+from pipeline.arrays import Float32, Int64
 from pipeline.errors import DataError
 from pipeline.run import Run
-from pipeline.schema import SIDECAR, Float32, Int64
+from pipeline.schema import SIDECAR
+
+if TYPE_CHECKING:
+    pass
+Kind = Literal["transformed", "embedded"]
+KINDS: tuple[Kind, Kind] = ("embedded", "transformed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +63,7 @@ def sidecar_bytes(
 ) -> bytes:
     """What the vectors of a segment are, as a SIDECAR Parquet file sorted by id; all arguments are (n,)."""
     columns = [pa.array(ids), pa.array(kinds, pa.string()), pa.array(uncertainties, pa.float32()), groups]
-    return storage.parquet_bytes(SIDECAR, [pa.table(columns, names=SIDECAR.names).sort_by("id")])
+    return parquet.parquet_bytes(SIDECAR, [pa.table(columns, names=SIDECAR.names).sort_by("id")])
 
 
 def store_segment(run: Run, data: bytes, rows: Rows, shard: int, wave: int, kind: Kind) -> SegmentRef:
@@ -151,3 +157,28 @@ def check_digest(uri: str, sha256: str, where: str | None = None) -> None:
             where=where or uri,
             remedy=_REMEDY,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRef:
+    """One segment as a commit names it; paths are relative to the run.
+
+    Attributes:
+        kind: of all its vectors; in an embedded segment of an earlier version, `rejected` of the `vectors` are still
+            transformed.
+        rejected: images of an embedded wave that are still transformed: all of a transformed segment of that wave.
+        deleted: images of the (shard, wave) that are in no segment any more: they are gone, and were to be dropped.
+        bytes: size of the file.
+    """
+
+    shard: int
+    wave: int
+    kind: Kind
+    path: str
+    sha256: str
+    bytes: int
+    vectors: int
+    sidecar_path: str
+    sidecar_sha256: str
+    rejected: int = 0
+    deleted: int = 0

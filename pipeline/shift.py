@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.ranking import Float64
-from pipeline.schema import Float32
+from pipeline.arrays import Float32, Float64
 
 _NEIGHBOURS = 10
 _MOST = 2000

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.arrays import Float32, Int64
 from pipeline.equality import find_same
 from pipeline.nearest import nearest
 from pipeline.offset import Classifier
 from pipeline.reference import NO_LABEL, Reference, keys
-from pipeline.schema import Float32, Int64
 
 Columns = dict[str, Float32]
 

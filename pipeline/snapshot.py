@@ -24,13 +24,14 @@ from typing import Self
 from pipeline import removals, storage
 from pipeline.commits import Commit as Commit
 from pipeline.commits import Counts as Counts
-from pipeline.commits import Kind as Kind
-from pipeline.commits import SegmentRef as SegmentRef
-from pipeline.commits import check_commit, from_json, read_removals, to_json
+from pipeline.commits import check_commit, read_removals
 from pipeline.commits import read_commit as read_commit
+from pipeline.documents import from_json, to_json
 from pipeline.errors import DataError, GateRefused, Refused, Removed, SnapshotConflict
 from pipeline.fenced import Check, anyone
 from pipeline.run import Run
+from pipeline.segments import Kind as Kind
+from pipeline.segments import SegmentRef as SegmentRef
 
 CANDIDATE = "candidate"
 PROD = "prod"

@@ -12,7 +12,6 @@ import contextlib
 import fnmatch
 import functools
 import hashlib
-import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -21,14 +20,12 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from pipeline import config
-from pipeline.content import Content, Digests, Mismatch
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError
 from pipeline.local_store import LocalReader, LocalStore
-from pipeline.object_store import COUNTS, ObjectStore, Retry
+from pipeline.object_store import ObjectStore
+from pipeline.retry import COUNTS, Retry
+from pipeline.settings import Fetch
+from pipeline.settings import Storage as StorageSettings
 from pipeline.store import AlreadyExists as AlreadyExists
 from pipeline.store import Changed as Changed
 from pipeline.store import Outside as Outside
@@ -49,11 +46,10 @@ SCHEMES = ("file", "s3")
 
 _WILD = "*?["
 _PIECE_BYTES = 2**23
-_REMEDY = "`fastfill audit` lists all damaged files; restore this one from a copy, or make it again"
 _WAITING = 16  # threads: footers and row groups are small and far away
 
 
-def configure(settings: config.Storage) -> None:
+def configure(settings: StorageSettings) -> None:
     """Use these settings from now on, here and in processes that inherit the environment."""
     os.environ[_SETTINGS] = settings.model_dump_json()
 
@@ -200,7 +196,7 @@ def split(uri: str) -> tuple[str, str]:
     return (scheme, name) if separator else ("file", uri)
 
 
-def image_reader(scheme: str, fetch: config.Fetch, root: str | None = None) -> Reader:
+def image_reader(scheme: str, fetch: Fetch, root: str | None = None) -> Reader:
     """What reads images from the store of a scheme, in many small requests.
 
     Args:
@@ -284,54 +280,6 @@ def delete_files(uris: list[str]) -> None:
         _locate(uris[0])[0].delete([_locate(uri)[1] for uri in uris])
 
 
-def parquet_bytes(schema: pa.Schema, row_groups: Iterable[pa.Table], with_digests: bool = True) -> bytes:
-    """One Parquet file with one row group per table, empty ones included; the same rows give the same bytes.
-
-    Its pages have checksums, and its content has digests: see `content`. Without them it is the file that earlier
-    versions wrote of these rows, whose digest a commit of such a version names.
-    """
-    sink, digests = io.BytesIO(), Digests(schema)
-    options: dict[str, object] = {"use_dictionary": [field.name for field in schema if pa.types.is_string(field.type)]}
-    options |= {"compression": "zstd", "compression_level": 1, "write_page_checksum": with_digests}
-    with pq.ParquetWriter(sink, schema, **options) as writer:
-        for table in row_groups:
-            rows = table.select(schema.names).cast(schema)
-            digests.add(rows)
-            writer.write_table(rows, row_group_size=max(1, rows.num_rows))
-        if with_digests:
-            writer.add_key_value_metadata(digests.metadata())
-    return sink.getvalue()
-
-
-@contextlib.contextmanager
-def open_parquet(uri: str) -> Iterator[Content]:
-    """A Parquet file for reading; what is read is compared with its checksums and digests, if it has them.
-
-    Raises:
-        DataError: it is missing, damaged, or not Parquet.
-        PermissionError: it may not be read.
-    """
-    try:
-        with Content(open_input(uri)) as file:
-            yield file
-    except FileNotFoundError as error:
-        raise DataError("a Parquet file is missing", where=uri) from error
-    except PermissionError:
-        raise
-    except Mismatch as error:
-        raise DataError("a file was changed after it was written", found=error, where=uri, remedy=_REMEDY) from error
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # damaged footers and pages come as any of them
-        raise DataError("not a readable Parquet file", found=error, where=uri) from error
-
-
-def read_parquet(uri: str, columns: list[str] | None = None, row_groups: list[int] | None = None) -> pa.Table:
-    """A Parquet file, or some of its columns and row groups."""
-    with open_parquet(uri) as file:
-        if row_groups is None:
-            return file.read(columns=columns)
-        return file.read_row_groups(row_groups, columns=columns)
-
-
 def at_once(function: Callable[[T], U], items: Iterable[T]) -> list[U]:
     """What a function that waits for the store gives for each item, in order; a few of them wait at the same time."""
     with ThreadPoolExecutor(_WAITING, thread_name_prefix="storage") as pool:
@@ -370,7 +318,7 @@ def _store(scheme: str, settings: str, process: int, account: tuple[str, ...]) -
 
 @functools.lru_cache(maxsize=8)
 def _reader(
-    scheme: str, settings: str, process: int, fetch: config.Fetch, root: str | None, account: tuple[str, ...]
+    scheme: str, settings: str, process: int, fetch: Fetch, root: str | None, account: tuple[str, ...]
 ) -> Reader:
     if scheme == "file":
         return LocalReader(root)
@@ -379,9 +327,9 @@ def _reader(
     return ObjectReader(_settings(), fetch, _store(scheme, settings, process, account))
 
 
-def _settings() -> config.Storage:
+def _settings() -> StorageSettings:
     text = os.environ.get(_SETTINGS)
-    return config.Storage.model_validate_json(text) if text else config.Storage()
+    return StorageSettings.model_validate_json(text) if text else StorageSettings()
 
 
 def _matches(parts: list[str], pattern: list[str]) -> bool:

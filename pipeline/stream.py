@@ -25,9 +25,12 @@ from ray.data import ActorPoolStrategy
 from pipeline import config as settings
 from pipeline import images, storage, vector_log, worker_metrics
 from pipeline.actors import LOAD_CPUS, WRITE_CPUS, actor_pool
-from pipeline.causes import count_rejects, count_retries
+from pipeline.arrays import vectors_from_arrow
 from pipeline.images import Limits, LoadedUnit
-from pipeline.schema import Unit, UnitAck, vectors_from_arrow
+from pipeline.rejects import count_rejects
+from pipeline.retry import count_retries
+from pipeline.schema import Unit, UnitAck
+from pipeline.settings import Fetch
 from pipeline.vector_log import EmbeddedUnit, VectorLog
 
 _UNITS_PER_ACTOR = 4  # that wait for it or are in its hands
@@ -49,7 +52,7 @@ class _Job:
 
     targets: list[tuple[settings.Encoder, VectorLog]]
     limits: Limits
-    fetch: settings.Fetch
+    fetch: Fetch
     units: ray.ObjectRef[pa.Table]
 
     def unit(self, number: int) -> tuple[int, Unit]:

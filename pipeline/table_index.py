@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import storage
+from pipeline import parquet, storage
 from pipeline.errors import DataError
 from pipeline.pieces import CHUNK_BYTES, CHUNK_ROWS, ROWS, Chunk, Options, Piece, PieceWriter
 from pipeline.schemes import check_schemes
@@ -30,7 +30,7 @@ def index_parquet(piece: Piece, options: Options, out: PieceWriter) -> None:
     """Point at the rows of a Parquet file; or write them, with sizes and etags, where these are looked up."""
     uri = piece.uris[0]
     first_row = 0
-    with storage.open_parquet(uri) as file:
+    with parquet.open_parquet(uri) as file:
         schema = manifest_rows(file.schema_arrow.empty_table(), uri, 0, options).schema
         for groups, rows, num_bytes in _cut(file.metadata):
             if options.stat:
@@ -58,8 +58,8 @@ def index_csv(piece: Piece, options: Options, out: PieceWriter) -> None:
 def read_chunk(chunk: Chunk, options: Options) -> pa.Table:
     """The rows of a chunk, wherever they are."""
     if chunk.row_groups is None:
-        return storage.read_parquet(chunk.uri)
-    rows = storage.read_parquet(chunk.uri, row_groups=list(chunk.row_groups))
+        return parquet.read_parquet(chunk.uri)
+    rows = parquet.read_parquet(chunk.uri, row_groups=list(chunk.row_groups))
     return manifest_rows(rows, chunk.uri, chunk.first_row, options)
 
 

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from pipeline import storage
-from pipeline.causes import REJECT_REASONS, RETRY_CAUSES, count_retries
 from pipeline.config import Config, Telemetry
 from pipeline.progress import Progress
+from pipeline.rejects import REJECT_REASONS
+from pipeline.retry import RETRY_CAUSES, count_retries
 from pipeline.schema import UnitAck
 
 if TYPE_CHECKING:

@@ -19,12 +19,13 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from pipeline import documents, networks, storage
+from pipeline.arrays import Float32
 from pipeline.config import TransformationKind
 from pipeline.errors import ConfigError, DataError, SnapshotConflict
 from pipeline.networks import Transformation as Transformation
 from pipeline.networks import TransformationNetwork as TransformationNetwork
 from pipeline.run import Run
-from pipeline.schema import FORMAT_VERSION, Float32
+from pipeline.schema import FORMAT_VERSION
 
 _WEIGHTS = "model-{}.safetensors"  # by the sha256: of two fits at once, neither replaces what the other's marker names
 _MARKER = "transformation.json"

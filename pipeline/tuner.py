@@ -20,7 +20,7 @@ import pyarrow as pa
 import ray
 
 from pipeline import config as settings
-from pipeline import storage
+from pipeline import parquet, storage
 from pipeline.actors import Pool, actor_pool
 from pipeline.errors import DataError
 from pipeline.estimate import Estimate, Rates, estimate, estimate_uri
@@ -91,7 +91,7 @@ def _sample(run: Run, plan: Plan, seed: int) -> list[pa.Table]:
     wanted = set(chosen.tolist())
     found = {number: unit for number, unit in enumerate(plan.units(run)) if number in wanted}
     places = [(found[number].rows_uri, found[number].row_group) for number in chosen]
-    return [storage.read_parquet(uri, UNITS.names, [row_group]) for uri, row_group in places]
+    return [parquet.read_parquet(uri, UNITS.names, [row_group]) for uri, row_group in places]
 
 
 def _measure_alone(config: settings.Config, rows: list[pa.Table], seconds: float) -> _Alone:
@@ -175,7 +175,7 @@ def _measure_stream(
     size = max(config.backfill.batch_size, 256)
     pieces = [table.slice(start, size) for table in rows for start in range(0, table.num_rows, size)]
     units_uri = storage.join(folder, "units.parquet")
-    storage.put(units_uri, storage.parquet_bytes(UNITS, pieces))
+    storage.put(units_uri, parquet.parquet_bytes(UNITS, pieces))
     units = [Unit(1, number, units_uri, number, piece.num_rows) for number, piece in enumerate(pieces)]
     log = VectorLog(storage.join(folder, "parts"), storage.join(folder, "rejects"), config.encoders.new.dim, 1)
     begin = time.perf_counter()

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import storage
+from pipeline import parquet, storage
 from pipeline.schema import UNITS
 
 _PIECE_IMAGES = 1_000_000
@@ -52,7 +52,7 @@ class _Range:
 
     def read(self, groups: list[int], uri: str) -> pa.Table:
         """The rows of some row groups of a part that are of these objects."""
-        table = storage.read_parquet(uri, UNITS.names, groups)
+        table = parquet.read_parquet(uri, UNITS.names, groups)
         if self.first is not None:
             below = pc.less(table["uri"], self.first)
             table = table.filter(pc.invert(pc.fill_null(below, False)))
@@ -94,7 +94,7 @@ def _survey(
     every = max(1, piece_images // _SAMPLES)
 
     def look(number: int) -> tuple[_Source, list[str]]:
-        column = storage.read_parquet(parts[number], ["uri"], groups)["uri"]
+        column = parquet.read_parquet(parts[number], ["uri"], groups)["uri"]
         objects, ends = column.drop_null(), pc.min_max(column)
         first = number * every // len(parts)  # so that of small parts some have a sample, and not none or all
         sample = objects.take(np.arange(first, len(objects), every)).to_pylist()

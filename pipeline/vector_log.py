@@ -23,21 +23,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import storage
+from pipeline import parquet, storage
+from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
 from pipeline.content import Content, digest_of, together
 from pipeline.errors import DataError
-from pipeline.schema import (
-    DELETED,
-    REJECTS,
-    UNITS,
-    Float32,
-    Int64,
-    Unit,
-    embedded_schema,
-    shard_of,
-    vectors_from_arrow,
-    vectors_to_arrow,
-)
+from pipeline.hashing import shard_of
+from pipeline.schema import DELETED, REJECTS, UNITS, Unit, embedded_schema
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +95,7 @@ def write_unit(log: VectorLog, unit: Unit, embedded: EmbeddedUnit) -> tuple[int,
     schema = embedded_schema(log.dim)
     rejects = b""
     if not good.all():
-        rejects = storage.parquet_bytes(REJECTS, [_reject_rows(unit, embedded, ~good)])
+        rejects = parquet.parquet_bytes(REJECTS, [_reject_rows(unit, embedded, ~good)])
         digest = content_digest(rejects)
         schema = naming(schema, digest)
         rejects_uri = log.rejects(unit.wave, unit.unit, digest)
@@ -121,7 +112,7 @@ def write_unit(log: VectorLog, unit: Unit, embedded: EmbeddedUnit) -> tuple[int,
         }
     )
     row_groups = (rows.filter(pa.array(shards == shard)) for shard in range(log.num_shards))
-    data = storage.parquet_bytes(schema, row_groups)
+    data = parquet.parquet_bytes(schema, row_groups)
     try:
         storage.put_if_absent(part, data)
     except storage.AlreadyExists:  # another driver was faster; its part stays, and names its rejects
@@ -172,7 +163,7 @@ def read_parts(log: VectorLog, wave: int, shards: range | None = None) -> tuple[
 def read_ids(log: VectorLog, wave: int) -> Int64:
     """The ids of the embedded images of a wave, (n,) int64, sorted."""
     files = part_files(log.parts_uri, wave).values()
-    tables = storage.at_once(partial(storage.read_parquet, columns=["id"]), files)
+    tables = storage.at_once(partial(parquet.read_parquet, columns=["id"]), files)
     return np.sort(np.concatenate([np.empty(0, np.int64), *(table["id"].to_numpy() for table in tables)]))
 
 
@@ -237,7 +228,7 @@ def reject_files(log: VectorLog, wave: int | None = None, skip_unreadable: bool 
 
 def read_rejects(log: VectorLog, wave: int | None = None) -> pa.Table:
     """The rejects of a wave, or of all waves, as REJECTS rows."""
-    tables = storage.at_once(storage.read_parquet, reject_files(log, wave).values())
+    tables = storage.at_once(parquet.read_parquet, reject_files(log, wave).values())
     return pa.concat_tables([REJECTS.empty_table(), *tables])
 
 
@@ -338,7 +329,7 @@ def _open_part(uri: str) -> Iterator[Content]:
         DataError: it is missing or damaged.
     """
     try:
-        with storage.open_parquet(uri) as file:
+        with parquet.open_parquet(uri) as file:
             yield file
     except DataError as error:
         if isinstance(error.__cause__, FileNotFoundError):
@@ -374,12 +365,12 @@ def _as_it_is(log: VectorLog, unit: Unit) -> tuple[int, int, str]:
 
 
 def _num_rows(uri: str) -> int:
-    with storage.open_parquet(uri) as file:
+    with parquet.open_parquet(uri) as file:
         return int(file.metadata.num_rows)
 
 
 def _reject_rows(unit: Unit, embedded: EmbeddedUnit, bad: np.typing.NDArray[np.bool_]) -> pa.Table:
-    places = storage.read_parquet(unit.rows_uri, UNITS.names, [unit.row_group])
+    places = parquet.read_parquet(unit.rows_uri, UNITS.names, [unit.row_group])
     rows = places.append_column("stage", embedded.reject_stages).append_column("reason", embedded.reject_reasons)
     return rows.filter(pa.array(bad))
 

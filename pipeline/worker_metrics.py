@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ray.util.metrics import Counter, Histogram
 
-from pipeline.causes import RETRY_CAUSES, count_retries
+from pipeline.retry import RETRY_CAUSES, count_retries
 
 SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0]
 

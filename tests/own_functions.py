@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from pipeline.arrays import Float32
 from pipeline.policy import Scored
-from pipeline.schema import Float32
 
 
 def undecided(scored: Scored) -> Float32:

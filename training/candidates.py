@@ -11,10 +11,10 @@ from typing import get_args
 
 import numpy as np
 
+from pipeline.arrays import Float64
 from pipeline.config import Fit, LossMode, Offset, TransformationKind
 from pipeline.expected import REACHED, fraction_for
 from pipeline.policy import POLICIES
-from pipeline.ranking import Float64
 from pipeline.selection import Candidate as Described
 from pipeline.selection import Figures, Selection, recipe_name
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from pipeline import documents, fan_out, probe_set, storage
+from pipeline import documents, fan_out, parquet, probe_set, storage
 from pipeline.agreement import among
+from pipeline.arrays import Float32, Float64, Int64, vectors_from_arrow
 from pipeline.calibration import read_calibration
 from pipeline.config import Config
 from pipeline.evaluate import METRICS, Metrics, evaluate, order_by_priority, recall
@@ -20,9 +21,7 @@ from pipeline.expected import Ends, Expected, expect, expected_uri, read_expecte
 from pipeline.gallery import codes_of, labelled_sample
 from pipeline.plan import Plan
 from pipeline.probe_set import ProbeSet
-from pipeline.ranking import Float64
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64, vectors_from_arrow
 from pipeline.selection import read_selection, resolve_policy
 from pipeline.shift import Likeness, likeness
 from training.folds import by_chance
@@ -211,7 +210,7 @@ def _own(config: Config, run: Run, plan: Plan, probe: ProbeSet, rows: Int64) -> 
 
 
 def _priorities(run: Run, ids: Int64, part: int) -> pa.Table:
-    rows = storage.read_parquet(run.transformed_part(part), ["id", "priority"])
+    rows = parquet.read_parquet(run.transformed_part(part), ["id", "priority"])
     return rows.filter(pa.array(np.isin(rows["id"].to_numpy(), ids)))
 
 

@@ -39,13 +39,14 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import selection, storage
+from pipeline import parquet, selection, storage
 from pipeline.actors import may_grow
 from pipeline.config import Config, Fit
 from pipeline.errors import ConfigError, DataError, SnapshotConflict
+from pipeline.identity import check_settings_of, fix_settings, stage_settings
 from pipeline.networks import LinearTransformation, Transformation
 from pipeline.offset import Classifier
-from pipeline.run import Run, check_settings_of, fix_settings, stage_settings
+from pipeline.run import Run
 from pipeline.transformation import TransformationInfo, has_transformation, read_info, save_transformation
 from training.attempts import fit_to_the_end, no_failure_but_announced_ones
 from training.candidates import settings_of
@@ -146,7 +147,7 @@ def make_job(config: Config, data: FitData) -> Job:
         )
     rows = []
     for uri in data.train_parts:
-        with storage.open_parquet(uri) as file:
+        with parquet.open_parquet(uri) as file:
             rows.append(file.metadata.num_rows)
     smallest = min(sum(rows[rank::workers]) for rank in range(workers))
     if smallest < _LEAST_PAIRS:

@@ -21,15 +21,16 @@ import ray
 import torch
 from safetensors.numpy import load, save
 
-from pipeline import storage
+from pipeline import parquet, storage
+from pipeline.arrays import Float32, Int64, vectors_from_arrow
 from pipeline.config import Config, Select
 from pipeline.errors import ConfigError
+from pipeline.hashing import splitmix64
 from pipeline.nearest import nearest
 from pipeline.networks import LinearTransformation
 from pipeline.offset import Classifier
 from pipeline.policy import Scored
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64, splitmix64, vectors_from_arrow
 from pipeline.transformation import apply, resolve_device
 from training.candidates import Recipe
 from training.knowledge import measurable
@@ -150,7 +151,7 @@ def split(config: Config, data: FitData, settings: Select, sample: PairArrays | 
     Raises:
         ConfigError: nearly all are.
     """
-    tables = [storage.read_parquet(uri) for uri in [*data.train_parts, *data.held_out_parts]]
+    tables = [parquet.read_parquet(uri) for uri in [*data.train_parts, *data.held_out_parts]]
     table = pa.concat_tables(tables).sort_by("index")
     if sample is not None and settings.measured_on == "probe":
         old = vectors_from_arrow(table["old"])

@@ -16,10 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from pipeline.arrays import Float32, Float64, Int64
 from pipeline.policy import Scored, signals
-from pipeline.ranking import Float64
 from pipeline.reference import NO_LABEL, Reference, keys
-from pipeline.schema import Float32, Int64
 
 _MOST_QUERIES = 8192
 _RELEVANT = 10

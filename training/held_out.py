@@ -14,14 +14,15 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline import offset as offsets
-from pipeline import storage
+from pipeline import parquet
+from pipeline.arrays import Float32, Int64
 from pipeline.calibration import Calibration, read_calibration
 from pipeline.config import Config
+from pipeline.hashing import splitmix64
 from pipeline.offset import Offset
 from pipeline.policy import POLICIES, Scored, load_policy
 from pipeline.reference import NO_LABEL, Reference, load_reference
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64, splitmix64
 from pipeline.transformation import apply, load_transformation, read_part
 from training.folds import APPLY_BATCH, Fold
 from training.harm import fit_learned, harm
@@ -55,7 +56,7 @@ def held_out(config: Config, run: Run) -> HeldOut:
     """
     pairs = build_pairs(config, run)
     job = Job(config.fit, fit_data(config, run, pairs), config.seed, config.gallery.metric == "cosine", 0, 0)
-    table = pa.concat_tables([storage.read_parquet(uri) for uri in job.data.held_out_parts]).sort_by("index")
+    table = pa.concat_tables([parquet.read_parquet(uri) for uri in job.data.held_out_parts]).sort_by("index")
     chance = splitmix64(table["index"].to_numpy(), SALT)
     table = table.take(pa.array(np.sort(np.argsort(chance, kind="stable")[:_MOST_PAIRS])))
     arrays = make_arrays(table, job)

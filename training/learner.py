@@ -20,10 +20,10 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from pipeline import offset
+from pipeline.arrays import Float32, Int64, vectors_from_arrow
 from pipeline.config import Fit
 from pipeline.errors import DataError
 from pipeline.networks import TransformationNetwork, make
-from pipeline.schema import Float32, Int64, vectors_from_arrow
 from pipeline.transformation import Transformation
 from training.linear_fit import LinearFit
 from training.losses import (

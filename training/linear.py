@@ -20,7 +20,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.schema import Float32, Int64, splitmix64
+from pipeline.arrays import Float32, Int64
+from pipeline.hashing import splitmix64
 
 Float64 = NDArray[np.float64]
 NUM_FOLDS = 5

@@ -20,9 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from pipeline.arrays import Float32, Int64
 from pipeline.errors import DataError
+from pipeline.hashing import splitmix64
 from pipeline.networks import LinearTransformation, ResidualTransformation, Transformation, inputs
-from pipeline.schema import Float32, Int64, splitmix64
 from training import linear
 from training.linear import Affine, Float64, Folds, folds_of
 

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from pipeline import storage
-from pipeline.schema import Float32
+from pipeline import parquet
+from pipeline.arrays import Float32
 from training import linear
 from training.learner import Job, columns_of, unsorted_arrays
 from training.linear import Folds
@@ -75,7 +75,7 @@ def _blocks(job: Job, most: int) -> Iterator[pa.Table]:
     """The first rows of the training parts, as many as `most`, in blocks."""
     left = most
     for uri in job.data.train_parts:
-        with storage.open_parquet(uri) as file:
+        with parquet.open_parquet(uri) as file:
             for group in range(file.num_row_groups):
                 if left <= 0:
                     return
@@ -89,7 +89,7 @@ def _part_sums(stored: tuple[Job, BlockSums, float], uri: str) -> Folds | None:
     """The sums of a part's pairs; None if there are none in it."""
     job, function, share = stored
     found: Folds | None = None
-    with storage.open_parquet(uri) as file:
+    with parquet.open_parquet(uri) as file:
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, columns=columns_of(job.data))
             if share < 1:

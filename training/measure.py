@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.agreement import among
+from pipeline.arrays import Float32, Int64
 from pipeline.config import Config
 from pipeline.evaluate import evaluate, recall
 from pipeline.networks import Transformation
-from pipeline.schema import Float32, Int64
 from pipeline.transformation import Figures, TransformationInfo, apply, resolve_device
 from training.learner import Job, PairArrays
 from training.learning_curve import LearningCurve

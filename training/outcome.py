@@ -14,12 +14,12 @@ import pyarrow as pa
 
 from pipeline import calibration as calibrations
 from pipeline import offset as offsets
-from pipeline import reference, storage
+from pipeline import parquet, reference
+from pipeline.arrays import Float32
 from pipeline.calibration import fit_calibration
 from pipeline.config import Config
 from pipeline.networks import Transformation
 from pipeline.offset import Classifier, Offset
-from pipeline.schema import Float32
 from pipeline.transformation import TransformationInfo
 from training.knowledge import reference_of
 from training.learner import Job, PairArrays, make_arrays
@@ -41,7 +41,7 @@ def describe(
         classifier: the one that the job fitted or took; None if it needed none.
     """
     data, metric = job.data, config.gallery.metric
-    held_out = pa.concat_tables([storage.read_parquet(uri) for uri in data.held_out_parts])
+    held_out = pa.concat_tables([parquet.read_parquet(uri) for uri in data.held_out_parts])
     pairs = make_arrays(held_out, job)
     held_out = held_out.select([name for name in held_out.column_names if name in ("index", "group")])
     z, s = transform(config, network, pairs)

@@ -20,14 +20,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline import documents, manifest, pair_sample, rejects, storage
+from pipeline import documents, manifest, pair_sample, parquet, rejects, storage
+from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
 from pipeline.config import Classifier, Config
 from pipeline.embeddings import OnUnits, embed_missing, embedding_log, read_embeddings
 from pipeline.encoders import load_tensors
 from pipeline.errors import DataError
+from pipeline.hashing import splitmix64
 from pipeline.parts import list_parts
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64, splitmix64, vectors_from_arrow, vectors_to_arrow
 from pipeline.vector_log import VectorLog
 from training.learner import FitData
 
@@ -135,7 +136,7 @@ def check_enough(num_pairs: int, where: str) -> None:
 def _put(run: Run, folder: str, number: int, rows: pa.Table) -> dict[str, str]:
     """Write a part, and give the sha256 of its file by its path below `pairs`."""
     groups = [rows.slice(start, _GROUP_ROWS) for start in range(0, max(1, rows.num_rows), _GROUP_ROWS)]
-    data, uri = storage.parquet_bytes(rows.schema, groups), run.part(f"pairs/{folder}", number)
+    data, uri = parquet.parquet_bytes(rows.schema, groups), run.part(f"pairs/{folder}", number)
     storage.put(uri, data)
     return {f"{folder}/{uri.rpartition('/')[2]}": hashlib.sha256(data).hexdigest()}
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pipeline.schema import Int64, splitmix64
+from pipeline.arrays import Int64
+from pipeline.hashing import splitmix64
 
 PATIENCE = 10
 """Epochs without a better error after which a fit ends."""

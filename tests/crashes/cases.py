@@ -17,7 +17,8 @@ from pipeline import embed, expected, object_store, planner, probe, score, stora
 from pipeline.config import Config
 from pipeline.errors import FastfillError
 from pipeline.local_store import LocalStore
-from pipeline.object_store import ObjectStore, Retry
+from pipeline.object_store import ObjectStore
+from pipeline.retry import Retry
 from pipeline.run import Run
 from tests.crashes import small_run, stages
 from tests.crashes.memory_store import MemoryStore

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pipeline.object_store import Again, Page
+from pipeline.object_store import Page
+from pipeline.retry import Again
 from tests.pipeline.unreliable_store import UnreliableStore
 
 Write = tuple[str, bytes | None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 
-from pipeline import snapshot, storage
+from pipeline import parquet, snapshot, storage
 from pipeline.audit import audit
 from pipeline.collect import Rules, collect
 from pipeline.run import Run
@@ -67,4 +67,4 @@ def durable_images(run: Run) -> set[int]:
     for uri in storage.list_files(run.path("rejects"), ".parquet"):
         if uri.removeprefix(run.path("rejects")).rpartition("-")[0] in units:
             parts.append(uri)
-    return {number for uri in parts for number in storage.read_parquet(uri, ["id"])["id"].to_pylist()}
+    return {number for uri in parts for number in parquet.read_parquet(uri, ["id"])["id"].to_pylist()}

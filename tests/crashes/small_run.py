@@ -17,12 +17,13 @@ from rich.console import Console
 
 from jobs.bars import Bars
 from jobs.prepare import ensure_embeddings, ensure_fit, ensure_plan, open_run
+from pipeline.arrays import vectors_to_arrow
 from pipeline.backfill import backfill
 from pipeline.config import Config
 from pipeline.config_file import load_config
+from pipeline.identity import fix_settings, stage_settings
 from pipeline.progress import Progress
-from pipeline.run import Run, fix_settings, stage_settings
-from pipeline.schema import vectors_to_arrow
+from pipeline.run import Run
 from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
 from tests.galleries import NEW_DIM, OLD_DIM, PREPROCESS, digits
 from training.pairs import build_pairs

@@ -14,12 +14,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
-from pipeline import snapshot, storage, telemetry, vector_log
+from pipeline import parquet, snapshot, storage, telemetry, vector_log
 from pipeline.config_file import load_config
 from pipeline.gallery import load_gallery
-from pipeline.object_store import COUNTS
 from pipeline.plan import read_plan
 from pipeline.publish import Publisher
+from pipeline.retry import COUNTS
 from pipeline.run import Run
 from pipeline.search import Searcher
 from tests.galleries import OLD_DIM, digits
@@ -88,7 +88,7 @@ def test_a_changed_image_is_embedded_from_what_is_there_now_and_that_is_recorded
     etags = {
         row["id"]: row["source_etag"]
         for uri in storage.list_files(run.path("embedded"), ".parquet")
-        for row in storage.read_parquet(uri, ["id", "source_etag"]).to_pylist()
+        for row in parquet.read_parquet(uri, ["id", "source_etag"]).to_pylist()
     }
     planned = pq.read_table(tmp_path / "data" / "gallery.parquet")["etag"].to_pylist()
     assert [row for row in range(IMAGES) if row != DELETED and etags[row] != planned[row]] == [CHANGED]

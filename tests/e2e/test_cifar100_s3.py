@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import snapshot, storage
+from pipeline import parquet, snapshot, storage
 from pipeline.run import Run
 from tests.cifar100 import CONFIG, WAVES, fastfill, options, pairs_of, settings
 from tests.seaweed import SeaweedFS
@@ -72,7 +72,7 @@ def test_a_run_from_and_to_s3_publishes_the_bytes_of_a_local_run(
     local_cifar100: Run, data: Data, cifar100: Path, seaweed: SeaweedFS, bucket: str, layout: Any
 ) -> None:
     manifest = layout(data, bucket)
-    places = pa.concat_tables([storage.read_parquet(uri) for uri in storage.list_files(manifest, ".parquet")])
+    places = pa.concat_tables([parquet.read_parquet(uri) for uri in storage.list_files(manifest, ".parquet")])
     assert places.num_rows == 10_000
     run = Run(f"{bucket}/run")
     for folder in FIT_FIRST:

@@ -17,7 +17,7 @@ import yaml
 from click.testing import CliRunner
 
 from jobs.cli import main
-from pipeline import backfill, embeddings, snapshot, storage
+from pipeline import backfill, embeddings, parquet, snapshot
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.encoders import load_encoder
@@ -80,7 +80,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     def counting(work: list[Work], config: Config) -> Iterator[tuple[int, UnitAck]]:
         for item in work:
             for unit in item.units:
-                ids = storage.read_parquet(unit.rows_uri, ["id"], [unit.row_group])["id"].to_pylist()
+                ids = parquet.read_parquet(unit.rows_uri, ["id"], [unit.row_group])["id"].to_pylist()
                 asked[Path(item.encoder.export or "").name].update(ids)
         yield from embed_stream(work, config)
 

@@ -18,11 +18,11 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import nn
 
 from jobs.cli import main
-from pipeline import quality, snapshot, storage
+from pipeline import parquet, quality, snapshot, storage
+from pipeline.arrays import vectors_from_arrow, vectors_to_arrow
 from pipeline.config_file import load_config
 from pipeline.plan import read_plan
 from pipeline.run import Run
-from pipeline.schema import vectors_from_arrow, vectors_to_arrow
 from tests.galleries import PREPROCESS, digits, export_encoder, write_config, write_manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -132,7 +132,7 @@ def test_a_transformation_of_shuffled_pairs_is_not_served_before_all_is_embedded
 ) -> None:
     path = write_sound_config(tmp_path, pairs__columns={"old_embedding": "old", "new_embedding": "new"})
     parts = storage.list_files(str(finished / "run" / "pairs" / "train"), ".parquet")
-    pairs = pa.concat_tables([storage.read_parquet(part, ["old", "new"]) for part in parts])
+    pairs = pa.concat_tables([parquet.read_parquet(part, ["old", "new"]) for part in parts])
     shuffled = np.random.default_rng(0).permutation(len(pairs))
     table = {"old": pairs["old"], "new": pairs["new"].take(pa.array(shuffled))}
     pq.write_table(pa.table(table), tmp_path / "data" / "training.parquet")
@@ -233,7 +233,7 @@ def swap_ids(part: str) -> None:
         group.set_column(place, "vector", vectors_to_arrow(np.roll(vectors_from_arrow(group["vector"]), 1, axis=0)))
         for group in groups
     ]
-    storage.put(part, storage.parquet_bytes(schema, mixed))
+    storage.put(part, parquet.parquet_bytes(schema, mixed))
 
 
 def test_a_backfill_that_was_stopped_goes_on_to_the_same_bytes(finished: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
-from pipeline import storage
+from pipeline import parquet, storage
 from pipeline.config_file import load_config
 from pipeline.plan import read_plan
 from pipeline.run import Run
@@ -115,7 +115,7 @@ def test_the_audit_misses_an_image_that_is_neither_planned_nor_rejected(gallery:
     run = Run(load_config(path).run)
     rejects = storage.list_files(run.path("gallery", "old-rejects"), ".parquet")
     kept = storage.read_bytes(rejects[-1])
-    lost = storage.read_parquet(rejects[-1]).num_rows
+    lost = parquet.read_parquet(rejects[-1]).num_rows
     storage.delete_files([rejects[-1]])
     result = fastfill("audit", "--config", path, "--json")
     problems = json.loads(result.stdout)["problems"]

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 
 from jobs.cli import main
 from pipeline import snapshot
+from pipeline.arrays import vectors_to_arrow
 from pipeline.config_file import load_config
 from pipeline.curve import read_curve
 from pipeline.embed import Embedder
 from pipeline.images import Limits, decode_image
 from pipeline.run import Run
-from pipeline.schema import vectors_to_arrow
 from pipeline.transformation import read_info
 from tests.galleries import NEW_DIM, PREPROCESS, digits, write_config, write_manifest
 

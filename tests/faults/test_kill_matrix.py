@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline import snapshot, storage
+from pipeline import parquet, snapshot, storage
 from tests.faults.scene import IMAGES, NODE_CPUS, UNIT_IMAGES, WAVES, Scene, add_worker, image_reads, kill, processes
 from tests.faulty_proxy import FaultyProxy
 
@@ -127,7 +127,7 @@ class Matrix:
     def _durable(self) -> set[str]:
         run = self.scene.run(self.name)
         parts = storage.list_files(run.path("embedded"), ".parquet")
-        ids = [storage.read_parquet(uri, ["id"])["id"] for uri in parts]
+        ids = [parquet.read_parquet(uri, ["id"])["id"] for uri in parts]
         return {
             f"{number:04d}.png"
             for number in pa.chunked_array([c for i in ids for c in i.chunks], pa.int64()).to_pylist()

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from jobs import gc
 from jobs.cli import main
 from pipeline import storage
-from pipeline.config import Storage
+from pipeline.settings import Storage
 from pipeline.snapshot import list_commits
 from tests.pipeline.test_collect import LAST, make
 

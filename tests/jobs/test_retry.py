@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from jobs.backfill import _retry_before_plan, _retry_rejects
-from pipeline import snapshot, storage, vector_log
+from pipeline import parquet, snapshot, storage, vector_log
 from pipeline.errors import SnapshotConflict
 from pipeline.plan import Plan, Wave
 from pipeline.run import Run
@@ -94,7 +94,7 @@ def test_rejects_before_the_plan_are_forgotten_until_pairs_and_plan_are_made(
         schema = put_rejects(run.path(f"{folder}-rejects"), 0, 1, rows, rows.schema)
         (rejects[folder],) = storage.list_files(run.path(f"{folder}-rejects"))
         part = run.path(folder, "wave-000", "unit-00001.parquet")
-        storage.put(part, storage.parquet_bytes(schema, [rows.slice(0, 0)]))
+        storage.put(part, parquet.parquet_bytes(schema, [rows.slice(0, 0)]))
         storage.put(run.path(folder, "wave-000", "unit-00002.parquet"), b"")
     if pairs:
         storage.put(run.path("pairs", "pairs.json"), b"{}")

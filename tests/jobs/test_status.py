@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from jobs.status import read_status, show
-from pipeline import documents, quality, snapshot, storage, vector_log
+from pipeline import documents, parquet, quality, snapshot, storage, vector_log
 from pipeline.quality import Quality
 from pipeline.rejects import manifest_log
 from pipeline.run import Run
@@ -140,7 +140,7 @@ def test_status_shows_rejects_with_brackets_as_they_are(
     run = Run(str(tmp_path / "run [a]"))
     rows = pa.table({"id": [1], **{column: pa.nulls(1, UNITS.field(column).type) for column in UNITS.names[1:]}})
     rows = rows.set_column(UNITS.names.index("uri"), "uri", pa.array([name]))
-    storage.put(run.path("rows.parquet"), storage.parquet_bytes(UNITS, [rows]))
+    storage.put(run.path("rows.parquet"), parquet.parquet_bytes(UNITS, [rows]))
     words = pa.array(["decode"]), pa.array([f"no image {name}"])
     unit = EmbeddedUnit(np.array([1]), np.zeros((1, 2), np.float32), pa.nulls(1, pa.string()), *words)
     vector_log.write_unit(manifest_log(run, "pairs", "old"), Unit(0, 0, run.path("rows.parquet"), 0, 1), unit)

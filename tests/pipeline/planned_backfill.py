@@ -11,15 +11,17 @@ import pytest
 import torch
 
 from pipeline import backfill as driver
-from pipeline import manifest, pair_sample, planner, reference, seal, storage, vector_log
+from pipeline import manifest, pair_sample, parquet, planner, reference, seal, storage, vector_log
+from pipeline.arrays import Int64, vectors_to_arrow
 from pipeline.config import Config, Gate
 from pipeline.embeddings import embedding_log
+from pipeline.identity import fix_settings, stage_settings
 from pipeline.plan import Plan
 from pipeline.probe_set import draw
 from pipeline.progress import Progress
 from pipeline.reference import build_reference
-from pipeline.run import Run, fix_settings, stage_settings
-from pipeline.schema import Int64, UnitAck, vectors_to_arrow
+from pipeline.run import Run
+from pipeline.schema import UnitAck
 from pipeline.stop import Stop
 from pipeline.stream import Work
 from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
@@ -43,7 +45,7 @@ class Encoder:
         """As `embed_stream`, unit by unit."""
         rows = {id: row for row, id in enumerate(self.images.ids.tolist())}
         for unit in work[0].units:
-            ids: Int64 = storage.read_parquet(unit.rows_uri, ["id"], [unit.row_group])["id"].to_numpy()
+            ids: Int64 = parquet.read_parquet(unit.rows_uri, ["id"], [unit.row_group])["id"].to_numpy()
             stages = pa.array(["decode" if id % REJECTED == 0 else "" for id in ids.tolist()])
             vectors = self.images.embedded[[rows[id] for id in ids.tolist()]]
             embedded = EmbeddedUnit(ids, vectors, pa.nulls(len(ids), pa.string()), stages, stages)
@@ -93,7 +95,7 @@ def begin(folder: Path, from_gallery: int = 0, given: bool = True) -> Scene:
     gate = Gate(min_slot_share=None, max_slot_share=None, max_fall=100)
     config = config.model_copy(update={"index": index, "gate": gate, "device": "cpu"})
     pairs = pa.table({"new": vectors_to_arrow(images.embedded[:_PAIRS])})
-    storage.put(run.part("pairs/train", 0), storage.parquet_bytes(pairs.schema, [pairs]))
+    storage.put(run.part("pairs/train", 0), parquet.parquet_bytes(pairs.schema, [pairs]))
     _write_transformation(config, run, images)
     storage.delete(run.plan)
     encoder, sample = Encoder(images), pair_sample.draw(config, run)

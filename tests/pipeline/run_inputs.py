@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from pipeline import calibration, documents, storage
+from pipeline import calibration, documents, parquet, storage
+from pipeline.identity import STAGES
 from pipeline.manifest import Manifest
 from pipeline.plan import Plan, Wave
-from pipeline.run import STAGES, Run
+from pipeline.run import Run
 from pipeline.schema import UNITS, manifest_schema
 from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
 
@@ -38,7 +39,7 @@ def write_other_inputs(whole: WholeRun, num_units: int, dim: int) -> None:
         units = np.arange(whole.num) // whole.num_waves % num_units
         ids = [whole.ids[(whole.waves == wave) & (units == unit)] for unit in range(num_units)]
         tables = (_rows(UNITS, group.tolist()) for group in ids)
-        storage.put(whole.run.wave_units(wave, 0), storage.parquet_bytes(UNITS, tables))
+        storage.put(whole.run.wave_units(wave, 0), parquet.parquet_bytes(UNITS, tables))
     storage.put(whole.run.plan, documents.encode(plan))
     for part in range(2):
         mine = np.arange(whole.num) // 2 % 2 == part
@@ -50,7 +51,7 @@ def write_manifest_part(run: Run, part: int, ids: list[int], keys: list[str] | N
     rows = _rows(manifest_schema({}), ids)
     if keys is not None:
         rows = rows.set_column(rows.schema.get_field_index("key"), "key", pa.array(keys, pa.string()))
-    data = storage.parquet_bytes(manifest_schema({}), [rows])
+    data = parquet.parquet_bytes(manifest_schema({}), [rows])
     storage.put(run.part("gallery", part), data)
     where = run.path("gallery", "manifest.json")
     counts, parts = [0] * (part + 1), [""] * (part + 1)

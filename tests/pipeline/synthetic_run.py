@@ -16,23 +16,17 @@ import pyarrow as pa
 
 from pipeline import calibration as calibrations
 from pipeline import codebook as codebooks
-from pipeline import index, segments, snapshot, storage
+from pipeline import index, parquet, segments, snapshot, storage
+from pipeline.arrays import Float32, Int64, vectors_to_arrow
 from pipeline.calibration import Calibration
 from pipeline.config import Config, Gallery, Index
 from pipeline.config_file import validate
 from pipeline.evaluate import order_by_priority
+from pipeline.hashing import shard_of
 from pipeline.manifest import Manifest
 from pipeline.plan import Plan, Wave, wave_sizes
 from pipeline.run import Run
-from pipeline.schema import (
-    Float32,
-    Int64,
-    embedded_schema,
-    manifest_schema,
-    shard_of,
-    transformed_schema,
-    vectors_to_arrow,
-)
+from pipeline.schema import embedded_schema, manifest_schema, transformed_schema
 from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
 from tests.pipeline.whole_run import put_rejects
 
@@ -201,14 +195,14 @@ def _write_gallery(layout: _Layout) -> None:
     halves = [slice(0, num // 2), slice(num // 2, num)]
     for part, half in enumerate(halves):
         rows = np.arange(num)[half]
-        data = storage.parquet_bytes(manifest_schema(dims), [manifest.take(rows)])
+        data = parquet.parquet_bytes(manifest_schema(dims), [manifest.take(rows)])
         storage.put(run.part("gallery", part), data)
         shuffled = rows[::-1].copy()
         schema = transformed_schema(images.transformed.shape[1])
         cells = [(wave, shard) for wave in range(1, options.waves + 1) for shard in range(options.shards)]
         place_of = np.stack([layout.waves[shuffled], shard_of(images.ids[shuffled], options.shards)], axis=1)
         groups = (scored.take(shuffled[(place_of == cell).all(axis=1)]) for cell in cells)
-        storage.put(run.part("transformed", part), storage.parquet_bytes(schema, groups))
+        storage.put(run.part("transformed", part), parquet.parquet_bytes(schema, groups))
         if options.old_in_log:
             old = _log_rows(images.ids[half], images.old[half], options.shards)
             storage.put(run.path("gallery", "old", f"wave-{part:03d}", "unit-00000.parquet"), old)
@@ -217,7 +211,7 @@ def _write_gallery(layout: _Layout) -> None:
 def _log_rows(ids: Int64, vectors: Float32, shards: int, schema: pa.Schema | None = None) -> bytes:
     columns = {"id": ids, "shard": shard_of(ids, shards), "source_etag": pa.nulls(len(ids), pa.string())}
     table = pa.table({**columns, "vector": vectors_to_arrow(vectors)})
-    return storage.parquet_bytes(schema or embedded_schema(vectors.shape[1]), [table])
+    return parquet.parquet_bytes(schema or embedded_schema(vectors.shape[1]), [table])
 
 
 def _write_wave(layout: _Layout, wave: int) -> None:

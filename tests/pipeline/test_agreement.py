@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from pipeline.agreement import NEIGHBOURS, agreement_curve, among
+from pipeline.arrays import Bools, Float32, Int64
 from pipeline.calibration import Calibration
-from pipeline.ranking import Bools
-from pipeline.schema import Float32, Int64
 
 NUM, DIM, POINTS = 60, 5, 4
 

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from pipeline import assess, quality, snapshot
+from pipeline.arrays import Float32, Int64
 from pipeline.calibration import fit_calibration
-from pipeline.commits import from_json, to_json
 from pipeline.config import Config
+from pipeline.documents import from_json, to_json
 from pipeline.evaluate import evaluate
 from pipeline.plan import read_plan
 from pipeline.probe_set import ProbeSet, draw, gather, stands_alone
 from pipeline.promotion import Promotion
 from pipeline.quality import Reference
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64
 from pipeline.stop import Stop, parse
 from tests.pipeline.sample import put_sample
 from tests.pipeline.synthetic_run import Known, Options, known, make_run

@@ -16,16 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import commits, documents, index, snapshot, storage
+from pipeline import commits, documents, index, parquet, snapshot, storage
 from pipeline.audit import audit
 from pipeline.calibration import Calibration
-from pipeline.commits import KINDS
 from pipeline.config import Metric
 from pipeline.errors import DataError, IncompatibleRun, TransientError
 from pipeline.evidence import Notes
 from pipeline.local_store import LocalStore
 from pipeline.run import Run
-from pipeline.segments import Rows
+from pipeline.segments import KINDS, Rows
 from pipeline.snapshot import Counts, SegmentRef
 from tests.pipeline.run_inputs import write_manifest_part
 from tests.pipeline.whole_run import WholeRun, put_rejects
@@ -111,7 +110,7 @@ def test_audit_of_a_commit_without_the_rejects_of_a_wave_names_it(tmp_path: Path
     segments = tuple(ref for ref in commit.segments if ref.kind == "embedded" or not ref.rejected)
     assert len(segments) < len(commit.segments)
     changed = replace(commit, segments=segments, counts=Counts.of(segments))
-    storage.put(whole.run.commit(LAST), commits.to_json(changed))
+    storage.put(whole.run.commit(LAST), documents.to_json(changed))
     assert_found(whole, "commit", whole.run.commit(LAST), "counts.gallery")
 
 
@@ -145,11 +144,11 @@ def test_audit_of_a_commit_with_another_calibration_than_the_one_before_names_it
 def test_audit_of_a_log_part_that_was_replaced_after_its_wave_was_sealed_names_the_commits(tmp_path: Path) -> None:
     whole = make(tmp_path)
     part = whole.run.path("embedded", "wave-001", "unit-00000.parquet")
-    rows = storage.read_parquet(part)
+    rows = parquet.read_parquet(part)
     shards = rows["shard"].to_numpy()
     other = rows.set_column(2, "source_etag", pa.array(["another"] * rows.num_rows))
     groups = [other.filter(pa.array(shards == shard)) for shard in range(whole.num_shards)]
-    storage.put(part, storage.parquet_bytes(rows.schema, groups))
+    storage.put(part, parquet.parquet_bytes(rows.schema, groups))
     problems = audit(whole.run.uri).problems
     assert [(item.kind, item.where) for item in problems] == [
         ("log_digest", whole.run.commit(1)),
@@ -288,7 +287,7 @@ def rewrite(uri: str, change: Callable[[int, dict[str, list[object]]], None]) ->
         change(number, columns)
         groups.append(columns)
     tables = [pa.table(columns, schema=schema) for columns in groups]
-    storage.put(uri, storage.parquet_bytes(schema, tables))
+    storage.put(uri, parquet.parquet_bytes(schema, tables))
 
 
 def republish(whole: WholeRun, number: int, other: SegmentRef) -> None:
@@ -504,13 +503,13 @@ def bring_in(whole: WholeRun, part: int, ids: list[int], rejected: list[int]) ->
         named = put_rejects(run.path("gallery", "old-rejects"), part, 0, pa.table({"id": rejected}), schema)
         uri = run.path("gallery", "old", f"wave-{part:03d}", "unit-00000.parquet")
         others = [image for image in ids if image not in rejected]
-        storage.put(uri, storage.parquet_bytes(named, [pa.table({"id": others}, schema=schema)]))
+        storage.put(uri, parquet.parquet_bytes(named, [pa.table({"id": others}, schema=schema)]))
 
 
 def test_the_manifest_is_the_plan_and_what_the_old_encoder_could_not_read(tmp_path: Path) -> None:
     whole = make(tmp_path)
     for part in range(2):
-        planned = storage.read_parquet(whole.run.part("transformed", part), ["id"])["id"].to_pylist()
+        planned = parquet.read_parquet(whole.run.part("transformed", part), ["id"])["id"].to_pylist()
         bring_in(whole, part, [*planned, 10**6 + part], rejected=[10**6 + part])
     report = audit(whole.run.uri)
     assert report.problems == []
@@ -522,7 +521,7 @@ def test_an_image_of_the_manifest_that_is_neither_planned_nor_rejected_is_a_prob
     tmp_path: Path, damage: str
 ) -> None:
     whole = make(tmp_path)
-    parts = [storage.read_parquet(whole.run.part("transformed", part), ["id"])["id"].to_pylist() for part in (0, 1)]
+    parts = [parquet.read_parquet(whole.run.part("transformed", part), ["id"])["id"].to_pylist() for part in (0, 1)]
     rejected = {"planned and rejected": [parts[1][5]], "unknown": [77_777_777]}.get(damage, [])
     bring_in(whole, 0, parts[0], [])
     bring_in(whole, 1, [*parts[1], *([88_888_888] if damage == "vanished" else [])], rejected)

@@ -14,7 +14,7 @@ from tempfile import mkdtemp
 
 import pytest
 
-from pipeline import documents, storage
+from pipeline import documents, parquet
 from pipeline.audit import audit
 from pipeline.errors import DataError
 from pipeline.run import Run
@@ -157,8 +157,8 @@ def test_audit_names_a_file_in_the_place_of_another_valid_one(
 def test_audit_names_a_manifest_part_that_holds_other_rows_with_the_same_ids(whole: Path, tmp_path: Path) -> None:
     run = copied(whole, tmp_path)
     file = run / "gallery/part-00000.parquet"
-    table = storage.read_parquet(str(file))
-    file.write_bytes(storage.parquet_bytes(table.schema, [table.slice(0, 7), table.slice(7)]))
+    table = parquet.read_parquet(str(file))
+    file.write_bytes(parquet.parquet_bytes(table.schema, [table.slice(0, 7), table.slice(7)]))
     assert named(run, file)
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import quality, snapshot, storage
+from pipeline import parquet, quality, snapshot
+from pipeline.arrays import Float32
 from pipeline.audit import audit
 from pipeline.codebook import Codebook
 from pipeline.errors import GateRefused
 from pipeline.index import Segment, decode
 from pipeline.plan import read_transformed
 from pipeline.run import Run
-from pipeline.schema import Float32
 from pipeline.search import Searcher
 from pipeline.stop import Condition, Stop
 from tests.pipeline.planned_backfill import REJECTED, WAVES, Scene, backfill_in_process, begin
@@ -101,7 +101,7 @@ def test_backfill_measures_the_probe_set_as_exact_search_in_the_commit_does(tmp_
 
 
 def _probe_ids(scene: Scene) -> list[int]:
-    found: list[int] = storage.read_parquet(scene.run.path("probe-set", "set.parquet"))["id"].to_pylist()
+    found: list[int] = parquet.read_parquet(scene.run.path("probe-set", "set.parquet"))["id"].to_pylist()
     return found
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from pipeline import calibration as calibrations
 from pipeline import documents
+from pipeline.arrays import Float32
 from pipeline.calibration import Calibration, fit_calibration, read_calibration
 from pipeline.errors import DataError
 from pipeline.run import Run
-from pipeline.schema import Float32
 from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
 
 IDENTITY = Calibration((0.0, 1.0), (0.0, 1.0))

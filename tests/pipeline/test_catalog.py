@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import assembly, catalog, indexing, object_index, pieces, spread, storage
+from pipeline import assembly, catalog, fan_out, indexing, object_index, parquet, pieces, storage
 from pipeline.catalog import Catalog, build
 from pipeline.config import Manifest
 from pipeline.errors import DataError, IncompatibleRun
@@ -55,7 +55,7 @@ def put_tars(folder: str) -> str:
 
 def put_table(folder: str, images: str, **columns: Any) -> str:
     table = {"uri": [f"{images}/{key}" for key in IMAGES], "name": list(IMAGES)}
-    storage.put(f"{folder}/table.parquet", storage.parquet_bytes(*_table(table | columns)))
+    storage.put(f"{folder}/table.parquet", parquet.parquet_bytes(*_table(table | columns)))
     return f"{folder}/table.parquet"
 
 
@@ -66,7 +66,7 @@ def _table(columns: dict[str, Any]) -> tuple[pa.Schema, list[pa.Table]]:
 
 def rows_of(folder: str) -> pa.Table:
     """All rows, in order."""
-    return pa.concat_tables([storage.read_parquet(uri) for uri in storage.expand(folder, ".parquet")])
+    return pa.concat_tables([parquet.read_parquet(uri) for uri in storage.expand(folder, ".parquet")])
 
 
 def contents(folder: str) -> dict[str, tuple[bytes, str | None]]:
@@ -324,7 +324,7 @@ def test_parts_are_of_equal_size_whatever_the_pieces(tmp_path: Path, monkeypatch
     monkeypatch.setattr(assembly, "CHUNK_ROWS", 13)
     monkeypatch.setattr(pieces, "CHUNK_ROWS", 5)
     made(f"{tmp_path}/out", *sources)
-    sizes = [storage.read_parquet(uri).num_rows for uri in storage.expand(f"{tmp_path}/out", ".parquet")]
+    sizes = [parquet.read_parquet(uri).num_rows for uri in storage.expand(f"{tmp_path}/out", ".parquet")]
     assert sizes == [13] * 6 + [2]
     assert rows_of(f"{tmp_path}/out").equals(rows_of(f"{tmp_path}/whole"))
 
@@ -333,8 +333,8 @@ def test_over_ray_the_same_comes_out(tmp_path: Path, ray_cluster: None, monkeypa
     sources = [put_folder(f"{tmp_path}/images"), put_tars(f"{tmp_path}/tars")]
     made(f"{tmp_path}/here", *sources)
     started = []
-    monkeypatch.setattr(spread, "_PATIENCE_SECONDS", -1.0)
-    monkeypatch.setattr(spread, "_ENOUGH", 1)
+    monkeypatch.setattr(fan_out, "_PATIENCE_SECONDS", -1.0)
+    monkeypatch.setattr(fan_out, "_ENOUGH", 1)
     build(f"{tmp_path}/there", sources, OPTIONS, start_ray=lambda: started.append(1))
     assert rows_of(f"{tmp_path}/there").equals(rows_of(f"{tmp_path}/here"))
     assert started
@@ -345,9 +345,9 @@ def test_all_items_are_done_once_here_and_over_ray(ray_cluster: None, monkeypatc
         time.sleep(0.01)
         return number * number, os.getpid()
 
-    monkeypatch.setattr(spread, "_PATIENCE_SECONDS", 0.0)
-    monkeypatch.setattr(spread, "_MAX_TASKS", 16)
-    done = list(spread.spread(slow_square, range(300), lambda: None))
+    monkeypatch.setattr(fan_out, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(fan_out, "_MAX_TASKS", 16)
+    done = list(fan_out.spread(slow_square, range(300), lambda: None))
     assert sorted((item, square) for item, (square, _) in done) == [(item, item * item) for item in range(300)]
     assert len({process for _, (_, process) in done}) > 1
 

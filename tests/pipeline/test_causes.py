@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.causes import REJECT_REASONS, RETRY_CAUSES, count_rejects, count_retries, retry_cause
-from pipeline.s3_answers import _TRANSIENT_CODES, SLOW_DOWN
+from pipeline.rejects import REJECT_REASONS, count_rejects
+from pipeline.retry import _TRANSIENT_CODES, RETRY_CAUSES, SLOW_DOWN, count_retries, retry_cause
 
 PIPELINE = Path(__file__).resolve().parents[2] / "pipeline"
 

@@ -25,7 +25,8 @@ from pipeline import collect as gc
 from pipeline import leases, removals, snapshot, storage
 from pipeline.audit import audit
 from pipeline.collect import Collection, Rules, collect
-from pipeline.commits import Removals, read_removals, to_json
+from pipeline.commits import Removals, read_removals
+from pipeline.documents import to_json
 from pipeline.errors import ConfigError, DataError, Refused, Removed
 from pipeline.run import Run
 from pipeline.search import Searcher

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from pipeline import object_store, snapshot, storage
-from pipeline.commits import check_commit, from_json
+from pipeline.commits import check_commit
+from pipeline.documents import from_json
 from pipeline.errors import ConfigError, DataError, Refused, SnapshotConflict, TransientError
-from pipeline.object_store import ObjectStore, Retry
+from pipeline.object_store import ObjectStore
+from pipeline.retry import Retry
 from pipeline.run import Run
 from pipeline.snapshot import Commit, Tag, Writer, auto_promote, list_commits, promote, read_commit, read_tag, rollback
 from tests.pipeline.test_snapshot import OTHER, PROCESSOR, SALTS, SAME, draft

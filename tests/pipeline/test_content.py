@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import content, storage
+from pipeline import content, parquet
+from pipeline.arrays import vectors_to_arrow
 from pipeline.content import Content
 from pipeline.errors import DataError
-from pipeline.schema import UNITS, embedded_schema, manifest_schema, transformed_schema, vectors_to_arrow
+from pipeline.schema import UNITS, embedded_schema, manifest_schema, transformed_schema
 
 DIM, NUM, GROUPS, FLIPS = 16, 64, 8, 300
 SCHEMAS = {
@@ -43,13 +44,13 @@ def rows_of(schema: pa.Schema, seed: int = 0) -> pa.Table:
     return pa.table(columns).cast(schema)
 
 
-def parquet(schema: pa.Schema, rows: pa.Table) -> bytes:
+def write_parquet(schema: pa.Schema, rows: pa.Table) -> bytes:
     step = NUM // GROUPS
-    return storage.parquet_bytes(schema, (rows.slice(start, step) for start in range(0, NUM, step)))
+    return parquet.parquet_bytes(schema, (rows.slice(start, step) for start in range(0, NUM, step)))
 
 
 def read(uri: Path, *what: object) -> pa.Table:
-    return storage.read_parquet(str(uri), *what)  # type: ignore[arg-type]
+    return parquet.read_parquet(str(uri), *what)  # type: ignore[arg-type]
 
 
 def read_or_refuse(uri: Path) -> pa.Table | None:
@@ -64,7 +65,7 @@ def read_or_refuse(uri: Path) -> pa.Table | None:
 
 @pytest.mark.parametrize("kind", SCHEMAS)
 def test_read_parquet_of_a_file_with_a_flipped_bit_finds_it_or_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
-    data, uri = parquet(SCHEMAS[kind], rows_of(SCHEMAS[kind])), tmp_path / "part.parquet"
+    data, uri = write_parquet(SCHEMAS[kind], rows_of(SCHEMAS[kind])), tmp_path / "part.parquet"
     uri.write_bytes(data)
     whole, found = read(uri), 0
     for bit in np.random.default_rng(1).choice(8 * len(data), FLIPS, replace=False).tolist():
@@ -81,7 +82,7 @@ def test_read_parquet_of_a_file_with_a_flipped_bit_finds_it_or_gives_the_same_ro
 def test_read_parquet_of_a_file_whose_page_checksums_miss_the_damage_finds_it(tmp_path: Path, place: str) -> None:
     """In a footer the number of a value's bytes; in a page header how values are encoded: no page holds these."""
     schema, uri = pa.schema([pa.field("id", pa.int32())]), tmp_path / "part.parquet"
-    data = storage.parquet_bytes(schema, [pa.table({"id": pa.array([1, 2, 3], pa.int32())})])
+    data = parquet.parquet_bytes(schema, [pa.table({"id": pa.array([1, 2, 3], pa.int32())})])
     start, stop = (4, len(data) // 4) if place == "page header" else (data.index(b"ARROW:schema") - 200, len(data) - 8)
     missed = 0
     for bit in range(8 * max(4, start), 8 * stop, 3):
@@ -101,7 +102,7 @@ def test_read_parquet_of_a_file_whose_page_checksums_miss_the_damage_finds_it(tm
 
 
 def test_parquet_bytes_pages_have_checksums() -> None:
-    data = bytearray(parquet(SCHEMAS["embedded"], rows_of(SCHEMAS["embedded"])))
+    data = bytearray(write_parquet(SCHEMAS["embedded"], rows_of(SCHEMAS["embedded"])))
     with Content(pa.BufferReader(bytes(data))) as file:
         column = file.metadata.row_group(0).column(file.schema_arrow.names.index("vector"))
         data[column.data_page_offset + column.total_compressed_size - 1] ^= 1
@@ -114,12 +115,12 @@ def test_read_parquet_reads_files_without_checksums_and_digests(tmp_path: Path) 
     rows = rows_of(SCHEMAS["transformed"])
     pq.write_table(rows, tmp_path / "plain.parquet")
     assert read(tmp_path / "plain.parquet").equals(rows)
-    with storage.open_parquet(str(tmp_path / "plain.parquet")) as file:
+    with parquet.open_parquet(str(tmp_path / "plain.parquet")) as file:
         assert file.digest == ""
 
 
 def test_read_parquet_reads_rows_that_another_program_wrote_with_the_metadata_of_our_file(tmp_path: Path) -> None:
-    (tmp_path / "ours.parquet").write_bytes(parquet(SCHEMAS["gallery"], rows_of(SCHEMAS["gallery"])))
+    (tmp_path / "ours.parquet").write_bytes(write_parquet(SCHEMAS["gallery"], rows_of(SCHEMAS["gallery"])))
     some = pq.ParquetFile(tmp_path / "ours.parquet").read().slice(5, 9)
     pq.write_table(some, tmp_path / "theirs.parquet")
     assert content.KEY in pq.read_metadata(tmp_path / "theirs.parquet").metadata
@@ -128,7 +129,7 @@ def test_read_parquet_reads_rows_that_another_program_wrote_with_the_metadata_of
 
 def test_read_parquet_of_some_columns_and_row_groups_compares_these(tmp_path: Path) -> None:
     schema, uri = SCHEMAS["transformed"], tmp_path / "part.parquet"
-    uri.write_bytes(parquet(schema, rows_of(schema)))
+    uri.write_bytes(write_parquet(schema, rows_of(schema)))
     found = read(uri, ["id", "vector"], [6, 1])
     step = NUM // GROUPS
     expected = pa.concat_tables([rows_of(schema).slice(6 * step, step), rows_of(schema).slice(step, step)])
@@ -154,7 +155,7 @@ def test_read_parquet_of_some_columns_and_row_groups_compares_these(tmp_path: Pa
 )
 def test_read_parquet_gives_back_columns_of_each_type(tmp_path: Path, kind: pa.DataType, values: list[object]) -> None:
     table = pa.table({"column": pa.array(values, kind)})
-    (tmp_path / "part.parquet").write_bytes(storage.parquet_bytes(table.schema, [table, table.slice(0, 0)]))
+    (tmp_path / "part.parquet").write_bytes(parquet.parquet_bytes(table.schema, [table, table.slice(0, 0)]))
     assert read(tmp_path / "part.parquet")["column"].to_pylist() == table["column"].to_pylist()
 
 
@@ -163,17 +164,19 @@ def test_digest_of_equal_rows_in_other_buffers_is_the_same(kind: str) -> None:
     schema, rows = SCHEMAS[kind], rows_of(SCHEMAS[kind])
     pieces = pa.concat_tables([rows.slice(0, 3), rows.slice(3, 18), rows.slice(21)])
     taken = pa.concat_tables([rows.slice(60), rows]).slice(4)
-    assert len({content.digest_of(parquet(schema, some)) for some in (rows, pieces, taken)}) == 1
-    assert content.digest_of(parquet(schema, rows)) != content.digest_of(parquet(schema, rows_of(schema, seed=1)))
+    assert len({content.digest_of(write_parquet(schema, some)) for some in (rows, pieces, taken)}) == 1
+    assert content.digest_of(write_parquet(schema, rows)) != content.digest_of(
+        write_parquet(schema, rows_of(schema, seed=1))
+    )
 
 
 def test_digest_of_other_metadata_order_or_row_groups_is_another() -> None:
     rows = rows_of(UNITS)
     variants = [
-        parquet(UNITS, rows),
-        parquet(UNITS.with_metadata({b"rejects": b"0"}), rows),
-        parquet(UNITS, rows.take(pa.array(np.arange(NUM)[::-1]))),
-        storage.parquet_bytes(UNITS, [rows]),
+        write_parquet(UNITS, rows),
+        write_parquet(UNITS.with_metadata({b"rejects": b"0"}), rows),
+        write_parquet(UNITS, rows.take(pa.array(np.arange(NUM)[::-1]))),
+        parquet.parquet_bytes(UNITS, [rows]),
     ]
     assert len(set(map(content.digest_of, variants))) == len(variants)
 
@@ -181,7 +184,7 @@ def test_digest_of_other_metadata_order_or_row_groups_is_another() -> None:
 def test_open_parquet_of_a_file_whose_rows_were_exchanged_below_its_digests_is_refused(tmp_path: Path) -> None:
     """As if somebody had put the digests of one file under the rows of another."""
     schema = embedded_schema(DIM)
-    ours, sink = Content(pa.BufferReader(parquet(schema, rows_of(schema)))), io.BytesIO()
+    ours, sink = Content(pa.BufferReader(write_parquet(schema, rows_of(schema)))), io.BytesIO()
     with pq.ParquetWriter(sink, schema) as writer:
         for group in range(GROUPS):
             writer.write_table(rows_of(schema, seed=1).slice(group * NUM // GROUPS, NUM // GROUPS))

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline import curve as curves
 from pipeline import published, storage
+from pipeline.arrays import Float32
 from pipeline.calibration import fit_calibration
 from pipeline.codebook import Codebook
 from pipeline.curve import curve, has_labels, load_gallery, published_point, published_points, read_curve
@@ -19,7 +20,6 @@ from pipeline.evaluate import evaluate, order_by_priority, simulate_curve
 from pipeline.index import Segment, decode
 from pipeline.plan import wave_sizes
 from pipeline.run import Run
-from pipeline.schema import Float32
 from pipeline.snapshot import list_commits, read_commit
 from tests.pipeline.synthetic_run import Known, Options, known, make_run
 

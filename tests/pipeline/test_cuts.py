@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipeline import cuts
+from pipeline.arrays import Float32, Int64
 from pipeline.cuts import NUM_DIGITS, CutSearch
+from pipeline.hashing import splitmix64
 from pipeline.planner import find_cuts
-from pipeline.schema import Float32, Int64, splitmix64
 from tests.pipeline.test_schema import unmix
 
 ODD = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.finfo(np.float32).tiny, 1e-45, -1e-45, 3.4e38, -3.4e38]

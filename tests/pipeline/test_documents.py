@@ -11,8 +11,9 @@ import pytest
 from jobs.cli import main
 from pipeline import documents, manifest, quality, standing, storage
 from pipeline.errors import DataError
+from pipeline.identity import STAGES, check_settings_of, read_settings
 from pipeline.plan import Plan, Wave, read_plan
-from pipeline.run import STAGES, Run, check_settings_of, read_settings
+from pipeline.run import Run
 from pipeline.standing import Standing, read_standing
 from pipeline.transformation import read_info, read_part
 from tests.pipeline.synthetic_run import known, make_run

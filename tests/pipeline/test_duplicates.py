@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import duplicates, storage
+from pipeline import duplicates, parquet, storage
 from pipeline.duplicates import find_repeats
 
 ROWS = st.lists(st.tuples(st.sampled_from([None, "a", "b", "c", "d"]), st.sampled_from([None, 0, 7, 512])), max_size=30)
@@ -23,7 +23,7 @@ def write(folder: str, rows: list[tuple[str | None, int | None]], num_parts: int
     for part in range(num_parts):
         mine = [{"uri": uri, "offset": offset, "row": row} for row, (uri, offset) in enumerate(rows)][part::num_parts]
         parts.append(f"{folder}/{part}.parquet")
-        storage.put(parts[-1], storage.parquet_bytes(schema, [pa.Table.from_pylist(mine, schema=schema)]))
+        storage.put(parts[-1], parquet.parquet_bytes(schema, [pa.Table.from_pylist(mine, schema=schema)]))
     return parts
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.arrays import Float32
 from pipeline.equality import ROUNDING, find_same, same_vectors
-from pipeline.schema import Float32
 
 
 def vectors(num: int, dim: int, seed: int = 0) -> Float32:

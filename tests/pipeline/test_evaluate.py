@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline import ranking
+from pipeline.arrays import Bools, Float32, Int64
 from pipeline.calibration import Calibration
 from pipeline.errors import DataError
 from pipeline.evaluate import (
@@ -31,8 +32,7 @@ from pipeline.evaluate import (
     share_of_gap,
     simulate_curve,
 )
-from pipeline.ranking import Bools
-from pipeline.schema import Float32, Int64, splitmix64
+from pipeline.hashing import splitmix64
 
 POINTS = 22
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.arrays import Float64
 from pipeline.expected import Ends, Expected, expect, fraction_for, interval
-from pipeline.ranking import Float64
 
 FRACTIONS = np.linspace(0, 1, 22)
 CURVE = 40 + 12 * FRACTIONS**0.5

@@ -20,11 +20,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import config, storage
-from pipeline.config import Fetch
+from pipeline import storage
 from pipeline.errors import DataError, TransientError
 from pipeline.fetch import WAITED, Place, Reject, coalesce, fetch
 from pipeline.pace import BURST_SECONDS, Pace
+from pipeline.settings import Fetch, Storage
 from tests.faulty_proxy import Fault, FaultyProxy
 from tests.seaweed import READONLY, SeaweedFS, s3_client
 
@@ -254,7 +254,7 @@ def put(uri: str, data: bytes) -> str:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up soon."""
-    settings = config.Storage(retry_seconds=1.0, max_pause_seconds=0.2, connect_timeout_seconds=2.0)
+    settings = Storage(retry_seconds=1.0, max_pause_seconds=0.2, connect_timeout_seconds=2.0)
     monkeypatch.setenv("FASTFILL_STORAGE", settings.model_dump_json())
 
 
@@ -455,7 +455,7 @@ def test_a_request_that_fails_is_repeated_and_counted_by_its_cause(
 def test_a_parquet_file_that_is_replaced_while_it_is_read_is_read_as_it_is_then(
     bucket: str, faulty_s3: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = config.Storage(endpoint_url=faulty_s3.endpoint)
+    settings = Storage(endpoint_url=faulty_s3.endpoint)
     monkeypatch.setenv("FASTFILL_STORAGE", settings.model_dump_json())
 
     def write(seed: int) -> str:
@@ -528,7 +528,7 @@ def test_a_store_that_keeps_failing_stops_the_job_and_rejects_nothing(
 def test_an_object_that_the_store_refuses_for_ever_is_a_reject(
     bucket: str, faulty_s3: FaultyProxy, fault: Fault, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = config.Storage(endpoint_url=faulty_s3.endpoint)
+    settings = Storage(endpoint_url=faulty_s3.endpoint)
     monkeypatch.setenv("FASTFILL_STORAGE", settings.model_dump_json())
     sink = io.BytesIO()
     pq.write_table(pa.table({"image": [b"x"]}), sink)

@@ -11,7 +11,8 @@ import pytest
 from jobs.plan import show as show_plan
 from jobs.status import read_status
 from jobs.status import show as show_status
-from pipeline import first_wave, manifest, pair_sample, snapshot, storage, vector_log
+from pipeline import first_wave, manifest, pair_sample, parquet, snapshot, storage, vector_log
+from pipeline.arrays import Float32, vectors_from_arrow
 from pipeline.audit import audit
 from pipeline.curve import curve
 from pipeline.errors import DataError
@@ -19,7 +20,6 @@ from pipeline.pair_sample import embedded_ids
 from pipeline.plan import FROM_PAIRS, read_plan
 from pipeline.repair import repair
 from pipeline.run import Run
-from pipeline.schema import Float32, vectors_from_arrow
 from tests.pipeline.planned_backfill import REJECTED, WAVES, Scene, backfill_in_process, begin
 from tests.pipeline.test_backfill import vectors
 
@@ -91,7 +91,7 @@ def test_the_plan_gives_the_pairs_a_wave_of_their_own_and_cuts_the_rest_as_befor
     units = list(scene.plan.units_of(scene.run, FROM_PAIRS))
     assert [unit.images for unit in units] == [40, 40, 10]
     ids = [
-        id for unit in units for id in storage.read_parquet(unit.rows_uri, ["id"], [unit.row_group])["id"].to_pylist()
+        id for unit in units for id in parquet.read_parquet(unit.rows_uri, ["id"], [unit.row_group])["id"].to_pylist()
     ]
     assert set(ids) == sample(scene)
 

@@ -29,12 +29,13 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional
 
-from pipeline import storage
-from pipeline.config import Fetch, Preprocess
+from pipeline import parquet, storage
+from pipeline.config import Preprocess
 from pipeline.errors import DataError
 from pipeline.images import Limits, LoadedUnit, Pixels, Reject, decode_image, load_unit, rejecting
 from pipeline.local_store import LocalReader
 from pipeline.schema import UNITS, Unit
+from pipeline.settings import Fetch
 
 SIDE = 8
 PREPROCESS = Preprocess(size=SIDE)
@@ -73,7 +74,7 @@ def load(
     rows = [{"id": 100 - number, **nothing, **place} for number, place in enumerate(places)]
     units = str(folder / "units.parquet")
     table = pa.Table.from_pylist(rows, UNITS)
-    storage.put(units, storage.parquet_bytes(UNITS, [table.slice(0, 0), table]))  # the unit is row group 1
+    storage.put(units, parquet.parquet_bytes(UNITS, [table.slice(0, 0), table]))  # the unit is row group 1
     return load_unit(Unit(1, 1, units, 1, len(rows)), preprocess, limits, FETCH)
 
 
@@ -94,7 +95,7 @@ def container(path: Path, parts: list[bytes]) -> list[dict[str, Any]]:
     return places
 
 
-def parquet(path: Path, parts: list[bytes | None], row_group_size: int = 3) -> list[dict[str, Any]]:
+def write_parquet(path: Path, parts: list[bytes | None], row_group_size: int = 3) -> list[dict[str, Any]]:
     pq.write_table(pa.table({"picture": pa.array(parts, pa.binary())}), path, row_group_size=row_group_size)
     return [{"uri": f"{path}#picture", "row": row} for row in range(len(parts))]
 
@@ -111,7 +112,7 @@ def test_the_three_places_and_their_mixture_give_the_same_pixels_in_order(tmp_pa
     pictures = [picture(seed) for seed in range(8)]
     data = [encode(item) for item in pictures]
     objects = [write(tmp_path / f"{number}.png", item) for number, item in enumerate(data)]
-    ranges, rows = container(tmp_path / "all.tar", data), parquet(tmp_path / "all.parquet", [*data])
+    ranges, rows = container(tmp_path / "all.tar", data), write_parquet(tmp_path / "all.parquet", [*data])
     mixed = [(objects, ranges, rows)[number % 3][number] for number in range(len(data))]
     wanted = np.stack([chw(item) for item in pictures])
     for places in (objects, ranges, rows, mixed):
@@ -124,8 +125,8 @@ def test_the_three_places_and_their_mixture_give_the_same_pixels_in_order(tmp_pa
 
 def test_rows_of_several_parquet_files_in_any_order_and_twice_are_each_found(tmp_path: Path) -> None:
     pictures = [picture(seed) for seed in range(10)]
-    one = parquet(tmp_path / "one.parquet", [encode(item) for item in pictures[:5]], row_group_size=2)
-    two = parquet(tmp_path / "two.parquet", [encode(item) for item in pictures[5:]], row_group_size=2)
+    one = write_parquet(tmp_path / "one.parquet", [encode(item) for item in pictures[:5]], row_group_size=2)
+    two = write_parquet(tmp_path / "two.parquet", [encode(item) for item in pictures[5:]], row_group_size=2)
     order = [7, 1, 9, 1, 0, 5, 4]
     loaded = load(tmp_path, [(one + two)[number] for number in order])
     assert np.array_equal(loaded.pixels, np.stack([chw(pictures[number]) for number in order]))
@@ -134,7 +135,7 @@ def test_rows_of_several_parquet_files_in_any_order_and_twice_are_each_found(tmp
 def test_etags_say_which_version_of_an_object_was_read(tmp_path: Path) -> None:
     good = write(tmp_path / "a.png", encode(picture()))
     gone = {"uri": str(tmp_path / "gone.png")}
-    row = parquet(tmp_path / "b.parquet", [encode(picture())])[0]
+    row = write_parquet(tmp_path / "b.parquet", [encode(picture())])[0]
     wanted = [storage.stat(str(tmp_path / name)).etag for name in ("a.png", "b.parquet")]
     assert load(tmp_path, [good, gone, row]).etags == [wanted[0], None, wanted[1]]
     write(tmp_path / "a.png", encode(picture(1)))
@@ -147,7 +148,7 @@ def test_a_container_that_was_made_anew_gives_rejects_and_never_another_image(tm
     tar, rows = tmp_path / "a.tar", tmp_path / "a.parquet"
 
     def write_both(parts: list[bytes], seconds: int) -> list[dict[str, Any]]:
-        places = container(tar, parts) + parquet(rows, list(parts))
+        places = container(tar, parts) + write_parquet(rows, list(parts))
         for path in (tar, rows):
             os.utime(path, (seconds, seconds))
         return [place | {"etag": storage.stat(place["uri"].partition("#")[0]).etag} for place in places]
@@ -224,7 +225,7 @@ def test_every_kind_of_bad_image_is_a_reject_and_its_neighbours_are_loaded(tmp_p
         ({"uri": f"{tmp_path}/text.png#picture", "row": 0}, "fetch: damaged: not a readable Parquet file"),
     ]
     good = write(tmp_path / "good.png", whole)
-    parquet(tmp_path / "rows.parquet", [None, b"text", bytes(LIMITS.max_bytes + 1)])
+    write_parquet(tmp_path / "rows.parquet", [None, b"text", bytes(LIMITS.max_bytes + 1)])
     loaded = load(tmp_path, [item for place, _ in cases for item in (place, good)])
     assert sorted(loaded.rejects) == list(range(0, 2 * len(cases), 2))
     for number, (_, wanted) in enumerate(cases):
@@ -250,7 +251,7 @@ def test_an_image_that_may_not_be_read_is_a_reject() -> None:
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others than root
         folder = Path(name)
         places = [write(folder / "good.png", encode(picture())), write(folder / "closed.png", encode(picture()))]
-        places += parquet(folder / "closed.parquet", [encode(picture())])
+        places += write_parquet(folder / "closed.parquet", [encode(picture())])
         nothing = {"offset": None, "length": None, "row": None, "etag": None}
         table = pa.Table.from_pylist([{"id": 1, **nothing, **place} for place in places], UNITS)
         pq.write_table(table, folder / "units.parquet")

@@ -15,13 +15,13 @@ import pytest
 
 from pipeline import codebook as codebooks
 from pipeline import index, storage
+from pipeline.arrays import Float32, Int64
 from pipeline.codebook import Codebook, check_trainable, resolve_factory, train_codebook
 from pipeline.config import Index, Metric
 from pipeline.equality import same_vectors
 from pipeline.errors import ConfigError, DataError
 from pipeline.index import Segment, as_stored, build_segment, decode, gather, search
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64
 from pipeline.segments import Rows
 
 DIM = 16

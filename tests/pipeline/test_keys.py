@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import keys as module
-from pipeline import storage
+from pipeline import parquet, storage
 from pipeline.keys import Keys
 from pipeline.run import Run
 from pipeline.schema import MANIFEST
@@ -24,7 +24,7 @@ def write_gallery(run: Run, num_parts: int) -> None:
         columns = {"id": pa.array(ids), "key": pa.array([f"key {item}" for item in ids])}
         table = pa.table({field.name: columns.get(field.name, pa.nulls(PART, field.type)) for field in schema})
         groups = [table.slice(0, 7), table.slice(7)]
-        storage.put(run.part("gallery", part), storage.parquet_bytes(schema, groups))
+        storage.put(run.part("gallery", part), parquet.parquet_bytes(schema, groups))
 
 
 def test_keys_of_many_parts_are_found_with_few_of_them_in_memory(tmp_path: Path) -> None:

@@ -15,14 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import documents, manifest, storage
+from pipeline import documents, manifest, parquet, storage
+from pipeline.arrays import vectors_from_arrow
 from pipeline.config import Columns
 from pipeline.config import Manifest as Source
 from pipeline.errors import DataError
 from pipeline.manifest import Manifest, digest, normalise, read_manifest, scan, units, widths
 from pipeline.partition import write_part
 from pipeline.run import Run
-from pipeline.schema import manifest_schema, vectors_from_arrow
+from pipeline.schema import manifest_schema
 
 DIM = 3
 COLUMNS = {"id": "id", "old_embedding": "old"}
@@ -52,7 +53,7 @@ def brought_in(folder: Path, given: Source, dims: dict[str, int] | None = None, 
     """The manifest in our own form, its parts read back in order."""
     run = Run(str(folder / "run"))
     found = normalise(run, "gallery", given, dims or {}, unit_rows)
-    parts = [storage.read_parquet(run.part("gallery", number)) for number in range(len(found.rows))]
+    parts = [parquet.read_parquet(run.part("gallery", number)) for number in range(len(found.rows))]
     assert [part.num_rows for part in parts] == found.rows
     assert all(part.schema.equals(manifest_schema(found.dims)) for part in parts)
     return pa.concat_tables(parts)
@@ -89,7 +90,7 @@ def test_partitions_hold_every_row_once_in_order(
     ].tolist()
     assert sum(part.num_rows for part in partitions) == sum(sizes)
     for part in partitions:
-        rows = storage.read_parquet(part.uri, row_groups=part.row_groups)["id"].to_pylist()
+        rows = parquet.read_parquet(part.uri, row_groups=part.row_groups)["id"].to_pylist()
         assert rows == list(range(part.first_row_in_file, part.first_row_in_file + part.num_rows))
         assert 1 <= part.num_rows < 10 + group
 
@@ -142,7 +143,7 @@ def test_a_label_of_any_simple_type_comes_out_as_text(tmp_path: Path, values: pa
     given_source = source(write(tmp_path / "a.parquet", table(2, label=values)), **COLUMNS, label="label")
     run, (part,) = Run(str(tmp_path / "run")), scan(given_source, {})
     write_part(run, "gallery", 0, part, given_source, 4, ".")
-    assert storage.read_parquet(run.part("gallery", 0))["label"].to_pylist() == values.cast(pa.string()).to_pylist()
+    assert parquet.read_parquet(run.part("gallery", 0))["label"].to_pylist() == values.cast(pa.string()).to_pylist()
 
 
 def test_write_part_of_images_inside_a_file_gives_them_the_files_etag_and_sha256(tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_write_part_of_images_inside_a_file_gives_them_the_files_etag_and_sha256
     run, (part,) = Run(str(tmp_path / "run")), scan(given_source, {})
     write_part(run, "gallery", 0, part, given_source, 4, ".")
     tag = f"{storage.stat(uri).etag} {storage.sha256(uri)}"
-    assert storage.read_parquet(run.part("gallery", 0))["etag"].to_pylist() == [tag] * 3
+    assert parquet.read_parquet(run.part("gallery", 0))["etag"].to_pylist() == [tag] * 3
 
 
 def test_write_part_of_a_file_that_was_replaced_since_the_scan_is_refused(tmp_path: Path) -> None:
@@ -254,7 +255,7 @@ def test_several_files_come_out_row_by_row_in_order_with_units_as_row_groups(tmp
     assert found is not None
     assert (found.num_rows, found.dims, len(found.rows)) == (33, {"old_embedding": DIM}, 4)
     for unit in units(run, "gallery", found):
-        assert storage.read_parquet(unit.rows_uri, row_groups=[unit.row_group]).num_rows == unit.images
+        assert parquet.read_parquet(unit.rows_uri, row_groups=[unit.row_group]).num_rows == unit.images
 
 
 @pytest.mark.usefixtures("ray_cluster", "small_partitions")
@@ -365,7 +366,7 @@ def test_relative_uris_of_images_start_at_the_root(tmp_path: Path, root: str, fo
     given_source = source(write(tmp_path / "a.parquet", pa.table({"uri": PLACES})), uri="uri")
     run, (part,) = Run(str(tmp_path / "run")), scan(given_source, {})
     assert write_part(run, "gallery", 0, part, given_source, 4, root).rooted
-    assert storage.read_parquet(run.part("gallery", 0))["uri"].to_pylist() == [*found, *PLACES[2:]]
+    assert parquet.read_parquet(run.part("gallery", 0))["uri"].to_pylist() == [*found, *PLACES[2:]]
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -375,7 +376,7 @@ def test_a_manifest_is_brought_in_again_when_the_root_of_its_relative_uris_chang
         given_source = source(write(tmp_path / f"{len(roots[0])}.parquet", pa.table({"uri": uris})), uri="uri")
         for root, known in zip(("/one", "/two"), roots, strict=True):
             assert normalise(run, "gallery", given_source, {}, 4, root).root == known
-    assert storage.read_parquet(run.part("gallery", 0))["uri"].to_pylist() == ["/a", "/two/b"]
+    assert parquet.read_parquet(run.part("gallery", 0))["uri"].to_pylist() == ["/a", "/two/b"]
 
 
 def written(path: Path, content: pa.Table, columns: dict[str, str]) -> pa.Table:
@@ -383,7 +384,7 @@ def written(path: Path, content: pa.Table, columns: dict[str, str]) -> pa.Table:
     given_source = source(write(path / "a.parquet", content, row_group_size=100), **columns)
     run, (part,) = Run(str(path / "run")), scan(given_source, {})
     write_part(run, "gallery", 0, part, given_source, 4, "/")
-    return storage.read_parquet(run.part("gallery", 0))
+    return parquet.read_parquet(run.part("gallery", 0))
 
 
 @pytest.mark.parametrize(
@@ -473,7 +474,7 @@ def test_normalise_with_another_column_for_a_role_reads_the_rows_again(tmp_path:
     uri = write(tmp_path / "a.parquet", table(sku=[f"sku {row}" for row in range(20)], category=["shoe"] * 20))
     for column in ("sku", "category"):
         normalise(run, "gallery", source(uri, **COLUMNS, label=column), {}, 4)
-    assert set(storage.read_parquet(run.part("gallery", 0))["label"].to_pylist()) == {"shoe"}
+    assert set(parquet.read_parquet(run.part("gallery", 0))["label"].to_pylist()) == {"shoe"}
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -493,7 +494,7 @@ def test_normalise_after_a_manifest_with_images_was_moved_refers_to_its_new_plac
     for name in ("before", "after"):
         uri = write(tmp_path / name / "a.parquet", images)
         normalise(run, "gallery", source(uri, image="image"), {}, 4)
-    assert set(storage.read_parquet(run.part("gallery", 0))["uri"].to_pylist()) == {f"{uri}#image"}
+    assert set(parquet.read_parquet(run.part("gallery", 0))["uri"].to_pylist()) == {f"{uri}#image"}
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -504,7 +505,7 @@ def test_normalise_that_was_refused_half_way_leaves_nothing_for_the_manifest_bef
     with pytest.raises(DataError, match="more than once"):  # found once its parts are written
         normalise(run, "gallery", source(uri, id="twice", old_embedding="old"), {}, 4)
     normalise(run, "gallery", good, {}, 4)
-    rows = storage.read_parquet(run.part("gallery", 0))
+    rows = parquet.read_parquet(run.part("gallery", 0))
     assert rows["id"].to_pylist() == list(range(20))
     assert rows["label"].to_pylist() == ["x"] * 20
 

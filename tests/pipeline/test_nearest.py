@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pipeline.arrays import Float32
 from pipeline.calibration import Calibration
 from pipeline.nearest import nearest, nearest_by_kind
-from pipeline.schema import Float32
 
 NUM = 80
 

@@ -22,9 +22,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import config, object_store, storage
+from pipeline import object_store, parquet, storage
 from pipeline.errors import ConfigError, DataError, TransientError
-from pipeline.object_store import Again, Blob, ObjectStore, Page, Precondition, Retry
+from pipeline.object_store import Blob, ObjectStore, Page
+from pipeline.retry import Again, Precondition, Retry
+from pipeline.settings import Storage
 from pipeline.store import AlreadyExists, Changed
 from tests.faulty_proxy import Fault as Break
 from tests.faulty_proxy import FaultyProxy
@@ -445,12 +447,12 @@ def test_parquet_is_read_by_ranges(root: str) -> None:
     uri, rows = storage.join(root, "rows.parquet"), 50_000
     table = pa.table({"id": range(rows), "other": [os.urandom(20) for _ in range(rows)]})
     groups = [table.slice(start, 10_000) for start in range(0, rows, 10_000)]
-    data = storage.parquet_bytes(table.schema, groups)
+    data = parquet.parquet_bytes(table.schema, groups)
     storage.put(uri, data)
     before = storage.counts()
-    assert storage.read_parquet(uri, ["id"], [3]).equals(groups[3].select(["id"]))
+    assert parquet.read_parquet(uri, ["id"], [3]).equals(groups[3].select(["id"]))
     assert (storage.counts() - before)["bytes:get"] < len(data) / 4
-    assert storage.read_parquet(uri).equals(table)
+    assert parquet.read_parquet(uri).equals(table)
     with storage.local_file(uri) as path:
         assert path.read_bytes() == data
 
@@ -473,7 +475,7 @@ def configured(monkeypatch: pytest.MonkeyPatch, seaweed: SeaweedFS) -> Iterator[
         for name, value in (environment or {}).items():
             monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
         storage._store.cache_clear()
-        storage.configure(config.Storage(**settings))  # type: ignore[arg-type]
+        storage.configure(Storage(**settings))  # type: ignore[arg-type]
 
     yield configure
     storage._store.cache_clear()
@@ -616,8 +618,8 @@ def test_errors_of_the_store_come_through_parquet_as_they_are(
     """A footer that cannot be read now is no damaged file."""
     uri = f"{bucket}/rows.parquet"
     table = pa.table({"id": range(10)})
-    storage.put(uri, storage.parquet_bytes(table.schema, [table]))
+    storage.put(uri, parquet.parquet_bytes(table.schema, [table]))
     configured(endpoint_url=faulty_s3.endpoint, retry_seconds=0.1)
     faulty_s3.inject(Break.ERROR_BEFORE, method="GET", times=100)
     with pytest.raises(TransientError):
-        storage.read_parquet(uri)
+        parquet.read_parquet(uri)

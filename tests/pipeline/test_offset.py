@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pipeline.arrays import Float32
 from pipeline.errors import ConfigError
 from pipeline.evaluate import evaluate
 from pipeline.offset import Classifier, Offset, OffsetKind, fit_offset, least_varying
-from pipeline.schema import Float32
 
 NUM, DIM, CLASSES = 600, 12, 6
 

@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import manifest, probe_set, storage
+from pipeline import manifest, parquet, probe_set, storage
+from pipeline.arrays import Int64
 from pipeline.config import Config, num_from_gallery
 from pipeline.config_file import validate
 from pipeline.errors import DataError
 from pipeline.pair_sample import FOLDER, draw, embedded_ids, read_new
 from pipeline.run import Run
-from pipeline.schema import Int64
 from tests.pipeline.sample import put_sample
 from tests.pipeline.synthetic_run import Known, Options, known, make_run
 
@@ -111,15 +111,15 @@ def test_draw_on_resume_keeps_the_sample_and_finds_it_in_the_parts_that_were_wri
     moved = replace(gallery, root="/moved")
     storage.put(run.path("gallery", "manifest.json"), json.dumps(asdict(moved)).encode())
     for part in range(2):
-        rows = storage.read_parquet(run.part("gallery", part))
+        rows = parquet.read_parquet(run.part("gallery", part))
         place = rows.schema.get_field_index("uri")
         rows = rows.set_column(place, "uri", pa.array(["/moved"] * rows.num_rows))
-        storage.put(run.part("gallery", part), storage.parquet_bytes(rows.schema, [rows]))
+        storage.put(run.part("gallery", part), parquet.parquet_bytes(rows.schema, [rows]))
     found = draw(config.model_copy(update={"seed": 9}), run)
     assert found is not None
     assert found.root == "/moved"
     assert ids(run) == before
-    assert storage.read_parquet(run.part(FOLDER, 0))["uri"].unique().to_pylist() == ["/moved"]
+    assert parquet.read_parquet(run.part(FOLDER, 0))["uri"].unique().to_pylist() == ["/moved"]
 
 
 def test_a_probe_set_that_is_asked_for_later_has_no_image_of_the_sample(tmp_path: Path) -> None:

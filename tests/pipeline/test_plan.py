@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import documents, storage
+from pipeline import documents, parquet, storage
+from pipeline.arrays import vectors_to_arrow
 from pipeline.errors import ConfigError, IncompatibleRun
 from pipeline.plan import FROM_PAIRS, UNITS_PER_FILE, Plan, Wave, read_plan, read_transformed, wave_sizes
 from pipeline.run import Run
-from pipeline.schema import transformed_schema, vectors_to_arrow
+from pipeline.schema import transformed_schema
 
 
 def make_plan(sizes: list[int], unit_images: int) -> Plan:
@@ -159,7 +160,7 @@ def test_a_wave_or_a_shard_of_it_is_read_from_all_parts(tmp_path: Path) -> None:
                 groups.append(pa.table(table, schema))
                 for name in rows:
                     rows[name] += table[name]
-        storage.put(run.part("transformed", part), storage.parquet_bytes(schema, groups))
+        storage.put(run.part("transformed", part), parquet.parquet_bytes(schema, groups))
     for wave in (1, 2):
         mine = [number for number, found in zip(rows["id"], rows["wave"], strict=True) if found == wave]
         assert read_transformed(run, plan, wave, ["id"])["id"].to_pylist() == mine

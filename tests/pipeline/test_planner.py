@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import collect, planner, score, storage
+from pipeline import collect, parquet, planner, score, storage
 from pipeline.config import Config
 from pipeline.errors import IncompatibleRun
 from pipeline.plan import SCORED, Plan, dropped_files, read_plan, read_transformed
@@ -90,7 +90,7 @@ def check_whole(run: Run) -> None:
     assert sorted(itertools.chain(*waves)) == sorted(IMAGES.ids.tolist())
     for wave, ids in zip(plan.waves, waves, strict=True):
         units = [unit for unit in plan.units(run) if unit.wave == wave.wave]
-        found = [storage.read_parquet(unit.rows_uri, ["id"], [unit.row_group])["id"].to_pylist() for unit in units]
+        found = [parquet.read_parquet(unit.rows_uri, ["id"], [unit.row_group])["id"].to_pylist() for unit in units]
         assert sorted(itertools.chain(*found)) == sorted(ids)
 
 

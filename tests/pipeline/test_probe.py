@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline import storage
+from pipeline import parquet, storage
 from pipeline.config import Config, Preprocess
 from pipeline.config_file import validate
 from pipeline.manifest import Manifest
@@ -27,7 +27,7 @@ def run(tmp_path: Path) -> Run:
         rows = [{"id": first + row, "uri": str(tmp_path / f"{first + row}.png")} for row in range(size)]
         table = pa.Table.from_pylist(rows, manifest_schema({}))
         groups = [table.slice(start, UNIT_ROWS) for start in range(0, size, UNIT_ROWS)]
-        storage.put(found.part("gallery", number), storage.parquet_bytes(manifest_schema({}), groups))
+        storage.put(found.part("gallery", number), parquet.parquet_bytes(manifest_schema({}), groups))
         first += size
     return found
 

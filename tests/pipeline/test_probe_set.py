@@ -13,13 +13,14 @@ from rich.console import Console
 
 from jobs.bars import Bars
 from jobs.prepare import ensure_embeddings
-from pipeline import fan_out, manifest, storage
+from pipeline import fan_out, manifest, parquet, storage
+from pipeline.arrays import Int64, vectors_from_arrow, vectors_to_arrow
 from pipeline.config import Config
 from pipeline.errors import ConfigError, DataError, IncompatibleRun
 from pipeline.plan import read_plan
 from pipeline.probe_set import ProbeSet, draw, embedded, gather, size
 from pipeline.run import Run
-from pipeline.schema import Int64, embedded_schema, manifest_schema, vectors_from_arrow, vectors_to_arrow
+from pipeline.schema import embedded_schema, manifest_schema
 from tests.pipeline.sample import put_sample
 from tests.pipeline.synthetic_run import Known, Options, known, make_run
 
@@ -94,7 +95,7 @@ def log(run: Run, images: Known, ids: Int64, role: str = "old") -> None:
         columns = {"id": some, "shard": np.zeros(len(some), np.int32), "source_etag": pa.nulls(len(some), pa.string())}
         table = pa.table(columns | {"vector": vectors_to_arrow(vectors[rows])})
         uri = run.path("probe-set", role, "wave-000", f"unit-{unit:05d}.parquet")
-        storage.put(uri, storage.parquet_bytes(embedded_schema(vectors.shape[1]), [table]))
+        storage.put(uri, parquet.parquet_bytes(embedded_schema(vectors.shape[1]), [table]))
 
 
 def made_by_encoders(folder: Path, images: Known, **options: bool) -> tuple[Config, Run]:
@@ -108,7 +109,7 @@ def test_old_embeddings_that_were_computed_are_found_in_its_own_log(tmp_path: Pa
     images = known(600)
     config, run = made_by_encoders(tmp_path, images, new_in_manifest=True)
     assert draw(config, run) is not None
-    ids = storage.read_parquet(run.part("probe-set", 0), ["id"])["id"].to_numpy()
+    ids = parquet.read_parquet(run.part("probe-set", 0), ["id"])["id"].to_numpy()
     assert embedded(config, run) is None, "no old embedding is there yet"
     log(run, images, ids[5:])  # the old encoder could not read the others
     plan = read_plan(run)
@@ -126,7 +127,7 @@ def test_what_is_embedded_of_it_is_known_without_a_plan(tmp_path: Path) -> None:
     assert embedded(config, run) is None, "nothing is drawn"
     assert draw(config, run) is not None
     storage.delete(run.plan)
-    ids = storage.read_parquet(run.part("probe-set", 0), ["id"])["id"].to_numpy()
+    ids = parquet.read_parquet(run.part("probe-set", 0), ["id"])["id"].to_numpy()
     log(run, images, ids[3:])
     log(run, images, ids[:-4], "new")
     found = embedded(config, run)
@@ -149,10 +150,10 @@ def test_side_information_of_the_gallery_comes_with_it(tmp_path: Path) -> None:
     gallery = replace(gallery, dims=gallery.dims | {"side": 2})
     storage.put(run.path("gallery", "manifest.json"), manifest_json(gallery))
     for part in range(2):
-        rows = storage.read_parquet(run.part("gallery", part))
+        rows = parquet.read_parquet(run.part("gallery", part))
         side = np.stack([rows["id"].to_numpy(), -rows["id"].to_numpy()], axis=1).astype(np.float32)
         rows = rows.append_column("side", vectors_to_arrow(side))
-        storage.put(run.part("gallery", part), storage.parquet_bytes(manifest_schema(gallery.dims), [rows]))
+        storage.put(run.part("gallery", part), parquet.parquet_bytes(manifest_schema(gallery.dims), [rows]))
     assert draw(config, run) is not None
     found = embedded(config, run)
     assert found is not None
@@ -166,7 +167,7 @@ def test_of_a_planned_run_nothing_is_embedded_again_once_all_of_it_is_known(tmp_
     without = config.model_copy(update={"encoders": unable})
     with pytest.raises(ConfigError, match="the probe-set's old embeddings are not given"):
         ensure_embeddings(without, run, bars)
-    log(run, images, storage.read_parquet(run.part("probe-set", 0), ["id"])["id"].to_numpy())
+    log(run, images, parquet.read_parquet(run.part("probe-set", 0), ["id"])["id"].to_numpy())
     plan = read_plan(run)
     assert plan is not None
     assert gather(config, run, plan) is not None
@@ -193,7 +194,7 @@ def test_images_that_were_moved_are_found_where_they_are_now(tmp_path: Path) -> 
     again = draw(config, run)
     assert again is not None
     assert (again.root, again.num_rows) == ("/elsewhere", 50)
-    ids = storage.read_parquet(run.part("probe-set", 0), ["id"])["id"].to_numpy()
+    ids = parquet.read_parquet(run.part("probe-set", 0), ["id"])["id"].to_numpy()
     np.testing.assert_array_equal(ids, before.ids)
 
 
@@ -215,7 +216,7 @@ OPTIONS = Options(new_in_manifest=True, commits=False)
 
 
 def drawn_rows(run: Run) -> pa.Table:
-    return storage.read_parquet(run.part("probe-set", 0))
+    return parquet.read_parquet(run.part("probe-set", 0))
 
 
 @pytest.mark.parametrize("strings", [False, True])

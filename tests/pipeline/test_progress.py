@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import storage, vector_log
+from pipeline import parquet, storage, vector_log
 from pipeline.errors import DataError
 from pipeline.plan import Plan, Wave
 from pipeline.progress import Progress, Tracker, recent_rate
@@ -45,7 +45,7 @@ def write(folder: Path, unit: Unit, rejected: int = 0) -> None:
     nothing = {name: pa.nulls(unit.images, UNITS.field(name).type) for name in UNITS.names[1:]}
     rows = pa.table({"id": ids, **nothing})
     uri = str(folder / "rows" / f"{unit.wave}-{unit.unit}.parquet")
-    storage.put(uri, storage.parquet_bytes(UNITS, [rows]))
+    storage.put(uri, parquet.parquet_bytes(UNITS, [rows]))
     words = pa.array(["decode" if number < rejected else "" for number in range(unit.images)])
     vectors = np.zeros((unit.images, 2), np.float32)
     embedded = EmbeddedUnit(ids, vectors, pa.nulls(unit.images, pa.string()), words, words)

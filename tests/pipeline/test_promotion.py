@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import assess, quality, snapshot, storage
+from pipeline import assess, parquet, quality, snapshot, storage
+from pipeline.arrays import Float32, Int64
 from pipeline.calibration import fit_calibration
 from pipeline.config import Config, Gate
 from pipeline.errors import GateRefused
@@ -20,7 +21,6 @@ from pipeline.plan import read_plan
 from pipeline.probe_set import draw
 from pipeline.promotion import Promotion
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64
 from pipeline.standing import read_standing
 from pipeline.stop import Stop, parse
 from tests.pipeline.synthetic_run import Known, Options, known, make_run
@@ -140,7 +140,7 @@ def test_every_figure_is_that_of_exact_search_over_what_the_commit_holds(tmp_pat
     order = np.argsort(images.ids)
     labels = np.array(images.labels)[order]
     waves = storage_waves(run)
-    probe = np.isin(images.ids[order], storage.read_parquet(run.path("probe-set", "set.parquet"))["id"].to_numpy())
+    probe = np.isin(images.ids[order], parquet.read_parquet(run.path("probe-set", "set.parquet"))["id"].to_numpy())
     for number, measured in enumerate(quality.read_all(run)):
         vectors = np.where((waves <= number)[:, None], images.embedded[order], images.transformed[order])
         distances = ((images.embedded[order][probe][:, None] - vectors[None]) ** 2).sum(axis=2)
@@ -152,7 +152,7 @@ def test_every_figure_is_that_of_exact_search_over_what_the_commit_holds(tmp_pat
 
 def storage_waves(run: Run) -> np.ndarray[Any, Any]:
     """The wave of each image, by ascending id."""
-    tables = [storage.read_parquet(uri, ["id", "wave"]) for uri in storage.list_files(run.path("transformed"))]
+    tables = [parquet.read_parquet(uri, ["id", "wave"]) for uri in storage.list_files(run.path("transformed"))]
     ids, waves = (np.concatenate([table[name].to_numpy() for table in tables]) for name in ("id", "wave"))
     return np.asarray(waves[np.argsort(ids)])
 

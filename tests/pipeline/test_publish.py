@@ -11,8 +11,8 @@ import pytest
 from pipeline import publish, reserve, seal, snapshot, storage, vector_log
 from pipeline.audit import audit
 from pipeline.calibration import Calibration
-from pipeline.commits import to_json
 from pipeline.config_file import validate
+from pipeline.documents import to_json
 from pipeline.errors import DataError, SnapshotConflict
 from pipeline.plan import Plan, Wave
 from pipeline.publish import Publisher

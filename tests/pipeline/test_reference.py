@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from pipeline import reference
+from pipeline.arrays import Float32, Int64
 from pipeline.errors import DataError
 from pipeline.nearest import nearest
 from pipeline.reference import PART, Reference, build_reference, keys, load_reference
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64
 from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
 
 NUM, D_OLD, D_NEW, CLASSES = 60, 4, 3, 5

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline import storage
+from pipeline import parquet, storage
 from pipeline.config import Backfill
 from pipeline.errors import DataError
 from pipeline.plan import Plan, Wave
@@ -25,7 +25,7 @@ def put(run: Run, folder: str, number: int, reason: str) -> None:
     schema = put_rejects(run.path(folder), 1, number, rows, embedded_schema(2))
     parts = {"rejects": "embedded"}.get(folder, folder.removesuffix("-rejects"))
     uri = run.path(parts, "wave-001", f"unit-{number:05d}.parquet")
-    storage.put(uri, storage.parquet_bytes(schema, [schema.empty_table()]))
+    storage.put(uri, parquet.parquet_bytes(schema, [schema.empty_table()]))
 
 
 def test_the_rejects_of_a_gallery_are_those_of_both_encoders_and_their_stage_says_whose(tmp_path: Path) -> None:

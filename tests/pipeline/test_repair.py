@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline import commits, snapshot, storage
+from pipeline import commits, documents, parquet, snapshot, storage
 from pipeline.audit import audit
 from pipeline.config import Config
 from pipeline.config_file import load_config
@@ -91,7 +91,7 @@ def test_repair_of_a_segment_that_comes_out_with_other_bytes_leaves_the_commit_a
     mine = commit.segments[-1]
     other = dataclasses.replace(mine, sha256="0" * 64, path="index/segments/" + "0" * 64 + ".faiss")
     changed = dataclasses.replace(commit, segments=(*commit.segments[:-1], other))
-    storage.put(run.commit(4), commits.to_json(changed))
+    storage.put(run.commit(4), documents.to_json(changed))
     done = repaired(config, run, plan)
     (left,) = done.left
     assert left.where == run.path(other.path)
@@ -105,23 +105,23 @@ def test_repair_of_a_units_file_cuts_the_units_again(how: str, tmp_path: Path) -
     config, run, plan = opened(HALF[0], tmp_path)
     units = [unit for unit in plan.units(run) if unit.wave == 4]
     uri = Path(units[0].rows_uri)
-    before = [storage.read_parquet(unit.rows_uri, row_groups=[unit.row_group]) for unit in units]
+    before = [parquet.read_parquet(unit.rows_uri, row_groups=[unit.row_group]) for unit in units]
     damage(uri, how, other=uri)
     if how == "flipped":
         uri.write_bytes(uri.read_bytes()[:-4] + b"nope")
     assert uri.name in {Path(item.where).name for item in audit(run.uri).problems}
     done = repaired(config, run, plan)
     assert done.rebuilt == [str(uri)]
-    assert [storage.read_parquet(unit.rows_uri, row_groups=[unit.row_group]) for unit in units] == before
+    assert [parquet.read_parquet(unit.rows_uri, row_groups=[unit.row_group]) for unit in units] == before
     assert audit(run.uri).problems == []
 
 
 def test_repair_of_a_units_file_with_other_ids_keeps_the_parts_of_the_log_that_fit_the_plan(tmp_path: Path) -> None:
     config, run, plan = opened(HALF[0], tmp_path)
     units = [unit for unit in plan.units(run) if unit.wave == 3]
-    rows = [storage.read_parquet(unit.rows_uri, row_groups=[unit.row_group]) for unit in units]
+    rows = [parquet.read_parquet(unit.rows_uri, row_groups=[unit.row_group]) for unit in units]
     wrong = rows[0].set_column(0, "id", pa.array(rows[0]["id"].to_numpy() ^ 2**40))  # as a flipped bit of an older run
-    Path(units[0].rows_uri).write_bytes(storage.parquet_bytes(UNITS, [wrong, *rows[1:]], with_digests=False))
+    Path(units[0].rows_uri).write_bytes(parquet.parquet_bytes(UNITS, [wrong, *rows[1:]], with_digests=False))
     part = Path(plan.log(run).part(3, 0))
     before = part.read_bytes()
     assert {"units", "log_part"} <= {item.kind for item in audit(run.uri).problems}

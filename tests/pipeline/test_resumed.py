@@ -10,8 +10,9 @@ import pytest
 from pipeline import documents, storage
 from pipeline.config import Config, Fit
 from pipeline.errors import IncompatibleRun
+from pipeline.identity import STAGES, read_settings, stage_settings
 from pipeline.resumed import as_started
-from pipeline.run import STAGES, Run, read_settings, stage_settings
+from pipeline.run import Run
 from tests.pipeline.test_run import begin, config, finish
 
 

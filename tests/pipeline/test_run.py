@@ -10,15 +10,13 @@ from typing import Any
 
 import pytest
 
-from pipeline import run as runs
-from pipeline import storage
+from pipeline import identity, storage
 from pipeline.config import Config
 from pipeline.config_file import resolve, validate
 from pipeline.errors import DataError, IncompatibleRun
-from pipeline.run import (
+from pipeline.identity import (
     RUNTIME,
     STAGES,
-    Run,
     check_resumable,
     check_settings_of,
     encoder_fingerprint,
@@ -29,6 +27,7 @@ from pipeline.run import (
     start,
     weight_fingerprints,
 )
+from pipeline.run import Run
 
 GALLERY = {"gallery": "0123"}
 
@@ -205,7 +204,9 @@ def test_every_key_of_a_stage_is_a_setting(tmp_path: Path) -> None:
     item = config(tmp_path, plan__policy="json:loads")
     for name, stage in STAGES.items():
         settings = stage_settings(item, name)
-        assert set(stage.keys) == {key for key in stage.keys if any(runs._is_below(found, key) for found in settings)}
+        assert set(stage.keys) == {
+            key for key in stage.keys if any(identity._is_below(found, key) for found in settings)
+        }
         assert settings_digest(settings) != settings_digest(settings | {next(iter(settings)): "other"})
 
 
@@ -277,7 +278,7 @@ def test_a_run_that_is_not_there_refuses_nothing(tmp_path: Path) -> None:
 
 
 def test_every_runtime_setting_is_a_setting(tmp_path: Path) -> None:
-    keys = {key for key, _ in runs._flatten(config(tmp_path).model_dump(), "")}
+    keys = {key for key, _ in identity._flatten(config(tmp_path).model_dump(), "")}
     keys |= {key.replace(".export", ".torchvision.state_dict") for key in keys}
     for name in RUNTIME:
         assert any(key == name or key.startswith(f"{name}.") for key in keys), name

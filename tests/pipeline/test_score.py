@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline import storage
+from pipeline import parquet, storage
+from pipeline.arrays import vectors_to_arrow
 from pipeline.config import Config
 from pipeline.config_file import validate
 from pipeline.errors import ConfigError, DataError
 from pipeline.partition import Partition, write_part
 from pipeline.reference import PART, build_reference
 from pipeline.run import Run
-from pipeline.schema import vectors_to_arrow
 from pipeline.score import Scorer
 from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
 
@@ -52,7 +52,7 @@ def priorities(config: Config, run: Run) -> np.ndarray:
     for _ in range(2):  # the second time it is there already
         found = scorer({"id": np.array([0])})
         assert found == {"part": [0], "images": [NUM], "sha256": [storage.sha256(uri)], "from_pairs": [0]}
-    stored = storage.read_parquet(uri)
+    stored = parquet.read_parquet(uri)
     assert "traffic" not in stored.schema.names
     priority: np.ndarray = stored["priority"].to_numpy()
     return priority

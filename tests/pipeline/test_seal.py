@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import seal, storage, vector_log
+from pipeline import parquet, seal, storage, vector_log
 from pipeline.content import Content
 from pipeline.errors import DataError, TransientError
 from pipeline.plan import Plan, Wave
@@ -73,7 +73,7 @@ def make(folder: Path) -> tuple[WholeRun, Sealer]:
             for ids in members
         ]
         groups = [pa.table({"id": ids, **rest}) for ids, rest in zip(members, nothing, strict=True)]
-        storage.put(whole.run.wave_units(wave, 0), storage.parquet_bytes(UNITS_SCHEMA, groups))
+        storage.put(whole.run.wave_units(wave, 0), parquet.parquet_bytes(UNITS_SCHEMA, groups))
     return whole, Sealer(whole.run, plan, whole.codebook_path, whole.codebook_sha256)
 
 
@@ -96,7 +96,7 @@ def test_shards_that_are_read_together_are_sealed_to_the_same_bytes(
     monkeypatch.setattr(seal, "_run", lambda function, tasks: [function(*arguments) for _, arguments in tasks])
     monkeypatch.setattr(vector_log, "read_deleted", lambda log, wave: whole.ids[whole.rejected])
     found, opened = [], []
-    open_parquet = storage.open_parquet
+    open_parquet = parquet.open_parquet
 
     @contextmanager
     def watched(uri: str) -> Iterator[Content]:
@@ -105,7 +105,7 @@ def test_shards_that_are_read_together_are_sealed_to_the_same_bytes(
             file.read_row_groups = lambda *rest, **more: opened.append(uri) or read(*rest, **more)
             yield file
 
-    monkeypatch.setattr(storage, "open_parquet", watched)
+    monkeypatch.setattr(parquet, "open_parquet", watched)
     for shards_at_once in (1, 2):
         monkeypatch.setattr(seal, "_BYTES_AT_ONCE", 80 * DIM * 4 * shards_at_once // whole.num_shards)
         opened.clear()
@@ -147,7 +147,7 @@ def test_rejects_of_a_wave_are_sealed_into_a_transformed_segment_of_their_own(tm
     whole, sealer = make(tmp_path)
     refs, _ = seal._seal_embedded(sealer, 2, range(whole.num_shards))
     for ref in refs:
-        ids = storage.read_parquet(whole.run.path(ref.sidecar_path))["id"].to_numpy()
+        ids = parquet.read_parquet(whole.run.path(ref.sidecar_path))["id"].to_numpy()
         mine = (whole.waves == 2) & (whole.shards == ref.shard) & (whole.rejected == (ref.kind == "transformed"))
         assert ids.tolist() == np.sort(whole.ids[mine]).tolist()
         assert ref.rejected == (ref.vectors if ref.kind == "transformed" else 0)
@@ -175,10 +175,10 @@ def test_seal_embedded_of_a_part_that_is_not_the_acknowledged_one_names_it(tmp_p
     refs, digest = seal._seal_embedded(sealer, 1, shards, digests)
     assert digest == vector_log.wave_digest(digests)
     assert seal._seal_embedded(sealer, 1, shards, {0: digests[0]}) == (refs, digest)  # of others nothing is known
-    rows = storage.read_parquet(log.part(1, 1))
+    rows = parquet.read_parquet(log.part(1, 1))
     other = rows.set_column(2, "source_etag", pa.array(["another"] * rows.num_rows))
     groups = [other.filter(pa.array(rows["shard"].to_numpy() == shard)) for shard in shards]
-    storage.put(log.part(1, 1), storage.parquet_bytes(rows.schema, groups))
+    storage.put(log.part(1, 1), parquet.parquet_bytes(rows.schema, groups))
     assert seal._seal_embedded(sealer, 1, shards)[1] not in ("", digest)
     with pytest.raises(DataError, match=r"unit-00001\.parquet"):
         seal._seal_embedded(sealer, 1, shards, digests)
@@ -188,7 +188,7 @@ def test_seal_embedded_of_parts_of_older_versions_gives_no_digest(tmp_path: Path
     whole, sealer = make(tmp_path)
     refs, _ = seal._seal_embedded(sealer, 1, range(whole.num_shards))
     part = sealer.plan.log(whole.run).part(1, 0)
-    rows = storage.read_parquet(part)
+    rows = parquet.read_parquet(part)
     with pq.ParquetWriter(part, rows.schema) as writer:
         for shard in range(whole.num_shards):
             writer.write_table(rows.filter(pa.array(rows["shard"].to_numpy() == shard)))

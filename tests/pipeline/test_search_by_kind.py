@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.arrays import Float32, Int64
 from pipeline.calibration import Calibration
 from pipeline.codebook import Codebook, train_codebook
-from pipeline.commits import KINDS, Kind
 from pipeline.config import Index, Metric
 from pipeline.index import Hits, Segment, build_segment, gather, search, search_by_kind
-from pipeline.schema import Float32, Int64
+from pipeline.segments import KINDS, Kind
 
 DIM, SHARDS, WAVES, K = 4, 8, 20, 80
 NUM = 3200

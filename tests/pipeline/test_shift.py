@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.schema import Float32
+from pipeline.arrays import Float32
 from pipeline.shift import Likeness, likeness
 
 

@@ -77,10 +77,10 @@ def draft(number: int, salt: str = SAME, waves: int = WAVES) -> Commit:
 
 
 def test_commit_of_an_older_version_without_log_digests_and_with_quality_can_be_read(run: Run) -> None:
-    tree = json.loads(commits.to_json(draft(2))) | {"quality": {"top1": 0.5}}
+    tree = json.loads(documents.to_json(draft(2))) | {"quality": {"top1": 0.5}}
     del tree["log_digests"], tree["calibration"], tree["sha256"]
     tree["sha256"] = documents.digest(tree)
-    found = commits.from_json(Commit, json.dumps(tree).encode(), "old")
+    found = documents.from_json(Commit, json.dumps(tree).encode(), "old")
     commits.check_commit(found, "old")
     assert found == draft(2)
 
@@ -123,7 +123,7 @@ def test_commit_with_images_that_are_not_rejected_in_a_segment_of_rejects_is_ref
 def test_commit_keeps_its_calibration_to_the_last_bit() -> None:
     calibration = Calibration((0.0, 0.1, 1 / 3), (0.0, 0.2, 2 / 3))
     commit = replace(with_rejects_apart(draft(2)), calibration=calibration)
-    assert commits.from_json(Commit, commits.to_json(commit), "commit") == commit
+    assert documents.from_json(Commit, documents.to_json(commit), "commit") == commit
     commits.check_commit(commit, "commit")
 
 

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import storage
+from pipeline import parquet, storage
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import AlreadyExists, Changed
 
@@ -269,13 +269,13 @@ def test_what_is_missing_is_said_to_be(uri: str) -> None:
         with pytest.raises(FileNotFoundError):
             read(uri)
     with pytest.raises(DataError, match="missing"):
-        storage.read_parquet(uri)
+        parquet.read_parquet(uri)
 
 
 def test_what_is_no_parquet_is_said_to_be(uri: str) -> None:
     storage.put(uri, b"PAR1 but not really")
     with pytest.raises(DataError, match="not a readable Parquet file"):
-        storage.read_parquet(uri)
+        parquet.read_parquet(uri)
 
 
 def test_a_delete_of_a_link_leaves_what_it_points_to(tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def rows(count: int) -> pa.Table:
 def test_a_parquet_file_has_the_row_groups_it_was_given_empty_ones_too(sizes: list[int]) -> None:
     whole, starts = rows(sum(sizes)), [sum(sizes[:i]) for i in range(len(sizes))]
     groups = [whole.slice(start, size) for start, size in zip(starts, sizes, strict=True)]
-    data = storage.parquet_bytes(whole.schema, groups)
+    data = parquet.parquet_bytes(whole.schema, groups)
     with pq.ParquetFile(pa.BufferReader(data)) as file:
         assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == sizes
         for index, group in enumerate(groups):
@@ -325,14 +325,14 @@ def test_the_same_rows_give_the_same_bytes_however_they_lie_in_memory() -> None:
     pieces = pa.concat_tables([whole.slice(0, 7), whole.slice(7, 20), whole.slice(27)])
     mixed = whole.select(["text", "id"])  # the schema says the order of the columns
     wide = whole.set_column(1, "text", whole["text"].cast(pa.large_string()))
-    expected = storage.parquet_bytes(whole.schema, [whole])
+    expected = parquet.parquet_bytes(whole.schema, [whole])
     for same in (pieces, mixed, wide, pieces.combine_chunks()):
-        assert storage.parquet_bytes(whole.schema, [same]) == expected
+        assert parquet.parquet_bytes(whole.schema, [same]) == expected
 
 
 def test_the_same_rows_give_the_same_bytes_in_another_process(processes: ProcessPoolExecutor) -> None:
-    other = processes.submit(storage.parquet_bytes, rows(50).schema, [rows(50)]).result()
-    assert other == storage.parquet_bytes(rows(50).schema, [rows(50)])
+    other = processes.submit(parquet.parquet_bytes, rows(50).schema, [rows(50)]).result()
+    assert other == parquet.parquet_bytes(rows(50).schema, [rows(50)])
 
 
 def test_a_folder_is_listed_deep_or_not_in_an_order_that_stays(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import storage, vector_log
-from pipeline.causes import REJECT_REASONS, RETRY_CAUSES
+from pipeline import parquet, storage, vector_log
+from pipeline.arrays import Float32
 from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.schema import UNITS, Float32, Unit, UnitAck
+from pipeline.rejects import REJECT_REASONS
+from pipeline.retry import RETRY_CAUSES
+from pipeline.schema import UNITS, Unit, UnitAck
 from pipeline.stream import Work, embed_stream
 from pipeline.vector_log import VectorLog
 from tests.galleries import NEW_DIM, digits, write_config
@@ -52,7 +54,7 @@ def packed(folder: str, images: list[bytes]) -> pa.Table:
 def run(config: Config, folder: str, units: list[pa.Table]) -> tuple[dict[int, UnitAck], VectorLog]:
     """Embed units into a new log below `folder`."""
     log = VectorLog(f"{folder}/embedded", f"{folder}/rejects", NEW_DIM, 2)
-    storage.put(f"{folder}/units.parquet", storage.parquet_bytes(UNITS, units))
+    storage.put(f"{folder}/units.parquet", parquet.parquet_bytes(UNITS, units))
     work = [Unit(1, number, f"{folder}/units.parquet", number, len(unit)) for number, unit in enumerate(units)]
     acks = {ack.unit: ack for _, ack in embed_stream([Work(config.encoders.new, log, work)], config)}
     return acks, log
@@ -69,7 +71,7 @@ def test_tars_and_objects_on_s3_give_the_vectors_of_local_files(config: Config, 
     def embed(folder: str, tables: list[pa.Table], **changes: int) -> tuple[dict[int, UnitAck], list[Float32]]:
         settings = config.model_copy(update={"fetch": config.fetch.model_copy(update=changes)})
         acks, log = run(settings, folder, tables)
-        vectors = [storage.read_parquet(log.part(1, unit)).sort_by("id")["vector"] for unit in sorted(acks)]
+        vectors = [parquet.read_parquet(log.part(1, unit)).sort_by("id")["vector"] for unit in sorted(acks)]
         return acks, [np.stack(vector.to_numpy()) for vector in vectors]
 
     files = rows([put(f"{tmp_path}/{number}.png", data) for number, data in enumerate(images)])
@@ -109,7 +111,7 @@ def test_images_that_changed_or_went_since_the_manifest_was_made_are_told_apart(
         2: ("fetch", "deleted: was there when the manifest was made"),
         4: ("fetch", "missing"),
     }
-    part = {row["id"]: row for row in storage.read_parquet(log.part(1, 0)).to_pylist()}
+    part = {row["id"]: row for row in parquet.read_parquet(log.part(1, 0)).to_pylist()}
     assert part[0]["source_etag"] == etags[0]
     assert part[1]["source_etag"] == storage.stat(uris[1]).etag != etags[1]
 
@@ -126,7 +128,7 @@ def test_images_that_the_actor_decodes_give_the_same_vectors_and_rejects(config:
             VectorLog(f"{tmp_path}/{name}/embedded", f"{tmp_path}/{name}/rejects", NEW_DIM, 2),
         )
         rejects = vector_log.read_rejects(log).select(["id", "stage", "reason"])
-        found.append((storage.read_parquet(log.part(1, 0)), rejects, ack.embedded, ack.rejected, ack.bytes_needed))
+        found.append((parquet.read_parquet(log.part(1, 0)), rejects, ack.embedded, ack.rejected, ack.bytes_needed))
     assert found[0] == found[1]
     assert found[0][2:4] == (IMAGES, 2)
 
@@ -138,7 +140,7 @@ def test_images_of_all_four_kinds_in_one_unit_give_the_vectors_of_local_files(
     local = rows([put(f"{tmp_path}/{number}.png", data) for number, data in enumerate(images)])
     objects = [put(f"{bucket}/{number}.png", images[number]) for number in (3, 4, 5)]
     tar, length = put(f"{bucket}/some.tar", b"".join(images[6:9])), [len(image) for image in images]
-    storage.put(f"{bucket}/column.parquet", storage.parquet_bytes(*one_table({"image": images[9:]})))
+    storage.put(f"{bucket}/column.parquet", parquet.parquet_bytes(*one_table({"image": images[9:]})))
     places: dict[str, list[object]] = {
         "uri": [*local["uri"].to_pylist()[:3], *objects, *[tar] * 3, *[f"{bucket}/column.parquet#image"] * 3],
         "offset": [*[None] * 6, 0, length[6], length[6] + length[7], *[None] * 3],
@@ -150,7 +152,7 @@ def test_images_of_all_four_kinds_in_one_unit_give_the_vectors_of_local_files(
     for name, unit in {"local": local, "mixed": mixed}.items():
         acks, log = run(config, f"{tmp_path}/{name}", [unit])
         assert acks[0].rejected == 0
-        found.append(storage.read_parquet(log.part(1, 0), ["id", "vector"]))
+        found.append(parquet.read_parquet(log.part(1, 0), ["id", "vector"]))
     assert found[0] == found[1]
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline import storage, tar_index
+from pipeline import parquet, storage, tar_index
 from pipeline.errors import DataError
-from pipeline.object_store import COUNTS
 from pipeline.pieces import Ledger, Options, Piece, PieceWriter
+from pipeline.retry import COUNTS
 from pipeline.tar_index import index_tar
 
 OPTIONS = Options(suffixes=(".jpg", ".png"))
@@ -41,7 +41,7 @@ def index(folder: str, data: bytes, name: str = "shard.tar", options: Options = 
     out = PieceWriter(f"{folder}/manifest", piece, options)
     index_tar(piece, options, out)
     ledger = out.finish()
-    rows = [storage.read_parquet(chunk.uri) for chunk in ledger.chunks]
+    rows = [parquet.read_parquet(chunk.uri) for chunk in ledger.chunks]
     return (pa.concat_tables(rows) if rows else ledger.arrow_schema.empty_table()), ledger
 
 

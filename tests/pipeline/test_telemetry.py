@@ -19,14 +19,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline import backfill as driver
 from pipeline import telemetry
-from pipeline.causes import REJECT_REASONS, RETRY_CAUSES
-from pipeline.commits import Commit, SegmentRef
+from pipeline.commits import Commit
 from pipeline.commits import Counts as Vectors
 from pipeline.config import Telemetry
 from pipeline.config_file import load_config
-from pipeline.object_store import COUNTS
 from pipeline.progress import Progress, Reading
+from pipeline.rejects import REJECT_REASONS
+from pipeline.retry import COUNTS, RETRY_CAUSES
 from pipeline.schema import UnitAck
+from pipeline.segments import SegmentRef
 from tests.galleries import write_config
 
 

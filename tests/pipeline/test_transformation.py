@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from pipeline import documents, storage
+from pipeline.arrays import Float32
 from pipeline.config import TransformationKind
 from pipeline.errors import ConfigError, DataError, SnapshotConflict
 from pipeline.run import Run
-from pipeline.schema import Float32
 from pipeline.transformation import (
     Figures,
     TransformationInfo,

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline import planner, storage, units
+from pipeline import parquet, planner, storage, units
 from pipeline.plan import UNITS_PER_FILE, Plan, Wave
 from pipeline.run import Run
 from pipeline.schema import UNITS
@@ -40,14 +40,14 @@ def write_parts(folder: Path, wave: pa.Table, num_parts: int) -> list[str]:
     uris = [str(folder / f"part-{part}.parquet") for part in range(num_parts)]
     for part, uri in enumerate(uris):
         groups = [rows(5, 99, 3), *halves[2 * part : 2 * part + 2]]
-        storage.put(uri, storage.parquet_bytes(UNITS, groups))
+        storage.put(uri, parquet.parquet_bytes(UNITS, groups))
     return uris
 
 
 def by_one_sort(wave: pa.Table, unit_images: int) -> bytes:
     """The definition."""
     whole = wave.sort_by([(name, "ascending") for name in ("uri", "offset", "row", "id")])
-    return storage.parquet_bytes(
+    return parquet.parquet_bytes(
         UNITS, [whole.slice(start, unit_images) for start in range(0, whole.num_rows, unit_images)]
     )
 
@@ -72,19 +72,19 @@ def test_the_units_are_those_of_one_sort(
     given_rows = wave.sort_by("uri") if in_order else wave
     parts = write_parts(tmp_path_factory.mktemp("wave"), given_rows, num_parts)
     found = cut_units(parts, [1, 2], count, unit_images, piece_images)
-    assert storage.parquet_bytes(UNITS, found) == by_one_sort(wave, unit_images)
+    assert parquet.parquet_bytes(UNITS, found) == by_one_sort(wave, unit_images)
 
 
 def test_the_files_of_a_wave_hold_each_unit_where_the_plan_says(tmp_path: Path) -> None:
     run, count = Run(str(tmp_path)), 2 * UNITS_PER_FILE + 3
     wave = rows(2 * count - 1, 0, 20)
-    whole = storage.parquet_bytes(UNITS, [rows(5, 99, 3), wave])
+    whole = parquet.parquet_bytes(UNITS, [rows(5, 99, 3), wave])
     storage.put(run.part("transformed", 0), whole)
     planner.cut_wave(run, 1, Wave(2, wave.num_rows, count), range(1, 2), 2)
     plan = Plan("random", 0, wave.num_rows, 1, 1, 4, 2, (Wave(1, 1, 0), Wave(2, wave.num_rows, count)), "f")
     units = list(plan.units(run))
-    found = [storage.read_parquet(unit.rows_uri, UNITS.names, [unit.row_group]) for unit in units]
-    assert storage.parquet_bytes(UNITS, found) == by_one_sort(wave, 2)
+    found = [parquet.read_parquet(unit.rows_uri, UNITS.names, [unit.row_group]) for unit in units]
+    assert parquet.parquet_bytes(UNITS, found) == by_one_sort(wave, 2)
     assert [table.num_rows for table in found] == [unit.images for unit in units]
     assert storage.list_files(run.path("plan")) == sorted({unit.rows_uri for unit in units})
     assert len({unit.rows_uri for unit in units}) == 3
@@ -94,7 +94,7 @@ def test_a_large_wave_is_never_in_memory_as_a_whole(tmp_path: Path, monkeypatch:
     count, sorted_rows = 5000, []
     wave = rows(count, 0, 500)
     parts = write_parts(tmp_path, wave.sort_by("uri"), 10)
-    read = storage.read_parquet
+    read = parquet.read_parquet
 
     def counting(uri: str, columns: list[str], groups: list[int]) -> pa.Table:
         table = read(uri, columns, groups)

@@ -15,9 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import storage
+from pipeline import parquet, storage
+from pipeline.arrays import Float32, Int64
 from pipeline.errors import DataError
-from pipeline.schema import DELETED, UNITS, Float32, Int64, Unit, embedded_schema, shard_of
+from pipeline.hashing import shard_of
+from pipeline.schema import DELETED, UNITS, Unit, embedded_schema
 from pipeline.vector_log import (
     EmbeddedUnit,
     VectorLog,
@@ -59,7 +61,7 @@ def write_plan(folder: Path, units: list[list[int]], wave: int = 1) -> list[Unit
         columns |= {name: pa.nulls(len(ids), pa.int64()) for name in ("offset", "length", "row")}
         columns["etag"] = pa.nulls(len(ids), pa.string())
         groups.append(pa.table(columns).cast(UNITS))
-    storage.put(uri, storage.parquet_bytes(UNITS, groups))
+    storage.put(uri, parquet.parquet_bytes(UNITS, groups))
     return [Unit(wave, number, uri, number, len(ids)) for number, ids in enumerate(units)]
 
 
@@ -133,14 +135,14 @@ def test_a_unit_is_durable_whole_and_sorted_by_shard_and_id(tmp_path: Path, log:
     (unit,) = write_plan(tmp_path, [ids])
     size, rejected, _ = write_unit(log, unit, embed(ids))
     assert (size, rejected) == (len(storage.read_bytes(log.part(1, 0))), 0)
-    part = storage.read_parquet(log.part(1, 0))
+    part = parquet.read_parquet(log.part(1, 0))
     assert part.schema.equals(embedded_schema(DIM))
     found = part["id"].to_numpy()
     assert sorted(found.tolist()) == sorted(ids)
     assert part["shard"].to_pylist() == shard_of(found, SHARDS).tolist()
     assert part["source_etag"].to_pylist() == [f"etag-{number}" for number in found]
     for shard in range(SHARDS):
-        group = storage.read_parquet(log.part(1, 0), row_groups=[shard])
+        group = parquet.read_parquet(log.part(1, 0), row_groups=[shard])
         assert set(group["shard"].to_pylist()) <= {shard}
         assert group["id"].to_pylist() == sorted(group["id"].to_pylist())
 
@@ -373,10 +375,10 @@ def test_a_part_without_rejects_has_the_bytes_that_it_always_had_and_one_with_re
     units = write_plan(tmp_path, [[1, 2], [3, 4]])
     write_unit(log, units[0], embed([1, 2]))
     write_unit(log, units[1], embed([3, 4], bad=(4,)))
-    with storage.open_parquet(log.part(1, 0)) as file:
+    with parquet.open_parquet(log.part(1, 0)) as file:
         assert file.schema_arrow.metadata is None
     (uri,) = storage.list_files(log.rejects_uri)
-    with storage.open_parquet(log.part(1, 1)) as file:
+    with parquet.open_parquet(log.part(1, 1)) as file:
         digest = file.schema_arrow.metadata[b"rejects"].decode()
     assert digest == hashlib.sha256(storage.read_bytes(uri)).hexdigest()[:16]
     assert uri == f"{log.rejects_uri}/wave-001/unit-00001-{digest}.parquet"
@@ -424,13 +426,13 @@ def test_footers_are_read_at_the_same_time(tmp_path: Path, log: VectorLog, monke
     cut = [[2 * number, 2 * number + 1] for number in range(8)]
     for unit, ids in zip(write_plan(tmp_path, cut), cut, strict=True):
         write_unit(log, unit, embed(ids, bad=(ids[0],)))
-    together, open_parquet = threading.Barrier(8, timeout=30), storage.open_parquet
+    together, open_parquet = threading.Barrier(8, timeout=30), parquet.open_parquet
 
     def open_together(uri: str) -> AbstractContextManager[pq.ParquetFile]:
         together.wait()  # breaks where one waits for another
         return open_parquet(uri)
 
-    monkeypatch.setattr(storage, "open_parquet", open_together)
+    monkeypatch.setattr(parquet, "open_parquet", open_together)
     assert count_rejects(log) == {1: 8}
 
 

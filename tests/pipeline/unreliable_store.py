@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeVar
 
-from pipeline.object_store import Again, Blob, Page, Precondition
+from pipeline.object_store import Blob, Page
+from pipeline.retry import Again, Precondition
 from pipeline.store import Stat
 
 T = TypeVar("T")

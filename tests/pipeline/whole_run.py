@@ -12,20 +12,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline import codebook as codebooks
-from pipeline import index, storage, vector_log
+from pipeline import index, parquet, storage, vector_log
+from pipeline.arrays import Float32, Int64, vectors_to_arrow
 from pipeline.calibration import Calibration
 from pipeline.codebook import Codebook
 from pipeline.config import Index, Metric
+from pipeline.hashing import shard_of
 from pipeline.run import Run
-from pipeline.schema import (
-    REJECTS,
-    Float32,
-    Int64,
-    embedded_schema,
-    shard_of,
-    transformed_schema,
-    vectors_to_arrow,
-)
+from pipeline.schema import REJECTS, embedded_schema, transformed_schema
 from pipeline.segments import Rows
 from pipeline.snapshot import Commit, Counts, Kind, SegmentRef, Writer
 from pipeline.vector_log import VectorLog, content_digest, naming
@@ -37,7 +31,7 @@ UNITS = 2
 
 def put_rejects(folder: str, wave: int, unit: int, rows: pa.Table, schema: pa.Schema) -> pa.Schema:
     """Write the rejects of a unit, and give the schema for its part, which names them."""
-    data = storage.parquet_bytes(rows.schema if rows.schema.names == ["id"] else REJECTS, [rows])
+    data = parquet.parquet_bytes(rows.schema if rows.schema.names == ["id"] else REJECTS, [rows])
     digest = content_digest(data)
     storage.put(VectorLog("", folder, 1, 1).rejects(wave, unit, digest), data)
     return naming(schema, digest)
@@ -92,7 +86,7 @@ class WholeRun:
                 for wave, shard in cells
             )
             uri = self.run.part("transformed", part)
-            storage.put(uri, storage.parquet_bytes(transformed_schema(DIM), groups))
+            storage.put(uri, parquet.parquet_bytes(transformed_schema(DIM), groups))
         for wave in range(1, self.num_waves + 1):
             self.write_log(wave)
         return self
@@ -121,7 +115,7 @@ class WholeRun:
                     name: pa.nulls(len(bad), REJECTS.field(name).type) for name in REJECTS.names[1:]
                 }
                 schema = put_rejects(self.run.path("rejects"), wave, unit, pa.table(columns), schema)
-            storage.put(self.run.path("embedded", name), storage.parquet_bytes(schema, groups))
+            storage.put(self.run.path("embedded", name), parquet.parquet_bytes(schema, groups))
 
     def _plan_rows(self, at: NDArray[np.intp]) -> pa.Table:
         schema = transformed_schema(DIM)

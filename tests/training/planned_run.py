@@ -10,14 +10,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline import offset, reference, selection, storage
+from pipeline import offset, parquet, reference, selection, storage
+from pipeline.arrays import Float32, vectors_to_arrow
 from pipeline.config import Config
 from pipeline.offset import Offset
 from pipeline.plan import Plan, read_plan
 from pipeline.probe_set import draw
 from pipeline.reference import Reference, build_reference
 from pipeline.run import Run
-from pipeline.schema import Float32, vectors_to_arrow
 from pipeline.selection import Selection
 from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
 from tests.pipeline.synthetic_run import Known, Options, known, make_run
@@ -62,7 +62,7 @@ def write_pairs(run: Run, images: Known, labelled: bool) -> pa.Table:
         "new": vectors_to_arrow(images.embedded[rows]),
     }
     table = pa.table(columns)
-    storage.put(run.part("pairs/held_out", 0), storage.parquet_bytes(table.schema, [table]))
+    storage.put(run.part("pairs/held_out", 0), parquet.parquet_bytes(table.schema, [table]))
     widths = images.old.shape[1], images.embedded.shape[1]
     classes = (len(names), 0, names) if labelled else (None, 0, None)
     pairs = Pairs(HELD_OUT, HELD_OUT, *widths, None, *classes)

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 
 from pipeline import assess, documents, fan_out, quality, storage
+from pipeline.arrays import Float32, Float64, Int64
 from pipeline.config import Config
 from pipeline.evaluate import evaluate
 from pipeline.gallery import labelled_sample
 from pipeline.probe_set import draw, gather, load
-from pipeline.ranking import Float64
-from pipeline.schema import Float32, Int64
 from pipeline.selection import Candidate, Selection
 from tests.pipeline.sample import put_sample
 from tests.pipeline.synthetic_run import known

@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import storage
+from pipeline import parquet, storage
+from pipeline.arrays import Float32, Int64, vectors_to_arrow
 from pipeline.config import Config, LossMode
 from pipeline.config_file import validate
 from pipeline.errors import ConfigError, DataError, TransientError
@@ -24,7 +25,6 @@ from pipeline.evaluate import METRICS, order_by_priority, simulate_curve
 from pipeline.networks import Transformation
 from pipeline.reference import load_reference
 from pipeline.run import Run
-from pipeline.schema import Float32, Int64, vectors_to_arrow
 from pipeline.transformation import TransformationInfo, apply, load_transformation
 from training import fit as fitting
 from training import learner as learning
@@ -86,14 +86,14 @@ def _data(folder: Path, num: int = 640, labelled: bool = True, hard: bool = Fals
             }
         )
         parts.append(str(folder / "pairs" / f"part-{part}.parquet"))
-        storage.put(parts[-1], storage.parquet_bytes(table.schema, [table]))
+        storage.put(parts[-1], parquet.parquet_bytes(table.schema, [table]))
     num_train = num * PARTS // (PARTS + 1)
     num_classes = int(labels.max()) + 1
     return FitData(parts[:-1], parts[-1:], num_train, num_classes if labelled else None, D_OLD, D_NEW)
 
 
 def _read(parts: list[str], job: Job) -> PairArrays:
-    return make_arrays(pa.concat_tables([storage.read_parquet(uri) for uri in parts]), job)
+    return make_arrays(pa.concat_tables([parquet.read_parquet(uri) for uri in parts]), job)
 
 
 def _same(module: nn.Module) -> nn.Module:

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.arrays import Float32, Int64
 from pipeline.evaluate import evaluate, order_by_priority, random_order, simulate_curve
 from pipeline.policy import Scored, load_policy
 from pipeline.reference import Reference, build_reference
-from pipeline.schema import Float32, Int64
 from training.harm import _Ranking, _Side, fit_learned, harm
 
 

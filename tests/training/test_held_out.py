@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.arrays import vectors_from_arrow
 from pipeline.config import Config
 from pipeline.config_file import validate
 from pipeline.offset import Offset
 from pipeline.policy import Scored, load_policy
-from pipeline.schema import vectors_from_arrow
 from tests.pipeline.synthetic_run import Options, known, make_run
 from tests.training.planned_run import pairs_of, save, write_pairs
 from training.harm import fit_learned, harm

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.schema import Float32
+from pipeline.arrays import Float32
 from training import linear
 from training.linear import LAMBDAS, NUM_FOLDS, Folds, added, fit, folds_of, procrustes, ridge, sums_of, total
 

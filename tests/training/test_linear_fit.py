@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.arrays import Float32, Int64
 from pipeline.errors import DataError
 from pipeline.networks import LinearTransformation, ResidualTransformation
-from pipeline.schema import Float32, Int64
 from pipeline.transformation import apply
 from training import linear_fit
 from training.linear import Folds, added

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline import storage
+from pipeline import parquet, storage
 from pipeline.errors import DataError
 from pipeline.networks import LinearTransformation
 from pipeline.reference import load_reference
@@ -50,14 +50,14 @@ def test_linear_over_parts_is_what_it_is_over_all_rows(tmp_path: Path, metric: s
     assert found is not None
     assert told == [(part, 2 * PARTS) for part in range(1, 2 * PARTS + 1)]
     pairs = _read(data.train_parts, job)
-    indices = np.sort(pa.concat_tables(storage.read_parquet(uri) for uri in data.train_parts)["index"].to_numpy())
+    indices = np.sort(pa.concat_tables(parquet.read_parquet(uri) for uri in data.train_parts)["index"].to_numpy())
     one_pass = over_arrays(indices, pairs.old, pairs.new, None, job.normalize)
     assert_same(found, fit_linear(one_pass, LinearTransformation(D_OLD, D_NEW, None, job.normalize)))
 
 
 def test_another_partition_into_parts_row_groups_and_float16_is_the_same_fit(tmp_path: Path) -> None:
     data = _data(tmp_path)
-    table = pa.concat_tables(storage.read_parquet(uri) for uri in data.train_parts)
+    table = pa.concat_tables(parquet.read_parquet(uri) for uri in data.train_parts)
     half = {name: pa.list_(pa.float16(), width) for name, width in (("old", D_OLD), ("new", D_NEW))}
     for name, kind in half.items():
         flat = pa.array(np.asarray(table[name].combine_chunks().flatten()).astype(np.float16))
@@ -70,7 +70,7 @@ def test_another_partition_into_parts_row_groups_and_float16_is_the_same_fit(tmp
             rows = table.slice(start, end - start)
             groups = [rows.slice(at, 100) for at in range(0, max(1, rows.num_rows), 100)]
             parts.append(str(tmp_path / f"{len(cuts)}-{number}.parquet"))
-            storage.put(parts[-1], storage.parquet_bytes(rows.schema, groups))
+            storage.put(parts[-1], parquet.parquet_bytes(rows.schema, groups))
         job = make_job(_config(tmp_path, transformation="linear"), replace(data, train_parts=data.train_parts))
         found.append(over_parts(replace(job, data=replace(data, train_parts=parts))))
     assert_same(*found)

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from pipeline import documents, manifest, storage
+from pipeline import documents, manifest, parquet, storage
+from pipeline.arrays import Int64, vectors_from_arrow
 from pipeline.config import Classifier, Pairs
 from pipeline.config_file import validate
 from pipeline.errors import DataError
 from pipeline.manifest import GALLERY_PAIRS
 from pipeline.run import Run
-from pipeline.schema import Int64, vectors_from_arrow
 from tests.pipeline.synthetic_run import Options, known, make_run
 from training.pairs import _classifier, _codes, build_pairs, fit_data, num_training, split
 
@@ -181,8 +181,8 @@ def test_pairs_of_a_manifest_and_of_the_gallery_are_one_set_though_ids_are_the_s
     config, run = make_run(tmp_path, known(300), Options(new_in_manifest=True, commits=False))
     pairs = config.pairs.model_copy(update={"from_gallery": 50})
     config = config.model_copy(update={"pairs": pairs})
-    given = storage.read_parquet(run.part("gallery", 0)).slice(0, 40)  # their ids are those of images of the gallery
-    storage.put(run.part("pairs", 0), storage.parquet_bytes(given.schema, [given]))
+    given = parquet.read_parquet(run.part("gallery", 0)).slice(0, 40)  # their ids are those of images of the gallery
+    storage.put(run.part("pairs", 0), parquet.parquet_bytes(given.schema, [given]))
     gallery = manifest.read_manifest(run, "gallery")
     assert gallery is not None
     storage.put(run.path("pairs", "manifest.json"), documents.encode(replace(gallery, rows=[40])))
@@ -207,4 +207,4 @@ def test_too_few_pairs_that_can_be_read_say_what_to_do(tmp_path: Path) -> None:
 
 def read_all(run: Run, part: str) -> pa.Table:
     uris = storage.list_files(run.path("pairs", part), ".parquet")
-    return pa.concat_tables([storage.read_parquet(uri) for uri in uris])
+    return pa.concat_tables([parquet.read_parquet(uri) for uri in uris])

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline import selection, storage
+from pipeline import parquet, selection, storage
+from pipeline.arrays import vectors_from_arrow, vectors_to_arrow
 from pipeline.config import Config
 from pipeline.config_file import validate
 from pipeline.errors import ConfigError, FastfillError
@@ -19,7 +20,6 @@ from pipeline.offset import Classifier, fit_offset
 from pipeline.policy import load_policy
 from pipeline.reference import load_reference
 from pipeline.run import Run
-from pipeline.schema import vectors_from_arrow, vectors_to_arrow
 from pipeline.selection import Candidate, Selection, read_selection, resolve_policy
 from pipeline.transformation import read_info
 from tests.training.test_fit import D_NEW, _data
@@ -125,7 +125,7 @@ def test_without_labels_it_goes_by_what_the_new_model_would_find(tmp_path: Path)
 
 def sample_of(data: FitData, count: int, labelled: bool = True) -> pa.Table:
     """Some pairs as the probe set of a gallery; what is drawn from one is in test_probe_set."""
-    rows = pa.concat_tables(map(storage.read_parquet, data.train_parts)).sort_by("index").slice(0, count)
+    rows = pa.concat_tables(map(parquet.read_parquet, data.train_parts)).sort_by("index").slice(0, count)
     names = [f"class {code}" for code in rows["label"].to_pylist()] if labelled else [None] * count
     labels = pa.array(names, pa.string())
     return pa.table({"id": rows["index"], "label": labels, "old": rows["old"], "new": rows["new"]})
@@ -224,7 +224,7 @@ def test_a_pair_that_is_an_image_of_the_sample_is_left_out_though_its_embedding_
     old = np.maximum(rng.normal(size=(900, width)), 0).astype(np.float32)
     rounded = torch.from_numpy(old[:300]).bfloat16().float().numpy()
     table = pa.table({"index": np.arange(900), "old": vectors_to_arrow(old)})
-    storage.put(str(tmp_path / "pairs.parquet"), storage.parquet_bytes(table.schema, [table]))
+    storage.put(str(tmp_path / "pairs.parquet"), parquet.parquet_bytes(table.schema, [table]))
     data = FitData([str(tmp_path / "pairs.parquet")], [], 900, None, width, D_NEW)
     config = config_of(tmp_path, measured_on="probe")
     settings = config.select
@@ -358,7 +358,7 @@ def test_of_a_large_fold_a_chance_sample_is_measured_not_the_first_labels(tmp_pa
 
 
 def _parts(data: FitData) -> folds.Split:
-    tables = [storage.read_parquet(uri) for uri in [*data.train_parts, *data.held_out_parts]]
+    tables = [parquet.read_parquet(uri) for uri in [*data.train_parts, *data.held_out_parts]]
     table = pa.concat_tables(tables).sort_by("index")
     return folds.Split(table, np.arange(table.num_rows) % 2, None)
 
@@ -395,7 +395,7 @@ def linear_data(folder: Path, num: int = 600) -> FitData:
     table = pa.table({"index": np.arange(num), "label": pa.nulls(num, pa.int32())} | columns)
     parts = [str(folder / "pairs" / f"part-{part}.parquet") for part in range(2)]
     for uri, rows in zip(parts, (table.slice(0, num - 60), table.slice(num - 60)), strict=True):
-        storage.put(uri, storage.parquet_bytes(rows.schema, [rows]))
+        storage.put(uri, parquet.parquet_bytes(rows.schema, [rows]))
     return FitData(parts[:1], parts[1:], num - 60, None, D_NEW, D_NEW)
 
 
