@@ -21,14 +21,13 @@ import torch
 from benchmarks.fit_data import Embedded
 from pipeline import offset as offsets
 from pipeline import parquet
-from pipeline.agreement import agreement_curve
 from pipeline.arrays import Float32, Float64, Int64
 from pipeline.calibration import Calibration, fit_calibration
 from pipeline.config import Config
-from pipeline.evaluate import oracle_order, random_order, simulate_curve
 from pipeline.offset import Classifier
 from pipeline.policy import POLICIES, load_policy, missing
 from pipeline.reference import Reference
+from pipeline.simulated_curve import agreement_curve, oracle_order, random_order, simulate_curve
 from training.folds import Fold, fit_alone
 from training.knowledge import reference_of
 from training.learner import FitData, Job, PairArrays, can_classify, make_arrays

@@ -33,9 +33,10 @@ from benchmarks.quality import PUBLISHED
 from benchmarks.small_run import data_folder
 from pipeline.arrays import Float64, Int64
 from pipeline.config import Config
-from pipeline.evaluate import METRICS, order_by_priority, simulate_curve
+from pipeline.evaluate import METRICS
 from pipeline.expected import expect, fraction_for
 from pipeline.policy import load_policy
+from pipeline.simulated_curve import order_by_priority, simulate_curve
 from training.expect import Labelled, curves_by_fold, ends_of
 from training.held_out import HeldOut
 from training.simulate import order_by, queries_of

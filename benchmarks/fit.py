@@ -38,16 +38,18 @@ from benchmarks.fit_reference import EPOCHS, Reference
 from benchmarks.measure import Spread, header, ratio, table
 from benchmarks.small_run import part_of_cifar
 from jobs.bars import Bars
-from jobs.options import console, start_ray
+from jobs.options import console
 from jobs.prepare import open_run
+from jobs.ray_session import start_ray
 from pipeline import parquet, storage
 from pipeline.arrays import vectors_from_arrow
 from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.encoders import load_tensors
+from pipeline.encoder_backends import load_tensors
 from pipeline.evaluate import METRICS
+from pipeline.networks import Transformation
 from pipeline.run import Run
-from pipeline.transformation import Transformation, load_transformation
+from pipeline.transformation import load_transformation
 from training.fit import fit
 from training.learner import Epoch, FitData
 from training.pairs import build_pairs, fit_data

@@ -21,9 +21,10 @@ import torch
 from pipeline.arrays import Float32, Int64, vectors_to_arrow
 from pipeline.config import Config, Encoder, Manifest
 from pipeline.encoders import load_encoder
-from pipeline.evaluate import Simulation, order_by_priority, random_order, simulate_curve
 from pipeline.images import Limits, decode_image
-from pipeline.transformation import Transformation, apply
+from pipeline.networks import Transformation
+from pipeline.simulated_curve import Simulation, order_by_priority, random_order, simulate_curve
+from pipeline.transformation import apply
 
 _BATCH = 1000
 _LIMITS = Limits(10**6, 10**6)

@@ -17,7 +17,7 @@ import torch
 from torch.profiler import profile
 
 from benchmarks.measure import Spread, header, interleave, ratio, table
-from pipeline.transformation import TransformationNetwork
+from pipeline.networks import TransformationNetwork
 from training.losses import Classifier, Loss, combined
 
 D_OLD, D_NEW, CLASSES = 64, 128, 100

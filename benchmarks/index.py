@@ -34,8 +34,8 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.measure import Spread, header, interleave, memory, ratio, table
-from jobs.options import start_ray
-from pipeline import calibration, parquet, planner, snapshot, storage, vector_log
+from jobs.ray_session import start_ray
+from pipeline import calibration, commits, parquet, planner, snapshot, storage, vector_log
 from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
 from pipeline.calibration import Calibration
 from pipeline.codebook import set_threads
@@ -241,7 +241,7 @@ def ask(way: Callable[[Float32], object], queries: Float32, batch: int, calls: i
 def measure_bytes(run: Run, plan: Plan, gallery: Gallery, before: int) -> str:
     """Against the shards with all embedded vectors, written once and counted 20 times."""
     added = index_bytes(run) - before
-    codebook = snapshot.read_commit(run, 0).codebook_path
+    codebook = commits.read_commit(run, 0).codebook_path
     ids = np.arange(plan.num_gallery)
     shards, rewritten = shard_of(ids, plan.num_shards), 0
     for shard in range(plan.num_shards):
@@ -297,7 +297,7 @@ def main() -> None:
         plan = make_plan(config, run, gallery)
         publisher = Publisher(config, run, plan)
         publisher.submit(0).result()
-        commit = snapshot.read_commit(run, 0)
+        commit = commits.read_commit(run, 0)
         before = index_bytes(run)
         if "seal" in arguments.what:
             sealer = Sealer(run, plan, commit.codebook_path, commit.codebook_sha256)

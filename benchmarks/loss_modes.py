@@ -19,13 +19,14 @@ from typing import get_args
 
 import torch
 
-from jobs.options import start_ray
+from jobs.ray_session import start_ray
 from pipeline import storage
-from pipeline.config import Config, LossMode
+from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.evaluate import Simulation, oracle_order, order_by_priority, random_order, simulate_curve
+from pipeline.config_method import LossMode
 from pipeline.gallery import GalleryArrays, load_gallery
 from pipeline.run import Run
+from pipeline.simulated_curve import Simulation, oracle_order, order_by_priority, random_order, simulate_curve
 from pipeline.transformation import apply, load_transformation
 from training.fit import fit
 from training.pairs import build_pairs, fit_data

@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import header, memory
-from jobs.options import start_ray
+from jobs.ray_session import start_ray
 from pipeline import catalog, config, parquet, storage
 from pipeline.arrays import vectors_to_arrow
 from pipeline.config_file import validate

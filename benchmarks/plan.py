@@ -45,7 +45,7 @@ import ray
 import ray.data
 
 from benchmarks.measure import Spread, header, interleave, memory, ratio, table
-from jobs.options import start_ray
+from jobs.ray_session import start_ray
 from pipeline import parquet, planner, storage
 from pipeline.arrays import Float32, Int64, vectors_to_arrow
 from pipeline.config import Config

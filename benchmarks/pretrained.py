@@ -39,11 +39,13 @@ from pipeline.arrays import Float32, Float64, Int64, vectors_to_arrow
 from pipeline.calibration import read_calibration
 from pipeline.config import Config
 from pipeline.config_file import validate
-from pipeline.evaluate import evaluate, order_by_priority, random_order, simulate_curve
-from pipeline.policy import Scored, load_policy
+from pipeline.evaluate import evaluate
+from pipeline.policy import load_policy
 from pipeline.reference import load_reference
 from pipeline.run import Run
 from pipeline.selection import read_selection, recipe_name, resolve_policy
+from pipeline.signals import Scored
+from pipeline.simulated_curve import order_by_priority, random_order, simulate_curve
 from pipeline.transformation import apply, load_transformation
 from training.fit import fit
 from training.learner import FitData, computes_bfloat16

@@ -39,11 +39,13 @@ from benchmarks.fit import configure, prepare, started_ray
 from benchmarks.measure import header, table
 from benchmarks.small_run import data_folder
 from pipeline.arrays import Float64
-from pipeline.config import Config, LossMode, Select
-from pipeline.evaluate import METRICS, Metrics, evaluate, share_of_gap
+from pipeline.config import Config
+from pipeline.config_method import LossMode, Select
+from pipeline.evaluate import METRICS, Metrics, evaluate
 from pipeline.expected import REACHED, fraction_for
 from pipeline.run import Run
 from pipeline.selection import Selection
+from pipeline.simulated_curve import share_of_gap
 from training.candidates import settings_of
 from training.learner import FitData
 from training.losses import needs_labels

@@ -30,7 +30,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pipeline import codebook as codebooks
-from pipeline import parquet, segments, storage, telemetry, vector_log
+from pipeline import parquet, segments, storage, telemetry, train, vector_log
 from pipeline import plan as plans
 from pipeline.arrays import Float32, vectors_to_arrow
 from pipeline.codebook import Codebook
@@ -170,7 +170,7 @@ def log_parts(folder: str) -> Figures:
 def index_files() -> Figures:
     """Segments, sidecars and a commit."""
     count = 20_000
-    data = codebooks.train_codebook(vectors(8 * 4096), Index(factory=FACTORY), "l2", 10**9, device="cpu", seed=0)
+    data = train.train_codebook(vectors(8 * 4096), Index(factory=FACTORY), "l2", 10**9, device="cpu", seed=0)
     codebook = Codebook(data)
     codebooks.set_threads(1)
     ids, rows = np.arange(count, dtype=np.int64), vectors(count)
@@ -319,7 +319,7 @@ def ray_costs() -> Figures:
     import ray
     import ray.data
 
-    from jobs.options import start_ray
+    from jobs.ray_session import start_ray
     from pipeline.config_file import load_config
     from pipeline.stream import Work, embed_stream
     from tests.galleries import NEW_DIM, digits, write_config

@@ -24,7 +24,7 @@ import ray
 from benchmarks.measure import header
 from benchmarks.scenario import Cluster, Job, Seconds
 from benchmarks.simulation import Simulation
-from jobs.options import start_ray
+from jobs.ray_session import start_ray
 from pipeline import parquet, planner, storage, telemetry
 from pipeline.actors import LOAD_CPUS, actor_pool
 from pipeline.arrays import vectors_to_arrow

@@ -40,8 +40,9 @@ from benchmarks.quality import QUICK
 from benchmarks.small_run import data_folder
 from pipeline.arrays import Float64, Int64
 from pipeline.config import Config
-from pipeline.evaluate import by_group, evaluate, random_order, simulate_curve
+from pipeline.evaluate import by_group, evaluate
 from pipeline.policy import load_policy
+from pipeline.simulated_curve import random_order, simulate_curve
 from training.simulate import order_by
 
 OFFSETS = ("none", "confidence")

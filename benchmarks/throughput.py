@@ -307,7 +307,7 @@ def main() -> None:
             json.dumps(asdict(bare_loop(Case(given.bare, given.images, Config.model_validate_json(sys.stdin.read())))))
         )
         return
-    from jobs.options import start_ray
+    from jobs.ray_session import start_ray
 
     print(measure.header(["torchvision", "pillow"]))
     start_ray()

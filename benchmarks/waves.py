@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="5,000 images, one repeat: whether it runs")
     given = parser.parse_args()
     images, repeats = (5_000, 1) if given.short else (given.images, given.repeats)
-    from jobs.options import start_ray
+    from jobs.ray_session import start_ray
 
     print(measure.header(), flush=True)
     start_ray()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from jobs.options import command, console, load, print_json
+from jobs.open_run import load
+from jobs.options import command, console, print_json
 
 
 @command("audit")

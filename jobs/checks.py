@@ -26,9 +26,9 @@ def check_settings(config: Config, dims: dict[str, int]) -> None:
     """
     from pipeline import manifest
     from pipeline.config import sources
+    from pipeline.device import resolve_device
     from pipeline.encoders import load_encoder
     from pipeline.plan import wave_sizes
-    from pipeline.transformation import resolve_device
 
     _check_sources(config)
     given = sources(config)
@@ -79,8 +79,8 @@ def check_images(config: Config, run: Run, folder: str, rows: Manifest) -> None:
     """
     import ray
 
+    from pipeline.embeddings import probe
     from pipeline.errors import ConfigError
-    from pipeline.probe import probe
 
     encoder = config.encoders.old if folder == "pairs" and "new_embedding" in rows.dims else config.encoders.new
     columns = getattr(config, folder).columns
@@ -129,8 +129,8 @@ def _check_from_gallery(config: Config, images: int, given: int, sample: Sample 
 
 def _check_training(config: Config, images: int, pairs: int) -> None:
     """The workers and the index fit the number of pairs that will train, if none of them is rejected."""
-    from pipeline.codebook import check_trainable
     from pipeline.errors import ConfigError
+    from pipeline.train import check_trainable
     from training.pairs import NUM_STRIPES, num_training
 
     if config.fit.num_workers > NUM_STRIPES:
@@ -198,7 +198,7 @@ def _columns_of_pairs(config: Config) -> str:
 def _check_selected(config: Config, images: int, sample: Sample | None) -> None:
     """What is to be `selected` was, or will be; and what the selection is to measure will be there."""
     from pipeline.errors import ConfigError
-    from pipeline.probe_set import size
+    from pipeline.probe_draw import size
     from pipeline.run import Run
     from pipeline.selection import resolve_policy
     from pipeline.transformation import has_transformation

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import click
 
 from jobs.failures import Command
-from jobs.options import absolute, console, with_errors
+from jobs.open_run import absolute
+from jobs.options import console, with_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,9 +60,10 @@ def main(folder: str, as_json: bool) -> None:
 
     A demo that is there already is started from scratch. Files that no demo wrote are never deleted.
     """
-    from jobs.backfill import finish, run_all
     from jobs.bars import Bars
-    from jobs.options import load, start_ray
+    from jobs.open_run import load
+    from jobs.ray_session import start_ray
+    from jobs.run_all import finish, run_all
     from pipeline import storage
 
     if "://" in folder:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
-from jobs.options import command, console, load, open_run_of, print_json
+from jobs.open_run import load, open_run_of
+from jobs.options import command, console, print_json
+from jobs.tables import show_curve
 
 
 @command("evaluate")
@@ -42,28 +42,6 @@ def show_point(point: dict[str, int | float]) -> None:
     for title in titles.values():
         table.add_column(title, justify="right")
     table.add_row(*(f"{point[name]:.1f}" for name in titles))
-    console().print(table)
-
-
-def show_curve(result: dict[str, Any]) -> None:  # Any: the JSON shape of DESIGN section 5
-    """Print the areas of each order as a table."""
-    from rich.table import Table
-
-    table = Table(title=f"{result['num_queries']:,} queries, {result['num_gallery']:,} images, {result['distance']}")
-    for name in ("", "top-1", "top-5", "mAP"):
-        table.add_column(name, justify="left" if not name else "right")
-    names = ("top1", "top5", "map")
-
-    def row(title: str, figures: dict[str, float], spread: dict[str, float] | None = None) -> None:
-        cells = [f"{figures[name]:.1f}" + (f" ± {spread[name]:.1f}" if spread else "") for name in names]
-        table.add_row(title, *cells)
-
-    row("old / old", result["old_old"])
-    orders = result["orders"]
-    row("fraction 0: all transformed", next(iter(orders.values()))["points"][0])
-    for name, order in orders.items():
-        row(f"area, {name} order", order["area"], order.get("area_std"))
-    row("new / new", result["new_new"])
     console().print(table)
 
 

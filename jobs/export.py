@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.options import absolute, command, console, load, print_json
+from jobs.open_run import absolute, load
+from jobs.options import command, console, print_json
 from pipeline.readable import counted
 
 if TYPE_CHECKING:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jobs.options import command, console, load, print_json, start_ray
+from jobs.open_run import load
+from jobs.options import command, console, print_json
+from jobs.ray_session import start_ray
+from jobs.tables import say_outlook, show_likeness
 
 if TYPE_CHECKING:
     from pipeline.run import Run
     from pipeline.selection import Candidate, Selection
-    from pipeline.shift import Likeness
     from pipeline.transformation import TransformationInfo
 
 
@@ -48,8 +50,9 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
 def first_share(run: Run) -> float:
     """The share of the gallery that is embedded as pairs of the fit."""
     from pipeline import manifest
+    from pipeline.run import GALLERY_PAIRS
 
-    gallery, sample = manifest.read_manifest(run, "gallery"), manifest.read_manifest(run, manifest.GALLERY_PAIRS)
+    gallery, sample = manifest.read_manifest(run, "gallery"), manifest.read_manifest(run, GALLERY_PAIRS)
     return 0.0 if gallery is None or sample is None else sample.num_rows / gallery.num_rows
 
 
@@ -97,52 +100,6 @@ def ranked(candidate: Candidate) -> list[str]:
     """How transformed vectors are ranked beside embedded ones, where it is not as always: calibrated, no offset."""
     words = [] if candidate.calibrate else ["not calibrated"]
     return words + ([] if candidate.offset == "none" else [f"offset by {offset_of(candidate)}"])
-
-
-def say_outlook(info: TransformationInfo, selection: Selection | None, first: float = 0.0) -> None:
-    """Say what will happen if the transformed gallery is worse than the old one, and what would help.
-
-    Args:
-        info: of the transformation.
-        selection: None where nothing was selected.
-        first: the share of the gallery that the first snapshot has embedded, as pairs of the fit.
-    """
-    if info.better_than_old:
-        return
-    fraction = None if selection is None else selection.passes_old()
-    if fraction is not None and fraction <= first:
-        text = "The first snapshot is expected to answer about as well as the old system."
-        console().print(text, soft_wrap=True, highlight=False)
-        return
-    if fraction is None:
-        when = (
-            "no snapshot is expected to pass it" if selection is not None else "nothing says when a snapshot passes it"
-        )
-    else:
-        when = (
-            f"a snapshot is expected to pass it with about {fraction:.0%} of the gallery embedded, and is then promoted"
-        )
-    text = (
-        f"The first snapshot is expected to answer worse than the old system. `prod` stays with the old system; {when}."
-    )
-    console().print(text, style="bold yellow", soft_wrap=True, highlight=False)
-    if info.kind != "fastfill":
-        console().print(_more_pairs(info), soft_wrap=True, highlight=False)
-
-
-def _more_pairs(info: TransformationInfo) -> str:
-    if info.pairs_to_pass_old is None:
-        return "More pairs alone are not expected to change that."
-    return (
-        f"With about {info.pairs_to_pass_old:,} training pairs instead of {info.num_train:,} the linear map is "
-        "expected to be as good as the old model from the start."
-    )
-
-
-def show_likeness(found: Likeness | None, known: bool = False) -> None:
-    """Warn where the pairs do not look like the gallery; `known` as in `Likeness.warnings`."""
-    for sentence in () if found is None else found.warnings(known):
-        console().print(sentence, style="bold red", soft_wrap=True, highlight=False)
 
 
 def offset_of(candidate: Candidate) -> str:

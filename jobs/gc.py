@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from jobs.options import Seconds, command, console, load, print_json
+from jobs.open_run import load
+from jobs.options import Seconds, command, console, print_json
 from pipeline.readable import counted
 
 

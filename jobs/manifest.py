@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import click
 
 from jobs.failures import Command
-from jobs.options import absolute, console, load, print_json, print_text, start_ray, with_errors
+from jobs.open_run import absolute, load
+from jobs.options import console, print_json, print_text, with_errors
+from jobs.ray_session import start_ray
 
 if TYPE_CHECKING:
     from collections import Counter

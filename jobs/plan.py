@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.fit import say_outlook, show_likeness
-from jobs.options import Seconds, command, console, load, print_json, start_ray
+from jobs.open_run import load
+from jobs.options import Seconds, command, console, print_json
+from jobs.ray_session import start_ray
+from jobs.tables import say_outlook, show_likeness
 
 if TYPE_CHECKING:
     from pipeline.estimate import Estimate
@@ -87,8 +89,8 @@ def show(plan: Plan) -> None:
     """Print the waves as a table."""
     from rich.table import Table
 
-    from jobs.status import from_pairs_text
     from pipeline.plan import FROM_PAIRS
+    from pipeline.status import from_pairs_text
 
     table = Table(title=f"{plan.num_gallery:,} images, order: {plan.policy}, {plan.num_shards} shards")
     for name in ("wave", "images", "units", "fraction"):

@@ -79,9 +79,11 @@ def ensure_probe(config: Config, run: Run, bars: Bars) -> None:
 
 def _probe(config: Config, run: Run) -> list[str]:
     """The probe set's folder where its embeddings are still asked for; it is drawn where it is not yet."""
-    from pipeline.probe_set import FOLDER, draw, is_gathered
+    from pipeline.probe_draw import draw
+    from pipeline.probe_set import is_gathered
+    from pipeline.run import PROBE_SET
 
-    return [] if draw(config, run) is None or is_gathered(run) else [FOLDER]
+    return [] if draw(config, run) is None or is_gathered(run) else [PROBE_SET]
 
 
 def ensure_fit(config: Config, run: Run, bars: Bars) -> TransformationInfo:
@@ -115,12 +117,12 @@ def selection_seconds(config: Config, run: Run) -> float:
     """
     from pipeline import manifest, vector_log
     from pipeline.embeddings import embedding_log
-    from pipeline.probe_set import FOLDER
+    from pipeline.run import GALLERY_PAIRS, PROBE_SET
     from pipeline.throughput import throughput
     from training.select import LEAST_SECONDS
 
     gallery, moments = manifest.read_manifest(run, "gallery"), list[tuple[float, int]]()
-    for folder in ("pairs", manifest.GALLERY_PAIRS, FOLDER):
+    for folder in ("pairs", GALLERY_PAIRS, PROBE_SET):
         rows = manifest.read_manifest(run, folder)
         if rows is not None:
             images = {(unit.wave, unit.unit): unit.images for unit in manifest.units(run, folder, rows)}

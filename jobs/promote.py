@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from jobs.options import command, console, load, print_json
+from jobs.open_run import load
+from jobs.options import command, console, print_json
 
 
 @command("promote")
@@ -17,7 +18,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, commit: in
     the snapshot still serves transformed vectors, where the gate refuses it by its figures on the probe set, and where
     it is not measured on that yet.
     """
-    from pipeline import quality, snapshot
+    from pipeline import commits, quality, snapshot
     from pipeline.gate import blockers
     from pipeline.identity import read_settings
     from pipeline.run import Run
@@ -28,7 +29,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, commit: in
     candidate = snapshot.read_tag(run, snapshot.CANDIDATE)
     number = commit if commit is not None or candidate is None else candidate.commit
     reasons = (
-        blockers(run, snapshot.read_commit(run, number), config.gate, probed=config.probe.images > 0)
+        blockers(run, commits.read_commit(run, number), config.gate, probed=config.probe.images > 0)
         if number is not None
         else []
     )

@@ -6,7 +6,9 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from jobs.options import command, console, load, print_json, start_ray
+from jobs.open_run import load
+from jobs.options import command, console, print_json
+from jobs.ray_session import start_ray
 
 if TYPE_CHECKING:
     from pipeline.config import Config

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.options import absolute, command, console, load, open_run_of, print_json
+from jobs.open_run import absolute, load, open_run_of
+from jobs.options import command, console, print_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -142,22 +143,10 @@ def _checked(array: object, where: str) -> Float32:
 
 
 def _embed(config: Config, images: list[bytes], names: list[str]) -> Float32:
-    import numpy as np
-
-    from pipeline.embed import Embedder
-    from pipeline.errors import DataError
-    from pipeline.images import Limits, Reject, decode_image
+    from pipeline.query_embedder import embed_queries
 
     open_run_of(config, to_embed=True)
-    backfill, encoder = config.backfill, config.encoders.new
-    limits = Limits(backfill.max_image_pixels, backfill.max_image_bytes)
-    pixels = []
-    for data, name in zip(images, names, strict=False):
-        try:
-            pixels.append(decode_image(data or b"", encoder.preprocess, limits))
-        except Reject as reject:
-            raise DataError("a query image cannot be embedded", found=reject, where=name) from None
-    return Embedder(encoder, config.device, backfill.batch_size, backfill.threads_per_actor).embed(np.stack(pixels))
+    return embed_queries(config.encoders.new, config.backfill, config.device, images, names)
 
 
 def _is_binary(kind: pa.DataType) -> bool:

@@ -16,10 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.arrays import Float32, Int64
-from pipeline.calibration import Calibration
+from pipeline.calibration import Calibration, nearest_by_kind
 from pipeline.commits import Commit
 from pipeline.config import Config
-from pipeline.nearest import nearest_by_kind
 from pipeline.neighbours import Found, Neighbours, in_old_gallery, in_snapshot
 from pipeline.plan import Plan
 from pipeline.points import SLOTS

@@ -15,21 +15,22 @@ from itertools import pairwise
 
 import numpy as np
 
-from pipeline import parquet, snapshot, storage
+from pipeline import commits, parquet, snapshot, storage
 from pipeline.arrays import Int64
 from pipeline.audit_inputs import check_inputs
 from pipeline.calibration import read_calibration
 from pipeline.codebook import Codebook
-from pipeline.commits import read_removals
+from pipeline.commits import Commit
 from pipeline.errors import DataError
 from pipeline.evidence import NO_IDS, Cell, Evidence, Notes, Problem, check_manifest, filled
 from pipeline.hashing import shard_of
 from pipeline.identity import read_settings
 from pipeline.index import Segment, decode
 from pipeline.plan import read_plan
+from pipeline.removals import read_removals
 from pipeline.run import Run
-from pipeline.segments import check_digest
-from pipeline.snapshot import CANDIDATE, Commit, SegmentRef
+from pipeline.segments import SegmentRef, check_digest
+from pipeline.snapshot import CANDIDATE
 from pipeline.vector_log import unit_of, wave_digest
 
 _TRIES = 3
@@ -93,7 +94,7 @@ def _commits(run: Run, notes: Notes, last: int | None, removed: set[int]) -> dic
         if number in removed:
             notes.checked["removed_commits"] += 1
             continue
-        commit = notes.attempt("commit", run.commit(number), snapshot.read_commit, run, number)
+        commit = notes.attempt("commit", run.commit(number), commits.read_commit, run, number)
         if commit is not None:
             found[number] = commit
             notes.checked["commits"] += 1

@@ -15,16 +15,15 @@ from pipeline import plan as plans
 from pipeline.arrays import Int64, vectors_from_arrow
 from pipeline.evidence import NO_IDS, Notes
 from pipeline.identity import STAGES, read_settings, read_stage_settings
-from pipeline.manifest import GALLERY_PAIRS
 from pipeline.parts import list_parts
 from pipeline.plan import FROM_PAIRS, Plan, read_plan
+from pipeline.quality import read_standing
 from pipeline.rejects import gallery_log, manifest_log
-from pipeline.run import Run
+from pipeline.run import GALLERY_PAIRS, PROBE_SET, Run
 from pipeline.schema import Unit
-from pipeline.standing import read_standing
 from pipeline.vector_log import VectorLog
 
-_FOLDERS = ("gallery", "pairs", GALLERY_PAIRS, "probe-set")
+_FOLDERS = ("gallery", "pairs", GALLERY_PAIRS, PROBE_SET)
 _WHOLE = {"gallery": "old", GALLERY_PAIRS: "new"}  # which embeddings of a folder the plan and its log are made from
 NOTHING = -1
 """The last published wave where nothing is published: then all waves are looked at."""
@@ -128,10 +127,10 @@ def _check_pairs(run: Run, notes: Notes) -> None:
 
 def _check_probe_set(run: Run, notes: Notes) -> None:
     """What snapshots are measured by can be read."""
-    where = run.path("probe-set", "reference.json")
+    where = run.path(PROBE_SET, "reference.json")
     notes.attempt("probe_set", where, quality.read_reference, run)
-    folder = run.path("probe-set")
-    others = [run.path("probe-set", "set.parquet"), *storage.list_files(f"{folder}/neighbours", ".parquet")]
+    folder = run.path(PROBE_SET)
+    others = [run.path(PROBE_SET, "set.parquet"), *storage.list_files(f"{folder}/neighbours", ".parquet")]
     for uri in others:
         if storage.exists(uri):
             notes.attempt("probe_set", uri, _rows_of, uri)

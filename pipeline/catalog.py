@@ -23,11 +23,11 @@ from dataclasses import asdict, dataclass
 
 from pipeline import assembly, documents, storage
 from pipeline.assembly import PartInfo
+from pipeline.duplicates import check_unique, find_identical
 from pipeline.errors import DataError, IncompatibleRun
 from pipeline.fan_out import spread
 from pipeline.indexing import OnProgress, count_notes, index_sources
 from pipeline.pieces import PIECE_NAME, Ledger, Options
-from pipeline.uniqueness import check_unique, find_identical
 
 _ROLES = ("old_embedding", "new_embedding", "side", "group")  # taken for what their names say
 

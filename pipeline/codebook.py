@@ -7,9 +7,6 @@ is made. Knows nothing of segments on disk, commits or plans.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import faiss
@@ -18,17 +15,11 @@ from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.arrays import Float32, Int64
-from pipeline.config import Index, Metric
+from pipeline.config import Metric
 from pipeline.errors import ConfigError, DataError
 from pipeline.run import Run
-from pipeline.segments import check_digest, put_by_content
+from pipeline.segments import check_digest
 
-# `auto` by the size of the gallery: Flat, then IVF with Flat, SQ8 and PQ codes. At 512 dimensions these
-# end at 0.2, 6 and 26 GB. About 4 sqrt(N) lists, as FAISS's guidelines have it.
-FLAT_UP_TO = 100_000
-IVF_FLAT_UP_TO = 3_000_000
-SQ8_UP_TO = 50_000_000
-TRAIN_VECTORS_PER_LIST = 8
 FACTORIES = (
     "auto, Flat, or IVF<lists>[_HNSW<m>], then Flat, SQ<bits> or PQ<bytes>, maybe after OPQ<m>_<d>, PCA<d> or RR<d>"
 )
@@ -36,96 +27,11 @@ FACTORIES = (
 READ_FLAGS = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE  # one such table per segment would not fit into memory
 _CODECS = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)
 _TRANSFORMS = (faiss.OPQMatrix, faiss.PCAMatrix, faiss.RandomRotationMatrix)
-_OPQ_CENTROIDS = 256  # per sub-space of the rotation's own quantizer
-_ANY_DIM = 26_880  # stands for an unknown width: every usual number of sub-quantizers divides it
 
 
 def set_threads(num_threads: int) -> None:
     """Set the OpenMP threads of all later FAISS calls of this process."""
     faiss.omp_set_num_threads(num_threads)
-
-
-def resolve_factory(factory: str, num_vectors: int, num_train: int | None = None, dim: int | None = None) -> str:
-    """The FAISS factory string that `index.factory` stands for.
-
-    `Flat` is one list that every query visits, which is exact and has explicit ids. `auto` takes Flat,
-    IVF,Flat, SQ8 or PQ by the size of the gallery (FLAT_UP_TO, IVF_FLAT_UP_TO, SQ8_UP_TO).
-
-    Args:
-        factory: `index.factory`.
-        num_vectors: size of the gallery.
-        num_train: training vectors there will be; `auto` takes no more lists than they are good for.
-        dim: width of the vectors; a factory that does not fit it is refused.
-
-    Raises:
-        ConfigError: FAISS cannot read the string, or the index it makes cannot be cut into segments.
-    """
-    resolved = {"auto": _automatic(num_vectors, num_train, dim), "Flat": "IVF1,Flat"}.get(factory, factory)
-    _make(resolved, dim or _ANY_DIM, "l2")
-    return resolved
-
-
-def check_trainable(factory: str, num_vectors: int, num_train: int, dim: int) -> str:
-    """As `resolve_factory`, refusing also what cannot be trained on so few vectors; known before there are any.
-
-    Raises:
-        ConfigError: as `resolve_factory`, or it needs more training vectors than there are.
-    """
-    resolved = resolve_factory(factory, num_vectors, num_train, dim)
-    _, ivf, transforms = _make(resolved, dim, "l2")
-    needed = max(
-        ivf.nlist,
-        ivf.pq.ksub if isinstance(ivf, faiss.IndexIVFPQ) else 1,
-        _OPQ_CENTROIDS if any(isinstance(transform, faiss.OPQMatrix) for transform in transforms) else 1,
-    )
-    if num_train < needed:
-        raise ConfigError(
-            "the index needs more training vectors than there are",
-            expected=f"at least {needed}",
-            found=num_train,
-            where=f"index.factory: {resolved}",
-            remedy="fewer lists, a smaller codec, or more training pairs",
-        )
-    return resolved
-
-
-def train_codebook(
-    vectors: Float32, index: Index, metric: Metric, num_gallery: int, *, device: str, seed: int, num_threads: int = 1
-) -> bytes:
-    """Train the coarse quantizer and the codec; the result is an empty index as FAISS writes it.
-
-    The same vectors, seed and number of threads give the same bytes (on the CPU). The coarse k-means runs
-    on the GPUs where `device` is not `cpu` and FAISS sees any.
-
-    Args:
-        vectors: (M, d) float32 in the new space; `index.train_vectors` of them are drawn.
-        index: the factory and the number of training vectors.
-        metric: what the index is to measure.
-        num_gallery: vectors that the index will hold, for `auto`.
-        device: the config's `device`.
-        seed: of the draw and of k-means.
-        num_threads: OpenMP threads while training.
-
-    Raises:
-        ConfigError: the factory is not usable, or needs more training vectors than there are.
-        DataError: `vectors` is not (M, d), or not finite.
-    """
-    check_vectors(vectors, dim=None)
-    if len(vectors) > index.train_vectors:
-        drawn = np.random.default_rng(seed).choice(len(vectors), index.train_vectors, replace=False)
-        vectors = vectors[np.sort(drawn)]
-    factory = check_trainable(index.factory, num_gallery, len(vectors), vectors.shape[1])
-    empty, ivf, transforms = _make(factory, vectors.shape[1], metric)
-    borrowed = [*_prepare_clustering(ivf, transforms, seed), _clustering_on_gpu(ivf, device)]
-    with _threads(num_threads):
-        empty.train(np.ascontiguousarray(vectors, dtype=np.float32))
-    del borrowed  # FAISS held bare pointers to these while it trained
-    return faiss.serialize_index(empty).tobytes()
-
-
-def write_codebook(run: Run, data: bytes) -> tuple[str, str]:
-    """Store what `train_codebook` made; returns its path inside the run and its sha256."""
-    return put_by_content(run, "index/codebook-{}.faiss", data)
 
 
 class Codebook:
@@ -221,21 +127,9 @@ class Codebook:
             del placeholder
 
 
-def _automatic(num_vectors: int, num_train: int | None, dim: int | None) -> str:
-    if num_vectors <= FLAT_UP_TO:
-        return "IVF1,Flat"
-    exponent = round(math.log2(4 * math.sqrt(num_vectors)))
-    if num_train is not None:
-        exponent = min(exponent, int(math.log2(max(1, num_train // TRAIN_VECTORS_PER_LIST))))
-    if num_vectors <= IVF_FLAT_UP_TO:
-        return f"IVF{2**exponent},Flat"
-    if num_vectors <= SQ8_UP_TO:
-        return f"IVF{2**exponent},SQ8"
-    code_bytes = 2 ** max(0, min(6, int(math.log2((dim or _ANY_DIM) / 4))))
-    return f"OPQ{code_bytes}_{4 * code_bytes},IVF{2**exponent}_HNSW32,PQ{code_bytes}"
-
-
-def _make(factory: str, dim: int, metric: Metric) -> tuple[faiss.Index, faiss.IndexIVF, list[faiss.VectorTransform]]:
+def make_index(
+    factory: str, dim: int, metric: Metric
+) -> tuple[faiss.Index, faiss.IndexIVF, list[faiss.VectorTransform]]:
     """An untrained index and its parts.
 
     Raises:
@@ -272,43 +166,6 @@ def parts(index: faiss.Index) -> tuple[faiss.IndexIVF, list[faiss.VectorTransfor
     if not isinstance(index, faiss.IndexIVF) or type(index) not in _CODECS:
         raise TypeError(f"it makes a {type(index).__name__}")
     return index, transforms
-
-
-def _prepare_clustering(ivf: faiss.IndexIVF, transforms: list[faiss.VectorTransform], seed: int) -> list[object]:
-    """Seed every k-means, and silence its advice about few points; returns what must live while training."""
-    settings, borrowed = [ivf.cp], list[object]()
-    if isinstance(ivf, faiss.IndexIVFPQ):
-        # Half a minute of annealing for a search mode that is not used.
-        ivf.do_polysemous_training = False  # type: ignore[attr-defined]  # not in the stubs
-        settings.append(ivf.pq.cp)
-    for transform in transforms:
-        if isinstance(transform, faiss.OPQMatrix):
-            transform.pq = faiss.ProductQuantizer(transform.d_out, transform.M, 8)  # 2^8: _OPQ_CENTROIDS
-            borrowed.append(transform.pq)
-            settings.append(transform.pq.cp)
-    for item in settings:
-        item.min_points_per_centroid = 1
-        item.seed = seed % 2**31
-    return borrowed
-
-
-def _clustering_on_gpu(ivf: faiss.IndexIVF, device: str) -> object:
-    """Let the coarse k-means assign on the GPUs, if any; the index itself stays on the CPU."""
-    if device == "cpu" or not faiss.get_num_gpus():
-        return None
-    gpus = [int(device.partition(":")[2])] if ":" in device else None
-    ivf.clustering_index = faiss.index_cpu_to_gpus_list(faiss.IndexFlat(ivf.d, ivf.metric_type), gpus=gpus)
-    return ivf.clustering_index
-
-
-@contextmanager
-def _threads(num_threads: int) -> Iterator[None]:
-    before = faiss.omp_get_max_threads()
-    set_threads(num_threads)
-    try:
-        yield
-    finally:
-        set_threads(before)
 
 
 def check_vectors(vectors: Float32, dim: int | None) -> None:

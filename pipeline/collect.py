@@ -40,11 +40,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from pipeline import removals, reserve, snapshot, storage
-from pipeline.commits import Commit, Removals, read_commit, read_removals
+from pipeline.commits import Commit, read_commit
 from pipeline.documents import to_json
 from pipeline.errors import ConfigError, Removed, SnapshotConflict
-from pipeline.leases import find_leases
 from pipeline.plan import dropped_files
+from pipeline.removals import Removals, find_leases, read_removals
 from pipeline.run import Run
 from pipeline.snapshot import CANDIDATE, PROD
 from pipeline.store import Stat, is_full

@@ -12,18 +12,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import Self, TypeVar
 
 from pipeline import storage
 from pipeline.calibration import Calibration
 from pipeline.config import Metric
 from pipeline.documents import from_json
-from pipeline.errors import DataError, Removed
+from pipeline.errors import DataError
+from pipeline.removals import read_removals, removed
 from pipeline.run import Run
 from pipeline.segments import SegmentRef
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 
@@ -106,44 +104,6 @@ class Commit:
         named = {"path", "sha256", "bytes"}
         segments = [{key: value for key, value in asdict(item).items() if key not in named} for item in self.segments]
         return content | {"segments": segments}
-
-
-@dataclass(frozen=True, slots=True)
-class Removals:
-    """The commits that gc removes, as `index/collected.json` says; `removals` has the rules.
-
-    Attributes:
-        announced: those that go unless somebody objects; until then they are whole.
-        confirmed: those that are gone, or may be from one moment to the next.
-        files: paths inside the run of what only confirmed commits named, as far as it is not deleted yet.
-        attempt_id: of the one write that put the file there.
-    """
-
-    announced: tuple[int, ...] = ()
-    confirmed: tuple[int, ...] = ()
-    files: tuple[str, ...] = ()
-    attempt_id: str = ""
-
-
-def read_removals(run: Run) -> Removals:
-    """Which commits gc has removed, or is about to.
-
-    Raises:
-        DataError: the file is damaged or of another format.
-    """
-    found = storage.read_versioned(run.collected)
-    return from_json(Removals, found[0], run.collected) if found else Removals()
-
-
-def removed(run: Run, number: int) -> Removed:
-    """The error of whoever asks for a commit that gc has removed."""
-    return Removed(
-        "gc has removed this commit",
-        expected="a commit that is kept",
-        found=number,
-        where=run.commit(number),
-        remedy="take a later one; `gc --keep` keeps more of those to come",
-    )
 
 
 def read_commit(run: Run, number: int) -> Commit:

@@ -11,17 +11,14 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from pipeline.config_method import POLICY_NAMES as POLICY_NAMES
-from pipeline.config_method import Classifier as Classifier
-from pipeline.config_method import Evaluate, Plan
-from pipeline.config_method import Fit as Fit
-from pipeline.config_method import Gate as Gate
-from pipeline.config_method import LossMode as LossMode
-from pipeline.config_method import Measure as Measure
-from pipeline.config_method import Offset as Offset
-from pipeline.config_method import Probe as Probe
-from pipeline.config_method import Select as Select
-from pipeline.config_method import TransformationKind as TransformationKind
+from pipeline.config_method import (
+    Evaluate,
+    Fit,
+    Gate,
+    Plan,
+    Probe,
+    Select,
+)
 from pipeline.settings import Count, Fetch, Fraction, Section, Storage
 
 Metric = Literal["l2", "ip", "cosine"]

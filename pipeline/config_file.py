@@ -15,7 +15,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline import storage
-from pipeline.config import AnyManifest, Classifier, Config, Encoder, Encoders
+from pipeline.config import AnyManifest, Config, Encoder, Encoders
+from pipeline.config_method import Classifier
 from pipeline.errors import ConfigError
 
 _SHOWN = 20  # problems of a config

@@ -17,29 +17,22 @@ from pipeline.arrays import Float64, Int64
 from pipeline.calibration import Calibration, read_calibration
 from pipeline.config import Config
 from pipeline.errors import DataError
-from pipeline.evaluate import (
-    METRICS,
-    Metrics,
+from pipeline.evaluate import METRICS, Metrics, by_group, evaluate, negative_flips
+from pipeline.gallery import GalleryArrays, check_known, load_gallery, query_rows
+from pipeline.plan import FROM_PAIRS
+from pipeline.points import SLOTS
+from pipeline.ranking import Progress
+from pipeline.run import Run
+from pipeline.selection import resolve_policy
+from pipeline.simulated_curve import (
     OrderCurve,
     Simulation,
-    by_group,
-    evaluate,
-    negative_flips,
     oracle_order,
     order_by_priority,
     random_order,
     share_of_gap,
     simulate_curve,
 )
-from pipeline.gallery import GalleryArrays as GalleryArrays
-from pipeline.gallery import check_known, query_rows
-from pipeline.gallery import has_labels as has_labels
-from pipeline.gallery import load_gallery as load_gallery
-from pipeline.plan import FROM_PAIRS
-from pipeline.points import SLOTS
-from pipeline.ranking import Progress
-from pipeline.run import Run
-from pipeline.selection import resolve_policy
 from pipeline.vector_log import part_files
 
 Json = dict[str, object]

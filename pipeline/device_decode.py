@@ -19,16 +19,8 @@ import torch
 from PIL import Image
 
 from pipeline.config import Preprocess
-from pipeline.images import (
-    Limits,
-    Reject,
-    check_resized,
-    check_shape,
-    decode_image,
-    open_image,
-    rejecting,
-    resized_size,
-)
+from pipeline.fetch import Reject
+from pipeline.images import Limits, check_resized, check_shape, decode_image, open_image, rejecting, resized_size
 from pipeline.orientation import Turn, read_turn
 
 _AT_ONCE = 64  # JPEGs in one call of the decoder, at most,

@@ -22,10 +22,10 @@ import torch
 from pipeline import config as settings
 from pipeline import worker_metrics
 from pipeline.arrays import Float32, vectors_to_arrow
+from pipeline.device import resolve_device
 from pipeline.encoders import EmbeddingModel, load_encoder
 from pipeline.errors import ConfigError
 from pipeline.images import Limits, Pixels
-from pipeline.transformation import resolve_device
 
 if TYPE_CHECKING:
     from pipeline.device_decode import DeviceDecoder

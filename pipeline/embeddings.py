@@ -15,23 +15,27 @@ import pyarrow as pa
 
 from pipeline import manifest, parquet, rejects, vector_log
 from pipeline.arrays import Float32, vectors_from_arrow
-from pipeline.config import Config, Encoder
+from pipeline.config import Config, Encoder, Preprocess
 from pipeline.errors import ConfigError
-from pipeline.manifest import GALLERY_PAIRS, Manifest
-from pipeline.run import Run
-from pipeline.schema import Unit
+from pipeline.fetch import Place, Reject, fetch
+from pipeline.images import decode_image, image_limits
+from pipeline.manifest import Manifest
+from pipeline.run import GALLERY_PAIRS, PROBE_SET, Run
+from pipeline.schema import LOCATION, Unit
 from pipeline.stream import Work, embed_stream
 from pipeline.vector_log import VectorLog
+
+NUM_PROBED = 8
 
 logger = logging.getLogger(__name__)
 
 _BOTH = ("old", "new")
-_NEEDED = {"gallery": ("old",), "pairs": _BOTH, GALLERY_PAIRS: _BOTH, "probe-set": _BOTH}
+_NEEDED = {"gallery": ("old",), "pairs": _BOTH, GALLERY_PAIRS: _BOTH, PROBE_SET: _BOTH}
 _LOST = {
     "gallery": "they have no vector, so they are not served",
     "pairs": "they are left out of the fit",
     GALLERY_PAIRS: "they are left out of the fit",
-    "probe-set": "they are left out of what snapshots are measured on",
+    PROBE_SET: "they are left out of what snapshots are measured on",
 }
 
 OnUnits = Callable[[str, int, int], None]
@@ -82,7 +86,7 @@ def embed_missing(config: Config, run: Run, folders: Sequence[str], on_units: On
 
 def _check_rejects(config: Config, folder: str, rejected: int, images: int, log: VectorLog) -> None:
     """Too many rejects stop the work, but for the probe set: the wave of an image is what its reject counts in."""
-    if folder != "probe-set":
+    if folder != PROBE_SET:
         rejects.check_manifest(rejected, images, config.backfill, folder, log.rejects_uri)
 
 
@@ -145,3 +149,38 @@ def read_embeddings(run: Run, folder: str, part: int, role: str, log: VectorLog)
     places = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
     there = ids[places] == wanted
     return rows.filter(pa.array(there)), vectors[places[there]]
+
+
+def probe(config: Config, run: Run, folder: str, rows: Manifest, preprocess: Preprocess) -> tuple[int, list[str]]:
+    """Read and decode some images that are spread over a manifest.
+
+    Returns:
+        how many were tried, and of those that cannot be read the place and the reason.
+
+    Raises:
+        DataError: a store refuses the credentials.
+        TransientError: a store kept failing.
+    """
+    limits = image_limits(config)
+    places = _places(run, folder, rows)
+    bad = []
+    for place, (data, _) in zip(places, fetch(places, limits.max_bytes, config.fetch, limits.root), strict=True):
+        try:
+            if isinstance(data, Reject):
+                raise data
+            decode_image(data, preprocess, limits)
+        except Reject as reject:
+            bad.append(f"{place.uri}{'' if place.row is None else f' row {place.row}'}: {reject}")
+    return len(places), bad
+
+
+def _places(run: Run, folder: str, rows: Manifest) -> list[Place]:
+    ends = np.cumsum(rows.rows)
+    found = []
+    for position in np.unique(np.linspace(0, rows.num_rows - 1, NUM_PROBED).astype(np.int64)).tolist():
+        part = int(np.searchsorted(ends, position, side="right"))
+        group, row = divmod(position - int(ends[part]) + rows.rows[part], rows.unit_rows)
+        columns = [field.name for field in LOCATION]
+        table = parquet.read_parquet(run.part(folder, part), columns, [group])
+        found.append(Place(**table.slice(row, 1).to_pylist()[0]))
+    return found

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from pipeline.config import Telemetry
-from pipeline.run import Run
 
 WAVE_CPU_SECONDS = 0.4
 """What publishing a wave takes of the cores that the stream has else, on two of them; small where there are many."""
@@ -103,11 +102,6 @@ class Estimate:
     def to_json(self) -> dict[str, object]:
         """As `plan --json` and `plan/estimate.json` have it."""
         return asdict(self)
-
-
-def estimate_uri(run: Run) -> str:
-    """Where the last estimate of a run is kept."""
-    return run.path("plan", "estimate.json")
 
 
 def estimate(rates: Rates, images: int, waves: int, largest_pool: int, prices: Telemetry) -> Estimate:

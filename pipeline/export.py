@@ -18,17 +18,18 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from pipeline import index, leases, parquet, snapshot, storage
+from pipeline import commits, index, parquet, removals, snapshot, storage
 from pipeline.arrays import vector_type, vectors_to_arrow
 from pipeline.codebook import Codebook
+from pipeline.commits import Commit
 from pipeline.errors import DataError, Refused
 from pipeline.index import Segment
 from pipeline.keys import Keys
 from pipeline.readable import counted
 from pipeline.run import Run
 from pipeline.schema import FORMAT_VERSION
-from pipeline.segments import KINDS, Kind, check_digest
-from pipeline.snapshot import PROD, Commit, SegmentRef
+from pipeline.segments import KINDS, Kind, SegmentRef, check_digest
+from pipeline.snapshot import PROD
 
 Format = Literal["faiss", "parquet"]
 Tree = dict[str, Any]  # Any: what JSON can hold
@@ -77,8 +78,8 @@ def export(
         Refused: something else is in the folder, or gc has removed the commit.
     """
     run = Run(run_uri)
-    found = snapshot.read_commit(run, snapshot.tagged(run, tag) if commit is None else commit)
-    with leases.hold(run, found.number):
+    found = commits.read_commit(run, snapshot.tagged(run, tag) if commit is None else commit)
+    with removals.hold(run, found.number):
         codebook = Codebook.open(run, found.codebook_path, found.codebook_sha256)
         writer = _Writer(run, out_uri, form, found, codebook, Keys(run))
         finished = writer.begin()

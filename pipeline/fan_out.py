@@ -13,18 +13,16 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+T = TypeVar("T")
+
 _THREADS = 4
 _PATIENCE_SECONDS = 15.0  # a start of Ray takes four
 _ENOUGH = 8  # items left for which it pays
 _TASK_CPUS = 0.5
 _MAX_TASKS = 256  # under way at once
 
-T = TypeVar("T")
-
 SMALL_IMAGES = 250_000
 """Up to here a pass over the gallery takes seconds in one process."""
-
-_TASK_CPUS = 0.5
 
 
 def each(function: Callable[..., T], shared: tuple[object, ...], pieces: Sequence[object], images: int) -> Iterator[T]:

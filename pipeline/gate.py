@@ -17,7 +17,7 @@ import numpy as np
 from pipeline import probe_set, quality, snapshot
 from pipeline.arrays import Float64
 from pipeline.commits import Commit
-from pipeline.config import Gate
+from pipeline.config_method import Gate
 from pipeline.quality import Quality, Reference
 from pipeline.run import Run
 from pipeline.transformation import read_info

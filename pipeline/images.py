@@ -20,9 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from pipeline import parquet, storage
 from pipeline.arrays import Int64
 from pipeline.config import Config, Preprocess
-from pipeline.fetch import WAITED, fetch
-from pipeline.fetch import Place as Place
-from pipeline.fetch import Reject as Reject
+from pipeline.fetch import WAITED, Place, Reject, fetch
 from pipeline.orientation import read_turn
 from pipeline.schema import UNITS, Unit
 from pipeline.settings import Fetch

@@ -7,20 +7,31 @@ piece is all that this process sees.
 from __future__ import annotations
 
 import functools
+import hashlib
+import itertools
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from pipeline import storage
 from pipeline.errors import DataError
 from pipeline.fan_out import spread
-from pipeline.object_index import index_objects
-from pipeline.pieces import Ledger, Options, Piece, PieceWriter, read_ledger
-from pipeline.sources import find_pieces
+from pipeline.pieces import Kind, Ledger, Options, Piece, PieceWriter, read_ledger
+from pipeline.store import Stat
 from pipeline.table_index import index_csv, index_parquet
 from pipeline.tar_index import index_tar
 
-_INDEX = {"objects": index_objects, "tar": index_tar, "parquet": index_parquet, "csv": index_csv}
+_FILES: dict[str, Kind] = {".tar": "tar", ".parquet": "parquet", ".csv": "csv"}
+_WILD = "*?["
+_LISTED_AT_ONCE = 16
+
+_HASHED_AT_ONCE = 256
+_THREADS = 8
+_SPLIT_INTO = 64  # pieces of a prefix, about
+_MAX_LEVELS = 3
 
 OnProgress = Callable[[str, int, int, str], None]
 """Told (step, done, in all, how many images) as pieces and parts get done."""
@@ -136,3 +147,79 @@ def _check_not_empty(source: str, ledgers: Sequence[Ledger]) -> None:
             where=source,
             remedy="name the suffixes with --suffix; Parquet and CSV files are given by name or glob",
         )
+
+
+def split(prefix: str) -> list[Piece]:
+    """Share a prefix among some pieces by its folders, without listing it; one piece where it has none."""
+    root = prefix.rstrip("/")
+    shallow: list[str] = []
+    leaves = [root]
+    for _ in range(_MAX_LEVELS):
+        below = {leaf: storage.folders(leaf) for leaf in leaves} if len(leaves) < _SPLIT_INTO else {}
+        if not any(below.values()):
+            break
+        shallow += [f"{leaf}/" for leaf in leaves if below[leaf]]
+        leaves = [folder for leaf in leaves for folder in below[leaf] or [leaf]]
+    folders = sorted([*shallow, *leaves])
+    each = -(-len(folders) // _SPLIT_INTO)
+    starts = range(0, len(folders), each)
+    return [Piece("objects", tuple(folders[start : start + each]), root) for start in starts]
+
+
+def index_objects(piece: Piece, options: Options, out: PieceWriter) -> None:
+    """Write a row for each image in the folders of a piece; the key is the path below the root."""
+    images = _images(piece, options, out)
+    if not options.hash:
+        for uri, found in images:
+            out.add((uri[len(piece.root) + 1 :], uri, None, None, found.etag, found.size_bytes, None, None))
+        return
+    with ThreadPoolExecutor(_THREADS) as pool:
+        while some := list(itertools.islice(images, _HASHED_AT_ONCE)):
+            digests = pool.map(_sha256, [uri for uri, _ in some])
+            for (uri, found), digest in zip(some, digests, strict=True):
+                out.add((uri[len(piece.root) + 1 :], uri, None, None, found.etag, found.size_bytes, None, digest))
+
+
+def _images(piece: Piece, options: Options, out: PieceWriter) -> Iterator[tuple[str, Stat]]:
+    for folder in piece.uris:
+        for uri, found in storage.iter_stats(folder, deep=not folder.endswith("/")):
+            suffix = os.path.splitext(uri)[1].lower()
+            if suffix in options.suffixes:
+                yield uri, found
+            elif suffix == ".tar":
+                out.tars.append((uri, found.etag))
+            elif not uri.endswith("/"):  # such empty objects stand for folders
+                out.notes["other_objects"] += 1
+
+
+def _sha256(uri: str) -> str:
+    return hashlib.sha256(storage.read_bytes(uri)).hexdigest()
+
+
+def find_pieces(source: str) -> list[Piece]:
+    """The pieces of a source, in an order that stays the same.
+
+    Raises:
+        DataError: no such file is there, or it is of a kind that cannot be read.
+        FileNotFoundError, PermissionError: as the store says.
+    """
+    kind = next((kind for suffix, kind in _FILES.items() if source.lower().endswith(suffix)), None)
+    if kind is None and any(mark in source for mark in _WILD):
+        raise DataError("a glob of this kind cannot be indexed", expected=sorted(_FILES), found=source)
+    if kind is None:
+        return split(source)
+    files = storage.expand(source, f".{kind}")
+    if not files:
+        raise DataError("a source is not there", expected=f"a {kind} file", where=source)
+    with ThreadPoolExecutor(_LISTED_AT_ONCE) as pool:
+        etags = [found.etag for found in pool.map(storage.stat, files)]
+    return [Piece(kind, (uri,), _root(source), etag) for uri, etag in zip(files, etags, strict=True)]
+
+
+def _root(source: str) -> str:
+    """The folder that keys start below: the one before the first wildcard."""
+    first = min((source.index(mark) for mark in _WILD if mark in source), default=len(source))
+    return source[:first].rpartition("/")[0]
+
+
+_INDEX = {"objects": index_objects, "tar": index_tar, "parquet": index_parquet, "csv": index_csv}

@@ -33,9 +33,6 @@ from pipeline.partition import EMBEDDINGS, Partition, write_part
 from pipeline.run import Run
 from pipeline.schema import Unit, manifest_schema
 
-GALLERY_PAIRS = "gallery-pairs"
-"""The folder of the pairs that come from the gallery itself; those of the user's manifest are in `pairs`."""
-
 _PARTITION_ROWS = 131_072
 _HASHED_BYTES = 2**30  # a second of reading
 _BUCKET_IDS = 50_000_000  # ids sorted in memory at once when looking for duplicates

@@ -8,8 +8,7 @@ from __future__ import annotations
 import faiss
 import numpy as np
 
-from pipeline.arrays import Bools, Float32, Int64
-from pipeline.calibration import Calibration
+from pipeline.arrays import Float32, Int64
 
 _ITERATIONS = 20
 
@@ -37,42 +36,6 @@ def nearest(
     left_out = rows == own[:, None]
     left_out[~left_out.any(axis=1), -1] = True
     return keys[~left_out].reshape(len(rows), k), rows[~left_out].reshape(len(rows), k)
-
-
-def nearest_by_kind(
-    queries: Float32,
-    base: Float32,
-    k: int,
-    own: Int64,
-    metric: str,
-    transformed: Bools,
-    calibration: Calibration | None,
-) -> tuple[Float32, Int64]:
-    """As `nearest`, if the keys of some rows are mapped: the k nearest of each kind, merged.
-
-    Equal keys are ordered as `index.search_by_kind` orders them.
-
-    Args:
-        queries: (N, d) float32.
-        base: (M, d) float32.
-        k: at most M - 1.
-        own: (N,) int64, the row that does not count for a query, or -1.
-        metric: l2, ip or cosine.
-        transformed: (M,) bool, the rows whose keys are mapped.
-        calibration: the map; None if there is none.
-    """
-    if calibration is None or not transformed.any():
-        return nearest(queries, base, k, own, metric)
-    found = []
-    for kind in np.unique(transformed):
-        rows = np.flatnonzero(transformed == kind)
-        keys, places = nearest(queries, base[rows], min(k + 1, len(rows)), metric=metric)
-        places = rows[places]
-        keys[places == own[:, None]] = np.inf
-        found.append((calibration.apply(keys) if kind else keys, np.full(keys.shape, kind), keys, places))
-    mapped, kinds, raw, rows = (np.concatenate(pair, axis=1) for pair in zip(*found, strict=True))
-    order = np.lexsort((rows, raw, kinds, mapped), axis=1)[:, :k]
-    return np.take_along_axis(mapped, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
 
 def cluster(vectors: Float32, num_clusters: int, seed: int) -> Float32:

@@ -32,8 +32,8 @@ from pipeline.index import Segment
 from pipeline.nearest import nearest
 from pipeline.plan import Plan
 from pipeline.points import SLOTS
-from pipeline.probe_set import FOLDER, ProbeSet
-from pipeline.run import Run
+from pipeline.probe_set import ProbeSet
+from pipeline.run import PROBE_SET, Run
 from pipeline.segments import KINDS, SegmentRef
 from pipeline.vector_log import VectorLog
 
@@ -231,7 +231,7 @@ def _uri(run: Run, commit: Commit, refs: list[SegmentRef]) -> str:
     content.append(sorted((ref.shard, ref.sha256) for ref in refs))
     content += [] if commit.calibration is None else [commit.calibration]
     digest = hashlib.sha256(repr(content).encode()).hexdigest()
-    return run.path(FOLDER, "neighbours", f"wave-{refs[0].wave:03d}-{digest[:16]}.parquet")
+    return run.path(PROBE_SET, "neighbours", f"wave-{refs[0].wave:03d}-{digest[:16]}.parquet")
 
 
 def _to_parquet(found: Found) -> bytes:

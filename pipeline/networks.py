@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.config import TransformationKind
+from pipeline.config_method import TransformationKind
 
 _DROPOUT = 0.3
 

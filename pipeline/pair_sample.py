@@ -13,16 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import fan_out, manifest, parquet, probe_set, vector_log
+from pipeline import fan_out, manifest, parquet, probe_draw, vector_log
 from pipeline.arrays import Float32, Int64, vectors_from_arrow
 from pipeline.config import Config, num_from_gallery
 from pipeline.errors import DataError
 from pipeline.hashing import splitmix64
-from pipeline.manifest import GALLERY_PAIRS, Manifest
+from pipeline.manifest import Manifest
 from pipeline.rejects import manifest_log
-from pipeline.run import Run
+from pipeline.run import GALLERY_PAIRS, PROBE_SET, Run
 
-FOLDER = GALLERY_PAIRS
 _SALT = 0x9A125  # of this sample alone: other choices by a hash of ids are independent of it
 _MOST_LABELS = 10_000  # with more the sample is drawn by chance, which gives each label its share, too
 _ORDER = [(name, "ascending") for name in ("uri", "offset", "row", "id")]  # neighbours are read together
@@ -41,11 +40,11 @@ def draw(config: Config, run: Run) -> Manifest | None:
         DataError: as `probe_set.draw`.
         IncompatibleRun: as `probe_set.draw`.
     """
-    probe_set.draw(config, run)
-    gallery, done = manifest.read_manifest(run, "gallery"), manifest.read_manifest(run, FOLDER)
+    probe_draw.draw(config, run)
+    gallery, done = manifest.read_manifest(run, "gallery"), manifest.read_manifest(run, GALLERY_PAIRS)
     assert gallery is not None, "the gallery is normalised before images are drawn from it"
     if done is None:
-        probe = manifest.ids_of(run, probe_set.FOLDER)
+        probe = manifest.ids_of(run, PROBE_SET)
         count = min(num_from_gallery(config, gallery.num_rows, len(probe)), gallery.num_rows - len(probe))
         if not count:
             return None
@@ -53,19 +52,19 @@ def draw(config: Config, run: Run) -> Manifest | None:
     elif manifest.is_drawn_from(done, gallery):
         return done
     else:
-        ids = manifest.ids_of(run, FOLDER)
+        ids = manifest.ids_of(run, GALLERY_PAIRS)
     found = fan_out.each(_rows_of, (run, ids), range(len(gallery.rows)), gallery.num_rows)
-    return manifest.write_drawn(run, FOLDER, gallery, pa.concat_tables(found).sort_by(_ORDER))
+    return manifest.write_drawn(run, GALLERY_PAIRS, gallery, pa.concat_tables(found).sort_by(_ORDER))
 
 
 def embedded_ids(run: Run) -> Int64:
     """The ids of the drawn images whose new embedding is known, (n,) int64, sorted; none if none are drawn."""
-    drawn = manifest.read_manifest(run, FOLDER)
+    drawn = manifest.read_manifest(run, GALLERY_PAIRS)
     if drawn is None:
         return np.empty(0, np.int64)
     if "new_embedding" in drawn.dims:
-        return np.sort(manifest.ids_of(run, FOLDER))
-    return vector_log.read_ids(manifest_log(run, FOLDER, "new"), 0)
+        return np.sort(manifest.ids_of(run, GALLERY_PAIRS))
+    return vector_log.read_ids(manifest_log(run, GALLERY_PAIRS, "new"), 0)
 
 
 def read_new(run: Run, ids: Int64) -> tuple[Float32, pa.Array]:
@@ -81,7 +80,7 @@ def read_new(run: Run, ids: Int64) -> tuple[Float32, pa.Array]:
     Raises:
         DataError: one of them has none, or a file is damaged.
     """
-    drawn, part = manifest.read_manifest(run, FOLDER), run.part(FOLDER, 0)
+    drawn, part = manifest.read_manifest(run, GALLERY_PAIRS), run.part(GALLERY_PAIRS, 0)
     assert drawn is not None, "the sample is drawn before its embeddings are asked for"
     units = np.unique(_places(parquet.read_parquet(part, ["id"])["id"].to_numpy(), ids, part) // drawn.unit_rows)
     if "new_embedding" in drawn.dims:
@@ -89,7 +88,7 @@ def read_new(run: Run, ids: Int64) -> tuple[Float32, pa.Array]:
         rows = rows.rename_columns(["id", "vector"]).append_column("source_etag", pa.nulls(len(rows), pa.string()))
         where = part
     else:
-        log = manifest_log(run, FOLDER, "new")
+        log = manifest_log(run, GALLERY_PAIRS, "new")
         rows, where = pa.concat_tables([vector_log.read_unit(log, 0, unit) for unit in units.tolist()]), log.parts_uri
     rows = rows.take(pa.array(_places(rows["id"].to_numpy(), ids, where)))
     return vectors_from_arrow(rows["vector"]), rows["source_etag"].combine_chunks()

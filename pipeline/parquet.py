@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,16 +12,6 @@ import pyarrow.parquet as pq
 from pipeline.content import Content, Digests, Mismatch
 from pipeline.errors import DataError
 from pipeline.storage import open_input
-from pipeline.store import AlreadyExists as AlreadyExists
-from pipeline.store import Changed as Changed
-from pipeline.store import Outside as Outside
-from pipeline.store import Stat as Stat
-from pipeline.store import TooLarge as TooLarge
-from pipeline.store import Unreadable as Unreadable
-
-if TYPE_CHECKING:
-    pass
-
 
 _REMEDY = "`fastfill audit` lists all damaged files; restore this one from a copy, or make it again"
 

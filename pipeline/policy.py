@@ -17,8 +17,7 @@ from pipeline.arrays import Float32
 from pipeline.errors import ConfigError, DataError
 from pipeline.hashing import splitmix64
 from pipeline.reference import Reference
-from pipeline.signals import Scored as Scored
-from pipeline.signals import signals as signals
+from pipeline.signals import Scored, signals
 
 Policy = Callable[[Scored], Float32]
 Own = Callable[[Scored, Reference], Float32]

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import fan_out, manifest, parquet
-from pipeline.config import Columns, Probe
+from pipeline.config import Columns
+from pipeline.config_method import Probe
 from pipeline.errors import DataError
 from pipeline.manifest import Manifest
 from pipeline.manifest_columns import check_columns, check_ids

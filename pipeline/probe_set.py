@@ -14,25 +14,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from pipeline import fan_out, manifest, parquet, storage
 from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
-from pipeline.config import Config, num_from_gallery
+from pipeline.config import Config
 from pipeline.embeddings import embedding_log, read_embeddings
-from pipeline.errors import IncompatibleRun
 from pipeline.gallery import codes_of, count_labelled
-from pipeline.hashing import splitmix64
-from pipeline.manifest import GALLERY_PAIRS, Manifest
 from pipeline.plan import Plan
-from pipeline.probe_sample import find_rows, read_sample
-from pipeline.quality import FOLDER as FOLDER
-from pipeline.run import Run
+from pipeline.run import PROBE_SET, Run
 
-_SALT = 0x9120BE  # of this sample alone: whatever else is chosen by a hash of ids is independent of it
-_LEAST = 200  # images that a small gallery gives, as far as it has them
 _FEWEST = 2  # images: one alone has no neighbours
-_SHARE = 10  # of a larger gallery at most one image in so many
 _PLANNED = ["id", "wave", "uncertainty", "vector"]
 _GATHERED = ["id", "wave", "uncertainty", "label", "group", "vector", "new", "old"]
 
@@ -70,44 +61,6 @@ class ProbeSet:
         return self.new / np.linalg.norm(self.new, axis=1, keepdims=True) if metric == "cosine" else self.new
 
 
-def size(wanted: int, num_gallery: int) -> int:
-    """How many images are drawn where so many are wanted."""
-    return min(wanted, max(_LEAST, num_gallery // _SHARE), num_gallery)
-
-
-def draw(config: Config, run: Run) -> Manifest | None:
-    """Choose the images and write where they are as a normalised manifest; nothing where that is done.
-
-    These are the images of the user's sample with its labels, or else some by chance, whose number is that of the
-    first time. If the gallery's parts were written again (its images were moved, or are read otherwise), these are too.
-
-    Returns:
-        the manifest; None where there is to be no probe set.
-
-    Raises:
-        DataError: the sample cannot be used, or names images that the gallery does not have.
-        IncompatibleRun: the set was drawn with another sample, or with none.
-    """
-    if not config.probe.images:
-        return None
-    gallery, done = manifest.read_manifest(run, "gallery"), manifest.read_manifest(run, FOLDER)
-    assert gallery is not None, "the gallery is normalised before images are drawn from it"
-    sample = None if config.probe.manifest is None else read_sample(config.probe)
-    digest = "" if sample is None else sample.digest
-    if done is not None:
-        _check_sample(run, done.sample, digest)
-        if manifest.is_drawn_from(done, gallery):
-            return done
-    if sample is None:
-        pairs = manifest.ids_of(run, GALLERY_PAIRS)  # none where the set is drawn when the run starts
-        room = gallery.num_rows - max(len(pairs), num_from_gallery(config, gallery.num_rows))
-        count = done.num_rows if done is not None else max(1, min(size(config.probe.images, gallery.num_rows), room))
-        rows = _by_chance(run, gallery, count, pairs)
-    else:
-        rows = find_rows(run, gallery, sample, config.gallery.columns.id)
-    return manifest.write_drawn(run, FOLDER, gallery, rows.sort_by("id"), digest)
-
-
 def embedded(config: Config, run: Run) -> pa.Table | None:
     """The drawn images that both encoders could read, as they are before there is a plan.
 
@@ -115,7 +68,7 @@ def embedded(config: Config, run: Run) -> pa.Table | None:
         sorted by id: id, label and group (strings, null for none), old and new, and `side` where the gallery has it;
         None where no set is wanted or was drawn, or fewer than two of its images have both embeddings.
     """
-    if not config.probe.images or manifest.read_manifest(run, FOLDER) is None:
+    if not config.probe.images or manifest.read_manifest(run, PROBE_SET) is None:
         return None
     found = _embedded(config, run)
     return found if found.num_rows >= _FEWEST else None
@@ -127,7 +80,7 @@ def gather(config: Config, run: Run, plan: Plan) -> ProbeSet | None:
     Returns:
         None where none is wanted or was drawn, or fewer than two of its images have all their embeddings.
     """
-    if not config.probe.images or manifest.read_manifest(run, FOLDER) is None:
+    if not config.probe.images or manifest.read_manifest(run, PROBE_SET) is None:
         return None
     if not is_gathered(run):
         known = _embedded(config, run)
@@ -150,7 +103,7 @@ def stands_alone(run: Run, plan: Plan, probe: ProbeSet) -> bool:
     So it is where they are the user's sample, and with its labels not all images of the plan have one: an answer
     without a label is neither right nor wrong.
     """
-    drawn = manifest.read_manifest(run, FOLDER)
+    drawn = manifest.read_manifest(run, PROBE_SET)
     if drawn is None or not drawn.sample:
         return False
     others = count_labelled(plan.laid_out(run), plan.num_parts, plan.num_gallery, probe.ids)
@@ -184,7 +137,7 @@ def is_used(run: Run) -> bool:
     """Whether commits of this run are measured: a set was drawn, and is not known to be too small."""
     if is_gathered(run):
         return len(parquet.read_parquet(_gathered(run), ["id"])) >= _FEWEST
-    return manifest.read_manifest(run, FOLDER) is not None
+    return manifest.read_manifest(run, PROBE_SET) is not None
 
 
 def is_gathered(run: Run) -> bool:
@@ -193,35 +146,13 @@ def is_gathered(run: Run) -> bool:
 
 
 def _gathered(run: Run) -> str:
-    return run.path(FOLDER, "set.parquet")
-
-
-def _check_sample(run: Run, drawn: str, given: str) -> None:
-    """The set is what it was drawn from; both are digests of a sample, or empty."""
-    if drawn == given:
-        return
-    found = "no sample" if not given else "another sample" if drawn else "a sample"
-    raise IncompatibleRun(
-        "the probe set of this run was drawn already, and stays as it is",
-        expected=f"the sample of digest {drawn[:16]}" if drawn else "no sample: its images were drawn by chance",
-        found=found + (f", of digest {given[:16]}" if given else ""),
-        where=f"probe.manifest, {run.path(FOLDER, 'manifest.json')}",
-        remedy="put the sample back as it was, or start beside it with `fastfill backfill --new-run`",
-    )
-
-
-def _by_chance(run: Run, gallery: Manifest, count: int, excluded: Int64) -> pa.Table:
-    """The rows of the gallery with the lowest hashes, but for some."""
-    found = list(fan_out.each(_lowest, (run, count, excluded), range(len(gallery.rows)), gallery.num_rows))
-    hashes = np.concatenate([some for some, _ in found])
-    limit = np.sort(hashes)[count - 1]  # unique: the hash is a bijection, and so are ids
-    return pa.concat_tables([rows.filter(pa.array(some <= limit)) for some, rows in found])
+    return run.path(PROBE_SET, "set.parquet")
 
 
 def _embedded(config: Config, run: Run) -> pa.Table:
     """As `embedded`, however few they are."""
     (rows, old), (others, new) = (
-        read_embeddings(run, FOLDER, 0, f"{role}_embedding", embedding_log(config, run, FOLDER, role))
+        read_embeddings(run, PROBE_SET, 0, f"{role}_embedding", embedding_log(config, run, PROBE_SET, role))
         for role in ("old", "new")
     )
     ids, other_ids = rows["id"].to_numpy(), others["id"].to_numpy()
@@ -230,17 +161,6 @@ def _embedded(config: Config, run: Run) -> pa.Table:
     found = rows.filter(pa.array(in_new)).select(names)
     found = found.append_column("old", vectors_to_arrow(old[in_new]))
     return found.append_column("new", vectors_to_arrow(new[in_old]))
-
-
-def _lowest(run: Run, count: int, excluded: Int64, part: int) -> tuple[NDArray[np.uint64], pa.Table]:
-    """Of a part of the gallery, the rows with the lowest hashes, as many as are wanted in all, and these hashes."""
-    uri = run.part("gallery", part)
-    ids: Int64 = parquet.read_parquet(uri, ["id"])["id"].to_numpy()
-    hashes = splitmix64(ids, _SALT)
-    order = np.argsort(hashes)
-    chosen = order[~np.isin(ids[order], excluded)][:count]
-    rows = parquet.read_parquet(uri).take(pa.array(np.sort(chosen)))
-    return hashes[np.sort(chosen)], rows
 
 
 def _planned(run: Run, ids: Int64, part: int) -> pa.Table:

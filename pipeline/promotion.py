@@ -20,10 +20,9 @@ from pipeline.gate import Refusal
 from pipeline.neighbours import Found
 from pipeline.plan import Plan
 from pipeline.probe_set import ProbeSet, gather
-from pipeline.quality import Quality, Reference
+from pipeline.quality import Quality, Reference, Standing, write_standing
 from pipeline.run import Run
 from pipeline.segments import SegmentRef
-from pipeline.standing import Standing, write_standing
 from pipeline.stop import Stop
 
 _REMEDY = (

@@ -13,26 +13,21 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-import pyarrow as pa
-
-from pipeline import parquet, reserve, snapshot, telemetry
-from pipeline.arrays import Float32, vectors_from_arrow
+from pipeline import commits, reserve, telemetry
 from pipeline.calibration import read_calibration
-from pipeline.codebook import train_codebook, write_codebook
+from pipeline.commits import Commit, Counts
 from pipeline.config import Config
 from pipeline.errors import GateRefused
 from pipeline.identity import fix_settings, stage_settings
-from pipeline.offset import PART
-from pipeline.parts import list_parts
 from pipeline.plan import Plan
 from pipeline.promotion import Promotion
 from pipeline.run import Run
 from pipeline.schema import UnitAck
 from pipeline.seal import Sealer
-from pipeline.snapshot import Commit, Counts, SegmentRef, Writer
+from pipeline.segments import SegmentRef
 from pipeline.stop import Stop
-from pipeline.transformation import read_part
+from pipeline.train import train, write_codebook
+from pipeline.writer import Writer
 
 _CHECK_SECONDS = 10.0
 """How long a driver that was taken over may go on embedding before it looks; each look is one small GET."""
@@ -46,7 +41,7 @@ class Publisher:
         self._config, self._run, self._plan = config, run, plan
         self._writer = Writer.acquire(run)
         reserve.keep(run)
-        self._commit = snapshot.read_commit(run, latest) if (latest := self._writer.latest) is not None else None
+        self._commit = commits.read_commit(run, latest) if (latest := self._writer.latest) is not None else None
         if self._commit is not None:
             telemetry.observe_commit(self._commit)
         self._sealer = self._make_sealer()
@@ -198,40 +193,3 @@ class Publisher:
 def _padded(digests: tuple[str, ...], waves: int) -> tuple[str, ...]:
     """One digest per wave; empty for those that a version without digests sealed."""
     return digests or ("",) * waves
-
-
-def train(config: Config, run: Run, plan: Plan) -> bytes:
-    """The codebook of a run; on equal processors the same bytes each time."""
-    return train_codebook(
-        _training_vectors(run, plan, config.index.train_vectors),
-        config.index,
-        config.gallery.metric,
-        plan.num_gallery,
-        device=config.device,
-        seed=config.seed,
-    )
-
-
-def _training_vectors(run: Run, plan: Plan, wanted: int) -> Float32:
-    """What a codebook has to know: new embeddings, of the training pairs; and what is served with an offset.
-
-    An offset lies where new embeddings do not vary, so a codebook of these alone would not keep it.
-    """
-    pairs = (parquet.read_parquet(uri, ["new"])["new"] for uri in list_parts(run.path("pairs", "train")).values())
-    if read_part(run, PART) is None:
-        return _first(pairs, wanted)
-    place = plan.laid_out(run)
-    parts = (parquet.read_parquet(place.transformed_part(part), ["vector"]) for part in range(plan.num_parts))
-    return np.concatenate(
-        [_first(pairs, wanted - wanted // 2), _first((part["vector"] for part in parts), wanted // 2)]
-    )
-
-
-def _first(columns: Iterable[pa.ChunkedArray], wanted: int) -> Float32:
-    """The first vectors; parts of pairs are stripes, and those of the gallery as the manifest has them."""
-    found: list[Float32] = []
-    for column in columns:
-        found.append(vectors_from_arrow(column))
-        if sum(map(len, found)) >= wanted:
-            break
-    return np.concatenate(found)[:wanted]

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline import leases
+from pipeline import removals
 from pipeline.arrays import Bools, Float32, Int64
 from pipeline.codebook import Codebook
-from pipeline.commits import Commit
+from pipeline.commits import Commit, read_commit
 from pipeline.equality import ROUNDING
 from pipeline.errors import DataError, Removed
 from pipeline.evaluate import evaluate
@@ -26,7 +26,7 @@ from pipeline.ranking import calibrate
 from pipeline.run import Run
 from pipeline.search import Searcher
 from pipeline.segments import Kind, SegmentRef
-from pipeline.snapshot import PROD, list_commits, read_commit, read_commits, read_tag
+from pipeline.snapshot import PROD, list_commits, read_commits, read_tag
 
 Point = dict[str, int | float]
 _Cell = tuple[int, int, Kind]
@@ -54,7 +54,7 @@ def published_points(
     commits = read_commits(run)
     points: list[Point] = []
     for done, commit in enumerate(commits, start=1):
-        with contextlib.suppress(Removed), leases.hold(run, commit.number):
+        with contextlib.suppress(Removed), removals.hold(run, commit.number):
             points.append(_measure(snapshots, gallery, commit))
         if on_progress is not None:
             on_progress(done, len(commits))
@@ -80,7 +80,7 @@ def published_point(run: Run, commit: int | None = None) -> Point:
     gallery = load_gallery(run)
     check_known(gallery, run, labelled_only=True)
     snapshots = _Snapshots(run, gallery)
-    with leases.hold(run, commit):
+    with removals.hold(run, commit):
         point = _measure(snapshots, gallery, found)
         return point | {"num_queries": len(query_rows(gallery)), "recall10": _recall(snapshots, gallery, found)}
 

@@ -15,11 +15,10 @@ import numpy as np
 from pipeline import documents, fenced, storage
 from pipeline.documents import from_json, to_json
 from pipeline.fenced import Check
-from pipeline.run import Run
+from pipeline.run import PROBE_SET, Run
 
 Figures = dict[str, float]
 
-FOLDER = "probe-set"
 """Where the probe set lies, and its figures below `reports`. A run's `probe` is a store's own, and gc empties it."""
 
 MIN_QUERIES = 10
@@ -142,7 +141,7 @@ def read_all(run: Run) -> list[Quality]:
 
 def files(run: Run) -> list[str]:
     """The files of all commits that are measured, sorted."""
-    return storage.list_files(run.path("reports", FOLDER), ".json")
+    return storage.list_files(run.path("reports", PROBE_SET), ".json")
 
 
 def read_file(uri: str) -> Quality:
@@ -231,8 +230,42 @@ def _best_uri(run: Run) -> str:
 
 
 def _reference_uri(run: Run) -> str:
-    return run.path(FOLDER, "reference.json")
+    return run.path(PROBE_SET, "reference.json")
 
 
 def _quality_uri(run: Run, commit: int) -> str:
-    return run.path("reports", FOLDER, f"{commit:020d}.json")
+    return run.path("reports", PROBE_SET, f"{commit:020d}.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """`reports/standing.json`.
+
+    Attributes:
+        commit: the number of the last commit that was judged.
+        refused: why it is not promoted.
+        stopped: which condition of `--stop-when` ended the backfill here.
+    """
+
+    commit: int
+    refused: tuple[str, ...] = ()
+    stopped: str | None = None
+
+
+def write_standing(run: Run, standing: Standing, check: Check) -> None:
+    """Keep what became of the last commit; raises as `fenced.replace`."""
+    fenced.replace(_uri(run), documents.encode(standing), check)
+
+
+def read_standing(run: Run) -> Standing | None:
+    """What became of the last commit that was judged, or None.
+
+    Raises:
+        DataError: the file is damaged or of another format.
+    """
+    found = storage.read_versioned(_uri(run))
+    return None if found is None else documents.parse(Standing, found[0], _uri(run), documents.REDO)
+
+
+def _uri(run: Run) -> str:
+    return run.path("reports", "standing.json")

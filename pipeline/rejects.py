@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 from pipeline import vector_log
 from pipeline.config import Backfill
 from pipeline.errors import DataError
-from pipeline.plan import Plan
 from pipeline.retry import OTHER
 from pipeline.run import Run
 from pipeline.schema import REJECTS
@@ -98,10 +97,13 @@ def count_before_plan(run: Run) -> int:
     return sum(vector_log.count_rejects(manifest_log(run, "gallery", "old")).values())
 
 
-def read_all(run: Run, plan: Plan | None) -> pa.Table:
-    """The rejects of the gallery as REJECTS rows, those of the old encoder first; their stage says so."""
+def read_all(run: Run, log: VectorLog | None) -> pa.Table:
+    """The rejects of the gallery as REJECTS rows, those of the old encoder first; their stage says so.
+
+    `log` is the plan's; None where there is no plan yet.
+    """
     before = _of_manifest(run, "gallery", "old", "old encoder")
-    return before if plan is None else pa.concat_tables([before, vector_log.read_rejects(plan.log(run))])
+    return before if log is None else pa.concat_tables([before, vector_log.read_rejects(log)])
 
 
 def read_of_pairs(run: Run) -> pa.Table:

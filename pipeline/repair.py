@@ -12,20 +12,19 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from pipeline import parquet, planner, snapshot, storage, vector_log
+from pipeline import parquet, planner, snapshot, storage, vector_log, writer
 from pipeline import plan as plans
 from pipeline.audit_inputs import NOTHING, check_log
-from pipeline.codebook import write_codebook
 from pipeline.commits import Commit, read_commit
 from pipeline.config import Config
 from pipeline.errors import DataError
 from pipeline.evidence import Notes, Problem
 from pipeline.plan import Plan
-from pipeline.publish import train
 from pipeline.run import Run
 from pipeline.schema import SIDECAR, UNITS, Unit
 from pipeline.seal import Sealer, seal_again
 from pipeline.segments import SegmentRef, put_by_content
+from pipeline.train import train, write_codebook
 
 ASIDE = "damaged"
 _WAVE = re.compile(r"/wave-(\d+)(?:/|$|,)")
@@ -127,7 +126,7 @@ def _move_units(run: Run, plan: Plan, done: Repair, problems: list[Problem]) -> 
     """
     if not problems:
         return
-    snapshot.Writer.acquire(run)  # a driver that is still at work cannot publish the parts that are moved away here
+    writer.Writer.acquire(run)  # a driver that is still at work cannot publish the parts that are moved away here
     log, notes = plan.log(run), Notes()
     mine = (f"{log.parts_uri}/", f"{log.rejects_uri}/")
     cut_again = _waves(done.rebuilt)

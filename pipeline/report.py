@@ -20,20 +20,19 @@ import pyarrow.compute as pc
 import yaml
 from jinja2 import Environment
 
+from pipeline import commits, documents, gallery, parquet, plots, quality, snapshot, storage, vector_log
 from pipeline import curve as curves
-from pipeline import documents, parquet, plots, quality, snapshot, storage, vector_log
 from pipeline.config import Config
 from pipeline.errors import DataError
-from pipeline.estimate import estimate_uri
 from pipeline.expected import expected_uri, read_expected
 from pipeline.gallery import new_embeddings_given
 from pipeline.plan import FROM_PAIRS, Plan, read_plan, transformed_parts
 from pipeline.progress import Progress, Tracker
+from pipeline.quality import read_standing
 from pipeline.readable import duration, moment
 from pipeline.rejects import read_all as read_rejects
 from pipeline.run import Run
 from pipeline.selection import describe, read_selection, recipe_name
-from pipeline.standing import read_standing
 from pipeline.throughput import throughput
 
 Tree = dict[str, Any]  # Any: JSON
@@ -267,7 +266,7 @@ def _curve(config: Config, run: Run, progress: Progress | None) -> tuple[Tree | 
     if progress.left and not new_embeddings_given(run):
         done = 1 - progress.left / progress.gallery
         return None, f"It needs the new embedding of every image; {100 * done:.1f} per cent are there so far."
-    if not curves.has_labels(run):
+    if not gallery.has_labels(run):
         return None, "The gallery has no labels to measure it with (gallery.columns.label)."
     try:
         return curves.curve(config, run), ""
@@ -281,7 +280,7 @@ def _progress(run: Run, plan: Plan | None, published: int) -> Progress | None:
     return Tracker(plan, plan.log(run), max_reject_fraction=1.0).progress(published)
 
 
-def _figures(commit: snapshot.Commit) -> Tree:
+def _figures(commit: commits.Commit) -> Tree:
     return {"commit": commit.number, "created": moment(commit.created_unix_seconds), **asdict(commit.counts)}
 
 
@@ -338,10 +337,10 @@ def _expected(run: Run) -> Tree | None:
 
 
 def _estimate(run: Run) -> Tree | None:
-    found = storage.read_versioned(estimate_uri(run))
+    found = storage.read_versioned(run.estimate)
     if found is None:
         return None
-    where = estimate_uri(run)
+    where = run.estimate
     tree = documents.decode(found[0], where, documents.REDO)
     made = tree.get("made_unix_seconds") or storage.stat(where).modified_seconds
     try:
@@ -352,7 +351,7 @@ def _estimate(run: Run) -> Tree | None:
 
 def _rejects(run: Run, plan: Plan | None) -> list[Tree]:
     """Rejects by stage and kind of reason, as `status` shows them: what follows the colon differs by image."""
-    rejects = read_rejects(run, plan)
+    rejects = read_rejects(run, plan.log(run) if plan else None)
     kinds = pc.replace_substring_regex(rejects["reason"], "(?s):.*", "")
     groups = rejects.append_column("kind", kinds).group_by(["stage", "kind"], use_threads=False)  # "first" has an order
     counts = groups.aggregate([("id", "count"), ("uri", "first"), ("reason", "first")])

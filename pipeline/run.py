@@ -1,18 +1,15 @@
-"""A run: where each of its files lies, and whether a config may continue it.
-
-`run.json` is written once, when the run starts, and holds the resolved config and the fingerprints of
-its inputs. A later start with another config is refused with the names of what differs; settings that
-only say how the work is done (RUNTIME) may change at any time, and those that only one stage uses (STAGES)
-until that stage has made something: a fit that diverged, or a policy that failed, can be mended.
-"""
+"""The files of a run: where each of them lies. `config.identity` says whether a config may continue it."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-from pipeline import storage
 from pipeline.errors import DataError
+
+PROBE_SET = "probe-set"
+GALLERY_PAIRS = "gallery-pairs"
+"""Folders of a run: the images that snapshots are measured on, and the pairs that are drawn from the gallery."""
 
 _TAG = re.compile(r"[\w-]+")  # it becomes a file's name
 
@@ -31,7 +28,7 @@ class Run:
 
     def path(self, *parts: str) -> str:
         """Any file of the run by its path inside it."""
-        return storage.join(self.uri, *parts)
+        return _join(self.uri, *parts)
 
     @property
     def settings(self) -> str:
@@ -50,7 +47,7 @@ class Run:
 
     def wave_units(self, wave: int, first: int) -> str:
         """The units file of a wave that starts with unit `first`: one row group per unit, in locality order."""
-        return storage.join(self.units, f"wave-{wave:03d}", f"units-{first:05d}.parquet")
+        return _join(self.units, f"wave-{wave:03d}", f"units-{first:05d}.parquet")
 
     @property
     def units(self) -> str:
@@ -64,7 +61,7 @@ class Run:
 
     def transformed_part(self, number: int) -> str:
         """Part `number` of the transformed gallery."""
-        return storage.join(self.transformed, f"part-{number:05d}.parquet")
+        return _join(self.transformed, f"part-{number:05d}.parquet")
 
     def _laid_out(self, folder: str) -> str:
         return self.path(folder, self.layout) if self.layout else self.path(folder)
@@ -98,6 +95,15 @@ class Run:
         return self.path("index", "collected.json")
 
     @property
+    def estimate(self) -> str:
+        """What the backfill was estimated to take."""
+        return self.path("plan", "estimate.json")
+
+    @property
     def reports(self) -> str:
         """The folder of the report."""
         return self.path("reports")
+
+
+def _join(uri: str, *parts: str) -> str:
+    return "/".join([uri.rstrip("/"), *parts])

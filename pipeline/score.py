@@ -23,16 +23,18 @@ from pipeline import manifest, parquet, policy, storage
 from pipeline.actors import actor_pool
 from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
 from pipeline.config import Config
+from pipeline.device import resolve_device
 from pipeline.embeddings import embedding_log, read_embeddings
 from pipeline.errors import DataError
 from pipeline.offset import PART, Offset
 from pipeline.pair_sample import embedded_ids
-from pipeline.policy import Policy, Scored
+from pipeline.policy import Policy
 from pipeline.reference import load_reference
 from pipeline.run import Run
 from pipeline.schema import transformed_schema
 from pipeline.selection import resolve_policy
-from pipeline.transformation import apply, load_transformation, read_part, resolve_device
+from pipeline.signals import Scored
+from pipeline.transformation import apply, load_transformation, read_part
 
 _APPLY_BATCH = 8192
 

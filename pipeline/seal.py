@@ -28,8 +28,7 @@ from pipeline.index import write_segment
 from pipeline.plan import Plan
 from pipeline.run import Run
 from pipeline.schema import Unit
-from pipeline.segments import Rows
-from pipeline.snapshot import Kind, SegmentRef
+from pipeline.segments import Kind, Rows, SegmentRef
 from pipeline.vector_log import VectorLog
 
 logger = logging.getLogger(__name__)

@@ -25,16 +25,17 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline import index, leases, parquet, snapshot
+from pipeline import commits, index, parquet, removals, snapshot
 from pipeline.arrays import Float32, Int64
 from pipeline.codebook import Codebook
+from pipeline.commits import Commit
 from pipeline.errors import DataError, FastfillError, Removed
 from pipeline.index import Segment
 from pipeline.keys import Keys
-from pipeline.leases import Lease
+from pipeline.removals import Lease
 from pipeline.run import Run
-from pipeline.segments import KINDS, Kind, check_digest
-from pipeline.snapshot import PROD, Commit, SegmentRef
+from pipeline.segments import KINDS, Kind, SegmentRef, check_digest
+from pipeline.snapshot import PROD
 
 logger = logging.getLogger(__name__)
 
@@ -239,8 +240,8 @@ class Searcher:
         return self._open_leased(number, before)
 
     def _open_leased(self, number: int, before: _Snapshot | None) -> _Snapshot:
-        commit = snapshot.read_commit(self._run, number)
-        lease = leases.take(self._run, number)
+        commit = commits.read_commit(self._run, number)
+        lease = removals.take(self._run, number)
         try:
             return self._open(commit, before, lease)
         except BaseException:
@@ -316,7 +317,7 @@ def _renew_after_fork() -> None:
 def _own_lease(run: Run, number: int) -> Lease | None:
     """A lease on a commit that is open already; None if there can be none: what is open can be read all the same."""
     try:
-        return leases.take(run, number)
+        return removals.take(run, number)
     except (FastfillError, OSError) as error:
         logger.warning("commit %d is served without a lease after a fork: %s", number, error)
         return None

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +23,6 @@ from pipeline.errors import DataError
 from pipeline.run import Run
 from pipeline.schema import SIDECAR
 
-if TYPE_CHECKING:
-    pass
 Kind = Literal["transformed", "embedded"]
 KINDS: tuple[Kind, Kind] = ("embedded", "transformed")
 

@@ -13,8 +13,7 @@ from typing import Literal, Self
 import numpy as np
 
 from pipeline import documents
-from pipeline.config import LossMode, TransformationKind
-from pipeline.config_method import Offset
+from pipeline.config_method import LossMode, Offset, TransformationKind
 from pipeline.errors import ConfigError, DataError
 from pipeline.run import Run
 from pipeline.shift import Likeness

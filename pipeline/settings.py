@@ -11,16 +11,6 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from pipeline import uris
-from pipeline.config_method import POLICY_NAMES as POLICY_NAMES
-from pipeline.config_method import Classifier as Classifier
-from pipeline.config_method import Fit as Fit
-from pipeline.config_method import Gate as Gate
-from pipeline.config_method import LossMode as LossMode
-from pipeline.config_method import Measure as Measure
-from pipeline.config_method import Offset as Offset
-from pipeline.config_method import Probe as Probe
-from pipeline.config_method import Select as Select
-from pipeline.config_method import TransformationKind as TransformationKind
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1, le=2**53)]  # exact in JSON and in floating point, and far below int64

@@ -20,10 +20,9 @@ from safetensors.torch import save as save_safetensors
 
 from pipeline import documents, networks, storage
 from pipeline.arrays import Float32
-from pipeline.config import TransformationKind
-from pipeline.errors import ConfigError, DataError, SnapshotConflict
-from pipeline.networks import Transformation as Transformation
-from pipeline.networks import TransformationNetwork as TransformationNetwork
+from pipeline.config_method import TransformationKind
+from pipeline.errors import DataError, SnapshotConflict
+from pipeline.networks import Transformation
 from pipeline.run import Run
 from pipeline.schema import FORMAT_VERSION
 
@@ -77,27 +76,6 @@ class TransformationInfo:
             DataError: not JSON, another format version, or a field is missing.
         """
         return documents.build(cls, documents.decode(text.encode(), where), where)
-
-
-def resolve_device(setting: str) -> torch.device:
-    """The device that `auto`, `cpu`, `cuda` or `cuda:<index>` means on this machine.
-
-    Raises:
-        ConfigError: a GPU is asked for that is not there.
-    """
-    available = torch.cuda.device_count()
-    if setting == "auto":
-        return torch.device("cuda" if available else "cpu")
-    device = torch.device(setting)
-    if device.type == "cuda" and (device.index or 0) >= available:
-        raise ConfigError(
-            "the GPU is not there",
-            expected=setting,
-            found=f"{available} GPU(s) that torch {torch.__version__} can use",
-            where="device",
-            remedy="set device to auto or cpu, or run where there is a GPU",
-        )
-    return device
 
 
 def has_transformation(run: Run) -> bool:

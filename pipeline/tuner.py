@@ -23,8 +23,9 @@ from pipeline import config as settings
 from pipeline import parquet, storage
 from pipeline.actors import Pool, actor_pool
 from pipeline.errors import DataError
-from pipeline.estimate import Estimate, Rates, estimate, estimate_uri
-from pipeline.images import Limits, Pixels, Place, Reject, decoder, image_limits
+from pipeline.estimate import Estimate, Rates, estimate
+from pipeline.fetch import Place, Reject
+from pipeline.images import Limits, Pixels, decoder, image_limits
 from pipeline.plan import Plan
 from pipeline.run import Run
 from pipeline.schema import UNITS, Unit, UnitAck
@@ -80,7 +81,7 @@ def tune(
     room = actor_pool(config.backfill.model_copy(update={"max_actors": None}), config.device).first
     found = estimate(rates, plan.num_gallery - plan.num_from_pairs, plan.last_wave, room, config.telemetry)
     found = replace(found, made_unix_seconds=time.time())
-    storage.put(estimate_uri(run), json.dumps(found.to_json(), indent=1).encode())
+    storage.put(run.estimate, json.dumps(found.to_json(), indent=1).encode())
     return found
 
 

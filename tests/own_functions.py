@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.arrays import Float32
-from pipeline.policy import Scored
+from pipeline.signals import Scored
 
 
 def undecided(scored: Scored) -> Float32:

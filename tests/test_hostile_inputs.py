@@ -27,7 +27,8 @@ from pipeline import config as settings
 from pipeline import storage
 from pipeline.config_file import load_config
 from pipeline.errors import FastfillError
-from pipeline.images import Limits, Reject, decode_image
+from pipeline.fetch import Reject
+from pipeline.images import Limits, decode_image
 from pipeline.manifest import digest, scan
 from pipeline.partition import write_part
 from pipeline.pieces import Options, Piece, PieceWriter

@@ -12,7 +12,7 @@ from typing import get_args
 import numpy as np
 
 from pipeline.arrays import Float64
-from pipeline.config import Fit, LossMode, Offset, TransformationKind
+from pipeline.config_method import Fit, LossMode, Offset, TransformationKind
 from pipeline.expected import REACHED, fraction_for
 from pipeline.policy import POLICIES
 from pipeline.selection import Candidate as Described

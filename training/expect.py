@@ -12,11 +12,10 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import documents, fan_out, parquet, probe_set, storage
-from pipeline.agreement import among
 from pipeline.arrays import Float32, Float64, Int64, vectors_from_arrow
 from pipeline.calibration import read_calibration
 from pipeline.config import Config
-from pipeline.evaluate import METRICS, Metrics, evaluate, order_by_priority, recall
+from pipeline.evaluate import METRICS, Metrics, among, evaluate, recall
 from pipeline.expected import Ends, Expected, expect, expected_uri, read_expected
 from pipeline.gallery import codes_of, labelled_sample
 from pipeline.plan import Plan
@@ -24,6 +23,7 @@ from pipeline.probe_set import ProbeSet
 from pipeline.run import Run
 from pipeline.selection import read_selection, resolve_policy
 from pipeline.shift import Likeness, likeness
+from pipeline.simulated_curve import order_by_priority
 from training.folds import by_chance
 from training.held_out import FOLDS, HeldOut, fold_places, held_out, priorities
 from training.simulate import FINAL, Detail, curves_of, order_by, queries_of

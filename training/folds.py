@@ -23,15 +23,17 @@ from safetensors.numpy import load, save
 
 from pipeline import parquet, storage
 from pipeline.arrays import Float32, Int64, vectors_from_arrow
-from pipeline.config import Config, Select
+from pipeline.config import Config
+from pipeline.config_method import Select
+from pipeline.device import resolve_device
 from pipeline.errors import ConfigError
 from pipeline.hashing import splitmix64
 from pipeline.nearest import nearest
 from pipeline.networks import LinearTransformation
 from pipeline.offset import Classifier
-from pipeline.policy import Scored
 from pipeline.run import Run
-from pipeline.transformation import apply, resolve_device
+from pipeline.signals import Scored
+from pipeline.transformation import apply
 from training.candidates import Recipe
 from training.knowledge import measurable
 from training.learner import FitData, Job, Learner, PairArrays, can_classify, cut, make_arrays

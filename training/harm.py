@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from pipeline.arrays import Float32, Float64, Int64
-from pipeline.policy import Scored, signals
 from pipeline.reference import NO_LABEL, Reference, keys
+from pipeline.signals import Scored, signals
 
 _MOST_QUERIES = 8192
 _RELEVANT = 10

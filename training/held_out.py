@@ -20,9 +20,10 @@ from pipeline.calibration import Calibration, read_calibration
 from pipeline.config import Config
 from pipeline.hashing import splitmix64
 from pipeline.offset import Offset
-from pipeline.policy import POLICIES, Scored, load_policy
+from pipeline.policy import POLICIES, load_policy
 from pipeline.reference import NO_LABEL, Reference, load_reference
 from pipeline.run import Run
+from pipeline.signals import Scored
 from pipeline.transformation import apply, load_transformation, read_part
 from training.folds import APPLY_BATCH, Fold
 from training.harm import fit_learned, harm

@@ -16,8 +16,8 @@ from pipeline.arrays import Float32, Int64
 from pipeline.config import Config
 from pipeline.evaluate import evaluate
 from pipeline.offset import Classifier
-from pipeline.policy import Scored
 from pipeline.reference import Reference, build_reference
+from pipeline.signals import Scored
 from training.harm import fit_learned, harm
 from training.learner import PairArrays
 from training.losses import NO_LABEL

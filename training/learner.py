@@ -21,10 +21,9 @@ from torch.nn import functional
 
 from pipeline import offset
 from pipeline.arrays import Float32, Int64, vectors_from_arrow
-from pipeline.config import Fit
+from pipeline.config_method import Fit
 from pipeline.errors import DataError
-from pipeline.networks import TransformationNetwork, make
-from pipeline.transformation import Transformation
+from pipeline.networks import Transformation, TransformationNetwork, make
 from training.linear_fit import LinearFit
 from training.losses import (
     NO_LABEL,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
-from pipeline.config import Fit, LossMode
+from pipeline.config_method import Fit, LossMode
 
 NO_LABEL = -1
 _CLASSIFIER_EPOCHS = 20

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.agreement import among
 from pipeline.arrays import Float32, Int64
 from pipeline.config import Config
-from pipeline.evaluate import evaluate, recall
+from pipeline.device import resolve_device
+from pipeline.evaluate import among, evaluate, recall
 from pipeline.networks import Transformation
-from pipeline.transformation import Figures, TransformationInfo, apply, resolve_device
+from pipeline.transformation import Figures, TransformationInfo, apply
 from training.learner import Job, PairArrays
 from training.learning_curve import LearningCurve
 from training.linear_fit import LinearFit, inputs_of

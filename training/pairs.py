@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 
 from pipeline import documents, manifest, pair_sample, parquet, rejects, storage
 from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
-from pipeline.config import Classifier, Config
+from pipeline.config import Config
+from pipeline.config_method import Classifier
 from pipeline.embeddings import OnUnits, embed_missing, embedding_log, read_embeddings
-from pipeline.encoders import load_tensors
+from pipeline.encoder_backends import load_tensors
 from pipeline.errors import DataError
 from pipeline.hashing import splitmix64
 from pipeline.parts import list_parts
-from pipeline.run import Run
+from pipeline.run import GALLERY_PAIRS, Run
 from pipeline.vector_log import VectorLog
 from training.learner import FitData
 
@@ -114,7 +115,7 @@ def pair_folders(config: Config, run: Run) -> list[str]:
     given = [] if config.pairs.manifest is None else ["pairs"]
     if not config.pairs.uses_gallery:
         return given
-    return given if pair_sample.draw(config, run) is None else [*given, pair_sample.FOLDER]
+    return given if pair_sample.draw(config, run) is None else [*given, GALLERY_PAIRS]
 
 
 def check_enough(num_pairs: int, where: str) -> None:

@@ -25,7 +25,8 @@ import pyarrow as pa
 import ray
 
 from pipeline import documents, probe_set, storage
-from pipeline.config import Config, LossMode, Select
+from pipeline.config import Config
+from pipeline.config_method import LossMode, Select
 from pipeline.errors import ConfigError, FastfillError
 from pipeline.evaluate import METRICS
 from pipeline.gallery import codes_of

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pipeline import offset as offsets
-from pipeline.agreement import agreement_curve
 from pipeline.arrays import Float32, Float64, Int64
 from pipeline.calibration import Calibration, fit_calibration
 from pipeline.config import Config
-from pipeline.evaluate import METRICS, order_by_priority, random_order, simulate_curve
+from pipeline.evaluate import METRICS
 from pipeline.policy import load_policy
 from pipeline.reference import Reference, build_reference
+from pipeline.simulated_curve import agreement_curve, order_by_priority, random_order, simulate_curve
 from training.candidates import Serving
 from training.folds import Fold
 from training.harm import fit_learned, harm

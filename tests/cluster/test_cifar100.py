@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import snapshot, storage
+from pipeline import commits, snapshot, storage
 from pipeline.audit import audit
 from pipeline.run import Run
 from tests.cifar100 import WAVES, pairs_of, settings
@@ -55,7 +55,7 @@ def test_a_submitted_cifar100_backfill_that_was_stopped_once_gives_the_bytes_of_
     assert content(run) == content(local_cifar100)
     assert snapshot.list_commits(run) == snapshot.list_commits(local_cifar100) == list(range(WAVES + 1))
     for number in snapshot.list_commits(run):
-        found, expected = (snapshot.read_commit(item, number) for item in (run, local_cifar100))
+        found, expected = (commits.read_commit(item, number) for item in (run, local_cifar100))
         assert found.content() == expected.content()
     report = audit(run.uri)
     assert report.ok, report.problems

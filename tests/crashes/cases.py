@@ -13,7 +13,7 @@ import fsspec
 from PIL import Image
 
 from jobs import checks
-from pipeline import embed, expected, object_store, planner, probe, score, storage
+from pipeline import embed, expected, object_store, planner, score, storage
 from pipeline.config import Config
 from pipeline.errors import FastfillError
 from pipeline.local_store import LocalStore
@@ -27,7 +27,7 @@ from tests.crashes.outcome import Outcome, differences, durable_images, outcome,
 from tests.pipeline.unreliable_store import FakeTime
 from training import fit
 
-IMPORTED = (checks, embed, expected, fit, fsspec, planner, probe, score)
+IMPORTED = (checks, embed, expected, fit, fsspec, planner, score)
 """What a driver imports as it goes, and what takes seconds: once in the server that forks, not in every case."""
 Image.init()
 

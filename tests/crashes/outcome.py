@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 
-from pipeline import parquet, snapshot, storage
+from pipeline import commits, parquet, snapshot, storage
 from pipeline.audit import audit
 from pipeline.collect import Rules, collect
 from pipeline.run import Run
@@ -24,7 +24,7 @@ def outcome(run: Run) -> Outcome:
     """All that must be equal in two runs that have ended: commits, tags, the bytes of every file, the audit."""
     tags = {name: snapshot.read_tag(run, name) for name in ("candidate", "prod")}
     return {
-        "commits": {number: snapshot.read_commit(run, number).content() for number in snapshot.list_commits(run)},
+        "commits": {number: commits.read_commit(run, number).content() for number in snapshot.list_commits(run)},
         "tags": {name: None if tag is None else tag.commit for name, tag in tags.items()},
         "files": digests(run),
         "problems": audit(run.uri).problems,

@@ -22,9 +22,10 @@ from pipeline.backfill import backfill
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.identity import fix_settings, stage_settings
+from pipeline.networks import TransformationNetwork
 from pipeline.progress import Progress
 from pipeline.run import Run
-from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
+from pipeline.transformation import TransformationInfo, save_transformation
 from tests.galleries import NEW_DIM, OLD_DIM, PREPROCESS, digits
 from training.pairs import build_pairs
 

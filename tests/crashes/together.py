@@ -120,7 +120,7 @@ def _left(run: Run, expected: Outcome) -> list[str]:
     wrong, commits, files = [str(problem) for problem in audit(run.uri).problems], expected["commits"], digests(run)
     assert isinstance(commits, dict)
     assert isinstance(expected["files"], dict)
-    found = {number: snapshot.read_commit(run, number).content() for number in snapshot.list_commits(run)}
+    found = {number: commits.read_commit(run, number).content() for number in snapshot.list_commits(run)}
     wrong += [f"commit {number} differs" for number in found if found[number] != commits[number]]
     if small_run.WAVES not in found or snapshot.read_tag(run, "prod") is None:
         wrong.append(f"the last commit is not there: {sorted(found)}")

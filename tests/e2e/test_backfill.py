@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
-from pipeline import documents, snapshot, storage, vector_log
+from pipeline import commits, documents, snapshot, storage, vector_log
 from pipeline.calibration import Calibration
 from pipeline.config import Config
 from pipeline.config_file import load_config
@@ -76,7 +76,7 @@ def test_last_snapshot_answers_as_one_faiss_index_of_a_plain_reembedding(finishe
     queries = vectors[:50] + np.float32(0.01)
     with Searcher(finished.run) as searcher:
         result = searcher.search(queries, 10)
-        commit = snapshot.read_commit(Run(finished.run), searcher.commit.number)
+        commit = commits.read_commit(Run(finished.run), searcher.commit.number)
     plain = faiss.deserialize_index(np.fromfile(Run(finished.run).path(commit.codebook_path), dtype=np.uint8))
     plain.add_with_ids(vectors, np.arange(len(vectors)))
     plain.nprobe = finished.index.nprobe
@@ -108,8 +108,8 @@ def by_kind(
 def test_every_snapshot_answers_as_a_search_over_its_logical_state(finished: Config) -> None:
     run = Run(finished.run)
     gallery = load_gallery(run)
-    codebook = faiss.read_index(run.path(snapshot.read_commit(run, 0).codebook_path))
-    calibration = snapshot.read_commit(run, 0).calibration
+    codebook = faiss.read_index(run.path(commits.read_commit(run, 0).codebook_path))
+    calibration = commits.read_commit(run, 0).calibration
     assert calibration is not None
     queries = gallery.embedded[::7]
     for number in snapshot.list_commits(run):
@@ -130,7 +130,7 @@ def test_each_commit_serves_the_whole_gallery_with_one_more_wave_embedded(finish
     embedded = 0
     for number in snapshot.list_commits(run):
         embedded += plan.waves[number - 1].images if number else 0
-        counts = snapshot.read_commit(run, number).counts
+        counts = commits.read_commit(run, number).counts
         assert (counts.gallery, counts.embedded, counts.rejected) == (300, embedded, 0)
     assert embedded == 300
 
@@ -275,7 +275,7 @@ def test_backfill_resumed_from_half_a_log_publishes_the_same_bytes(finished: Con
     result = fastfill("backfill", "--config", half)
     assert result.exit_code == 0, result.output
     for number in snapshot.list_commits(run):
-        assert snapshot.read_commit(copy, number).content() == snapshot.read_commit(run, number).content()
+        assert commits.read_commit(copy, number).content() == commits.read_commit(run, number).content()
 
 
 def test_promote_and_rollback_move_prod_alone(finished: Config) -> None:

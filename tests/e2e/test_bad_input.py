@@ -22,7 +22,7 @@ import ray
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
-from pipeline import snapshot, vector_log
+from pipeline import commits, snapshot, vector_log
 from pipeline.config_file import load_config
 from pipeline.plan import read_plan
 from pipeline.run import Run
@@ -99,7 +99,7 @@ def test_bad_images_become_rejects_and_the_run_completes_with_their_transformed_
     rejects = vector_log.read_rejects(plan.log(run)).to_pylist()
     assert {row["id"]: row["reason"].partition(":")[0] for row in rejects} == expected
     assert all(row["uri"] for row in rejects)
-    counts = snapshot.read_commit(run, 3).counts
+    counts = commits.read_commit(run, 3).counts
     assert (counts.gallery, counts.embedded, counts.transformed, counts.rejected) == (120, 115, 5, 5)
     with Searcher(run.uri) as searcher:
         assert searcher.num_vectors == 120
@@ -129,7 +129,7 @@ def test_too_many_rejects_stop_before_the_wave_is_published_and_can_be_retried(
         Path(uri).write_bytes(data)
     assert fastfill("backfill", "--config", path).exit_code == 2
     assert fastfill("backfill", "--config", path, "--retry-rejects").exit_code == 0
-    assert snapshot.read_commit(run, 1).counts.embedded == 60
+    assert commits.read_commit(run, 1).counts.embedded == 60
 
 
 def test_a_second_config_is_refused_with_the_name_of_what_differs(

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
-from pipeline import parquet, snapshot, storage, telemetry, vector_log
+from pipeline import commits, parquet, storage, telemetry, vector_log
 from pipeline.config_file import load_config
 from pipeline.gallery import load_gallery
 from pipeline.plan import read_plan
@@ -70,7 +70,7 @@ def test_a_deleted_image_is_a_reject_of_its_own_kind_and_leaves_the_index_only_w
     assert (reject["id"], reject["stage"]) == (DELETED, "fetch")
     assert reject["reason"].startswith("deleted")
     drops = deleted_images == "drop"
-    counts = [snapshot.read_commit(run, number).counts for number in (0, 3)]
+    counts = [commits.read_commit(run, number).counts for number in (0, 3)]
     assert (counts[0].gallery, counts[0].vectors, counts[0].deleted) == (IMAGES, IMAGES, 0)
     assert (counts[1].gallery, counts[1].vectors, counts[1].deleted) == (IMAGES, IMAGES - drops, int(drops))
     assert counts[1].embedded == IMAGES - 1

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipeline import commits
 from pipeline import curve as curves
-from pipeline import snapshot
 from pipeline.audit import audit
 from pipeline.config import Config
 from pipeline.config_file import load_config
@@ -89,7 +89,7 @@ def test_last_snapshot_answers_as_a_plain_reembedding(finished: Config, cifar100
     np.testing.assert_allclose(gallery.embedded[:1000], plain, atol=1e-5, rtol=1e-4)
     with Searcher(finished.run) as searcher:
         found = searcher.search(plain[:200], 2)
-    assert snapshot.read_commit(Run(finished.run), found.commit).counts.embedded == 10_000
+    assert commits.read_commit(Run(finished.run), found.commit).counts.embedded == 10_000
     own = (found.ids == np.arange(200)[:, None]) & (found.distances < 1e-3)
     assert own.any(axis=1).all()
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import parquet, snapshot, storage
+from pipeline import commits, parquet, snapshot, storage
 from pipeline.run import Run
 from tests.cifar100 import CONFIG, WAVES, fastfill, options, pairs_of, settings
 from tests.seaweed import SeaweedFS
@@ -87,7 +87,7 @@ def test_a_run_from_and_to_s3_publishes_the_bytes_of_a_local_run(
     fastfill("backfill", "--config", CONFIG, *options(settings(run.uri, cifar100, pairs_of(local_cifar100), **words)))
     print(f"{layout.__name__}: {time.monotonic() - start:.0f} s")
     for number in snapshot.list_commits(local_cifar100):
-        expected, found = (snapshot.read_commit(item, number) for item in (local_cifar100, run))
+        expected, found = (commits.read_commit(item, number) for item in (local_cifar100, run))
         assert found.content() == expected.content()
         for ref in found.segments:
             assert storage.sha256(run.path(ref.path)) == ref.sha256

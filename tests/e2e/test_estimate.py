@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from jobs.cli import main
 from pipeline import storage
 from pipeline.config_file import load_config
-from pipeline.estimate import WAVE_CPU_SECONDS, estimate_uri
+from pipeline.estimate import WAVE_CPU_SECONDS
 from pipeline.plan import read_plan
 from pipeline.run import Run
 
@@ -35,8 +35,8 @@ def test_plan_estimates_the_backfill_prints_it_and_keeps_nothing_else_of_it(
     found = json.loads(fastfill("plan", "--config", path, "--measure", "2", "--json").stdout)["estimate"]
     after = {uri: storage.sha256(uri) for uri in storage.list_files(run.uri)}
     assert after.items() >= before.items()
-    assert after.keys() - before.keys() == {estimate_uri(run)}
-    assert found == json.loads(storage.read_bytes(estimate_uri(run)))
+    assert after.keys() - before.keys() == {run.estimate}
+    assert found == json.loads(storage.read_bytes(run.estimate))
     rates = found["rates"]
     assert found["images"] == 300
     assert min(rates["fetch"], rates["decode"], rates["stream"], *rates["forward"].values()) > 0

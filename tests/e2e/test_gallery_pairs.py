@@ -17,14 +17,14 @@ import yaml
 from click.testing import CliRunner
 
 from jobs.cli import main
-from pipeline import backfill, embeddings, parquet, snapshot
+from pipeline import backfill, commits, embeddings, parquet, snapshot
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.encoders import load_encoder
 from pipeline.images import Limits, decode_image
-from pipeline.manifest import GALLERY_PAIRS, ids_of
+from pipeline.manifest import ids_of
 from pipeline.plan import read_plan
-from pipeline.run import Run
+from pipeline.run import GALLERY_PAIRS, Run
 from pipeline.schema import UnitAck
 from pipeline.search import Searcher
 from pipeline.stream import Work, embed_stream
@@ -104,7 +104,7 @@ def test_every_image_goes_through_the_new_encoder_once_but_for_those_that_snapsh
 def test_the_first_snapshot_serves_the_pairs_as_embedded_and_the_last_one_everything(finished: Finished) -> None:
     plan = read_plan(finished.run)
     assert plan is not None
-    counts = [snapshot.read_commit(finished.run, number).counts for number in snapshot.list_commits(finished.run)]
+    counts = [commits.read_commit(finished.run, number).counts for number in snapshot.list_commits(finished.run)]
     assert [item.embedded for item in counts] == [120, 152, 216, 312, 440, 600]
     prod = snapshot.read_tag(finished.run, snapshot.PROD)
     assert prod is not None

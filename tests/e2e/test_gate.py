@@ -18,7 +18,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import nn
 
 from jobs.cli import main
-from pipeline import parquet, quality, snapshot, storage
+from pipeline import commits, parquet, quality, snapshot, storage
 from pipeline.arrays import vectors_from_arrow, vectors_to_arrow
 from pipeline.config_file import load_config
 from pipeline.plan import read_plan
@@ -203,7 +203,7 @@ def test_a_wave_with_swapped_ids_is_not_published_and_is_mended_by_embedding_it_
 
 def contents(run: Run) -> list[dict[str, object]]:
     """What every commit says, which names its segments by their content."""
-    return [snapshot.read_commit(run, number).content() for number in snapshot.list_commits(run)]
+    return [commits.read_commit(run, number).content() for number in snapshot.list_commits(run)]
 
 
 def test_a_commit_whose_driver_was_killed_before_measuring_it_is_promoted_by_the_backfill_alone(

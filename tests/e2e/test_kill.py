@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import snapshot, storage
+from pipeline import commits, snapshot, storage
 from pipeline.audit import audit
 from pipeline.config_file import load_config
 from pipeline.run import Run
@@ -65,7 +65,7 @@ def test_backfill_killed_at_random_moments_publishes_the_same_bytes(tmp_path: Pa
     runs = Run(load_config(first).run), Run(load_config(second).run)
     assert snapshot.list_commits(runs[0]) == snapshot.list_commits(runs[1])
     for number in snapshot.list_commits(runs[0]):
-        expected, found = (snapshot.read_commit(run, number).content() for run in runs)
+        expected, found = (commits.read_commit(run, number).content() for run in runs)
         assert json.dumps(found) == json.dumps(expected)
     segments = [
         {uri.removeprefix(run.uri): storage.sha256(uri) for uri in storage.list_files(run.path("index", "segments"))}

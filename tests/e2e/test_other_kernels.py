@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import snapshot, storage, vector_log
+from pipeline import commits, snapshot, storage, vector_log
 from pipeline.codebook import Codebook
 from pipeline.config_file import load_config
 from pipeline.equality import same_vectors
@@ -96,7 +96,7 @@ def test_run_begun_on_another_processor_is_finished_here_and_whole(tmp_path: Pat
 
 def assert_sealed_alike(run: Run, plan: Plan, number: int) -> None:
     """Segments that are made anew here hold what those of the other processor hold."""
-    commit = snapshot.read_commit(run, number)
+    commit = commits.read_commit(run, number)
     codebook = Codebook.open(run, commit.codebook_path, commit.codebook_sha256)
     same: list[bool] = []
     for wave in range(1, number + 1):

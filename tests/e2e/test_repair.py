@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
-from pipeline import snapshot, storage
+from pipeline import commits, snapshot, storage
 from pipeline.config_file import load_config
 from pipeline.run import Run
 from tests.data.make_golden_runs import GALLERY
@@ -32,7 +32,7 @@ def json_of(result: Result, exit_code: int = 0) -> Any:
 def test_repair_brings_back_a_segment_that_backfill_says_is_missing(name: str, tmp_path: Path) -> None:
     path = copy_run(name, tmp_path)
     run = Run(load_config(path).run)
-    segment = Path(run.path(snapshot.read_commit(run, 4).segments[0].path))
+    segment = Path(run.path(commits.read_commit(run, 4).segments[0].path))
     before = segment.read_bytes()
     segment.unlink()
     refused = fastfill("backfill", "--config", path)
@@ -55,8 +55,8 @@ def test_backfill_of_a_finished_run_names_an_older_commit_that_lacks_a_file_and_
 ) -> None:
     path = copy_run(FINISHED[0], tmp_path)
     run = Run(load_config(path).run)
-    served = {ref.path for ref in snapshot.read_commit(run, 4).segments}
-    older = next(ref.path for ref in snapshot.read_commit(run, 0).segments if ref.path not in served)
+    served = {ref.path for ref in commits.read_commit(run, 4).segments}
+    older = next(ref.path for ref in commits.read_commit(run, 0).segments if ref.path not in served)
     naming = [item.number for item in snapshot.read_commits(run) if older in {ref.path for ref in item.segments}]
     Path(run.path(older)).unlink()
     result = fastfill("backfill", "--config", path)

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 from jobs.cli import main
-from pipeline import snapshot
+from pipeline import commits
 from pipeline.arrays import vectors_to_arrow
 from pipeline.config_file import load_config
 from pipeline.curve import read_curve
@@ -83,7 +83,7 @@ def test_a_whole_backfill_of_each_variant_is_whole(
     assert json.loads(audit.stdout)["problems"] == []
     config = load_config(path)
     run = Run(config.run)
-    counts = snapshot.read_commit(run, 2).counts
+    counts = commits.read_commit(run, 2).counts
     assert (counts.embedded, counts.transformed, counts.rejected) == (300, 0, 0)
     info = read_info(run)
     assert info.normalize == (config.gallery.metric == "cosine")

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from pipeline import snapshot, storage
+from pipeline import commits, snapshot, storage
 from pipeline.run import Run
 from tests.faulty_proxy import FaultyProxy
 from tests.galleries import NEW_DIM, OLD_DIM, PREPROCESS, digits, export_encoder
@@ -158,7 +158,7 @@ class Scene:
     def published(self, name: str) -> dict[int, dict[str, object]]:
         """Each commit's content, by number."""
         run = self.run(name)
-        return {number: snapshot.read_commit(run, number).content() for number in snapshot.list_commits(run)}
+        return {number: commits.read_commit(run, number).content() for number in snapshot.list_commits(run)}
 
     def audit(self, name: str) -> dict[str, Any]:
         words = [sys.executable, "-m", "jobs.audit", "--json", "--config", str(self.config)]

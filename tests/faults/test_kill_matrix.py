@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline import parquet, snapshot, storage
+from pipeline import commits, parquet, storage
 from tests.faults.scene import IMAGES, NODE_CPUS, UNIT_IMAGES, WAVES, Scene, add_worker, image_reads, kill, processes
 from tests.faulty_proxy import FaultyProxy
 
@@ -146,7 +146,7 @@ def test_a_kill_at_every_step_changes_nothing_that_is_published(
     assert scene.published(name) == scene.published("undisturbed")
     assert set(scene.published(name)) == set(range(WAVES + 1))
     for number in scene.published("undisturbed"):
-        ours, theirs = (snapshot.read_commit(scene.run(item), number) for item in (name, "undisturbed"))
+        ours, theirs = (commits.read_commit(scene.run(item), number) for item in (name, "undisturbed"))
         digests = [[(ref.sha256, ref.sidecar_sha256) for ref in commit.segments] for commit in (ours, theirs)]
         assert digests[0] == digests[1]
         for ref in ours.segments:

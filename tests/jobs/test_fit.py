@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from jobs.fit import say_outlook, show_selection
+from jobs.fit import show_selection
+from jobs.tables import say_outlook
 from pipeline.selection import Candidate, Selection, describe
 from pipeline.transformation import TransformationInfo
 

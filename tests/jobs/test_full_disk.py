@@ -18,8 +18,8 @@ from jobs.cli import main
 from pipeline import reserve, snapshot, storage
 from pipeline.audit import audit
 from pipeline.collect import Rules, collect
-from pipeline.commits import Removals
 from pipeline.documents import to_json
+from pipeline.removals import Removals
 from pipeline.search import Searcher
 from pipeline.settings import Storage
 from tests.pipeline.synthetic_run import Options, known, make_run

@@ -8,12 +8,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from jobs.backfill import _retry_before_plan, _retry_rejects
+from jobs.run_all import _retry_before_plan, _retry_rejects
 from pipeline import parquet, snapshot, storage, vector_log
 from pipeline.errors import SnapshotConflict
 from pipeline.plan import Plan, Wave
 from pipeline.run import Run
-from pipeline.snapshot import Writer
+from pipeline.writer import Writer
 from tests.pipeline.whole_run import DIM, WholeRun, put_rejects
 
 

@@ -12,12 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from jobs.status import read_status, show
-from pipeline import documents, parquet, quality, snapshot, storage, vector_log
+from jobs.status import show
+from pipeline import commits, documents, parquet, quality, snapshot, storage, vector_log
 from pipeline.quality import Quality
 from pipeline.rejects import manifest_log
 from pipeline.run import Run
 from pipeline.schema import UNITS, Unit
+from pipeline.status import read_status
 from pipeline.vector_log import EmbeddedUnit
 from tests.pipeline.synthetic_run import Options, known, make_run
 from tests.pipeline.whole_run import WholeRun
@@ -114,7 +115,7 @@ def test_status_of_a_damaged_served_commit_or_a_missing_segment_says_so(
         return " ".join(screen(run).replace("│", " ").split())
 
     assert " damaged " not in said()
-    segment = Path(run.path(snapshot.read_commit(run, 2).segments[0].path))
+    segment = Path(run.path(commits.read_commit(run, 2).segments[0].path))
     data = segment.read_bytes()
     segment.unlink()
     assert re.search(r" damaged commit 2 names a file that is missing: .*fastfill repair", said())

@@ -13,18 +13,20 @@ import torch
 from pipeline import backfill as driver
 from pipeline import manifest, pair_sample, parquet, planner, reference, seal, storage, vector_log
 from pipeline.arrays import Int64, vectors_to_arrow
-from pipeline.config import Config, Gate
+from pipeline.config import Config
+from pipeline.config_method import Gate
 from pipeline.embeddings import embedding_log
 from pipeline.identity import fix_settings, stage_settings
+from pipeline.networks import TransformationNetwork
 from pipeline.plan import Plan
-from pipeline.probe_set import draw
+from pipeline.probe_draw import draw
 from pipeline.progress import Progress
 from pipeline.reference import build_reference
-from pipeline.run import Run
+from pipeline.run import GALLERY_PAIRS, Run
 from pipeline.schema import UnitAck
 from pipeline.stop import Stop
 from pipeline.stream import Work
-from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
+from pipeline.transformation import TransformationInfo, save_transformation
 from pipeline.vector_log import EmbeddedUnit
 from tests.pipeline.in_process import plan_in_process
 from tests.pipeline.synthetic_run import Known, Options, known, make_run
@@ -100,8 +102,8 @@ def begin(folder: Path, from_gallery: int = 0, given: bool = True) -> Scene:
     storage.delete(run.plan)
     encoder, sample = Encoder(images), pair_sample.draw(config, run)
     if sample is not None and not given:
-        log = embedding_log(config, run, pair_sample.FOLDER, "new")
-        work = Work(config.encoders.new, log, manifest.units(run, pair_sample.FOLDER, sample))
+        log = embedding_log(config, run, GALLERY_PAIRS, "new")
+        work = Work(config.encoders.new, log, manifest.units(run, GALLERY_PAIRS, sample))
         assert len(list(encoder.stream([work], config))) == len(work.units)
     plan = planner.make_plan(config, run)
     assert (draw(config, run) is not None) == given

@@ -11,10 +11,11 @@ import pyarrow as pa
 from pipeline import calibration, documents, parquet, storage
 from pipeline.identity import STAGES
 from pipeline.manifest import Manifest
+from pipeline.networks import TransformationNetwork
 from pipeline.plan import Plan, Wave
 from pipeline.run import Run
 from pipeline.schema import UNITS, manifest_schema
-from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
+from pipeline.transformation import TransformationInfo, save_transformation
 
 if TYPE_CHECKING:
     from tests.pipeline.whole_run import WholeRun

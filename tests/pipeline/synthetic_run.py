@@ -16,18 +16,20 @@ import pyarrow as pa
 
 from pipeline import calibration as calibrations
 from pipeline import codebook as codebooks
-from pipeline import index, parquet, segments, snapshot, storage
+from pipeline import commits, index, parquet, segments, snapshot, storage, train
 from pipeline.arrays import Float32, Int64, vectors_to_arrow
 from pipeline.calibration import Calibration
 from pipeline.config import Config, Gallery, Index
 from pipeline.config_file import validate
-from pipeline.evaluate import order_by_priority
 from pipeline.hashing import shard_of
 from pipeline.manifest import Manifest
+from pipeline.networks import TransformationNetwork
 from pipeline.plan import Plan, Wave, wave_sizes
 from pipeline.run import Run
 from pipeline.schema import embedded_schema, manifest_schema, transformed_schema
-from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
+from pipeline.simulated_curve import order_by_priority
+from pipeline.transformation import TransformationInfo, save_transformation
+from pipeline.writer import Writer
 from tests.pipeline.whole_run import put_rejects
 
 CONTAINER = "/data/images.parquet#image"
@@ -285,14 +287,14 @@ def _publish(layout: _Layout) -> None:
     run, images, options = layout.run, layout.images, layout.options
     metric = Gallery.model_validate({"manifest": "x", "metric": options.metric, "columns": {}}).metric
     settings = Index(factory=options.factory, shards=options.shards)
-    data = codebooks.train_codebook(images.embedded, settings, metric, len(images.ids), device="cpu", seed=0)
-    path, sha256 = codebooks.write_codebook(run, data)
+    data = train.train_codebook(images.embedded, settings, metric, len(images.ids), device="cpu", seed=0)
+    path, sha256 = train.write_codebook(run, data)
     codebook = codebooks.Codebook.open(run, path, sha256)
-    writer = snapshot.Writer.acquire(run)
+    writer = Writer.acquire(run)
     cells = [(wave, shard) for wave in range(1, options.waves + 1) for shard in range(options.shards)]
     for number in range(layout.done + 1):
         refs = tuple(ref for wave, shard in cells for ref in _segments(layout, codebook, number, wave, shard))
-        commit = snapshot.Commit(
+        commit = commits.Commit(
             number=number,
             parent=number - 1 if number else None,
             codebook_path=path,
@@ -303,7 +305,7 @@ def _publish(layout: _Layout) -> None:
             num_waves=options.waves,
             num_shards=options.shards,
             segments=refs,
-            counts=snapshot.Counts.of(refs),
+            counts=commits.Counts.of(refs),
             calibration=options.calibration,
         )
         writer.publish(commit)
@@ -312,7 +314,7 @@ def _publish(layout: _Layout) -> None:
 
 def _segments(
     layout: _Layout, codebook: codebooks.Codebook, number: int, wave: int, shard: int
-) -> list[snapshot.SegmentRef]:
+) -> list[segments.SegmentRef]:
     """Of a (shard, wave): one, and one for its rejects if the wave is embedded and has some."""
     images = layout.images
     rows = np.flatnonzero((layout.waves == wave) & (shard_of(images.ids, layout.options.shards) == shard))

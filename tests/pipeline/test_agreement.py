@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.agreement import NEIGHBOURS, agreement_curve, among
 from pipeline.arrays import Bools, Float32, Int64
 from pipeline.calibration import Calibration
+from pipeline.evaluate import NEIGHBOURS, among
+from pipeline.simulated_curve import agreement_curve
 
 NUM, DIM, POINTS = 60, 5, 4
 

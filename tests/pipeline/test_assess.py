@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import assess, quality, snapshot
+from pipeline import assess, commits, quality
 from pipeline.arrays import Float32, Int64
 from pipeline.calibration import fit_calibration
 from pipeline.config import Config
 from pipeline.documents import from_json, to_json
 from pipeline.evaluate import evaluate
 from pipeline.plan import read_plan
-from pipeline.probe_set import ProbeSet, draw, gather, stands_alone
+from pipeline.probe_draw import draw
+from pipeline.probe_set import ProbeSet, gather, stands_alone
 from pipeline.promotion import Promotion
 from pipeline.quality import Reference
 from pipeline.run import Run
@@ -48,7 +49,7 @@ def settled(config: Config, run: Run, stop: Iterable[str] = ()) -> Promotion:
     assert plan is not None
     gate = Promotion(config, run, plan, Stop([parse(text) for text in stop]))
     for number in range(LAST + 1):
-        gate.settle(snapshot.read_commit(run, number))
+        gate.settle(commits.read_commit(run, number))
     return gate
 
 

@@ -16,16 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import commits, documents, index, parquet, snapshot, storage
+from pipeline import commits, documents, index, parquet, removals, snapshot, storage
 from pipeline.audit import audit
 from pipeline.calibration import Calibration
+from pipeline.commits import Counts
 from pipeline.config import Metric
 from pipeline.errors import DataError, IncompatibleRun, TransientError
 from pipeline.evidence import Notes
 from pipeline.local_store import LocalStore
 from pipeline.run import Run
-from pipeline.segments import KINDS, Rows
-from pipeline.snapshot import Counts, SegmentRef
+from pipeline.segments import KINDS, Rows, SegmentRef
+from pipeline.writer import Writer
 from tests.pipeline.run_inputs import write_manifest_part
 from tests.pipeline.whole_run import WholeRun, put_rejects
 
@@ -100,13 +101,13 @@ def test_audit_of_a_run_that_an_earlier_version_began_and_this_one_ended_finds_n
     whole.mixed, whole.refs = False, {}
     mine = tuple(ref for ref in whole.draft(2).segments if ref.wave != 1)
     draft = replace(whole.draft(2), segments=(*old, *mine))
-    snapshot.Writer.acquire(whole.run).publish(replace(draft, counts=Counts.of(draft.segments)))
+    Writer.acquire(whole.run).publish(replace(draft, counts=Counts.of(draft.segments)))
     assert audit(whole.run.uri).problems == []
 
 
 def test_audit_of_a_commit_without_the_rejects_of_a_wave_names_it(tmp_path: Path) -> None:
     whole = make(tmp_path)
-    commit = snapshot.read_commit(whole.run, LAST)
+    commit = commits.read_commit(whole.run, LAST)
     segments = tuple(ref for ref in commit.segments if ref.kind == "embedded" or not ref.rejected)
     assert len(segments) < len(commit.segments)
     changed = replace(commit, segments=segments, counts=Counts.of(segments))
@@ -182,7 +183,7 @@ def test_audit_of_a_container_that_was_replaced_in_mid_run_names_it(tmp_path: Pa
 
 def test_audit_of_commits_of_older_versions_compares_no_digests(tmp_path: Path) -> None:
     whole = WholeRun(Run(str(tmp_path))).write_inputs()
-    writer = snapshot.Writer.acquire(whole.run)
+    writer = Writer.acquire(whole.run)
     for number in range(LAST + 1):
         writer.publish(replace(whole.draft(number), log_digests=()))
     report = audit(whole.run.uri)
@@ -200,7 +201,7 @@ def test_a_run_without_commits_and_a_folder_without_a_run(tmp_path: Path) -> Non
 def test_empty_shards_are_fine(tmp_path: Path) -> None:
     whole = WholeRun(Run(str(tmp_path)), num=24, num_waves=2, num_shards=8).write_inputs()
     whole.publish(1)
-    assert any(ref.vectors == 0 for ref in snapshot.read_commit(whole.run, 1).segments)
+    assert any(ref.vectors == 0 for ref in commits.read_commit(whole.run, 1).segments)
     assert audit(whole.run.uri).problems == []
 
 
@@ -213,11 +214,11 @@ def test_commits_that_are_published_meanwhile_are_no_problem(
         whole.publish(last)
     later = iter([1])  # once, and after the audit has seen which commits there are
 
-    def read_removals(run: Run) -> commits.Removals:
+    def read_removals(run: Run) -> removals.Removals:
         for number in later:
             whole.publish(number)
             snapshot.promote(whole.run, number, blockers=[])
-        return commits.read_removals(run)
+        return removals.read_removals(run)
 
     monkeypatch.setattr("pipeline.audit.read_removals", read_removals)
     report = audit(whole.run.uri)
@@ -232,10 +233,10 @@ def test_a_damage_is_found_while_commits_are_published(tmp_path: Path, monkeypat
     flip(path)
     later = iter(range(1, LAST + 1))
 
-    def read_removals(run: Run) -> commits.Removals:
+    def read_removals(run: Run) -> removals.Removals:
         if (number := next(later, None)) is not None:
             whole.publish(number)
-        return commits.read_removals(run)
+        return removals.read_removals(run)
 
     monkeypatch.setattr("pipeline.audit.read_removals", read_removals)
     assert [item.where for item in audit(whole.run.uri).problems] == [path]
@@ -292,7 +293,7 @@ def rewrite(uri: str, change: Callable[[int, dict[str, list[object]]], None]) ->
 
 def republish(whole: WholeRun, number: int, other: SegmentRef) -> None:
     """Rewrite a commit with another segment, so that it is whole in itself."""
-    commit = snapshot.read_commit(whole.run, number)
+    commit = commits.read_commit(whole.run, number)
     segments = tuple(
         other if (ref.shard, ref.wave, ref.kind) == (other.shard, other.wave, other.kind) else ref
         for ref in commit.segments

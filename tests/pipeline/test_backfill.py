@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import parquet, quality, snapshot
+from pipeline import commits, parquet, quality, snapshot
 from pipeline.arrays import Float32
 from pipeline.audit import audit
 from pipeline.codebook import Codebook
@@ -30,7 +30,7 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def vectors(run: Run, number: int) -> dict[int, Float32]:
     """What a commit serves, by id."""
-    commit = snapshot.read_commit(run, number)
+    commit = commits.read_commit(run, number)
     codebook = Codebook.open(run, commit.codebook_path, commit.codebook_sha256)
     found: dict[int, Float32] = {}
     for ref in commit.segments:
@@ -48,7 +48,7 @@ def test_backfill_embeds_each_image_once_and_every_commit_holds_the_gallery_once
     assert snapshot.list_commits(scene.run) == list(range(WAVES + 1))
     for number in range(WAVES + 1):
         assert vectors(scene.run, number).keys() == ids
-        counts = snapshot.read_commit(scene.run, number).counts
+        counts = commits.read_commit(scene.run, number).counts
         assert counts.embedded + counts.rejected == sum(wave.images for wave in scene.plan.waves[:number])
     report = audit(scene.run.uri)
     assert report.problems == []

@@ -15,8 +15,9 @@ from pipeline import documents
 from pipeline.arrays import Float32
 from pipeline.calibration import Calibration, fit_calibration, read_calibration
 from pipeline.errors import DataError
+from pipeline.networks import TransformationNetwork
 from pipeline.run import Run
-from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
+from pipeline.transformation import TransformationInfo, save_transformation
 
 IDENTITY = Calibration((0.0, 1.0), (0.0, 1.0))
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import assembly, catalog, fan_out, indexing, object_index, parquet, pieces, storage
+from pipeline import assembly, catalog, fan_out, indexing, parquet, pieces, storage
 from pipeline.catalog import Catalog, build
 from pipeline.config import Manifest
 from pipeline.errors import DataError, IncompatibleRun
@@ -355,7 +355,7 @@ def test_all_items_are_done_once_here_and_over_ray(ray_cluster: None, monkeypatc
 def test_a_prefix_is_shared_among_pieces_by_its_folders(place: str) -> None:
     for name in ("1.png", "a/2.png", "a/b/3.png", "a/b/4.png", "c/d/5.png"):
         storage.put(f"{place}/images/{name}", b"x")
-    found = object_index.split(f"{place}/images/")
+    found = indexing.split(f"{place}/images/")
     assert sorted(uri.removeprefix(f"{place}/images") for piece in found for uri in piece.uris) == [
         "/",
         "/a/",
@@ -374,11 +374,11 @@ def test_a_prefix_is_shared_among_pieces_by_its_folders(place: str) -> None:
 
 
 def test_many_folders_become_few_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(object_index, "_SPLIT_INTO", 4)
+    monkeypatch.setattr(indexing, "_SPLIT_INTO", 4)
     for number in range(10):
         (tmp_path / "images" / str(number)).mkdir(parents=True)
         (tmp_path / "images" / str(number) / "1.png").write_bytes(b"x")
-    assert len(object_index.split(f"{tmp_path}/images")) == 4
+    assert len(indexing.split(f"{tmp_path}/images")) == 4
     assert made(f"{tmp_path}/out", f"{tmp_path}/images")[0].images == 10
 
 

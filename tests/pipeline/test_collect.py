@@ -22,15 +22,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import collect as gc
-from pipeline import leases, removals, snapshot, storage
+from pipeline import commits, removals, snapshot, storage
 from pipeline.audit import audit
 from pipeline.collect import Collection, Rules, collect
-from pipeline.commits import Removals, read_removals
+from pipeline.commits import read_commit
 from pipeline.documents import to_json
 from pipeline.errors import ConfigError, DataError, Refused, Removed
+from pipeline.removals import Removals, read_removals
 from pipeline.run import Run
 from pipeline.search import Searcher
-from pipeline.snapshot import Tag, Writer, list_commits, read_commit, read_tag, rollback
+from pipeline.snapshot import Tag, list_commits, read_tag, rollback
+from pipeline.writer import Writer
 from tests.pipeline.interleave import CHANGES, Turns
 from tests.pipeline.test_snapshot import draft
 from tests.pipeline.whole_run import DIM, WholeRun
@@ -168,7 +170,7 @@ def test_a_removed_commit_is_refused_by_everyone_and_told_from_a_lost_one(tmp_pa
         lambda: rollback(whole.run, to=3),
         lambda: read_commit(whole.run, 3),
         lambda: Searcher(whole.run.uri, commit=3),
-        lambda: leases.take(whole.run, 3),
+        lambda: removals.take(whole.run, 3),
     ):
         with pytest.raises(Removed, match="gc has removed this commit") as caught:
             ask()
@@ -221,7 +223,7 @@ def test_files_without_a_commit_stay_until_nobody_can_need_them(tmp_path: Path) 
 
 def test_expired_leases_and_leftovers_go(tmp_path: Path) -> None:
     whole = make(tmp_path)
-    live, expired = leases.Lease(whole.run, 2), leases.Lease(whole.run, 3)
+    live, expired = removals.Lease(whole.run, 2), removals.Lease(whole.run, 3)
     damaged = Path(whole.run.path("index", "leases", "x.json"))
     damaged.write_bytes(b"{")
     leftovers = [Path(whole.run.path(folder, f".tmp-{number}")) for number, folder in enumerate(("plan", "index"))]
@@ -231,7 +233,7 @@ def test_expired_leases_and_leftovers_go(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a JSON file"):
         collect(whole.run.uri, NOW)  # it may be live
     for path in (Path(expired.uri), damaged):
-        os.utime(path, (time.time() - leases.LEASE_SECONDS - 60,) * 2)
+        os.utime(path, (time.time() - removals.LEASE_SECONDS - 60,) * 2)
     os.utime(leftovers[0], (time.time() - 3700,) * 2)
     os.utime(leftovers[1], (time.time() - 1000,) * 2)
 
@@ -249,7 +251,7 @@ def test_expired_leases_and_leftovers_go(tmp_path: Path) -> None:
 
 def test_a_lease_lives_as_long_as_its_reader_and_no_longer(tmp_path: Path) -> None:
     run = template().copy_to(tmp_path).run
-    lease = leases.Lease(run, 1, seconds=0.3)
+    lease = removals.Lease(run, 1, seconds=0.3)
     threads = [thread for thread in threading.enumerate() if thread.name == "lease"]
     first = storage.stat(lease.uri).modified_seconds
     time.sleep(0.5)
@@ -257,22 +259,22 @@ def test_a_lease_lives_as_long_as_its_reader_and_no_longer(tmp_path: Path) -> No
     lease.release()
     time.sleep(0.2)
     assert not storage.exists(lease.uri)
-    forgotten = leases.Lease(run, 1, seconds=0.3)
+    forgotten = removals.Lease(run, 1, seconds=0.3)
     uri = forgotten.uri
     del forgotten
     last = storage.stat(uri).modified_seconds
     time.sleep(0.4)
     assert storage.stat(uri).modified_seconds == last
     assert not any(thread.is_alive() for thread in threads)
-    assert leases.find_leases(run, last + 1.0) == ({1}, {})
-    assert set(leases.find_leases(run, last + 3.0)[1]) == {uri}
+    assert removals.find_leases(run, last + 1.0) == ({1}, {})
+    assert set(removals.find_leases(run, last + 3.0)[1]) == {uri}
 
 
 def test_a_searcher_moves_its_lease_and_lets_go(tmp_path: Path) -> None:
     whole = make(tmp_path)
 
     def pinned() -> set[int]:
-        return leases.find_leases(whole.run, time.time())[0]
+        return removals.find_leases(whole.run, time.time())[0]
 
     with Searcher(whole.run.uri) as searcher:
         assert pinned() == {LAST}
@@ -302,7 +304,7 @@ def test_a_reader_without_a_lease_follows_the_tag_when_gc_is_faster(
 
     real, done = Searcher._open, []
 
-    def slow(self: Searcher, commit: snapshot.Commit, *rest: object) -> object:
+    def slow(self: Searcher, commit: commits.Commit, *rest: object) -> object:
         if not done:
             done.append(commit.number)
             snapshot.promote(whole.run, 3, blockers=[])
@@ -310,7 +312,7 @@ def test_a_reader_without_a_lease_follows_the_tag_when_gc_is_faster(
             assert collect(whole.run.uri, NOW).commits == [0, 1, 2]
         return real(self, commit, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(leases.Lease, "__init__", forbidden)
+    monkeypatch.setattr(removals.Lease, "__init__", forbidden)
     monkeypatch.setattr(Searcher, "_open", slow)
     with Searcher(whole.run.uri) as searcher:
         assert searcher.commit.number == LAST
@@ -426,7 +428,7 @@ def assert_files(run: Run) -> None:
     prod = read_tag(run, "prod")
     assert prod is not None
     assert {prod.commit, prod.previous}.isdisjoint(gone)
-    assert leases.find_leases(run, time.time())[0].isdisjoint(gone)
+    assert removals.find_leases(run, time.time())[0].isdisjoint(gone)
 
 
 def check_beside(order: Iterable[int], beside: Sequence[str]) -> None:
@@ -439,7 +441,7 @@ def check_beside(order: Iterable[int], beside: Sequence[str]) -> None:
             rollback(run, to=1)
 
         def read() -> object:
-            held.append(lease := leases.take(run, 2))
+            held.append(lease := removals.take(run, 2))
             return lease
 
         actions: dict[str, Callable[[], object]] = {

@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from pipeline import object_store, snapshot, storage
-from pipeline.commits import check_commit
+from pipeline import writer as writers
+from pipeline.commits import Commit, check_commit, read_commit
 from pipeline.documents import from_json
 from pipeline.errors import ConfigError, DataError, Refused, SnapshotConflict, TransientError
 from pipeline.object_store import ObjectStore
 from pipeline.retry import Retry
 from pipeline.run import Run
-from pipeline.snapshot import Commit, Tag, Writer, auto_promote, list_commits, promote, read_commit, read_tag, rollback
+from pipeline.snapshot import Tag, auto_promote, list_commits, promote, read_tag, rollback
+from pipeline.writer import Writer
 from tests.pipeline.test_snapshot import OTHER, PROCESSOR, SALTS, SAME, draft
 from tests.pipeline.unreliable_store import FakeTime, Fault, Program, UnreliableStore
 
@@ -297,7 +299,7 @@ def no_condition_on_commits(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_commit_before_its_announcement(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(snapshot, "_create", lambda run, commit: commit)
+    patch.setattr(writers, "_create", lambda run, commit: commit)
 
 
 @pytest.mark.parametrize(

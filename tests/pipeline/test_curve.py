@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 
 from pipeline import curve as curves
-from pipeline import published, storage
+from pipeline import gallery, published, storage
 from pipeline.arrays import Float32
 from pipeline.calibration import fit_calibration
 from pipeline.codebook import Codebook
-from pipeline.curve import curve, has_labels, load_gallery, published_point, published_points, read_curve
+from pipeline.commits import read_commit
+from pipeline.curve import curve, published_point, published_points, read_curve
 from pipeline.errors import DataError
-from pipeline.evaluate import evaluate, order_by_priority, simulate_curve
+from pipeline.evaluate import evaluate
+from pipeline.gallery import has_labels, load_gallery
 from pipeline.index import Segment, decode
 from pipeline.plan import wave_sizes
 from pipeline.run import Run
-from pipeline.snapshot import list_commits, read_commit
+from pipeline.simulated_curve import order_by_priority, simulate_curve
+from pipeline.snapshot import list_commits
 from tests.pipeline.synthetic_run import Known, Options, known, make_run
 
 METRICS = {"top1", "top5", "map"}
@@ -295,7 +298,7 @@ def test_a_curve_is_computed_once_until_what_it_depends_on_changes(
     config, run = make_run(tmp_path, images)
     first = curve(config, run)
     assert read_curve(run) == json.loads(json.dumps(first))
-    monkeypatch.setattr(curves, "load_gallery", None)  # computing again would call it
+    monkeypatch.setattr(gallery, "load_gallery", None)  # computing again would call it
     assert curve(config, run) == first
     other = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"points": 7})})
     with pytest.raises(TypeError):

@@ -15,7 +15,8 @@ from benchmarks.photographs import photograph
 from pipeline import device_decode
 from pipeline.config import Preprocess
 from pipeline.device_decode import DeviceDecoder
-from pipeline.images import Limits, Pixels, Reject, decode_image
+from pipeline.fetch import Reject
+from pipeline.images import Limits, Pixels, decode_image
 from tests.galleries import digits
 
 LIMITS = Limits(max_pixels=1_000_000, max_bytes=10_000_000)

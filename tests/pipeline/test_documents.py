@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from jobs.cli import main
-from pipeline import documents, manifest, quality, standing, storage
+from pipeline import documents, manifest, quality, storage
 from pipeline.errors import DataError
 from pipeline.identity import STAGES, check_settings_of, read_settings
 from pipeline.plan import Plan, Wave, read_plan
+from pipeline.quality import Standing, read_standing
 from pipeline.run import Run
-from pipeline.standing import Standing, read_standing
 from pipeline.transformation import read_info, read_part
 from tests.pipeline.synthetic_run import known, make_run
 
@@ -125,7 +125,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 def test_a_damaged_json_file_of_a_run_is_one_error_with_its_name(name: str, damage: str, tmp_path: Path) -> None:
     _, run = make_run(tmp_path / "run", known(40), None)
     _write_plan(run)
-    standing.write_standing(run, Standing(3, ("why",)), lambda: None)
+    quality.write_standing(run, Standing(3, ("why",)), lambda: None)
     where = run.path(*name.split("/"))
     data = storage.read_bytes(where) if storage.exists(where) else documents.encode({"commit": 3})
     storage.put(where, DAMAGES[damage](data))

@@ -20,7 +20,8 @@ from torch import nn
 from torchvision.transforms import v2 as transforms
 
 from pipeline.config import Encoder, Preprocess
-from pipeline.encoders import EmbeddingModel, load_encoder, load_tensors
+from pipeline.encoder_backends import load_tensors
+from pipeline.encoders import EmbeddingModel, load_encoder
 from pipeline.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")
@@ -377,7 +378,7 @@ def test_a_network_that_counts_on_contiguous_activations_gives_what_it_gives(
 ) -> None:
     torch.manual_seed(0)
     network = Strided(by).eval()
-    monkeypatch.setattr("pipeline.encoders._from_function", lambda name, key: network)
+    monkeypatch.setattr("pipeline.encoder_backends._from_function", lambda name, key: network)
     model = load_encoder(Encoder(function="own:code", dim=DIM, preprocess=Preprocess(size=SIDE)), CPU)
     images = torch.randint(0, 256, (3, 3, SIDE, SIDE), dtype=torch.uint8)
     with torch.inference_mode():

@@ -20,19 +20,16 @@ from pipeline import ranking
 from pipeline.arrays import Bools, Float32, Int64
 from pipeline.calibration import Calibration
 from pipeline.errors import DataError
-from pipeline.evaluate import (
+from pipeline.evaluate import by_group, evaluate, negative_flips, recall
+from pipeline.hashing import splitmix64
+from pipeline.simulated_curve import (
     Simulation,
-    by_group,
-    evaluate,
-    negative_flips,
     oracle_order,
     order_by_priority,
     random_order,
-    recall,
     share_of_gap,
     simulate_curve,
 )
-from pipeline.hashing import splitmix64
 
 POINTS = 22
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import index, leases, snapshot, storage
+from pipeline import commits, index, removals, snapshot, storage
 from pipeline.audit import audit
 from pipeline.calibration import Calibration
 from pipeline.collect import Rules, collect
@@ -136,7 +136,7 @@ def test_parquet_holds_what_the_segments_hold(tmp_path: Path, factory: str, metr
     keys = whole.write_gallery(with_keys=True)
     marker = export(whole.run.uri, str(tmp_path / "out"), "parquet")
     files = [pq.ParquetFile(tmp_path / "out" / file["path"]) for file in marker["files"]]
-    commit = snapshot.read_commit(whole.run, 1)
+    commit = commits.read_commit(whole.run, 1)
     rows = {}
     for shard, file in enumerate(files):
         assert file.num_row_groups == whole.num_waves
@@ -281,7 +281,7 @@ def test_gc_waits_for_an_export(tmp_path: Path) -> None:
         export(whole.run.uri, str(tmp_path / "other"), "parquet", commit=0)
     assert snapshot.rollback(whole.run) == Tag(1, pinned=True)
     assert audit(whole.run.uri).ok
-    assert leases.find_leases(whole.run, 0.0) == (set(), {})
+    assert removals.find_leases(whole.run, 0.0) == (set(), {})
 
 
 def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:

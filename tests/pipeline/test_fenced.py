@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import fenced, snapshot, storage
+from pipeline import commits, fenced, snapshot, storage
 from pipeline.config import Config
 from pipeline.errors import SnapshotConflict
 from pipeline.plan import read_plan
 from pipeline.promotion import Promotion
 from pipeline.publish import Publisher
 from pipeline.run import Run
-from pipeline.snapshot import Writer
 from pipeline.stop import Stop
+from pipeline.writer import Writer
 from tests.pipeline.synthetic_run import Options, known, make_run
 
 
@@ -35,7 +35,7 @@ def test_settle_driver_that_was_taken_over_writes_no_standing_no_best_and_no_tag
     plan, first = read_plan(run), Writer.acquire(run)
     assert plan is not None
     promotion = Promotion(config, run, plan, Stop(), first.check)
-    commit = snapshot.read_commit(run, 1)
+    commit = commits.read_commit(run, 1)
     Writer.acquire(run)
     before = files(run)
     with pytest.raises(SnapshotConflict, match="another driver took this run over"):

@@ -9,9 +9,8 @@ import pyarrow as pa
 import pytest
 
 from jobs.plan import show as show_plan
-from jobs.status import read_status
 from jobs.status import show as show_status
-from pipeline import first_wave, manifest, pair_sample, parquet, snapshot, storage, vector_log
+from pipeline import commits, first_wave, manifest, parquet, snapshot, storage, vector_log
 from pipeline.arrays import Float32, vectors_from_arrow
 from pipeline.audit import audit
 from pipeline.curve import curve
@@ -19,7 +18,8 @@ from pipeline.errors import DataError
 from pipeline.pair_sample import embedded_ids
 from pipeline.plan import FROM_PAIRS, read_plan
 from pipeline.repair import repair
-from pipeline.run import Run
+from pipeline.run import GALLERY_PAIRS, Run
+from pipeline.status import read_status
 from tests.pipeline.planned_backfill import REJECTED, WAVES, Scene, backfill_in_process, begin
 from tests.pipeline.test_backfill import vectors
 
@@ -53,7 +53,7 @@ def test_backfill_embeds_every_image_once_and_ends_with_all_embeddings(given: bo
     assert scene.plan.num_from_pairs == len(known)
     progress = scene.go_on()
     assert (progress.left, progress.from_pairs, progress.waves) == (0, len(known), WAVES)
-    twice = {id for id in manifest.ids_of(scene.run, pair_sample.FOLDER).tolist() if id % REJECTED == 0}
+    twice = {id for id in manifest.ids_of(scene.run, GALLERY_PAIRS).tolist() if id % REJECTED == 0}
     once = ids - known if given else ids - twice
     assert {id: asked for id, asked in scene.encoder.asked.items() if id in once} == dict.fromkeys(once, 1)
     if not given:
@@ -75,12 +75,12 @@ def test_every_commit_from_the_first_on_holds_the_pairs_embedded(given: bool, tm
     known, expected = sample(scene), embedding_of(scene)
     assert snapshot.list_commits(scene.run) == list(range(WAVES + 1))
     for number in range(WAVES + 1):
-        commit = snapshot.read_commit(scene.run, number)
+        commit = commits.read_commit(scene.run, number)
         done = sum(wave.images for wave in scene.plan.waves if wave.wave <= number)
         assert commit.counts.embedded + commit.counts.rejected == done
         served = vectors(scene.run, number)
         assert all(np.array_equal(served[id], expected[id]) for id in known)
-    assert snapshot.read_commit(scene.run, 0).counts.embedded == len(known)
+    assert commits.read_commit(scene.run, 0).counts.embedded == len(known)
 
 
 def test_the_plan_gives_the_pairs_a_wave_of_their_own_and_cuts_the_rest_as_before(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_driver_that_dies_between_units_of_the_pairs_is_followed_to_the_same_b
     scene.go_on()
     same = {uri.removeprefix(whole.run.uri): data for uri, data in parts(whole.run).items()}
     assert {uri.removeprefix(scene.run.uri): data for uri, data in parts(scene.run).items()} == same
-    commits = [[snapshot.read_commit(item.run, n).content() for n in range(WAVES + 1)] for item in (whole, scene)]
+    commits = [[commits.read_commit(item.run, n).content() for n in range(WAVES + 1)] for item in (whole, scene)]
     assert commits[0] == commits[1]
 
 
@@ -172,14 +172,14 @@ def test_a_lost_unit_of_the_pairs_is_found_and_copied_again(tmp_path: Path) -> N
 
 def test_pairs_whose_embeddings_are_lost_stop_the_backfill_until_they_are_repaired(tmp_path: Path) -> None:
     scene = begin(tmp_path, SAMPLED, given=False)
-    lost = scene.run.path(pair_sample.FOLDER, "new", "wave-000", "unit-00001.parquet")
+    lost = scene.run.path(GALLERY_PAIRS, "new", "wave-000", "unit-00001.parquet")
     storage.delete_files([lost])
     with pytest.raises(DataError, match=r"a part of the vector log is missing(.|\n)*`fastfill repair`"):
         scene.go_on()
     assert snapshot.list_commits(scene.run) == []
     problems = audit(scene.run.uri).problems
     assert [(problem.kind, problem.where) for problem in problems] == [("log_part", lost)]
-    assert repair(scene.config, scene.run, scene.plan, problems).folders == [pair_sample.FOLDER]
+    assert repair(scene.config, scene.run, scene.plan, problems).folders == [GALLERY_PAIRS]
 
 
 def test_status_counts_the_pairs_as_durable_before_the_first_commit_and_as_published_with_it(tmp_path: Path) -> None:

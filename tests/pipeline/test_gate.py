@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from pipeline import quality
 from pipeline.commits import Commit, Counts
-from pipeline.config import Gate
+from pipeline.config_method import Gate
 from pipeline.gate import Earlier, assess, blockers, mixed_up
+from pipeline.networks import TransformationNetwork
 from pipeline.quality import Quality, Reference
 from pipeline.run import Run
-from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
+from pipeline.transformation import TransformationInfo, save_transformation
 
 
 def fitted(folder: Path, better_than_old: bool) -> Run:

@@ -32,7 +32,8 @@ from torchvision.transforms.v2 import functional
 from pipeline import parquet, storage
 from pipeline.config import Preprocess
 from pipeline.errors import DataError
-from pipeline.images import Limits, LoadedUnit, Pixels, Reject, decode_image, load_unit, rejecting
+from pipeline.fetch import Reject
+from pipeline.images import Limits, LoadedUnit, Pixels, decode_image, load_unit, rejecting
 from pipeline.local_store import LocalReader
 from pipeline.schema import UNITS, Unit
 from pipeline.settings import Fetch

@@ -14,15 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import codebook as codebooks
-from pipeline import index, storage
+from pipeline import index, storage, train
 from pipeline.arrays import Float32, Int64
-from pipeline.codebook import Codebook, check_trainable, resolve_factory, train_codebook
+from pipeline.codebook import Codebook
 from pipeline.config import Index, Metric
 from pipeline.equality import same_vectors
 from pipeline.errors import ConfigError, DataError
 from pipeline.index import Segment, as_stored, build_segment, decode, gather, search
 from pipeline.run import Run
 from pipeline.segments import Rows
+from pipeline.train import check_trainable, resolve_factory, train_codebook
 
 DIM = 16
 METRICS: tuple[Metric, ...] = ("l2", "ip", "cosine")
@@ -374,7 +375,7 @@ def test_an_embedded_row_does_not_fit_a_transformed_segment(tmp_path: Path) -> N
 
 def test_codebook_and_segment_are_verified_when_opened(tmp_path: Path) -> None:
     run = Run(str(tmp_path))
-    path, sha256 = codebooks.write_codebook(run, codebook_bytes("IVF16,Flat", "l2"))
+    path, sha256 = train.write_codebook(run, codebook_bytes("IVF16,Flat", "l2"))
     book = Codebook.open(run, path, sha256)
     ref = index.write_segment(run, book, rows(), shard=0, wave=1, kind="embedded")
     for uri in (run.path(path), run.path(ref.path)):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pipeline.arrays import Float32
-from pipeline.calibration import Calibration
-from pipeline.nearest import nearest, nearest_by_kind
+from pipeline.calibration import Calibration, nearest_by_kind
+from pipeline.nearest import nearest
 
 NUM = 80
 

@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import manifest, parquet, probe_set, storage
+from pipeline import manifest, parquet, storage
 from pipeline.arrays import Int64
 from pipeline.config import Config, num_from_gallery
 from pipeline.config_file import validate
 from pipeline.errors import DataError
-from pipeline.pair_sample import FOLDER, draw, embedded_ids, read_new
-from pipeline.run import Run
+from pipeline.pair_sample import draw, embedded_ids, read_new
+from pipeline.run import GALLERY_PAIRS, PROBE_SET, Run
 from tests.pipeline.sample import put_sample
 from tests.pipeline.synthetic_run import Known, Options, known, make_run
 
@@ -35,7 +35,7 @@ def scene(
     return config.model_copy(update={"pairs": pairs, "probe": sampled}), run
 
 
-def ids(run: Run, folder: str = FOLDER) -> list[int]:
+def ids(run: Run, folder: str = GALLERY_PAIRS) -> list[int]:
     return sorted(manifest.ids_of(run, folder).tolist())
 
 
@@ -75,7 +75,7 @@ def test_draw_gives_each_label_its_share_to_one_image_and_no_image_of_the_probe_
     images = known(600, num_labels=7)
     config, run = scene(tmp_path, images, 150, 100)
     assert draw(config, run) is not None
-    probe = set(ids(run, probe_set.FOLDER))
+    probe = set(ids(run, PROBE_SET))
     assert len(probe) == 100
     assert not probe & set(ids(run))
     assert images.labels is not None
@@ -102,9 +102,9 @@ def test_draw_of_a_gallery_with_few_labels_or_too_many_is_of_the_size_that_is_wa
 def test_draw_on_resume_keeps_the_sample_and_finds_it_in_the_parts_that_were_written_again(tmp_path: Path) -> None:
     config, run = scene(tmp_path, known(300))
     first = draw(config, run)
-    written = storage.stat(run.part(FOLDER, 0))
+    written = storage.stat(run.part(GALLERY_PAIRS, 0))
     assert draw(config, run) == first
-    assert storage.stat(run.part(FOLDER, 0)) == written
+    assert storage.stat(run.part(GALLERY_PAIRS, 0)) == written
     before = ids(run)
     gallery = manifest.read_manifest(run, "gallery")
     assert gallery is not None
@@ -119,25 +119,25 @@ def test_draw_on_resume_keeps_the_sample_and_finds_it_in_the_parts_that_were_wri
     assert found is not None
     assert found.root == "/moved"
     assert ids(run) == before
-    assert parquet.read_parquet(run.part(FOLDER, 0))["uri"].unique().to_pylist() == ["/moved"]
+    assert parquet.read_parquet(run.part(GALLERY_PAIRS, 0))["uri"].unique().to_pylist() == ["/moved"]
 
 
 def test_a_probe_set_that_is_asked_for_later_has_no_image_of_the_sample(tmp_path: Path) -> None:
     config, run = scene(tmp_path, known(300), 60, 0)
     draw(config, run)
-    assert manifest.read_manifest(run, probe_set.FOLDER) is None
+    assert manifest.read_manifest(run, PROBE_SET) is None
     before = ids(run)
     probe = config.probe.model_copy(update={"images": 100})
     assert draw(config.model_copy(update={"probe": probe}), run) is not None
     assert ids(run) == before
-    assert len(ids(run, probe_set.FOLDER)) == 100
-    assert not set(ids(run, probe_set.FOLDER)) & set(before)
+    assert len(ids(run, PROBE_SET)) == 100
+    assert not set(ids(run, PROBE_SET)) & set(before)
 
 
 def test_a_small_gallery_is_shared_out_between_the_sample_and_the_probe_set(tmp_path: Path) -> None:
     config, run = scene(tmp_path, known(100), 50, 1000)
     draw(config, run)
-    assert (len(ids(run)), len(ids(run, probe_set.FOLDER))) == (50, 50)
+    assert (len(ids(run)), len(ids(run, PROBE_SET))) == (50, 50)
 
 
 def test_the_users_own_probe_sample_is_not_in_it(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_the_users_own_probe_sample_is_not_in_it(tmp_path: Path) -> None:
 def test_without_pairs_of_the_gallery_nothing_is_drawn_or_known(tmp_path: Path) -> None:
     config, run = scene(tmp_path, known(300), 0)
     assert draw(config, run) is None
-    assert manifest.read_manifest(run, FOLDER) is None
+    assert manifest.read_manifest(run, GALLERY_PAIRS) is None
     assert len(embedded_ids(run)) == 0
 
 

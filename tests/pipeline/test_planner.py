@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from pipeline import collect, parquet, planner, score, storage
 from pipeline.config import Config
 from pipeline.errors import IncompatibleRun
+from pipeline.networks import TransformationNetwork
 from pipeline.plan import SCORED, Plan, dropped_files, read_plan, read_transformed
 from pipeline.reference import PART, build_reference
 from pipeline.run import Run
 from pipeline.score import ScoredPart, Scorer
-from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
+from pipeline.transformation import TransformationInfo, save_transformation
 from tests.pipeline.in_process import plan_in_process, score_each
 from tests.pipeline.interleave import Turns
 from tests.pipeline.synthetic_run import Options, known, make_run

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipeline.arrays import Float32, Int64
-from pipeline.config import POLICY_NAMES
+from pipeline.config_method import POLICY_NAMES
 from pipeline.errors import ConfigError, DataError
-from pipeline.policy import POLICIES, Scored, load_policy, missing, prioritise, signals
+from pipeline.policy import POLICIES, load_policy, missing, prioritise
 from pipeline.reference import Reference, build_reference
+from pipeline.signals import Scored, signals
 from training.harm import fit_learned
 
 OWN = f"{__name__}:length_of_transformed"

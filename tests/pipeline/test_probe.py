@@ -10,8 +10,8 @@ import pytest
 from pipeline import parquet, storage
 from pipeline.config import Config, Preprocess
 from pipeline.config_file import validate
+from pipeline.embeddings import NUM_PROBED, _places, probe
 from pipeline.manifest import Manifest
-from pipeline.probe import NUM_PROBED, _places, probe
 from pipeline.run import Run
 from pipeline.schema import manifest_schema
 from tests.galleries import digits

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import probe_sample
-from pipeline.config import Probe
+from pipeline.config_method import Probe
 from pipeline.errors import DataError
 from pipeline.probe_sample import check_kind, read_sample
 

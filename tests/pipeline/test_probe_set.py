@@ -18,7 +18,8 @@ from pipeline.arrays import Int64, vectors_from_arrow, vectors_to_arrow
 from pipeline.config import Config
 from pipeline.errors import ConfigError, DataError, IncompatibleRun
 from pipeline.plan import read_plan
-from pipeline.probe_set import ProbeSet, draw, embedded, gather, size
+from pipeline.probe_draw import draw, size
+from pipeline.probe_set import ProbeSet, embedded, gather
 from pipeline.run import Run
 from pipeline.schema import embedded_schema, manifest_schema
 from tests.pipeline.sample import put_sample

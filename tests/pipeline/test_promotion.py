@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import assess, parquet, quality, snapshot, storage
+from pipeline import assess, commits, parquet, quality, snapshot, storage
 from pipeline.arrays import Float32, Int64
 from pipeline.calibration import fit_calibration
-from pipeline.config import Config, Gate
+from pipeline.config import Config
+from pipeline.config_method import Gate
 from pipeline.errors import GateRefused
 from pipeline.gate import blockers
 from pipeline.plan import read_plan
-from pipeline.probe_set import draw
+from pipeline.probe_draw import draw
 from pipeline.promotion import Promotion
+from pipeline.quality import read_standing
 from pipeline.run import Run
-from pipeline.standing import read_standing
 from pipeline.stop import Stop, parse
 from tests.pipeline.synthetic_run import Known, Options, known, make_run
 
@@ -47,9 +48,9 @@ def settle(config: Config, run: Run, first: int = 0, last: int = LAST) -> list[l
     gate = promotion(config, run)
     failed = []
     for number in range(first, last + 1):
-        gate.settle(snapshot.read_commit(run, number))
+        gate.settle(commits.read_commit(run, number))
         failed.append([refusal.check for refusal in gate.refusals])
-    gate.finish(snapshot.read_commit(run, last))
+    gate.finish(commits.read_commit(run, last))
     return failed
 
 
@@ -126,7 +127,7 @@ def test_a_draft_that_was_examined_is_not_searched_again_as_a_commit(
     monkeypatch.setattr(assess, "examine", lambda *of: (examined.append(of[4].number), examine(*of))[1])
     gate = promotion(config, run)
     for number in range(1, LAST + 1):
-        commit = snapshot.read_commit(run, number)
+        commit = commits.read_commit(run, number)
         gate.inspect(replace(commit, attempt_id="", segments=commit.segments[::-1]))  # a draft's are in no order
         gate.settle(commit)
     assert quality.read_all(run) == alone[1:]
@@ -168,7 +169,7 @@ def test_a_transformation_of_shuffled_pairs_is_never_served_and_does_not_stop_th
     bad = replace(images, transformed=fit_linear(images.old, images.embedded[shuffled]))
     config, run = probed(tmp_path, bad)
     gate = promotion(config, run)
-    gate.settle(snapshot.read_commit(run, 0))
+    gate.settle(commits.read_commit(run, 0))
     assert [refusal.check for refusal in gate.refusals] == ["old_old"]
     assert "600 images are still transformed" in gate.refusals[0].sentence
     assert prod(run) is None
@@ -260,13 +261,13 @@ def test_a_wave_with_swapped_ids_is_refused_before_it_is_committed(tmp_path: Pat
     config, run = probed(tmp_path, known(num=600), swapped_wave=wave)
     gate = promotion(config, run)
     for number in range(1, wave):
-        gate.inspect(snapshot.read_commit(run, number))
+        gate.inspect(commits.read_commit(run, number))
     with pytest.raises(GateRefused, match=rf"wave {wave} is not published:\n  - only \d of \d+ probe images") as caught:
-        gate.inspect(snapshot.read_commit(run, wave))
+        gate.inspect(commits.read_commit(run, wave))
     assert caught.value.exit_code == 3
     assert f"embedded/wave-{wave:03d}" in str(caught.value)
-    promotion(limited(config, on_refusal="go_on"), run).inspect(snapshot.read_commit(run, wave))
-    promotion(limited(config, min_own=None), run).inspect(snapshot.read_commit(run, wave))
+    promotion(limited(config, on_refusal="go_on"), run).inspect(commits.read_commit(run, wave))
+    promotion(limited(config, min_own=None), run).inspect(commits.read_commit(run, wave))
 
 
 def test_going_on_after_a_refusal_ends_refused_where_the_last_snapshot_is(tmp_path: Path) -> None:
@@ -299,7 +300,7 @@ def test_a_slot_share_out_of_bounds_keeps_prod_back_until_nothing_is_transformed
     config, run = probed(tmp_path, known(num=600))
     gate = promotion(limited(config, **limit), run)
     for number in range(LAST):
-        gate.settle(snapshot.read_commit(run, number))
+        gate.settle(commits.read_commit(run, number))
         (refusal,) = gate.refusals
         assert re.search(sentence, refusal.sentence)
     assert prod(run) is None
@@ -333,7 +334,7 @@ def test_a_condition_is_met_by_the_first_commit_that_reaches_it(tmp_path: Path) 
     config, run = probed(tmp_path, known(num=600))
     gate = promotion(config, run, "top1>=0.97*full")
     for number in range(LAST + 1):
-        gate.settle(snapshot.read_commit(run, number))
+        gate.settle(commits.read_commit(run, number))
         if gate.stopped:
             break
     estimate = quality.full_estimate(quality.read_reference(run), quality.read_quality(run, 0))  # type: ignore[arg-type]
@@ -372,21 +373,21 @@ def bad_at_first() -> Known:
 def test_a_snapshot_that_is_refused_reaches_no_quality(tmp_path: Path) -> None:
     config, run = probed(tmp_path, bad_at_first())
     gate = promotion(config, run, "top1>=1", "recall10>=1")
-    gate.settle(snapshot.read_commit(run, 0))
+    gate.settle(commits.read_commit(run, 0))
     assert gate.refusals
     assert gate.stopped is None
-    gate.finish(snapshot.read_commit(run, 0))
-    gate.settle(snapshot.read_commit(run, LAST))
+    gate.finish(commits.read_commit(run, 0))
+    gate.settle(commits.read_commit(run, LAST))
     assert str(gate.stopped).startswith("top1>=1")
-    gate.finish(snapshot.read_commit(run, LAST))
+    gate.finish(commits.read_commit(run, LAST))
 
 
 def test_a_backfill_that_stops_as_asked_where_the_gate_refuses_is_no_success(tmp_path: Path) -> None:
     config, run = probed(tmp_path, bad_at_first())
     gate = promotion(config, run, "fraction>=0.01")
-    gate.settle(snapshot.read_commit(run, 0))
+    gate.settle(commits.read_commit(run, 0))
     assert gate.stopped is None
-    gate.settle(first := snapshot.read_commit(run, 1))
+    gate.settle(first := commits.read_commit(run, 1))
     assert gate.stopped is not None, "a refusal that going on mends ends nothing by itself"
     with pytest.raises(GateRefused) as caught:
         gate.finish(first)
@@ -403,15 +404,15 @@ def test_a_backfill_that_stops_as_asked_where_the_gate_refuses_is_no_success(tmp
 
 def test_a_commit_that_was_not_measured_is_promoted_by_force_alone(tmp_path: Path) -> None:
     config, run = probed(tmp_path, known())
-    first = snapshot.read_commit(run, 0)
+    first = commits.read_commit(run, 0)
     (sentence,) = blockers(run, first)  # killed before there was anything to compare with
     assert "not measured on the probe set yet: run `fastfill backfill`, or promote it with --force" in sentence
     assert blockers(run, first, probed=False) == []
     settle(config, run, last=1)
-    assert blockers(run, snapshot.read_commit(run, 1)) == []
-    assert blockers(run, snapshot.read_commit(run, 2)) == [sentence]
+    assert blockers(run, commits.read_commit(run, 1)) == []
+    assert blockers(run, commits.read_commit(run, 2)) == [sentence]
     quality.write_quality(run, replace(quality.read_all(run)[1], commit=2))  # of another attempt
-    assert blockers(run, snapshot.read_commit(run, 2)) == [sentence]
+    assert blockers(run, commits.read_commit(run, 2)) == [sentence]
 
 
 def test_what_is_stored_of_a_commit_is_not_measured_again(tmp_path: Path) -> None:

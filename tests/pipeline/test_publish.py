@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import publish, reserve, seal, snapshot, storage, vector_log
+from pipeline import commits, publish, reserve, seal, snapshot, storage, vector_log
 from pipeline.audit import audit
 from pipeline.calibration import Calibration
 from pipeline.config_file import validate
@@ -18,8 +18,8 @@ from pipeline.plan import Plan, Wave
 from pipeline.publish import Publisher
 from pipeline.run import Run
 from pipeline.schema import UnitAck
-from pipeline.snapshot import Writer
 from pipeline.stream import Work
+from pipeline.writer import Writer
 from tests.pipeline.planned_backfill import backfill_in_process, begin
 from tests.pipeline.unreliable_store import FakeTime
 from tests.pipeline.whole_run import DIM, WholeRun
@@ -93,7 +93,7 @@ def test_publisher_names_the_digest_of_each_waves_parts_in_the_commit(
     assert publisher._acknowledged == {}
     expected = tuple(map(whole.log_digest, (1, 2)))
     assert all(expected)
-    assert snapshot.read_commit(whole.run, 2).log_digests == expected
+    assert commits.read_commit(whole.run, 2).log_digests == expected
 
 
 def test_publisher_gives_each_commit_the_calibration_of_the_transformation(
@@ -102,8 +102,8 @@ def test_publisher_gives_each_commit_the_calibration_of_the_transformation(
     calibration = Calibration((0.0, 1.0), (0.0, 2.0))
     whole, publisher = publisher_of(tmp_path, monkeypatch, calibration)
     publisher._commit = publisher._seal(1)
-    assert snapshot.read_commit(whole.run, 1).calibration == calibration
-    assert snapshot.read_commit(whole.run, 1).counts.rejected == int((whole.rejected & (whole.waves == 1)).sum())
+    assert commits.read_commit(whole.run, 1).calibration == calibration
+    assert commits.read_commit(whole.run, 1).counts.rejected == int((whole.rejected & (whole.waves == 1)).sum())
 
 
 def test_publisher_takes_a_run_over_and_leaves_gc_room_for_a_full_disk(
@@ -140,7 +140,7 @@ def test_a_driver_goes_on_with_the_codebook_of_a_commit_that_it_adopts(
         storage.put_if_absent(run.commit(0), to_json(replace(sealed, attempt_id="late", epoch=1)))
         publisher.submit_all(range(len(plan.waves) + 1))
 
-    commits = [snapshot.read_commit(run, number) for number in range(len(plan.waves) + 1)]
+    commits = [commits.read_commit(run, number) for number in range(len(plan.waves) + 1)]
     assert commits[0].attempt_id == "late"
     assert {commit.codebook_sha256 for commit in commits} == {sealed.codebook_sha256}
     assert audit(run.uri).problems == []

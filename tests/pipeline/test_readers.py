@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import leases, snapshot, storage
+from pipeline import removals, snapshot, storage
 from pipeline.audit import audit
 from pipeline.collect import Rules, collect
 from pipeline.errors import DataError
@@ -152,7 +152,7 @@ def test_a_reader_stays_on_the_last_good_commit_and_the_audit_names_the_file(hom
                 searcher.refresh()
             assert any(uri in str(caught.value) for uri in good), how
             np.testing.assert_array_equal(searcher.search(queries, whole.num).ids, expected[0])
-            assert leases.find_leases(whole.run, 0.0)[0] == {0}
+            assert removals.find_leases(whole.run, 0.0)[0] == {0}
             with pytest.raises(DataError):
                 Searcher(whole.run.uri)
             named = {item.where for item in audit(whole.run.uri).problems}

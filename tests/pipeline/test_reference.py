@@ -12,9 +12,10 @@ from pipeline import reference
 from pipeline.arrays import Float32, Int64
 from pipeline.errors import DataError
 from pipeline.nearest import nearest
+from pipeline.networks import TransformationNetwork
 from pipeline.reference import PART, Reference, build_reference, keys, load_reference
 from pipeline.run import Run
-from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
+from pipeline.transformation import TransformationInfo, save_transformation
 
 NUM, D_OLD, D_NEW, CLASSES = 60, 4, 3, 5
 

@@ -30,11 +30,11 @@ def put(run: Run, folder: str, number: int, reason: str) -> None:
 
 def test_the_rejects_of_a_gallery_are_those_of_both_encoders_and_their_stage_says_whose(tmp_path: Path) -> None:
     run = Run(str(tmp_path))
-    assert read_all(run, PLAN).num_rows == read_of_pairs(run).num_rows == 0
+    assert read_all(run, PLAN.log(run)).num_rows == read_of_pairs(run).num_rows == 0
     put(run, "gallery/old-rejects", 7, "empty")
     put(run, "rejects", 8, "truncated: half")
     put(run, "pairs/new-rejects", 9, "missing")
-    found = read_all(run, PLAN)
+    found = read_all(run, PLAN.log(run))
     assert found.schema == REJECTS
     assert [(row["id"], row["stage"], row["reason"]) for row in found.to_pylist()] == [
         (7, "old encoder: decode", "empty"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline import commits, documents, parquet, snapshot, storage
+from pipeline import commits, documents, parquet, storage
 from pipeline.audit import audit
 from pipeline.config import Config
 from pipeline.config_file import load_config
@@ -73,7 +73,7 @@ def test_repair_of_a_run_that_is_whole_changes_nothing(tmp_path: Path) -> None:
 
 def test_repair_of_a_segment_whose_sources_are_damaged_names_a_commit_to_serve(tmp_path: Path) -> None:
     config, run, plan = opened(FINISHED[0], tmp_path)
-    last = snapshot.read_commit(run, 4)
+    last = commits.read_commit(run, 4)
     ref = next(ref for ref in last.segments if ref.wave == 4)
     Path(run.path(ref.path)).unlink()
     for part in Path(run.path("transformed")).rglob("*.parquet"):
@@ -87,7 +87,7 @@ def test_repair_of_a_segment_whose_sources_are_damaged_names_a_commit_to_serve(t
 
 def test_repair_of_a_segment_that_comes_out_with_other_bytes_leaves_the_commit_and_says_why(tmp_path: Path) -> None:
     config, run, plan = opened(FINISHED[0], tmp_path)
-    commit = snapshot.read_commit(run, 4)
+    commit = commits.read_commit(run, 4)
     mine = commit.segments[-1]
     other = dataclasses.replace(mine, sha256="0" * 64, path="index/segments/" + "0" * 64 + ".faiss")
     changed = dataclasses.replace(commit, segments=(*commit.segments[:-1], other))
@@ -169,7 +169,7 @@ def test_repair_of_a_part_of_a_published_wave_names_the_unit_to_embed_again(how:
 
 def test_repair_of_a_codebook_trains_it_again_or_says_on_which_machine(tmp_path: Path) -> None:
     config, run, plan = opened(FINISHED[0], tmp_path)
-    commit = snapshot.read_commit(run, 4)
+    commit = commits.read_commit(run, 4)
     where = run.path(commit.codebook_path)
     Path(where).unlink()
     done = repaired(config, run, plan)
@@ -200,7 +200,7 @@ def test_repair_of_a_figure_that_a_backfill_makes_again_moves_it_aside(place: st
 def test_check_files_of_a_commit_names_a_missing_or_cut_off_segment(tmp_path: Path) -> None:
     _, run, _ = opened(FINISHED[0], tmp_path)
     commits.check_files(run, 4)
-    ref = snapshot.read_commit(run, 4).segments[0]
+    ref = commits.read_commit(run, 4).segments[0]
     path = Path(run.path(ref.path))
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DataError, match=f"{ref.bytes - 1} bytes"):

@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.status import read_status
-from pipeline import curve as curves
-from pipeline import plots, snapshot, storage, vector_log
+from pipeline import gallery, plots, snapshot, storage, vector_log
 from pipeline.curve import curve
 from pipeline.expected import Ends, expect
 from pipeline.plan import read_plan
 from pipeline.report import ReportData, collect, headline, is_current, render, write_report
 from pipeline.run import Run
+from pipeline.status import read_status
 from tests.pipeline.synthetic_run import Known, Options, known, make_run
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "wbr"}
@@ -143,7 +142,7 @@ def test_the_curve_is_not_computed_again_after_evaluate(
 ) -> None:
     config, run = make_run(tmp_path, images)
     expected = curve(config, run)
-    monkeypatch.setattr(curves, "load_gallery", None)  # computing again would call it
+    monkeypatch.setattr(gallery, "load_gallery", None)  # computing again would call it
     assert collect(config, run).curve == json.loads(json.dumps(expected))
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import documents, storage
-from pipeline.config import Config, Fit
+from pipeline.config import Config
+from pipeline.config_method import Fit
 from pipeline.errors import IncompatibleRun
 from pipeline.identity import STAGES, read_settings, stage_settings
 from pipeline.resumed import as_started

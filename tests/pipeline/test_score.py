@@ -15,11 +15,12 @@ from pipeline.arrays import vectors_to_arrow
 from pipeline.config import Config
 from pipeline.config_file import validate
 from pipeline.errors import ConfigError, DataError
+from pipeline.networks import TransformationNetwork
 from pipeline.partition import Partition, write_part
 from pipeline.reference import PART, build_reference
 from pipeline.run import Run
 from pipeline.score import Scorer
-from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
+from pipeline.transformation import TransformationInfo, save_transformation
 
 NUM, D_OLD, D_NEW = 40, 5, 3
 OLD = np.random.default_rng(0).normal(size=(NUM, D_OLD)).astype(np.float32)

@@ -22,7 +22,7 @@ from pipeline.plan import Plan, Wave
 from pipeline.run import Run
 from pipeline.schema import UNITS as UNITS_SCHEMA
 from pipeline.seal import Sealer
-from pipeline.snapshot import Kind, SegmentRef
+from pipeline.segments import Kind, SegmentRef
 from tests.pipeline.whole_run import DIM, UNITS, WholeRun
 
 

@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import snapshot, storage
+from pipeline import commits, snapshot, storage
 from pipeline.calibration import Calibration
 from pipeline.config import Metric
 from pipeline.errors import DataError
-from pipeline.leases import Lease
+from pipeline.removals import Lease
 from pipeline.run import Run
 from pipeline.search import Searcher
-from pipeline.snapshot import Writer
+from pipeline.writer import Writer
 from tests.pipeline.whole_run import DIM, WholeRun
 
 
@@ -112,7 +112,7 @@ def test_search_of_a_calibrated_commit_ranks_by_calibrated_distance_and_tells_th
 def test_search_of_a_commit_of_an_earlier_version_tells_the_kinds_of_its_rejects(tmp_path: Path) -> None:
     whole = WholeRun(Run(str(tmp_path)), num=120, mixed=True)
     whole.publish(2)
-    assert any(ref.kind == "embedded" and ref.rejected for ref in snapshot.read_commit(whole.run, 2).segments)
+    assert any(ref.kind == "embedded" and ref.rejected for ref in commits.read_commit(whole.run, 2).segments)
     queries = np.random.default_rng(1).standard_normal((7, DIM))
     with Searcher(whole.run.uri, commit=2) as searcher:
         result = searcher.search(queries, whole.num)
@@ -347,7 +347,7 @@ def test_readers_see_one_whole_commit_while_it_is_switched(tmp_path: Path) -> No
 
 def test_a_codebook_of_another_metric_is_refused(tmp_path: Path) -> None:
     whole = make(tmp_path)
-    commit = replace(snapshot.read_commit(whole.run, 0), metric="ip")
+    commit = replace(commits.read_commit(whole.run, 0), metric="ip")
     storage.put(whole.run.commit(0), snapshot.to_json(commit))
     with pytest.raises(DataError, match="codebook is not the commit's"):
         Searcher(whole.run.uri)

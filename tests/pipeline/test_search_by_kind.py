@@ -10,10 +10,11 @@ import pytest
 
 from pipeline.arrays import Float32, Int64
 from pipeline.calibration import Calibration
-from pipeline.codebook import Codebook, train_codebook
+from pipeline.codebook import Codebook
 from pipeline.config import Index, Metric
 from pipeline.index import Hits, Segment, build_segment, gather, search, search_by_kind
 from pipeline.segments import KINDS, Kind
+from pipeline.train import train_codebook
 
 DIM, SHARDS, WAVES, K = 4, 8, 20, 80
 NUM = 3200

@@ -19,21 +19,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from pipeline import commits, documents, snapshot, storage
 from pipeline.calibration import Calibration
+from pipeline.commits import Commit, Counts, read_commit
 from pipeline.errors import DataError, GateRefused, Refused, SnapshotConflict
 from pipeline.run import Run
-from pipeline.snapshot import (
-    Commit,
-    Counts,
-    SegmentRef,
-    Tag,
-    Writer,
-    auto_promote,
-    list_commits,
-    promote,
-    read_commit,
-    read_tag,
-    rollback,
-)
+from pipeline.segments import SegmentRef
+from pipeline.snapshot import Tag, auto_promote, list_commits, promote, read_tag, rollback
+from pipeline.writer import Writer
 
 WAVES, SHARDS = 4, 2
 SAME, PROCESSOR, OTHER = "", "processor", "other"

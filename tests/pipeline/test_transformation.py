@@ -12,18 +12,18 @@ import torch
 
 from pipeline import documents, storage
 from pipeline.arrays import Float32
-from pipeline.config import TransformationKind
+from pipeline.config_method import TransformationKind
+from pipeline.device import resolve_device
 from pipeline.errors import ConfigError, DataError, SnapshotConflict
+from pipeline.networks import TransformationNetwork
 from pipeline.run import Run
 from pipeline.transformation import (
     Figures,
     TransformationInfo,
-    TransformationNetwork,
     apply,
     has_transformation,
     load_transformation,
     read_info,
-    resolve_device,
     save_transformation,
 )
 

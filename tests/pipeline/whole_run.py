@@ -11,18 +11,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import codebook as codebooks
-from pipeline import index, parquet, storage, vector_log
+from pipeline import index, parquet, storage, train, vector_log
 from pipeline.arrays import Float32, Int64, vectors_to_arrow
 from pipeline.calibration import Calibration
 from pipeline.codebook import Codebook
+from pipeline.commits import Commit, Counts
 from pipeline.config import Index, Metric
 from pipeline.hashing import shard_of
 from pipeline.run import Run
 from pipeline.schema import REJECTS, embedded_schema, transformed_schema
-from pipeline.segments import Rows
-from pipeline.snapshot import Commit, Counts, Kind, SegmentRef, Writer
+from pipeline.segments import Kind, Rows, SegmentRef
 from pipeline.vector_log import VectorLog, content_digest, naming
+from pipeline.writer import Writer
 from tests.pipeline.run_inputs import write_manifest_part, write_other_inputs
 
 DIM = 8
@@ -64,9 +64,9 @@ class WholeRun:
         self.embedded: Float32 = self.transformed + rng.standard_normal((self.num, DIM)).astype(np.float32) / 4
         self.rejected = np.arange(self.num) % 50 == 1
         settings = Index(factory=self.factory)
-        data = codebooks.train_codebook(self.embedded, settings, self.metric, self.num, device="cpu", seed=0)
+        data = train.train_codebook(self.embedded, settings, self.metric, self.num, device="cpu", seed=0)
         self.codebook = Codebook(data)
-        self.codebook_path, self.codebook_sha256 = codebooks.write_codebook(self.run, data)
+        self.codebook_path, self.codebook_sha256 = train.write_codebook(self.run, data)
 
     def copy_to(self, folder: Path) -> WholeRun:
         """The same run elsewhere: cheaper than making it again."""

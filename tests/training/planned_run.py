@@ -13,13 +13,14 @@ import torch
 from pipeline import offset, parquet, reference, selection, storage
 from pipeline.arrays import Float32, vectors_to_arrow
 from pipeline.config import Config
+from pipeline.networks import TransformationNetwork
 from pipeline.offset import Offset
 from pipeline.plan import Plan, read_plan
-from pipeline.probe_set import draw
+from pipeline.probe_draw import draw
 from pipeline.reference import Reference, build_reference
 from pipeline.run import Run
 from pipeline.selection import Selection
-from pipeline.transformation import TransformationInfo, TransformationNetwork, save_transformation
+from pipeline.transformation import TransformationInfo, save_transformation
 from tests.pipeline.synthetic_run import Known, Options, known, make_run
 from training.folds import Fold
 from training.harm import fit_learned, harm

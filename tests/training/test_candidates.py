@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import Fit
+from pipeline.config_method import Fit
 from training.candidates import Candidate, Recipe, Row, Serving, choose, finalists, selection_of, settings_of
 
 RECIPE = Recipe("fastfill", 0.1, 512, 40)

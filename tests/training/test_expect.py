@@ -16,7 +16,8 @@ from pipeline.arrays import Float32, Float64, Int64
 from pipeline.config import Config
 from pipeline.evaluate import evaluate
 from pipeline.gallery import labelled_sample
-from pipeline.probe_set import draw, gather, load
+from pipeline.probe_draw import draw
+from pipeline.probe_set import gather, load
 from pipeline.selection import Candidate, Selection
 from tests.pipeline.sample import put_sample
 from tests.pipeline.synthetic_run import known

@@ -18,16 +18,19 @@ from torch import nn
 
 from pipeline import parquet, storage
 from pipeline.arrays import Float32, Int64, vectors_to_arrow
-from pipeline.config import Config, LossMode
+from pipeline.config import Config
 from pipeline.config_file import validate
+from pipeline.config_method import LossMode
 from pipeline.errors import ConfigError, DataError, TransientError
-from pipeline.evaluate import METRICS, order_by_priority, simulate_curve
+from pipeline.evaluate import METRICS
 from pipeline.networks import Transformation
 from pipeline.reference import load_reference
 from pipeline.run import Run
+from pipeline.simulated_curve import order_by_priority, simulate_curve
 from pipeline.transformation import TransformationInfo, apply, load_transformation
 from training import fit as fitting
 from training import learner as learning
+from training import trainer
 from training.fit import fit, make_job
 from training.learner import Epoch, FitData, Job, Learner, PairArrays, make_arrays
 from training.measure import measure, spearman, transform
@@ -302,7 +305,7 @@ def test_rank_correlation_knows_ties_and_constants() -> None:
 def test_a_snapshot_cut_short_by_a_crash_is_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     storage.put(str(tmp_path / "checkpoint_manager_snapshot.json"), b'{"checkpoint_results": [')
     with caplog.at_level(logging.WARNING):
-        fitting._drop_broken_snapshot(str(tmp_path))
+        trainer._drop_broken_snapshot(str(tmp_path))
     assert not tmp_path.exists()
     assert "from the first epoch" in caplog.text
 
@@ -388,7 +391,7 @@ def test_a_fit_leaves_its_policies_what_they_know(
         learner.run_epoch()
         return learner.network, learner.classifier
 
-    monkeypatch.setattr(fitting, "_train", train)
+    monkeypatch.setattr(trainer, "_train", train)
     fit(config, run, data)
     known = load_reference(run)
     assert known is not None
@@ -414,7 +417,7 @@ def test_a_fit_uses_that_of_another_driver_which_was_faster(tmp_path: Path, monk
             learner.run_epoch()
         return learner.network, learner.classifier
 
-    monkeypatch.setattr(fitting, "_train", train)
+    monkeypatch.setattr(trainer, "_train", train)
     assert [fit(config, run, data)] == drivers
     network, info = load_transformation(run, CPU)
     assert info == drivers[0]

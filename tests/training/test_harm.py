@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.arrays import Float32, Int64
-from pipeline.evaluate import evaluate, order_by_priority, random_order, simulate_curve
-from pipeline.policy import Scored, load_policy
+from pipeline.evaluate import evaluate
+from pipeline.policy import load_policy
 from pipeline.reference import Reference, build_reference
+from pipeline.signals import Scored
+from pipeline.simulated_curve import order_by_priority, random_order, simulate_curve
 from training.harm import _Ranking, _Side, fit_learned, harm
 
 

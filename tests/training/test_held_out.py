@@ -13,7 +13,8 @@ from pipeline.arrays import vectors_from_arrow
 from pipeline.config import Config
 from pipeline.config_file import validate
 from pipeline.offset import Offset
-from pipeline.policy import Scored, load_policy
+from pipeline.policy import load_policy
+from pipeline.signals import Scored
 from tests.pipeline.synthetic_run import Options, known, make_run
 from tests.training.planned_run import pairs_of, save, write_pairs
 from training.harm import fit_learned, harm

@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.config_file import validate
 from pipeline.offset import Classifier
-from pipeline.policy import POLICIES, Scored, load_policy, missing, prioritise
+from pipeline.policy import POLICIES, load_policy, missing, prioritise
+from pipeline.signals import Scored
 from training.knowledge import group_needs, measurable, reference_of
 from training.learner import PairArrays
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import Config, TransformationKind
+from pipeline.config import Config
+from pipeline.config_method import TransformationKind
 from pipeline.networks import LinearTransformation
 from tests.training.test_fit import (
     CPU,

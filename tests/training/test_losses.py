@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import LossMode
+from pipeline.config_method import LossMode
 from training.losses import (
     Classifier,
     Loss,

@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 
 from pipeline import documents, manifest, parquet, storage
 from pipeline.arrays import Int64, vectors_from_arrow
-from pipeline.config import Classifier, Pairs
+from pipeline.config import Pairs
 from pipeline.config_file import validate
+from pipeline.config_method import Classifier
 from pipeline.errors import DataError
-from pipeline.manifest import GALLERY_PAIRS
-from pipeline.run import Run
+from pipeline.run import GALLERY_PAIRS, Run
 from tests.pipeline.synthetic_run import Options, known, make_run
 from training.pairs import _classifier, _codes, build_pairs, fit_data, num_training, split
 

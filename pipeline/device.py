@@ -1,0 +1,28 @@
+"""The device that a setting means."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.errors import ConfigError
+
+
+def resolve_device(setting: str) -> torch.device:
+    """The device that `auto`, `cpu`, `cuda` or `cuda:<index>` means on this machine.
+
+    Raises:
+        ConfigError: a GPU is asked for that is not there.
+    """
+    available = torch.cuda.device_count()
+    if setting == "auto":
+        return torch.device("cuda" if available else "cpu")
+    device = torch.device(setting)
+    if device.type == "cuda" and (device.index or 0) >= available:
+        raise ConfigError(
+            "the GPU is not there",
+            expected=setting,
+            found=f"{available} GPU(s) that torch {torch.__version__} can use",
+            where="device",
+            remedy="set device to auto or cpu, or run where there is a GPU",
+        )
+    return device
