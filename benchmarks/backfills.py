@@ -19,19 +19,19 @@ import pyarrow as pa
 import torch
 
 from benchmarks.fit_data import Embedded
-from pipeline import offset as offsets
-from pipeline import parquet
 from pipeline.arrays import Float32, Float64, Int64
-from pipeline.calibration import Calibration, fit_calibration
-from pipeline.config import Config
-from pipeline.offset import Classifier
-from pipeline.policy import POLICIES, load_policy, missing
-from pipeline.reference import Reference
-from pipeline.simulated_curve import agreement_curve, oracle_order, random_order, simulate_curve
-from training.folds import Fold, fit_alone
-from training.knowledge import reference_of
-from training.learner import FitData, Job, PairArrays, can_classify, make_arrays
-from training.simulate import Detail, order_by
+from pipeline.config.tree import Config
+from pipeline.evaluation.simulated_curve import agreement_curve, oracle_order, random_order, simulate_curve
+from pipeline.models import offset as offsets
+from pipeline.models.calibration import Calibration, fit_calibration
+from pipeline.models.offset import Classifier
+from pipeline.planning.policies import POLICIES, load_policy, missing
+from pipeline.planning.policy_inputs import Reference
+from pipeline.storage import parquet
+from training.fitting.learner import FitData, Job, PairArrays, can_classify, make_arrays
+from training.simulation.build_policy_inputs import reference_of
+from training.simulation.folds import Fold, fit_alone
+from training.simulation.simulate import Detail, order_by
 
 OFFICIAL = Detail(22, 10_000)
 """The protocol of METHOD: 22 points, and every image of the gallery is a query."""

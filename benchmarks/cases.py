@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from benchmarks.encoders import encoder
 from benchmarks.fit_data import Embedded, cache_embeddings
 from benchmarks.small_run import CONFIG
-from pipeline.config_file import load_config
+from pipeline.config.load import load_config
 
 ENCODERS: dict[str, tuple[str | None, str | None]] = {
     "given": (None, None),

@@ -34,8 +34,8 @@ from torchvision.transforms import v2 as transforms
 
 from benchmarks import decoders, small_run
 from benchmarks.measure import Spread, header, interleave, table
-from pipeline.config import Preprocess
-from pipeline.images import Limits, Pixels, decoder
+from pipeline.config.tree import Preprocess
+from pipeline.embedding.decode import Limits, Pixels, decoder
 
 DATA = Path(os.environ.get("FASTFILL_DATA", small_run.DATA))
 LIMITS = Limits(max_pixels=64_000_000, max_bytes=100_000_000)
@@ -90,7 +90,7 @@ def small_pngs(count: int) -> Images:
 
 
 def before(preprocess: Preprocess) -> Decode:
-    """As `pipeline.images` did it until now: every format is tried, `convert` copies, torchvision resizes by Pillow."""
+    """Every format is tried, `convert` copies, torchvision resizes by Pillow: as `decode` did it before."""
     formats = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
     mode = "RGB" if preprocess.channels == 3 else "L"
     steps = []
@@ -117,11 +117,13 @@ def candidates(images: Images) -> dict[str, Decode]:
     preprocess = images.preprocess
     found = {"before: Pillow": before(preprocess)}
     if preprocess.resize is None:
-        found["pipeline.images"] = ours(preprocess)
+        found["pipeline.embedding.decode"] = ours(preprocess)
     else:
-        found |= {f"pipeline.images, {name}": ours(preprocess, resample=name) for name in ("pillow", "torch")}
+        found |= {f"pipeline.embedding.decode, {name}": ours(preprocess, resample=name) for name in ("pillow", "torch")}
         gaps = (1, 1.5, 2) if images.data[0].startswith(b"\xff\xd8") else ()
-        found |= {f"pipeline.images, reducing_gap {gap}": ours(preprocess, reducing_gap=float(gap)) for gap in gaps}
+        found |= {
+            f"pipeline.embedding.decode, reducing_gap {gap}": ours(preprocess, reducing_gap=float(gap)) for gap in gaps
+        }
     return found | decoders.whole_paths(preprocess)
 
 

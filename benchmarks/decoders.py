@@ -13,8 +13,8 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from pipeline.config import Preprocess
-from pipeline.images import Pixels
+from pipeline.config.tree import Preprocess
+from pipeline.embedding.decode import Pixels
 
 Decode = Callable[[bytes], Pixels]
 

@@ -29,8 +29,8 @@ from torch.nn import functional
 
 from benchmarks.small_run import data_folder
 from pipeline.arrays import Int64
-from pipeline.config import Preprocess
-from pipeline.images import Limits, decode_image
+from pipeline.config.tree import Preprocess
+from pipeline.embedding.decode import Limits, decode_image
 
 FOLDER = Path(tempfile.gettempdir()) / "fastfill-encoders"
 SCARCE_GROUP = "insects"

@@ -2,7 +2,7 @@
 
 Two fits: `published`, METHOD's recipe at width 2048, and `selected`, what the selection takes on these encoders
 (fastfill with lambda_disc 0.1, width 512, an offset by confidence). The gallery's real backfill by some orders, all
-10,000 test images as queries, 22 points. Then probe sets are drawn, and from each `training.expect` makes what
+10,000 test images as queries, 22 points. Then probe sets are drawn, and from each `training.forecast` makes what
 `fastfill plan` would say: the bend by held-out pairs and the probe set, the ends by the latter. `error` is the mean
 absolute error over the points, as the mean over the draws; `sampling` the same for the real curve itself, measured with
 the probe set's queries alone: what is left where everything but the queries is known. `cost` is the fraction from which
@@ -32,14 +32,14 @@ from benchmarks.measure import header, table
 from benchmarks.quality import PUBLISHED
 from benchmarks.small_run import data_folder
 from pipeline.arrays import Float64, Int64
-from pipeline.config import Config
-from pipeline.evaluate import METRICS
-from pipeline.expected import expect, fraction_for
-from pipeline.policy import load_policy
-from pipeline.simulated_curve import order_by_priority, simulate_curve
-from training.expect import Labelled, curves_by_fold, ends_of
-from training.held_out import HeldOut
-from training.simulate import order_by, queries_of
+from pipeline.config.tree import Config
+from pipeline.evaluation.metrics import METRICS
+from pipeline.evaluation.simulated_curve import order_by_priority, simulate_curve
+from pipeline.planning.expected_curve import expect, fraction_for
+from pipeline.planning.policies import load_policy
+from training.forecast import Labelled, curves_by_fold, ends_of
+from training.simulation.held_out import HeldOut
+from training.simulation.simulate import order_by, queries_of
 
 ORDERS = ("uncertainty", "learned")
 SIZES = (1000, 2000, 5000)

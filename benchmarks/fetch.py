@@ -28,10 +28,10 @@ import s3fs
 from obstore.store import S3Store
 
 from benchmarks.measure import Spread, header, interleave, ratio, table
-from pipeline import fetch
-from pipeline.fetch import Place
-from pipeline.settings import Fetch
-from tests.seaweed import SeaweedFS, s3_client
+from pipeline.embedding import fetch
+from pipeline.embedding.fetch import Place
+from pipeline.storage.settings import Fetch
+from tests.support.seaweed import SeaweedFS, s3_client
 
 IN_FLIGHT = 32
 BUCKET = "fetch"
@@ -138,7 +138,7 @@ class ObstoreThreadsClient:
 
 @dataclass
 class PipelineClient:
-    """What a load task does: `pipeline.fetch`, over obstore in 32 threads, paced and counted."""
+    """What a load task does: `pipeline.embedding.fetch`, over obstore in 32 threads, paced and counted."""
 
     def fetch(self, keys: list[str]) -> int:
         places = [Place(f"s3://{BUCKET}/{key}", None, None, None) for key in keys]
@@ -208,7 +208,7 @@ def run(num_objects: int, size: int, repeats: int) -> dict[str, list[Sample]]:
             "pyarrow.fs": PyarrowClient(server.endpoint),
         }
         clients |= {"obstore": ObstoreClient(runner), "obstore, threads": ObstoreThreadsClient()}
-        clients["pipeline.fetch"] = PipelineClient()
+        clients["pipeline.embedding.fetch"] = PipelineClient()
         clients["plain HTTP"] = HttpClient(runner, addresses)
         keys = list(addresses)
         for client in clients.values():  # connections, credentials, caches

@@ -1,7 +1,7 @@
 """What images packed into tars cost to read: requests, bytes and time, by the share of a tar that is wanted.
 
 The images of a unit are chosen at random among those of a few tars on a real S3 server, and fetched by
-`pipeline.fetch`: with one request per image, and with gaps of several sizes (128 KiB is the default).
+`pipeline.embedding.fetch`: with one request per image, and with gaps of several sizes (128 KiB is the default).
 All take turns within each repeat. Server and client share the machine, without any latency between them: a gap that
 pays here pays more where a request has to wait for an answer from elsewhere.
 
@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import Spread, header, interleave, ratio
-from pipeline import storage
-from pipeline.fetch import Place, fetch
-from pipeline.settings import Fetch
-from tests.seaweed import SeaweedFS, s3_client
+from pipeline.embedding.fetch import Place, fetch
+from pipeline.storage import objects
+from pipeline.storage.settings import Fetch
+from tests.support.seaweed import SeaweedFS, s3_client
 
 BUCKET = "tars"
 HEADER_BYTES = 512
@@ -61,12 +61,12 @@ def places(tars: int, per_tar: int, size: int, fraction: float) -> list[Place]:
 
 
 def measure(wanted: list[Place], settings: Fetch) -> Sample:
-    before, wall, cpu = storage.counts(), time.perf_counter(), time.process_time()
+    before, wall, cpu = objects.counts(), time.perf_counter(), time.process_time()
     found = sum(isinstance(data, bytes) for data, _ in fetch(wanted, 2**30, settings))
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     if found != len(wanted):
         raise RuntimeError(f"{len(wanted) - found} of {len(wanted)} images were not there")
-    counts = storage.counts() - before
+    counts = objects.counts() - before
     return Sample(counts["requests:image"], counts["bytes:image"], counts["bytes:needed"], wall, cpu)
 
 

@@ -37,22 +37,22 @@ from benchmarks.fit_data import Embedded, cache_embeddings, simulate
 from benchmarks.fit_reference import EPOCHS, Reference
 from benchmarks.measure import Spread, header, ratio, table
 from benchmarks.small_run import part_of_cifar
-from jobs.bars import Bars
-from jobs.options import console
-from jobs.prepare import open_run
-from jobs.ray_session import start_ray
-from pipeline import parquet, storage
+from jobs.shell.command import console
+from jobs.shell.progress_bars import Bars
+from jobs.shell.ray_session import start_ray
+from jobs.steps.prepare import open_run
 from pipeline.arrays import vectors_from_arrow
-from pipeline.config import Config
-from pipeline.config_file import load_config
-from pipeline.encoder_backends import load_tensors
-from pipeline.evaluate import METRICS
-from pipeline.networks import Transformation
+from pipeline.config.load import load_config
+from pipeline.config.tree import Config
+from pipeline.evaluation.metrics import METRICS
+from pipeline.models.encoder_backends import load_tensors
+from pipeline.models.networks import Transformation
+from pipeline.models.transformation import load_transformation
 from pipeline.run import Run
-from pipeline.transformation import load_transformation
+from pipeline.storage import objects, parquet
 from training.fit import fit
-from training.learner import Epoch, FitData
-from training.pairs import build_pairs, fit_data
+from training.fitting.learner import Epoch, FitData
+from training.fitting.pairs import build_pairs, fit_data
 
 CONFIG = "jobs/configs/cifar100.yaml"
 RECOMMENDED = {"inner_width": 2048, "epochs": 40, "weight_decay": 2.0**-15, "precision": "auto"}  # docs/decisions/0003
@@ -177,7 +177,7 @@ def reference(arguments: argparse.Namespace, pairs: Path, gallery: Embedded) -> 
 
 def start_reference(config: Config, state: Path) -> Reference:
     """The reference over what the run of this config trains on, from its state where there is one."""
-    parts = storage.list_files(Run(config.run).path("pairs", "train"), ".parquet")
+    parts = objects.list_files(Run(config.run).path("pairs", "train"), ".parquet")
     pairs = pa.concat_tables([parquet.read_parquet(uri) for uri in parts])
     rows = {name: torch.tensor(vectors_from_arrow(pairs[name])) for name in ("old", "new")}
     rows["label"] = torch.tensor(pairs["label"].to_numpy().astype(np.int64))

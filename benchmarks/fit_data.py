@@ -19,12 +19,12 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.arrays import Float32, Int64, vectors_to_arrow
-from pipeline.config import Config, Encoder, Manifest
-from pipeline.encoders import load_encoder
-from pipeline.images import Limits, decode_image
-from pipeline.networks import Transformation
-from pipeline.simulated_curve import Simulation, order_by_priority, random_order, simulate_curve
-from pipeline.transformation import apply
+from pipeline.config.tree import Config, Encoder, Manifest
+from pipeline.embedding.decode import Limits, decode_image
+from pipeline.evaluation.simulated_curve import Simulation, order_by_priority, random_order, simulate_curve
+from pipeline.models.encoder import load_encoder
+from pipeline.models.networks import Transformation
+from pipeline.models.transformation import apply
 
 _BATCH = 1000
 _LIMITS = Limits(10**6, 10**6)

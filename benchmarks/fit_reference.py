@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.networks import TransformationNetwork
+from pipeline.models.networks import TransformationNetwork
 
 BATCH, EPOCHS, WARMUP_EPOCHS, INNER_WIDTH, LR, WEIGHT_DECAY = 1024, 80, 5, 2048, 5e-4, 2.0**-15
 

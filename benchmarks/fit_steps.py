@@ -17,8 +17,8 @@ import torch
 from torch.profiler import profile
 
 from benchmarks.measure import Spread, header, interleave, ratio, table
-from pipeline.networks import TransformationNetwork
-from training.losses import Classifier, Loss, combined
+from pipeline.models.networks import TransformationNetwork
+from training.fitting.losses import Classifier, Loss, combined
 
 D_OLD, D_NEW, CLASSES = 64, 128, 100
 PROFILED_STEPS = 6

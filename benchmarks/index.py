@@ -34,23 +34,27 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.measure import Spread, header, interleave, memory, ratio, table
-from jobs.ray_session import start_ray
-from pipeline import calibration, commits, parquet, planner, snapshot, storage, vector_log
+from jobs.shell.ray_session import start_ray
 from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
-from pipeline.calibration import Calibration
-from pipeline.codebook import set_threads
-from pipeline.config import Config
-from pipeline.config_file import validate
+from pipeline.backfill.publisher import Publisher
+from pipeline.config.load import validate
+from pipeline.config.tree import Config
+from pipeline.embedding import vector_log
+from pipeline.embedding.vector_log import EmbeddedUnit
 from pipeline.hashing import shard_of
-from pipeline.index import build_segment
-from pipeline.plan import Plan, read_transformed
-from pipeline.publish import Publisher
+from pipeline.index import commits, tags
+from pipeline.index.codebook import set_threads
+from pipeline.index.seal import Sealer
+from pipeline.index.segment import build_segment
+from pipeline.models import calibration
+from pipeline.models.calibration import Calibration
+from pipeline.models.transformation import TransformationInfo, save_transformation
+from pipeline.planning import build
+from pipeline.planning.plan import Plan, read_transformed
 from pipeline.run import Run
 from pipeline.schema import transformed_schema
-from pipeline.seal import Sealer
-from pipeline.search import Searcher
-from pipeline.transformation import TransformationInfo, save_transformation
-from pipeline.vector_log import EmbeddedUnit
+from pipeline.serving.searcher import Searcher
+from pipeline.storage import objects, parquet
 
 PART_ROWS = 131_072
 CLUSTERS = 5000
@@ -111,11 +115,11 @@ def make_plan(config: Config, run: Run, gallery: Gallery) -> Plan:
         columns |= {"vector": vectors_to_arrow(gallery.transformed[ids])}
         nothing = {field.name: pa.nulls(len(ids), field.type) for field in schema}
         rows = pa.table({**nothing, **columns}).select(schema.names)
-        storage.put(run.part("scored", part), parquet.parquet_bytes(schema, [rows]))
+        objects.put(run.part("scored", part), parquet.parquet_bytes(schema, [rows]))
         counts.append(len(ids))
-    waves, _ = planner.arrange(config, run, "scored", counts)
+    waves, _ = build.arrange(config, run, "scored", counts)
     pairs = pa.table({"new": vectors_to_arrow(gallery.embedded[: config.index.train_vectors])})
-    storage.put(run.path("pairs", "train", "part-00000.parquet"), parquet.parquet_bytes(pairs.schema, [pairs]))
+    objects.put(run.path("pairs", "train", "part-00000.parquet"), parquet.parquet_bytes(pairs.schema, [pairs]))
     info = TransformationInfo(dim, dim, None, 8, False, "alignment", 0, 1, len(pairs), 0, better_than_old=True)
     save_transformation(run, info.network(), info, {calibration.PART: IDENTITY.to_bytes()})
     shards = config.index.shards
@@ -141,7 +145,7 @@ def wave_of(run: Run, plan: Plan) -> Int64:
 
 def one_index(run: Run, codebook_path: str, ids: Int64, vectors: Float32) -> faiss.Index:
     """What FAISS alone makes of the same codebook and vectors."""
-    data = np.frombuffer(storage.read_bytes(run.path(codebook_path)), dtype=np.uint8)
+    data = np.frombuffer(objects.read_bytes(run.path(codebook_path)), dtype=np.uint8)
     index = faiss.deserialize_index(data)
     index.add_with_ids(vectors, ids)
     return index
@@ -168,7 +172,7 @@ def measure_seal(run: Run, plan: Plan, sealer: Sealer, repeats: int) -> str:
     path = run.path("one.faiss")
 
     def seal() -> None:
-        storage.delete(run.path("index", "segments"))
+        objects.delete(run.path("index", "segments"))
         sealer.transformed([wave.wave for wave in plan.waves])
 
     plain, plain_all, file_all = (
@@ -262,16 +266,16 @@ def measure_bytes(run: Run, plan: Plan, gallery: Gallery, before: int) -> str:
 
 def index_bytes(run: Run) -> int:
     """All files under index/: segments, sidecars, commits, tags, the codebook."""
-    return sum(stat.size_bytes for _, stat in storage.list_stats(run.path("index")))
+    return sum(stat.size_bytes for _, stat in objects.list_stats(run.path("index")))
 
 
 def measure_move(run: Run, plan: Plan) -> str:
-    snapshot.promote(run, 0, blockers=[])
+    tags.promote(run, 0, blockers=[])
     lines = []
     seconds: dict[str, list[float]] = {"default": [], "mapped files": []}
     with memory() as used, Searcher(run.uri) as searcher, Searcher(run.uri, in_memory=False) as mapped:
         for number in range(1, len(plan.waves) + 1):
-            snapshot.promote(run, number, blockers=[])
+            tags.promote(run, number, blockers=[])
             for name, reader in (("default", searcher), ("mapped files", mapped)):
                 start = time.perf_counter()
                 assert reader.refresh()

@@ -19,17 +19,23 @@ from typing import get_args
 
 import torch
 
-from jobs.ray_session import start_ray
-from pipeline import storage
-from pipeline.config import Config
-from pipeline.config_file import load_config
-from pipeline.config_method import LossMode
-from pipeline.gallery import GalleryArrays, load_gallery
+from jobs.shell.ray_session import start_ray
+from pipeline.config.load import load_config
+from pipeline.config.method import LossMode
+from pipeline.config.tree import Config
+from pipeline.evaluation.gallery_arrays import GalleryArrays, load_gallery
+from pipeline.evaluation.simulated_curve import (
+    Simulation,
+    oracle_order,
+    order_by_priority,
+    random_order,
+    simulate_curve,
+)
+from pipeline.models.transformation import apply, load_transformation
 from pipeline.run import Run
-from pipeline.simulated_curve import Simulation, oracle_order, order_by_priority, random_order, simulate_curve
-from pipeline.transformation import apply, load_transformation
+from pipeline.storage import objects
 from training.fit import fit
-from training.pairs import build_pairs, fit_data
+from training.fitting.pairs import build_pairs, fit_data
 
 APPLY_BATCH = 8192
 
@@ -54,8 +60,8 @@ def measure(config: Config, gallery: GalleryArrays, source: Run) -> tuple[Simula
     """Fit in a run of its own that has the pairs of `source`; the curves, and the seconds that the fit took."""
     with tempfile.TemporaryDirectory() as folder:
         run = Run(folder)
-        for uri in storage.list_files(source.path("pairs")):
-            storage.put(run.uri + uri.removeprefix(source.uri), storage.read_bytes(uri))
+        for uri in objects.list_files(source.path("pairs")):
+            objects.put(run.uri + uri.removeprefix(source.uri), objects.read_bytes(uri))
         start = time.monotonic()
         fit(config, run, fit_data(config, run, build_pairs(config, run)))
         return simulate(config, gallery, run), time.monotonic() - start

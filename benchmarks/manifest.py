@@ -32,16 +32,19 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import header, memory
-from jobs.ray_session import start_ray
-from pipeline import catalog, config, parquet, storage
+from jobs.shell.ray_session import start_ray
 from pipeline.arrays import vectors_to_arrow
-from pipeline.config_file import validate
-from pipeline.object_store import Page
-from pipeline.pieces import Options
-from pipeline.retry import COUNTS
-from pipeline.s3_client import S3Client
-from pipeline.store import Stat
-from tests.seaweed import SeaweedFS
+from pipeline.config import tree as config
+from pipeline.config.load import validate
+from pipeline.manifest import catalog
+from pipeline.manifest.splits import Options
+from pipeline.storage import objects as storage
+from pipeline.storage import parquet
+from pipeline.storage.interface import Stat
+from pipeline.storage.object_store import Page
+from pipeline.storage.retry import COUNTS
+from pipeline.storage.s3_client import S3Client
+from tests.support.seaweed import SeaweedFS
 
 NUM_TARS = 10
 FOLDERS = 1000
@@ -142,16 +145,16 @@ def plan(folder: str, source: str) -> int:
     """The rows that were planned."""
     import torch  # and all below here: the steps before are measured without it, as the command runs
 
-    from pipeline import manifest
-    from pipeline.planner import make_plan
+    from pipeline.manifest import normalised
+    from pipeline.models.transformation import TransformationInfo, save_transformation
+    from pipeline.planning.build import make_plan
     from pipeline.run import Run
-    from pipeline.transformation import TransformationInfo, save_transformation
 
     found = settings(f"{folder}/run", source)
     run = Run(found.run)
     with measured("plan: normalise, ids from keys"):
         start_ray()
-        manifest.normalise(run, "gallery", found.gallery, {}, config.unit_images(found))
+        normalised.normalise(run, "gallery", found.gallery, {}, config.unit_images(found))
     info = TransformationInfo(DIM, DIM, None, 64, False, "alignment+uncertainty", 0, 1, 1, 1, True)
     torch.manual_seed(0)
     save_transformation(run, info.network().eval(), info)

@@ -45,15 +45,16 @@ import ray
 import ray.data
 
 from benchmarks.measure import Spread, header, interleave, memory, ratio, table
-from jobs.ray_session import start_ray
-from pipeline import parquet, planner, storage
+from jobs.shell.ray_session import start_ray
 from pipeline.arrays import Float32, Int64, vectors_to_arrow
-from pipeline.config import Config
-from pipeline.config_file import validate
+from pipeline.config.load import validate
+from pipeline.config.tree import Config
 from pipeline.hashing import splitmix64
-from pipeline.plan import wave_sizes
+from pipeline.planning import build
+from pipeline.planning.plan import wave_sizes
 from pipeline.run import Run
 from pipeline.schema import transformed_schema
+from pipeline.storage import objects, parquet
 
 PART_ROWS = 131_072
 DISTINCT = 64
@@ -86,7 +87,7 @@ def make_parts(run: Run, num_rows: int, dim: int, vectors: str) -> list[int]:
 
 
 def make_part(run: Run, part: int, first: int, count: int, dim: int, vectors: str) -> None:
-    if storage.exists(run.part(SCORED, part)):
+    if objects.exists(run.part(SCORED, part)):
         return
     random = np.random.default_rng(part)
     rows = np.arange(first, first + count)
@@ -103,7 +104,7 @@ def make_part(run: Run, part: int, first: int, count: int, dim: int, vectors: st
     schema = pa.schema([field for field in transformed_schema(dim) if field.name not in ("wave", "shard")])
     nothing = {field.name: pa.nulls(count, field.type) for field in schema}
     rows_table = pa.table({**nothing, **columns}).select(schema.names)
-    storage.put(run.part(SCORED, part), parquet.parquet_bytes(schema, [rows_table]))
+    objects.put(run.part(SCORED, part), parquet.parquet_bytes(schema, [rows_table]))
 
 
 def make_vectors(random: np.random.Generator, count: int, dim: int, vectors: str) -> Float32:
@@ -115,7 +116,7 @@ def make_vectors(random: np.random.Generator, count: int, dim: int, vectors: str
 def plan(config: Config, run: Run, counts: list[int], steps: dict[str, list[float]]) -> None:
     """The plan from its scored parts; the seconds of each step are added to `steps`."""
     marks: list[tuple[str, float]] = []
-    planner.arrange(config, run, SCORED, counts, lambda step: marks.append((step, time.perf_counter())))
+    build.arrange(config, run, SCORED, counts, lambda step: marks.append((step, time.perf_counter())))
     ends = [*(mark for _, mark in marks[1:]), time.perf_counter()]
     for (step, start), end in zip(marks, ends, strict=True):
         steps.setdefault(f"plan: {step}", []).append(end - start)
@@ -123,7 +124,7 @@ def plan(config: Config, run: Run, counts: list[int], steps: dict[str, list[floa
 
 def cut(config: Config, run: Run, counts: list[int]) -> None:
     ranks = np.cumsum(wave_sizes(config.plan.waves, sum(counts)))[:-1]
-    planner.find_cuts(ranks, lambda search: planner.count_parts(run, SCORED, len(counts), search.levels, SEED))
+    build.find_cuts(ranks, lambda search: build.count_parts(run, SCORED, len(counts), search.levels, SEED))
 
 
 def with_hash(batch: pa.Table) -> pa.Table:

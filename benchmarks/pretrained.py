@@ -34,21 +34,21 @@ from torch.nn import functional
 from benchmarks.fit import started_ray
 from benchmarks.measure import header, table
 from benchmarks.small_run import data_folder
-from pipeline import parquet, storage
 from pipeline.arrays import Float32, Float64, Int64, vectors_to_arrow
-from pipeline.calibration import read_calibration
-from pipeline.config import Config
-from pipeline.config_file import validate
-from pipeline.evaluate import evaluate
-from pipeline.policy import load_policy
-from pipeline.reference import load_reference
+from pipeline.config.load import validate
+from pipeline.config.tree import Config
+from pipeline.evaluation.metrics import evaluate
+from pipeline.evaluation.simulated_curve import order_by_priority, random_order, simulate_curve
+from pipeline.models.calibration import read_calibration
+from pipeline.models.transformation import apply, load_transformation
+from pipeline.planning.policies import load_policy
+from pipeline.planning.policy_inputs import load_reference
+from pipeline.planning.selection import read_selection, recipe_name, resolve_policy
+from pipeline.planning.signals import Scored
 from pipeline.run import Run
-from pipeline.selection import read_selection, recipe_name, resolve_policy
-from pipeline.signals import Scored
-from pipeline.simulated_curve import order_by_priority, random_order, simulate_curve
-from pipeline.transformation import apply, load_transformation
+from pipeline.storage import objects, parquet
 from training.fit import fit
-from training.learner import FitData, computes_bfloat16
+from training.fitting.learner import FitData, computes_bfloat16
 
 _SIZES = {"0": 224, "2": 260}
 _BATCH = 64
@@ -108,7 +108,7 @@ def pairs_of(folder: Path, old: Float32, new: Float32) -> FitData:
         columns = {"old": vectors_to_arrow(old[mine]), "new": vectors_to_arrow(new[mine])}
         some = pa.table({"index": mine, "label": pa.nulls(len(mine), pa.int32())} | columns)
         parts.append(str(folder / f"part-{part}.parquet"))
-        storage.put(parts[-1], parquet.parquet_bytes(some.schema, [some]))
+        objects.put(parts[-1], parquet.parquet_bytes(some.schema, [some]))
     return FitData(parts[:-1], parts[-1:], int((rows % 10 != 0).sum()), None, old.shape[1], new.shape[1])
 
 

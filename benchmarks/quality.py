@@ -39,18 +39,18 @@ from benchmarks.fit import configure, prepare, started_ray
 from benchmarks.measure import header, table
 from benchmarks.small_run import data_folder
 from pipeline.arrays import Float64
-from pipeline.config import Config
-from pipeline.config_method import LossMode, Select
-from pipeline.evaluate import METRICS, Metrics, evaluate
-from pipeline.expected import REACHED, fraction_for
+from pipeline.config.method import LossMode, Select
+from pipeline.config.tree import Config
+from pipeline.evaluation.metrics import METRICS, Metrics, evaluate
+from pipeline.evaluation.simulated_curve import share_of_gap
+from pipeline.planning.expected_curve import REACHED, fraction_for
+from pipeline.planning.selection import Selection
 from pipeline.run import Run
-from pipeline.selection import Selection
-from pipeline.simulated_curve import share_of_gap
-from training.candidates import settings_of
-from training.learner import FitData
-from training.losses import needs_labels
+from training.fitting.learner import FitData
+from training.fitting.losses import needs_labels
 from training.select import select
-from training.simulate import Detail
+from training.simulation.simulate import Detail
+from training.simulation.trials import settings_of
 
 LOSSES = ("alignment", "alignment+uncertainty", "alignment+discriminative", "fastfill")
 PUBLISHED: dict[str, object] = {

@@ -29,22 +29,25 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipeline import codebook as codebooks
-from pipeline import parquet, segments, storage, telemetry, train, vector_log
-from pipeline import plan as plans
 from pipeline.arrays import Float32, vectors_to_arrow
-from pipeline.codebook import Codebook
-from pipeline.commits import Commit, Counts, check_commit
-from pipeline.config import Index, Preprocess
-from pipeline.documents import from_json, to_json
-from pipeline.images import Limits, decode_image
-from pipeline.index import build_segment
-from pipeline.plan import Plan, Wave
-from pipeline.progress import Tracker
+from pipeline.config.tree import Index, Preprocess
+from pipeline.embedding import vector_log
+from pipeline.embedding.decode import Limits, decode_image
+from pipeline.embedding.vector_log import EmbeddedUnit, VectorLog
+from pipeline.index import codebook as codebooks
+from pipeline.index import segment_files, train
+from pipeline.index.codebook import Codebook
+from pipeline.index.commits import Commit, Counts, check_commit
+from pipeline.index.segment import build_segment
+from pipeline.index.segment_files import SegmentRef
+from pipeline.planning import plan as plans
+from pipeline.planning.plan import Plan, Wave
+from pipeline.reporting import telemetry
+from pipeline.reporting.progress import Tracker
 from pipeline.run import Run
 from pipeline.schema import UNITS, Unit, UnitAck, transformed_schema
-from pipeline.segments import SegmentRef
-from pipeline.vector_log import EmbeddedUnit, VectorLog
+from pipeline.storage import objects, parquet
+from pipeline.storage.documents import from_json, to_json
 
 DIM = 128
 SHARDS, WAVES = 64, 100
@@ -98,7 +101,7 @@ def units_files(folder: str) -> Figures:
     for count in counts:
         unit = pa.table({"id": np.arange(64)} | location(64))
         uri = f"{folder}/units-{count}.parquet"
-        storage.put(uri, parquet.parquet_bytes(UNITS, (unit for _ in range(count))))
+        objects.put(uri, parquet.parquet_bytes(UNITS, (unit for _ in range(count))))
         with parquet.open_parquet(uri) as file:
             footers.append(file.metadata.serialized_size)
         reads.append(seconds_of(partial(parquet.read_parquet, uri, UNITS.names, [count // 2])))
@@ -128,11 +131,11 @@ def transformed_part(folder: str) -> Figures:
         uri = f"{folder}/transformed{name}.parquet"
         slices = (rows.slice(start, end - start) for start, end in itertools.pairwise(ends))
         start = time.perf_counter()
-        storage.put(uri, parquet.parquet_bytes(transformed_schema(DIM), slices))
+        objects.put(uri, parquet.parquet_bytes(transformed_schema(DIM), slices))
         wrote = time.perf_counter() - start
         with parquet.open_parquet(uri) as file:
             footer = file.metadata.serialized_size
-        size = storage.stat(uri).size_bytes
+        size = objects.stat(uri).size_bytes
         cell = seconds_of(partial(parquet.read_parquet, uri, ["id", "uncertainty", "group", "vector"], [7]))
         how = f"{count} rows, {groups} row groups, {DIM}-d"
         found |= {
@@ -176,7 +179,7 @@ def index_files() -> Figures:
     ids, rows = np.arange(count, dtype=np.int64), vectors(count)
     one, two = (len(build_segment(codebook, ids[:size], rows[:size])) for size in (count // 2, count))
     seconds = seconds_of(lambda: build_segment(codebook, ids, rows), repeats=3)
-    sidecar = segments.sidecar_bytes(
+    sidecar = segment_files.sidecar_bytes(
         RANDOM.permutation(10**7)[:count], np.full(count, "embedded"), rows[:, 0].copy(), pa.nulls(count, pa.string())
     )
     refs = tuple(
@@ -213,7 +216,7 @@ def ack(wave: int, unit: int) -> UnitAck:
 
 def driver() -> Figures:
     """What the driver holds per unit, and does per acknowledgement; Ray's own part is not in it."""
-    from pipeline.stream import Work, _units_table
+    from pipeline.embedding.stream import Work, _units_table
 
     units = 50_000
     plan = a_plan(units)
@@ -257,15 +260,15 @@ def driver() -> Figures:
 
 def requests() -> Figures:
     """How many requests the run's own files take of an S3 store: the images are not in it."""
-    from tests.seaweed import SeaweedFS
+    from tests.support.seaweed import SeaweedFS
 
     found: Figures = {}
 
     def count(name: str, unit: str, how: str, call: Callable[[], object]) -> None:
         call()  # opens connections
-        before = storage.counts()
+        before = objects.counts()
         call()
-        spent = storage.counts() - before
+        spent = objects.counts() - before
         kinds = {key: number for key, number in sorted(spent.items()) if key.startswith("requests:")}
         text = ", ".join(f"{key.partition(':')[2]} {number}" for key, number in kinds.items())
         found[name] = figure(sum(kinds.values()) - kinds.get("requests:list", 0), unit, f"{how}: {text}")
@@ -275,7 +278,7 @@ def requests() -> Figures:
         server.make_bucket("scaling")
         root = "s3://scaling"
         unit = pa.table({"id": np.arange(64)} | location(64))
-        storage.put(f"{root}/units.parquet", parquet.parquet_bytes(UNITS, [unit] * plans.UNITS_PER_FILE))
+        objects.put(f"{root}/units.parquet", parquet.parquet_bytes(UNITS, [unit] * plans.UNITS_PER_FILE))
         read = lambda: parquet.read_parquet(f"{root}/units.parquet", UNITS.names, [50])  # noqa: E731
         count("units_read_requests", "requests/unit", f"a unit of a file of {plans.UNITS_PER_FILE}", read)
         log = VectorLog(f"{root}/log", f"{root}/rejects", DIM, SHARDS)
@@ -286,7 +289,7 @@ def requests() -> Figures:
             vector_log.write_unit(log, Unit(1, next(numbers), "", 0, 256), embedded)
 
         count("log_write_requests", "requests/unit", "a part of 256 images", write)
-        storage.delete_files([log.part(1, 1)])
+        objects.delete_files([log.part(1, 1)])
         read_shard = lambda: vector_log.read_wave(log, 1, range(3, 4))  # noqa: E731
         count(
             "log_read_requests", "requests/(part, shard)", "a part; the listing is once per wave and shard", read_shard
@@ -299,7 +302,7 @@ def requests() -> Figures:
             | {"vector": vectors_to_arrow(vectors(PART_ROWS))}
         )
         slices = (rows.slice(start, 20) for start in range(0, 20 * WAVES * SHARDS, 20))
-        storage.put(f"{root}/part.parquet", parquet.parquet_bytes(transformed_schema(DIM), slices))
+        objects.put(f"{root}/part.parquet", parquet.parquet_bytes(transformed_schema(DIM), slices))
         columns = ["id", "uncertainty", "group", "vector"]
         cell = lambda: parquet.read_parquet(f"{root}/part.parquet", columns, [7])  # noqa: E731
         count("transformed_cell_requests", "requests/(part, wave, shard)", "of a part of 6,400 row groups", cell)
@@ -319,10 +322,10 @@ def ray_costs() -> Figures:
     import ray
     import ray.data
 
-    from jobs.ray_session import start_ray
-    from pipeline.config_file import load_config
-    from pipeline.stream import Work, embed_stream
-    from tests.galleries import NEW_DIM, digits, write_config
+    from jobs.shell.ray_session import start_ray
+    from pipeline.config.load import load_config
+    from pipeline.embedding.stream import Work, embed_stream
+    from tests.support.galleries import NEW_DIM, digits, write_config
 
     start_ray()
     counts, wall, cpu = (50, 250, 450), [], []
@@ -334,7 +337,7 @@ def ray_costs() -> Figures:
         row = pa.table([[0], [str(image)], nothing, nothing, nothing, pa.nulls(1, pa.string())], schema=UNITS)
         for turn, count in enumerate((20, *counts)):  # the first one starts the processes
             uri = f"{folder}/units-{turn}.parquet"
-            storage.put(uri, parquet.parquet_bytes(UNITS, [row] * count))
+            objects.put(uri, parquet.parquet_bytes(UNITS, [row] * count))
             log = VectorLog(f"{folder}/log-{turn}", f"{folder}/rejects", NEW_DIM, 2)
             work = Work(config.encoders.new, log, [Unit(1, number, uri, number, 1) for number in range(count)])
             start, used = time.perf_counter(), time.process_time()

@@ -24,8 +24,8 @@ from pathlib import Path
 
 from benchmarks.scenario import Cluster, Faults, Job, Outcome, Seconds
 from benchmarks.simulation import Simulation
-from pipeline.actors import LOAD_CPUS
-from pipeline.plan import UNITS_PER_FILE
+from pipeline.embedding.actor_pool import LOAD_CPUS
+from pipeline.planning.plan import UNITS_PER_FILE
 
 HERE = Path(__file__).parent
 GPUS = (16, 32, 64, 128, 256, 512, 1024)

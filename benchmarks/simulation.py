@@ -1,11 +1,11 @@
-"""A discrete-event model of the embedding stream on a cluster: what `pipeline.stream` does, unit by unit.
+"""A discrete-event model of the embedding stream on a cluster: what `pipeline.embedding.stream` does, unit by unit.
 
     pending units -> load task (a CPU slot; fetch and decode overlap) -> actor (4 units in flight each, one at a time)
     -> write task -> acknowledgement to the one driver; whole waves are sealed one after the other while others go on
 
 Faults: nodes die as a Poisson process and come back after a delay, empty; what was in flight on them is done again,
 what was acknowledged never. Some nodes are slow, and every duration scatters. A store answers so many GET/s per
-prefix, refuses what comes a second too early, and is left alone for a while then, as `pipeline.pace` does.
+prefix, refuses what comes a second too early, and is left alone for a while then, as `storage.rate_limit` does.
 
 It knows seconds and counts, not where they come from: `benchmarks.simulate` has the measured ones. A heap and a few
 deques: a day of 1,024 GPUs is millions of units, and simpy 4.1.2 does 26,000 of these a second, this 170,000.
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from benchmarks.scenario import Cluster, Faults, Job, Outcome, Seconds
-from pipeline.plan import wave_sizes
+from pipeline.planning.plan import wave_sizes
 
 ACTOR_UNITS = 4  # `max_tasks_in_flight_per_actor` of the stream
 ADMITTED = 2 * ACTOR_UNITS  # loading or loaded, per actor: Ray's downstream_capacity_backpressure_ratio

@@ -24,18 +24,20 @@ import ray
 from benchmarks.measure import header
 from benchmarks.scenario import Cluster, Job, Seconds
 from benchmarks.simulation import Simulation
-from jobs.ray_session import start_ray
-from pipeline import parquet, planner, storage, telemetry
-from pipeline.actors import LOAD_CPUS, actor_pool
+from jobs.shell.ray_session import start_ray
 from pipeline.arrays import vectors_to_arrow
-from pipeline.backfill import backfill
-from pipeline.config import Config
-from pipeline.config_file import load_config
-from pipeline.plan import Plan, wave_sizes
-from pipeline.progress import Progress
+from pipeline.backfill.driver import backfill
+from pipeline.config.load import load_config
+from pipeline.config.tree import Config
+from pipeline.embedding.actor_pool import LOAD_CPUS, actor_pool
+from pipeline.models.transformation import TransformationInfo, save_transformation
+from pipeline.planning import build
+from pipeline.planning.plan import Plan, wave_sizes
+from pipeline.reporting import telemetry
+from pipeline.reporting.progress import Progress
 from pipeline.run import Run
 from pipeline.schema import transformed_schema
-from pipeline.transformation import TransformationInfo, save_transformation
+from pipeline.storage import objects, parquet
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar100"
 CONFIG = Path(__file__).resolve().parents[1] / "jobs" / "configs" / "cifar100.yaml"
@@ -74,15 +76,15 @@ def make_run(folder: str, images: Path, job: Job) -> tuple[Config, Run, Plan]:
     }
     schema = pa.schema([field for field in transformed_schema(dim) if field.name not in ("wave", "shard")])
     rows = pa.table({field.name: columns.get(field.name, pa.nulls(job.images, field.type)) for field in schema})
-    storage.put(run.part(SCORED, 0), parquet.parquet_bytes(schema, [rows]))
+    objects.put(run.part(SCORED, 0), parquet.parquet_bytes(schema, [rows]))
     pairs = pa.table({"new": vectors_to_arrow(noise[:1_000])})
-    storage.put(run.path("pairs", "train", "part-00000.parquet"), parquet.parquet_bytes(pairs.schema, [pairs]))
+    objects.put(run.path("pairs", "train", "part-00000.parquet"), parquet.parquet_bytes(pairs.schema, [pairs]))
     old_dim = config.encoders.old.dim if config.encoders.old is not None else dim
     info = TransformationInfo(
         old_dim, dim, None, 8, False, config.fit.loss, config.seed, 0, 0, 0, better_than_old=False
     )
     save_transformation(run, info.network(), info)  # untrained: it is there, and nothing is transformed by it
-    waves, _ = planner.arrange(config, run, SCORED, [job.images])
+    waves, _ = build.arrange(config, run, SCORED, [job.images])
     plan = Plan(
         config.plan.policy, config.seed, job.images, 1, job.shards, dim, job.unit_images, tuple(waves), "benchmark"
     )

@@ -39,11 +39,11 @@ from benchmarks.measure import header, table
 from benchmarks.quality import QUICK
 from benchmarks.small_run import data_folder
 from pipeline.arrays import Float64, Int64
-from pipeline.config import Config
-from pipeline.evaluate import by_group, evaluate
-from pipeline.policy import load_policy
-from pipeline.simulated_curve import random_order, simulate_curve
-from training.simulate import order_by
+from pipeline.config.tree import Config
+from pipeline.evaluation.metrics import by_group, evaluate
+from pipeline.evaluation.simulated_curve import random_order, simulate_curve
+from pipeline.planning.policies import load_policy
+from training.simulation.simulate import order_by
 
 OFFSETS = ("none", "confidence")
 POLICIES = ("uncertainty", "least_confidence", "learned")

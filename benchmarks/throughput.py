@@ -2,7 +2,7 @@
 
     bare    one process, as many threads as there are cores: read, decode with our decoder, stack a batch, forward,
             np.save at the end; nothing that a long run needs (no order, no rejects, no log, no retries)
-    ours    pipeline.stream.embed_stream on a local Ray, as `fastfill backfill` runs it
+    ours    pipeline.embedding.stream.embed_stream on a local Ray, as `fastfill backfill` runs it
     recipe  what Ray's documentation tells: read_parquet or read_binary_files, map to decode, map_batches with an
             actor, write_parquet
 
@@ -42,12 +42,12 @@ from numpy.typing import NDArray
 from benchmarks import measure
 from benchmarks.measure import Spread, ratio
 from benchmarks.photographs import photograph
-from pipeline import config as settings
-from pipeline import parquet, storage
-from pipeline.config import Config
-from pipeline.config_file import validate
-from pipeline.images import Limits, decode_image
+from pipeline.config import tree as settings
+from pipeline.config.load import validate
+from pipeline.config.tree import Config
+from pipeline.embedding.decode import Limits, decode_image
 from pipeline.schema import UNITS, Unit
+from pipeline.storage import objects, parquet
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +124,7 @@ class Case:
         rows = [{"id": number, "uri": uri, "row": row} for number, (uri, row) in enumerate(self.places())]
         pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
         uri = str(self.folder / "units.parquet")
-        storage.put(uri, parquet.parquet_bytes(UNITS, [pa.Table.from_pylist(piece, UNITS) for piece in pieces]))
+        objects.put(uri, parquet.parquet_bytes(UNITS, [pa.Table.from_pylist(piece, UNITS) for piece in pieces]))
         return [Unit(1, number, uri, number, len(piece)) for number, piece in enumerate(pieces)]
 
 
@@ -176,7 +176,7 @@ def bare_loop(case: Case) -> Rate:
     import torch
     import torchvision  # noqa: F401 (its import is not counted)
 
-    from pipeline.encoders import load_encoder
+    from pipeline.models.encoder import load_encoder
 
     torch.set_num_threads(os.cpu_count() or 1)
     start, moments, found, count = time.perf_counter(), [], [], 0
@@ -195,8 +195,8 @@ def bare_loop(case: Case) -> Rate:
 
 def ours(case: Case) -> Rate:
     """Through Ray, into a vector log."""
-    from pipeline.stream import Work, embed_stream
-    from pipeline.vector_log import VectorLog
+    from pipeline.embedding.stream import Work, embed_stream
+    from pipeline.embedding.vector_log import VectorLog
 
     shutil.rmtree(case.folder / "run", ignore_errors=True)
     run = str(case.folder / "run")
@@ -219,7 +219,7 @@ class Predictor:
     def __init__(self, encoder: settings.Encoder) -> None:
         import torch
 
-        from pipeline.encoders import load_encoder
+        from pipeline.models.encoder import load_encoder
 
         torch.set_num_threads(os.cpu_count() or 1)
         self._model = load_encoder(encoder, torch.device("cpu"))
@@ -307,7 +307,7 @@ def main() -> None:
             json.dumps(asdict(bare_loop(Case(given.bare, given.images, Config.model_validate_json(sys.stdin.read())))))
         )
         return
-    from jobs.ray_session import start_ray
+    from jobs.shell.ray_session import start_ray
 
     print(measure.header(["torchvision", "pillow"]))
     start_ray()

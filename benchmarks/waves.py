@@ -1,6 +1,6 @@
 """No drain between waves: the rate of a run with 20 waves over that of one wave, and how soon a wave can be seen.
 
-A whole backfill (`pipeline.backfill`) of CIFAR-100's training images, 50,000 as a gallery, on a local Ray; fit and
+A whole backfill (`backfill.driver`) of CIFAR-100's training images, 50,000 as a gallery, on a local Ray; fit and
 plan are made before. The rate is that from the first durable unit to the last, the first unit not counted. The
 delay of a wave is from the time of its last part in the vector log to the time of its commit, as files: what a
 reader waits who asks for that commit; `prod` follows once the gate has judged it.
@@ -21,12 +21,15 @@ from pathlib import Path
 
 from benchmarks import measure
 from benchmarks.measure import Spread, ratio
-from pipeline import config, parquet, snapshot, storage, vector_log
-from pipeline.backfill import backfill
-from pipeline.config_file import load_config
-from pipeline.plan import Plan
-from pipeline.progress import Progress
+from pipeline.backfill.driver import backfill
+from pipeline.config import tree
+from pipeline.config.load import load_config
+from pipeline.embedding import vector_log
+from pipeline.index import tags
+from pipeline.planning.plan import Plan
+from pipeline.reporting.progress import Progress
 from pipeline.run import Run
+from pipeline.storage import objects, parquet
 
 ROOT = Path(__file__).resolve().parents[1]
 CIFAR = ROOT.parent / "shared" / "data" / "cifar100"
@@ -42,12 +45,12 @@ class Result:
     delays: list[float]
 
 
-def settings(folder: Path, waves: int, images: int) -> config.Config:
+def settings(folder: Path, waves: int, images: int) -> tree.Config:
     """CIFAR-100's own settings with its training images as the gallery, and a fit of one epoch."""
     gallery = folder / "gallery.parquet"
     if not gallery.exists():
         rows = parquet.read_parquet(str(CIFAR / "train.parquet")).slice(0, images)
-        storage.put(str(gallery), parquet.parquet_bytes(rows.schema, [rows]))
+        objects.put(str(gallery), parquet.parquet_bytes(rows.schema, [rows]))
     changes = {
         "run": folder / f"of-{waves}",
         "data_root": CIFAR,
@@ -63,11 +66,11 @@ def settings(folder: Path, waves: int, images: int) -> config.Config:
     return load_config(str(ROOT / "jobs" / "configs" / "cifar100.yaml"), found)
 
 
-def prepare(chosen: config.Config, like: config.Config | None) -> tuple[Run, Plan]:
+def prepare(chosen: tree.Config, like: tree.Config | None) -> tuple[Run, Plan]:
     """A run that has everything but its backfill; what does not depend on the waves is copied."""
-    from jobs.bars import Bars
-    from jobs.options import console
-    from jobs.prepare import ensure_embeddings, ensure_fit, ensure_plan, open_run
+    from jobs.shell.command import console
+    from jobs.shell.progress_bars import Bars
+    from jobs.steps.prepare import ensure_embeddings, ensure_fit, ensure_plan, open_run
 
     if like is not None:
         for name in ("pairs", "transformation", "gallery"):
@@ -79,9 +82,9 @@ def prepare(chosen: config.Config, like: config.Config | None) -> tuple[Run, Pla
         return run, ensure_plan(chosen, run, bars)
 
 
-def measure_run(chosen: config.Config, run: Run, plan: Plan) -> Result:
+def measure_run(chosen: tree.Config, run: Run, plan: Plan) -> Result:
     for name in ("embedded", "rejects", "index", "reports", "probe-set/neighbours", "probe-set/reference.json"):
-        storage.delete(storage.join(run.uri, name))
+        objects.delete(objects.join(run.uri, name))
     moments: list[tuple[float, int]] = []
 
     def note(progress: Progress) -> None:
@@ -94,7 +97,7 @@ def measure_run(chosen: config.Config, run: Run, plan: Plan) -> Result:
     parts: dict[int, float] = {}
     for (wave, _), seconds in vector_log.part_times(plan.log(run)).items():
         parts[wave] = max(parts.get(wave, 0.0), seconds)
-    commits = {n: storage.stat(run.commit(n)).modified_seconds for n in snapshot.list_commits(run)}
+    commits = {n: objects.stat(run.commit(n)).modified_seconds for n in tags.list_commits(run)}
     return Result(rate, [commits[wave] - parts[wave] for wave in sorted(parts)])
 
 
@@ -105,12 +108,12 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="5,000 images, one repeat: whether it runs")
     given = parser.parse_args()
     images, repeats = (5_000, 1) if given.short else (given.images, given.repeats)
-    from jobs.ray_session import start_ray
+    from jobs.shell.ray_session import start_ray
 
     print(measure.header(), flush=True)
     start_ray()
     with tempfile.TemporaryDirectory() as folder:
-        runs: dict[int, tuple[config.Config, Run, Plan]] = {}
+        runs: dict[int, tuple[tree.Config, Run, Plan]] = {}
         for waves in WAVES:
             chosen = settings(Path(folder), waves, images)
             runs[waves] = (chosen, *prepare(chosen, runs[WAVES[0]][0] if runs else None))

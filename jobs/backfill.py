@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from jobs.open_run import load
-from jobs.options import command, console
-from jobs.ray_session import start_ray
-from jobs.run_all import (
+from jobs.shell.command import command, console
+from jobs.shell.open_run import load
+from jobs.shell.ray_session import start_ray
+from jobs.steps.run_all import (
     check_served,
     finish,
     promote_last,
@@ -40,9 +40,9 @@ def main(
     before prod moves; one that the gate refuses ends the backfill with exit code 3, and prod stays where it is. So does
     one that later waves may mend, where it is the last one or --stop-when ends the backfill there.
     """
-    from jobs.bars import Bars
-    from pipeline import stop
-    from pipeline.status import is_complete
+    from jobs.shell.progress_bars import Bars
+    from pipeline.backfill import stop
+    from pipeline.reporting.status import is_complete
 
     config = load(config_path, overrides, new_run=new_run)
     conditions = [stop.parse(text) for text in stop_when]

@@ -4,23 +4,9 @@ from __future__ import annotations
 
 import click
 
-from jobs import (
-    audit,
-    backfill,
-    demo,
-    evaluate,
-    export,
-    fit,
-    gc,
-    manifest,
-    plan,
-    promote,
-    repair,
-    rollback,
-    search,
-    status,
-)
-from jobs.failures import Group
+from jobs import backfill, demo, evaluate, export, fit, manifest, plan, promote, rollback, search, status
+from jobs.shell.failures import Group
+from jobs.upkeep import audit, gc, repair
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

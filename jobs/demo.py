@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.failures import Command
-from jobs.open_run import absolute
-from jobs.options import console, with_errors
+from jobs.shell.command import console, with_errors
+from jobs.shell.failures import Command
+from jobs.shell.open_run import absolute
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,19 +60,19 @@ def main(folder: str, as_json: bool) -> None:
 
     A demo that is there already is started from scratch. Files that no demo wrote are never deleted.
     """
-    from jobs.bars import Bars
-    from jobs.open_run import load
-    from jobs.ray_session import start_ray
-    from jobs.run_all import finish, run_all
-    from pipeline import storage
+    from jobs.shell.open_run import load
+    from jobs.shell.progress_bars import Bars
+    from jobs.shell.ray_session import start_ray
+    from jobs.steps.run_all import finish, run_all
+    from pipeline.storage import objects
 
     if "://" in folder:
         raise click.UsageError("--folder is a folder on this machine")
     root = Path(absolute(folder))
     check_ours(root)
-    storage.delete(str(root / "run"))
+    objects.delete(str(root / "run"))
     for name in ("run", "data"):
-        storage.put(str(root / name / _MARKER), _SAYS)
+        objects.put(str(root / name / _MARKER), _SAYS)
     out = console()
     with Bars(out) as bars:
         with bars.step("train two encoders"):
@@ -113,18 +113,18 @@ def check_ours(root: Path) -> None:
 
 def _strangers(root: Path) -> list[Path]:
     """What is in the demo's way and is not of a demo: folders tell by their marker, the config by its text."""
-    from pipeline import storage
+    from pipeline.storage import objects
 
     if root.exists() and not root.is_dir():
         return [root]
     found = []
     for folder in (root / "run", root / "data"):
         empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-        if not empty and not storage.exists(str(folder / _MARKER)):
+        if not empty and not objects.exists(str(folder / _MARKER)):
             found.append(folder)
     config = root / "demo.yaml"
     written = _config(root).encode()
-    if config.exists() and not (config.is_file() and written.startswith(storage.read_bytes(str(config)))):
+    if config.exists() and not (config.is_file() and written.startswith(objects.read_bytes(str(config)))):
         found.append(config)  # a demo that was killed may have left the beginning
     return found
 

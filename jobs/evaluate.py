@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from jobs.open_run import load, open_run_of
-from jobs.options import command, console, print_json
-from jobs.tables import show_curve
+from jobs.shell.command import command, console, print_json
+from jobs.shell.open_run import load, open_run_of
+from jobs.shell.tables import show_curve
 
 
 @command("evaluate")
@@ -18,7 +18,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, whole_curv
     Needs labels in the gallery, and the new model's embeddings of all labelled images, for these are the
     queries: a finished backfill, or gallery.columns.new_embedding, which give the curve of a plan before it is run.
     """
-    from pipeline.curve import curve, published_point
+    from pipeline.evaluation.curve import curve, published_point
 
     config = load(config_path, overrides)
     run = open_run_of(config)

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.open_run import absolute, load
-from jobs.options import command, console, print_json
+from jobs.shell.command import command, console, print_json
+from jobs.shell.open_run import absolute, load
 from pipeline.readable import counted
 
 if TYPE_CHECKING:
-    from pipeline.export import Format
+    from pipeline.serving.export import Format
 
 
 @command("export")
@@ -38,15 +38,15 @@ def main(
     export.json is written last, with the checksum of every file. An export that was stopped goes on when the
     same command is given again; OUT must not hold anything else (exit code 3).
     """
-    from pipeline import storage
-    from pipeline.export import export
-    from pipeline.identity import read_settings
+    from pipeline.config.identity import read_settings
     from pipeline.run import Run
+    from pipeline.serving.export import export
+    from pipeline.storage import objects
 
     config = load(config_path, overrides)
     read_settings(Run(config.run))
     out_uri = absolute(out)
-    storage.check(out_uri)
+    objects.check(out_uri)
     screen = console()
 
     def tell(done: int, total: int) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jobs.open_run import load
-from jobs.options import command, console, print_json
-from jobs.ray_session import start_ray
-from jobs.tables import say_outlook, show_likeness
+from jobs.shell.command import command, console, print_json
+from jobs.shell.open_run import load
+from jobs.shell.ray_session import start_ray
+from jobs.shell.tables import say_outlook, show_likeness
 
 if TYPE_CHECKING:
+    from pipeline.models.transformation import TransformationInfo
+    from pipeline.planning.selection import Candidate, Selection
     from pipeline.run import Run
-    from pipeline.selection import Candidate, Selection
-    from pipeline.transformation import TransformationInfo
 
 
 @command("fit")
@@ -25,10 +25,10 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from jobs.bars import Bars
-    from jobs.prepare import ensure_fit, ensure_probe, open_run
-    from pipeline.selection import read_selection
-    from pipeline.transformation import has_transformation
+    from jobs.shell.progress_bars import Bars
+    from jobs.steps.prepare import ensure_fit, ensure_probe, open_run
+    from pipeline.models.transformation import has_transformation
+    from pipeline.planning.selection import read_selection
 
     config = load(config_path, overrides)
     start_ray()
@@ -49,10 +49,10 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 def first_share(run: Run) -> float:
     """The share of the gallery that is embedded as pairs of the fit."""
-    from pipeline import manifest
+    from pipeline.manifest import normalised
     from pipeline.run import GALLERY_PAIRS
 
-    gallery, sample = manifest.read_manifest(run, "gallery"), manifest.read_manifest(run, GALLERY_PAIRS)
+    gallery, sample = normalised.read_manifest(run, "gallery"), normalised.read_manifest(run, GALLERY_PAIRS)
     return 0.0 if gallery is None or sample is None else sample.num_rows / gallery.num_rows
 
 
@@ -60,7 +60,7 @@ def show_selection(selection: Selection, most: int = 8) -> None:
     """Print the best candidate of each recipe, the chosen one marked, in at most 80 columns; then what was chosen."""
     from rich.table import Table
 
-    from pipeline.selection import describe, recipe_name
+    from pipeline.planning.selection import describe, recipe_name
 
     counts = " and ".join(selection.metrics)
     what = "the probe set" if selection.measured_on == "probe" else "held-out pairs"

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.failures import Command
-from jobs.open_run import absolute, load
-from jobs.options import console, print_json, print_text, with_errors
-from jobs.ray_session import start_ray
+from jobs.shell.command import console, print_json, print_text, with_errors
+from jobs.shell.failures import Command
+from jobs.shell.open_run import absolute, load
+from jobs.shell.ray_session import start_ray
 
 if TYPE_CHECKING:
     from collections import Counter
 
-    from pipeline.catalog import Catalog
+    from pipeline.manifest.catalog import Catalog
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm")
 
@@ -50,10 +50,11 @@ def main(
     globs of them; Parquet or CSV files that name images in a column, whose other columns are kept. The
     same command goes on where it was stopped, and brings a manifest up to date.
     """
-    from jobs.bars import Bars
-    from pipeline import catalog, storage
+    from jobs.shell.progress_bars import Bars
     from pipeline.errors import ConfigError
-    from pipeline.pieces import Options
+    from pipeline.manifest import catalog
+    from pipeline.manifest.splits import Options
+    from pipeline.storage import objects
 
     if print_config and as_json:
         raise ConfigError(
@@ -70,7 +71,7 @@ def main(
     )
     with Bars(console()) as bars:
         target = absolute(folder)
-        storage.check(target)
+        objects.check(target)
         if replace:
             catalog.forget(target)
         found, pieces = catalog.build(

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.open_run import load
-from jobs.options import Seconds, command, console, print_json
-from jobs.ray_session import start_ray
-from jobs.tables import say_outlook, show_likeness
+from jobs.shell.command import Seconds, command, console, print_json
+from jobs.shell.open_run import load
+from jobs.shell.ray_session import start_ray
+from jobs.shell.tables import say_outlook, show_likeness
 
 if TYPE_CHECKING:
-    from pipeline.estimate import Estimate
-    from pipeline.plan import Plan
-    from training.expect import Outlook
+    from pipeline.backfill.estimate import Estimate
+    from pipeline.planning.plan import Plan
+    from training.forecast import Outlook
 
 
 @command("plan")
@@ -36,11 +36,11 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
     """
     from dataclasses import asdict
 
-    from jobs.bars import Bars
-    from jobs.prepare import ensure_embeddings, ensure_fit, ensure_plan, open_run
-    from pipeline.selection import read_selection
-    from pipeline.tuner import tune
-    from training.expect import expected_curve, resemblance
+    from jobs.shell.progress_bars import Bars
+    from jobs.steps.prepare import ensure_embeddings, ensure_fit, ensure_plan, open_run
+    from pipeline.backfill.profile import tune
+    from pipeline.planning.selection import read_selection
+    from training.forecast import expected_curve, resemblance
 
     config = load(config_path, overrides)
     start_ray()
@@ -89,8 +89,8 @@ def show(plan: Plan) -> None:
     """Print the waves as a table."""
     from rich.table import Table
 
-    from pipeline.plan import FROM_PAIRS
-    from pipeline.status import from_pairs_text
+    from pipeline.planning.plan import FROM_PAIRS
+    from pipeline.reporting.status import from_pairs_text
 
     table = Table(title=f"{plan.num_gallery:,} images, order: {plan.policy}, {plan.num_shards} shards")
     for name in ("wave", "images", "units", "fraction"):
@@ -149,7 +149,7 @@ def show_expected(outlook: Outlook, estimate: Estimate | None, start: float = 0.
     import numpy as np
     from rich.table import Table
 
-    from pipeline.expected import BAND_SAYS
+    from pipeline.planning.expected_curve import BAND_SAYS
     from pipeline.readable import duration, moment
 
     made = "" if outlook.made_unix_seconds is None else f", estimated on {moment(outlook.made_unix_seconds)}"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from jobs.open_run import load
-from jobs.options import command, console, print_json
+from jobs.shell.command import command, console, print_json
+from jobs.shell.open_run import load
 
 
 @command("promote")
@@ -18,23 +18,24 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, commit: in
     the snapshot still serves transformed vectors, where the gate refuses it by its figures on the probe set, and where
     it is not measured on that yet.
     """
-    from pipeline import commits, quality, snapshot
-    from pipeline.gate import blockers
-    from pipeline.identity import read_settings
+    from pipeline.config.identity import read_settings
+    from pipeline.evaluation import quality
+    from pipeline.evaluation.gate import blockers
+    from pipeline.index import commits, tags
     from pipeline.run import Run
 
     config = load(config_path, overrides)
     run = Run(config.run)
     read_settings(run)
-    candidate = snapshot.read_tag(run, snapshot.CANDIDATE)
+    candidate = tags.read_tag(run, tags.CANDIDATE)
     number = commit if commit is not None or candidate is None else candidate.commit
     reasons = (
         blockers(run, commits.read_commit(run, number), config.gate, probed=config.probe.images > 0)
         if number is not None
         else []
     )
-    before = snapshot.read_tag(run, snapshot.PROD)
-    tag = snapshot.promote(run, number, blockers=reasons, force=force)
+    before = tags.read_tag(run, tags.PROD)
+    tag = tags.promote(run, number, blockers=reasons, force=force)
     if tag.commit is not None:
         quality.keep_best(run, tag.commit, before.commit if before else None, anew=bool(reasons))
     if as_json:

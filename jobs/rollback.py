@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from jobs.open_run import load
-from jobs.options import command, console, print_json
+from jobs.shell.command import command, console, print_json
+from jobs.shell.open_run import load
 
 
 @command("rollback")
@@ -15,13 +15,13 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, to: int | 
 
     A running backfill goes on publishing; prod just does not follow.
     """
-    from pipeline import snapshot
-    from pipeline.identity import read_settings
+    from pipeline.config.identity import read_settings
+    from pipeline.index import tags
     from pipeline.run import Run
 
     run = Run(load(config_path, overrides).run)
     read_settings(run)
-    tag = snapshot.rollback(run, to)
+    tag = tags.rollback(run, to)
     print_json({"prod": tag.commit, "pinned": tag.pinned}) if as_json else console().print(
         f"prod now serves commit {tag.commit}, and is pinned to it until `fastfill promote`"
     )

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.open_run import absolute, load, open_run_of
-from jobs.options import command, console, print_json
+from jobs.shell.command import command, console, print_json
+from jobs.shell.open_run import absolute, load, open_run_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from pipeline.arrays import Float32
-    from pipeline.config import Config
+    from pipeline.config.tree import Config
 
 _TABLES = (".npy", ".parquet")
 
@@ -47,7 +47,7 @@ def main(
     QUERIES are image files; or one Parquet file (with --column) or .npy file of new-model embeddings
     (float32), or one Parquet file of images. Images are embedded by the new encoder, here.
     """
-    from pipeline.search import Searcher
+    from pipeline.serving.searcher import Searcher
 
     config = load(config_path, overrides)
     if len(queries) > 1 and any(path.endswith(_TABLES) for path in queries):
@@ -95,17 +95,17 @@ def _read_queries(config: Config, paths: tuple[str, ...], column: str | None, li
 
     import numpy as np
 
-    from pipeline import parquet, storage
     from pipeline.arrays import vectors_from_arrow
     from pipeline.errors import DataError
+    from pipeline.storage import objects, parquet
 
     try:
         if paths[0].endswith(".npy"):
-            with storage.open_input(absolute(paths[0])) as file:
+            with objects.open_input(absolute(paths[0])) as file:
                 array = np.load(file, allow_pickle=False)
             return _checked(array, paths[0])[:limit]
         if not paths[0].endswith(".parquet"):
-            return _embed(config, [storage.read_bytes(absolute(path)) for path in paths[:limit]], list(paths))
+            return _embed(config, [objects.read_bytes(absolute(path)) for path in paths[:limit]], list(paths))
     except (OSError, ValueError, EOFError, OverflowError, MemoryError, BadZipFile) as error:
         raise DataError("cannot read a query", found=error, where=paths) from error
     table = parquet.read_parquet(absolute(paths[0]))
@@ -143,7 +143,7 @@ def _checked(array: object, where: str) -> Float32:
 
 
 def _embed(config: Config, images: list[bytes], names: list[str]) -> Float32:
-    from pipeline.query_embedder import embed_queries
+    from pipeline.serving.query_embedder import embed_queries
 
     open_run_of(config, to_embed=True)
     return embed_queries(config.encoders.new, config.backfill, config.device, images, names)

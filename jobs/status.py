@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jobs.open_run import load
-from jobs.options import command, console, print_json
+from jobs.shell.command import command, console, print_json
+from jobs.shell.open_run import load
 from pipeline.readable import duration, moment
-from pipeline.status import Pin, Status, damage_of_served, from_pairs_text, read_status
+from pipeline.reporting.status import Pin, Status, damage_of_served, from_pairs_text, read_status
 
 if TYPE_CHECKING:
-    from pipeline.plan import Plan
+    from pipeline.planning.plan import Plan
     from pipeline.run import Run
 
 
 @command("status")
 def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show progress, rate, time left, snapshots and rejects of a run; reads storage alone."""
-    from pipeline.identity import read_settings
+    from pipeline.config.identity import read_settings
     from pipeline.run import Run
 
     config = load(config_path, overrides)
@@ -31,7 +31,7 @@ def show(status: Status, run: Run) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from pipeline.plan import read_plan
+    from pipeline.planning.plan import read_plan
 
     plan = read_plan(run)
     table = Table(show_header=False, title=status["run"], title_justify="left")
@@ -90,7 +90,7 @@ def _show_rejects(run: Run, plan: Plan | None) -> None:
     import pyarrow as pa
     from rich.table import Table
 
-    from pipeline.rejects import read_all, read_of_pairs
+    from pipeline.embedding.rejects import read_all, read_of_pairs
 
     found = pa.concat_tables([read_all(run, plan.log(run) if plan else None), read_of_pairs(run)])
     if not found.num_rows:
@@ -110,7 +110,7 @@ def _number(value: float | None, unit: str) -> str:
 
 def _rate(images_per_second: float | None) -> str:
     if images_per_second is None:
-        from pipeline.throughput import SHORTEST_SECONDS
+        from pipeline.reporting.throughput import SHORTEST_SECONDS
 
         return f"none: fewer than {SHORTEST_SECONDS:g} seconds of work"
     return _number(images_per_second, "images/s over the last stretch of work, at most ten minutes")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.faulty_proxy import FaultyProxy
-from tests.seaweed import SeaweedFS, weed_binary
-from tests.skips import (  # noqa: F401 (pytest calls them)
+from tests.support.faulty_proxy import FaultyProxy
+from tests.support.seaweed import SeaweedFS, weed_binary
+from tests.support.skips import (  # noqa: F401 (pytest calls them)
     pytest_collectreport,
     pytest_runtest_logreport,
     pytest_sessionfinish,
@@ -54,7 +54,7 @@ def cifar100() -> Path:
 @pytest.fixture(scope="session")
 def local_cifar100(cifar100: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run of this machine alone, for tests that make the same one in another place."""
-    from tests.cifar100 import make_local_run
+    from tests.support.cifar100 import make_local_run
 
     return make_local_run(cifar100, tmp_path_factory.mktemp("cifar100"))
 

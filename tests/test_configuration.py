@@ -10,8 +10,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from pipeline.config import Config, Encoder
-from pipeline.encoders import load_encoder
+from pipeline.config.tree import Config, Encoder
+from pipeline.models.encoder import load_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "configuration.md").read_text()

@@ -23,18 +23,18 @@ import torchvision.transforms.v2.functional  # noqa: F401 - mapped before memory
 import yaml
 from PIL import Image
 
-from pipeline import config as settings
-from pipeline import storage
-from pipeline.config_file import load_config
+from pipeline.config import tree as settings
+from pipeline.config.load import load_config
+from pipeline.embedding.decode import Limits, decode_image
+from pipeline.embedding.fetch import Reject
 from pipeline.errors import FastfillError
-from pipeline.fetch import Reject
-from pipeline.images import Limits, decode_image
-from pipeline.manifest import digest, scan
-from pipeline.partition import write_part
-from pipeline.pieces import Options, Piece, PieceWriter
+from pipeline.manifest.normalised import digest, scan
+from pipeline.manifest.partition import write_part
+from pipeline.manifest.scan_tables import index_parquet
+from pipeline.manifest.scan_tars import index_tar
+from pipeline.manifest.splits import Options, Piece, PieceWriter
 from pipeline.run import Run
-from pipeline.table_index import index_parquet
-from pipeline.tar_index import index_tar
+from pipeline.storage import objects
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -151,7 +151,7 @@ def test_index_tar_mutated_header_is_rows_or_one_error(tmp_path: Path, form: int
 
     def check(data: bytes) -> None:
         uri = write(tmp_path / "a.tar", data)
-        piece = Piece("tar", (uri,), str(tmp_path), storage.stat(uri).etag)
+        piece = Piece("tar", (uri,), str(tmp_path), objects.stat(uri).etag)
         out = PieceWriter(str(tmp_path / "manifest"), piece, options)
         index_tar(piece, options, out)
         out.finish()
@@ -188,7 +188,7 @@ def test_manifest_mutated_parquet_is_parts_or_one_error(tmp_path: Path) -> None:
         digest(source)
         for number, part in enumerate(scan(source, {"old_embedding": 4})):
             write_part(run, "gallery", number, part, source, 8, "/data")
-        piece = Piece("parquet", (uri,), str(tmp_path), storage.stat(uri).etag)
+        piece = Piece("parquet", (uri,), str(tmp_path), objects.stat(uri).etag)
         index_parquet(piece, options, PieceWriter(str(tmp_path / "manifest"), piece, options))
 
     assert try_mutations(manifest(), check, (FastfillError,), 200) > 100

@@ -18,8 +18,8 @@ import pytest
 import s3fs
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
 
-from tests.faulty_proxy import PER_REQUEST, Dice, Fault, FaultyProxy
-from tests.seaweed import READONLY, SeaweedFS, s3_client
+from tests.support.faulty_proxy import PER_REQUEST, Dice, Fault, FaultyProxy
+from tests.support.seaweed import READONLY, SeaweedFS, s3_client
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -113,7 +113,7 @@ def test_data_survives_a_kill(client: Any, seaweed: SeaweedFS, name: str) -> Non
 def test_the_server_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
     """A stand-in for `weed` is enough: what is tested is how it is started."""
     program = (
-        "import subprocess, sys, tests.seaweed as s\n"
+        "import subprocess, sys, tests.support.seaweed as s\n"
         "child = subprocess.Popen(['sleep', '60'], preexec_fn=s._die_with_parent())\n"
         "print(child.pid, flush=True); sys.stdin.read()"
     )
@@ -246,7 +246,7 @@ def test_the_dice_are_seeded_and_keep_their_rate() -> None:
 
 
 def test_the_proxy_runs_as_a_process(seaweed: SeaweedFS, name: str) -> None:
-    command = [sys.executable, "-m", "tests.faulty_proxy", "--upstream", seaweed.endpoint, "--rate", "0"]
+    command = [sys.executable, "-m", "tests.support.faulty_proxy", "--upstream", seaweed.endpoint, "--rate", "0"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:

@@ -17,7 +17,7 @@ def run_skipped(folder: Path, code: str, ci: str) -> subprocess.CompletedProcess
     """A run of one file of tests."""
     file = folder / "test_it.py"
     file.write_text(f"import pytest\n\n{code}\n\ndef test_good() -> None:\n    assert True\n")
-    words = [sys.executable, "-m", "pytest", "-p", "tests.skips", "--rootdir", str(folder), "-q", str(file)]
+    words = [sys.executable, "-m", "pytest", "-p", "tests.support.skips", "--rootdir", str(folder), "-q", str(file)]
     environment = {**os.environ, "CI": ci, "PYTHONPATH": str(ROOT)}
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 

@@ -13,23 +13,24 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
-from pipeline import parquet, selection, storage
-from pipeline.config import Config
-from pipeline.config_method import Fit
+from pipeline.config.identity import check_settings_of, fix_settings, stage_settings
+from pipeline.config.method import Fit
+from pipeline.config.tree import Config
 from pipeline.errors import ConfigError, DataError, SnapshotConflict
-from pipeline.identity import check_settings_of, fix_settings, stage_settings
-from pipeline.networks import LinearTransformation, Transformation
+from pipeline.models.networks import LinearTransformation, Transformation
+from pipeline.models.transformation import TransformationInfo, has_transformation, read_info, save_transformation
+from pipeline.planning import selection
 from pipeline.run import Run
-from pipeline.transformation import TransformationInfo, has_transformation, read_info, save_transformation
-from training.candidates import settings_of
-from training.folds import FOLDER, OnStep
-from training.learner import Epoch, FitData, Job, can_classify, cut
-from training.linear_fit import fit_linear
-from training.linear_parts import over_parts
-from training.losses import needs_classifier, needs_labels
+from pipeline.storage import objects, parquet
+from training.fitting.learner import Epoch, FitData, Job, can_classify, cut
+from training.fitting.linear_fit import fit_linear
+from training.fitting.linear_parts import over_parts
+from training.fitting.losses import needs_classifier, needs_labels
+from training.fitting.trainer import train, training_folder
 from training.outcome import describe
 from training.select import LEAST_SECONDS, select
-from training.trainer import train, training_folder
+from training.simulation.folds import FOLDER, OnStep
+from training.simulation.trials import settings_of
 
 _logger = logging.getLogger(__name__)
 _LEAST_PAIRS = 3  # of a worker: a batch of two, and one that is watched
@@ -91,8 +92,8 @@ def _save(run: Run, network: Transformation, info: TransformationInfo, parts: di
         save_transformation(run, network, info, parts)
     except SnapshotConflict:
         _logger.warning("another driver has fitted the transformation meanwhile; its fit is used")
-    storage.delete(training_folder(run))
-    storage.delete(run.path(FOLDER))
+    objects.delete(training_folder(run))
+    objects.delete(run.path(FOLDER))
 
 
 def make_job(config: Config, data: FitData) -> Job:

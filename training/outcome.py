@@ -12,19 +12,20 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 
-from pipeline import calibration as calibrations
-from pipeline import offset as offsets
-from pipeline import parquet, reference
 from pipeline.arrays import Float32
-from pipeline.calibration import fit_calibration
-from pipeline.config import Config
-from pipeline.networks import Transformation
-from pipeline.offset import Classifier, Offset
-from pipeline.transformation import TransformationInfo
-from training.knowledge import reference_of
-from training.learner import Job, PairArrays, make_arrays
-from training.linear_parts import out_of_fold_pairs
-from training.measure import measure, pairs_to_pass_old, transform
+from pipeline.config.tree import Config
+from pipeline.models import calibration as calibrations
+from pipeline.models import offset as offsets
+from pipeline.models.calibration import fit_calibration
+from pipeline.models.networks import Transformation
+from pipeline.models.offset import Classifier, Offset
+from pipeline.models.transformation import TransformationInfo
+from pipeline.planning import policy_inputs
+from pipeline.storage import parquet
+from training.fitting.held_out_metrics import measure, pairs_to_pass_old, transform
+from training.fitting.learner import Job, PairArrays, make_arrays
+from training.fitting.linear_parts import out_of_fold_pairs
+from training.simulation.build_policy_inputs import reference_of
 
 _CALIBRATED = 5000  # pairs
 
@@ -52,7 +53,7 @@ def describe(
         info = replace(info, pairs_to_pass_old=pairs_to_pass_old(pairs, job.linear, job.normalize, metric))
     given = None if data.classifier is None else Classifier(*data.classifier)
     known = reference_of(config, held_out, pairs, z, s, served, classifier or given, data.label_names)
-    parts = {reference.PART: known.to_bytes()}
+    parts = {policy_inputs.PART: known.to_bytes()}
     if offset is not None:
         parts[offsets.PART] = offset.to_bytes()
     if config.fit.calibrate:

@@ -1,6 +1,6 @@
 """Choose transformation, ranking and order by the curves that they give on pairs that were held out.
 
-    pairs -> folds -> fit the simplest recipe on all folds but one (training.folds), then others while there is time
+    pairs -> folds -> fit the simplest recipe on all folds but one (`folds`), then others while there is time
           -> z, s of the fold left out
           -> simulate the backfill of that fold: each way to rank with a few orders, then the best with all of them
           -> the simplest candidate within one standard error of the best, and the table of all
@@ -24,18 +24,21 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from pipeline import documents, probe_set, storage
-from pipeline.config import Config
-from pipeline.config_method import LossMode, Select
+from pipeline.config.method import LossMode, Select
+from pipeline.config.tree import Config
 from pipeline.errors import ConfigError, FastfillError
-from pipeline.evaluate import METRICS
-from pipeline.gallery import codes_of
-from pipeline.policy import POLICIES
+from pipeline.evaluation import probe_set
+from pipeline.evaluation.gallery_arrays import codes_of
+from pipeline.evaluation.metrics import METRICS
+from pipeline.planning.distribution_shift import Likeness, likeness
+from pipeline.planning.policies import POLICIES
+from pipeline.planning.selection import Selection
 from pipeline.run import Run
-from pipeline.selection import Selection
-from pipeline.shift import Likeness, likeness
-from training.candidates import Candidate, Recipe, Row, Serving, finalists, selection_of
-from training.folds import (
+from pipeline.storage import documents, objects
+from training.fitting.held_out_metrics import retrieval
+from training.fitting.learner import FitData, PairArrays, can_classify, make_arrays
+from training.fitting.losses import NO_LABEL, needs_labels
+from training.simulation.folds import (
     FOLDER,
     Fits,
     Fold,
@@ -49,10 +52,8 @@ from training.folds import (
     split,
     taken,
 )
-from training.learner import FitData, PairArrays, can_classify, make_arrays
-from training.losses import NO_LABEL, needs_labels
-from training.measure import retrieval
-from training.simulate import FINAL, SCREENING, Detail, measure_fold
+from training.simulation.simulate import FINAL, SCREENING, Detail, measure_fold
+from training.simulation.trials import Candidate, Recipe, Row, Serving, finalists, selection_of
 
 logger = logging.getLogger(__name__)
 
@@ -97,10 +98,10 @@ def select(config: Config, run: Run, data: FitData, on_step: OnStep, seconds: fl
     parts = split(config, data, settings, sample)
     decides = [settings.model_dump(mode="json"), parts.digest()]
     kept = run.path(FOLDER, f"{digest(config, data, decides)}.json")
-    if storage.exists(kept):
-        return Selection.from_tree(documents.decode(storage.read_bytes(kept), kept, documents.REDO), kept)
+    if objects.exists(kept):
+        return Selection.from_tree(documents.decode(objects.read_bytes(kept), kept, documents.REDO), kept)
     found = _select(config, run, data, parts, on_step, seconds)
-    storage.put(kept, documents.encode(found))
+    objects.put(kept, documents.encode(found))
     return found
 
 

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import arithmetic, simulate
-from pipeline import config, manifest, object_store, plan, storage
+from pipeline.config import tree
+from pipeline.index.seal import Sealer
+from pipeline.manifest import normalised
+from pipeline.planning import plan
 from pipeline.run import Run
-from pipeline.seal import Sealer
+from pipeline.storage import object_store, objects
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = (ROOT / "docs" / "scaling.md").read_text()
@@ -22,13 +25,13 @@ def test_the_document_has_the_tables_as_they_are_computed(title: str) -> None:
 
 
 def test_the_constants_are_those_of_the_code() -> None:
-    assert f"N / {manifest._PARTITION_ROWS}" == arithmetic.DERIVED["P"]
-    assert config._UNIT_BYTES // (224 * 224 * 3) // 256 == 1  # so a unit has 256 images
-    assert arithmetic.UNIT_IMAGES[1] == config._MAX_UNIT_IMAGES
+    assert f"N / {normalised._PARTITION_ROWS}" == arithmetic.DERIVED["P"]
+    assert tree._UNIT_BYTES // (224 * 224 * 3) // 256 == 1  # so a unit has 256 images
+    assert arithmetic.UNIT_IMAGES[1] == tree._MAX_UNIT_IMAGES
     sizes = plan.wave_sizes(100, 10**9)
     assert sizes[-1] / 1e9 == pytest.approx(arithmetic.CONSTANTS["last"], rel=1e-6)
     assert arithmetic.CONSTANTS["F"] == plan.UNITS_PER_FILE
-    assert arithmetic.CONSTANTS["threads"] == simulate.THREADS == storage._WAITING
+    assert arithmetic.CONSTANTS["threads"] == simulate.THREADS == objects._WAITING
     waves = tuple(plan.Wave(number + 1, size, 1) for number, size in enumerate(sizes))
     sealer = Sealer(Run(""), plan.Plan("random", 0, 10**9, 1, 64, 128, 256, waves, ""), "", "")
     tasks = [len(sealer.together(wave.wave)) for wave in waves]

@@ -15,8 +15,8 @@ from PIL import Image
 
 from benchmarks import encoders
 from benchmarks.encoders import RECIPES, SCARCE_GROUP, Prototypes, encoder, rows_of
-from pipeline.config import Encoder, Preprocess
-from pipeline.encoders import load_encoder
+from pipeline.config.tree import Encoder, Preprocess
+from pipeline.models.encoder import load_encoder
 
 
 def test_only_the_scarce_group_loses_images() -> None:

@@ -6,7 +6,7 @@ import pytest
 import ray
 
 from benchmarks import simulation_check
-from pipeline.config_file import load_config
+from pipeline.config.load import load_config
 
 
 @pytest.mark.parametrize(("cpus", "actors", "load_slots"), [(2, 2, 1), (4, 4, 3), (8, 8, 6)])

@@ -19,7 +19,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 
 from tests.cluster.marked import Marked, children, descendants, title, variable
 from tests.faults.scene import kill
-from tests.seaweed import free_ports
+from tests.support.seaweed import free_ports
 
 NODE_ID = "RAY_OVERRIDE_NODE_ID_FOR_TESTING"
 EMPTY = ["initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"]

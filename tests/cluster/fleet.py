@@ -17,10 +17,10 @@ import yaml
 from tests.cluster.autoscaling import AutoscaledCluster
 from tests.faults.scene import ROOT, WAVES, Scene
 from tests.faults.test_kill_matrix import created_commits
-from tests.faulty_proxy import FaultyProxy
-from tests.galleries import NEW_DIM, PREPROCESS
-from tests.seaweed import SeaweedFS
-from tests.slow_encoder import SECONDS
+from tests.support.faulty_proxy import FaultyProxy
+from tests.support.galleries import NEW_DIM, PREPROCESS
+from tests.support.seaweed import SeaweedFS
+from tests.support.slow_encoder import SECONDS
 
 NODES = 3
 ON_GPUS = ["--set", "device=auto", "--set", "backfill.gpus_per_actor=1", "--set", f"backfill.max_actors={NODES}"]
@@ -66,7 +66,7 @@ def fleet(folder: Path, image_seconds: float) -> Iterator[Fleet]:
             scene = Scene(folder, server, proxy, address="")
             scene.write()
             tree = yaml.safe_load(scene.config.read_text())
-            function = "tests.slow_encoder:encoder"
+            function = "tests.support.slow_encoder:encoder"
             tree["encoders"]["new"] = {"function": function, "dim": NEW_DIM, "preprocess": PREPROCESS}
             scene.config.write_text(yaml.safe_dump(tree))
             environment = server.environment() | {"PYTHONPATH": str(ROOT), SECONDS: str(image_seconds)}

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.actors import LOAD_CPUS, WRITE_CPUS
+from pipeline.embedding.actor_pool import LOAD_CPUS, WRITE_CPUS
 from tests.cluster.fleet import NODES, ON_GPUS, Fleet, fleet, wait_until_empty, watching
 from tests.faults.scene import ROOT
-from tests.seaweed import weed_binary
+from tests.support.seaweed import weed_binary
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
-from pipeline import commits, snapshot, storage
-from pipeline.audit import audit
+from pipeline.index import commits, tags
+from pipeline.reporting.audit import audit
 from pipeline.run import Run
-from tests.cifar100 import WAVES, pairs_of, settings
+from pipeline.storage import objects
 from tests.cluster.jobs import STOP_SECONDS, Jobs
 from tests.faults.scene import ray_nodes
+from tests.support.cifar100 import WAVES, pairs_of, settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -45,7 +46,7 @@ def test_a_submitted_cifar100_backfill_that_was_stopped_once_gives_the_bytes_of_
     jobs.job("stop", "cifar100-1")
     assert jobs.wait("cifar100-1", STOP_SECONDS) == "stopped"
     assert "what is durable is kept" in jobs.job("logs", "cifar100-1")
-    assert not storage.exists(run.plan), "it was stopped too late to leave anything to do"
+    assert not objects.exists(run.plan), "it was stopped too late to leave anything to do"
 
     jobs.submit("cifar100-2", CONFIG, *submitted)
     assert jobs.wait("cifar100-2", 400) == "succeeded", jobs.job("logs", "cifar100-2")
@@ -53,8 +54,8 @@ def test_a_submitted_cifar100_backfill_that_was_stopped_once_gives_the_bytes_of_
     assert set(jobs.nodes_of_actors("EmbedStage").values()) == {node.node_id for node in gpu_cluster.worker_nodes}
 
     assert content(run) == content(local_cifar100)
-    assert snapshot.list_commits(run) == snapshot.list_commits(local_cifar100) == list(range(WAVES + 1))
-    for number in snapshot.list_commits(run):
+    assert tags.list_commits(run) == tags.list_commits(local_cifar100) == list(range(WAVES + 1))
+    for number in tags.list_commits(run):
         found, expected = (commits.read_commit(item, number) for item in (run, local_cifar100))
         assert found.content() == expected.content()
     report = audit(run.uri)
@@ -64,12 +65,12 @@ def test_a_submitted_cifar100_backfill_that_was_stopped_once_gives_the_bytes_of_
 def wait_for_pairs(run: Run, jobs: Jobs, job: str) -> None:
     """Return when the first embeddings of the pairs are durable."""
     deadline = time.monotonic() + 180
-    while not storage.list_files(run.path("pairs", "old")):
+    while not objects.list_files(run.path("pairs", "old")):
         assert jobs.status(job) in ("PENDING", "RUNNING"), jobs.job("logs", job)
         assert time.monotonic() < deadline, jobs.job("logs", job)
 
 
 def content(run: Run) -> dict[str, str]:
     """The sha256 of every file of data, by its place in the run."""
-    files = [uri for uri in storage.list_files(run.uri) if uri.endswith(DATA)]
-    return {uri.removeprefix(run.uri): storage.sha256(uri) for uri in files}
+    files = [uri for uri in objects.list_files(run.uri) if uri.endswith(DATA)]
+    return {uri.removeprefix(run.uri): objects.sha256(uri) for uri in files}

@@ -1,6 +1,6 @@
 """A fit whose node is taken away, announced or not: it goes on, and its user is not charged.
 
-A loss that is not announced is a failure to Ray Train; `tests/training/test_attempts.py` has our decision alone.
+A loss that is not announced is a failure to Ray Train; `tests/training/fitting/test_retries.py` has our decision alone.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import storage
+from pipeline.storage import objects
 from tests.cluster.jobs import Jobs, submit, take_away
 from tests.faults.scene import Scene
-from tests.faulty_proxy import FaultyProxy
+from tests.support.faulty_proxy import FaultyProxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -58,5 +58,5 @@ def test_a_fit_whose_node_goes_counts_no_failure_and_gives_the_same_weights(
 
 def weights(scene: Scene, name: str) -> list[str]:
     """The files of a run's transformation: their names have the sha256 of what is in them."""
-    files = storage.list_files(scene.run(name).transformation, ".safetensors")
+    files = objects.list_files(scene.run(name).transformation, ".safetensors")
     return [uri.rpartition("/")[2] for uri in files]

@@ -10,7 +10,7 @@ import pytest
 from tests.cluster.jobs import STOP_SECONDS, Jobs, submit, take_away
 from tests.faults.scene import WAVES, Scene
 from tests.faults.test_kill_matrix import created_commits
-from tests.faulty_proxy import FaultyProxy
+from tests.support.faulty_proxy import FaultyProxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -26,8 +26,8 @@ from tests.cluster.hosts import Hosts, refusal
 from tests.cluster.marked import Marked
 from tests.faults.scene import NODE_CPUS, ROOT, WAVES, Scene
 from tests.faults.test_kill_matrix import created_commits
-from tests.faulty_proxy import FaultyProxy
-from tests.seaweed import SeaweedFS, free_ports, weed_binary
+from tests.support.faulty_proxy import FaultyProxy
+from tests.support.seaweed import SeaweedFS, free_ports, weed_binary
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

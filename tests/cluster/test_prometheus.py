@@ -28,10 +28,10 @@ import yaml
 
 from infra.grafana.render import render
 from tests.faults.scene import IMAGES, ROOT, Scene, processes, ray_nodes
-from tests.faulty_proxy import Fault, FaultyProxy
 from tests.infra.metrics import DASHBOARDS, metrics_of, queries_of
-from tests.prometheus import CONFIGS, Prometheus
-from tests.seaweed import SeaweedFS, s3_client
+from tests.support.faulty_proxy import Fault, FaultyProxy
+from tests.support.prometheus import CONFIGS, Prometheus
+from tests.support.seaweed import SeaweedFS, s3_client
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ NO_IMAGES = (20, 150, 290)  # rows of the gallery
 MARK = "FASTFILL_TEST_SCENE"
 SETTINGS: dict[str, Any] = {
     "encoders.new.export": "null",
-    "encoders.new.function": "tests.own_functions:slow_encoder",
+    "encoders.new.function": "tests.support.own_functions:slow_encoder",
     "fit.transformation": "fastfill",
     "fit.epochs": 60,
     "plan.unit_images": 8,

@@ -12,22 +12,24 @@ from pathlib import Path
 import fsspec
 from PIL import Image
 
-from jobs import checks
-from pipeline import embed, expected, object_store, planner, score, storage
-from pipeline.config import Config
+from jobs.steps import preflight
+from pipeline.config.tree import Config
+from pipeline.embedding import embedder
 from pipeline.errors import FastfillError
-from pipeline.local_store import LocalStore
-from pipeline.object_store import ObjectStore
-from pipeline.retry import Retry
+from pipeline.planning import build, expected_curve, score
 from pipeline.run import Run
+from pipeline.storage import object_store, objects
+from pipeline.storage.local import LocalStore
+from pipeline.storage.object_store import ObjectStore
+from pipeline.storage.retry import Retry
 from tests.crashes import small_run, stages
 from tests.crashes.memory_store import MemoryStore
 from tests.crashes.moments import Operation, States, watch
 from tests.crashes.outcome import Outcome, differences, durable_images, outcome, written_once
-from tests.pipeline.unreliable_store import FakeTime
+from tests.support.unreliable_store import FakeTime
 from training import fit
 
-IMPORTED = (checks, embed, expected, fit, fsspec, planner, score)
+IMPORTED = (preflight, embedder, expected_curve, fit, fsspec, build, score)
 """What a driver imports as it goes, and what takes seconds: once in the server that forks, not in every case."""
 Image.init()
 
@@ -156,8 +158,8 @@ def _in_memory(home: Path) -> tuple[MemoryStore, Config]:
     stages.install()
     store = MemoryStore()
     remote, local = ObjectStore(store, Retry(seconds=2.0)), LocalStore()
-    storage._store = lambda scheme, *_: local if scheme == "file" else remote  # type: ignore[assignment]
+    objects._store = lambda scheme, *_: local if scheme == "file" else remote  # type: ignore[assignment]
     object_store.time = FakeTime()  # type: ignore[assignment] # no pause takes any time
     for path in (home / "start").rglob("*.*"):
-        storage.put(storage.join(REMOTE, str(path.relative_to(home / "start"))), path.read_bytes())
+        objects.put(objects.join(REMOTE, str(path.relative_to(home / "start"))), path.read_bytes())
     return store, small_run.load(home, REMOTE)

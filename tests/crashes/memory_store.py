@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pipeline.object_store import Page
-from pipeline.retry import Again
-from tests.pipeline.unreliable_store import UnreliableStore
+from pipeline.storage.object_store import Page
+from pipeline.storage.retry import Again
+from tests.support.unreliable_store import UnreliableStore
 
 Write = tuple[str, bytes | None]
 """A name and its new content; None if it is deleted."""

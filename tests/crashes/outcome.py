@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 
-from pipeline import commits, parquet, snapshot, storage
-from pipeline.audit import audit
-from pipeline.collect import Rules, collect
+from pipeline.index import commits
+from pipeline.index import tags as snapshot
+from pipeline.index.gc import Rules, collect
+from pipeline.reporting.audit import audit
 from pipeline.run import Run
+from pipeline.storage import objects, parquet
 
 _OF_ITS_OWN = re.compile(
     r"^/(reports|index/(commits|tags|leases)|probe)/|^/((index/(gc|collected)|run)\.json|index/reserve)$"
@@ -34,9 +36,9 @@ def outcome(run: Run) -> Outcome:
 def digests(run: Run) -> dict[str, str]:
     """By name in the run, the sha256 of each file that equal runs have in common, once gc has removed leftovers."""
     collect(run.uri, Rules(keep=100))
-    names = {uri.removeprefix(run.uri): uri for uri in storage.list_files(run.uri)}
+    names = {uri.removeprefix(run.uri): uri for uri in objects.list_files(run.uri)}
     return {
-        name: hashlib.sha256(storage.read_bytes(uri)).hexdigest()
+        name: hashlib.sha256(objects.read_bytes(uri)).hexdigest()
         for name, uri in names.items()
         if not _OF_ITS_OWN.search(name)
     }
@@ -55,16 +57,16 @@ def differences(found: Outcome, expected: Outcome) -> list[str]:
     return wrong
 
 
-def written_once(run: Run) -> dict[str, storage.Stat]:
+def written_once(run: Run) -> dict[str, objects.Stat]:
     """The stat of each file that is durable, and must never be written again: parts, segments, commits."""
-    return {uri: stat for folder in _ONCE for uri, stat in storage.list_stats(run.path(folder))}
+    return {uri: stat for folder in _ONCE for uri, stat in objects.list_stats(run.path(folder))}
 
 
 def durable_images(run: Run) -> set[int]:
     """The ids of the images that are in the vector log or its rejects."""
-    parts = storage.list_files(run.path("embedded"), ".parquet")
+    parts = objects.list_files(run.path("embedded"), ".parquet")
     units = {uri.removeprefix(run.path("embedded")).removesuffix(".parquet") for uri in parts}
-    for uri in storage.list_files(run.path("rejects"), ".parquet"):
+    for uri in objects.list_files(run.path("rejects"), ".parquet"):
         if uri.removeprefix(run.path("rejects")).rpartition("-")[0] in units:
             parts.append(uri)
     return {number for uri in parts for number in parquet.read_parquet(uri, ["id"])["id"].to_pylist()}

@@ -15,19 +15,19 @@ import torch
 import yaml
 from rich.console import Console
 
-from jobs.bars import Bars
-from jobs.prepare import ensure_embeddings, ensure_fit, ensure_plan, open_run
+from jobs.shell.progress_bars import Bars
+from jobs.steps.prepare import ensure_embeddings, ensure_fit, ensure_plan, open_run
 from pipeline.arrays import vectors_to_arrow
-from pipeline.backfill import backfill
-from pipeline.config import Config
-from pipeline.config_file import load_config
-from pipeline.identity import fix_settings, stage_settings
-from pipeline.networks import TransformationNetwork
-from pipeline.progress import Progress
+from pipeline.backfill.driver import backfill
+from pipeline.config.identity import fix_settings, stage_settings
+from pipeline.config.load import load_config
+from pipeline.config.tree import Config
+from pipeline.models.networks import TransformationNetwork
+from pipeline.models.transformation import TransformationInfo, save_transformation
+from pipeline.reporting.progress import Progress
 from pipeline.run import Run
-from pipeline.transformation import TransformationInfo, save_transformation
-from tests.galleries import NEW_DIM, OLD_DIM, PREPROCESS, digits
-from training.pairs import build_pairs
+from tests.support.galleries import NEW_DIM, OLD_DIM, PREPROCESS, digits
+from training.fitting.pairs import build_pairs
 
 IMAGES, PAIRS, WAVES = 48, 40, 3
 FROM_GALLERY = 10  # pairs, which are embedded before the fit: two units of wave 0
@@ -95,7 +95,7 @@ def _fit(config: Config) -> None:
 def _tree(home: Path) -> dict[str, Any]:
     columns = {"id": "id", "old_embedding": "old"}
     sampled = {"from_gallery": FROM_GALLERY}
-    encoder = {"function": "tests.own_functions:new_encoder", "dim": NEW_DIM, "preprocess": PREPROCESS}
+    encoder = {"function": "tests.support.own_functions:new_encoder", "dim": NEW_DIM, "preprocess": PREPROCESS}
     return {
         "run": str(home / "run"),
         "data_root": str(home / "data"),

@@ -12,17 +12,22 @@ from typing import Any, Self
 import numpy as np
 import pytest
 
-from pipeline import fetch, publish, ranking, search, snapshot, storage
-from pipeline.audit import audit
-from pipeline.collect import Rules, collect
+from pipeline.backfill import publisher
+from pipeline.embedding import fetch
 from pipeline.errors import DataError, IncompatibleRun, SnapshotConflict
-from pipeline.progress import Progress
+from pipeline.evaluation import ranks
+from pipeline.index import tags
+from pipeline.index.gc import Rules, collect
+from pipeline.reporting.audit import audit
+from pipeline.reporting.progress import Progress
 from pipeline.run import Run
-from pipeline.search import Searcher
+from pipeline.serving import searcher as search
+from pipeline.serving.searcher import Searcher
+from pipeline.storage import objects
 from tests.crashes import small_run, stages
 from tests.crashes.outcome import Outcome, digests
-from tests.galleries import NEW_DIM
-from tests.pipeline.interleave import Turns
+from tests.support.galleries import NEW_DIM
+from tests.support.interleave import Turns
 
 DRIVERS, CALLS = 3, 20_000
 REFUSED = (SnapshotConflict, IncompatibleRun)  # what a driver may end with, if another one is faster
@@ -64,7 +69,7 @@ def all_at_once(home: Path, uri: Path, seed: int, expected: Outcome) -> tuple[li
     stages.install()
     config, run, choose = small_run.load(home, str(uri)), Run(str(uri)), random.Random(seed)
     for path in (home / "start").rglob("*.*"):
-        storage.put(storage.join(run.uri, str(path.relative_to(home / "start"))), path.read_bytes())
+        objects.put(objects.join(run.uri, str(path.relative_to(home / "start"))), path.read_bytes())
     seen: list[int] = []
     ended: list[bool] = []
 
@@ -78,7 +83,7 @@ def all_at_once(home: Path, uri: Path, seed: int, expected: Outcome) -> tuple[li
         return len(ended) < DRIVERS
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (fetch, publish, ranking, search, storage):
+        for module in (fetch, publisher, ranks, search, objects):
             patch.setattr(module, "ThreadPoolExecutor", Inline)
         turns = Turns(patch, (choose.randrange(60) for _ in range(CALLS)))
         ends = turns.run(
@@ -91,7 +96,7 @@ def all_at_once(home: Path, uri: Path, seed: int, expected: Outcome) -> tuple[li
     if seen != sorted(seen):
         wrong.append(f"the reader went back: {seen}")
     wrong += _left(run, expected)
-    return wrong, seen, small_run.WAVES + 1 - len(snapshot.list_commits(run))
+    return wrong, seen, small_run.WAVES + 1 - len(tags.list_commits(run))
 
 
 def _collect(run: Run, may_go_on: Callable[[], bool]) -> None:
@@ -120,9 +125,9 @@ def _left(run: Run, expected: Outcome) -> list[str]:
     wrong, commits, files = [str(problem) for problem in audit(run.uri).problems], expected["commits"], digests(run)
     assert isinstance(commits, dict)
     assert isinstance(expected["files"], dict)
-    found = {number: commits.read_commit(run, number).content() for number in snapshot.list_commits(run)}
+    found = {number: commits.read_commit(run, number).content() for number in tags.list_commits(run)}
     wrong += [f"commit {number} differs" for number in found if found[number] != commits[number]]
-    if small_run.WAVES not in found or snapshot.read_tag(run, "prod") is None:
+    if small_run.WAVES not in found or tags.read_tag(run, "prod") is None:
         wrong.append(f"the last commit is not there: {sorted(found)}")
     wrong += [f"{name} differs" for name in files if files[name] != expected["files"].get(name)]
     kept = [name for name in expected["files"] if not name.startswith("/index/segments/")]

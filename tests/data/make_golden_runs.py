@@ -30,8 +30,8 @@ import torch
 import yaml
 from PIL import Image
 
-from tests.galleries import NEW_DIM, OLD_DIM, PREPROCESS, digits, export_encoder
-from tests.own_functions import small_encoder
+from tests.support.galleries import NEW_DIM, OLD_DIM, PREPROCESS, digits, export_encoder
+from tests.support.own_functions import small_encoder
 
 HERE = Path(__file__).parent
 DATA = Path("/tmp/fastfill-golden")

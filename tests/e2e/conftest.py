@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from jobs.cli import main
-from tests.galleries import write_config
+from tests.support.galleries import write_config
 
 
 @pytest.fixture(scope="session")

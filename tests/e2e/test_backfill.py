@@ -15,17 +15,19 @@ import torch
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
-from pipeline import commits, documents, snapshot, storage, vector_log
-from pipeline.calibration import Calibration
-from pipeline.config import Config
-from pipeline.config_file import load_config
-from pipeline.encoders import load_encoder
-from pipeline.gallery import GalleryArrays, load_gallery
-from pipeline.images import Limits, decode_image
-from pipeline.plan import read_plan
+from pipeline.config.load import load_config
+from pipeline.config.tree import Config
+from pipeline.embedding import vector_log
+from pipeline.embedding.decode import Limits, decode_image
+from pipeline.evaluation.gallery_arrays import GalleryArrays, load_gallery
+from pipeline.index import commits, tags
+from pipeline.models.calibration import Calibration
+from pipeline.models.encoder import load_encoder
+from pipeline.planning.plan import read_plan
 from pipeline.run import Run
-from pipeline.search import Searcher
-from tests.galleries import NEW_DIM, digits, export_encoder, write_config
+from pipeline.serving.searcher import Searcher
+from pipeline.storage import documents, objects
+from tests.support.galleries import NEW_DIM, digits, export_encoder, write_config
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -112,7 +114,7 @@ def test_every_snapshot_answers_as_a_search_over_its_logical_state(finished: Con
     calibration = commits.read_commit(run, 0).calibration
     assert calibration is not None
     queries = gallery.embedded[::7]
-    for number in snapshot.list_commits(run):
+    for number in tags.list_commits(run):
         state, embedded = logical_state(finished, gallery, number), gallery.wave <= number
         distances, ids = by_kind(codebook, finished.index.nprobe, state, gallery.ids, embedded, queries, calibration)
         with Searcher(finished.run, commit=number) as searcher:
@@ -128,7 +130,7 @@ def test_each_commit_serves_the_whole_gallery_with_one_more_wave_embedded(finish
     plan = read_plan(run)
     assert plan is not None
     embedded = 0
-    for number in snapshot.list_commits(run):
+    for number in tags.list_commits(run):
         embedded += plan.waves[number - 1].images if number else 0
         counts = commits.read_commit(run, number).counts
         assert (counts.gallery, counts.embedded, counts.rejected) == (300, embedded, 0)
@@ -144,34 +146,34 @@ def test_audit_finds_a_finished_run_whole(finished: Config) -> None:
 
 def test_running_again_does_nothing_and_says_so(finished: Config) -> None:
     path = str(Path(finished.run).parent / "run.yaml")
-    before = {uri: storage.stat(uri).etag for uri in storage.list_files(finished.run)}
+    before = {uri: objects.stat(uri).etag for uri in objects.list_files(finished.run)}
     start = time.monotonic()
     result = fastfill("backfill", "--config", path)
     assert time.monotonic() - start < 15
     assert result.exit_code == 0
     assert "Nothing to do" in result.stderr
-    assert {uri: storage.stat(uri).etag for uri in storage.list_files(finished.run)} == before
+    assert {uri: objects.stat(uri).etag for uri in objects.list_files(finished.run)} == before
 
 
 def test_a_report_that_was_lost_or_never_written_is_made_by_the_next_backfill(finished: Config) -> None:
     path, run = str(Path(finished.run).parent / "run.yaml"), Run(finished.run)
     page, figures, curve = (run.path("reports", name) for name in ("report.html", "report.json", "curve.json"))
-    before = storage.read_bytes(curve)
+    before = objects.read_bytes(curve)
     for lost in ([page], [page, figures, curve], [figures]):
-        storage.delete_files(lost)
+        objects.delete_files(lost)
         result = fastfill("backfill", "--config", path)
         assert result.exit_code == 0
         assert "its report: it is missing" in result.stderr
-        assert storage.exists(page)
-        assert storage.exists(figures)
-    assert json.loads(storage.read_bytes(curve)) == json.loads(before)
+        assert objects.exists(page)
+        assert objects.exists(figures)
+    assert json.loads(objects.read_bytes(curve)) == json.loads(before)
     test_running_again_does_nothing_and_says_so(finished)
 
 
 def test_evaluate_and_search_refuse_a_config_that_is_not_the_runs(finished: Config) -> None:
     path, run = str(Path(finished.run).parent / "run.yaml"), Run(finished.run)
     queries = [str(Path(finished.run).parent / "data" / "gallery.parquet"), "--column", "image", "--limit", "1"]
-    curve = storage.read_bytes(run.path("reports", "curve.json"))
+    curve = objects.read_bytes(run.path("reports", "curve.json"))
     metric, preprocess = "gallery.metric=cosine", "encoders.new.preprocess.pixel_range=255"
     for command, setting in (
         (["evaluate", "--curve"], metric),
@@ -181,7 +183,7 @@ def test_evaluate_and_search_refuse_a_config_that_is_not_the_runs(finished: Conf
         result = fastfill(*command, "--config", path, "--set", setting)
         assert result.exit_code == 3, (command, result.output)
         assert setting.partition("=")[0] in result.stderr
-    assert storage.read_bytes(run.path("reports", "curve.json")) == curve
+    assert objects.read_bytes(run.path("reports", "curve.json")) == curve
     other = Path(finished.run).parent / "other.pt2"
     if not other.exists():
         export_encoder(other, NEW_DIM, seed=3)
@@ -227,9 +229,9 @@ def test_search_refuses_more_than_one_file_of_queries(finished: Config) -> None:
 
 def test_a_snapshot_that_is_worse_than_the_old_gallery_is_not_promoted(finished: Config) -> None:
     path, run = str(Path(finished.run).parent / "run.yaml"), Run(finished.run)
-    marker = storage.join(run.transformation, "transformation.json")
-    before = storage.read_bytes(marker)
-    storage.put(marker, documents.encode(json.loads(before) | {"better_than_old": False}))
+    marker = objects.join(run.transformation, "transformation.json")
+    before = objects.read_bytes(marker)
+    objects.put(marker, documents.encode(json.loads(before) | {"better_than_old": False}))
     try:
         read_json("rollback", "--config", path, "--to", "0")
         result = fastfill("promote", "--config", path, "--commit", "2")
@@ -239,7 +241,7 @@ def test_a_snapshot_that_is_worse_than_the_old_gallery_is_not_promoted(finished:
         assert read_json("promote", "--config", path, "--commit", "2", "--force")["prod"] == 2
         assert read_json("promote", "--config", path)["prod"] == 5, "nothing is transformed any more"
     finally:
-        storage.put(marker, before)
+        objects.put(marker, before)
 
 
 def test_status_and_curve_and_search_speak_the_documented_json(finished: Config) -> None:
@@ -270,11 +272,11 @@ def test_backfill_resumed_from_half_a_log_publishes_the_same_bytes(finished: Con
     copy = Run(load_config(half).run)
     lost = {run.commit(number) for number in (3, 4, 5)} | {run.tag("prod"), run.tag("candidate")}
     lost |= {plan.log(run).part(wave, 0) for wave in (4, 5)}
-    for uri in set(storage.list_files(run.uri)) - lost:
-        storage.put(uri.replace(run.uri, copy.uri), storage.read_bytes(uri))
+    for uri in set(objects.list_files(run.uri)) - lost:
+        objects.put(uri.replace(run.uri, copy.uri), objects.read_bytes(uri))
     result = fastfill("backfill", "--config", half)
     assert result.exit_code == 0, result.output
-    for number in snapshot.list_commits(run):
+    for number in tags.list_commits(run):
         assert commits.read_commit(copy, number).content() == commits.read_commit(run, number).content()
 
 

@@ -22,12 +22,13 @@ import ray
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
-from pipeline import commits, snapshot, vector_log
-from pipeline.config_file import load_config
-from pipeline.plan import read_plan
+from pipeline.config.load import load_config
+from pipeline.embedding import vector_log
+from pipeline.index import commits, tags
+from pipeline.planning.plan import read_plan
 from pipeline.run import Run
-from pipeline.search import Searcher
-from tests.galleries import OLD_DIM, digits, write_config
+from pipeline.serving.searcher import Searcher
+from tests.support.galleries import OLD_DIM, digits, write_config
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -124,7 +125,7 @@ def test_too_many_rejects_stop_before_the_wave_is_published_and_can_be_retried(
     assert result.exit_code == 2
     assert "too many images of wave 1 cannot be embedded; the wave is not published" in result.stderr
     run = Run(load_config(path).run)
-    assert snapshot.list_commits(run) == [0]
+    assert tags.list_commits(run) == [0]
     for uri, data in zip(uris, images, strict=True):
         Path(uri).write_bytes(data)
     assert fastfill("backfill", "--config", path).exit_code == 2
@@ -144,7 +145,7 @@ def test_a_second_config_is_refused_with_the_name_of_what_differs(
 def test_an_error_of_ours_inside_ray_data_reaches_the_user_as_a_few_lines(
     tmp_path: Path, make_run: Callable[..., str]
 ) -> None:
-    path = make_run(tmp_path, plan__policy="tests.own_functions:undecided", probe__images=0)
+    path = make_run(tmp_path, plan__policy="tests.support.own_functions:undecided", probe__images=0)
     command = [sys.executable, "-m", "jobs.plan", "--measure", "0", "--config", path]
     address = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     result = subprocess.run(command, cwd=ROOT, env=address, capture_output=True, text=True, check=False)

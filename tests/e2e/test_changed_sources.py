@@ -14,15 +14,18 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
-from pipeline import commits, parquet, storage, telemetry, vector_log
-from pipeline.config_file import load_config
-from pipeline.gallery import load_gallery
-from pipeline.plan import read_plan
-from pipeline.publish import Publisher
-from pipeline.retry import COUNTS
+from pipeline.backfill.publisher import Publisher
+from pipeline.config.load import load_config
+from pipeline.embedding import vector_log
+from pipeline.evaluation.gallery_arrays import load_gallery
+from pipeline.index import commits
+from pipeline.planning.plan import read_plan
+from pipeline.reporting import telemetry
 from pipeline.run import Run
-from pipeline.search import Searcher
-from tests.galleries import OLD_DIM, digits
+from pipeline.serving.searcher import Searcher
+from pipeline.storage import objects, parquet
+from pipeline.storage.retry import COUNTS
+from tests.support.galleries import OLD_DIM, digits
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -48,7 +51,7 @@ def backfill_after_changes(folder: Path, make_run: Callable[..., str], deleted_i
     table: dict[str, Any] = {
         "id": np.arange(IMAGES),
         "uri": uris,
-        "etag": [storage.stat(uri).etag for uri in uris],
+        "etag": [objects.stat(uri).etag for uri in uris],
         "old": pa.FixedSizeListArray.from_arrays(pa.array(old.ravel()), OLD_DIM),
     }
     pq.write_table(pa.table(table), folder / "data" / "gallery.parquet")
@@ -87,7 +90,7 @@ def test_a_changed_image_is_embedded_from_what_is_there_now_and_that_is_recorded
     run = Run(load_config(path).run)
     etags = {
         row["id"]: row["source_etag"]
-        for uri in storage.list_files(run.path("embedded"), ".parquet")
+        for uri in objects.list_files(run.path("embedded"), ".parquet")
         for row in parquet.read_parquet(uri, ["id", "source_etag"]).to_pylist()
     }
     planned = pq.read_table(tmp_path / "data" / "gallery.parquet")["etag"].to_pylist()

@@ -15,17 +15,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline import commits
-from pipeline import curve as curves
-from pipeline.audit import audit
-from pipeline.config import Config
-from pipeline.config_file import load_config
-from pipeline.encoders import load_encoder
-from pipeline.gallery import load_gallery
-from pipeline.images import Limits, decode_image
+from pipeline.config.load import load_config
+from pipeline.config.tree import Config
+from pipeline.embedding.decode import Limits, decode_image
+from pipeline.evaluation import curve as curves
+from pipeline.evaluation.gallery_arrays import load_gallery
+from pipeline.index import commits
+from pipeline.models.encoder import load_encoder
+from pipeline.reporting.audit import audit
 from pipeline.run import Run
-from pipeline.search import Searcher
-from tests.cifar100 import CONFIG, options
+from pipeline.serving.searcher import Searcher
+from tests.support.cifar100 import CONFIG, options
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 

@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import commits, parquet, snapshot, storage
+from pipeline.index import commits, tags
 from pipeline.run import Run
-from tests.cifar100 import CONFIG, WAVES, fastfill, options, pairs_of, settings
-from tests.seaweed import SeaweedFS
+from pipeline.storage import objects, parquet
+from tests.support.cifar100 import CONFIG, WAVES, fastfill, options, pairs_of, settings
+from tests.support.seaweed import SeaweedFS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -47,7 +48,7 @@ def data(cifar100: Path) -> Data:
 def as_objects(data: Data, bucket: str) -> str:
     """One object per image, and a manifest of their prefix; gives the manifest's folder."""
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda row: storage.put(f"{bucket}/images/{data.name(row)}", data.images[row]), range(10_000)))
+        list(pool.map(lambda row: objects.put(f"{bucket}/images/{data.name(row)}", data.images[row]), range(10_000)))
     fastfill("manifest", f"{bucket}/images/", "--to", f"{bucket}/manifest")
     return f"{bucket}/manifest"
 
@@ -62,7 +63,7 @@ def as_tars(data: Data, bucket: str) -> str:
                     member = tarfile.TarInfo(f"{row:05d}.{suffix}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-        storage.put(f"{bucket}/shards/{start // TAR_IMAGES:02d}.tar", sink.getvalue())
+        objects.put(f"{bucket}/shards/{start // TAR_IMAGES:02d}.tar", sink.getvalue())
     fastfill("manifest", f"{bucket}/shards/", "--to", f"{bucket}/manifest")
     return f"{bucket}/manifest"
 
@@ -72,12 +73,12 @@ def test_a_run_from_and_to_s3_publishes_the_bytes_of_a_local_run(
     local_cifar100: Run, data: Data, cifar100: Path, seaweed: SeaweedFS, bucket: str, layout: Any
 ) -> None:
     manifest = layout(data, bucket)
-    places = pa.concat_tables([parquet.read_parquet(uri) for uri in storage.list_files(manifest, ".parquet")])
+    places = pa.concat_tables([parquet.read_parquet(uri) for uri in objects.list_files(manifest, ".parquet")])
     assert places.num_rows == 10_000
     run = Run(f"{bucket}/run")
     for folder in FIT_FIRST:
-        for uri in storage.list_files(local_cifar100.path(folder)):
-            storage.put(run.uri + uri.removeprefix(local_cifar100.uri), storage.read_bytes(uri))
+        for uri in objects.list_files(local_cifar100.path(folder)):
+            objects.put(run.uri + uri.removeprefix(local_cifar100.uri), objects.read_bytes(uri))
     columns = {name: name for name in ("uri", "etag")} | {"id": "key", "image": "null", "group": "null"}
     columns |= {name: name for name in ("offset", "length", "label") if name in places.schema.names}
     words = {f"gallery.columns.{role}": name for role, name in columns.items()} | {"gallery.manifest": manifest}
@@ -86,11 +87,11 @@ def test_a_run_from_and_to_s3_publishes_the_bytes_of_a_local_run(
     start = time.monotonic()
     fastfill("backfill", "--config", CONFIG, *options(settings(run.uri, cifar100, pairs_of(local_cifar100), **words)))
     print(f"{layout.__name__}: {time.monotonic() - start:.0f} s")
-    for number in snapshot.list_commits(local_cifar100):
+    for number in tags.list_commits(local_cifar100):
         expected, found = (commits.read_commit(item, number) for item in (local_cifar100, run))
         assert found.content() == expected.content()
         for ref in found.segments:
-            assert storage.sha256(run.path(ref.path)) == ref.sha256
-    assert snapshot.list_commits(run)[-1] == WAVES
+            assert objects.sha256(run.path(ref.path)) == ref.sha256
+    assert tags.list_commits(run)[-1] == WAVES
     report = json.loads(fastfill("audit", "--json", "--config", CONFIG, "--set", f"run={run.uri}"))
     assert report["ok"], report["problems"]

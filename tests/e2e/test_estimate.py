@@ -10,11 +10,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
-from pipeline import storage
-from pipeline.config_file import load_config
-from pipeline.estimate import WAVE_CPU_SECONDS
-from pipeline.plan import read_plan
+from pipeline.backfill.estimate import WAVE_CPU_SECONDS
+from pipeline.config.load import load_config
+from pipeline.planning.plan import read_plan
 from pipeline.run import Run
+from pipeline.storage import objects
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -31,12 +31,12 @@ def test_plan_estimates_the_backfill_prints_it_and_keeps_nothing_else_of_it(
     path = make_run(tmp_path, telemetry__node_hour_price=2.0)
     fastfill("plan", "--config", path, "--measure", "0")
     run = Run(load_config(path).run)
-    before = {uri: storage.sha256(uri) for uri in storage.list_files(run.uri)}
+    before = {uri: objects.sha256(uri) for uri in objects.list_files(run.uri)}
     found = json.loads(fastfill("plan", "--config", path, "--measure", "2", "--json").stdout)["estimate"]
-    after = {uri: storage.sha256(uri) for uri in storage.list_files(run.uri)}
+    after = {uri: objects.sha256(uri) for uri in objects.list_files(run.uri)}
     assert after.items() >= before.items()
     assert after.keys() - before.keys() == {run.estimate}
-    assert found == json.loads(storage.read_bytes(run.estimate))
+    assert found == json.loads(objects.read_bytes(run.estimate))
     rates = found["rates"]
     assert found["images"] == 300
     assert min(rates["fetch"], rates["decode"], rates["stream"], *rates["forward"].values()) > 0

@@ -17,18 +17,21 @@ import yaml
 from click.testing import CliRunner
 
 from jobs.cli import main
-from pipeline import backfill, commits, embeddings, parquet, snapshot
-from pipeline.config import Config
-from pipeline.config_file import load_config
-from pipeline.encoders import load_encoder
-from pipeline.images import Limits, decode_image
-from pipeline.manifest import ids_of
-from pipeline.plan import read_plan
+from pipeline.backfill import driver
+from pipeline.config.load import load_config
+from pipeline.config.tree import Config
+from pipeline.embedding import precompute
+from pipeline.embedding.decode import Limits, decode_image
+from pipeline.embedding.stream import Work, embed_stream
+from pipeline.index import commits, tags
+from pipeline.manifest.normalised import ids_of
+from pipeline.models.encoder import load_encoder
+from pipeline.planning.plan import read_plan
 from pipeline.run import GALLERY_PAIRS, Run
 from pipeline.schema import UnitAck
-from pipeline.search import Searcher
-from pipeline.stream import Work, embed_stream
-from tests.galleries import NEW_DIM, digits, encoders, export_encoders, write_manifest
+from pipeline.serving.searcher import Searcher
+from pipeline.storage import parquet
+from tests.support.galleries import NEW_DIM, digits, encoders, export_encoders, write_manifest
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -85,7 +88,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         yield from embed_stream(work, config)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (backfill, embeddings):
+        for module in (driver, precompute):
             patch.setattr(module, "embed_stream", counting)
         plan = fastfill("plan", "--config", path, "--measure", "0")
         assert [wave["images"] for wave in plan["waves"]] == [FROM_PAIRS, 32, 64, 96, 128, 160]
@@ -104,9 +107,9 @@ def test_every_image_goes_through_the_new_encoder_once_but_for_those_that_snapsh
 def test_the_first_snapshot_serves_the_pairs_as_embedded_and_the_last_one_everything(finished: Finished) -> None:
     plan = read_plan(finished.run)
     assert plan is not None
-    counts = [commits.read_commit(finished.run, number).counts for number in snapshot.list_commits(finished.run)]
+    counts = [commits.read_commit(finished.run, number).counts for number in tags.list_commits(finished.run)]
     assert [item.embedded for item in counts] == [120, 152, 216, 312, 440, 600]
-    prod = snapshot.read_tag(finished.run, snapshot.PROD)
+    prod = tags.read_tag(finished.run, tags.PROD)
     assert prod is not None
     assert prod.commit == plan.last_wave == 5
 

@@ -18,12 +18,14 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import nn
 
 from jobs.cli import main
-from pipeline import commits, parquet, quality, snapshot, storage
 from pipeline.arrays import vectors_from_arrow, vectors_to_arrow
-from pipeline.config_file import load_config
-from pipeline.plan import read_plan
+from pipeline.config.load import load_config
+from pipeline.evaluation import quality
+from pipeline.index import commits, tags
+from pipeline.planning.plan import read_plan
 from pipeline.run import Run
-from tests.galleries import PREPROCESS, digits, export_encoder, write_config, write_manifest
+from pipeline.storage import objects, parquet
+from tests.support.galleries import PREPROCESS, digits, export_encoder, write_config, write_manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -43,8 +45,8 @@ def status(path: str) -> Any:
 
 def index_files(run: Run) -> dict[str, bytes]:
     """Codebook, segments and sidecars by name."""
-    uris = [uri for kind in (".faiss", ".parquet") for uri in storage.list_files(run.path("index"), kind)]
-    return {uri.removeprefix(run.uri): storage.read_bytes(uri) for uri in uris}
+    uris = [uri for kind in (".faiss", ".parquet") for uri in objects.list_files(run.path("index"), kind)]
+    return {uri.removeprefix(run.uri): objects.read_bytes(uri) for uri in uris}
 
 
 OLD_DIM, NEW_DIM = 6, 9
@@ -122,7 +124,7 @@ def test_every_commit_of_a_sound_run_is_measured_and_promoted(finished: Path) ->
     assert (found["prod"], found["commit"], found["refused"], found["stopped"]) == (5, 5, [], None)
     assert found["quality"]["recall10"] == 100
     assert found["quality"]["own"] == 100
-    assert len(storage.list_files(str(finished / "run" / "reports" / "probe-set"))) == 6
+    assert len(objects.list_files(str(finished / "run" / "reports" / "probe-set"))) == 6
     page = (finished / "run" / "reports" / "report.html").read_text()
     assert "Probe set" in page
 
@@ -131,7 +133,7 @@ def test_a_transformation_of_shuffled_pairs_is_not_served_before_all_is_embedded
     finished: Path, tmp_path: Path
 ) -> None:
     path = write_sound_config(tmp_path, pairs__columns={"old_embedding": "old", "new_embedding": "new"})
-    parts = storage.list_files(str(finished / "run" / "pairs" / "train"), ".parquet")
+    parts = objects.list_files(str(finished / "run" / "pairs" / "train"), ".parquet")
     pairs = pa.concat_tables([parquet.read_parquet(part, ["old", "new"]) for part in parts])
     shuffled = np.random.default_rng(0).permutation(len(pairs))
     table = {"old": pairs["old"], "new": pairs["new"].take(pa.array(shuffled))}
@@ -185,7 +187,7 @@ def test_a_wave_with_swapped_ids_is_not_published_and_is_mended_by_embedding_it_
     run = Run(load_config(path).run)
     plan = read_plan(run)
     assert plan is not None
-    storage.delete_files([*map(run.commit, (3, 4, 5)), run.tag("prod"), run.tag("candidate")])
+    objects.delete_files([*map(run.commit, (3, 4, 5)), run.tag("prod"), run.tag("candidate")])
     for unit in range(plan.waves[2].units):
         swap_ids(plan.log(run).part(3, unit))
     for _ in range(2):
@@ -196,14 +198,14 @@ def test_a_wave_with_swapped_ids_is_not_published_and_is_mended_by_embedding_it_
         found = status(path)
         assert (found["prod"], found["commit"]) == (2, 2)
         assert "of wave 3" in found["refused"][0]
-    storage.delete(storage.join(plan.log(run).parts_uri, "wave-003"))
+    objects.delete(objects.join(plan.log(run).parts_uri, "wave-003"))
     assert fastfill("backfill", "--config", path).exit_code == 0
     assert contents(run) == contents(Run(str(finished / "run")))
 
 
 def contents(run: Run) -> list[dict[str, object]]:
     """What every commit says, which names its segments by their content."""
-    return [commits.read_commit(run, number).content() for number in snapshot.list_commits(run)]
+    return [commits.read_commit(run, number).content() for number in tags.list_commits(run)]
 
 
 def test_a_commit_whose_driver_was_killed_before_measuring_it_is_promoted_by_the_backfill_alone(
@@ -211,7 +213,7 @@ def test_a_commit_whose_driver_was_killed_before_measuring_it_is_promoted_by_the
 ) -> None:
     path = finished_copy(finished, tmp_path)
     run = Run(load_config(path).run)
-    storage.delete_files([run.tag("prod"), run.path("reports", "probe-set", f"{5:020d}.json")])
+    objects.delete_files([run.tag("prod"), run.path("reports", "probe-set", f"{5:020d}.json")])
     refused = fastfill("promote", "--config", path)
     assert refused.exit_code == 3
     assert "commit 5 is not promoted: - it is not measured on the probe set yet: run `fastfill backfill`" in said(
@@ -233,7 +235,7 @@ def swap_ids(part: str) -> None:
         group.set_column(place, "vector", vectors_to_arrow(np.roll(vectors_from_arrow(group["vector"]), 1, axis=0)))
         for group in groups
     ]
-    storage.put(part, parquet.parquet_bytes(schema, mixed))
+    objects.put(part, parquet.parquet_bytes(schema, mixed))
 
 
 def test_a_backfill_that_was_stopped_goes_on_to_the_same_bytes(finished: Path, tmp_path: Path) -> None:
@@ -245,10 +247,10 @@ def test_a_backfill_that_was_stopped_goes_on_to_the_same_bytes(finished: Path, t
     found = status(path)
     assert (found["prod"], found["commit"]) == (2, 2)
     assert found["stopped"].startswith("fraction>=0.15")
-    probe = storage.read_bytes(run.path("probe-set", "set.parquet"))
+    probe = objects.read_bytes(run.path("probe-set", "set.parquet"))
     assert fastfill("backfill", "--config", path).exit_code == 0
     assert status(path)["stopped"] is None
-    assert storage.read_bytes(run.path("probe-set", "set.parquet")) == probe
+    assert objects.read_bytes(run.path("probe-set", "set.parquet")) == probe
     assert index_files(run) == index_files(uninterrupted)
     assert contents(run) == contents(uninterrupted)
 

@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
-from pipeline import documents
+from pipeline.storage import documents
 from tests.data.make_golden_runs import DATA, GALLERY
-from tests.golden import FINISHED, HALF, copy_run
+from tests.support.golden import FINISHED, HALF, copy_run
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import commits, snapshot, storage
-from pipeline.audit import audit
-from pipeline.config_file import load_config
+from pipeline.config.load import load_config
+from pipeline.index import commits, tags
+from pipeline.reporting.audit import audit
 from pipeline.run import Run
-from tests.galleries import write_config
+from pipeline.storage import objects
+from tests.support.galleries import write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -63,12 +64,12 @@ def test_backfill_killed_at_random_moments_publishes_the_same_bytes(tmp_path: Pa
     finish(second)
     assert kills >= 1
     runs = Run(load_config(first).run), Run(load_config(second).run)
-    assert snapshot.list_commits(runs[0]) == snapshot.list_commits(runs[1])
-    for number in snapshot.list_commits(runs[0]):
+    assert tags.list_commits(runs[0]) == tags.list_commits(runs[1])
+    for number in tags.list_commits(runs[0]):
         expected, found = (commits.read_commit(run, number).content() for run in runs)
         assert json.dumps(found) == json.dumps(expected)
     segments = [
-        {uri.removeprefix(run.uri): storage.sha256(uri) for uri in storage.list_files(run.path("index", "segments"))}
+        {uri.removeprefix(run.uri): objects.sha256(uri) for uri in objects.list_files(run.path("index", "segments"))}
         for run in runs
     ]
     assert segments[1].items() >= segments[0].items()

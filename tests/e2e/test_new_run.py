@@ -8,9 +8,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
-from pipeline import snapshot, storage
-from pipeline.config_file import load_config
+from pipeline.config.load import load_config
+from pipeline.index import tags
 from pipeline.run import Run
+from pipeline.storage import objects
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -40,10 +41,10 @@ def test_a_changed_setting_or_input_is_refused_by_its_name(backfilled: str, name
 @pytest.mark.slow
 def test_a_new_run_starts_beside_the_one_that_is_there(backfilled: str) -> None:
     run = load_config(backfilled).run
-    before = {uri: storage.sha256(uri) for uri in storage.list_files(run)}
+    before = {uri: objects.sha256(uri) for uri in objects.list_files(run)}
     result = fastfill("backfill", "--config", backfilled, "--set", "plan.waves=3", "--new-run")
     assert result.exit_code == 0, result.output
     assert f"--set run={run}-2" in result.stderr
-    assert snapshot.list_commits(Run(f"{run}-2")) == [0, 1, 2, 3]
-    assert {uri: storage.sha256(uri) for uri in storage.list_files(run)} == before
+    assert tags.list_commits(Run(f"{run}-2")) == [0, 1, 2, 3]
+    assert {uri: objects.sha256(uri) for uri in objects.list_files(run)} == before
     assert Path(f"{run}-3").exists() is False

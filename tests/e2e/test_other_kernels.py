@@ -1,7 +1,7 @@
 """What holds on this machine holds on another processor, and a run may move between the two.
 
-The other processor is this one with the libraries' oldest kernels (`tests.kernels`): matrix products and convolutions
-then differ in their last bits.
+The other processor is this one with the libraries' oldest kernels (`tests.support.kernels`): matrix products and
+convolutions then differ in their last bits.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import commits, snapshot, storage, vector_log
-from pipeline.codebook import Codebook
-from pipeline.config_file import load_config
+from pipeline.config.load import load_config
+from pipeline.embedding import vector_log
 from pipeline.equality import same_vectors
-from pipeline.index import Segment, as_stored, decode
-from pipeline.plan import Plan, read_plan
+from pipeline.index import commits, tags
+from pipeline.index.codebook import Codebook
+from pipeline.index.segment import Segment, as_stored, decode
+from pipeline.planning.plan import Plan, read_plan
 from pipeline.run import Run
-from tests import kernels
-from tests.galleries import write_config
+from pipeline.storage import objects
+from tests.support import kernels
+from tests.support.galleries import write_config
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,13 +35,9 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parents[2]
 NUMERICS = [
-    *("pipeline/test_equality.py", "pipeline/test_index.py", "pipeline/test_seal.py", "pipeline/test_offset.py"),
-    *("pipeline/test_transformation.py", "pipeline/test_embed.py", "pipeline/test_evaluate.py"),
-    *("pipeline/test_search.py", "pipeline/test_export.py", "pipeline/test_policy.py", "pipeline/test_reference.py"),
-    *("pipeline/test_curve.py", "pipeline/test_probe_set.py", "pipeline/test_assess.py", "pipeline/test_ranking.py"),
-    *("pipeline/test_shift.py", "pipeline/test_images.py", "pipeline/test_encoders.py", "pipeline/test_audit.py"),
-    *("pipeline/test_score.py", "pipeline/test_expected.py", "benchmarks/test_fit.py"),
-    "training",
+    *("pipeline/test_equality.py", "pipeline/models", "pipeline/planning", "pipeline/evaluation", "pipeline/index"),
+    *("pipeline/serving", "pipeline/embedding/test_decode.py", "pipeline/embedding/test_embedder.py"),
+    *("pipeline/reporting/test_audit.py", "benchmarks/test_fit.py", "training"),
 ]
 KERNELS = "import json; from tests import kernels; print(json.dumps([kernels.in_use(), kernels.roundings()]))"
 
@@ -60,7 +58,16 @@ def test_the_other_kernels_round_every_product_differently() -> None:
 
 def test_the_suite_passes_with_other_kernels(tmp_path: Path) -> None:
     files = [str(Path("tests", name)) for name in NUMERICS]
-    options = ["-q", "-p", "tests.kernels", "-m", "not slow", "--basetemp", str(tmp_path / "other"), "--durations=15"]
+    options = [
+        "-q",
+        "-p",
+        "tests.support.kernels",
+        "-m",
+        "not slow",
+        "--basetemp",
+        str(tmp_path / "other"),
+        "--durations=15",
+    ]
     print(python("-m", "pytest", *options, *files, other=True))
 
 
@@ -75,18 +82,18 @@ def test_run_begun_on_another_processor_is_finished_here_and_whole(tmp_path: Pat
     half = ("-m", "jobs.cli", "backfill", "--config", path, "--stop-when", "fraction>=0.3")
     python(*half, other=True, exit_code=3)  # the gate refuses what such encoders give, which is not asked here
     run = Run(load_config(path).run)
-    published, plan = snapshot.list_commits(run), read_plan(run)
+    published, plan = tags.list_commits(run), read_plan(run)
     assert plan is not None
     assert 1 < len(published) < 6
     log = plan.log(run)  # the stream was ahead of what is published: the rest is still to be embedded
     ahead = [uri for (wave, _), uri in vector_log.part_files(log.parts_uri).items() if wave > published[-1]]
-    storage.delete_files(ahead)
-    begun = {uri: storage.sha256(uri) for uri in storage.list_files(run.path("embedded"))}
+    objects.delete_files(ahead)
+    begun = {uri: objects.sha256(uri) for uri in objects.list_files(run.path("embedded"))}
 
     fastfill("backfill", other=False)
 
-    assert snapshot.list_commits(run) == list(range(6))
-    now = {uri: storage.sha256(uri) for uri in storage.list_files(run.path("embedded"))}
+    assert tags.list_commits(run) == list(range(6))
+    now = {uri: objects.sha256(uri) for uri in objects.list_files(run.path("embedded"))}
     assert begun.items() < now.items()
     report = fastfill("audit", other=False)
     assert (report["ok"], report["problems"]) == (True, [])

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.audit import audit
-from pipeline.config_file import load_config
-from pipeline.plan import read_plan
+from pipeline.config.load import load_config
+from pipeline.planning.plan import read_plan
+from pipeline.reporting.audit import audit
 from pipeline.run import Run
-from tests.galleries import NEW_DIM
+from tests.support.galleries import NEW_DIM
 
 SCRIPT = Path(sys.executable).parent / "fastfill"
 

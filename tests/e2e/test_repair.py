@@ -10,11 +10,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
-from pipeline import commits, snapshot, storage
-from pipeline.config_file import load_config
+from pipeline.config.load import load_config
+from pipeline.index import commits, tags
 from pipeline.run import Run
+from pipeline.storage import objects
 from tests.data.make_golden_runs import GALLERY
-from tests.golden import FINISHED, HALF, copy_run
+from tests.support.golden import FINISHED, HALF, copy_run
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -57,7 +58,7 @@ def test_backfill_of_a_finished_run_names_an_older_commit_that_lacks_a_file_and_
     run = Run(load_config(path).run)
     served = {ref.path for ref in commits.read_commit(run, 4).segments}
     older = next(ref.path for ref in commits.read_commit(run, 0).segments if ref.path not in served)
-    naming = [item.number for item in snapshot.read_commits(run) if older in {ref.path for ref in item.segments}]
+    naming = [item.number for item in tags.read_commits(run) if older in {ref.path for ref in item.segments}]
     Path(run.path(older)).unlink()
     result = fastfill("backfill", "--config", path)
     assert result.exit_code == 0, "prod does not serve the file"
@@ -101,11 +102,11 @@ def test_repair_with_another_encoder_than_that_of_the_run_is_refused_and_changes
     run = Run(load_config(path).run)
     part = tmp_path / "run/embedded/wave-002/unit-00000.parquet"
     part.write_bytes(part.read_bytes()[:-100])
-    before = storage.list_files(run.uri)
+    before = objects.list_files(run.uri)
     refused = fastfill("repair", "--config", path, "--set", "encoders.new.preprocess.mean=[0.25]")
     assert refused.exit_code == 3, refused.output
     assert "encoders.new.preprocess.mean" in refused.stderr
-    assert storage.list_files(run.uri) == before
+    assert objects.list_files(run.uri) == before
 
 
 def test_repair_of_a_run_that_is_whole_says_so(tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
-from pipeline import storage
-from pipeline.config_file import load_config
-from pipeline.plan import read_plan
+from pipeline.config.load import load_config
+from pipeline.planning.plan import read_plan
+from pipeline.planning.selection import read_selection, resolve_policy
 from pipeline.run import Run
-from pipeline.selection import read_selection, resolve_policy
-from tests.galleries import write_config
+from pipeline.storage import objects
+from tests.support.galleries import write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -52,7 +52,7 @@ def test_what_was_selected_by_a_labelled_sample_is_planned_backfilled_and_report
     assert plan is not None
     assert resolve_policy(run, plan.policy) == found.chosen.policy
     fastfill("backfill", "--config", path)
-    report = json.loads(storage.read_bytes(run.path("reports", "report.json")))
+    report = json.loads(objects.read_bytes(run.path("reports", "report.json")))
     assert report["selection"]["count"] == len(found.candidates)
     assert all("top1" in commit["figures"] for commit in report["probe"])
     status = json.loads(fastfill("status", "--config", path, "--json").stdout)

@@ -13,12 +13,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
-from pipeline import parquet, storage
-from pipeline.config_file import load_config
-from pipeline.plan import read_plan
+from pipeline.config.load import load_config
+from pipeline.planning.plan import read_plan
 from pipeline.run import Run
-from pipeline.search import Searcher
-from tests.galleries import digits
+from pipeline.serving.searcher import Searcher
+from pipeline.storage import objects, parquet
+from tests.support.galleries import digits
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -97,7 +97,7 @@ def test_what_could_not_be_read_is_counted_and_shown_and_the_rest_is_served(gall
     assert (status["eta_seconds"], status["wave"]) == (0, 3)
     shown = " ".join(fastfill("status", "--config", path).stderr.replace("│", " ").split())
     assert "10, 10 of them by the old encoder: they have no vector, and are not served" in shown
-    report = json.loads(storage.read_bytes(run.path("reports", "report.json")))
+    report = json.loads(objects.read_bytes(run.path("reports", "report.json")))
     assert (report["progress"]["gallery"], report["progress"]["rejected"]) == (300, 10)
     assert [(row["stage"], row["images"]) for row in report["rejects"]] == [("old encoder: decode", 10)]
     with Searcher(run.uri) as searcher:
@@ -113,12 +113,12 @@ def test_the_audit_misses_an_image_that_is_neither_planned_nor_rejected(gallery:
     path, _ = gallery
     assert json.loads(fastfill("audit", "--config", path, "--json").stdout)["ok"]
     run = Run(load_config(path).run)
-    rejects = storage.list_files(run.path("gallery", "old-rejects"), ".parquet")
-    kept = storage.read_bytes(rejects[-1])
+    rejects = objects.list_files(run.path("gallery", "old-rejects"), ".parquet")
+    kept = objects.read_bytes(rejects[-1])
     lost = parquet.read_parquet(rejects[-1]).num_rows
-    storage.delete_files([rejects[-1]])
+    objects.delete_files([rejects[-1]])
     result = fastfill("audit", "--config", path, "--json")
     problems = json.loads(result.stdout)["problems"]
     found = sorted((item["kind"], item["found"].split(",")[0]) for item in problems)
     assert found == [("log_part", f"{lost} missing"), ("manifest", f"{lost} missing")]
-    storage.put(rejects[-1], kept)
+    objects.put(rejects[-1], kept)

@@ -14,20 +14,20 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 from jobs.cli import main
-from pipeline import commits
 from pipeline.arrays import vectors_to_arrow
-from pipeline.config_file import load_config
-from pipeline.curve import read_curve
-from pipeline.embed import Embedder
-from pipeline.images import Limits, decode_image
+from pipeline.config.load import load_config
+from pipeline.embedding.decode import Limits, decode_image
+from pipeline.embedding.embedder import Embedder
+from pipeline.evaluation.curve import read_curve
+from pipeline.index import commits
+from pipeline.models.transformation import read_info
 from pipeline.run import Run
-from pipeline.transformation import read_info
-from tests.galleries import NEW_DIM, PREPROCESS, digits, write_config, write_manifest
+from tests.support.galleries import NEW_DIM, PREPROCESS, digits, write_config, write_manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 FAST = {"plan__waves": 2, "plan__unit_images": 32}  # as the pairs that are copied were embedded
-OF_A_FUNCTION = {"function": "tests.own_functions:new_encoder", "dim": NEW_DIM, "preprocess": PREPROCESS}
+OF_A_FUNCTION = {"function": "tests.support.own_functions:new_encoder", "dim": NEW_DIM, "preprocess": PREPROCESS}
 
 
 def fastfill(*arguments: str) -> Result:

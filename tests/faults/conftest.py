@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.faults.scene import Scene, ray_nodes
-from tests.faulty_proxy import FaultyProxy
-from tests.seaweed import SeaweedFS, weed_binary
+from tests.support.faulty_proxy import FaultyProxy
+from tests.support.seaweed import SeaweedFS, weed_binary
 
 
 @pytest.fixture(scope="session")

@@ -28,11 +28,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from pipeline import commits, snapshot, storage
+from pipeline.index import commits, tags
 from pipeline.run import Run
-from tests.faulty_proxy import FaultyProxy
-from tests.galleries import NEW_DIM, OLD_DIM, PREPROCESS, digits, export_encoder
-from tests.seaweed import SeaweedFS, free_ports, s3_client
+from pipeline.storage import objects
+from tests.support.faulty_proxy import FaultyProxy
+from tests.support.galleries import NEW_DIM, OLD_DIM, PREPROCESS, digits, export_encoder
+from tests.support.seaweed import SeaweedFS, free_ports, s3_client
 
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "gallery"
@@ -149,19 +150,19 @@ class Scene:
     def prepare(self, name: str, like: str) -> Run:
         """A run that has everything but its backfill, copied from one that has been finished."""
         source, run = self.run(like), self.run(name)
-        for uri in storage.list_files(source.uri):
+        for uri in objects.list_files(source.uri):
             inside = uri.removeprefix(source.uri)
             if not inside.startswith(("/index/", "/embedded/", "/rejects/", "/reports/", "/probe/")):
-                storage.put(run.uri + inside, storage.read_bytes(uri))
+                objects.put(run.uri + inside, objects.read_bytes(uri))
         return run
 
     def published(self, name: str) -> dict[int, dict[str, object]]:
         """Each commit's content, by number."""
         run = self.run(name)
-        return {number: commits.read_commit(run, number).content() for number in snapshot.list_commits(run)}
+        return {number: commits.read_commit(run, number).content() for number in tags.list_commits(run)}
 
     def audit(self, name: str) -> dict[str, Any]:
-        words = [sys.executable, "-m", "jobs.audit", "--json", "--config", str(self.config)]
+        words = [sys.executable, "-m", "jobs.upkeep.audit", "--json", "--config", str(self.config)]
         words += ["--set", f"run={self.run(name).uri}"]
         done = subprocess.run(words, cwd=ROOT, env=self.environment(), capture_output=True, text=True, check=False)
         found: dict[str, Any] = json.loads(done.stdout)

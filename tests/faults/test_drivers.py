@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.scene import Scene, wait_for
 from tests.faults.test_kill_matrix import created_commits
-from tests.faulty_proxy import FaultyProxy
+from tests.support.faulty_proxy import FaultyProxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tests.faults.scene import IMAGES, Scene, image_reads, wait_for
-from tests.faulty_proxy import PER_REQUEST, Fault, FaultyProxy
+from tests.support.faulty_proxy import PER_REQUEST, Fault, FaultyProxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -18,9 +18,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline import commits, parquet, storage
+from pipeline.index import commits
+from pipeline.storage import objects, parquet
 from tests.faults.scene import IMAGES, NODE_CPUS, UNIT_IMAGES, WAVES, Scene, add_worker, image_reads, kill, processes
-from tests.faulty_proxy import FaultyProxy
+from tests.support.faulty_proxy import FaultyProxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -126,7 +127,7 @@ class Matrix:
 
     def _durable(self) -> set[str]:
         run = self.scene.run(self.name)
-        parts = storage.list_files(run.path("embedded"), ".parquet")
+        parts = objects.list_files(run.path("embedded"), ".parquet")
         ids = [parquet.read_parquet(uri, ["id"])["id"] for uri in parts]
         return {
             f"{number:04d}.png"
@@ -150,7 +151,7 @@ def test_a_kill_at_every_step_changes_nothing_that_is_published(
         digests = [[(ref.sha256, ref.sidecar_sha256) for ref in commit.segments] for commit in (ours, theirs)]
         assert digests[0] == digests[1]
         for ref in ours.segments:
-            assert storage.sha256(run.path(ref.path)) == ref.sha256
+            assert objects.sha256(run.path(ref.path)) == ref.sha256
     created = created_commits(calm.log, name)
     assert all(count == 1 for count in created.values()), "a wave was published twice"
     # Sealing tasks run at no other step, and when a wave is committed the last image may be embedded already.

@@ -9,7 +9,8 @@ import promql_parser
 
 from infra.grafana.dashboards import DASHBOARDS as DASHBOARDS
 from infra.grafana.dashboards import FOLDER
-from pipeline import telemetry, worker_metrics
+from pipeline.embedding import worker_metrics
+from pipeline.reporting import telemetry
 
 RAYS = {
     "ray_actors",

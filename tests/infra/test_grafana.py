@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from infra.grafana.dashboards import DASHBOARDS, FOLDER, build
-from pipeline import telemetry, worker_metrics
+from pipeline.embedding import worker_metrics
+from pipeline.reporting import telemetry
 from tests.infra.metrics import RAYS, metrics_of, ours_and_rays, queries_of
 
 PROMETHEUS = Path(__file__).resolve().parents[2] / "infra" / "prometheus"

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from tests.infra.metrics import DASHBOARDS, metrics_of, ours_and_rays, queries_of
-from tests.prometheus import CONFIGS, Prometheus, promtool
+from tests.support.prometheus import CONFIGS, Prometheus, promtool
 
 OPERATIONS = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text()
 

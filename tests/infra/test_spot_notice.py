@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.seaweed import free_ports
+from tests.support.seaweed import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 NODE = "0badc0de" * 7

@@ -19,7 +19,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
-from tests.pipeline.synthetic_run import known, make_run
+from tests.support.synthetic_run import known, make_run
 
 ROOT = Path(__file__).resolve().parents[2]
 READING = {  # commands that read a run, with the arguments that each of them needs

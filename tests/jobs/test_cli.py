@@ -15,8 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 from jobs.cli import main
-from jobs.options import print_json, with_errors
-from pipeline import documents
+from jobs.shell.command import print_json, with_errors
+from pipeline.storage import documents
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = {"--config", "--set", "--json", "--help", "-h"}

@@ -11,9 +11,9 @@ from click.testing import CliRunner
 
 from jobs.cli import main
 from jobs.demo import _MARKER, _config, check_ours
-from pipeline import storage
 from pipeline.errors import ConfigError
 from pipeline.schema import FORMAT_VERSION
+from pipeline.storage import objects
 
 
 def refused(folder: Path) -> str:
@@ -26,7 +26,7 @@ def refused(folder: Path) -> str:
 def write_demo(root: Path) -> None:
     """What a demo leaves."""
     for name in ("run", "data"):
-        storage.put(str(root / name / _MARKER), b"")
+        objects.put(str(root / name / _MARKER), b"")
     (root / "data" / "gallery.parquet").write_text("of the demo")
     (root / "run" / "run.json").write_text(json.dumps({"format_version": FORMAT_VERSION}))
     (root / "demo.yaml").write_text(_config(root))
@@ -93,5 +93,5 @@ def test_demo_starts_from_scratch_where_a_demo_was_killed_at_any_moment(tmp_path
     (tmp_path / "run" / _MARKER).unlink()
     with pytest.raises(ConfigError):
         check_ours(tmp_path)
-    storage.delete(str(tmp_path / "run"))
+    objects.delete(str(tmp_path / "run"))
     check_ours(tmp_path)

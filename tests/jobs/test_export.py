@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from jobs import export
 from jobs.cli import main
-from tests.pipeline.test_collect import LAST, make
+from tests.pipeline.index.test_gc import LAST, make
 
 
 class Config:

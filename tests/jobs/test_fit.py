@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from jobs.fit import show_selection
-from jobs.tables import say_outlook
-from pipeline.selection import Candidate, Selection, describe
-from pipeline.transformation import TransformationInfo
+from jobs.shell.tables import say_outlook
+from pipeline.models.transformation import TransformationInfo
+from pipeline.planning.selection import Candidate, Selection, describe
 
 INFO = TransformationInfo(
     d_old=4, d_new=6, d_side=None, inner_width=8, normalize=False, loss="alignment", seed=0, epochs=0, num_train=900,

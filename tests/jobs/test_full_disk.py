@@ -13,17 +13,19 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner, Result
 
-from jobs import evaluate, export, gc, rollback
+from jobs import evaluate, export, rollback
 from jobs.cli import main
-from pipeline import reserve, snapshot, storage
-from pipeline.audit import audit
-from pipeline.collect import Rules, collect
-from pipeline.documents import to_json
-from pipeline.removals import Removals
-from pipeline.search import Searcher
-from pipeline.settings import Storage
-from tests.pipeline.synthetic_run import Options, known, make_run
-from tests.pipeline.test_collect import LAST, make
+from jobs.upkeep import gc
+from pipeline.index import disk_reserve, tags
+from pipeline.index.gc import Rules, collect
+from pipeline.index.retention import Removals
+from pipeline.reporting.audit import audit
+from pipeline.serving.searcher import Searcher
+from pipeline.storage import objects
+from pipeline.storage.documents import to_json
+from pipeline.storage.settings import Storage
+from tests.pipeline.index.test_gc import LAST, make
+from tests.support.synthetic_run import Options, known, make_run
 
 DISK_BYTES = 24 * 2**20
 NOW = Rules(keep=1, grace_seconds=0)
@@ -67,7 +69,7 @@ def fill(folder: Path) -> Path:
         for _ in range(2):  # the first write ends where the disk does
             file.write(bytes(DISK_BYTES))
     with pytest.raises(OSError, match="No space"):
-        storage.put(str(folder / "more"), bytes(8192))
+        objects.put(str(folder / "more"), bytes(8192))
     return filler
 
 
@@ -75,7 +77,7 @@ def configured(patch: pytest.MonkeyPatch, uri: str) -> Callable[..., Result]:
     """Commands on a run; a whole config needs encoders, which they do not."""
 
     def load(*_: object) -> SimpleNamespace:
-        storage.configure(Storage())
+        objects.configure(Storage())
         return SimpleNamespace(run=uri)
 
     for module in (gc, rollback, export):
@@ -97,13 +99,13 @@ def test_searcher_full_disk_opens_and_answers_without_a_lease(disk: Path) -> Non
     with Searcher(whole.run.uri) as searcher:
         assert searcher.commit.number == LAST
         assert searcher.search(whole.embedded[:2], 3).ids.shape == (2, 3)
-        assert storage.list_files(whole.run.path("index", "leases")) == []
+        assert objects.list_files(whole.run.path("index", "leases")) == []
 
 
 def test_searcher_io_error_while_it_objects_to_a_removal_opens_without_a_lease(tmp_path: Path) -> None:
     """The lease fits on the disk, and nothing after it."""
     whole = make(tmp_path)
-    storage.put(whole.run.collected, to_json(Removals(announced=(LAST,))))
+    objects.put(whole.run.collected, to_json(Removals(announced=(LAST,))))
     real = os.fsync
 
     def fsync(descriptor: int) -> None:
@@ -115,7 +117,7 @@ def test_searcher_io_error_while_it_objects_to_a_removal_opens_without_a_lease(t
         patch.setattr(os, "fsync", fsync)
         with Searcher(whole.run.uri) as searcher:
             assert searcher.commit.number == LAST
-    assert storage.list_files(whole.run.path("index", "leases")) == []
+    assert objects.list_files(whole.run.path("index", "leases")) == []
 
 
 def test_gc_full_disk_frees_what_is_confirmed_or_left_over_and_then_removes_commits(
@@ -129,7 +131,7 @@ def test_gc_full_disk_frees_what_is_confirmed_or_left_over_and_then_removes_comm
     found = configured(monkeypatch, whole.run.uri)("gc", "--keep", "1", "--grace", "0")
     assert found.exit_code == 0, found.stderr
     assert not Path(old).exists()
-    assert snapshot.list_commits(whole.run) == [1, LAST]
+    assert tags.list_commits(whole.run) == [1, LAST]
     assert audit(whole.run.uri).ok
 
 
@@ -137,21 +139,21 @@ def test_gc_full_disk_where_only_commits_can_go_removes_them_by_its_reserve(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = make(disk)
-    reserve.keep(whole.run)
+    disk_reserve.keep(whole.run)
     fill(disk)
     found = configured(monkeypatch, whole.run.uri)("gc", "--keep", "1", "--grace", "0")
     assert found.exit_code == 0, found.stderr
-    assert snapshot.list_commits(whole.run) == [1, LAST]
+    assert tags.list_commits(whole.run) == [1, LAST]
     assert audit(whole.run.uri).ok
 
 
 def test_gc_with_room_writes_its_reserve_for_the_next_time(disk: Path) -> None:
     whole = make(disk)
     collect(whole.run.uri)
-    assert Path(whole.run.path("index", "reserve")).stat().st_size == reserve.SIZE_BYTES
+    assert Path(whole.run.path("index", "reserve")).stat().st_size == disk_reserve.SIZE_BYTES
     fill(disk)
     collect(whole.run.uri, NOW)
-    assert snapshot.list_commits(whole.run) == [1, LAST]
+    assert tags.list_commits(whole.run) == [1, LAST]
 
 
 def test_gc_full_disk_without_a_reserve_says_to_free_space_by_hand_and_changes_nothing(
@@ -160,15 +162,15 @@ def test_gc_full_disk_without_a_reserve_says_to_free_space_by_hand_and_changes_n
     """As in runs of earlier versions."""
     whole = make(disk)
     collect(whole.run.uri, NOW)
-    storage.delete(whole.run.path("index", "reserve"))
-    storage.put(whole.run.collected, to_json(Removals(confirmed=(0, 2, 3), announced=(1,))))
+    objects.delete(whole.run.path("index", "reserve"))
+    objects.put(whole.run.collected, to_json(Removals(confirmed=(0, 2, 3), announced=(1,))))
     fill(disk)
-    before = sorted(storage.list_files(whole.run.uri))
+    before = sorted(objects.list_files(whole.run.uri))
     result = configured(monkeypatch, whole.run.uri)("gc")
     assert_one_message(result, whole.run.collected)
     assert "by hand" in result.stderr
     assert "fastfill gc" not in result.stderr
-    assert sorted(storage.list_files(whole.run.uri)) == before
+    assert sorted(objects.list_files(whole.run.uri)) == before
 
 
 def test_rollback_full_disk_is_one_message_with_the_tag_and_what_to_do(

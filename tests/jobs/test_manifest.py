@@ -10,9 +10,10 @@ import yaml
 from click.testing import CliRunner
 
 from jobs.cli import main
-from pipeline import config, storage
-from tests.galleries import digits, write_config
-from tests.pipeline.test_tar_index import pack
+from pipeline.config import tree as config
+from pipeline.storage import objects
+from tests.pipeline.manifest.test_scan_tars import pack
+from tests.support.galleries import digits, write_config
 
 
 def run(*words: str) -> tuple[int, str, str]:
@@ -29,7 +30,7 @@ def put_shards(folder: str, count: int) -> str:
         members = []
         for row in range(start, min(start + 100, count)):
             members += [(f"{row:05d}.cls", str(labels[row]).encode()), (f"{row:05d}.png", images[row])]
-        storage.put(f"{folder}/shard-{start:05d}.tar", pack(members))
+        objects.put(f"{folder}/shard-{start:05d}.tar", pack(members))
     return f"{folder}/shard-*.tar"
 
 
@@ -74,7 +75,7 @@ def test_a_run_on_it_embeds_all_images_and_gives_its_keys_back(
     place = str(tmp_path) if kind == "local" else str(request.getfixturevalue("bucket"))
     images, labels = digits(60, first=240)
     for row, (data, label) in enumerate(zip(images, labels, strict=True), start=240):
-        storage.put(f"{place}/loose/{label}/{row:05d}.png", data)
+        objects.put(f"{place}/loose/{label}/{row:05d}.png", data)
     code, out, _ = run(
         "manifest", f"{place}/loose", put_shards(f"{place}/tars", 240), "--to", f"{place}/m", "--print-config"
     )

@@ -12,18 +12,18 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 from jobs import backfill, export
-from jobs.bars import Bars
 from jobs.cli import main
-from jobs.prepare import open_run
-from pipeline import storage
-from pipeline.config_file import load_config
+from jobs.shell.progress_bars import Bars
+from jobs.steps.prepare import open_run
+from pipeline.config.load import load_config
 from pipeline.errors import DataError
-from pipeline.export import export as write_export
 from pipeline.run import Run
-from pipeline.s3_client import S3Client
-from tests.galleries import write_config
-from tests.pipeline.whole_run import WholeRun
-from tests.seaweed import READONLY, SeaweedFS, s3_client
+from pipeline.serving.export import export as write_export
+from pipeline.storage import objects
+from pipeline.storage.s3_client import S3Client
+from tests.support.galleries import write_config
+from tests.support.seaweed import READONLY, SeaweedFS, s3_client
+from tests.support.whole_run import WholeRun
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "jobs" / "configs" / "cifar100.yaml")
 ENVIRONMENT = {
@@ -41,10 +41,10 @@ def run_uri(
     for name, value in (seaweed.environment(READONLY) if case == "read-only" else ENVIRONMENT.get(case, {})).items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
     monkeypatch.setenv("FASTFILL_STORAGE", "")
-    storage._store.cache_clear()
+    objects._store.cache_clear()
     names = {"missing": f"s3://missing-{uuid.uuid4().hex}/run", "read-only": f"s3://{READONLY}/run"}
     yield names.get(case, f"{bucket}/run")
-    storage._store.cache_clear()
+    objects._store.cache_clear()
 
 
 @pytest.mark.parametrize("run_uri", ["wrong secret", "no credentials", "missing", "read-only"], indirect=True)
@@ -104,6 +104,15 @@ def test_backfill_refuses_it_before_any_work(
     if case == "no conditions":
         monkeypatch.setattr(S3Client, "put", put_without_condition)
     monkeypatch.setattr(backfill, "start_ray", lambda: None)  # nothing comes so far that it would need it
+    admin = s3_client(seaweed.environment())
+    names = [READONLY, bucket.removeprefix("s3://")]
+
+    def objects() -> dict[str, set[str]]:
+        return {
+            name: {item["Key"] for item in admin.list_objects_v2(Bucket=name).get("Contents", [])} for name in names
+        }
+
+    before = objects()  # other tests of this process have the same read-only bucket
     config = write_config(tmp_path, run=run_uri, telemetry__port=0)
     result = CliRunner().invoke(main, ["backfill", "--config", config, "--json"])
     assert result.exit_code == 2
@@ -111,13 +120,10 @@ def test_backfill_refuses_it_before_any_work(
     assert error == f"error: {SAID[case]}"
     assert len(details) <= 4
     assert any(run_uri in line for line in details)
-    admin = s3_client(seaweed.environment())
     buckets = {item["Name"] for item in admin.list_buckets()["Buckets"]}
-    names = [READONLY, bucket.removeprefix("s3://")]
     assert run_uri.split("/")[2] in buckets or case == "missing"
     assert not any(name.startswith("missing-") for name in buckets)
-    for name in names:
-        assert "Contents" not in admin.list_objects_v2(Bucket=name)
+    assert objects() == before
 
 
 @pytest.mark.parametrize("run_uri", ["missing"], indirect=True)
@@ -135,7 +141,7 @@ def test_a_missing_run_in_a_bucket_that_is_there_is_still_that(bucket: str, comm
     assert result.exit_code == 2
     assert errors_of(result)[0] == "error: there is no run here"
     with pytest.raises(FileNotFoundError):
-        storage.read_bytes(f"{bucket}/run/run.json")
+        objects.read_bytes(f"{bucket}/run/run.json")
 
 
 @pytest.mark.parametrize("run_uri", ["missing", "read-only"], indirect=True)
@@ -174,5 +180,5 @@ def test_an_export_is_not_put_there(
 def test_an_export_goes_where_the_probe_of_a_dead_check_lies(bucket: str, tmp_path: Path) -> None:
     whole = WholeRun(Run(str(tmp_path / "run"))).write_inputs()
     whole.publish(0)
-    storage.put(f"{bucket}/out/probe/0123", b"third")
+    objects.put(f"{bucket}/out/probe/0123", b"third")
     assert write_export(whole.run.uri, f"{bucket}/out", "faiss", commit=0)["commit"] == 0

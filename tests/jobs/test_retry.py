@@ -8,13 +8,15 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from jobs.run_all import _retry_before_plan, _retry_rejects
-from pipeline import parquet, snapshot, storage, vector_log
+from jobs.steps.run_all import _retry_before_plan, _retry_rejects
+from pipeline.embedding import vector_log
 from pipeline.errors import SnapshotConflict
-from pipeline.plan import Plan, Wave
+from pipeline.index import tags
+from pipeline.index.writer import Writer
+from pipeline.planning.plan import Plan, Wave
 from pipeline.run import Run
-from pipeline.writer import Writer
-from tests.pipeline.whole_run import DIM, WholeRun, put_rejects
+from pipeline.storage import objects, parquet
+from tests.support.whole_run import DIM, WholeRun, put_rejects
 
 
 def part_of(rejects: str) -> str:
@@ -49,7 +51,7 @@ def test_nothing_is_forgotten_before_the_run_is_taken_over(tmp_path: Path, monke
 
 def test_a_run_that_cannot_be_taken_over_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = WholeRun(Run(str(tmp_path))).write_inputs()
-    before = storage.list_files(whole.run.uri)
+    before = objects.list_files(whole.run.uri)
 
     def refuse(run: Run) -> Writer:
         raise SnapshotConflict("other writers kept taking the run")
@@ -57,7 +59,7 @@ def test_a_run_that_cannot_be_taken_over_loses_nothing(tmp_path: Path, monkeypat
     monkeypatch.setattr(Writer, "acquire", refuse)
     with pytest.raises(SnapshotConflict):
         _retry_rejects(whole.run, plan_of(whole))
-    assert storage.list_files(whole.run.uri) == before
+    assert objects.list_files(whole.run.uri) == before
 
 
 @pytest.mark.parametrize("orphan", [False, True])
@@ -65,20 +67,20 @@ def test_the_log_of_a_commit_that_was_created_and_not_announced_stays(tmp_path: 
     whole = WholeRun(Run(str(tmp_path))).write_inputs()
     whole.publish(1)
     if orphan:  # as a driver leaves it that died between creating a commit and announcing it
-        tag = storage.read_bytes(whole.run.tag("candidate"))
+        tag = objects.read_bytes(whole.run.tag("candidate"))
         whole.publish(2)
-        storage.put(whole.run.tag("candidate"), tag)
+        objects.put(whole.run.tag("candidate"), tag)
     plan = plan_of(whole)
     log = plan.log(whole.run)
-    before = {wave: set(storage.list_files(f"{log.rejects_uri}/wave-{wave:03d}", ".parquet")) for wave in (1, 2, 3)}
+    before = {wave: set(objects.list_files(f"{log.rejects_uri}/wave-{wave:03d}", ".parquet")) for wave in (1, 2, 3)}
     assert all(before.values())
     _retry_rejects(whole.run, plan)
     assert Writer.acquire(whole.run).latest == (2 if orphan else 1)
     for wave, uris in before.items():
         kept = wave <= (2 if orphan else 1)
-        assert all(storage.exists(uri) == kept for uri in uris)
-        assert all(storage.exists(part_of(uri)) == kept for uri in uris)
-    assert snapshot.list_commits(whole.run) == list(range(3 if orphan else 2))
+        assert all(objects.exists(uri) == kept for uri in uris)
+        assert all(objects.exists(part_of(uri)) == kept for uri in uris)
+    assert tags.list_commits(whole.run) == list(range(3 if orphan else 2))
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -92,17 +94,17 @@ def test_rejects_before_the_plan_are_forgotten_until_pairs_and_plan_are_made(
     for folder in folders:
         rows = pa.table({"id": [7]})
         schema = put_rejects(run.path(f"{folder}-rejects"), 0, 1, rows, rows.schema)
-        (rejects[folder],) = storage.list_files(run.path(f"{folder}-rejects"))
+        (rejects[folder],) = objects.list_files(run.path(f"{folder}-rejects"))
         part = run.path(folder, "wave-000", "unit-00001.parquet")
-        storage.put(part, parquet.parquet_bytes(schema, [rows.slice(0, 0)]))
-        storage.put(run.path(folder, "wave-000", "unit-00002.parquet"), b"")
+        objects.put(part, parquet.parquet_bytes(schema, [rows.slice(0, 0)]))
+        objects.put(run.path(folder, "wave-000", "unit-00002.parquet"), b"")
     if pairs:
-        storage.put(run.path("pairs", "pairs.json"), b"{}")
+        objects.put(run.path("pairs", "pairs.json"), b"{}")
     if plan:
         waves = '{"policy": "random", "seed": 0, "num_gallery": 1, "num_parts": 1, "num_shards": 1, "dim": 2, '
-        storage.put(run.plan, (waves + '"unit_images": 1, "waves": [], "fingerprint": "f"}').encode())
+        objects.put(run.plan, (waves + '"unit_images": 1, "waves": [], "fingerprint": "f"}').encode())
     _retry_before_plan(run)
     for folder, forgotten in folders.items():
         for uri in (run.path(folder, "wave-000", "unit-00001.parquet"), rejects[folder]):
-            assert storage.exists(uri) != forgotten
-        assert storage.exists(run.path(folder, "wave-000", "unit-00002.parquet"))
+            assert objects.exists(uri) != forgotten
+        assert objects.exists(run.path(folder, "wave-000", "unit-00002.parquet"))

@@ -13,22 +13,25 @@ import pyarrow as pa
 import pytest
 
 from jobs.status import show
-from pipeline import commits, documents, parquet, quality, snapshot, storage, vector_log
-from pipeline.quality import Quality
-from pipeline.rejects import manifest_log
+from pipeline.embedding import vector_log
+from pipeline.embedding.rejects import manifest_log
+from pipeline.embedding.vector_log import EmbeddedUnit
+from pipeline.evaluation import quality
+from pipeline.evaluation.quality import Quality
+from pipeline.index import commits, tags
+from pipeline.reporting.status import read_status
 from pipeline.run import Run
 from pipeline.schema import UNITS, Unit
-from pipeline.status import read_status
-from pipeline.vector_log import EmbeddedUnit
-from tests.pipeline.synthetic_run import Options, known, make_run
-from tests.pipeline.whole_run import WholeRun
+from pipeline.storage import documents, objects, parquet
+from tests.support.synthetic_run import Options, known, make_run
+from tests.support.whole_run import WholeRun
 
 
 def test_the_log_is_listed_once_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, run = make_run(tmp_path, known(300), Options(waves=4, embedded_waves=3, rejects=20, unit_images=10))
     listed = []
-    list_stats = storage.list_stats
-    monkeypatch.setattr(storage, "list_stats", lambda uri, suffix: listed.append(uri) or list_stats(uri, suffix))
+    list_stats = objects.list_stats
+    monkeypatch.setattr(objects, "list_stats", lambda uri, suffix: listed.append(uri) or list_stats(uri, suffix))
     status = read_status(run.uri)
     assert sorted(uri for uri in listed if "embedded" in uri) == [
         run.path("embedded", f"wave-00{n}") for n in (1, 2, 3)
@@ -46,7 +49,7 @@ def published(tmp_path: Path) -> Run:
     for number in range(3):
         whole.publish(number)
         quality.write_quality(whole.run, Quality(number, "", {"top1": 90.0 + number}, (), (), (), ()))
-        snapshot.auto_promote(whole.run, number)
+        tags.auto_promote(whole.run, number)
     return whole.run
 
 
@@ -67,7 +70,7 @@ def test_status_after_a_rollback_has_the_quality_of_what_prod_serves_and_says_th
 ) -> None:
     run = published(tmp_path)
     before = time.time()
-    snapshot.rollback(run, 1)
+    tags.rollback(run, 1)
     status = read_status(run.uri)
     assert (status["commit"], status["quality_commit"], status["quality"]) == (2, 2, {"top1": 92.0})
     assert (status["prod"], status["prod_quality"]) == (1, {"top1": 91.0})
@@ -83,8 +86,8 @@ def test_status_after_a_rollback_has_the_quality_of_what_prod_serves_and_says_th
 
 def test_status_of_a_prod_that_follows_says_nothing_of_a_pin(tmp_path: Path, screen: Callable[[Run], str]) -> None:
     run = published(tmp_path)
-    snapshot.rollback(run)
-    snapshot.promote(run, None, blockers=[])
+    tags.rollback(run)
+    tags.promote(run, None, blockers=[])
     status = read_status(run.uri)
     assert status["pinned"] is None
     assert status["prod_quality"] == status["quality"] == {"top1": 92.0}
@@ -97,10 +100,10 @@ def test_status_of_a_pin_by_an_earlier_version_says_that_and_not_since_when(
     tmp_path: Path, screen: Callable[[Run], str]
 ) -> None:
     run = published(tmp_path)
-    tree = json.loads(snapshot.to_json(snapshot.rollback(run)))
+    tree = json.loads(tags.to_json(tags.rollback(run)))
     del tree["pinned_unix_seconds"], tree["sha256"]
     tree["sha256"] = documents.digest(tree)
-    storage.put(run.tag("prod"), json.dumps(tree).encode())
+    objects.put(run.tag("prod"), json.dumps(tree).encode())
     status = read_status(run.uri)
     assert status["pinned"] == {"by": "rollback", "since_unix_seconds": None, "unpin": "fastfill promote"}
     assert "pinned by rollback: later commits" in screen(run)
@@ -141,7 +144,7 @@ def test_status_shows_rejects_with_brackets_as_they_are(
     run = Run(str(tmp_path / "run [a]"))
     rows = pa.table({"id": [1], **{column: pa.nulls(1, UNITS.field(column).type) for column in UNITS.names[1:]}})
     rows = rows.set_column(UNITS.names.index("uri"), "uri", pa.array([name]))
-    storage.put(run.path("rows.parquet"), parquet.parquet_bytes(UNITS, [rows]))
+    objects.put(run.path("rows.parquet"), parquet.parquet_bytes(UNITS, [rows]))
     words = pa.array(["decode"]), pa.array([f"no image {name}"])
     unit = EmbeddedUnit(np.array([1]), np.zeros((1, 2), np.float32), pa.nulls(1, pa.string()), *words)
     vector_log.write_unit(manifest_log(run, "pairs", "old"), Unit(0, 0, run.path("rows.parquet"), 0, 1), unit)

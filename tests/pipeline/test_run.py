@@ -10,11 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipeline import identity, storage
-from pipeline.config import Config
-from pipeline.config_file import resolve, validate
-from pipeline.errors import DataError, IncompatibleRun
-from pipeline.identity import (
+from pipeline.config import identity
+from pipeline.config.identity import (
     RUNTIME,
     STAGES,
     check_resumable,
@@ -27,7 +24,11 @@ from pipeline.identity import (
     start,
     weight_fingerprints,
 )
+from pipeline.config.load import resolve, validate
+from pipeline.config.tree import Config
+from pipeline.errors import DataError, IncompatibleRun
 from pipeline.run import Run
+from pipeline.storage import objects
 
 GALLERY = {"gallery": "0123"}
 
@@ -79,9 +80,9 @@ def finish(item: Config) -> Run:
 
 def test_the_same_config_continues_its_run_and_leaves_its_settings_alone(tmp_path: Path) -> None:
     run = begin(config(tmp_path))
-    written = storage.read_bytes(run.settings)
+    written = objects.read_bytes(run.settings)
     assert begin(config(tmp_path)) == run
-    assert storage.read_bytes(run.settings) == written
+    assert objects.read_bytes(run.settings) == written
 
 
 @pytest.mark.parametrize(
@@ -167,9 +168,9 @@ def test_a_stages_own_settings_may_change_until_it_has_something_to_keep(
     run, changed = begin(config(tmp_path)), config(tmp_path, **change)
     for name in set(STAGES) - {stage}:
         fix_settings(run, name, stage_settings(config(tmp_path), name))
-    written = storage.read_bytes(run.settings)
+    written = objects.read_bytes(run.settings)
     begin(changed)
-    assert storage.read_bytes(run.settings) == written
+    assert objects.read_bytes(run.settings) == written
     fix_settings(run, stage, stage_settings(changed, stage))
     begin(changed)
     with pytest.raises(IncompatibleRun, match="the run has"):
@@ -195,7 +196,7 @@ def test_a_stage_that_was_done_before_it_kept_its_settings_is_held_to_those_of_t
     run = begin(config(tmp_path))
     change = {"fit": {"fit__lr": 1.0}, "plan": {"plan__waves": 3}, "index": {"index__factory": "Flat"}}[name]
     begin(config(tmp_path, **change))
-    storage.put(run.path(STAGES[name].outcome), b"{}")
+    objects.put(run.path(STAGES[name].outcome), b"{}")
     with pytest.raises(IncompatibleRun):
         begin(config(tmp_path, **change))
 
@@ -264,17 +265,17 @@ def test_a_command_that_only_reads_compares_the_settings_and_the_inputs_that_it_
 
 def test_a_refused_start_changes_nothing(tmp_path: Path) -> None:
     run = begin(config(tmp_path))
-    written = storage.read_bytes(run.settings)
+    written = objects.read_bytes(run.settings)
     with pytest.raises(IncompatibleRun):
         begin(config(tmp_path, seed=1))
-    assert storage.read_bytes(run.settings) == written
-    assert storage.list_files(run.uri) == [run.settings]
+    assert objects.read_bytes(run.settings) == written
+    assert objects.list_files(run.uri) == [run.settings]
 
 
 def test_a_run_that_is_not_there_refuses_nothing(tmp_path: Path) -> None:
     item = config(tmp_path)
     check_resumable(item, fingerprints(item))
-    assert not storage.exists(item.run)
+    assert not objects.exists(item.run)
 
 
 def test_every_runtime_setting_is_a_setting(tmp_path: Path) -> None:
@@ -295,7 +296,7 @@ def test_a_missing_run_and_another_format_are_named(tmp_path: Path) -> None:
     run = Run(str(tmp_path / "run"))
     with pytest.raises(DataError, match="there is no run here"):
         read_settings(run)
-    storage.put(run.settings, b'{"format_version": 99}')
+    objects.put(run.settings, b'{"format_version": 99}')
     with pytest.raises(DataError, match="found: format_version 99"):
         read_settings(run)
 

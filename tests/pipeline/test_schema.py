@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import parquet, storage
 from pipeline.arrays import Float32, Int64, vector_type, vectors_from_arrow, vectors_to_arrow
 from pipeline.hashing import shard_of, splitmix64
+from pipeline.storage import objects, parquet
 
 IDS = np.array([0, 1, 2, -1, 12345678901234567, 2**63 - 1, -(2**63)], np.int64)
 PINNED_HASHES = [
@@ -121,7 +121,7 @@ def test_filtered_and_taken_rows_give_their_own_vectors() -> None:
 def test_vectors_survive_parquet_row_group_by_row_group(tmp_path: Path) -> None:
     given_vectors, uri = vectors(9), str(tmp_path / "a.parquet")
     table = pa.table({"vector": vectors_to_arrow(given_vectors)})
-    storage.put(uri, parquet.parquet_bytes(table.schema, [table.slice(0, 4), table.slice(4, 0), table.slice(4)]))
+    objects.put(uri, parquet.parquet_bytes(table.schema, [table.slice(0, 4), table.slice(4, 0), table.slice(4)]))
     assert np.array_equal(vectors_from_arrow(parquet.read_parquet(uri)["vector"]), given_vectors)
     assert np.array_equal(vectors_from_arrow(parquet.read_parquet(uri, row_groups=[2])["vector"]), given_vectors[4:])
     assert len(vectors_from_arrow(parquet.read_parquet(uri, row_groups=[1])["vector"])) == 0

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import storage, vector_log
-from pipeline.plan import read_plan
+from pipeline.embedding import vector_log
+from pipeline.planning.plan import read_plan
 from pipeline.run import Run
+from pipeline.storage import objects
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -40,6 +41,6 @@ def test_the_estimate_of_the_time_is_within_a_quarter_of_the_real_run(cifar100: 
     run = Run(str(tmp_path / "run"))
     plan = read_plan(run)
     assert plan is not None
-    real = max(vector_log.part_times(plan.log(run)).values()) - storage.stat(run.commit(0)).modified_seconds
+    real = max(vector_log.part_times(plan.log(run)).values()) - objects.stat(run.commit(0)).modified_seconds
     print(f"estimated {estimated:.1f} s, real {real:.1f} s")
     assert estimated == pytest.approx(real, rel=WITHIN)

@@ -16,24 +16,24 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import parquet, storage
 from pipeline.arrays import Float32, Int64, vectors_to_arrow
-from pipeline.config import Config
-from pipeline.config_file import validate
-from pipeline.config_method import LossMode
+from pipeline.config.load import validate
+from pipeline.config.method import LossMode
+from pipeline.config.tree import Config
 from pipeline.errors import ConfigError, DataError, TransientError
-from pipeline.evaluate import METRICS
-from pipeline.networks import Transformation
-from pipeline.reference import load_reference
+from pipeline.evaluation.metrics import METRICS
+from pipeline.evaluation.simulated_curve import order_by_priority, simulate_curve
+from pipeline.models.networks import Transformation
+from pipeline.models.transformation import TransformationInfo, apply, load_transformation
+from pipeline.planning.policy_inputs import load_reference
 from pipeline.run import Run
-from pipeline.simulated_curve import order_by_priority, simulate_curve
-from pipeline.transformation import TransformationInfo, apply, load_transformation
+from pipeline.storage import objects, parquet
 from training import fit as fitting
-from training import learner as learning
-from training import trainer
 from training.fit import fit, make_job
-from training.learner import Epoch, FitData, Job, Learner, PairArrays, make_arrays
-from training.measure import measure, spearman, transform
+from training.fitting import learner as learning
+from training.fitting import trainer
+from training.fitting.held_out_metrics import measure, spearman, transform
+from training.fitting.learner import Epoch, FitData, Job, Learner, PairArrays, make_arrays
 
 CPU = torch.device("cpu")
 D_OLD, D_NEW, CLASSES, PARTS = 8, 12, 5, 4
@@ -89,7 +89,7 @@ def _data(folder: Path, num: int = 640, labelled: bool = True, hard: bool = Fals
             }
         )
         parts.append(str(folder / "pairs" / f"part-{part}.parquet"))
-        storage.put(parts[-1], parquet.parquet_bytes(table.schema, [table]))
+        objects.put(parts[-1], parquet.parquet_bytes(table.schema, [table]))
     num_train = num * PARTS // (PARTS + 1)
     num_classes = int(labels.max()) + 1
     return FitData(parts[:-1], parts[-1:], num_train, num_classes if labelled else None, D_OLD, D_NEW)
@@ -303,7 +303,7 @@ def test_rank_correlation_knows_ties_and_constants() -> None:
 
 
 def test_a_snapshot_cut_short_by_a_crash_is_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    storage.put(str(tmp_path / "checkpoint_manager_snapshot.json"), b'{"checkpoint_results": [')
+    objects.put(str(tmp_path / "checkpoint_manager_snapshot.json"), b'{"checkpoint_results": [')
     with caplog.at_level(logging.WARNING):
         trainer._drop_broken_snapshot(str(tmp_path))
     assert not tmp_path.exists()
@@ -326,7 +326,7 @@ def test_killed_workers_and_a_second_start_change_nothing(tmp_path: Path) -> Non
     network, stored = load_transformation(run, CPU)
     assert stored == info
     _assert_same_weights(network, _fit_here(make_job(config, data)))
-    assert not storage.exists(storage.join(run.transformation, "training"))
+    assert not objects.exists(objects.join(run.transformation, "training"))
     assert fit(config, run, data, on_epoch=lambda figures: pytest.fail("fitted again")) == info
 
 

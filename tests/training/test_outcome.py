@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.calibration import read_calibration
+from pipeline.models.calibration import read_calibration
+from pipeline.models.transformation import read_info
 from pipeline.run import Run
-from pipeline.transformation import read_info
 from tests.training.test_fit import _config, _data
 from training.fit import fit
 

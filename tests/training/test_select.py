@@ -11,26 +11,27 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline import parquet, selection, storage
 from pipeline.arrays import vectors_from_arrow, vectors_to_arrow
-from pipeline.config import Config
-from pipeline.config_file import validate
+from pipeline.config.load import validate
+from pipeline.config.tree import Config
 from pipeline.errors import ConfigError, FastfillError
-from pipeline.offset import Classifier, fit_offset
-from pipeline.policy import load_policy
-from pipeline.reference import load_reference
+from pipeline.models.offset import Classifier, fit_offset
+from pipeline.models.transformation import read_info
+from pipeline.planning import selection
+from pipeline.planning.policies import load_policy
+from pipeline.planning.policy_inputs import load_reference
+from pipeline.planning.selection import Candidate, Selection, read_selection, resolve_policy
 from pipeline.run import Run
-from pipeline.selection import Candidate, Selection, read_selection, resolve_policy
-from pipeline.transformation import read_info
+from pipeline.storage import objects, parquet
 from tests.training.test_fit import D_NEW, _data
-from training import folds
 from training import select as selecting
-from training.candidates import Recipe, Serving
 from training.fit import fit
-from training.folds import FOLDER, Fold
-from training.learner import FitData, PairArrays
+from training.fitting.learner import FitData, PairArrays
 from training.select import select
-from training.simulate import FINAL, Detail, curves_of, measure_fold, order_by
+from training.simulation import folds
+from training.simulation.folds import FOLDER, Fold
+from training.simulation.simulate import FINAL, Detail, curves_of, measure_fold, order_by
+from training.simulation.trials import Recipe, Serving
 
 RECIPE = Recipe("fastfill", 0.1, 16, 4)
 CHOSEN = Selection(
@@ -74,13 +75,13 @@ def test_two_selections_are_the_same_and_a_kept_fit_is_not_made_again(
     data, config = _data(tmp_path, hard=True), config_of(tmp_path)
     run, told = Run(config.run), []
     first = select(config, run, data, lambda *words: told.append(words))
-    times = {uri: storage.stat(uri).modified_seconds for uri in storage.list_files(run.path(FOLDER), ".safetensors")}
+    times = {uri: objects.stat(uri).modified_seconds for uri in objects.list_files(run.path(FOLDER), ".safetensors")}
     assert len(times) == 2 * 2  # recipes x folds
-    (kept,) = storage.list_files(run.path(FOLDER), ".json")
-    storage.delete_files([kept])  # as if it had been stopped before its end
+    (kept,) = objects.list_files(run.path(FOLDER), ".json")
+    objects.delete_files([kept])  # as if it had been stopped before its end
     second = select(config, run, data, silent)
     assert second.to_json() == first.to_json()
-    assert {uri: storage.stat(uri).modified_seconds for uri in times} == times
+    assert {uri: objects.stat(uri).modified_seconds for uri in times} == times
     assert [words for words in told if words[0] == "select: fits of fastfill 0.1"][-1][1:] == (2, 2)
     monkeypatch.setattr(selecting, "_select", None)
     assert select(config, run, data, silent).to_json() == first.to_json()
@@ -104,11 +105,11 @@ def test_the_fit_takes_what_was_selected_and_the_plan_its_policy(tmp_path: Path)
     assert found is not None
     assert read_info(run).loss == found.chosen.loss == "alignment+uncertainty"
     assert resolve_policy(run, "selected") == "uncertainty"
-    assert not storage.list_files(run.path(FOLDER))
+    assert not objects.list_files(run.path(FOLDER))
 
 
 def test_a_policy_that_was_not_selected_is_named_as_missing(tmp_path: Path) -> None:
-    from tests.pipeline.test_gate import fitted
+    from tests.pipeline.evaluation.test_gate import fitted
 
     with pytest.raises(ConfigError, match="nothing was selected"):
         resolve_policy(fitted(tmp_path, True), "selected")
@@ -224,7 +225,7 @@ def test_a_pair_that_is_an_image_of_the_sample_is_left_out_though_its_embedding_
     old = np.maximum(rng.normal(size=(900, width)), 0).astype(np.float32)
     rounded = torch.from_numpy(old[:300]).bfloat16().float().numpy()
     table = pa.table({"index": np.arange(900), "old": vectors_to_arrow(old)})
-    storage.put(str(tmp_path / "pairs.parquet"), parquet.parquet_bytes(table.schema, [table]))
+    objects.put(str(tmp_path / "pairs.parquet"), parquet.parquet_bytes(table.schema, [table]))
     data = FitData([str(tmp_path / "pairs.parquet")], [], 900, None, width, D_NEW)
     config = config_of(tmp_path, measured_on="probe")
     settings = config.select
@@ -395,7 +396,7 @@ def linear_data(folder: Path, num: int = 600) -> FitData:
     table = pa.table({"index": np.arange(num), "label": pa.nulls(num, pa.int32())} | columns)
     parts = [str(folder / "pairs" / f"part-{part}.parquet") for part in range(2)]
     for uri, rows in zip(parts, (table.slice(0, num - 60), table.slice(num - 60)), strict=True):
-        storage.put(uri, parquet.parquet_bytes(rows.schema, [rows]))
+        objects.put(uri, parquet.parquet_bytes(rows.schema, [rows]))
     return FitData(parts[:1], parts[1:], num - 60, None, D_NEW, D_NEW)
 
 
@@ -408,7 +409,7 @@ def test_fits_that_take_longer_than_they_are_given_are_stopped(tmp_path: Path) -
     parts = folds.split(config, data, config.select, None)
     with pytest.raises(folds.OutOfTime):
         folds.fit_folds(config, Run(config.run), data, recipe, parts, silent, seconds=1.0)
-    assert not storage.list_files(Run(config.run).path(FOLDER))
+    assert not objects.list_files(Run(config.run).path(FOLDER))
 
 
 def curves_of_selection(top1: list[float], old: float) -> Selection:

@@ -1,0 +1,80 @@
+"""Tables that more than one command prints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from jobs.shell.command import console
+
+if TYPE_CHECKING:
+    from pipeline.models.transformation import TransformationInfo
+    from pipeline.planning.distribution_shift import Likeness
+    from pipeline.planning.selection import Selection
+
+
+def show_curve(result: dict[str, Any]) -> None:  # Any: the JSON shape of DESIGN section 5
+    """Print the areas of each order as a table."""
+    from rich.table import Table
+
+    table = Table(title=f"{result['num_queries']:,} queries, {result['num_gallery']:,} images, {result['distance']}")
+    for name in ("", "top-1", "top-5", "mAP"):
+        table.add_column(name, justify="left" if not name else "right")
+    names = ("top1", "top5", "map")
+
+    def row(title: str, figures: dict[str, float], spread: dict[str, float] | None = None) -> None:
+        cells = [f"{figures[name]:.1f}" + (f" ± {spread[name]:.1f}" if spread else "") for name in names]
+        table.add_row(title, *cells)
+
+    row("old / old", result["old_old"])
+    orders = result["orders"]
+    row("fraction 0: all transformed", next(iter(orders.values()))["points"][0])
+    for name, order in orders.items():
+        row(f"area, {name} order", order["area"], order.get("area_std"))
+    row("new / new", result["new_new"])
+    console().print(table)
+
+
+def say_outlook(info: TransformationInfo, selection: Selection | None, first: float = 0.0) -> None:
+    """Say what will happen if the transformed gallery is worse than the old one, and what would help.
+
+    Args:
+        info: of the transformation.
+        selection: None where nothing was selected.
+        first: the share of the gallery that the first snapshot has embedded, as pairs of the fit.
+    """
+    if info.better_than_old:
+        return
+    fraction = None if selection is None else selection.passes_old()
+    if fraction is not None and fraction <= first:
+        text = "The first snapshot is expected to answer about as well as the old system."
+        console().print(text, soft_wrap=True, highlight=False)
+        return
+    if fraction is None:
+        when = (
+            "no snapshot is expected to pass it" if selection is not None else "nothing says when a snapshot passes it"
+        )
+    else:
+        when = (
+            f"a snapshot is expected to pass it with about {fraction:.0%} of the gallery embedded, and is then promoted"
+        )
+    text = (
+        f"The first snapshot is expected to answer worse than the old system. `prod` stays with the old system; {when}."
+    )
+    console().print(text, style="bold yellow", soft_wrap=True, highlight=False)
+    if info.kind != "fastfill":
+        console().print(_more_pairs(info), soft_wrap=True, highlight=False)
+
+
+def _more_pairs(info: TransformationInfo) -> str:
+    if info.pairs_to_pass_old is None:
+        return "More pairs alone are not expected to change that."
+    return (
+        f"With about {info.pairs_to_pass_old:,} training pairs instead of {info.num_train:,} the linear map is "
+        "expected to be as good as the old model from the start."
+    )
+
+
+def show_likeness(found: Likeness | None, known: bool = False) -> None:
+    """Warn where the pairs do not look like the gallery; `known` as in `Likeness.warnings`."""
+    for sentence in () if found is None else found.warnings(known):
+        console().print(sentence, style="bold red", soft_wrap=True, highlight=False)

@@ -1,0 +1,229 @@
+"""Measure how fast this cluster fetches, decodes and embeds a sample of the gallery's own images.
+
+Two measurements share the time: one task that does each step alone, and the real stream on real units, whose vectors
+are thrown away. Guarantee: nothing of the run changes but a folder of its own, which is removed. It does
+not know what follows from the rates: `estimate` does.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Generator
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from pipeline.backfill.estimate import Estimate, Rates, estimate
+from pipeline.config import tree as settings
+from pipeline.embedding.actor_pool import Pool, actor_pool
+from pipeline.embedding.decode import Limits, Pixels, decoder, image_limits
+from pipeline.embedding.fetch import Place, Reject
+from pipeline.embedding.stream import Work, embed_stream
+from pipeline.embedding.vector_log import VectorLog
+from pipeline.errors import DataError
+from pipeline.planning.plan import Plan
+from pipeline.reporting.throughput import Throughput
+from pipeline.run import Run
+from pipeline.schema import UNITS, Unit, UnitAck
+from pipeline.storage import objects, parquet
+
+if TYPE_CHECKING:
+    import torch
+
+_FOLDER = "tuning"
+_UNITS = 64  # of the plan, from which the sample comes
+_BATCHES = (32, 64, 128, 256, 512, 1024, 2048)
+_ALONE = 0.3  # of the time, for the steps alone
+
+
+@dataclass(frozen=True, slots=True)
+class _Alone:
+    """What one task measured; see `Rates`."""
+
+    fetch: float
+    decode: float
+    forward: dict[int, float]
+    device: str
+
+
+def tune(
+    config: settings.Config, run: Run, plan: Plan, seconds: float, on_time: Callable[[float, str], None]
+) -> Estimate:
+    """Measure for about so many seconds, and estimate the whole backfill; keeps the estimate with the plan.
+
+    Args:
+        config: the run's config.
+        run: the run.
+        plan: its plan.
+        seconds: to measure; the start of Ray's actors comes on top.
+        on_time: told the seconds spent and what is being measured.
+
+    Raises:
+        DataError: not one image of the sample can be embedded.
+        ConfigError: the cluster has no room for the stream, or the device for a batch.
+    """
+    pool = actor_pool(config.backfill, config.device)
+    rows = _sample(run, plan, config.seed)
+    on_time(0.0, "each step alone")
+    measure = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus)(_measure_alone)
+    alone = ray.get(measure.remote(config, rows[: _UNITS // 8], seconds * _ALONE))
+    folder = run.path(_FOLDER, uuid.uuid4().hex)  # others may measure at the same time
+    try:
+        rates = _measure_stream(config, pool, folder, rows, alone, seconds, on_time)
+    finally:
+        objects.delete(folder)
+    room = actor_pool(config.backfill.model_copy(update={"max_actors": None}), config.device).first
+    found = estimate(rates, plan.num_gallery - plan.num_from_pairs, plan.last_wave, room, config.telemetry)
+    found = replace(found, made_unix_seconds=time.time())
+    objects.put(run.estimate, json.dumps(found.to_json(), indent=1).encode())
+    return found
+
+
+def _sample(run: Run, plan: Plan, seed: int) -> list[pa.Table]:
+    """Up to 64 units of the whole plan, chosen at random, as rows in locality order."""
+    units = sum(wave.units for wave in plan.waves)
+    chosen = np.random.default_rng(seed).permutation(units)[:_UNITS]
+    wanted = set(chosen.tolist())
+    found = {number: unit for number, unit in enumerate(plan.units(run)) if number in wanted}
+    places = [(found[number].rows_uri, found[number].row_group) for number in chosen]
+    return [parquet.read_parquet(uri, UNITS.names, [row_group]) for uri, row_group in places]
+
+
+def _measure_alone(config: settings.Config, rows: list[pa.Table], seconds: float) -> _Alone:
+    from pipeline.embedding.embedder import Embedder
+    from pipeline.embedding.fetch import fetch
+
+    encoder, backfill = config.encoders.new, config.backfill
+    limits = image_limits(config)
+    embedder = Embedder(encoder, config.device, backfill.batch_size, backfill.threads_per_actor)
+    spent = {"fetch": 0.0, "decode": 0.0}
+    count, good = 0, list[Pixels]()
+    decode = _decoder(encoder.preprocess, limits, embedder.device)
+    deadline = time.perf_counter() + seconds / 2
+    for table in rows:
+        places = [Place(**row) for row in table.drop_columns(["id"]).to_pylist()]
+        start = time.perf_counter()
+        encoded = [data for data, _ in fetch(places, limits.max_bytes, config.fetch, limits.root)]
+        spent["fetch"] += time.perf_counter() - start
+        count += len(encoded)
+        pixels, seconds_taken = decode([data for data in encoded if isinstance(data, bytes)])
+        spent["decode"] += seconds_taken
+        good += pixels
+        if time.perf_counter() > deadline or count >= max(_BATCHES):
+            break
+    if not good:
+        raise DataError(
+            "not one image of the sample can be embedded",
+            expected="images that the new encoder takes",
+            found=f"{count} rejects",
+            where=f"{rows[0]['uri'][0]} and others of the plan",
+        )
+    sizes = batch_sizes(embedder.largest_batch(settings.unit_images(config)))
+    forward = embedder.rates(np.stack(good), sizes, seconds / 2)
+    return _Alone(count / spent["fetch"], count / spent["decode"], forward, str(embedder.device))
+
+
+def batch_sizes(largest: int) -> list[int]:
+    """What is worth measuring: no batch is larger than what a unit is cut into."""
+    return [size for size in _BATCHES if size <= largest] or [largest]
+
+
+def _decoder(
+    preprocess: settings.Preprocess, limits: Limits, device: torch.device
+) -> Callable[[list[bytes]], tuple[list[Pixels], float]]:
+    """What decodes in the stream: to the pixels of good images, and the seconds that it took a core, or the device."""
+    if preprocess.decoder == "device":
+        from pipeline.embedding.gpu_decode import DeviceDecoder
+
+        on_device = DeviceDecoder(preprocess, limits, device)
+
+        def decode_there(encoded: list[bytes]) -> tuple[list[Pixels], float]:
+            start = time.perf_counter()
+            pixels, rejects = on_device.decode(encoded)
+            found: Pixels = pixels.cpu().numpy()  # which waits for the device
+            seconds = time.perf_counter() - start
+            return [found[row] for row in range(len(encoded)) if row not in rejects], seconds
+
+        return decode_there
+    decode_one = decoder(preprocess, limits)
+
+    def decode_here(encoded: list[bytes]) -> tuple[list[Pixels], float]:
+        start, found = time.process_time(), []
+        for data in encoded:
+            with suppress(Reject):
+                found.append(decode_one(data))
+        return found, time.process_time() - start
+
+    return decode_here
+
+
+def _measure_stream(
+    config: settings.Config,
+    pool: Pool,
+    folder: str,
+    rows: list[pa.Table],
+    alone: _Alone,
+    seconds: float,
+    on_time: Callable[[float, str], None],
+) -> Rates:
+    """The sample through the real stream, in pieces small enough that many are done in the time."""
+    size = max(config.backfill.batch_size, 256)
+    pieces = [table.slice(start, size) for table in rows for start in range(0, table.num_rows, size)]
+    units_uri = objects.join(folder, "units.parquet")
+    objects.put(units_uri, parquet.parquet_bytes(UNITS, pieces))
+    units = [Unit(1, number, units_uri, number, piece.num_rows) for number, piece in enumerate(pieces)]
+    log = VectorLog(objects.join(folder, "parts"), objects.join(folder, "rejects"), config.encoders.new.dim, 1)
+    begin = time.perf_counter()
+    acks: list[tuple[float, UnitAck]] = []
+    with closing(_stream(Work(config.encoders.new, log, units), config)) as stream:
+        for ack in stream:
+            now = time.perf_counter()
+            acks.append((now, ack))
+            working = now - acks[0][0]
+            on_time(seconds * _ALONE + min(working, seconds * (1 - _ALONE)), "the stream")
+            if working > seconds * (1 - _ALONE):
+                break
+    totals = {
+        name: sum(getattr(ack, name) for _, ack in acks) for name in ("bytes_needed", "bytes_fetched", "requests")
+    }
+    images = sum(ack.embedded + ack.rejected for _, ack in acks)
+    first = acks[0][1]
+    cluster = ray.cluster_resources()
+    return Rates(
+        images=images,
+        bytes_per_image=totals["bytes_needed"] / images,
+        bytes_fetched_per_image=totals["bytes_fetched"] / images,
+        requests_per_image=totals["requests"] / images,
+        fetch=alone.fetch,
+        decode=alone.decode,
+        forward=alone.forward,
+        stream=_rate(acks, pool.first),
+        start_seconds=max(0.0, acks[0][0] - begin - first.load_seconds - first.embed_seconds),
+        actors=pool.first,
+        cpus=cluster.get("CPU", 0.0),
+        gpus=cluster.get("GPU", 0.0),
+        nodes=sum(node["Alive"] for node in ray.nodes()),
+        gpus_per_actor=pool.gpus,
+        device=alone.device,
+        decodes_on_device=config.encoders.new.preprocess.decoder == "device",
+    )
+
+
+def _rate(acks: list[tuple[float, UnitAck]], actors: int) -> float:
+    """Images per second after the first round of the actors; of the one unit's own seconds if there is no other."""
+    images = [ack.embedded + ack.rejected for _, ack in acks]
+    skipped = min(actors, len(acks) // 2)
+    if not skipped:
+        ack = acks[0][1]
+        return images[0] / (ack.load_seconds + ack.embed_seconds + ack.write_seconds)
+    return Throughput(sum(images[skipped:]), acks[-1][0] - acks[skipped - 1][0]).per_second
+
+
+def _stream(work: Work, config: settings.Config) -> Generator[UnitAck, None, None]:
+    yield from (ack for _, ack in embed_stream([work], config))

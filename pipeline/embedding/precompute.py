@@ -1,0 +1,188 @@
+"""The embeddings of a normalised manifest: those that came with it, or else embedded from its images.
+
+The embedding stream of the backfill makes what is missing, once, into a vector log beside the parts
+(the part's number stands for the wave). It does not know what the embeddings are used for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.arrays import Float32, vectors_from_arrow
+from pipeline.config.tree import Config, Encoder, Preprocess
+from pipeline.embedding import rejects, vector_log
+from pipeline.embedding.decode import decode_image, image_limits
+from pipeline.embedding.fetch import Place, Reject, fetch
+from pipeline.embedding.stream import Work, embed_stream
+from pipeline.embedding.vector_log import VectorLog
+from pipeline.errors import ConfigError
+from pipeline.manifest import normalised
+from pipeline.manifest.normalised import Manifest
+from pipeline.run import GALLERY_PAIRS, PROBE_SET, Run
+from pipeline.schema import LOCATION, Unit
+from pipeline.storage import parquet
+
+NUM_PROBED = 8
+
+logger = logging.getLogger(__name__)
+
+_BOTH = ("old", "new")
+_NEEDED = {"gallery": ("old",), "pairs": _BOTH, GALLERY_PAIRS: _BOTH, PROBE_SET: _BOTH}
+_LOST = {
+    "gallery": "they have no vector, so they are not served",
+    "pairs": "they are left out of the fit",
+    GALLERY_PAIRS: "they are left out of the fit",
+    PROBE_SET: "they are left out of what snapshots are measured on",
+}
+
+OnUnits = Callable[[str, int, int], None]
+"""Told (what, images done, images in all) as images are embedded."""
+
+
+def embed_missing(config: Config, run: Run, folders: Sequence[str], on_units: OnUnits) -> None:
+    """Embed the images of normalised manifests where their embeddings did not come with them, in one stream.
+
+    The gallery needs its old embeddings; the pairs, wherever they come from, and the probe set need both. An image that
+    cannot be read has none; how many these are, and where their reasons are, is logged as a warning.
+
+    Args:
+        config: the run's config.
+        run: the run, with these manifests normalised.
+        folders: of `gallery`, `pairs`, `gallery-pairs` and `probe-set`.
+        on_units: told of progress.
+
+    Raises:
+        ConfigError: there is no encoder for what is missing.
+        DataError: more images than `max_reject_fraction` cannot be read.
+    """
+    names, work, done, total, rejected = [], [], [], [], []
+    for folder in folders:
+        rows = normalised.read_manifest(run, folder)
+        assert rows is not None, f"the {folder} manifest is normalised before its images are embedded"
+        for role in _missing(folder, rows):
+            log = embedding_log(config, run, folder, role)
+            units = _pending(run, folder, rows, log)
+            names.append((folder, role))
+            work.append(Work(_encoder(config, folder, role), log, units))
+            total.append(rows.num_rows)
+            done.append(rows.num_rows - sum(unit.images for unit in units))
+            rejected.append(sum(vector_log.count_rejects(log).values()))
+            _check_rejects(config, folder, rejected[-1], total[-1], log)
+            if units:
+                on_units(f"{folder}: {role} embeddings", done[-1], total[-1])
+    for index, ack in embed_stream(work, config):
+        (folder, role), log = names[index], work[index].log
+        done[index] += ack.embedded + ack.rejected
+        rejected[index] += ack.rejected
+        _check_rejects(config, folder, rejected[index], total[index], log)
+        on_units(f"{folder}: {role} embeddings", done[index], total[index])
+    for (folder, role), item, bad, images in zip(names, work, rejected, total, strict=True):
+        if bad:
+            _warn(folder, role, bad, images, item.log)
+
+
+def _check_rejects(config: Config, folder: str, rejected: int, images: int, log: VectorLog) -> None:
+    """Too many rejects stop the work, but for the probe set: the wave of an image is what its reject counts in."""
+    if folder != PROBE_SET:
+        rejects.check_manifest(rejected, images, config.backfill, folder, log.rejects_uri)
+
+
+@cache
+def _warn(folder: str, role: str, rejected: int, images: int, log: VectorLog) -> None:
+    """Once in a process: the backfill comes here for all manifests first, and then for each."""
+    logger.warning(
+        "%d of %d images of the %s cannot be read by the %s encoder: %s. The reasons are in %s; `fastfill status` "
+        "shows them.",
+        *(rejected, images, folder, role, _LOST[folder], log.rejects_uri),
+    )
+
+
+def embedding_log(config: Config, run: Run, folder: str, role: str) -> VectorLog:
+    """Where embeddings are kept that had to be computed from a manifest's images; `role` is old or new."""
+    encoder = getattr(config.encoders, role)
+    dim = encoder.dim if encoder is not None else 1
+    return rejects.manifest_log(run, folder, role, dim)
+
+
+def _missing(folder: str, rows: Manifest) -> list[str]:
+    return [role for role in _NEEDED[folder] if f"{role}_embedding" not in rows.dims]
+
+
+def _encoder(config: Config, folder: str, role: str) -> Encoder:
+    encoder: Encoder | None = getattr(config.encoders, role)
+    if encoder is None:
+        raise ConfigError(
+            f"the {folder}'s {role} embeddings are not given, and neither is the encoder to compute them",
+            where=f"{'pairs' if folder == 'pairs' else 'gallery'}.columns.{role}_embedding, encoders.{role}",
+        )
+    return encoder
+
+
+def _pending(run: Run, folder: str, rows: Manifest, log: VectorLog) -> list[Unit]:
+    finished = {(wave, unit) for wave, units in vector_log.finished_units(log).items() for unit in units}
+    return [unit for unit in normalised.units(run, folder, rows) if (unit.wave, unit.unit) not in finished]
+
+
+def read_embeddings(run: Run, folder: str, part: int, role: str, log: VectorLog) -> tuple[pa.Table, Float32]:
+    """The rows of a normalised part that have an embedding, and these embeddings.
+
+    Args:
+        run: the run.
+        folder: the normalised manifest's folder.
+        part: the part's number.
+        role: the embedding's column, where it came with the manifest.
+        log: where it is otherwise.
+
+    Returns:
+        the part's rows (n), and (n, d) float32; row i belongs to row i.
+    """
+    rows = parquet.read_parquet(run.part(folder, part))
+    if role in rows.schema.names:
+        return rows.drop_columns([role]), vectors_from_arrow(rows[role])
+    ids, vectors = vector_log.read_wave(log, part)
+    if not len(ids):
+        return rows.slice(0, 0), vectors
+    wanted = rows["id"].to_numpy()
+    places = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
+    there = ids[places] == wanted
+    return rows.filter(pa.array(there)), vectors[places[there]]
+
+
+def probe(config: Config, run: Run, folder: str, rows: Manifest, preprocess: Preprocess) -> tuple[int, list[str]]:
+    """Read and decode some images that are spread over a manifest.
+
+    Returns:
+        how many were tried, and of those that cannot be read the place and the reason.
+
+    Raises:
+        DataError: a store refuses the credentials.
+        TransientError: a store kept failing.
+    """
+    limits = image_limits(config)
+    places = _places(run, folder, rows)
+    bad = []
+    for place, (data, _) in zip(places, fetch(places, limits.max_bytes, config.fetch, limits.root), strict=True):
+        try:
+            if isinstance(data, Reject):
+                raise data
+            decode_image(data, preprocess, limits)
+        except Reject as reject:
+            bad.append(f"{place.uri}{'' if place.row is None else f' row {place.row}'}: {reject}")
+    return len(places), bad
+
+
+def _places(run: Run, folder: str, rows: Manifest) -> list[Place]:
+    ends = np.cumsum(rows.rows)
+    found = []
+    for position in np.unique(np.linspace(0, rows.num_rows - 1, NUM_PROBED).astype(np.int64)).tolist():
+        part = int(np.searchsorted(ends, position, side="right"))
+        group, row = divmod(position - int(ends[part]) + rows.rows[part], rows.unit_rows)
+        columns = [field.name for field in LOCATION]
+        table = parquet.read_parquet(run.part(folder, part), columns, [group])
+        found.append(Place(**table.slice(row, 1).to_pylist()[0]))
+    return found

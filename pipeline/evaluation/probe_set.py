@@ -1,0 +1,172 @@
+"""The probe set: a sample of the gallery's own images, on which every snapshot is measured before `prod` moves.
+
+    gallery/part-* (and probe.manifest) -> draw -> probe-set/part-00000 -> the embedding stream -> probe-set/old, new
+    -> gather, with what the plan knows of these images -> probe-set/set.parquet
+
+Guarantee: which images it holds is a function of their ids and their number alone, or of the user's sample, so a
+run that is started again, anywhere, has the same ones. Each is embedded in its wave like any other image. It knows
+no metric.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import parallel
+from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
+from pipeline.config.tree import Config
+from pipeline.embedding.precompute import embedding_log, read_embeddings
+from pipeline.evaluation.gallery_arrays import codes_of, count_labelled
+from pipeline.manifest import normalised
+from pipeline.planning.plan import Plan
+from pipeline.run import PROBE_SET, Run
+from pipeline.storage import objects, parquet
+
+_FEWEST = 2  # images: one alone has no neighbours
+_PLANNED = ["id", "wave", "uncertainty", "vector"]
+_GATHERED = ["id", "wave", "uncertainty", "label", "group", "vector", "new", "old"]
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeSet:
+    """Q images of the gallery, sorted by id: those that both encoders could read.
+
+    Attributes:
+        ids: (Q,) int64.
+        old: (Q, d_old) float32.
+        new: (Q, d_new) float32, the new encoder on the images.
+        transformed: (Q, d_new) float32, h of the old embeddings.
+        uncertainty: (Q,) float32.
+        wave: (Q,) int64, from 1, in which the backfill embeds the image.
+        labels: (Q,) int64, an index into `label_names`, or -1 for none.
+        groups: (Q,) int64, an index into `group_names`, or -1 for none.
+        label_names: sorted.
+        group_names: sorted.
+    """
+
+    ids: Int64
+    old: Float32
+    new: Float32
+    transformed: Float32
+    uncertainty: Float32
+    wave: Int64
+    labels: Int64
+    groups: Int64
+    label_names: tuple[str, ...]
+    group_names: tuple[str, ...]
+
+    def targets(self, metric: str) -> Float32:
+        """What a transformation is to give of them, (Q, d_new): `new`, of length 1 where the metric is cosine."""
+        return self.new / np.linalg.norm(self.new, axis=1, keepdims=True) if metric == "cosine" else self.new
+
+
+def embedded(config: Config, run: Run) -> pa.Table | None:
+    """The drawn images that both encoders could read, as they are before there is a plan.
+
+    Returns:
+        sorted by id: id, label and group (strings, null for none), old and new, and `side` where the gallery has it;
+        None where no set is wanted or was drawn, or fewer than two of its images have both embeddings.
+    """
+    if not config.probe.images or normalised.read_manifest(run, PROBE_SET) is None:
+        return None
+    found = _embedded(config, run)
+    return found if found.num_rows >= _FEWEST else None
+
+
+def gather(config: Config, run: Run, plan: Plan) -> ProbeSet | None:
+    """The probe set with all that is known of its images once the plan is made and they are embedded; kept.
+
+    Returns:
+        None where none is wanted or was drawn, or fewer than two of its images have all their embeddings.
+    """
+    if not config.probe.images or normalised.read_manifest(run, PROBE_SET) is None:
+        return None
+    if not is_gathered(run):
+        known = _embedded(config, run)
+        ids: Int64 = known["id"].to_numpy()
+        planned = pa.concat_tables(
+            parallel.each(_planned, (plan.laid_out(run), ids), range(plan.num_parts), plan.num_gallery)
+        )
+        planned = planned.take(pa.array(np.argsort(planned["id"].to_numpy())))
+        known = known.take(pa.array(np.searchsorted(ids, planned["id"].to_numpy())))
+        for name in ("label", "group", "new", "old"):
+            planned = planned.append_column(name, known[name])
+        planned = planned.select(_GATHERED)
+        objects.put(_gathered(run), parquet.parquet_bytes(planned.schema, [planned]))
+    return load(run)
+
+
+def stands_alone(run: Run, plan: Plan, probe: ProbeSet) -> bool:
+    """Whether quality by labels is told among the labelled probe images alone, which then stand for the gallery.
+
+    So it is where they are the user's sample, and with its labels not all images of the plan have one: an answer
+    without a label is neither right nor wrong.
+    """
+    drawn = normalised.read_manifest(run, PROBE_SET)
+    if drawn is None or not drawn.sample:
+        return False
+    others = count_labelled(plan.laid_out(run), plan.num_parts, plan.num_gallery, probe.ids)
+    return others + int((probe.labels >= 0).sum()) < plan.num_gallery
+
+
+def load(run: Run) -> ProbeSet | None:
+    """The probe set as `gather` kept it; None where it is not there, or has fewer than two images."""
+    if not is_gathered(run):
+        return None
+    table = parquet.read_parquet(_gathered(run))
+    if table.num_rows < _FEWEST:
+        return None
+    labels, label_names = codes_of(table["label"])
+    groups, group_names = codes_of(table["group"])
+    return ProbeSet(
+        ids=table["id"].to_numpy(),
+        old=vectors_from_arrow(table["old"]),
+        new=vectors_from_arrow(table["new"]),
+        transformed=vectors_from_arrow(table["vector"]),
+        uncertainty=table["uncertainty"].to_numpy(),
+        wave=table["wave"].to_numpy().astype(np.int64),
+        labels=labels,
+        groups=groups,
+        label_names=label_names,
+        group_names=group_names,
+    )
+
+
+def is_used(run: Run) -> bool:
+    """Whether commits of this run are measured: a set was drawn, and is not known to be too small."""
+    if is_gathered(run):
+        return len(parquet.read_parquet(_gathered(run), ["id"])) >= _FEWEST
+    return normalised.read_manifest(run, PROBE_SET) is not None
+
+
+def is_gathered(run: Run) -> bool:
+    """Whether `gather` has kept all that is known of the images: then nothing of them is embedded any more."""
+    return objects.exists(_gathered(run))
+
+
+def _gathered(run: Run) -> str:
+    return run.path(PROBE_SET, "set.parquet")
+
+
+def _embedded(config: Config, run: Run) -> pa.Table:
+    """As `embedded`, however few they are."""
+    (rows, old), (others, new) = (
+        read_embeddings(run, PROBE_SET, 0, f"{role}_embedding", embedding_log(config, run, PROBE_SET, role))
+        for role in ("old", "new")
+    )
+    ids, other_ids = rows["id"].to_numpy(), others["id"].to_numpy()
+    in_new, in_old = np.isin(ids, other_ids), np.isin(other_ids, ids)
+    names = ["id", "label", "group", *(["side"] if "side" in rows.schema.names else [])]
+    found = rows.filter(pa.array(in_new)).select(names)
+    found = found.append_column("old", vectors_to_arrow(old[in_new]))
+    return found.append_column("new", vectors_to_arrow(new[in_old]))
+
+
+def _planned(run: Run, ids: Int64, part: int) -> pa.Table:
+    """What the plan knows of those images of a part that are among `ids`, sorted."""
+    uri = run.transformed_part(part)
+    there = np.flatnonzero(np.isin(parquet.read_parquet(uri, ["id"])["id"].to_numpy(), ids))
+    return parquet.read_parquet(uri, _PLANNED).take(pa.array(there))

@@ -1,0 +1,186 @@
+"""Simulate a backfill from known embeddings: orders of the gallery, and the quality at each fraction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.arrays import Bools, Float32, Float64, Int32, Int64, Labels
+from pipeline.evaluation import ranks
+from pipeline.evaluation.curve_points import curve_steps, score_points, slot_share, transformed_slots
+from pipeline.evaluation.metrics import METRICS, Metrics, among, mean_metrics, no_scores, recall, to_metrics
+from pipeline.evaluation.ranks import Progress
+from pipeline.hashing import splitmix64
+from pipeline.models.calibration import Calibration, nearest_by_kind
+
+
+@dataclass(frozen=True, slots=True)
+class OrderCurve:
+    """One order: `values` is (P, 3) float64, METRICS in per cent, the mean over its permutations.
+
+    `area` is the plain mean of the points (as published), `area_trapezoid` the trapezoid rule, and
+    `area_std` the sample deviation of `area` over the permutations (0 for one); each (3,) float64.
+    """
+
+    values: Float64
+    area: Float64
+    area_trapezoid: Float64
+    area_std: Float64
+    num_permutations: int
+
+
+@dataclass(frozen=True, slots=True)
+class Detail:
+    """One order per point and query: `first_rank` (P, Q) int32, `average_precision` (P, Q) float64.
+
+    `slot_share` is (P,) float64: the share of transformed vectors in the nearest SLOTS over their share
+    in the gallery; NaN where none is left. At a tie for the last slot the transformed one counts.
+    """
+
+    first_rank: Int32
+    average_precision: Float64
+    slot_share: Float64
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """The curve of each order over `fractions` (P,) float64; `start` and `end` are the states at 0 and 1.
+
+    `queries` has, where it was asked for, of each order the first ranks (M, P, Q) int32 and the average precisions
+    (M, P, Q) float64 of its M permutations, as in `Detail`.
+    """
+
+    fractions: Float64
+    orders: dict[str, OrderCurve]
+    start: Metrics
+    end: Metrics
+    detail: Detail | None
+    queries: dict[str, tuple[Int32, Float64]] | None = None
+
+
+def simulate_curve(
+    transformed: Float32,
+    embedded: Float32,
+    queries: Float32,
+    query_labels: Labels,
+    gallery_labels: Labels,
+    orders: Mapping[str, Sequence[Int64]],
+    *,
+    points: int = 22,
+    metric: str = "l2",
+    self_match: bool = False,
+    query_ids: Int64 | None = None,
+    gallery_ids: Int64 | None = None,
+    embeddable: Bools | None = None,
+    calibration: Calibration | None = None,
+    detail: str | None = None,
+    per_query: bool = False,
+    progress: Progress | None = None,
+) -> Simulation:
+    """The curve of each order: at point i the first floor(i * N / (points - 1)) images of it are embedded.
+
+    Args as in `evaluate`, and:
+        transformed: (N, d) float32, h of the old embedding.
+        embedded: (N, d) float32, the new encoder on the same images, in the same order.
+        orders: name -> one or more permutations (N,) int64 of the gallery rows, the first to embed first.
+        points: P, at least 2.
+        embeddable: (N,) bool; where it is False (a reject) the vector stays transformed throughout.
+        detail: the order whose first permutation is returned per query, with its slot share.
+        per_query: return the scores of all orders per query.
+
+    Raises:
+        DataError: as in `evaluate`, or an order is not a permutation of the gallery.
+    """
+    num = len(transformed)
+    own = ranks.own_rows(len(queries), num, self_match, query_ids, gallery_ids)
+    task = ranks.prepare(queries, query_labels, gallery_labels, own, metric, calibration)
+    possible, cuts = np.full(num, True) if embeddable is None else embeddable, np.arange(points) * num // (points - 1)
+    names = [name for name in orders for _ in orders[name]]
+    steps = [curve_steps(order, cuts, name) for name in orders for order in orders[name]]
+    shown = None if detail is None else np.where(possible, steps[names.index(detail)], points)
+    first_rank, average_precision = no_scores(len(steps), points, len(queries))
+    slots = np.zeros((points, len(queries)), np.int64)
+
+    def score(rows: Int64, columns: Int64, distances: list[Float32]) -> None:
+        if shown is not None:
+            slots[:, rows] = transformed_slots(distances, shown, points)
+        found = score_points(distances, columns, task.num_matches[rows], steps, points)
+        first_rank[..., rows], average_precision[..., rows] = found
+
+    mixed = np.where(possible[:, None], embedded, transformed)
+    task.run([transformed, mixed], score, progress, [possible | True, ~possible])
+    start, end = (to_metrics(first_rank[0, point], average_precision[0, point], num) for point in (0, -1))
+    means = np.stack([mean_metrics(*scores) for scores in zip(first_rank, average_precision, strict=True)])
+    members = {name: [own == name for own in names] for name in orders}
+    curves = {name: _order_curve(means[mine], cuts / num) for name, mine in members.items()}
+    kept = {name: (first_rank[mine], average_precision[mine]) for name, mine in members.items()} if per_query else None
+    if shown is None:
+        return Simulation(cuts / num, curves, start, end, None, kept)
+    at, share = names.index(detail or ""), slot_share(slots[:, task.num_matches > 0], shown)
+    return Simulation(cuts / num, curves, start, end, Detail(first_rank[at], average_precision[at], share), kept)
+
+
+def share_of_gap(area: float, old_old: float, new_new: float) -> float:
+    """How much of the way from the old to the new system an area is: 0 to 1, NaN where there is no way."""
+    return (area - old_old) / (new_new - old_old) if new_new != old_old else float("nan")
+
+
+def order_by_priority(priority: Float32, ids: Int64, seed: int) -> Int64:
+    """Rows by descending priority, (N,) int64; ties by the ascending hash of the id with the plan's seed."""
+    return np.lexsort((splitmix64(ids, seed), -priority))
+
+
+def random_order(ids: Int64, seed: int) -> Int64:
+    """Rows in a random order, (N,) int64, that depends on the ids and the seed only."""
+    return np.argsort(splitmix64(ids, seed), kind="stable")
+
+
+def oracle_order(transformed: Float32, embedded: Float32) -> Int64:
+    """Rows by descending true Euclidean distance between the two vectors, (N,) int64; ties by row."""
+    gap = embedded - transformed
+    return np.argsort(-(gap * gap).sum(axis=1), kind="stable")
+
+
+def _order_curve(permutations: Float64, fractions: Float64) -> OrderCurve:
+    """From (M, P, 3) METRICS; the ends are the same for all M, and stay so to the last bit."""
+    values = permutations.mean(axis=0)
+    values[[0, -1]] = permutations[0, [0, -1]]
+    areas = permutations.mean(axis=1)
+    std = areas.std(axis=0, ddof=1) if len(areas) > 1 else np.zeros(len(METRICS))
+    return OrderCurve(values, values.mean(axis=0), np.trapezoid(values, fractions, axis=0), std, len(areas))
+
+
+def agreement_curve(
+    transformed: Float32,
+    embedded: Float32,
+    queries: Int64,
+    orders: Mapping[str, Int64],
+    points: int,
+    metric: str,
+    calibration: Calibration | None = None,
+) -> dict[str, Float64]:
+    """Of each order, the agreement in per cent at each point, (P,) float64; as `evaluate.simulate_curve` cuts it.
+
+    Args:
+        transformed: (N, d) float32, as served.
+        embedded: (N, d) float32, the new encoder on the same images.
+        queries: (Q,) rows whose new embeddings are the queries; a row is no neighbour of its own.
+        orders: name -> permutation (N,) of the rows, the first to embed first.
+        points: P, at least 2.
+        metric: l2, ip or cosine.
+        calibration: maps the keys of transformed vectors; None to rank both kinds as they are.
+    """
+    exact = among(embedded[queries], embedded, queries, metric)
+    cuts = np.arange(points) * len(embedded) // (points - 1)
+    curves = {}
+    for name, order in orders.items():
+        state, left, values = transformed.copy(), np.ones(len(embedded), np.bool_), []
+        for start, end in zip(np.concatenate([[0], cuts]), cuts, strict=False):
+            rows = order[start:end]
+            state[rows], left[rows] = embedded[rows], False
+            found = nearest_by_kind(embedded[queries], state, exact.shape[1], queries, metric, left, calibration)[1]
+            values.append(recall(found, exact))
+        curves[name] = np.array(values)
+    return curves

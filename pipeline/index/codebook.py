@@ -1,0 +1,185 @@
+"""The codebook: the frozen coarse quantizer and codec that all segments of a run share.
+
+Before the segments (`index`); with that module the only importer of faiss for the index. Guarantee: the same vectors,
+seed and number of threads give the same bytes on equal processors (`equality`), and a codebook never changes once it
+is made. Knows nothing of segments on disk, commits or plans.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.arrays import Float32, Int64
+from pipeline.config.tree import Metric
+from pipeline.errors import ConfigError, DataError
+from pipeline.index.segment_files import check_digest
+from pipeline.run import Run
+from pipeline.storage import objects
+
+FACTORIES = (
+    "auto, Flat, or IVF<lists>[_HNSW<m>], then Flat, SQ<bits> or PQ<bytes>, maybe after OPQ<m>_<d>, PCA<d> or RR<d>"
+)
+
+READ_FLAGS = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE  # one such table per segment would not fit into memory
+_CODECS = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)
+_TRANSFORMS = (faiss.OPQMatrix, faiss.PCAMatrix, faiss.RandomRotationMatrix)
+
+
+def set_threads(num_threads: int) -> None:
+    """Set the OpenMP threads of all later FAISS calls of this process."""
+    faiss.omp_set_num_threads(num_threads)
+
+
+class Codebook:
+    """The coarse quantizer and codec that all segments of a run share; it does not change.
+
+    Attributes:
+        dim: width of vectors and queries.
+        num_lists: inverted lists.
+        metric: what distances mean.
+        exact: whether `decode` gives back the very numbers that were stored.
+        ivf: the empty FAISS index.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        """Take what `train_codebook` made."""
+        self._index = faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8), READ_FLAGS)
+        self.ivf, self._transforms = parts(self._index)
+        self._quantizer = self.ivf.quantizer
+        self._empty_segment = self.serialize(self.ivf)
+        self.dim = self._index.d
+        self.num_lists = self.ivf.nlist
+        self.metric: Metric = "l2" if self.ivf.metric_type == faiss.METRIC_L2 else "ip"
+        if self._transforms and isinstance(self._transforms[0], faiss.NormalizationTransform):
+            self.metric = "cosine"
+        self.exact = isinstance(self.ivf, faiss.IndexIVFFlat) and not self._transforms
+
+    @classmethod
+    def open(cls, run: Run, path: str, sha256: str, verify: bool = True) -> Codebook:
+        """Read a codebook by its path inside the run.
+
+        Raises:
+            DataError: it is missing, or its bytes are not those that were written.
+        """
+        if verify:
+            check_digest(run.path(path), sha256)
+        try:
+            return cls(objects.read_bytes(run.path(path)))
+        except (FileNotFoundError, RuntimeError, TypeError) as error:
+            raise DataError("not a readable codebook", found=error, where=run.path(path)) from error
+
+    def prepare(self, vectors: Float32) -> Float32:
+        """(n, d) float32 as the lists hold it, (n, d') float32: normalised for cosine, then OPQ or PCA.
+
+        Raises:
+            DataError: the shape is wrong, or a number is not finite.
+        """
+        check_vectors(vectors, self.dim)
+        prepared = np.ascontiguousarray(vectors, dtype=np.float32)
+        for transform in self._transforms if len(prepared) else []:
+            prepared = transform.apply(prepared)
+        return prepared.reshape(len(prepared), self.ivf.d)
+
+    def restore(self, prepared: Float32) -> Float32:
+        """The inverse of `prepare` as far as there is one: a norm or a dropped dimension does not come back."""
+        for transform in reversed(self._transforms):
+            prepared = transform.reverse_transform(prepared)
+        return prepared
+
+    def assign(self, prepared: Float32, nprobe: int) -> tuple[Int64, Float32]:
+        """The `nprobe` nearest lists of prepared vectors, and their distances: both (n, nprobe), nearest first."""
+        distances, lists = self._quantizer.search(prepared, min(nprobe, self.num_lists))
+        return lists, distances
+
+    def borrow(self, ivf: faiss.IndexIVF) -> faiss.IndexIVF:
+        """Let an index that was written by `serialize` use this codebook's quantizer, which it does not own."""
+        # Frees the placeholder when it goes. Setting `thisown` instead corrupts SWIG's type table (m: 1.15.1).
+        owner = faiss.IndexPreTransform(ivf.quantizer)
+        owner.own_fields = True
+        ivf.own_fields = False
+        ivf.quantizer = self._quantizer
+        return ivf
+
+    def new_segment(self) -> faiss.IndexIVF:
+        """An empty index with this codec, ready for vectors."""
+        return self.borrow(parts(faiss.deserialize_index(self._empty_segment, READ_FLAGS))[0])
+
+    def new_index(self) -> faiss.Index:
+        """An empty index that needs nothing else: with the transforms, and a quantizer of its own."""
+        return faiss.deserialize_index(faiss.serialize_index(self._index), READ_FLAGS)
+
+    @property
+    def codec(self) -> str:
+        """What FAISS calls what is done to a vector, in order."""
+        return ", ".join(type(step).__name__ for step in (*self._transforms, self.ivf))
+
+    def serialize(self, ivf: faiss.IndexIVF) -> NDArray[np.uint8]:
+        """Write an index that uses this codebook's quantizer, with an empty one in its place."""
+        ivf.quantizer = placeholder = faiss.IndexFlat(ivf.d, ivf.metric_type)
+        try:
+            return faiss.serialize_index(ivf)
+        finally:
+            ivf.quantizer = self._quantizer
+            del placeholder
+
+
+def make_index(
+    factory: str, dim: int, metric: Metric
+) -> tuple[faiss.Index, faiss.IndexIVF, list[faiss.VectorTransform]]:
+    """An untrained index and its parts.
+
+    Raises:
+        ConfigError: FAISS cannot read the factory, or it is none of FACTORIES.
+    """
+    kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+    try:
+        index = faiss.index_factory(dim, f"L2norm,{factory}" if metric == "cosine" else factory, kind)
+        ivf, transforms = parts(index)
+        for transform in transforms[metric == "cosine" :]:
+            if type(transform) not in _TRANSFORMS or getattr(transform, "eigen_power", False):
+                raise TypeError(f"it uses a {type(transform).__name__}, which cannot be undone")
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            "this index cannot be cut into segments",
+            expected=FACTORIES,
+            found=f"for {dim} dimensions: {str(error).rsplit('Error: ', 1)[-1]}",
+            where=f"index.factory: {factory}",
+        ) from error
+    return index, ivf, transforms
+
+
+def parts(index: faiss.Index) -> tuple[faiss.IndexIVF, list[faiss.VectorTransform]]:
+    """The inverted file inside an index, and what is done to vectors before it.
+
+    Raises:
+        TypeError: it is no index that can be cut into segments.
+    """
+    transforms = []
+    if isinstance(index, faiss.IndexPreTransform):
+        chain: Any = index.chain  # a C++ vector; the stubs say it is a list
+        transforms = [faiss.downcast_VectorTransform(chain.at(position)) for position in range(chain.size())]
+        index = faiss.downcast_index(index.index)
+    if not isinstance(index, faiss.IndexIVF) or type(index) not in _CODECS:
+        raise TypeError(f"it makes a {type(index).__name__}")
+    return index, transforms
+
+
+def check_vectors(vectors: Float32, dim: int | None) -> None:
+    """Refuse what is not (n, dim) and finite; any width where `dim` is None.
+
+    Raises:
+        DataError: with the first bad row.
+    """
+    if vectors.ndim != 2 or (dim is not None and vectors.shape[1] != dim):
+        raise DataError("vectors have the wrong shape", expected=f"(n, {dim or 'd'})", found=vectors.shape)
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        raise DataError(
+            "vectors hold NaN or infinity",
+            expected="finite numbers",
+            found=f"{int((~finite).sum())} bad rows, the first is row {int(np.argmin(finite))}",
+        )

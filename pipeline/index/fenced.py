@@ -1,0 +1,39 @@
+"""Small files that only the run's one writer may replace, such as what became of its last commit.
+
+Guarantee: a driver that was taken over replaces nothing that its successor has written. Does not know the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pipeline.errors import SnapshotConflict
+from pipeline.storage import objects
+
+_TRIES = 16
+
+Check = Callable[[], None]
+"""Raises SnapshotConflict if another driver owns the run."""
+
+
+def anyone() -> None:
+    """The check of a command that a person gives: it need not own the run."""
+
+
+def replace(uri: str, data: bytes, check: Check) -> None:
+    """Replace an object if the caller still owns the run.
+
+    The version is read before the check: what a successor writes after the check makes the replacement fail.
+
+    Raises:
+        SnapshotConflict: another driver owns the run, or others kept replacing the object.
+    """
+    for _ in range(_TRIES):
+        found = objects.read_versioned(uri)
+        check()
+        try:
+            objects.compare_and_swap(uri, data, found[1] if found else None)
+            return
+        except objects.Changed:
+            continue
+    raise SnapshotConflict("others keep changing this file", where=uri, remedy="run the same command again")

@@ -1,0 +1,194 @@
+"""Pairs from the gallery itself: a sample of its images that both encoders embed before the fit.
+
+    gallery/part-*, probe-set -> draw -> gallery-pairs/part-00000 -> the embedding stream -> gallery-pairs/old, new
+    -> `training.fitting.pairs`; and from there, as wave 0 of the plan, into the vector log (`first_wave`)
+
+Guarantee: which images it holds is a function of their ids, their labels and their number alone. None of them is in
+the probe set. A sample that was drawn stays as it is. It does not know what the pairs are used for.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import parallel
+from pipeline.arrays import Float32, Int64, vectors_from_arrow
+from pipeline.config.tree import Config, num_from_gallery
+from pipeline.embedding import vector_log
+from pipeline.embedding.rejects import manifest_log
+from pipeline.errors import DataError
+from pipeline.hashing import splitmix64
+from pipeline.manifest import normalised
+from pipeline.manifest.normalised import Manifest
+from pipeline.run import GALLERY_PAIRS, PROBE_SET, Run
+from pipeline.sampling import probe_draw
+from pipeline.storage import parquet
+
+_SALT = 0x9A125  # of this sample alone: other choices by a hash of ids are independent of it
+_MOST_LABELS = 10_000  # with more the sample is drawn by chance, which gives each label its share, too
+_ORDER = [(name, "ascending") for name in ("uri", "offset", "row", "id")]  # neighbours are read together
+
+
+def draw(config: Config, run: Run) -> Manifest | None:
+    """Choose the images and write where they are as a normalised manifest; nothing if that is done.
+
+    Each label of the gallery has its share of them. If the gallery's parts were written again (its images were moved,
+    or are read otherwise), the same images are found in the new ones. The probe set is drawn before, if it is not yet.
+
+    Returns:
+        the manifest; None if no pairs come from the gallery.
+
+    Raises:
+        DataError: as `probe_set.draw`.
+        IncompatibleRun: as `probe_set.draw`.
+    """
+    probe_draw.draw(config, run)
+    gallery, done = normalised.read_manifest(run, "gallery"), normalised.read_manifest(run, GALLERY_PAIRS)
+    assert gallery is not None, "the gallery is normalised before images are drawn from it"
+    if done is None:
+        probe = normalised.ids_of(run, PROBE_SET)
+        count = min(num_from_gallery(config, gallery.num_rows, len(probe)), gallery.num_rows - len(probe))
+        if not count:
+            return None
+        ids = _choose(run, gallery, count, probe)
+    elif normalised.is_drawn_from(done, gallery):
+        return done
+    else:
+        ids = normalised.ids_of(run, GALLERY_PAIRS)
+    found = parallel.each(_rows_of, (run, ids), range(len(gallery.rows)), gallery.num_rows)
+    return normalised.write_drawn(run, GALLERY_PAIRS, gallery, pa.concat_tables(found).sort_by(_ORDER))
+
+
+def embedded_ids(run: Run) -> Int64:
+    """The ids of the drawn images whose new embedding is known, (n,) int64, sorted; none if none are drawn."""
+    drawn = normalised.read_manifest(run, GALLERY_PAIRS)
+    if drawn is None:
+        return np.empty(0, np.int64)
+    if "new_embedding" in drawn.dims:
+        return np.sort(normalised.ids_of(run, GALLERY_PAIRS))
+    return vector_log.read_ids(manifest_log(run, GALLERY_PAIRS, "new"), 0)
+
+
+def read_new(run: Run, ids: Int64) -> tuple[Float32, pa.Array]:
+    """The new embeddings of some of the drawn images.
+
+    Args:
+        run: the run.
+        ids: (n,) int64, in any order.
+
+    Returns:
+        (n, d) float32, and the etags of the objects they were read from (null if the embeddings were given).
+
+    Raises:
+        DataError: one of them has none, or a file is damaged.
+    """
+    drawn, part = normalised.read_manifest(run, GALLERY_PAIRS), run.part(GALLERY_PAIRS, 0)
+    assert drawn is not None, "the sample is drawn before its embeddings are asked for"
+    units = np.unique(_places(parquet.read_parquet(part, ["id"])["id"].to_numpy(), ids, part) // drawn.unit_rows)
+    if "new_embedding" in drawn.dims:
+        rows = parquet.read_parquet(part, ["id", "new_embedding"], units.tolist())
+        rows = rows.rename_columns(["id", "vector"]).append_column("source_etag", pa.nulls(len(rows), pa.string()))
+        where = part
+    else:
+        log = manifest_log(run, GALLERY_PAIRS, "new")
+        rows, where = pa.concat_tables([vector_log.read_unit(log, 0, unit) for unit in units.tolist()]), log.parts_uri
+    rows = rows.take(pa.array(_places(rows["id"].to_numpy(), ids, where)))
+    return vectors_from_arrow(rows["vector"]), rows["source_etag"].combine_chunks()
+
+
+def _places(there: Int64, ids: Int64, where: str) -> Int64:
+    """The row of each id among `there`, (n,) int64.
+
+    Raises:
+        DataError: one of them is missing.
+    """
+    order = np.argsort(there, kind="stable")
+    places = order[np.minimum(np.searchsorted(there[order], ids), len(there) - 1)]
+    missing = ids[there[places] != ids]
+    if len(missing):
+        raise DataError(
+            "an image that was embedded for the fit has no embedding any more",
+            expected=f"{len(ids)} images",
+            found=f"{len(missing)} are missing, such as {missing[0]}",
+            where=where,
+            remedy="run `fastfill repair`, and then the same command again",
+        )
+    return places
+
+
+def _choose(run: Run, gallery: Manifest, count: int, excluded: Int64) -> Int64:
+    """The ids of the sample: of each label, those with the lowest hashes; (count,) int64, sorted."""
+    names, totals = _labels(run, gallery, excluded, min(_MOST_LABELS, count))
+    wanted = _shares(totals, count)
+    codes, ids = np.empty(0, np.int64), np.empty(0, np.int64)
+    parts = range(len(gallery.rows))
+    for some_codes, some_ids in parallel.each(_lowest, (run, excluded, names, wanted), parts, gallery.num_rows):
+        codes, ids = _keep_lowest(np.concatenate([codes, some_codes]), np.concatenate([ids, some_ids]), wanted)
+    return np.sort(ids)
+
+
+def _labels(run: Run, gallery: Manifest, excluded: Int64, most: int) -> tuple[pa.Array | None, Int64]:
+    """The gallery's labels, sorted, and how many images each has; None and the whole if there are too many."""
+    counts: dict[str | None, int] = {}
+    total, parts = 0, range(len(gallery.rows))
+    for labels, images, rows in parallel.each(_count_labels, (run, excluded, most), parts, gallery.num_rows):
+        total += rows
+        for label, number in zip(labels, images, strict=True):
+            if label in counts or len(counts) <= most:
+                counts[label] = counts.get(label, 0) + number
+    if len(counts) > most:
+        return None, np.array([total])
+    names = sorted(counts, key=lambda name: (name is None, name))
+    return pa.array(names, pa.string()), np.array([counts[name] for name in names])
+
+
+def _shares(totals: Int64, count: int) -> Int64:
+    """So many of `count` images for each label, by largest remainders; they add up to it."""
+    exact = totals * (count / totals.sum())
+    shares: Int64 = np.minimum(np.floor(exact).astype(np.int64), totals)
+    largest = np.argsort(shares - exact, kind="stable")
+    shares[largest[: count - shares.sum()]] += 1
+    return shares
+
+
+def _count_labels(run: Run, excluded: Int64, most: int, part: int) -> tuple[list[str | None], list[int], int]:
+    """The labels of a part, one more than `most` at most, with their images; and the images of the part."""
+    rows = _others(run, part, excluded)
+    counted = pc.value_counts(rows["label"].combine_chunks())[: most + 1]
+    return counted.field("values").to_pylist(), counted.field("counts").to_pylist(), rows.num_rows
+
+
+def _lowest(run: Run, excluded: Int64, names: pa.Array | None, wanted: Int64, part: int) -> tuple[Int64, Int64]:
+    """Of each label, the images of a part with the lowest hashes, as many as are wanted in all: labels and ids."""
+    rows = _others(run, part, excluded)
+    if names is None:
+        codes = np.zeros(rows.num_rows, np.int64)
+    else:
+        codes = pc.index_in(rows["label"].combine_chunks(), value_set=names).to_numpy().astype(np.int64)
+    return _keep_lowest(codes, rows["id"].to_numpy(), wanted)
+
+
+def _keep_lowest(codes: Int64, ids: Int64, wanted: Int64) -> tuple[Int64, Int64]:
+    order = np.lexsort((splitmix64(ids, _SALT), codes))
+    codes, ids = codes[order], ids[order]
+    rank = np.arange(len(codes)) - np.searchsorted(codes, codes)
+    kept = rank < wanted[codes]
+    return codes[kept], ids[kept]
+
+
+def _others(run: Run, part: int, excluded: Int64) -> pa.Table:
+    """`id` and `label` of a part's images but for some."""
+    rows = parquet.read_parquet(run.part("gallery", part), ["id", "label"])
+    return rows.filter(pa.array(~np.isin(rows["id"].to_numpy(), excluded)))
+
+
+def _rows_of(run: Run, ids: Int64, part: int) -> pa.Table:
+    """The rows of a part with some ids; only the row groups that hold one are read."""
+    with parquet.open_parquet(run.part("gallery", part)) as file:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        there = np.isin(file.read(["id"])["id"].to_numpy(), ids)
+        groups = np.unique(np.repeat(np.arange(len(sizes)), sizes)[there])
+        rows = file.read_row_groups(groups.tolist())
+    return rows.filter(pa.array(np.isin(rows["id"].to_numpy(), ids)))

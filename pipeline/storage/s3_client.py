@@ -1,0 +1,181 @@
+"""S3, one request per call: what s3fs's client answers, turned into what the caller does next.
+
+Below `object_store`, which retries and settles doubtful writes. Guarantee: a call makes one request, and
+raises `Again` where the same request may well succeed later, `Precondition` where its condition did not
+hold, FileNotFoundError and PermissionError for 404 and 403. It does not retry by itself, so that every
+retry is ours, and counted; but where a connection that was kept open turns out to be closed, aiohttp sends
+the request once more over a new one. So a PUT may arrive twice even if no answer was lost on the way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import aiohttp
+import s3fs
+from botocore import exceptions as boto
+from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
+from fsspec.asyn import sync
+
+from pipeline.errors import ConfigError
+from pipeline.storage.interface import Stat
+from pipeline.storage.object_store import Blob, Page
+from pipeline.storage.retry import Again, problem
+from pipeline.storage.settings import Storage
+
+T = TypeVar("T")
+
+_SLOWEST_BYTES_PER_SECOND = 2**18  # of an upload that is not given up
+
+# What the client raises by itself. A ConnectionError of botocore's is no HTTPClientError: the endpoint's name is not
+# found, its port is closed, or the connection was not made in time.
+_TRANSIENT: tuple[type[Exception], ...] = (
+    boto.HTTPClientError,
+    boto.ConnectionError,
+    boto.IncompleteReadError,
+    boto.FlexibleChecksumError,
+    boto.CredentialRetrievalError,
+    boto.MetadataRetrievalError,
+    ResponseParserError,
+    aiohttp.ClientError,
+    ConnectionError,
+)
+_NO_CREDENTIALS: tuple[type[Exception], ...] = (
+    boto.NoCredentialsError,
+    boto.PartialCredentialsError,
+    boto.ProfileNotFound,
+    boto.SSOError,
+    boto.TokenRetrievalError,
+)
+
+
+class S3Client:
+    """Names are `bucket/key`; an object's version is its etag."""
+
+    def __init__(self, settings: Storage) -> None:
+        """Nothing is sent yet; credentials are found as the AWS SDKs find them.
+
+        Any number of threads may use one client; a process that was forked needs one of its own.
+        """
+        self._answer_seconds = settings.connect_timeout_seconds + settings.read_timeout_seconds
+        names = {"endpoint_url": settings.endpoint_url, "region_name": settings.region}
+        self._fs = s3fs.S3FileSystem(
+            client_kwargs={name: value for name, value in names.items() if value is not None},
+            config_kwargs={
+                "retries": {"total_max_attempts": 1, "mode": "standard"},
+                "max_pool_connections": settings.connections,
+                "connect_timeout": settings.connect_timeout_seconds,
+                "read_timeout": settings.read_timeout_seconds,
+            },
+            skip_instance_cache=True,
+        )
+
+    def head(self, name: str) -> Stat:
+        """HEAD."""
+
+        async def call(s3: Any, **where: str) -> Stat:
+            found = await s3.head_object(**where)
+            return Stat(found["ContentLength"], found["LastModified"].timestamp(), found["ETag"])
+
+        return self._run(name, call)
+
+    def get(self, name: str, start: int | None, stop: int | None, if_match: str | None) -> Blob:
+        """GET, maybe of the bytes from `start` to before `stop`, maybe only if it is still that version."""
+        condition = {"IfMatch": if_match} if if_match is not None else {}
+        if start is not None:
+            condition["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+
+        async def call(s3: Any, **where: str) -> Blob:
+            found = await s3.get_object(**where, **condition)
+            async with found["Body"] as body:
+                return Blob(await body.read(), found["ETag"])
+
+        return self._run(name, call)
+
+    def put(self, name: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
+        """PUT, maybe under a condition; returns the etag."""
+        condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": if_match} if if_match is not None else {}
+
+        async def call(s3: Any, **where: str) -> str:
+            # The client's own time-out begins once the body is sent: it would wait for ever for "100 Continue".
+            async with asyncio.timeout(self._answer_seconds + len(data) / _SLOWEST_BYTES_PER_SECOND):
+                found = await s3.put_object(**where, Body=data, **condition)
+            return str(found["ETag"])
+
+        return self._run(name, call)
+
+    def listing(self, prefix: str, token: str | None, deep: bool = True) -> Page:
+        """One page of the objects whose names begin with `prefix`; else only those without a further "/"."""
+        more = {"ContinuationToken": token} if token is not None else {}
+        more |= {} if deep else {"Delimiter": "/"}
+        bucket, _, key = prefix.partition("/")
+
+        async def call(s3: Any, **_: str) -> Page:
+            found = await s3.list_objects_v2(Bucket=bucket, Prefix=key, **more)
+            objects = [
+                (f"{bucket}/{item['Key']}", Stat(item["Size"], item["LastModified"].timestamp(), item["ETag"]))
+                for item in found.get("Contents", ())
+            ]
+            folders = [f"{bucket}/{item['Prefix'].rstrip('/')}" for item in found.get("CommonPrefixes", ())]
+            return Page(objects, found.get("NextContinuationToken") if found.get("IsTruncated") else None, folders)
+
+        return self._run(prefix, call)
+
+    def delete(self, names: list[str]) -> None:
+        """DELETE of up to 1,000 names of one bucket."""
+        keys = [{"Key": key} for key in (name.partition("/")[2] for name in names) if key]
+
+        async def call(s3: Any, Bucket: str, **_: str) -> None:  # noqa: N803
+            found = await s3.delete_objects(Bucket=Bucket, Delete={"Objects": keys, "Quiet": True})
+            for item in found.get("Errors", ()):
+                raise ClientError({"Error": item}, "DeleteObjects")
+
+        if keys:
+            self._run(names[0], call)
+
+    def _run(self, name: str, call: Callable[..., Awaitable[T]]) -> T:
+        """Wait for `call(client, Bucket=, Key=)`, and turn its errors into ours."""
+        bucket, _, key = name.partition("/")
+
+        async def connected() -> T:
+            try:
+                s3 = await self._fs.set_session()
+            except ValueError as error:  # of the URL, before anything is sent
+                raise ConfigError("not the address of a store", found=error, where="storage.endpoint_url") from error
+            return await call(s3, Bucket=bucket, Key=key)
+
+        def run() -> T:
+            answer: T = sync(self._fs.loop, connected)
+            return answer
+
+        return _translated(run, f"s3://{name}")
+
+
+def _translated(run: Callable[[], T], uri: str) -> T:
+    try:
+        return run()
+    except ClientError as error:
+        raise _by_status(error, uri) from error
+    except TimeoutError as error:  # fsspec's, in place of the client's
+        cause = error.__cause__ or error
+        raise Again(type(cause).__name__, str(cause)) from error
+    except boto.ParamValidationError as error:
+        raise FileNotFoundError(errno.ENOENT, "not a name that a bucket and an object can have", uri) from error
+    except _NO_CREDENTIALS as error:
+        raise PermissionError(errno.EACCES, f"no credentials: {error}", uri) from error
+    except _TRANSIENT as error:
+        if isinstance(getattr(error, "kwargs", {}).get("error"), aiohttp.ClientConnectorCertificateError):
+            raise OSError(errno.EPROTO, str(error), uri) from error  # it will not be trusted the next time either
+        raise Again(type(error).__name__, str(error)) from error
+    except BotoCoreError as error:
+        raise OSError(errno.EIO, str(error), uri) from error
+
+
+def _by_status(error: ClientError, uri: str) -> Exception:
+    found = error.response.get("Error", {})
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    return problem(status, str(found.get("Code", "")), str(found.get("Message", "")), uri)

@@ -1,0 +1,93 @@
+"""`fastfill gc` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from jobs.cli import main
+from jobs.upkeep import gc
+from pipeline.index.tags import list_commits
+from pipeline.storage import objects
+from pipeline.storage.settings import Storage
+from tests.pipeline.index.test_gc import LAST, make
+
+
+class Config:
+    """All that gc takes from a config."""
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+
+
+@pytest.fixture
+def run_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    whole = make(tmp_path)
+
+    def load(*_: object) -> Config:
+        objects.configure(Storage())
+        return Config(whole.run.uri)
+
+    monkeypatch.setattr(gc, "load", load)  # a whole config needs encoders, which gc does not
+    return whole.run.uri
+
+
+def call(*arguments: str) -> dict[str, object]:
+    result = CliRunner().invoke(main, ["gc", "--config", "run.yaml", "--json", *arguments])
+    assert result.exit_code == 0, result.stderr
+    found: dict[str, object] = json.loads(result.stdout)
+    return found
+
+
+def test_it_tells_what_it_would_do_and_does_it(run_uri: str) -> None:
+    told = call("--keep", "1", "--grace", "0", "--dry-run")
+    assert told["commits"] == [0, 2, 3]
+    assert told["kept"] == {"1": ["before prod"], str(LAST): ["candidate", "prod", "among the last 1"]}
+    assert call("--keep", "1", "--grace", "0") == told | {"dry_run": False}
+    assert call("--keep", "1", "--grace", "0")["commits"] == []
+
+
+def test_people_are_told_why_something_stays(run_uri: str) -> None:
+    result = CliRunner().invoke(main, ["gc", "--config", "run.yaml"])
+    assert result.exit_code == 0
+    assert "commit 1 stays: before prod" in result.stderr
+    assert "removed no commit" in result.stderr
+    assert "; 0 index files, 0 left-over files, " in result.stderr
+
+
+def test_gc_of_one_left_over_file_counts_it_in_the_singular(run_uri: str) -> None:
+    left = Path(run_uri) / "index" / ".tmp-left"
+    left.write_bytes(b"x")
+    os.utime(left, (0, 0))
+    result = CliRunner().invoke(main, ["gc", "--config", "run.yaml"])
+    assert "1 left-over file," in result.stderr
+
+
+@pytest.mark.parametrize("bad", [["--keep", "0"], ["--grace", "-1"]])
+def test_rules_that_keep_nothing_are_refused(run_uri: str, bad: list[str]) -> None:
+    assert CliRunner().invoke(main, ["gc", "--config", "run.yaml", *bad]).exit_code == 2
+
+
+def test_the_help_says_what_stays() -> None:
+    text = " ".join(CliRunner().invoke(main, ["gc", "--help"]).stdout.split())
+    for words in ("what every tag points to", "the last --keep snapshots", "evaluate --curve", "never touched"):
+        assert words in text
+
+
+def test_no_run_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gc, "load", lambda *_: Config(str(tmp_path / "none")))
+    result = CliRunner().invoke(main, ["gc", "--config", "run.yaml"])
+    assert result.exit_code == 2
+    assert "there is no run here" in result.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_commits_are_really_gone(run_uri: str) -> None:
+    from pipeline.run import Run
+
+    call("--grace", "0")
+    assert list_commits(Run(run_uri)) == [1, 2, 3, LAST]

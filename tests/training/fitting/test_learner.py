@@ -1,0 +1,158 @@
+"""How a fit is cut into batches, steps and epochs, and how `residual` learns. The loop itself is in test_fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config.method import TransformationKind
+from pipeline.config.tree import Config
+from pipeline.models.networks import LinearTransformation
+from tests.training.test_fit import (
+    CPU,
+    D_NEW,
+    D_OLD,
+    _assert_same_weights,
+    _config,
+    _data,
+    _learner,
+    _read,
+    _same,
+)
+from training.fit import make_job
+from training.fitting.held_out_metrics import transform
+from training.fitting.learner import Job, Learner
+from training.fitting.linear_fit import fit_linear, over_arrays
+from training.fitting.stopping import PATIENCE
+from training.simulation.folds import fit_alone, job_of
+from training.simulation.trials import Recipe
+
+
+@pytest.mark.parametrize(
+    ("settings", "num", "batch"),
+    [
+        ({"batch_size": 513}, 640, 64),
+        ({"batch_size": 1024}, 100, 10),
+        ({"batch_size": 32}, 640, 32),
+        ({"batch_size": 1}, 640, 2),
+        ({"batch_size": 1024, "num_workers": 2}, 640, 32),
+        ({"batch_size": 1024, "transformation": "residual"}, 640, 57),
+        ({"batch_size": 1024}, 15, 2),
+    ],
+)
+def test_a_batch_is_an_eighth_of_the_pairs_at_most_and_two_at_least(
+    tmp_path: Path, settings: dict[str, object], num: int, batch: int
+) -> None:
+    job = make_job(_config(tmp_path, **settings), _data(tmp_path, num))
+    assert job.rank_batch == batch
+    assert job.steps >= 6
+
+
+def test_without_epochs_few_pairs_get_all_steps_in_eighty_epochs(tmp_path: Path) -> None:
+    job = make_job(_config(tmp_path, epochs=None, steps=1000, batch_size=1024), _data(tmp_path, num=100))
+    assert job.fit.num_epochs == 80
+    assert [step for epoch in range(80) for step in job.steps_of(epoch)] == list(range(1000))
+    assert make_job(_config(tmp_path, epochs=None), _data(tmp_path)).fit.steps == 4000
+
+
+def test_with_epochs_each_is_a_pass_over_the_pairs(tmp_path: Path) -> None:
+    job = make_job(_config(tmp_path, epochs=3, steps=1000), _data(tmp_path))
+    assert [list(job.steps_of(epoch)) for epoch in range(job.fit.num_epochs)] == [
+        list(range(start, start + 8)) for start in (0, 8, 16)
+    ]
+
+
+def test_fewer_steps_than_epochs_are_one_each(tmp_path: Path) -> None:
+    job = make_job(_config(tmp_path, epochs=None, steps=3), _data(tmp_path))
+    assert [list(job.steps_of(epoch)) for epoch in range(job.fit.num_epochs)] == [[0], [1], [2]]
+
+
+def test_by_steps_the_learning_rate_is_that_of_the_paper(tmp_path: Path) -> None:
+    data = _data(tmp_path)
+    by_steps = make_job(_config(tmp_path, epochs=None, warmup_epochs=5), data)
+    by_epochs = make_job(_config(tmp_path, epochs=80, warmup_epochs=5), data)
+    assert [by_steps.lr(epoch) for epoch in range(80)] == [by_epochs.lr(epoch) for epoch in range(80)]
+
+
+def test_an_epoch_of_several_passes_shuffles_each(tmp_path: Path) -> None:
+    job = make_job(_config(tmp_path, epochs=None, steps=80 * 12), _data(tmp_path))
+    rows = torch.cat(list(_learner(job)._batches(0)))
+    assert len(rows) == 12 * 64
+    assert rows[:512].sort().values.tolist() == list(range(512))
+    assert rows[:256].tolist() != rows[512:].tolist()
+    following = torch.cat(list(_learner(job)._batches(1)))
+    second = torch.cat([rows[512:], following[:256]])
+    assert second.sort().values.tolist() == list(range(512)), "an epoch goes on with the pass that the last one began"
+
+
+def _residual(tmp_path: Path, **settings: object) -> tuple[Config, Job]:
+    config = _config(tmp_path, **{"transformation": "residual", "epochs": 20} | settings)
+    job = make_job(config, _data(tmp_path, hard=True))
+    pairs = _read(job.data.train_parts, job)
+    one_pass = over_arrays(np.arange(len(pairs.old)), pairs.old, pairs.new, None, job.normalize)
+    return config, replace(job, linear=fit_linear(one_pass, LinearTransformation(D_OLD, D_NEW, None, job.normalize)))
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_residual_without_a_step_equals_linear(tmp_path: Path, metric: str) -> None:
+    config, job = _residual(tmp_path, metric=metric)
+    pairs = _read(job.data.held_out_parts, job)
+    assert job.linear is not None
+    for found, expected in zip(
+        transform(config, _learner(job).fitted(), pairs), transform(config, job.linear.network, pairs), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("loss", ["alignment", "alignment+discriminative"])
+def test_residual_is_better_than_linear_on_the_pairs_it_watches(tmp_path: Path, loss: str) -> None:
+    _, job = _residual(tmp_path, lr=5e-3, loss=loss)
+    learner = _learner(job)
+    first = learner._watched_error()
+    while not learner.done:
+        learner.run_epoch()
+    learner.fitted()
+    assert learner._watched_error() < 0.99 * first
+
+
+def test_residual_that_gets_worse_is_linear_and_ends_soon(tmp_path: Path) -> None:
+    _, job = _residual(tmp_path, lr=10.0, warmup_epochs=0)
+    learner = _learner(job)
+    first = learner._watched_error()
+    while not learner.done:
+        learner.run_epoch()
+    assert learner.epoch == PATIENCE
+    learner.fitted()
+    assert learner._watched_error() == first
+
+
+def test_residual_that_goes_on_from_a_state_equals_never_stopping(tmp_path: Path) -> None:
+    _, job = _residual(tmp_path, epochs=8, lr=5e-3)
+    whole, learner = _learner(job), _learner(job)
+    while not whole.done:
+        whole.run_epoch()
+    for _ in range(3):
+        learner.run_epoch()
+    torch.save(learner.state(), tmp_path / "state.pt")
+    resumed = Learner(job, _read(job.data.train_parts, job), 0, CPU, _same)
+    resumed.restore(torch.load(tmp_path / "state.pt", weights_only=True))
+    resumed.prepare()
+    while not resumed.done:
+        resumed.run_epoch()
+    _assert_same_weights(resumed.fitted(), whole.fitted())
+
+
+@pytest.mark.parametrize("kind", ["linear", "residual", "fastfill"])
+def test_a_fold_is_fitted_by_each_kind(tmp_path: Path, kind: TransformationKind) -> None:
+    data = _data(tmp_path)
+    job = job_of(_config(tmp_path), data, Recipe("alignment", 0.0, 32, 12, kind))
+    train, held = _read(data.train_parts, job), _read(data.held_out_parts, job)
+    found = fit_alone(job, train, held, 0, CPU)
+    assert found.z.shape == held.new.shape
+    assert np.isfinite(found.s).all()
+    assert found.classifier is not None, "orders by it are tried for each kind"
+    assert np.square(found.z - held.new).mean() < 0.9 * held.new.var(axis=0).mean()

@@ -1,0 +1,66 @@
+"""What a fit leaves to the policies: a reference of its held-out pairs, and which group suffers most."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.config.load import validate
+from pipeline.models.offset import Classifier
+from pipeline.planning.policies import POLICIES, load_policy, missing, prioritise
+from pipeline.planning.signals import Scored
+from training.fitting.learner import PairArrays
+from training.simulation.build_policy_inputs import group_needs, measurable, reference_of
+
+NUM, D_OLD, D_NEW = 90, 6, 4
+
+
+def pairs(labelled: bool) -> PairArrays:
+    rng = np.random.default_rng(0)
+    labels = np.arange(NUM) % 6
+    new = (rng.normal(size=(6, D_NEW))[labels] + rng.normal(size=(NUM, D_NEW)) / 2).astype(np.float32)
+    return PairArrays(rng.normal(size=(NUM, D_OLD)).astype(np.float32), new, None, labels if labelled else None)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+def test_a_fit_leaves_all_that_its_policies_need(labelled: bool, metric: str) -> None:
+    tree = {
+        "run": "run",
+        "device": "cpu",
+        "encoders": {"new": {"export": "new.pt2", "dim": D_NEW, "preprocess": {"size": 4}}},
+        "gallery": {"manifest": "gallery", "columns": {}, "metric": metric},
+        "pairs": {"manifest": "pairs", "columns": {}},
+    }
+    found, names = pairs(labelled), tuple("abcdef") if labelled else None
+    table = pa.table({"index": np.arange(NUM), "group": [f"group {row % 3}" for row in range(NUM)]})
+    z = found.new + np.random.default_rng(1).normal(size=found.new.shape).astype(np.float32)
+    classifier = Classifier(np.ones((6, D_NEW), np.float32), None) if labelled else None
+    known = reference_of(validate(tree, "test"), table, found, z, z[:, 0], z + 1, classifier, names)
+    wanted = {name for name in POLICIES if not missing(name, known)}
+    without = {"entropy", "least_confidence", "margin", "class_mean", "neighbour_purity"}
+    assert wanted == set(POLICIES) - (set() if labelled else without)
+    assert known.group_names == (("group 0", "group 1", "group 2") if labelled else ())
+    none = np.full(NUM, None, object)
+    scored = Scored(np.arange(NUM), known.uncertainty, known.transformed, known.old, none, none)
+    for name in wanted:
+        prioritise(load_policy(name, 0, known), scored, name)
+
+
+def test_the_group_whose_images_are_off_suffers_most() -> None:
+    found = pairs(labelled=True)
+    assert found.labels is not None
+    groups = np.array([("good", "bad", "better", None)[label % 4] for label in found.labels], object)
+    noise = np.random.default_rng(1).normal(size=found.new.shape)
+    served = found.new + np.where(groups == "bad", 3, np.where(groups == "good", 0.5, 0))[:, None] * noise
+    names, need = group_needs(served.astype(np.float32), found.new, found.labels, groups, "l2")
+    assert names == ("bad", "better", "good")
+    assert need[0] == 1
+    assert need.min() == 0
+
+
+def test_labels_that_no_two_images_share_measure_nothing() -> None:
+    assert measurable(None) is None
+    assert measurable(np.array([3, -1, -1, 5])) is None
+    assert measurable(np.array([3, -1, 3])) is not None

@@ -1,0 +1,170 @@
+"""FastFill's losses (arXiv 2303.04766, section 3) as pure functions, and the classifier they may need.
+
+Shape suffixes: n = rows, b = batch, d = d_new, c = classes. Every loss is per image until `combined`
+takes the mean. This module does not know the transformation, or where the pairs come from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional
+
+from pipeline.config.method import Fit, LossMode
+
+NO_LABEL = -1
+_CLASSIFIER_EPOCHS = 20
+_CLASSIFIER_LR = 1e-2
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """The new encoder's own linear classifier, frozen: weight (C, d_new) and bias (C,) or None, float32."""
+
+    weight_cd: Tensor
+    bias_c: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Which terms the loss has, and their weights; a mode with the discriminative term needs a classifier."""
+
+    mode: LossMode
+    lambda_disc: float = 1.0
+    label_smoothing: float = 0.1
+    classifier: Classifier | None = None
+
+
+def needs_labels(mode: LossMode) -> bool:
+    """Whether the mode has the discriminative term."""
+    return mode in ("alignment+discriminative", "fastfill")
+
+
+def needs_classifier(fit: Fit) -> bool:
+    """Whether a fit takes the given classifier, or fits one: for its loss, or for its offset."""
+    return needs_labels(fit.mode) or fit.offset == "confidence"
+
+
+def uses_uncertainty(mode: LossMode) -> bool:
+    """Whether s divides the loss and shapes z; in the other modes it only watches."""
+    return mode in ("alignment+uncertainty", "fastfill")
+
+
+def alignment(z_bd: Tensor, new_bd: Tensor) -> Tensor:
+    """Mean over the dimensions of (new - z)^2, (B,)."""
+    return (new_bd - z_bd).square().mean(dim=1)
+
+
+def discriminative(z_bd: Tensor, label_b: Tensor, classifier: Classifier, label_smoothing: float) -> Tensor:
+    """Cross-entropy of W z + b against the label, (B,); `label_b` is int64, and 0 is the loss of label -1 (none)."""
+    logits_bc = functional.linear(z_bd, classifier.weight_cd, classifier.bias_c)
+    return functional.cross_entropy(
+        logits_bc, label_b, reduction="none", label_smoothing=label_smoothing, ignore_index=NO_LABEL
+    )
+
+
+def uncertainty_weighted(loss_b: Tensor, s_b: Tensor) -> Tensor:
+    """0.5 * exp(-s) * L + 0.5 * s, (B,): equation 4 of the paper, least at s = log L.
+
+    s is not detached, so its gradient also shapes what it was computed from.
+    """
+    return 0.5 * torch.exp(-s_b) * loss_b + 0.5 * s_b
+
+
+def errors(loss: Loss, z_bd: Tensor, new_bd: Tensor, label_b: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the uncertainty weighs, and the alignment error in it, both (B,).
+
+    Raises:
+        ValueError: the mode needs labels and a classifier, and one is missing.
+    """
+    align_b = alignment(z_bd, new_bd)
+    if not needs_labels(loss.mode):
+        return align_b, align_b
+    if label_b is None or loss.classifier is None:
+        raise ValueError(f"the loss {loss.mode!r} needs labels and a classifier")
+    disc_b = discriminative(z_bd, label_b, loss.classifier, loss.label_smoothing)
+    return align_b + loss.lambda_disc * disc_b, align_b
+
+
+def combined(
+    loss: Loss, z_bd: Tensor, s_b: Tensor, new_bd: Tensor, label_b: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The loss of a batch in one of the four modes.
+
+    In the modes without uncertainty, z is fitted by the plain mean and s by the same formula with the
+    loss detached: s learns to predict log L without a say in z, and the policy `uncertainty` keeps its
+    meaning. For that the network must compute s from a detached z.
+
+    Args:
+        loss: the mode and its weights.
+        z_bd: transformed embeddings.
+        s_b: their uncertainties, log sigma^2.
+        new_bd: the new encoder's embeddings.
+        label_b: int64 class labels, -1 for none; needed by the modes with the discriminative term.
+
+    Returns:
+        what to minimise, and the mean alignment error (detached), both scalars.
+
+    Raises:
+        ValueError: the mode needs labels and a classifier, and one is missing.
+    """
+    total_b, align_b = errors(loss, z_bd, new_bd, label_b)
+    if uses_uncertainty(loss.mode):
+        objective = uncertainty_weighted(total_b, s_b).mean()
+    else:
+        objective = total_b.mean() + uncertainty_weighted(total_b.detach(), s_b).mean()
+    return objective, align_b.detach().mean()
+
+
+def fit_classifier(
+    new_nd: Tensor,
+    label_n: Tensor,
+    num_classes: int,
+    batches: Callable[[int], Iterable[Tensor]],
+    wrap: Callable[[nn.Module], nn.Module],
+) -> Classifier:
+    """A softmax classifier on the new embeddings, for encoders that come without their own (DINO, CLIP).
+
+    Adam on standardised embeddings; mean and deviation are folded into weight and bias afterwards.
+    Every worker of a process group calls it with its own rows, and gets the same classifier.
+
+    Args:
+        new_nd: (N, d) float32, this worker's rows, on the device to compute on.
+        label_n: (N,) int64; rows with label -1 (none) do not count.
+        num_classes: labels are in [0, num_classes).
+        batches: the row numbers of each batch of an epoch.
+        wrap: makes a module data-parallel.
+    """
+    mean_d, deviation_d = _moments(new_nd)
+    linear = nn.Linear(new_nd.shape[1], num_classes, device=new_nd.device)
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
+    model = wrap(linear)
+    optimizer = torch.optim.Adam(linear.parameters(), lr=_CLASSIFIER_LR)
+    for epoch in range(_CLASSIFIER_EPOCHS):
+        for group in optimizer.param_groups:
+            group["lr"] = _CLASSIFIER_LR * 0.5 * (1 + math.cos(math.pi * epoch / _CLASSIFIER_EPOCHS))
+        for rows_b in batches(epoch):
+            logits_bc = model((new_nd[rows_b] - mean_d) / deviation_d)
+            loss = functional.cross_entropy(logits_bc, label_n[rows_b], reduction="sum", ignore_index=NO_LABEL)
+            optimizer.zero_grad()
+            (loss / len(rows_b)).backward()
+            optimizer.step()
+    weight_cd = linear.weight.detach() / deviation_d
+    return Classifier(weight_cd, linear.bias.detach() - weight_cd @ mean_d)
+
+
+def _moments(x_nd: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (d,) float32 over the rows of all workers."""
+    wide_nd = x_nd.double()
+    sums_d = [torch.full_like(wide_nd[0], len(wide_nd)), wide_nd.sum(dim=0), wide_nd.square().sum(dim=0)]
+    sums_3d = torch.stack(sums_d)
+    if distributed.is_initialized():
+        distributed.all_reduce(sums_3d)
+    mean_d = sums_3d[1] / sums_3d[0]
+    variance_d = (sums_3d[2] / sums_3d[0] - mean_d.square()).clamp(min=0)
+    return mean_d.float(), (variance_d.sqrt() + 1e-6).float()

@@ -1,0 +1,279 @@
+"""Training pairs: old and new embeddings of the same images, cached as Parquet and split once.
+
+    pairs/part-* (normalised manifest) -> pairs/old, pairs/new (the embedding stream, where images are
+    given) -> pairs/train/part-*, pairs/held_out/part-*
+
+Pairs of the gallery itself come from gallery-pairs/ in the same way, alone or beside those of a manifest.
+
+Guarantee: a held-out pair never trains; the split is stratified by label and a function of ids, labels
+and seed alone. Training parts are stripes, so any of them is a sample. `pairs/pairs.json` is last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
+from pipeline.config.method import Classifier
+from pipeline.config.tree import Config
+from pipeline.embedding import rejects
+from pipeline.embedding.precompute import OnUnits, embed_missing, embedding_log, read_embeddings
+from pipeline.embedding.vector_log import VectorLog
+from pipeline.errors import DataError
+from pipeline.hashing import splitmix64
+from pipeline.manifest import normalised
+from pipeline.models.encoder_backends import load_tensors
+from pipeline.run import GALLERY_PAIRS, Run
+from pipeline.sampling import pair_sample
+from pipeline.storage import documents, objects, parquet
+from pipeline.storage.part_files import list_parts
+from training.fitting.learner import FitData
+
+NUM_STRIPES = 16
+MIN_PAIRS = 2 * NUM_STRIPES
+MIN_HELD_OUT = 2
+_MOST_ROWS = 2**20
+_GROUP_ROWS = 16_384  # of a row group: a linear fit holds one at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """What is there to train on.
+
+    Attributes:
+        num_train, num_held_out: pairs of either part.
+        d_old, d_new: widths; d_side is None without side information.
+        num_classes: of the labels, None without labels.
+        rejected: images that could not be embedded by both encoders.
+        label_names: the label of each class number, where that is not the number itself.
+        parts: sha256 of each file of the pairs, by its path below `pairs`; empty if an earlier version wrote this.
+    """
+
+    num_train: int
+    num_held_out: int
+    d_old: int
+    d_new: int
+    d_side: int | None
+    num_classes: int | None
+    rejected: int
+    label_names: tuple[str, ...] | None = None
+    parts: dict[str, str] = field(default_factory=dict)
+
+
+def build_pairs(config: Config, run: Run, on_units: OnUnits = lambda what, done, total: None) -> Pairs:
+    """Embed what is missing, join, split and cache the training pairs; nothing where it is done.
+
+    Raises:
+        ConfigError: old embeddings must be computed and there is no old encoder.
+        DataError: too few pairs, or too many images among them that cannot be read.
+    """
+    done = objects.read_versioned(_marker(run))
+    if done is not None:
+        return documents.parse(Pairs, done[0], _marker(run), documents.REDO)
+    folders = pair_folders(config, run)
+    embed_missing(config, run, folders, on_units)
+    tables = [_join_folder(config, run, folder) for folder in folders]
+    table, rejected = _together([table for table, _ in tables]), sum(bad for _, bad in tables)
+    check_enough(table.num_rows, f"{', '.join(map(run.path, folders))}; {rejected} images cannot be read")
+    labels, num_classes, label_names = _codes(table["label"])
+    ids = table["index"].to_numpy()
+    held_out = split(ids, labels, config.pairs.held_out_fraction, config.seed)
+    table = table.set_column(table.schema.get_field_index("label"), "label", pa.array(labels, mask=labels < 0))
+    stripes = (splitmix64(ids, config.seed + 2) % np.uint64(NUM_STRIPES)).astype(np.int64)
+    parts: dict[str, str] = {}
+    for stripe in range(NUM_STRIPES):
+        mine = pa.array((stripes == stripe) & ~held_out)
+        parts |= _put(run, "train", stripe, table.filter(mine))
+    rest = table.filter(pa.array(held_out))
+    parts |= _put(run, "held_out", 0, rest)
+    widths = {name: _width(table, name) for name in ("old", "new", "side")}
+    pairs = Pairs(
+        num_train=table.num_rows - rest.num_rows,
+        num_held_out=rest.num_rows,
+        d_old=widths["old"] or 0,
+        d_new=widths["new"] or 0,
+        d_side=widths["side"],
+        num_classes=num_classes,
+        rejected=rejected,
+        label_names=label_names,
+        parts=parts,
+    )
+    objects.put(_marker(run), documents.encode(pairs))
+    return pairs
+
+
+def pair_folders(config: Config, run: Run) -> list[str]:
+    """The normalised manifests that the pairs come from; the gallery's pairs are drawn if they are not yet.
+
+    Raises:
+        DataError, IncompatibleRun: as `pair_sample.draw`.
+    """
+    given = [] if config.pairs.manifest is None else ["pairs"]
+    if not config.pairs.uses_gallery:
+        return given
+    return given if pair_sample.draw(config, run) is None else [*given, GALLERY_PAIRS]
+
+
+def check_enough(num_pairs: int, where: str) -> None:
+    """Check that there are enough pairs to fit on, and some to hold out.
+
+    Raises:
+        DataError: there are fewer than MIN_PAIRS.
+    """
+    if num_pairs < MIN_PAIRS:
+        raise DataError(
+            "too few training pairs",
+            expected=f"at least {MIN_PAIRS}",
+            found=num_pairs,
+            where=where,
+            remedy="give more in pairs.manifest, or let more images of the gallery be pairs (pairs.from_gallery)",
+        )
+
+
+def _put(run: Run, folder: str, number: int, rows: pa.Table) -> dict[str, str]:
+    """Write a part, and give the sha256 of its file by its path below `pairs`."""
+    groups = [rows.slice(start, _GROUP_ROWS) for start in range(0, max(1, rows.num_rows), _GROUP_ROWS)]
+    data, uri = parquet.parquet_bytes(rows.schema, groups), run.part(f"pairs/{folder}", number)
+    objects.put(uri, data)
+    return {f"{folder}/{uri.rpartition('/')[2]}": hashlib.sha256(data).hexdigest()}
+
+
+def has_pairs(run: Run) -> bool:
+    """Whether the pairs of the run are there, whole and split."""
+    return objects.exists(_marker(run))
+
+
+def fit_data(config: Config, run: Run, pairs: Pairs) -> FitData:
+    """What the fit reads: the cached parts, and the new encoder's classifier where the config names one.
+
+    Raises:
+        DataError: the classifier's file is missing, or has no weight of the new encoder's width.
+    """
+    return FitData(
+        train_parts=list(list_parts(run.path("pairs", "train")).values()),
+        held_out_parts=list(list_parts(run.path("pairs", "held_out")).values()),
+        num_train=pairs.num_train,
+        num_classes=pairs.num_classes,
+        d_old=pairs.d_old,
+        d_new=pairs.d_new,
+        d_side=pairs.d_side,
+        classifier=_classifier(config.fit.classifier, pairs.d_new),
+        label_names=pairs.label_names,
+    )
+
+
+def split(ids: Int64, labels: NDArray[np.int32], fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Which pairs are held out, (N,) bool: every (1 / fraction)-th by label, and by hash within a label.
+
+    So the fraction holds over all pairs, and within each label to one pair, however few it has. At least
+    two pairs are held out: one alone has no neighbour to be measured by.
+    """
+    fraction = max(fraction, MIN_HELD_OUT / len(ids))
+    order = np.lexsort((splitmix64(ids, seed + 1), labels))
+    due = np.floor(np.arange(len(ids) + 1) * fraction + 0.5)
+    held_out = np.zeros(len(ids), dtype=bool)
+    held_out[order] = np.diff(due) > 0
+    return held_out
+
+
+def num_training(num_pairs: int, held_out_fraction: float) -> int:
+    """How many of so many pairs will train, where none of them is rejected."""
+    return num_pairs - max(MIN_HELD_OUT, math.floor(num_pairs * held_out_fraction + 0.5))
+
+
+def _join_folder(config: Config, run: Run, folder: str) -> tuple[pa.Table, int]:
+    """The pairs of a normalised manifest, and how many of its images cannot be read.
+
+    Raises:
+        DataError: these are too many.
+    """
+    rows = normalised.read_manifest(run, folder)
+    assert rows is not None, f"the {folder} manifest is normalised before its images are embedded"
+    logs = {role: embedding_log(config, run, folder, role) for role in ("old", "new")}
+    table = pa.concat_tables([_join(run, folder, part, logs) for part in range(len(rows.rows))])
+    rejected = rows.num_rows - table.num_rows
+    rejects.check_manifest(rejected, rows.num_rows, config.backfill, folder, run.path(folder))
+    return table, rejected
+
+
+def _together(tables: list[pa.Table]) -> pa.Table:
+    """All pairs. An id of a manifest may be one of the gallery, too: the gallery's pairs get free numbers then."""
+    table, *others = tables
+    for other in others:
+        order = pa.array(np.argsort(other["index"].to_numpy(), kind="stable"))
+        numbers = np.arange(table.num_rows + other.num_rows)
+        free = np.setdiff1d(numbers, table["index"].to_numpy())[: other.num_rows]
+        place = other.schema.get_field_index("index")
+        table = pa.concat_tables([table, other.take(order).set_column(place, "index", pa.array(free))])
+    return table
+
+
+def _join(run: Run, folder: str, part: int, logs: dict[str, VectorLog]) -> pa.Table:
+    """One part's pairs: index, label, group, old, new, and side where it is given; rows without both are left out."""
+    rows, old = read_embeddings(run, folder, part, "old_embedding", logs["old"])
+    other, new = read_embeddings(run, folder, part, "new_embedding", logs["new"])
+    both = np.intersect1d(rows["id"].to_numpy(), other["id"].to_numpy())
+    left, right = _places(rows, both), _places(other, both)
+    columns = {
+        "index": pa.array(both),
+        "label": rows["label"].take(pa.array(left)),
+        "group": rows["group"].take(pa.array(left)),
+        "old": vectors_to_arrow(old[left]),
+        "new": vectors_to_arrow(new[right]),
+    }
+    if "side" in rows.schema.names:
+        columns["side"] = vectors_to_arrow(vectors_from_arrow(rows["side"])[left])
+    return pa.table(columns)
+
+
+def _places(rows: pa.Table, ids: Int64) -> Int64:
+    there = rows["id"].to_numpy()
+    order = np.argsort(there, kind="stable")
+    return order[np.searchsorted(there[order], ids)]
+
+
+def _codes(labels: pa.ChunkedArray) -> tuple[NDArray[np.int32], int | None, tuple[str, ...] | None]:
+    """Labels as class numbers, -1 where there is none: a classifier's rows as they are, else in sorted order.
+
+    Integers from _MOST_ROWS on are names (of products, say) and no classifier's rows.
+
+    Returns:
+        the numbers, how many classes there are, and the classes' names where they are not the numbers.
+    """
+    names = [name for name in pc.unique(labels).to_pylist() if name is not None]
+    if not names:
+        return np.full(len(labels), -1, dtype=np.int32), None, None
+    numbers = all(name.isdecimal() and int(name) < _MOST_ROWS for name in names)
+    codes = {name: int(name) if numbers else code for code, name in enumerate(sorted(names))}
+    lookup = np.array([codes.get(name, -1) for name in labels.to_pylist()], dtype=np.int32)
+    return lookup, max(codes.values()) + 1, None if numbers else tuple(sorted(names))
+
+
+def _width(table: pa.Table, name: str) -> int | None:
+    return table.schema.field(name).type.list_size if name in table.schema.names else None
+
+
+def _classifier(spec: Classifier | None, d_new: int) -> tuple[Float32, Float32 | None] | None:
+    if spec is None:
+        return None
+    tensors = load_tensors(spec.path)
+    weight, bias = tensors.get("weight"), tensors.get("bias")
+    if weight is None or weight.ndim != 2 or weight.shape[1] != d_new:
+        raise DataError(
+            "the classifier does not fit the new encoder",
+            expected=f"a tensor `weight` of shape (num_classes, {d_new})",
+            found={name: tuple(value.shape) for name, value in tensors.items()},
+            where=spec.path,
+        )
+    return weight.float().numpy(), None if bias is None else bias.float().numpy()
+
+
+def _marker(run: Run) -> str:
+    return run.path("pairs", "pairs.json")

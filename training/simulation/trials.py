@@ -1,0 +1,194 @@
+"""What a selection chooses between, what was measured of it, and the rule by which one is chosen. Pure.
+
+Guarantee: the same measurements give the same choice, in whatever order they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import get_args
+
+import numpy as np
+
+from pipeline.arrays import Float64
+from pipeline.config.method import Fit, LossMode, Offset, TransformationKind
+from pipeline.planning.expected_curve import REACHED, fraction_for
+from pipeline.planning.policies import POLICIES
+from pipeline.planning.selection import Candidate as Described
+from pipeline.planning.selection import Figures, Selection, recipe_name
+
+_KINDS = get_args(TransformationKind)
+_LOSSES = get_args(LossMode)
+_OFFSETS = get_args(Offset)
+Ends = dict[str, Figures]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a transformation is fitted: the settings of `fit` by these names."""
+
+    loss: LossMode
+    lambda_disc: float
+    inner_width: int
+    epochs: int | None
+    transformation: TransformationKind = "fastfill"
+
+    def of(self, fit: Fit) -> Fit:
+        """`fit` with these settings."""
+        return fit.model_copy(update=asdict(self))
+
+    def __str__(self) -> str:
+        """Its name in a table."""
+        return recipe_name(self.transformation, self.loss, self.lambda_disc)
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """How its vectors are served: the settings of `fit` by the names `offset`, `offset_strength` and `calibrate`."""
+
+    offset: Offset
+    strength: float
+    calibrate: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A recipe, how it is served, and the order in which images are embedded."""
+
+    recipe: Recipe
+    serving: Serving
+    policy: str
+
+    def simplicity(self) -> tuple[float, ...]:
+        """Sorts the simpler one first.
+
+        By its kind, no offset, calibrated as always, a simple order, few terms in the loss, a small network.
+        """
+        recipe, serving = self.recipe, self.serving
+        sizes = (recipe.inner_width, recipe.epochs or 0, recipe.lambda_disc)
+        served = (_OFFSETS.index(serving.offset), not serving.calibrate)
+        simple = (*served, POLICIES[self.policy].simplicity, _LOSSES.index(recipe.loss))
+        return (_KINDS.index(recipe.transformation), *simple, *sizes, serving.strength)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What was measured of one candidate.
+
+    Attributes:
+        candidate: of what.
+        curves: per fold and metric the values at each point, in per cent, (F, P, M) float64.
+    """
+
+    candidate: Candidate
+    curves: Float64
+
+    def areas(self) -> Float64:
+        """Per fold and metric the plain mean of the points, (F, M)."""
+        areas: Float64 = self.curves.mean(axis=1)
+        return areas
+
+    def scores(self, columns: Sequence[int]) -> Float64:
+        """Per fold the mean over some metrics, (F,)."""
+        scores: Float64 = self.areas()[:, list(columns)].mean(axis=1)
+        return scores
+
+
+def choose(rows: Iterable[Row], columns: Sequence[int]) -> Row:
+    """The simplest candidate that is within one standard error of the best.
+
+    The error is that of the difference to the best, paired by fold.
+    """
+    ranked = _ranked(rows, columns)
+    best = ranked[0].scores(columns)
+
+    def as_good(row: Row) -> bool:
+        behind = best - row.scores(columns)
+        return bool(behind.mean() <= behind.std(ddof=1) / np.sqrt(len(behind)))
+
+    return min((row for row in ranked if as_good(row)), key=lambda row: row.candidate.simplicity())
+
+
+def finalists(rows: Iterable[Row], columns: Sequence[int], most: int) -> list[tuple[Recipe, Serving]]:
+    """Of what was screened the best, and whatever they are the best without an offset and what `choose` would take."""
+    ranked = _ranked(rows, columns)
+    found = list(dict.fromkeys((row.candidate.recipe, row.candidate.serving) for row in ranked))
+    plain = [item for item in found if item[1].offset == "none"]
+    simple = choose(ranked, columns).candidate
+    return list(dict.fromkeys([*found[:most], *plain[:1], (simple.recipe, simple.serving)]))
+
+
+def _ranked(rows: Iterable[Row], columns: Sequence[int]) -> list[Row]:
+    return sorted(rows, key=lambda row: (-row.scores(columns).mean(), row.candidate.simplicity()))
+
+
+def settings_of(selection: Selection, fit: Fit) -> Fit:
+    """`fit` with the settings of the chosen candidate."""
+    chosen = selection.chosen
+    update: dict[str, object] = {name: getattr(chosen, name) for name in Recipe.__slots__}
+    update |= {"offset": chosen.offset, "calibrate": chosen.calibrate}
+    update |= {"offset_strength": chosen.offset_strength} if chosen.offset != "none" else {}
+    return fit.model_copy(update=update)
+
+
+def selection_of(
+    rows: Sequence[Row],
+    screened: Sequence[Row],
+    names: Sequence[str],
+    columns: Sequence[int],
+    num_measured: int,
+    ends: Ends,
+) -> Selection:
+    """The choice, and the outcome as it is stored and shown.
+
+    Args:
+        rows: all that were measured in full; one of them is chosen.
+        screened: all that were measured at first, with fewer points and queries.
+        names: of the metrics.
+        columns: which of them count.
+        num_measured: pairs of a fold that were measured.
+        ends: old/old and new/new.
+    """
+
+    def described(some: Sequence[Row]) -> tuple[Described, ...]:
+        ranked = _ranked(some, columns)
+        return tuple(_described(row, names, columns, ranked[0].scores(columns)) for row in ranked)
+
+    best, chosen = _ranked(rows, columns)[0].scores(columns), choose(rows, columns)
+    points = chosen.curves.shape[1]
+    return Selection(
+        metrics=tuple(names[column] for column in columns),
+        folds=len(best),
+        num_measured=num_measured,
+        chosen=_described(chosen, names, columns, best),
+        candidates=described(rows),
+        screened=described(screened),
+        ends=ends,
+        fractions=tuple(np.linspace(0, 1, points).tolist()),
+        curves={name: chosen.curves[:, :, column].tolist() for column, name in enumerate(names)},
+    )
+
+
+def _described(row: Row, names: Sequence[str], columns: Sequence[int], best: Float64) -> Described:
+    areas, behind = row.areas(), best - row.scores(columns)
+    mean, points = row.curves.mean(axis=0), np.linspace(0, 1, row.curves.shape[1])
+    reached = {
+        percent: {name: fraction_for(mean[:, column], points, percent) for column, name in enumerate(names)}
+        for percent in REACHED
+    }
+    return Described(
+        **asdict(row.candidate.recipe),
+        offset=row.candidate.serving.offset,
+        offset_strength=row.candidate.serving.strength,
+        calibrate=row.candidate.serving.calibrate,
+        policy=row.candidate.policy,
+        area=dict(zip(names, areas.mean(axis=0).tolist(), strict=True)),
+        area_std=dict(zip(names, areas.std(axis=0, ddof=1).tolist(), strict=True)),
+        start=dict(zip(names, mean[0].tolist(), strict=True)),
+        lowest=dict(zip(names, mean.min(axis=0).tolist(), strict=True)),
+        fraction95=reached[95],
+        fraction99=reached[99],
+        behind=float(behind.mean()),
+        behind_error=float(behind.std(ddof=1) / np.sqrt(len(behind))),
+    )
