@@ -24,16 +24,16 @@ from pipeline.config.tree import Config
 from pipeline.evaluation.simulated_curve import agreement_curve, oracle_order, random_order, simulate_curve
 from pipeline.models import offset as offsets
 from pipeline.models.calibration import Calibration, fit_calibration
-from pipeline.models.offset import Classifier
+from pipeline.models.offset import LinearClassifier
 from pipeline.planning.policies import POLICIES, load_policy, missing
-from pipeline.planning.policy_inputs import Reference
+from pipeline.planning.policy_inputs import PolicyInputs
 from pipeline.storage import parquet
 from training.fitting.learner import FitData, Job, PairArrays, can_classify, make_arrays
-from training.simulation.build_policy_inputs import reference_of
+from training.simulation.build_policy_inputs import policy_inputs_of
 from training.simulation.folds import Fold, fit_alone
-from training.simulation.simulate import Detail, order_by
+from training.simulation.simulate import SimulationDetail, order_by
 
-OFFICIAL = Detail(22, 10_000)
+OFFICIAL = SimulationDetail(22, 10_000)
 """The protocol of METHOD: 22 points, and every image of the gallery is a query."""
 
 _RANDOM_ORDERS = 5
@@ -60,7 +60,7 @@ class Fitted:
     gallery: Fold
     served: Float32
     transformed: Float32
-    reference: Reference
+    reference: PolicyInputs
     calibration: Calibration | None = None
 
 
@@ -88,7 +88,7 @@ def fit_once(config: Config, images: Images, seed: int, folder: Path) -> tuple[F
         np.savez(file, **parts)  # type: ignore[arg-type]  # none is called allow_pickle
     with np.load(file) as arrays:
         z, s = arrays["z"], arrays["s"]
-        classifier = Classifier(arrays["weight"], arrays.get("bias")) if "weight" in arrays else None
+        classifier = LinearClassifier(arrays["weight"], arrays.get("bias")) if "weight" in arrays else None
     mine = PairArrays(gallery.old, gallery.new, None, None)
     return Fold(held_out, z[:count], s[:count], classifier), Fold(mine, z[count:], s[count:], classifier)
 
@@ -101,7 +101,7 @@ def fitted(config: Config, images: Images, seed: int, folder: Path) -> Fitted:
         kind, strength = config.fit.offset, config.fit.offset_strength
         offset = offsets.fit_offset(kind, strength, known.z, known.s, known.pairs.new, known.classifier, "l2")
         served, transformed = offset.apply(known.z, known.s), offset.apply(mine.z, mine.s)
-    reference = reference_of(config, images.table, known.pairs, known.z, known.s, served, known.classifier, None)
+    reference = policy_inputs_of(config, images.table, known.pairs, known.z, known.s, served, known.classifier, None)
     calibration = fit_calibration(served, known.pairs.new, "l2", config.seed) if config.fit.calibrate else None
     return Fitted(known, mine, served, transformed, reference, calibration)
 
@@ -119,7 +119,7 @@ def orders_of(found: Fitted, seed: int) -> dict[str, list[Int64]]:
     }
 
 
-def simulate(config: Config, images: Images, seed: int, folder: Path, detail: Detail = OFFICIAL) -> Curves:
+def simulate(config: Config, images: Images, seed: int, folder: Path, detail: SimulationDetail = OFFICIAL) -> Curves:
     """Fit once and backfill the gallery in every order: per order (P, 3), METRICS in per cent.
 
     Where the pairs have no labels a fourth column is `recall10`, of one random order.

@@ -34,13 +34,13 @@ from torchvision.transforms import v2 as transforms
 
 from benchmarks import decoders, small_run
 from benchmarks.measure import Spread, header, interleave, table
-from pipeline.config.tree import Preprocess
+from pipeline.config.tree import PreprocessSettings
 from pipeline.embedding.decode import Limits, Pixels, decoder
 
 DATA = Path(os.environ.get("FASTFILL_DATA", small_run.DATA))
 LIMITS = Limits(max_pixels=64_000_000, max_bytes=100_000_000)
 QUALITY = 90
-IMAGENET = Preprocess(resize=256, center_crop=224)
+IMAGENET = PreprocessSettings(resize=256, center_crop=224)
 PACKAGES = ("pillow", "simplejpeg", "torchvision", "torchcodec", "opencv-python-headless", "imagecodecs", "pyvips")
 
 Decode = Callable[[bytes], Pixels]
@@ -52,7 +52,7 @@ class Images:
 
     name: str
     data: list[bytes]
-    preprocess: Preprocess
+    preprocess: PreprocessSettings
 
     @property
     def title(self) -> str:
@@ -80,16 +80,16 @@ def photographs(count: int, width: int, height: int, kind: str = "JPEG") -> list
 def small_pngs(count: int) -> Images:
     if DATA.exists():
         rows = next(pq.ParquetFile(DATA / "test.parquet").iter_batches(count, columns=["image"]))
-        return Images("CIFAR-100 PNG of 32x32", rows["image"].to_pylist(), Preprocess(size=32))
+        return Images("CIFAR-100 PNG of 32x32", rows["image"].to_pylist(), PreprocessSettings(size=32))
     digits = (load_digits().images[:count] * 15).astype(np.uint8)
     return Images(
         "digits as PNG of 8x8",
         [encoded(Image.fromarray(item), "PNG") for item in digits],
-        Preprocess(size=8, channels=1),
+        PreprocessSettings(size=8, channels=1),
     )
 
 
-def before(preprocess: Preprocess) -> Decode:
+def before(preprocess: PreprocessSettings) -> Decode:
     """Every format is tried, `convert` copies, torchvision resizes by Pillow: as `decode` did it before."""
     formats = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
     mode = "RGB" if preprocess.channels == 3 else "L"
@@ -108,7 +108,7 @@ def before(preprocess: Preprocess) -> Decode:
     return decode
 
 
-def ours(preprocess: Preprocess, **changes: object) -> Decode:
+def ours(preprocess: PreprocessSettings, **changes: object) -> Decode:
     return decoder(preprocess.model_copy(update=changes), LIMITS)
 
 
@@ -196,7 +196,7 @@ def recall(count: int) -> str:
     """What the gallery's decoding changes in retrieval, with queries decoded in full."""
     data, labels = enlarged(count, side=256)
     model = torch.export.load(DATA / "new.pt2").module()
-    full = Preprocess(resize=(32, 32))
+    full = PreprocessSettings(resize=(32, 32))
     exact = embed(data, before(full), model)
     wanted, truth = neighbours(exact, exact), torch.tensor(labels)
     variants: dict[str, Decode] = {"before: Pillow, in full": before(full), "torch, in full": ours(full)}

@@ -13,13 +13,13 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from pipeline.config.tree import Preprocess
+from pipeline.config.tree import PreprocessSettings
 from pipeline.embedding.decode import Pixels
 
 Decode = Callable[[bytes], Pixels]
 
 
-def whole_paths(preprocess: Preprocess) -> dict[str, Decode]:
+def whole_paths(preprocess: PreprocessSettings) -> dict[str, Decode]:
     """By name, of the libraries that are installed."""
     makers = {
         "torchvision.io": ("torchvision", by_torchvision),
@@ -36,7 +36,7 @@ def whole_paths(preprocess: Preprocess) -> dict[str, Decode]:
     }
 
 
-def resized(preprocess: Preprocess) -> Callable[[torch.Tensor], torch.Tensor]:
+def resized(preprocess: PreprocessSettings) -> Callable[[torch.Tensor], torch.Tensor]:
     """torchvision's resize and crop of a tensor (C, H, W)."""
     interpolation = InterpolationMode(preprocess.interpolation)
 
@@ -51,13 +51,13 @@ def resized(preprocess: Preprocess) -> Callable[[torch.Tensor], torch.Tensor]:
     return resize
 
 
-def by_arrays(decode: Callable[[bytes], Pixels], preprocess: Preprocess) -> Decode:
+def by_arrays(decode: Callable[[bytes], Pixels], preprocess: PreprocessSettings) -> Decode:
     """From (H, W, C) arrays."""
     resize = resized(preprocess)
     return lambda data: resize(torch.from_numpy(decode(data)).permute(2, 0, 1)).numpy()
 
 
-def by_torchvision(preprocess: Preprocess) -> Decode:
+def by_torchvision(preprocess: PreprocessSettings) -> Decode:
     import warnings
 
     from torchvision.io import ImageReadMode, decode_image
@@ -67,14 +67,14 @@ def by_torchvision(preprocess: Preprocess) -> Decode:
     return lambda data: resize(decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)).numpy()
 
 
-def by_torchcodec(preprocess: Preprocess) -> Decode:
+def by_torchcodec(preprocess: PreprocessSettings) -> Decode:
     from torchcodec.decoders import ImageReadMode, decode_image
 
     mode, resize = ImageReadMode.RGB if preprocess.channels == 3 else ImageReadMode.GRAY, resized(preprocess)
     return lambda data: resize(decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)).numpy()
 
 
-def by_imagecodecs(preprocess: Preprocess) -> Decode:
+def by_imagecodecs(preprocess: PreprocessSettings) -> Decode:
     import imagecodecs
 
     def decode(data: bytes) -> Pixels:
@@ -86,7 +86,7 @@ def by_imagecodecs(preprocess: Preprocess) -> Decode:
     return by_arrays(decode, preprocess)
 
 
-def opencv_array(preprocess: Preprocess) -> Callable[[bytes], Pixels]:
+def opencv_array(preprocess: PreprocessSettings) -> Callable[[bytes], Pixels]:
     import cv2
 
     cv2.setNumThreads(1)
@@ -94,11 +94,11 @@ def opencv_array(preprocess: Preprocess) -> Callable[[bytes], Pixels]:
     return lambda data: np.atleast_3d(cv2.imdecode(np.frombuffer(data, np.uint8), flag))
 
 
-def by_opencv(preprocess: Preprocess) -> Decode:
+def by_opencv(preprocess: PreprocessSettings) -> Decode:
     return by_arrays(opencv_array(preprocess), preprocess)
 
 
-def by_opencv_alone(preprocess: Preprocess) -> Decode:
+def by_opencv_alone(preprocess: PreprocessSettings) -> Decode:
     import cv2
 
     decode = opencv_array(preprocess)
@@ -118,7 +118,7 @@ def by_opencv_alone(preprocess: Preprocess) -> Decode:
     return whole
 
 
-def by_libvips(preprocess: Preprocess) -> Decode:
+def by_libvips(preprocess: PreprocessSettings) -> Decode:
     import pyvips
 
     pyvips.cache_set_max(0)

@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from benchmarks.small_run import data_folder
 from pipeline.arrays import Int64
-from pipeline.config.tree import Preprocess
+from pipeline.config.tree import PreprocessSettings
 from pipeline.embedding.decode import Limits, decode_image
 
 FOLDER = Path(tempfile.gettempdir()) / "fastfill-encoders"
@@ -148,7 +148,7 @@ def _train(recipe: Recipe, data: Path, kept: Path) -> None:
     table = pq.read_table(data / "train.parquet", columns=["image", "label", "coarse_label_name"])
     table = table.take(rows_of(recipe, table["coarse_label_name"].to_pylist()))
     labels = torch.tensor(table["label"].to_numpy().astype(np.int64))
-    preprocess = Preprocess(size=_SIZE, pixel_range=255, mean=_MEAN, std=_STD)
+    preprocess = PreprocessSettings(size=_SIZE, pixel_range=255, mean=_MEAN, std=_STD)
     pixels = np.stack([decode_image(image, preprocess, _LIMITS) for image in table["image"].to_pylist()])
     images = functional.pad(torch.from_numpy(pixels), (_PAD,) * 4)
     torch.manual_seed(recipe.seed)

@@ -30,7 +30,7 @@ from obstore.store import S3Store
 from benchmarks.measure import Spread, header, interleave, ratio, table
 from pipeline.embedding import fetch
 from pipeline.embedding.fetch import Place
-from pipeline.storage.settings import Fetch
+from pipeline.storage.settings import FetchSettings
 from tests.support.seaweed import SeaweedFS, s3_client
 
 IN_FLIGHT = 32
@@ -142,7 +142,9 @@ class PipelineClient:
 
     def fetch(self, keys: list[str]) -> int:
         places = [Place(f"s3://{BUCKET}/{key}", None, None, None) for key in keys]
-        found = fetch.fetch(places, max_bytes=2**30, settings=Fetch(concurrency=IN_FLIGHT, requests_per_second=1e6))
+        found = fetch.fetch(
+            places, max_bytes=2**30, settings=FetchSettings(concurrency=IN_FLIGHT, requests_per_second=1e6)
+        )
         return sum(len(data) for data, _ in found if isinstance(data, bytes))
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks.measure import Spread, header, interleave, ratio
 from pipeline.embedding.fetch import Place, fetch
 from pipeline.storage import objects
-from pipeline.storage.settings import Fetch
+from pipeline.storage.settings import FetchSettings
 from tests.support.seaweed import SeaweedFS, s3_client
 
 BUCKET = "tars"
@@ -41,10 +41,10 @@ class Sample:
     cpu_seconds: float
 
 
-def ways() -> dict[str, Fetch]:
+def ways() -> dict[str, FetchSettings]:
     """The ways to read, by name; the rate limit is out of the way."""
     gaps = {"one request per image": 0, "gap 32 KiB": 2**15, "gap 128 KiB": 2**17, "gap 1 MiB": 2**20}
-    return {name: Fetch(max_gap_bytes=gap, requests_per_second=1e6) for name, gap in gaps.items()}
+    return {name: FetchSettings(max_gap_bytes=gap, requests_per_second=1e6) for name, gap in gaps.items()}
 
 
 def places(tars: int, per_tar: int, size: int, fraction: float) -> list[Place]:
@@ -60,7 +60,7 @@ def places(tars: int, per_tar: int, size: int, fraction: float) -> list[Place]:
     return list(some())
 
 
-def measure(wanted: list[Place], settings: Fetch) -> Sample:
+def measure(wanted: list[Place], settings: FetchSettings) -> Sample:
     before, wall, cpu = objects.counts(), time.perf_counter(), time.process_time()
     found = sum(isinstance(data, bytes) for data, _ in fetch(wanted, 2**30, settings))
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

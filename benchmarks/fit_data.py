@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.arrays import Float32, Int64, vectors_to_arrow
-from pipeline.config.tree import Config, Encoder, Manifest
+from pipeline.config.tree import Config, EncoderSettings, ManifestSettings
 from pipeline.embedding.decode import Limits, decode_image
 from pipeline.evaluation.simulated_curve import Simulation, order_by_priority, random_order, simulate_curve
 from pipeline.models.encoder import load_encoder
@@ -70,7 +70,7 @@ def simulate(network: Transformation, gallery: Embedded, seed: int) -> Simulatio
     return simulate_curve(transformed, gallery.new, gallery.new, labels, labels, orders, self_match=True)
 
 
-def _embed(config: Config, source: Manifest) -> Embedded:
+def _embed(config: Config, source: ManifestSettings) -> Embedded:
     assert len(source.manifest) == 1
     columns = source.columns
     table = pq.read_table(source.manifest[0], columns=[columns.id, columns.image, columns.label])
@@ -80,7 +80,7 @@ def _embed(config: Config, source: Manifest) -> Embedded:
     return Embedded(table[columns.id].to_pylist(), table[columns.label].to_numpy().astype(np.int64), old, new)
 
 
-def _forward(spec: Encoder, images: pa.ChunkedArray) -> Iterator[Float32]:
+def _forward(spec: EncoderSettings, images: pa.ChunkedArray) -> Iterator[Float32]:
     model = load_encoder(spec, torch.device("cpu"))
     decode = partial(decode_image, preprocess=spec.preprocess, limits=_LIMITS)
     with torch.inference_mode(), ThreadPoolExecutor(2) as pool:

@@ -18,7 +18,7 @@ from torch.profiler import profile
 
 from benchmarks.measure import Spread, header, interleave, ratio, table
 from pipeline.models.networks import TransformationNetwork
-from training.fitting.losses import Classifier, Loss, combined
+from training.fitting.losses import FittedClassifier, Loss, combined
 
 D_OLD, D_NEW, CLASSES = 64, 128, 100
 PROFILED_STEPS = 6
@@ -54,7 +54,7 @@ def stepper(variant: Variant) -> Callable[[], None]:
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-4, weight_decay=2.0**-15, fused=variant.fused)
     old, new = torch.randn(variant.batch, D_OLD), torch.randn(variant.batch, D_NEW)
     label = torch.randint(CLASSES, (variant.batch,))
-    loss = Loss("fastfill", classifier=Classifier(torch.randn(CLASSES, D_NEW), None))
+    loss = Loss("fastfill", classifier=FittedClassifier(torch.randn(CLASSES, D_NEW), None))
     threads = variant.threads or torch.get_num_threads()
 
     def step() -> None:

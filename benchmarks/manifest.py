@@ -163,7 +163,7 @@ def plan(folder: str, source: str) -> int:
 
 
 def build(to: str, *sources: str) -> catalog.Catalog:
-    return catalog.build(to, sources, OPTIONS, start_ray=start_ray)[0]
+    return catalog.build_manifest(to, sources, OPTIONS, start_ray=start_ray)[0]
 
 
 def local_steps(folder: Path, rows: int) -> None:

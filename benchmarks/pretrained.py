@@ -42,7 +42,7 @@ from pipeline.evaluation.simulated_curve import order_by_priority, random_order,
 from pipeline.models.calibration import read_calibration
 from pipeline.models.transformation import apply, load_transformation
 from pipeline.planning.policies import load_policy
-from pipeline.planning.policy_inputs import load_reference
+from pipeline.planning.policy_inputs import load_policy_inputs
 from pipeline.planning.selection import read_selection, recipe_name, resolve_policy
 from pipeline.planning.signals import Scored
 from pipeline.run import Run
@@ -122,7 +122,7 @@ def measure(config: Config, old: Float32, new: Float32, labels: Int64, num_pairs
     z, s = apply(network, old, None, _CPU, 8192)
     policy, ids = resolve_policy(run, "auto"), np.arange(len(z))
     none = np.full(len(z), None, dtype=object)
-    priority = load_policy(policy, 0, load_reference(run))(Scored(ids, s, z, old, none, none))
+    priority = load_policy(policy, 0, load_policy_inputs(run))(Scored(ids, s, z, old, none, none))
     orders = {"random": random_order(ids, 0), policy: order_by_priority(priority, ids, 0)}
     orders = {name: np.concatenate([ids[:num_pairs], order[order >= num_pairs]]) for name, order in orders.items()}
     left = np.arange(_POINTS) / (_POINTS - 1) * (len(z) - num_pairs) + num_pairs

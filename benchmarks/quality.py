@@ -39,7 +39,7 @@ from benchmarks.fit import configure, prepare, started_ray
 from benchmarks.measure import header, table
 from benchmarks.small_run import data_folder
 from pipeline.arrays import Float64
-from pipeline.config.method import LossMode, Select
+from pipeline.config.method import LossMode, SelectSettings
 from pipeline.config.tree import Config
 from pipeline.evaluation.metrics import METRICS, Metrics, evaluate
 from pipeline.evaluation.simulated_curve import share_of_gap
@@ -49,7 +49,7 @@ from pipeline.run import Run
 from training.fitting.learner import FitData
 from training.fitting.losses import needs_labels
 from training.select import select
-from training.simulation.simulate import Detail
+from training.simulation.simulate import SimulationDetail
 from training.simulation.trials import settings_of
 
 LOSSES = ("alignment", "alignment+uncertainty", "alignment+discriminative", "fastfill")
@@ -67,7 +67,7 @@ QUICK: dict[str, object] = {
     "fit.epochs": 20,
     "fit.precision": "auto",
 }
-COARSE = Detail(12, 2500)
+COARSE = SimulationDetail(12, 2500)
 """With other encoders than the given ones: few epochs, points and queries, as many tables are to be made."""
 
 COLUMNS = (*METRICS, "recall10")
@@ -106,7 +106,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], Selection]:
         run, data = prepare(config)
         images = images_of(config, data, gallery)
         fit = config.fit.model_copy(update={"transformation": "auto", "loss": "auto"})
-        choice = Select(minutes=_NO_LIMIT, max_measured=5000 if case.given else 2500)
+        choice = SelectSettings(minutes=_NO_LIMIT, max_measured=5000 if case.given else 2500)
         selecting = config.model_copy(update={"fit": fit, "select": choice})
         selection = _selected(selecting, run, data, kept / f"selection-{digest(selecting.fit.model_dump(mode='json'))}")
     chosen = config.model_copy(update={"fit": settings_of(selection, config.fit)})

@@ -30,14 +30,14 @@ import pyarrow as pa
 from PIL import Image
 
 from pipeline.arrays import Float32, vectors_to_arrow
-from pipeline.config.tree import Index, Preprocess
+from pipeline.config.tree import IndexSettings, PreprocessSettings
 from pipeline.embedding import vector_log
 from pipeline.embedding.decode import Limits, decode_image
 from pipeline.embedding.vector_log import EmbeddedUnit, VectorLog
 from pipeline.index import codebook as codebooks
 from pipeline.index import segment_files, train
 from pipeline.index.codebook import Codebook
-from pipeline.index.commits import Commit, Counts, check_commit
+from pipeline.index.commits import Commit, SegmentCounts, check_commit
 from pipeline.index.segment import build_segment
 from pipeline.index.segment_files import SegmentRef
 from pipeline.planning import plan as plans
@@ -173,7 +173,7 @@ def log_parts(folder: str) -> Figures:
 def index_files() -> Figures:
     """Segments, sidecars and a commit."""
     count = 20_000
-    data = train.train_codebook(vectors(8 * 4096), Index(factory=FACTORY), "l2", 10**9, device="cpu", seed=0)
+    data = train.train_codebook(vectors(8 * 4096), IndexSettings(factory=FACTORY), "l2", 10**9, device="cpu", seed=0)
     codebook = Codebook(data)
     codebooks.set_threads(1)
     ids, rows = np.arange(count, dtype=np.int64), vectors(count)
@@ -187,7 +187,9 @@ def index_files() -> Figures:
                    6_250_000, 156_250, f"index/segments/{shard:064x}.parquet", "0" * 64)
         for wave in range(1, WAVES + 1) for shard in range(SHARDS)
     )  # fmt: skip
-    commit = Commit(0, None, "index/codebook.faiss", "0" * 64, "l2", 16, DIM, WAVES, SHARDS, refs, Counts.of(refs))
+    commit = Commit(
+        0, None, "index/codebook.faiss", "0" * 64, "l2", 16, DIM, WAVES, SHARDS, refs, SegmentCounts.of(refs)
+    )
     text = to_json(commit)
 
     def read() -> None:
@@ -367,7 +369,7 @@ def ray_costs() -> Figures:
 
 def decoding() -> Figures:
     """The CPU of one decoded image of photograph size; without the fetch."""
-    preprocess = Preprocess(resize=256, center_crop=224)
+    preprocess = PreprocessSettings(resize=256, center_crop=224)
     coarse = Image.fromarray(RANDOM.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize(
         (500, 375), Image.Resampling.BICUBIC
     )

@@ -216,7 +216,7 @@ def ours(case: Case) -> Rate:
 class Predictor:
     """The recipe's actor."""
 
-    def __init__(self, encoder: settings.Encoder) -> None:
+    def __init__(self, encoder: settings.EncoderSettings) -> None:
         import torch
 
         from pipeline.models.encoder import load_encoder

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from jobs.shell.command import command, console, print_json
 from jobs.shell.open_run import load
 from jobs.shell.ray_session import start_ray
-from jobs.shell.tables import say_outlook, show_likeness
+from jobs.shell.tables import say_outlook, show_distribution_shift
 
 if TYPE_CHECKING:
     from pipeline.models.transformation import TransformationInfo
-    from pipeline.planning.selection import Candidate, Selection
+    from pipeline.planning.selection import Selection, TrialResult
     from pipeline.run import Run
 
 
@@ -85,24 +85,24 @@ def show_selection(selection: Selection, most: int = 8) -> None:
         )
     console().print(table)
     console().print(describe(selection), soft_wrap=True, highlight=False)
-    show_likeness(selection.likeness, selection.measured_on == "probe")
+    show_distribution_shift(selection.likeness, selection.measured_on == "probe")
 
 
-def _best_of_each(selection: Selection) -> list[Candidate]:
+def _best_of_each(selection: Selection) -> list[TrialResult]:
     """The chosen candidate, and the best one of each recipe; the best score first."""
-    found: dict[tuple[object, ...], Candidate] = {}
+    found: dict[tuple[object, ...], TrialResult] = {}
     for row in (selection.chosen, *selection.candidates):
         found.setdefault((row.transformation, row.loss, row.lambda_disc, row.inner_width, row.epochs), row)
     return sorted(found.values(), key=lambda row: row.behind)
 
 
-def ranked(candidate: Candidate) -> list[str]:
+def ranked(candidate: TrialResult) -> list[str]:
     """How transformed vectors are ranked beside embedded ones, where it is not as always: calibrated, no offset."""
     words = [] if candidate.calibrate else ["not calibrated"]
     return words + ([] if candidate.offset == "none" else [f"offset by {offset_of(candidate)}"])
 
 
-def offset_of(candidate: Candidate) -> str:
+def offset_of(candidate: TrialResult) -> str:
     """The offset with its strength, or `none`."""
     return candidate.offset + (f" {candidate.offset_strength:g}" if candidate.offset != "none" else "")
 

@@ -74,7 +74,7 @@ def main(
         objects.check(target)
         if replace:
             catalog.forget(target)
-        found, pieces = catalog.build(
+        found, pieces = catalog.build_manifest(
             target, [absolute(item) for item in sources], options, bars.images, None if no_ray else start_ray
         )
     _show(found, pieces)

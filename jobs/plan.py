@@ -9,7 +9,7 @@ import click
 from jobs.shell.command import Seconds, command, console, print_json
 from jobs.shell.open_run import load
 from jobs.shell.ray_session import start_ray
-from jobs.shell.tables import say_outlook, show_likeness
+from jobs.shell.tables import say_outlook, show_distribution_shift
 
 if TYPE_CHECKING:
     from pipeline.backfill.estimate import Estimate
@@ -38,9 +38,9 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
 
     from jobs.shell.progress_bars import Bars
     from jobs.steps.prepare import ensure_embeddings, ensure_fit, ensure_plan, open_run
-    from pipeline.backfill.profile import tune
+    from pipeline.backfill.profile import profile
     from pipeline.planning.selection import read_selection
-    from training.forecast import expected_curve, resemblance
+    from training.forecast import distribution_shift_of, expected_curve
 
     config = load(config_path, overrides)
     start_ray()
@@ -51,10 +51,10 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
         info = ensure_fit(config, run, bars)
         plan = ensure_plan(config, run, bars)
         with bars.step("expect"):
-            outlook, alike = expected_curve(config, run, plan), resemblance(config, run, plan)
+            outlook, alike = expected_curve(config, run, plan), distribution_shift_of(config, run, plan)
         if seconds:
             whole = max(1, round(seconds))
-            found = tune(
+            found = profile(
                 config,
                 run,
                 plan,
@@ -81,7 +81,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
     for note in outlook.notes:
         console().print(note, soft_wrap=True)
     selection = read_selection(run)
-    show_likeness(alike, selection is not None and selection.measured_on == "probe")
+    show_distribution_shift(alike, selection is not None and selection.measured_on == "probe")
     say_outlook(info, selection, first)
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from pipeline.config.tree import Config, Encoder
+from pipeline.config.tree import Config, EncoderSettings
 from pipeline.models.encoder import load_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +72,7 @@ def test_the_example_of_an_export_is_an_encoder_for_any_batch_size(
     assert example is not None
     assert config is not None
     exec(compile(example[1], "configuration.md", "exec"), {})
-    encoder = Encoder.model_validate(yaml.safe_load(config[1])["encoders"]["new"])
+    encoder = EncoderSettings.model_validate(yaml.safe_load(config[1])["encoders"]["new"])
     model = load_encoder(encoder, torch.device("cpu"))
     with torch.inference_mode():
         assert model(torch.zeros((3, 3, 224, 224), dtype=torch.uint8)).shape == (3, 512)

@@ -32,7 +32,7 @@ from pipeline.manifest.normalised import digest, scan
 from pipeline.manifest.partition import write_part
 from pipeline.manifest.scan_tables import index_parquet
 from pipeline.manifest.scan_tars import index_tar
-from pipeline.manifest.splits import Options, Piece, PieceWriter
+from pipeline.manifest.splits import Options, SourceSplit, SplitWriter
 from pipeline.run import Run
 from pipeline.storage import objects
 
@@ -114,7 +114,7 @@ def test_decode_image_mutated_file_is_pixels_or_a_reject(seed: int, kind: str) -
     exif, sink = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6
     Image.fromarray(picture).save(sink, kind, **({} if kind in ("GIF", "BMP", "PPM") else {"exif": exif}))
-    preprocess = settings.Preprocess(resize=16, center_crop=12)
+    preprocess = settings.PreprocessSettings(resize=16, center_crop=12)
     limits = Limits(max_pixels=10**6, max_bytes=10**6)
 
     def check(data: bytes) -> None:
@@ -151,8 +151,8 @@ def test_index_tar_mutated_header_is_rows_or_one_error(tmp_path: Path, form: int
 
     def check(data: bytes) -> None:
         uri = write(tmp_path / "a.tar", data)
-        piece = Piece("tar", (uri,), str(tmp_path), objects.stat(uri).etag)
-        out = PieceWriter(str(tmp_path / "manifest"), piece, options)
+        piece = SourceSplit("tar", (uri,), str(tmp_path), objects.stat(uri).etag)
+        out = SplitWriter(str(tmp_path / "manifest"), piece, options)
         index_tar(piece, options, out)
         out.finish()
 
@@ -177,19 +177,19 @@ def manifest() -> bytes:
 
 
 def test_manifest_mutated_parquet_is_parts_or_one_error(tmp_path: Path) -> None:
-    columns = settings.Columns(
+    columns = settings.ColumnNames(
         id="id", uri="uri", offset="offset", length="length", label="label", traffic="traffic", old_embedding="old"
     )
     run, options = Run(str(tmp_path / "run")), Options(suffixes=(".png",))
 
     def check(data: bytes) -> None:
         uri = write(tmp_path / "a.parquet", data)
-        source = settings.Manifest(manifest=uri, columns=columns)
+        source = settings.ManifestSettings(manifest=uri, columns=columns)
         digest(source)
         for number, part in enumerate(scan(source, {"old_embedding": 4})):
             write_part(run, "gallery", number, part, source, 8, "/data")
-        piece = Piece("parquet", (uri,), str(tmp_path), objects.stat(uri).etag)
-        index_parquet(piece, options, PieceWriter(str(tmp_path / "manifest"), piece, options))
+        piece = SourceSplit("parquet", (uri,), str(tmp_path), objects.stat(uri).etag)
+        index_parquet(piece, options, SplitWriter(str(tmp_path / "manifest"), piece, options))
 
     assert try_mutations(manifest(), check, (FastfillError,), 200) > 100
 

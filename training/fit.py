@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from pipeline.config.identity import check_settings_of, fix_settings, stage_settings
-from pipeline.config.method import Fit
+from pipeline.config.method import FitSettings
 from pipeline.config.tree import Config
 from pipeline.errors import ConfigError, DataError, SnapshotConflict
 from pipeline.models.networks import LinearTransformation, Transformation
@@ -146,7 +146,7 @@ def _check_before_selection(config: Config, data: FitData) -> None:
         _check_classes(simplest, data)
 
 
-def _check_classes(fit: Fit, data: FitData) -> None:
+def _check_classes(fit: FitSettings, data: FitData) -> None:
     if data.num_classes is None and needs_labels(fit.mode):
         raise ConfigError(
             f"the loss {fit.mode!r} needs labels",

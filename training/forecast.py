@@ -16,19 +16,19 @@ from pipeline.arrays import Float32, Float64, Int64, vectors_from_arrow
 from pipeline.config.tree import Config
 from pipeline.evaluation import probe_set
 from pipeline.evaluation.gallery_arrays import codes_of, labelled_sample
-from pipeline.evaluation.metrics import METRICS, Metrics, among, evaluate, recall
+from pipeline.evaluation.metrics import METRICS, Metrics, evaluate, nearest_rows, recall
 from pipeline.evaluation.probe_set import ProbeSet
 from pipeline.evaluation.simulated_curve import order_by_priority
 from pipeline.models.calibration import read_calibration
-from pipeline.planning.distribution_shift import Likeness, likeness
-from pipeline.planning.expected_curve import Ends, Expected, expect, expected_uri, read_expected
+from pipeline.planning.distribution_shift import DistributionShift, distribution_shift
+from pipeline.planning.expected_curve import CurveEnds, Expected, expect, expected_uri, read_expected
 from pipeline.planning.plan import Plan
 from pipeline.planning.selection import read_selection, resolve_policy
 from pipeline.run import Run
 from pipeline.storage import documents, objects, parquet
 from training.simulation.folds import by_chance
 from training.simulation.held_out import FOLDS, HeldOut, fold_places, held_out, priorities
-from training.simulation.simulate import FINAL, Detail, curves_of, order_by, queries_of
+from training.simulation.simulate import FINAL, SimulationDetail, curves_of, order_by, queries_of
 
 _LEAST_FOLDED = 1000  # pairs; with fewer, what a fold says of the band is noise, and some labels are there once
 _LEAST_LABELLED = 100
@@ -93,7 +93,7 @@ def _outlook(config: Config, curves: dict[str, Expected], made_unix_seconds: flo
     return Outlook(curves, tuple(notes), made_unix_seconds)
 
 
-def resemblance(config: Config, run: Run, plan: Plan) -> Likeness | None:
+def distribution_shift_of(config: Config, run: Run, plan: Plan) -> DistributionShift | None:
     """Whether the held-out pairs look like the probe set, and are served as near; None without a probe set."""
     probe = probe_set.gather(config, run, plan)
     if probe is None:
@@ -101,7 +101,7 @@ def resemblance(config: Config, run: Run, plan: Plan) -> Likeness | None:
     pairs = held_out(config, run)
     sides = (pairs.fold.pairs.new - pairs.served, probe.targets(config.gallery.metric) - probe.transformed)
     mine, gallery = (np.square(side).sum(axis=1, dtype=np.float64) for side in sides)
-    return likeness(pairs.fold.pairs.old, probe.old, config.seed, (mine, gallery))
+    return distribution_shift(pairs.fold.pairs.old, probe.old, config.seed, (mine, gallery))
 
 
 def _shapes(config: Config, run: Run, labelled: bool, first: float) -> tuple[tuple[str, ...], Float64]:
@@ -163,18 +163,18 @@ def _queries(probe: ProbeSet) -> Int64 | None:
     return None if len(rows) < _LEAST_LABELLED or len(np.unique(probe.labels[rows])) == len(rows) else rows
 
 
-def _ends_by_agreement(config: Config, probe: ProbeSet) -> dict[str, Ends]:
+def _ends_by_agreement(config: Config, probe: ProbeSet) -> dict[str, CurveEnds]:
     """Among the probe images alone; in the end each query finds what it finds."""
     rows, metric = np.arange(len(probe.ids)), config.gallery.metric
-    exact = among(probe.new, probe.new, rows, metric)
-    first = recall(among(probe.new, probe.transformed, rows, metric), exact)
+    exact = nearest_rows(probe.new, probe.new, rows, metric)
+    first = recall(nearest_rows(probe.new, probe.transformed, rows, metric), exact)
     error = 100 * np.sqrt(first / 100 * (1 - first / 100) / len(rows))
-    return {"recall10": Ends(first, 100.0, float(error), 0.0, start_queries=len(rows))}
+    return {"recall10": CurveEnds(first, 100.0, float(error), 0.0, start_queries=len(rows))}
 
 
 def _ends_by_labels(
     config: Config, run: Run, plan: Plan, probe: ProbeSet, rows: Int64
-) -> tuple[dict[str, Ends], tuple[int, str]]:
+) -> tuple[dict[str, CurveEnds], tuple[int, str]]:
     """What the queries say of the gallery before and after; and how large a sample of it was searched and why, or 0."""
     queries = Labelled(probe.ids[rows], probe.new[rows], probe.labels[rows])
     alone = probe_set.stands_alone(run, plan, probe)  # as snapshots are measured
@@ -208,7 +208,7 @@ def _own(config: Config, run: Run, plan: Plan, probe: ProbeSet, rows: Int64) -> 
     order = order_by_priority(table["priority"].to_numpy(), ids, plan.seed)
     order = _after_pairs(order, plan.num_from_pairs / plan.num_gallery)
     sides, metric = (probe.transformed[rows], probe.new[rows], probe.labels[rows]), config.gallery.metric
-    return queries_of(*sides, order, metric, Detail(FINAL.points, len(rows)), read_calibration(run))
+    return queries_of(*sides, order, metric, SimulationDetail(FINAL.points, len(rows)), read_calibration(run))
 
 
 def _priorities(run: Run, ids: Int64, part: int) -> pa.Table:
@@ -225,7 +225,7 @@ class Labelled:
     labels: Int64
 
 
-def ends_of(probe: Labelled, transformed: Float32, gallery: Labelled, metric: str) -> dict[str, Ends]:
+def ends_of(probe: Labelled, transformed: Float32, gallery: Labelled, metric: str) -> dict[str, CurveEnds]:
     """By top1, top5 and map: the gallery as it is served at first, and as it is expected to be in the end.
 
     Args:
@@ -250,7 +250,7 @@ def ends_of(probe: Labelled, transformed: Float32, gallery: Labelled, metric: st
     return {name: _end(name, whole, before, after) for name in METRICS}
 
 
-def _end(name: str, whole: Metrics, before: Metrics, after: Metrics) -> Ends:
+def _end(name: str, whole: Metrics, before: Metrics, after: Metrics) -> CurveEnds:
     """Standard errors over the probe's queries; of the end that of the sum, whose parts share their queries."""
     start, rise = _per_query(name, whole), _per_query(name, after) - _per_query(name, before)
     total = start + rise
@@ -263,7 +263,7 @@ def _end(name: str, whole: Metrics, before: Metrics, after: Metrics) -> Ends:
     correlation = float(np.corrcoef(start[both], total[both])[0, 1]) if spread.all() else 0.0
     end = float(np.clip(np.nanmean(start) + np.nanmean(rise), 0, 100))
     counts = [int(np.isfinite(values).sum()) for values in (start, total)]
-    return Ends(float(np.nanmean(start)), end, error(start), error(total), correlation, *counts)
+    return CurveEnds(float(np.nanmean(start)), end, error(start), error(total), correlation, *counts)
 
 
 def _per_query(name: str, found: Metrics) -> Float64:

@@ -18,20 +18,20 @@ from pipeline.models import calibration as calibrations
 from pipeline.models import offset as offsets
 from pipeline.models.calibration import fit_calibration
 from pipeline.models.networks import Transformation
-from pipeline.models.offset import Classifier, Offset
+from pipeline.models.offset import LinearClassifier, Offset
 from pipeline.models.transformation import TransformationInfo
 from pipeline.planning import policy_inputs
 from pipeline.storage import parquet
-from training.fitting.held_out_metrics import measure, pairs_to_pass_old, transform
+from training.fitting.held_out_metrics import held_out_metrics, pairs_to_pass_old, transform
 from training.fitting.learner import Job, PairArrays, make_arrays
 from training.fitting.linear_parts import out_of_fold_pairs
-from training.simulation.build_policy_inputs import reference_of
+from training.simulation.build_policy_inputs import policy_inputs_of
 
 _CALIBRATED = 5000  # pairs
 
 
 def describe(
-    config: Config, job: Job, network: Transformation, classifier: Classifier | None
+    config: Config, job: Job, network: Transformation, classifier: LinearClassifier | None
 ) -> tuple[TransformationInfo, dict[str, bytes]]:
     """The description of a fitted transformation, and its parts by file name.
 
@@ -48,11 +48,11 @@ def describe(
     z, s = transform(config, network, pairs)
     offset = _offset(config, classifier, z, s, pairs)
     served = z if offset is None else offset.apply(z, s)
-    info = measure(config, job, pairs, served, s)
+    info = held_out_metrics(config, job, pairs, served, s)
     if job.linear is not None and not info.better_than_old:
         info = replace(info, pairs_to_pass_old=pairs_to_pass_old(pairs, job.linear, job.normalize, metric))
-    given = None if data.classifier is None else Classifier(*data.classifier)
-    known = reference_of(config, held_out, pairs, z, s, served, classifier or given, data.label_names)
+    given = None if data.classifier is None else LinearClassifier(*data.classifier)
+    known = policy_inputs_of(config, held_out, pairs, z, s, served, classifier or given, data.label_names)
     parts = {policy_inputs.PART: known.to_bytes()}
     if offset is not None:
         parts[offsets.PART] = offset.to_bytes()
@@ -62,7 +62,9 @@ def describe(
     return info, parts
 
 
-def _offset(config: Config, classifier: Classifier | None, z: Float32, s: Float32, pairs: PairArrays) -> Offset | None:
+def _offset(
+    config: Config, classifier: LinearClassifier | None, z: Float32, s: Float32, pairs: PairArrays
+) -> Offset | None:
     kind, strength = config.fit.offset, config.fit.offset_strength
     if kind == "none":
         return None

@@ -24,13 +24,13 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from pipeline.config.method import LossMode, Select
+from pipeline.config.method import LossMode, SelectSettings
 from pipeline.config.tree import Config
 from pipeline.errors import ConfigError, FastfillError
 from pipeline.evaluation import probe_set
 from pipeline.evaluation.gallery_arrays import codes_of
 from pipeline.evaluation.metrics import METRICS
-from pipeline.planning.distribution_shift import Likeness, likeness
+from pipeline.planning.distribution_shift import DistributionShift, distribution_shift
 from pipeline.planning.policies import POLICIES
 from pipeline.planning.selection import Selection
 from pipeline.run import Run
@@ -52,8 +52,8 @@ from training.simulation.folds import (
     split,
     taken,
 )
-from training.simulation.simulate import FINAL, SCREENING, Detail, measure_fold
-from training.simulation.trials import Candidate, Recipe, Row, Serving, finalists, selection_of
+from training.simulation.simulate import FINAL, SCREENING, SimulationDetail, measure_fold
+from training.simulation.trials import Recipe, Serving, Trial, TrialRow, finalists, selection_of
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def _sample(config: Config, run: Run, data: FitData) -> PairArrays | None:
     return replace(make_arrays(pa.table(columns), job), labels=codes if names else None)
 
 
-def _measured(sample: PairArrays | None, settings: Select) -> PairArrays:
+def _measured(sample: PairArrays | None, settings: SelectSettings) -> PairArrays:
     """The images of the probe set that are measured.
 
     Where some have labels it is those alone: an answer without a label is neither right nor wrong.
@@ -175,7 +175,7 @@ def _measured(sample: PairArrays | None, settings: Select) -> PairArrays:
     return found
 
 
-def too_few(count: int, what: str, settings: Select) -> ConfigError:
+def too_few(count: int, what: str, settings: SelectSettings) -> ConfigError:
     """That the probe set is too small to be measured in the place of pairs."""
     return ConfigError(
         "the probe set is too small to choose by",
@@ -187,7 +187,7 @@ def too_few(count: int, what: str, settings: Select) -> ConfigError:
     )
 
 
-def _sides(fits: Fits, settings: Select) -> Sides:
+def _sides(fits: Fits, settings: SelectSettings) -> Sides:
     if settings.measured_on == "pairs":
         return _comparable(list(zip(fits.held, [*fits.held[1:], fits.held[0]], strict=True)))
     count, most = len(fits.held), settings.folds * settings.max_measured
@@ -267,7 +267,7 @@ def _recipes(config: Config, data: FitData) -> list[Recipe]:
     ]
 
 
-def _servings(config: Config, settings: Select, data: FitData) -> list[Serving]:
+def _servings(config: Config, settings: SelectSettings, data: FitData) -> list[Serving]:
     kinds = [kind for kind in settings.offsets if kind != "confidence" or can_classify(data)]
     kinds = [kind for kind in kinds if kind == "none" or config.gallery.metric != "ip"] or ["none"]
     return [
@@ -283,7 +283,7 @@ def _possible(policy: str, data: FitData) -> bool:
     return all(there.get(item, False) for item in POLICIES[policy].needs)
 
 
-def _columns(settings: Select, fold: Fold) -> tuple[list[int], tuple[str, ...]]:
+def _columns(settings: SelectSettings, fold: Fold) -> tuple[list[int], tuple[str, ...]]:
     """Which columns of a curve count, and what its columns are."""
     names = METRICS if fold.labels() is not None else ("recall10",)
     columns = [names.index(metric) for metric in settings.metrics if metric in names]
@@ -295,10 +295,10 @@ def _measure(
     sides: dict[Recipe, Sides],
     tried: list[tuple[Recipe, Serving]],
     policies: list[str],
-    detail: Detail,
+    detail: SimulationDetail,
     what: str,
     on_step: OnStep,
-) -> list[Row]:
+) -> list[TrialRow]:
     """The curves of each recipe and offset under each order, by tasks of Ray."""
     task = ray.remote(num_cpus=1)(measure_fold)
     stored = {recipe: [(ray.put(one), ray.put(other)) for one, other in some] for recipe, some in sides.items()}
@@ -310,14 +310,14 @@ def _measure(
     for done, ((recipe, serving), parts) in enumerate(zip(tried, tasks, strict=True), start=1):
         curves = ray.get(parts)
         rows += [
-            Row(Candidate(recipe, serving, policy), np.stack([curve[policy] for curve in curves]))
+            TrialRow(Trial(recipe, serving, policy), np.stack([curve[policy] for curve in curves]))
             for policy in policies
         ]
         on_step(f"select: {what}", done, len(tried))
     return rows
 
 
-def _likeness(config: Config, fits: Fits) -> Likeness | None:
+def _likeness(config: Config, fits: Fits) -> DistributionShift | None:
     """Whether the pairs look like the probe set, and a recipe gives as much of both."""
     if not fits.sample:
         return None
@@ -326,7 +326,7 @@ def _likeness(config: Config, fits: Fits) -> Likeness | None:
         for folds in (fits.held, fits.sample[:1])
     ]
     old = np.concatenate([fold.pairs.old for fold in fits.held])
-    return likeness(old, fits.sample[0].pairs.old, config.seed, (errors[0], errors[1]))
+    return distribution_shift(old, fits.sample[0].pairs.old, config.seed, (errors[0], errors[1]))
 
 
 def _ends(config: Config, folds: list[Fold]) -> dict[str, dict[str, float]]:

@@ -8,7 +8,7 @@ from jobs.shell.command import console
 
 if TYPE_CHECKING:
     from pipeline.models.transformation import TransformationInfo
-    from pipeline.planning.distribution_shift import Likeness
+    from pipeline.planning.distribution_shift import DistributionShift
     from pipeline.planning.selection import Selection
 
 
@@ -74,7 +74,7 @@ def _more_pairs(info: TransformationInfo) -> str:
     )
 
 
-def show_likeness(found: Likeness | None, known: bool = False) -> None:
-    """Warn where the pairs do not look like the gallery; `known` as in `Likeness.warnings`."""
+def show_distribution_shift(found: DistributionShift | None, known: bool = False) -> None:
+    """Warn where the pairs do not look like the gallery; `known` as in `DistributionShift.warnings`."""
     for sentence in () if found is None else found.warnings(known):
         console().print(sentence, style="bold red", soft_wrap=True, highlight=False)

@@ -79,7 +79,7 @@ def check_images(config: Config, run: Run, folder: str, rows: Manifest) -> None:
     """
     import ray
 
-    from pipeline.embedding.precompute import probe
+    from pipeline.embedding.precompute import check_readable
     from pipeline.errors import ConfigError
 
     encoder = config.encoders.old if folder == "pairs" and "new_embedding" in rows.dims else config.encoders.new
@@ -88,7 +88,7 @@ def check_images(config: Config, run: Run, folder: str, rows: Manifest) -> None:
         return
     if folder == "pairs" and {"old_embedding", "new_embedding"} <= rows.dims.keys():
         return  # nothing will be read
-    tried, bad = ray.get(ray.remote(num_cpus=0.5)(probe).remote(config, run, folder, rows, encoder.preprocess))
+    tried, bad = ray.get(ray.remote(num_cpus=0.5)(check_readable).remote(config, run, folder, rows, encoder.preprocess))
     if len(bad) < tried:
         return
     raise ConfigError(

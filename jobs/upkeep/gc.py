@@ -35,12 +35,12 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, keep: int,
     from dataclasses import asdict
 
     from pipeline.config.identity import read_settings
-    from pipeline.index.gc import Rules, collect
+    from pipeline.index.gc import Rules, collect_garbage
     from pipeline.run import Run
 
     config = load(config_path, overrides)
     read_settings(Run(config.run))
-    found = collect(config.run, Rules(keep, grace), dry_run)
+    found = collect_garbage(config.run, Rules(keep, grace), dry_run)
     if as_json:
         print_json(asdict(found))
         return

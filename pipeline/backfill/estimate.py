@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from pipeline.config.tree import Telemetry
+from pipeline.config.tree import TelemetrySettings
 
 WAVE_CPU_SECONDS = 0.4
 """What publishing a wave takes of the cores that the stream has else, on two of them; small where there are many."""
@@ -104,7 +104,7 @@ class Estimate:
         return asdict(self)
 
 
-def estimate(rates: Rates, images: int, waves: int, largest_pool: int, prices: Telemetry) -> Estimate:
+def estimate(rates: Rates, images: int, waves: int, largest_pool: int, prices: TelemetrySettings) -> Estimate:
     """The time and money of embedding `images`, and the settings that suit.
 
     Args:

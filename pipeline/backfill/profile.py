@@ -52,7 +52,7 @@ class _Alone:
     device: str
 
 
-def tune(
+def profile(
     config: settings.Config, run: Run, plan: Plan, seconds: float, on_time: Callable[[float, str], None]
 ) -> Estimate:
     """Measure for about so many seconds, and estimate the whole backfill; keeps the estimate with the plan.
@@ -135,7 +135,7 @@ def batch_sizes(largest: int) -> list[int]:
 
 
 def _decoder(
-    preprocess: settings.Preprocess, limits: Limits, device: torch.device
+    preprocess: settings.PreprocessSettings, limits: Limits, device: torch.device
 ) -> Callable[[list[bytes]], tuple[list[Pixels], float]]:
     """What decodes in the stream: to the pixels of good images, and the seconds that it took a core, or the device."""
     if preprocess.decoder == "device":

@@ -18,7 +18,7 @@ from pipeline.evaluation import gate, probe_metrics, quality
 from pipeline.evaluation.gate import Refusal
 from pipeline.evaluation.probe_search import Found
 from pipeline.evaluation.probe_set import ProbeSet, gather
-from pipeline.evaluation.quality import Quality, Reference, Standing, write_standing
+from pipeline.evaluation.quality import PromotionStatus, Quality, QualityBaseline, write_promotion_status
 from pipeline.index import fenced, tags
 from pipeline.index.commits import Commit
 from pipeline.index.fenced import Check
@@ -54,7 +54,7 @@ class Promotion:
     check: Check = fenced.anyone
     stopped: str | None = None
     refusals: list[Refusal] = field(default_factory=list)
-    _probe: tuple[ProbeSet, Reference] | None = None
+    _probe: tuple[ProbeSet, QualityBaseline] | None = None
     _opened: bool = False
     _examined: tuple[set[SegmentRef], Quality] | None = None  # the last draft's segments, and what they gave
     _found: dict[str, Found] = field(default_factory=dict)  # what the probe set finds in each wave
@@ -98,7 +98,7 @@ class Promotion:
         self.check()
         measured = self._measure(commit)
         automatic = self.config.publish.promote == "auto"
-        self.refusals = gate.judge(self.run, commit, self.config.gate) if automatic else []
+        self.refusals = gate.judge_commit(self.run, commit, self.config.gate) if automatic else []
         self._keep(commit)
         if automatic:
             telemetry.GATE_REFUSED.set(bool(self.refusals))
@@ -136,7 +136,7 @@ class Promotion:
             before = tag.commit if tag is not None else None
             quality.keep_best(self.run, commit.number, before, check=self.check)
 
-    def _open(self) -> tuple[ProbeSet, Reference] | None:
+    def _open(self) -> tuple[ProbeSet, QualityBaseline] | None:
         if not self._opened:
             self._opened = True
             probe = gather(self.config, self.run, self.plan)
@@ -152,7 +152,7 @@ class Promotion:
         segments, examined = self._examined or (set(), None)
         known = examined is not None and examined.commit == commit.number and segments == set(commit.segments)
         with nullcontext() if known else telemetry.STAGE_SECONDS.labels("measure").time():
-            measured = probe_metrics.measure(
+            measured = probe_metrics.measure_snapshot(
                 self.run, self.plan, *probe, commit, self._found, examined if known else None
             )  # another driver's commit may be there instead of the draft
         telemetry.observe_probe(measured.figures)
@@ -188,7 +188,7 @@ class Promotion:
 
     def _keep(self, commit: Commit) -> None:
         refused = tuple(refusal.sentence for refusal in self.refusals)
-        write_standing(self.run, Standing(commit.number, refused, self.stopped), self.check)
+        write_promotion_status(self.run, PromotionStatus(commit.number, refused, self.stopped), self.check)
 
     def _warn(self, commit: Commit) -> None:
         """Once per check: a snapshot that is refused is mostly followed by others that are."""

@@ -19,10 +19,10 @@ from pipeline.config.identity import fix_settings, stage_settings
 from pipeline.config.tree import Config
 from pipeline.errors import GateRefused
 from pipeline.index import commits, disk_reserve
-from pipeline.index.commits import Commit, Counts
+from pipeline.index.commits import Commit, SegmentCounts
 from pipeline.index.seal import Sealer
 from pipeline.index.segment_files import SegmentRef
-from pipeline.index.train import train, write_codebook
+from pipeline.index.train import train_for_run, write_codebook
 from pipeline.index.writer import Writer
 from pipeline.models.calibration import read_calibration
 from pipeline.planning.plan import Plan
@@ -172,7 +172,7 @@ class Publisher:
             num_waves=self._plan.last_wave,
             num_shards=self._plan.num_shards,
             segments=tuple(segments),
-            counts=Counts.of(segments),
+            counts=SegmentCounts.of(segments),
             log_digests=digests,
             calibration=self._calibration,
         )
@@ -186,7 +186,7 @@ class Publisher:
 
     def _train_codebook(self) -> tuple[str, str]:
         settings = stage_settings(self._config, "index")
-        data = train(self._config, self._run, self._plan)
+        data = train_for_run(self._config, self._run, self._plan)
         fix_settings(self._run, "index", settings)
         return write_codebook(self._run, data)
 

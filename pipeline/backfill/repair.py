@@ -19,7 +19,7 @@ from pipeline.index import tags, writer
 from pipeline.index.commits import Commit, read_commit
 from pipeline.index.seal import Sealer, seal_again
 from pipeline.index.segment_files import SegmentRef, put_by_content
-from pipeline.index.train import train, write_codebook
+from pipeline.index.train import train_for_run, write_codebook
 from pipeline.planning import build
 from pipeline.planning import plan as plans
 from pipeline.planning.plan import Plan
@@ -168,7 +168,7 @@ def _train_again(config: Config, run: Run, plan: Plan, done: Repair, problems: l
         return
     where = problems[0].where
     try:
-        path, _ = write_codebook(run, train(config, run, plan))
+        path, _ = write_codebook(run, train_for_run(config, run, plan))
     except DataError as error:
         done.left.append(Left(where, f"the codebook cannot be trained again: {error}"))
         return

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from pipeline.config import user_functions
-from pipeline.config.tree import Config, Encoder
+from pipeline.config.tree import Config, EncoderSettings
 from pipeline.errors import DataError, IncompatibleRun
 from pipeline.run import Run
 from pipeline.storage import documents, objects
@@ -236,7 +236,7 @@ def weight_fingerprints(config: Config) -> dict[str, str]:
     return found | _classifier_fingerprint(config) | _policy_fingerprint(config)
 
 
-def encoder_fingerprint(key: str, encoder: Encoder) -> dict[str, str]:
+def encoder_fingerprint(key: str, encoder: EncoderSettings) -> dict[str, str]:
     """What one encoder contains, under its name in the config; nothing where that cannot be told.
 
     Raises:

@@ -14,8 +14,8 @@ import stat
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config.method import Classifier
-from pipeline.config.tree import AnyManifest, Config, Encoder, Encoders
+from pipeline.config.method import ClassifierSettings
+from pipeline.config.tree import AnyManifest, Config, EncoderSettings, EncodersSettings
 from pipeline.errors import ConfigError
 from pipeline.storage import objects
 
@@ -86,7 +86,7 @@ def resolve(config: Config) -> Config:
     def rooted(path: str) -> str:
         return _absolute(path, root)
 
-    def encoder(item: Encoder | None) -> Encoder | None:
+    def encoder(item: EncoderSettings | None) -> EncoderSettings | None:
         if item is None or item.function is not None:
             return item
         if item.export is not None:
@@ -108,8 +108,8 @@ def resolve(config: Config) -> Config:
         probe = probe.model_copy(update={"manifest": files(probe.manifest)})
     fit = config.fit
     if fit.classifier is not None:
-        fit = fit.model_copy(update={"classifier": Classifier(path=rooted(fit.classifier.path))})
-    encoders = Encoders.model_construct(old=encoder(config.encoders.old), new=encoder(config.encoders.new))
+        fit = fit.model_copy(update={"classifier": ClassifierSettings(path=rooted(fit.classifier.path))})
+    encoders = EncodersSettings.model_construct(old=encoder(config.encoders.old), new=encoder(config.encoders.new))
     return config.model_copy(
         update={
             "run": _absolute(config.run, os.getcwd()),

@@ -14,8 +14,8 @@ from pipeline.storage.settings import Count, Fraction, Section
 
 LossMode = Literal["alignment", "alignment+uncertainty", "alignment+discriminative", "fastfill"]
 TransformationKind = Literal["linear", "residual", "fastfill"]
-Offset = Literal["none", "uncertainty", "confidence"]
-Measure = Literal["top1", "top5", "map", "recall10"]
+OffsetKind = Literal["none", "uncertainty", "confidence"]
+GateMetric = Literal["top1", "top5", "map", "recall10"]
 
 POLICY_NAMES = (
     "random",
@@ -50,13 +50,13 @@ _OF_PAPER: dict[bool, LossMode] = {True: "fastfill", False: "alignment+uncertain
 _SOME = Field(min_length=1)
 
 
-class Classifier(Section):
+class ClassifierSettings(Section):
     """The new encoder's own linear classifier: a safetensors file with `weight` and maybe `bias`."""
 
     path: str
 
 
-class Fit(Section):
+class FitSettings(Section):
     """The transformation's kind, loss, network and optimisation; the numbers are the paper's.
 
     With `transformation: auto` what is fitted is chosen by measurement, see `select`. `linear` is least squares, and
@@ -74,9 +74,9 @@ class Fit(Section):
 
     transformation: Literal[TransformationKind, "auto"] = "auto"
     loss: Literal[LossMode, "auto"] = "auto"
-    classifier: Classifier | None = None
+    classifier: ClassifierSettings | None = None
     calibrate: bool = True
-    offset: Offset = "none"
+    offset: OffsetKind = "none"
     offset_strength: Annotated[float, Field(gt=0.0)] = 0.5
     lambda_disc: Annotated[float, Field(ge=0.0)] = 1.0
     label_smoothing: Fraction = 0.1
@@ -127,7 +127,7 @@ class Fit(Section):
         return min(EPOCHS, self.steps) if self.epochs is None else self.epochs
 
 
-class Select(Section):
+class SelectSettings(Section):
     """What `fit.transformation: auto` chooses between: the area of curves on held-out pairs decides.
 
     Each recipe (kind, loss, `lambda_disc` where the loss has that term, inner width, epochs) is fitted once per fold,
@@ -150,10 +150,10 @@ class Select(Section):
     lambdas: Annotated[tuple[Annotated[float, Field(ge=0.0)], ...], _SOME] = (0.1, 1.0)
     inner_widths: tuple[Count, ...] = ()
     epochs: tuple[Count, ...] = ()
-    offsets: Annotated[tuple[Offset, ...], _SOME] = ("none", "confidence")
+    offsets: Annotated[tuple[OffsetKind, ...], _SOME] = ("none", "confidence")
     strengths: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], _SOME] = (0.5,)
     policies: tuple[str, ...] = ()
-    metrics: Annotated[tuple[Measure, ...], _SOME] = ("top1", "map")
+    metrics: Annotated[tuple[GateMetric, ...], _SOME] = ("top1", "map")
     measured_on: Literal["pairs", "probe"] = "pairs"
     folds: Annotated[int, Field(ge=2)] = 3
     finalists: Count = 3
@@ -167,7 +167,7 @@ class Select(Section):
         return self
 
 
-class Plan(Section):
+class PlanSettings(Section):
     """The order and the waves.
 
     `policy: auto` is the order that the selection chose, and `uncertainty` if nothing was selected. `selected` is the
@@ -204,7 +204,7 @@ class Plan(Section):
         return self
 
 
-class Evaluate(Section):
+class EvaluateSettings(Section):
     """METHOD's protocol: 22 points, random order as the mean over 5 seeds.
 
     The curve takes every labelled image as a query, which is quadratic: above `max_images` a backfill
@@ -216,7 +216,7 @@ class Evaluate(Section):
     max_images: Count = 200_000
 
 
-class SampleColumns(Section):
+class SampleColumnNames(Section):
     """Which column of `probe.manifest` holds what; `id` as in `gallery.columns.id`."""
 
     id: str = "id"
@@ -224,7 +224,7 @@ class SampleColumns(Section):
     group: str | None = None
 
 
-class Probe(Section):
+class ProbeSettings(Section):
     """The probe set: images of the gallery that every snapshot is measured on before `prod` moves.
 
     As many as `images`, but no more than a tenth of the gallery where that is 200 or more; they are embedded before
@@ -241,10 +241,10 @@ class Probe(Section):
 
     images: Annotated[int, Field(ge=0)] = 1000
     manifest: str | tuple[str, ...] | None = None
-    columns: SampleColumns = SampleColumns()
+    columns: SampleColumnNames = SampleColumnNames()
 
 
-class Gate(Section):
+class GateSettings(Section):
     """What keeps a snapshot from `prod`, by its figures on the probe set; in per cent, and none is not looked at.
 
     A figure counts as beyond a limit only where it is so by more than its noise: three standard errors, of the

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from pipeline.config.identity import read_settings
-from pipeline.config.tree import Config, Encoder
+from pipeline.config.tree import Config, EncoderSettings
 from pipeline.run import Run
 from pipeline.storage import objects
 from pipeline.storage.settings import Section
@@ -57,7 +57,7 @@ def _with_started(section: Section, started: dict[str, Any]) -> Section:
     return type(section).model_validate(known | given)
 
 
-def _with_exif(encoder: Encoder, started: dict[str, Any] | None) -> Encoder:
+def _with_exif(encoder: EncoderSettings, started: dict[str, Any] | None) -> EncoderSettings:
     """The encoder with `preprocess.exif` as the run has it, if the config does not say it."""
     if started is None or "exif" in encoder.preprocess.model_fields_set:
         return encoder

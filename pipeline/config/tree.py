@@ -12,14 +12,14 @@ from typing import Annotated, Literal, Self, TypeVar
 from pydantic import Field, model_validator
 
 from pipeline.config.method import (
-    Evaluate,
-    Fit,
-    Gate,
-    Plan,
-    Probe,
-    Select,
+    EvaluateSettings,
+    FitSettings,
+    GateSettings,
+    PlanSettings,
+    ProbeSettings,
+    SelectSettings,
 )
-from pipeline.storage.settings import Count, Fetch, Fraction, Section, Storage
+from pipeline.storage.settings import Count, FetchSettings, Fraction, Section, StorageSettings
 
 Metric = Literal["l2", "ip", "cosine"]
 Side = Count | tuple[Count, Count]
@@ -31,7 +31,7 @@ _SHARE_OF_GALLERY = 5  # one image in so many is a pair
 _LEAST_FROM_GALLERY = 64  # pairs, as far as a small gallery has them
 
 
-class Preprocess(Section):
+class PreprocessSettings(Section):
     """How a decoded image becomes the encoder's input; the words are torchvision's.
 
     An image is resized, cropped at its centre, scaled so that white is `pixel_range`, and
@@ -83,7 +83,7 @@ class Preprocess(Section):
         return _pair(self.size) if self.size is not None else None
 
 
-class Torchvision(Section):
+class TorchvisionSettings(Section):
     """A torchvision architecture by name, its weights, and the layer to cut at."""
 
     model: str
@@ -92,7 +92,7 @@ class Torchvision(Section):
     """The module whose output is the embedding, e.g. `flatten` or `avgpool`; the whole network if unset."""
 
 
-class Encoder(Section):
+class EncoderSettings(Section):
     """One encoder: exactly one of `export`, `torchvision`, `function`, its preprocess, and how it computes.
 
     `precision` is that of matrix products and convolutions (torch.autocast); embeddings are float32 in any case.
@@ -101,10 +101,10 @@ class Encoder(Section):
     """
 
     export: str | None = None
-    torchvision: Torchvision | None = None
+    torchvision: TorchvisionSettings | None = None
     function: str | None = None
     dim: Count
-    preprocess: Preprocess
+    preprocess: PreprocessSettings
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     compile: bool = False
 
@@ -118,14 +118,14 @@ class Encoder(Section):
         return self
 
 
-class Encoders(Section):
+class EncodersSettings(Section):
     """The old encoder (needed only where old embeddings must be computed) and the new one."""
 
-    old: Encoder | None = None
-    new: Encoder
+    old: EncoderSettings | None = None
+    new: EncoderSettings
 
 
-class Columns(Section):
+class ColumnNames(Section):
     """Which column of a manifest holds what; a column that is not there may be left unset.
 
     With both `image` and `uri` each row has one of them: a row without a uri has its image's bytes in the manifest,
@@ -158,20 +158,20 @@ class Columns(Section):
         return ("image", "uri", "offset", "length", "etag") if mixed else ()
 
 
-class Manifest(Section):
+class ManifestSettings(Section):
     """Parquet files (a file, a folder, a glob, or a list of these) and what their columns mean."""
 
     manifest: str | tuple[str, ...]
-    columns: Columns
+    columns: ColumnNames
 
 
-class Gallery(Manifest):
+class GallerySettings(ManifestSettings):
     """The gallery to move, and the metric it is searched with."""
 
     metric: Metric = "l2"
 
 
-class Pairs(Section):
+class PairsSettings(Section):
     """The images or embeddings that the transformation is fitted on: from a manifest, from the gallery, or both.
 
     With `from_gallery` so many images of the gallery are embedded before the fit. They are pairs, and their new
@@ -180,7 +180,7 @@ class Pairs(Section):
     """
 
     manifest: str | tuple[str, ...] | None = None
-    columns: Columns = Columns()
+    columns: ColumnNames = ColumnNames()
     from_gallery: Literal["auto"] | Annotated[int, Field(ge=0, le=2**53)] = "auto"
     held_out_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
 
@@ -188,16 +188,16 @@ class Pairs(Section):
     def _some(self) -> Self:
         if self.manifest is None and self.from_gallery == 0:
             raise ValueError("there are no pairs: give a manifest, or from_gallery above 0")
-        if self.manifest is None and self.columns != Columns():
+        if self.manifest is None and self.columns != ColumnNames():
             raise ValueError("columns say what a manifest's columns mean: give manifest, too")
         if self.manifest is not None and "columns" not in self.model_fields_set:
             raise ValueError("columns: required with a manifest, and not given")
         return self
 
     @property
-    def given(self) -> Manifest | None:
+    def given(self) -> ManifestSettings | None:
         """The manifest with its columns; None if there is none."""
-        return None if self.manifest is None else Manifest(manifest=self.manifest, columns=self.columns)
+        return None if self.manifest is None else ManifestSettings(manifest=self.manifest, columns=self.columns)
 
     @property
     def uses_gallery(self) -> bool:
@@ -205,10 +205,10 @@ class Pairs(Section):
         return self.manifest is None if self.from_gallery == "auto" else self.from_gallery > 0
 
 
-AnyManifest = TypeVar("AnyManifest", bound=Manifest)
+AnyManifest = TypeVar("AnyManifest", bound=ManifestSettings)
 
 
-class Backfill(Section):
+class BackfillSettings(Section):
     """Resources and limits of the embedding stream; free to change between two starts of a run.
 
     The stream starts with as many actors as the cluster has room for, and goes up to `max_actors` and down to
@@ -244,7 +244,7 @@ class Backfill(Section):
         return self
 
 
-class Index(Section):
+class IndexSettings(Section):
     """The FAISS index: a factory string or `auto`, and how it is sharded."""
 
     factory: str = "auto"
@@ -253,13 +253,13 @@ class Index(Section):
     train_vectors: Count = 262_144
 
 
-class Publish(Section):
+class PublishSettings(Section):
     """`auto` moves `prod` to every commit that passes the gate; `manual` leaves it to `promote`."""
 
     promote: Literal["auto", "manual"] = "auto"
 
 
-class Telemetry(Section):
+class TelemetrySettings(Section):
     """The driver's Prometheus endpoint; port 0 takes a free one.
 
     `discovery_file` is written for Prometheus's `file_sd_configs`, and removed after a good end. Prices are in any
@@ -282,21 +282,21 @@ class Config(Section):
     allow_outside: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    encoders: Encoders
-    gallery: Gallery
-    pairs: Pairs = Pairs()
-    fit: Fit = Fit()
-    select: Select = Select()
-    plan: Plan = Plan()
-    backfill: Backfill = Backfill()
-    fetch: Fetch = Fetch()
-    index: Index = Index()
-    evaluate: Evaluate = Evaluate()
-    probe: Probe = Probe()
-    gate: Gate = Gate()
-    publish: Publish = Publish()
-    telemetry: Telemetry = Telemetry()
-    storage: Storage = Storage()
+    encoders: EncodersSettings
+    gallery: GallerySettings
+    pairs: PairsSettings = PairsSettings()
+    fit: FitSettings = FitSettings()
+    select: SelectSettings = SelectSettings()
+    plan: PlanSettings = PlanSettings()
+    backfill: BackfillSettings = BackfillSettings()
+    fetch: FetchSettings = FetchSettings()
+    index: IndexSettings = IndexSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    probe: ProbeSettings = ProbeSettings()
+    gate: GateSettings = GateSettings()
+    publish: PublishSettings = PublishSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
+    storage: StorageSettings = StorageSettings()
 
 
 def unit_images(config: Config) -> int:
@@ -320,7 +320,7 @@ def num_from_gallery(config: Config, num_gallery: int, num_probe: int = 0) -> in
     return max(0, min(_MOST_FROM_GALLERY, share, num_gallery - num_probe))
 
 
-def sources(config: Config) -> dict[str, Manifest]:
+def sources(config: Config) -> dict[str, ManifestSettings]:
     """The manifests that are given, by the name of their folder in the run."""
     pairs = config.pairs.given
     return {"gallery": config.gallery} | ({} if pairs is None else {"pairs": pairs})

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from pipeline.config.tree import Backfill
+from pipeline.config.tree import BackfillSettings
 from pipeline.errors import ConfigError, TransientError
 
 LOAD_CPUS = 1.0  # as reading the numbers of the units, so that Ray makes one task of the two
@@ -35,7 +35,7 @@ class Pool:
     gpus: float
 
 
-def actor_pool(backfill: Backfill, device: str) -> Pool:
+def actor_pool(backfill: BackfillSettings, device: str) -> Pool:
     """The embedding actors that suit the settings and the cluster, once that holds the smallest pool.
 
     Raises:
@@ -63,7 +63,7 @@ def may_grow() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
-def _gpus_per_actor(backfill: Backfill, device: str) -> float:
+def _gpus_per_actor(backfill: BackfillSettings, device: str) -> float:
     """As configured; else a whole one where the device asks for it, or where the cluster has any."""
     if backfill.gpus_per_actor is not None:
         return backfill.gpus_per_actor

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.arrays import Int64
-from pipeline.config.tree import Config, Preprocess
+from pipeline.config.tree import Config, PreprocessSettings
 from pipeline.embedding.fetch import WAITED, Place, Reject, fetch
 from pipeline.embedding.orientation import read_turn
 from pipeline.schema import UNITS, Unit
 from pipeline.storage import objects, parquet
-from pipeline.storage.settings import Fetch
+from pipeline.storage.settings import FetchSettings
 
 Pixels = NDArray[np.uint8]
 Picture = Pixels | Image.Image
@@ -87,7 +87,7 @@ class LoadedUnit:
     fetch_seconds: float
 
 
-def load_unit(unit: Unit, preprocess: Preprocess, limits: Limits, settings: Fetch) -> LoadedUnit:
+def load_unit(unit: Unit, preprocess: PreprocessSettings, limits: Limits, settings: FetchSettings) -> LoadedUnit:
     """Read, decode and preprocess a unit's images; or only read them, where the embedding actor decodes.
 
     Raises:
@@ -130,7 +130,7 @@ def load_unit(unit: Unit, preprocess: Preprocess, limits: Limits, settings: Fetc
     )
 
 
-def decode_image(data: bytes, preprocess: Preprocess, limits: Limits) -> Pixels:
+def decode_image(data: bytes, preprocess: PreprocessSettings, limits: Limits) -> Pixels:
     """One encoded image as (C, H, W) uint8.
 
     Raises:
@@ -139,7 +139,7 @@ def decode_image(data: bytes, preprocess: Preprocess, limits: Limits) -> Pixels:
     return decoder(preprocess, limits)(data)
 
 
-def decoder(preprocess: Preprocess, limits: Limits) -> Callable[[bytes], Pixels]:
+def decoder(preprocess: PreprocessSettings, limits: Limits) -> Callable[[bytes], Pixels]:
     """`decode_image` for many images: what depends on the settings alone is done once."""
     mode = "RGB" if preprocess.channels == 3 else "L"
     fit = _fit(preprocess)
@@ -244,7 +244,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def check_resized(size: tuple[int, int], preprocess: Preprocess, limits: Limits) -> None:
+def check_resized(size: tuple[int, int], preprocess: PreprocessSettings, limits: Limits) -> None:
     """Refuse a picture, (width, height), so long and thin that resizing would make it too large.
 
     Raises:
@@ -255,7 +255,7 @@ def check_resized(size: tuple[int, int], preprocess: Preprocess, limits: Limits)
         raise Reject("preprocess", f"too large when resized: {size[0]}x{size[1]}")
 
 
-def resized_size(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int] | None:
+def resized_size(size: tuple[int, int], preprocess: PreprocessSettings) -> tuple[int, int] | None:
     """(height, width) of a picture after `resize`, as torchvision computes it; None where there is no resizing."""
     if not isinstance(preprocess.resize, int):
         return preprocess.resize
@@ -263,7 +263,7 @@ def resized_size(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, in
     return (preprocess.resize, side) if size[0] <= size[1] else (side, preprocess.resize)
 
 
-def _fit(preprocess: Preprocess) -> Callable[[Picture, tuple[int, int] | None], Picture] | None:
+def _fit(preprocess: PreprocessSettings) -> Callable[[Picture, tuple[int, int] | None], Picture] | None:
     """Resize and crop a picture in the arithmetic of what it is: Pillow's or torch's.
 
     torch resizes bytes in whole numbers: the same pixels on every processor. torchvision does it in floats on a
@@ -327,7 +327,7 @@ def open_image(data: bytes, limits: Limits) -> Image.Image:
     return image
 
 
-def check_shape(shape: Sequence[int], preprocess: Preprocess) -> None:
+def check_shape(shape: Sequence[int], preprocess: PreprocessSettings) -> None:
     """Refuse a picture that is not (height, width) as the encoder takes it, once it is resized and cropped.
 
     Raises:

@@ -42,7 +42,7 @@ class Embedder:
     of `embed`, so a unit is cut into two batches at least; but for a compiled network, whose batches have one size.
     """
 
-    def __init__(self, encoder: settings.Encoder, device: str, batch_size: int, threads: int) -> None:
+    def __init__(self, encoder: settings.EncoderSettings, device: str, batch_size: int, threads: int) -> None:
         torch.set_num_threads(threads)
         self._device = resolve_device(device)
         self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
@@ -178,7 +178,9 @@ def _land(start: int, batch: _Batch, vectors: Float32) -> None:
 class EmbedStage:
     """The actor: pixels in, vectors out, one unit a call; each encoder is loaded when its first unit comes."""
 
-    def __init__(self, encoders: list[settings.Encoder], backfill: settings.Backfill, device: str) -> None:
+    def __init__(
+        self, encoders: list[settings.EncoderSettings], backfill: settings.BackfillSettings, device: str
+    ) -> None:
         self._encoders, self._backfill, self._device = encoders, backfill, device
         self._embedders: dict[int, Embedder] = {}
         self._decoders: dict[int, DeviceDecoder] = {}

@@ -27,7 +27,7 @@ from pipeline.schema import DELETED
 from pipeline.storage import objects, parquet
 from pipeline.storage.interface import Reader, Span
 from pipeline.storage.retry import COUNTS
-from pipeline.storage.settings import Fetch
+from pipeline.storage.settings import FetchSettings
 
 WAITED = "microseconds:image"
 """In `storage.counts`: for how long decoding had to wait for images' bytes."""
@@ -84,7 +84,7 @@ Fetched = tuple[bytes | Reject, str | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ByteRange:
     """One request of a container: the bytes of `span`, for the images at these rows of the unit."""
 
     span: Span
@@ -97,10 +97,10 @@ class _Read:
 
     uri: str
     rows: list[int]
-    pieces: list[Piece] | None
+    pieces: list[ByteRange] | None
 
 
-def fetch(places: list[Place], max_bytes: int, settings: Fetch, root: str | None = None) -> Iterator[Fetched]:
+def fetch(places: list[Place], max_bytes: int, settings: FetchSettings, root: str | None = None) -> Iterator[Fetched]:
     """The encoded bytes of each place, in order; the requests, bytes and retries go to `storage.counts`.
 
     Args:
@@ -119,14 +119,14 @@ def fetch(places: list[Place], max_bytes: int, settings: Fetch, root: str | None
         yield _since_manifest(data, etag, places[row]), etag
 
 
-def coalesce(ranges: Iterable[tuple[int, Span]], settings: Fetch) -> list[Piece]:
+def coalesce(ranges: Iterable[tuple[int, Span]], settings: FetchSettings) -> list[ByteRange]:
     """Requests that cover the ranges, each given as (row, span), of one container.
 
     Ranges whose gap is at most `max_gap_bytes` share a request of up to `max_request_bytes`; where most of what lies
     between the first and the last is wanted, whatever their gap is. No range is cut, so one that is longer is a request
     of its own.
     """
-    pieces: list[Piece] = []
+    pieces: list[ByteRange] = []
     ordered = sorted(ranges, key=lambda item: item[1])
     wanted = sum(stop - start for _, (start, stop) in ordered)
     whole = max(stop for _, (_, stop) in ordered) - ordered[0][1][0] if ordered else 0
@@ -136,16 +136,16 @@ def coalesce(ranges: Iterable[tuple[int, Span]], settings: Fetch) -> list[Piece]
             (first, last), rows = pieces[-1].span, pieces[-1].rows
             longest = max(last, stop) - first
             if start - last <= most_gap and longest <= max(settings.max_request_bytes, last - first):
-                pieces[-1] = Piece((first, max(last, stop)), [*rows, row])
+                pieces[-1] = ByteRange((first, max(last, stop)), [*rows, row])
                 continue
-        pieces.append(Piece((start, stop), [row]))
+        pieces.append(ByteRange((start, stop), [row]))
     return pieces
 
 
 class _Unit:
     """The images of one unit while they arrive."""
 
-    def __init__(self, places: list[Place], max_bytes: int, settings: Fetch, root: str | None) -> None:
+    def __init__(self, places: list[Place], max_bytes: int, settings: FetchSettings, root: str | None) -> None:
         self._places, self._max_bytes, self._settings, self._root = places, max_bytes, settings, root
         self._found: list[Fetched | None] = [None] * len(places)
         self._readers: dict[str, Reader] = {}
@@ -218,7 +218,7 @@ class _Unit:
         except (OSError, ValueError) as error:
             if _is_unreadable(error, read.uri) and read.pieces is not None and len(read.rows) > 1:
                 for row in read.rows:  # of a container, which others may be read from
-                    self._run(_Read(read.uri, [row], [Piece(self._span(self._places[row]), [row])]))
+                    self._run(_Read(read.uri, [row], [ByteRange(self._span(self._places[row]), [row])]))
                 return
             self._leave(read.rows, (_reject(error, read.uri), None))
 

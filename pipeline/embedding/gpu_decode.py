@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from PIL import Image
 
-from pipeline.config.tree import Preprocess
+from pipeline.config.tree import PreprocessSettings
 from pipeline.embedding.decode import (
     Limits,
     check_resized,
@@ -50,7 +50,7 @@ class _Header:
 class DeviceDecoder:
     """Encoded images to pixels on a device; one is made per actor, and tries the device once."""
 
-    def __init__(self, preprocess: Preprocess, limits: Limits, device: torch.device) -> None:
+    def __init__(self, preprocess: PreprocessSettings, limits: Limits, device: torch.device) -> None:
         from torchvision.io import ImageReadMode, decode_jpeg
 
         self._preprocess, self._limits, self._device = preprocess, limits, device

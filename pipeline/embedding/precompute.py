@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.arrays import Float32, vectors_from_arrow
-from pipeline.config.tree import Config, Encoder, Preprocess
+from pipeline.config.tree import Config, EncoderSettings, PreprocessSettings
 from pipeline.embedding import rejects, vector_log
 from pipeline.embedding.decode import decode_image, image_limits
 from pipeline.embedding.fetch import Place, Reject, fetch
@@ -27,7 +27,7 @@ from pipeline.run import GALLERY_PAIRS, PROBE_SET, Run
 from pipeline.schema import LOCATION, Unit
 from pipeline.storage import parquet
 
-NUM_PROBED = 8
+NUM_CHECKED = 8
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def embed_missing(config: Config, run: Run, folders: Sequence[str], on_units: On
             work.append(Work(_encoder(config, folder, role), log, units))
             total.append(rows.num_rows)
             done.append(rows.num_rows - sum(unit.images for unit in units))
-            rejected.append(sum(vector_log.count_rejects(log).values()))
+            rejected.append(sum(vector_log.count_log_rejects(log).values()))
             _check_rejects(config, folder, rejected[-1], total[-1], log)
             if units:
                 on_units(f"{folder}: {role} embeddings", done[-1], total[-1])
@@ -113,8 +113,8 @@ def _missing(folder: str, rows: Manifest) -> list[str]:
     return [role for role in _NEEDED[folder] if f"{role}_embedding" not in rows.dims]
 
 
-def _encoder(config: Config, folder: str, role: str) -> Encoder:
-    encoder: Encoder | None = getattr(config.encoders, role)
+def _encoder(config: Config, folder: str, role: str) -> EncoderSettings:
+    encoder: EncoderSettings | None = getattr(config.encoders, role)
     if encoder is None:
         raise ConfigError(
             f"the {folder}'s {role} embeddings are not given, and neither is the encoder to compute them",
@@ -153,7 +153,9 @@ def read_embeddings(run: Run, folder: str, part: int, role: str, log: VectorLog)
     return rows.filter(pa.array(there)), vectors[places[there]]
 
 
-def probe(config: Config, run: Run, folder: str, rows: Manifest, preprocess: Preprocess) -> tuple[int, list[str]]:
+def check_readable(
+    config: Config, run: Run, folder: str, rows: Manifest, preprocess: PreprocessSettings
+) -> tuple[int, list[str]]:
     """Read and decode some images that are spread over a manifest.
 
     Returns:
@@ -179,7 +181,7 @@ def probe(config: Config, run: Run, folder: str, rows: Manifest, preprocess: Pre
 def _places(run: Run, folder: str, rows: Manifest) -> list[Place]:
     ends = np.cumsum(rows.rows)
     found = []
-    for position in np.unique(np.linspace(0, rows.num_rows - 1, NUM_PROBED).astype(np.int64)).tolist():
+    for position in np.unique(np.linspace(0, rows.num_rows - 1, NUM_CHECKED).astype(np.int64)).tolist():
         part = int(np.searchsorted(ends, position, side="right"))
         group, row = divmod(position - int(ends[part]) + rows.rows[part], rows.unit_rows)
         columns = [field.name for field in LOCATION]

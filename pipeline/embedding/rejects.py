@@ -12,7 +12,7 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config.tree import Backfill
+from pipeline.config.tree import BackfillSettings
 from pipeline.embedding import vector_log
 from pipeline.embedding.vector_log import VectorLog
 from pipeline.errors import DataError
@@ -72,7 +72,7 @@ def check(rejected: int, images: int, fraction: float, allowance: int, summary: 
     )
 
 
-def check_manifest(rejected: int, images: int, settings: Backfill, folder: str, where: str) -> None:
+def check_manifest(rejected: int, images: int, settings: BackfillSettings, folder: str, where: str) -> None:
     """Stop before the fit and the plan where too many images of the gallery or of the pairs are rejected.
 
     Raises:
@@ -94,7 +94,7 @@ def gallery_log(run: Run) -> VectorLog:
 
 def count_before_plan(run: Run) -> int:
     """The images of the gallery that the old encoder could not read."""
-    return sum(vector_log.count_rejects(manifest_log(run, "gallery", "old")).values())
+    return sum(vector_log.count_log_rejects(manifest_log(run, "gallery", "old")).values())
 
 
 def read_all(run: Run, log: VectorLog | None) -> pa.Table:

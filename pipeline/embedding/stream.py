@@ -32,7 +32,7 @@ from pipeline.embedding.vector_log import EmbeddedUnit, VectorLog
 from pipeline.schema import Unit, UnitAck
 from pipeline.storage import objects
 from pipeline.storage.retry import count_retries
-from pipeline.storage.settings import Fetch
+from pipeline.storage.settings import FetchSettings
 
 _UNITS_PER_ACTOR = 4  # that wait for it or are in its hands
 _RETRIES = 20  # of a task; a machine that is gone counts as one, and Ray's 3 are soon used up where many go
@@ -42,7 +42,7 @@ _RETRIES = 20  # of a task; a machine that is gone counts as one, and Ray's 3 ar
 class Work:
     """Units that go through one encoder into one log."""
 
-    encoder: settings.Encoder
+    encoder: settings.EncoderSettings
     log: VectorLog
     units: list[Unit]
 
@@ -51,9 +51,9 @@ class Work:
 class _Job:
     """What the tasks of a stream need to know; `units` says for each number which work and unit it is."""
 
-    targets: list[tuple[settings.Encoder, VectorLog]]
+    targets: list[tuple[settings.EncoderSettings, VectorLog]]
     limits: Limits
-    fetch: Fetch
+    fetch: FetchSettings
     units: ray.ObjectRef[pa.Table]
 
     def unit(self, number: int) -> tuple[int, Unit]:

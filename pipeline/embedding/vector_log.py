@@ -239,7 +239,7 @@ def read_deleted(log: VectorLog, wave: int) -> Int64:
     return ids
 
 
-def count_rejects(log: VectorLog) -> dict[int, int]:
+def count_log_rejects(log: VectorLog) -> dict[int, int]:
     """The number of rejects of finished units by wave, from the footers of the few files there are."""
     files = reject_files(log)
     counts: dict[int, int] = {}

@@ -16,10 +16,10 @@ from pipeline.arrays import Float64, Int64
 from pipeline.config.tree import Config
 from pipeline.embedding.vector_log import part_files
 from pipeline.errors import DataError
-from pipeline.evaluation.curve_points import SLOTS
+from pipeline.evaluation.curve_points import TOP_K
 from pipeline.evaluation.gallery_arrays import GalleryArrays, check_known, load_gallery, query_rows
 from pipeline.evaluation.metrics import METRICS, Metrics, by_group, evaluate, negative_flips
-from pipeline.evaluation.ranks import Progress
+from pipeline.evaluation.ranks import OnProgress
 from pipeline.evaluation.simulated_curve import (
     OrderCurve,
     Simulation,
@@ -36,13 +36,13 @@ from pipeline.run import Run
 from pipeline.storage import documents, objects
 
 Json = dict[str, object]
-Point = dict[str, int | float]
+CurvePoint = dict[str, int | float]
 
 MIN_GROUP_QUERIES = 10  # below, a group's top-1 moves by more than 10 points with one query
 _VERSION = 2  # of the result; a stored one of another version is computed again
 
 
-def curve(config: Config, run: Run, *, published: bool = True, on_progress: Progress | None = None) -> Json:
+def curve(config: Config, run: Run, *, published: bool = True, on_progress: OnProgress | None = None) -> Json:
     """The whole curve of a run, as `evaluate --curve --json` prints it.
 
     Args:
@@ -76,15 +76,15 @@ def read_curve(run: Run) -> Json | None:
 
 
 def published_points(
-    run: Run, gallery: GalleryArrays | None = None, on_progress: Progress | None = None
-) -> list[Point]:
+    run: Run, gallery: GalleryArrays | None = None, on_progress: OnProgress | None = None
+) -> list[CurvePoint]:
     """As `published.published_points`, which is imported late because it brings FAISS along."""
     from pipeline.evaluation import snapshot_metrics
 
     return snapshot_metrics.published_points(run, gallery, on_progress)
 
 
-def published_point(run: Run, commit: int | None = None) -> Point:
+def published_point(run: Run, commit: int | None = None) -> CurvePoint:
     """As `published.published_point`, imported late as well."""
     from pipeline.evaluation import snapshot_metrics
 
@@ -92,7 +92,7 @@ def published_point(run: Run, commit: int | None = None) -> Point:
 
 
 def _simulate(
-    config: Config, gallery: GalleryArrays, calibration: Calibration | None, on_progress: Progress | None
+    config: Config, gallery: GalleryArrays, calibration: Calibration | None, on_progress: OnProgress | None
 ) -> Json:
     rows = query_rows(gallery)
     orders = _orders(config, gallery)
@@ -176,7 +176,7 @@ def _details(chosen: str, simulation: Simulation, old: Metrics) -> Json:
         },
         "slot_share": {
             "order": chosen,
-            "slots": SLOTS,
+            "slots": TOP_K,
             "points": [{"fraction": x, "share": _number(share)} for x, share in zip(fractions, shares, strict=True)],
         },
     }
@@ -259,7 +259,7 @@ def _uri(run: Run) -> str:
     return run.path("reports", "curve.json")
 
 
-def _portion(progress: Progress | None, start: float, end: float) -> Progress | None:
+def _portion(progress: OnProgress | None, start: float, end: float) -> OnProgress | None:
     """Where a part of the work stands, in thousandths of the whole."""
     if progress is None:
         return None

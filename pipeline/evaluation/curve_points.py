@@ -14,7 +14,7 @@ from pipeline.arrays import Float32, Float64, Int64
 from pipeline.errors import DataError
 from pipeline.evaluation import ranks
 
-SLOTS = 10
+TOP_K = 10
 
 
 def curve_steps(order: Int64, cuts: Int64, name: str) -> Int64:
@@ -66,7 +66,7 @@ def transformed_slots(distances: list[Float32], steps: Int64, points: int) -> In
     with both distances above it never count.
     """
     transformed, embedded = distances
-    slots = min(SLOTS, transformed.shape[1] - 1)
+    slots = min(TOP_K, transformed.shape[1] - 1)
     bound = np.partition(np.maximum(transformed, embedded), slots - 1, axis=1)[:, slots - 1 : slots]
     near = np.minimum(transformed, embedded) <= bound
     counts = np.empty((points, len(transformed)), np.int64)
@@ -81,7 +81,7 @@ def transformed_slots(distances: list[Float32], steps: Int64, points: int) -> In
 
 def slot_share(counts: Int64, steps: Int64) -> Float64:
     """(P,) float64 from the transformed slots (P, Q) and the step of each row, P or more for never."""
-    slots = min(SLOTS, len(steps) - 1)
+    slots = min(TOP_K, len(steps) - 1)
     left = (steps >= np.arange(len(counts))[:, None]).mean(axis=1)
     share = np.full(len(counts), np.nan)
     np.divide(counts.mean(axis=1) / slots, left, out=share, where=left > 0)

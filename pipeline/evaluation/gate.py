@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.arrays import Float64
-from pipeline.config.method import Gate
+from pipeline.config.method import GateSettings
 from pipeline.evaluation import probe_set, quality
-from pipeline.evaluation.quality import Quality, Reference
+from pipeline.evaluation.quality import Quality, QualityBaseline
 from pipeline.index import tags
 from pipeline.index.commits import Commit
 from pipeline.models.transformation import read_info
@@ -63,7 +63,7 @@ class Earlier:
     measured: tuple[Quality, ...] = ()
 
 
-def blockers(run: Run, commit: Commit, limits: Gate | None = None, probed: bool = True) -> list[str]:
+def blockers(run: Run, commit: Commit, limits: GateSettings | None = None, probed: bool = True) -> list[str]:
     """Why this snapshot must not become `prod`, one sentence each; empty where it may.
 
     Args:
@@ -72,23 +72,25 @@ def blockers(run: Run, commit: Commit, limits: Gate | None = None, probed: bool 
         limits: the gate's.
         probed: whether the config wants a probe set: a snapshot that is not measured on it yet is blocked.
     """
-    found = [refusal.sentence for refusal in judge(run, commit, limits or Gate())]
+    found = [refusal.sentence for refusal in judge_commit(run, commit, limits or GateSettings())]
     if probed and _measured(run, commit) is None and probe_set.is_used(run):
         found.append("it is not measured on the probe set yet: run `fastfill backfill`, or promote it with --force")
     return found
 
 
-def judge(run: Run, commit: Commit, limits: Gate) -> list[Refusal]:
+def judge_commit(run: Run, commit: Commit, limits: GateSettings) -> list[Refusal]:
     """The checks that a snapshot fails, by what is stored of it, of the run, and of the snapshot that is served."""
     waiting = commit.counts.transformed - commit.counts.rejected
     found = _held_out(run, waiting)
-    known, measured = quality.read_reference(run), _measured(run, commit)
+    known, measured = quality.read_baseline(run), _measured(run, commit)
     if known is None or measured is None:
         return found
-    return found + assess(known, measured, _earlier(run, commit), waiting, limits)
+    return found + judge(known, measured, _earlier(run, commit), waiting, limits)
 
 
-def assess(known: Reference, measured: Quality, earlier: Earlier, waiting: int, limits: Gate) -> list[Refusal]:
+def judge(
+    known: QualityBaseline, measured: Quality, earlier: Earlier, waiting: int, limits: GateSettings
+) -> list[Refusal]:
     """The checks that a snapshot fails on the probe set.
 
     Args:
@@ -154,7 +156,7 @@ def _held_out(run: Run, waiting: int) -> list[Refusal]:
     return [Refusal("held_out", sentence, mends=True)]
 
 
-def _below_old(known: Reference, measured: Quality, waiting: int) -> list[Refusal]:
+def _below_old(known: QualityBaseline, measured: Quality, waiting: int) -> list[Refusal]:
     """Below the old model, and whether what is still to be embedded can mend that."""
     found = []
     within = _right(known.within_new), _right(known.within_old)
@@ -172,7 +174,7 @@ def _below_old(known: Reference, measured: Quality, waiting: int) -> list[Refusa
     return found
 
 
-def _fall(known: Reference, measured: Quality, earlier: Earlier, waiting: int, limit: float) -> list[Refusal]:
+def _fall(known: QualityBaseline, measured: Quality, earlier: Earlier, waiting: int, limit: float) -> list[Refusal]:
     """Below the snapshot that is served, the one before, or the best one so far: a little less each time adds up.
 
     What one wave takes is a fault of that wave. What several take together a sound run may lose on the way, where an
@@ -194,7 +196,7 @@ def _fall(known: Reference, measured: Quality, earlier: Earlier, waiting: int, l
     return sorted(found, key=lambda refusal: refusal.mends)[:1]
 
 
-def _slot_share(measured: Quality, waiting: int, limits: Gate) -> list[Refusal]:
+def _slot_share(measured: Quality, waiting: int, limits: GateSettings) -> list[Refusal]:
     """One kind of vector crowds out the other, which ends with the last transformed one."""
     share, low, high = measured.figures.get("slot_share"), limits.min_slot_share, limits.max_slot_share
     if share is None:
@@ -208,7 +210,7 @@ def _slot_share(measured: Quality, waiting: int, limits: Gate) -> list[Refusal]:
     return found
 
 
-def _negative_flips(known: Reference, measured: Quality, limit: float | None) -> list[Refusal]:
+def _negative_flips(known: QualityBaseline, measured: Quality, limit: float | None) -> list[Refusal]:
     lost, answered = measured.figures.get("negative_flips"), known.old.count(1)
     if lost is None or limit is None or lost - NOISE * _error(lost, answered) <= limit:
         return []
@@ -232,7 +234,7 @@ def _group_gap(measured: Quality, limit: float | None) -> list[Refusal]:
 Answers = tuple[Sequence[int], Sequence[int]]  # the ranks, and how many neighbours are recalled
 
 
-def _compared(known: Reference, now: Answers, before: Answers) -> tuple[str, Float64, Float64]:
+def _compared(known: QualityBaseline, now: Answers, before: Answers) -> tuple[str, Float64, Float64]:
     """By which figure two states are compared, and its value per query, from 0 to 1, in both."""
     if known.labelled:
         return "top-1", _right(now[0]), _right(before[0])

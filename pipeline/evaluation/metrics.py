@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.arrays import Bools, Float32, Float64, Int32, Int64, Labels
 from pipeline.evaluation import ranks as ranking
-from pipeline.evaluation.ranks import Progress
+from pipeline.evaluation.ranks import OnProgress
 from pipeline.knn import nearest
 from pipeline.models.calibration import Calibration
 
@@ -58,7 +58,7 @@ def evaluate(
     gallery_ids: Int64 | None = None,
     transformed: Bools | None = None,
     calibration: Calibration | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Metrics:
     """CMC top-1 and top-5, and mAP over the full ranking.
 
@@ -137,7 +137,7 @@ def to_metrics(first_rank: Int32, average_precision: Float64, num_gallery: int) 
     return Metrics(top1, top5, precision, measured, unmatched, num_gallery, first_rank, average_precision)
 
 
-def among(queries: Float32, gallery: Float32, own: Int64, metric: str) -> Int64:
+def nearest_rows(queries: Float32, gallery: Float32, own: Int64, metric: str) -> Int64:
     """Each query's NEIGHBOURS nearest rows but its own, (Q, K) int64, or fewer where there are fewer."""
     return nearest(queries, gallery, min(NEIGHBOURS, len(gallery) - 1), own, metric)[1]
 

@@ -17,20 +17,20 @@ from numpy.typing import NDArray
 
 from pipeline.arrays import Float32, Int64
 from pipeline.config.tree import Config
-from pipeline.evaluation.curve_points import SLOTS
+from pipeline.evaluation.curve_points import TOP_K
 from pipeline.evaluation.probe_search import Found, Neighbours, in_old_gallery, in_snapshot
 from pipeline.evaluation.probe_set import ProbeSet, stands_alone
 from pipeline.evaluation.quality import (
     MIN_QUERIES,
-    Figures,
+    ProbeFigures,
     Quality,
-    Reference,
+    QualityBaseline,
+    mean_recall,
+    read_baseline,
     read_quality,
-    read_reference,
-    recall,
     top,
+    write_baseline,
     write_quality,
-    write_reference,
 )
 from pipeline.index.commits import Commit
 from pipeline.models.calibration import Calibration, nearest_by_kind
@@ -47,9 +47,9 @@ CIFAR-100's test images)."""
 _MIN_EXPECTED = 50.0  # slots: with fewer, the share of the transformed ones is mostly noise
 
 
-def reference(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> Reference:
+def reference(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> QualityBaseline:
     """What snapshots are compared with, measured once and kept."""
-    found = read_reference(run)
+    found = read_baseline(run)
     if found is not None:
         return found
     alone = stands_alone(run, plan, probe)
@@ -57,7 +57,7 @@ def reference(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> Referenc
         _within(probe, *sides, config.gallery.metric, alone)
         for sides in ((probe.new, probe.new), (probe.old, probe.old), (probe.new, probe.transformed))
     )
-    made = Reference(
+    made = QualityBaseline(
         old=old.ranks if alone else _in_old(config, run, plan, probe),
         old_recalled=_recalled(old.nearest, new.nearest),
         num_neighbours=new.nearest.shape[1],
@@ -66,15 +66,15 @@ def reference(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> Referenc
         within_new=new.ranks,
         alone=alone,
     )
-    write_reference(run, made)
+    write_baseline(run, made)
     return made
 
 
-def measure(
+def measure_snapshot(
     run: Run,
     plan: Plan,
     probe: ProbeSet,
-    known: Reference,
+    known: QualityBaseline,
     commit: Commit,
     waves: dict[str, Found],
     examined: Quality | None = None,
@@ -98,17 +98,17 @@ def measure(
 
 
 def examine(
-    run: Run, plan: Plan, probe: ProbeSet, known: Reference, commit: Commit, waves: dict[str, Found]
+    run: Run, plan: Plan, probe: ProbeSet, known: QualityBaseline, commit: Commit, waves: dict[str, Found]
 ) -> Quality:
     """The quality of a commit that may be a draft yet: it is not stored; `waves` as in `neighbours.in_snapshot`.
 
     Raises:
         DataError: a segment is missing or damaged.
     """
-    return assess(probe, known, commit, in_snapshot(run, plan, probe, commit, waves))
+    return measure_probe(probe, known, commit, in_snapshot(run, plan, probe, commit, waves))
 
 
-def assess(probe: ProbeSet, known: Reference, commit: Commit, found: Found) -> Quality:
+def measure_probe(probe: ProbeSet, known: QualityBaseline, commit: Commit, found: Found) -> Quality:
     """The figures of what was found in a commit."""
     others = found.nearest.without(probe.ids)
     kept, gallery = probe.new.copy(), probe.transformed.copy()  # of an image that the index dropped these stay
@@ -119,7 +119,7 @@ def assess(probe: ProbeSet, known: Reference, commit: Commit, found: Found) -> Q
     recalled = _recalled(mixed.nearest, exact.nearest)
     ranks = mixed.ranks if known.alone else _ranks(others.labels, probe.labels, np.array(known.old) >= 0)
     own = _own(probe, found.embedded, gallery, kept)
-    figures = top(ranks) | recall(recalled, known.num_neighbours)
+    figures = top(ranks) | mean_recall(recalled, known.num_neighbours)
     answered = np.array(known.old) == 1
     if known.labelled and answered.any():
         figures["negative_flips"] = 100 * float((np.array(ranks)[answered] != 1).mean())
@@ -156,7 +156,7 @@ def _within(
     """
     own = np.arange(len(probe.ids))
     kinds = np.zeros(len(own), np.bool_) if transformed is None else transformed
-    found = nearest_by_kind(queries, side, min(SLOTS, len(own) - 1), own, metric, kinds, calibration)[1]
+    found = nearest_by_kind(queries, side, min(TOP_K, len(own) - 1), own, metric, kinds, calibration)[1]
     labelled = np.flatnonzero(probe.labels >= 0)
     matched = _matched(probe.labels, np.bincount(probe.labels[labelled], minlength=len(probe.label_names)))
     if not alone or len(labelled) == len(own):
@@ -165,7 +165,7 @@ def _within(
         return _Within(found, (-1,) * len(own))
     places = np.full(len(own), -1)
     places[labelled] = np.arange(len(labelled))
-    slots = min(SLOTS, len(labelled) - 1)
+    slots = min(TOP_K, len(labelled) - 1)
     few = nearest_by_kind(queries, side[labelled], slots, places, metric, kinds[labelled], calibration)[1]
     return _Within(found, _ranks(probe.labels[labelled[few]], probe.labels, matched))
 
@@ -206,7 +206,7 @@ def _own(probe: ProbeSet, embedded: Bools, stored: Float32, kept: Float32) -> tu
     return tuple((wave, int(hit[rows].sum()), int(rows.sum())) for wave, rows in members.items())
 
 
-def _slot_share(nearest: Neighbours, commit: Commit) -> Figures:
+def _slot_share(nearest: Neighbours, commit: Commit) -> ProbeFigures:
     slots = nearest.ids >= 0
     share = commit.counts.transformed / max(1, commit.counts.vectors)
     if share * slots.sum() < _MIN_EXPECTED:

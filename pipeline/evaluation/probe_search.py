@@ -25,7 +25,7 @@ from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
 from pipeline.config.tree import Config
 from pipeline.embedding.precompute import embedding_log, read_embeddings
 from pipeline.embedding.vector_log import VectorLog
-from pipeline.evaluation.curve_points import SLOTS
+from pipeline.evaluation.curve_points import TOP_K
 from pipeline.evaluation.probe_set import ProbeSet
 from pipeline.index import segment as index
 from pipeline.index.codebook import Codebook
@@ -39,7 +39,7 @@ from pipeline.planning.plan import Plan
 from pipeline.run import PROBE_SET, Run
 from pipeline.storage import objects, parquet
 
-NEIGHBOURS = SLOTS + 1  # one of them may be the image itself
+NEIGHBOURS = TOP_K + 1  # one of them may be the image itself
 
 _FORMAT = 2  # of what is kept of a wave; 1 had no vectors
 _BYTES_AT_ONCE = 2**30  # of segments that one task searches
@@ -190,7 +190,7 @@ def _in_segments(run: Run, plan: Plan, probe: ProbeSet, commit: Commit, refs: Se
     labels = _look_up(ids, planned["id"].to_numpy(), _codes(planned, probe))
     own_ids, stored = (
         np.concatenate(some)
-        for some in zip(*(index.decode(codebook, segment, probe.ids) for segment in segments), strict=True)
+        for some in zip(*(index.decode_segment(codebook, segment, probe.ids) for segment in segments), strict=True)
     )
     rows = np.searchsorted(probe.ids, own_ids)
     return Found(

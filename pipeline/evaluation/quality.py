@@ -18,7 +18,7 @@ from pipeline.run import PROBE_SET, Run
 from pipeline.storage import documents, objects
 from pipeline.storage.documents import from_json, to_json
 
-Figures = dict[str, float]
+ProbeFigures = dict[str, float]
 
 """Where the probe set lies, and its figures below `reports`. A run's `probe` is a store's own, and gc empties it."""
 
@@ -27,7 +27,7 @@ MIN_QUERIES = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
+class QualityBaseline:
     """What does not change from one snapshot to the next. A rank is that of the first image of the query's label.
 
     Ranks count from 1; 0 is beyond SLOTS, and -1 stands for a query without a match. One per probe image.
@@ -57,9 +57,9 @@ class Reference:
         return sum(rank >= 0 for rank in self.old) >= MIN_QUERIES
 
     @property
-    def figures(self) -> Figures:
+    def figures(self) -> ProbeFigures:
         """Of the old model."""
-        return top(self.old) | recall(self.old_recalled, self.num_neighbours)
+        return top(self.old) | mean_recall(self.old_recalled, self.num_neighbours)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Quality:
             worst), `own` (of the embedded probe images, those whose own vector is stored under their id); and
             `slot_share`, the transformed vectors' share in the nearest 10 over that in the index. One that cannot
             be told is not there.
-        ranks: as in `Reference`, one per probe image.
+        ranks: as in `QualityBaseline`, one per probe image.
         recalled: of the nearest probe images under the new model, as the index's codec keeps them, how many are among
             the nearest of what the snapshot stores of them: all of them once every image is embedded.
         own: per embedded wave, how many of its probe images have their own vector stored under their id, as near as
@@ -84,14 +84,14 @@ class Quality:
 
     commit: int
     attempt_id: str
-    figures: Figures
+    figures: ProbeFigures
     ranks: tuple[int, ...]
     recalled: tuple[int, ...]
     own: tuple[tuple[int, int, int], ...]
     groups: tuple[tuple[str, int, int], ...]
 
 
-def full_estimate(known: Reference, start: Quality, left: float = 1.0) -> Figures:
+def full_estimate(known: QualityBaseline, start: Quality, left: float = 1.0) -> ProbeFigures:
     """What the full new model is expected to reach on the probe set, in per cent; only what can be told.
 
     `top1_error` and `top5_error` are their standard errors in points, of the sum, whose parts share their queries;
@@ -114,7 +114,7 @@ def full_estimate(known: Reference, start: Quality, left: float = 1.0) -> Figure
     return sums | errors | {"recall10": 100.0}
 
 
-def _error(known: Reference, start: Quality, left: float, k: int) -> float:
+def _error(known: QualityBaseline, start: Quality, left: float, k: int) -> float:
     """Of `top{k}` in `full_estimate`, over the queries with a match in the gallery and among the probe images."""
     ranks = np.array([start.ranks, known.within_new, known.within_transformed])
     ranks = ranks[:, (ranks >= 0).all(axis=0)]
@@ -122,10 +122,10 @@ def _error(known: Reference, start: Quality, left: float, k: int) -> float:
     return float((answers[0] + left * (answers[1] - answers[2])).std(ddof=1) / np.sqrt(ranks.shape[1]))
 
 
-def read_reference(run: Run) -> Reference | None:
+def read_baseline(run: Run) -> QualityBaseline | None:
     """As `assess.reference` stored it, or None."""
     found = objects.read_versioned(_reference_uri(run))
-    return from_json(Reference, found[0], _reference_uri(run)) if found else None
+    return from_json(QualityBaseline, found[0], _reference_uri(run)) if found else None
 
 
 def read_quality(run: Run, commit: int) -> Quality | None:
@@ -135,7 +135,7 @@ def read_quality(run: Run, commit: int) -> Quality | None:
     return from_json(Quality, found[0], uri) if found else None
 
 
-def read_all(run: Run) -> list[Quality]:
+def read_all_quality(run: Run) -> list[Quality]:
     """Of all commits that are measured, ascending."""
     return [read_file(uri) for uri in files(run)]
 
@@ -190,7 +190,7 @@ def keep_best(run: Run, commit: int, before: int | None, anew: bool = False, che
         fenced.replace(_best_uri(run), documents.encode(_Best(best)), check)
 
 
-def write_reference(run: Run, made: Reference) -> None:
+def write_baseline(run: Run, made: QualityBaseline) -> None:
     """Keep what snapshots are compared with."""
     objects.put(_reference_uri(run), to_json(made))
 
@@ -200,7 +200,7 @@ def write_quality(run: Run, made: Quality) -> None:
     objects.put(_quality_uri(run, made.commit), to_json(made))
 
 
-def top(ranks: Sequence[int]) -> Figures:
+def top(ranks: Sequence[int]) -> ProbeFigures:
     """`top1` and `top5` in per cent over the queries with a match; nothing where these are too few."""
     measured = np.array([rank for rank in ranks if rank >= 0])
     if len(measured) < MIN_QUERIES:
@@ -209,7 +209,7 @@ def top(ranks: Sequence[int]) -> Figures:
     return {f"top{k}": 100 * float((right & (measured <= k)).mean()) for k in (1, 5)}
 
 
-def recall(recalled: Sequence[int], num_neighbours: int) -> Figures:
+def mean_recall(recalled: Sequence[int], num_neighbours: int) -> ProbeFigures:
     """`recall10` in per cent, from how many of so many neighbours are recalled."""
     return {"recall10": 100 * float(np.mean(recalled)) / num_neighbours}
 
@@ -239,7 +239,7 @@ def _quality_uri(run: Run, commit: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class PromotionStatus:
     """`reports/standing.json`.
 
     Attributes:
@@ -253,19 +253,19 @@ class Standing:
     stopped: str | None = None
 
 
-def write_standing(run: Run, standing: Standing, check: Check) -> None:
+def write_promotion_status(run: Run, standing: PromotionStatus, check: Check) -> None:
     """Keep what became of the last commit; raises as `fenced.replace`."""
     fenced.replace(_uri(run), documents.encode(standing), check)
 
 
-def read_standing(run: Run) -> Standing | None:
+def read_promotion_status(run: Run) -> PromotionStatus | None:
     """What became of the last commit that was judged, or None.
 
     Raises:
         DataError: the file is damaged or of another format.
     """
     found = objects.read_versioned(_uri(run))
-    return None if found is None else documents.parse(Standing, found[0], _uri(run), documents.REDO)
+    return None if found is None else documents.parse(PromotionStatus, found[0], _uri(run), documents.REDO)
 
 
 def _uri(run: Run) -> str:

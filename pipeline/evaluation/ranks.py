@@ -23,7 +23,7 @@ from pipeline.arrays import Bools, Float32, Float64, Int32, Int64, Labels
 from pipeline.errors import DataError
 from pipeline.models.calibration import Calibration
 
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 Score = Callable[[Int64, Int64, list[Float32]], None]
 
 _BLOCK = 2**23  # distances of one thread to one gallery: 32 MB
@@ -53,7 +53,7 @@ class Task:
         self,
         galleries: list[Float32],
         score: Score,
-        progress: Progress | None,
+        progress: OnProgress | None,
         transformed: Sequence[Bools | None] = (),
     ) -> None:
         """Call `score(rows, columns, distances)` for every query that has a match, from several threads.

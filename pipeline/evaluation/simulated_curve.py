@@ -10,8 +10,8 @@ import numpy as np
 from pipeline.arrays import Bools, Float32, Float64, Int32, Int64, Labels
 from pipeline.evaluation import ranks
 from pipeline.evaluation.curve_points import curve_steps, score_points, slot_share, transformed_slots
-from pipeline.evaluation.metrics import METRICS, Metrics, among, mean_metrics, no_scores, recall, to_metrics
-from pipeline.evaluation.ranks import Progress
+from pipeline.evaluation.metrics import METRICS, Metrics, mean_metrics, nearest_rows, no_scores, recall, to_metrics
+from pipeline.evaluation.ranks import OnProgress
 from pipeline.hashing import splitmix64
 from pipeline.models.calibration import Calibration, nearest_by_kind
 
@@ -32,7 +32,7 @@ class OrderCurve:
 
 
 @dataclass(frozen=True, slots=True)
-class Detail:
+class ResultDetail:
     """One order per point and query: `first_rank` (P, Q) int32, `average_precision` (P, Q) float64.
 
     `slot_share` is (P,) float64: the share of transformed vectors in the nearest SLOTS over their share
@@ -49,14 +49,14 @@ class Simulation:
     """The curve of each order over `fractions` (P,) float64; `start` and `end` are the states at 0 and 1.
 
     `queries` has, where it was asked for, of each order the first ranks (M, P, Q) int32 and the average precisions
-    (M, P, Q) float64 of its M permutations, as in `Detail`.
+    (M, P, Q) float64 of its M permutations, as in `ResultDetail`.
     """
 
     fractions: Float64
     orders: dict[str, OrderCurve]
     start: Metrics
     end: Metrics
-    detail: Detail | None
+    detail: ResultDetail | None
     queries: dict[str, tuple[Int32, Float64]] | None = None
 
 
@@ -77,7 +77,7 @@ def simulate_curve(
     calibration: Calibration | None = None,
     detail: str | None = None,
     per_query: bool = False,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Simulation:
     """The curve of each order: at point i the first floor(i * N / (points - 1)) images of it are embedded.
 
@@ -119,7 +119,7 @@ def simulate_curve(
     if shown is None:
         return Simulation(cuts / num, curves, start, end, None, kept)
     at, share = names.index(detail or ""), slot_share(slots[:, task.num_matches > 0], shown)
-    return Simulation(cuts / num, curves, start, end, Detail(first_rank[at], average_precision[at], share), kept)
+    return Simulation(cuts / num, curves, start, end, ResultDetail(first_rank[at], average_precision[at], share), kept)
 
 
 def share_of_gap(area: float, old_old: float, new_new: float) -> float:
@@ -172,7 +172,7 @@ def agreement_curve(
         metric: l2, ip or cosine.
         calibration: maps the keys of transformed vectors; None to rank both kinds as they are.
     """
-    exact = among(embedded[queries], embedded, queries, metric)
+    exact = nearest_rows(embedded[queries], embedded, queries, metric)
     cuts = np.arange(points) * len(embedded) // (points - 1)
     curves = {}
     for name, order in orders.items():

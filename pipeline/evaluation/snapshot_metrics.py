@@ -22,14 +22,14 @@ from pipeline.evaluation.ranks import calibrate
 from pipeline.index import retention
 from pipeline.index.codebook import Codebook
 from pipeline.index.commits import Commit, read_commit
-from pipeline.index.segment import Segment, decode
-from pipeline.index.segment_files import Kind, SegmentRef
+from pipeline.index.segment import Segment, decode_segment
+from pipeline.index.segment_files import SegmentKind, SegmentRef
 from pipeline.index.tags import PROD, list_commits, read_commits, read_tag
 from pipeline.run import Run
 from pipeline.serving.searcher import Searcher
 
-Point = dict[str, int | float]
-_Cell = tuple[int, int, Kind]
+SnapshotPoint = dict[str, int | float]
+_Cell = tuple[int, int, SegmentKind]
 
 _RECALL_QUERIES = 1000
 _RECALL_NEIGHBOURS = 10
@@ -38,7 +38,7 @@ _SCORES_AT_ONCE = 2**24  # 64 MB
 
 def published_points(
     run: Run, gallery: GalleryArrays | None = None, on_progress: Callable[[int, int], None] | None = None
-) -> list[Point]:
+) -> list[SnapshotPoint]:
     """`{"commit":, "fraction":, "top1":, "top5":, "map":}` of each published commit that is left, ascending.
 
     Args:
@@ -52,7 +52,7 @@ def published_points(
     gallery = gallery or load_gallery(run)
     snapshots = _Snapshots(run, gallery)
     commits = read_commits(run)
-    points: list[Point] = []
+    points: list[SnapshotPoint] = []
     for done, commit in enumerate(commits, start=1):
         with contextlib.suppress(Removed), retention.hold(run, commit.number):
             points.append(_measure(snapshots, gallery, commit))
@@ -61,7 +61,7 @@ def published_points(
     return points
 
 
-def published_point(run: Run, commit: int | None = None) -> Point:
+def published_point(run: Run, commit: int | None = None) -> SnapshotPoint:
     """The point of one commit; that which `prod` serves, else the last one, where none is given.
 
     Beside the metrics it has `num_queries`, and `recall10`: of the 10 nearest by exact search over the vectors
@@ -85,7 +85,7 @@ def published_point(run: Run, commit: int | None = None) -> Point:
         return point | {"num_queries": len(query_rows(gallery)), "recall10": _recall(snapshots, gallery, found)}
 
 
-def _measure(snapshots: _Snapshots, gallery: GalleryArrays, commit: Commit) -> Point:
+def _measure(snapshots: _Snapshots, gallery: GalleryArrays, commit: Commit) -> SnapshotPoint:
     rows = query_rows(gallery)
     vectors, held = snapshots.vectors_of(commit)
     metrics = evaluate(
@@ -167,7 +167,7 @@ class _Snapshots:
         for ref in commit.segments:
             cell = _cell(ref)
             if self.applied.get(cell) != ref.sha256:
-                ids, vectors = decode(codebook, Segment.open(self.run, codebook, ref))
+                ids, vectors = decode_segment(codebook, Segment.open(self.run, codebook, ref))
                 self.rows[cell] = find_rows(self.gallery.ids, ids, self.run.path(ref.path))
                 self.vectors[self.rows[cell]] = vectors
                 self.transformed[self.rows[cell]] = ref.kind == "transformed"

@@ -29,7 +29,7 @@ _WHO_PUBLISHED = {"attempt_id", "epoch", "created_unix_seconds"}
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class SegmentCounts:
     """Images of a snapshot: transformed + embedded + deleted = gallery; the rejected are among the transformed."""
 
     gallery: int
@@ -80,7 +80,7 @@ class Commit:
     num_waves: int
     num_shards: int
     segments: tuple[SegmentRef, ...]
-    counts: Counts
+    counts: SegmentCounts
     log_digests: tuple[str, ...] = ()
     first_wave: int = 1
     calibration: Calibration | None = None
@@ -195,7 +195,7 @@ def check_commit(commit: Commit, where: str) -> None:
         )
     for segment in commit.segments:
         _check_segment(segment, commit, where)
-    counts = Counts.of(commit.segments)
+    counts = SegmentCounts.of(commit.segments)
     if counts != commit.counts:
         raise DataError("the counts of a commit do not add up", expected=counts, found=commit.counts, where=where)
     embedded = commit.number - commit.first_wave + 1

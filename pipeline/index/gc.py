@@ -262,7 +262,7 @@ def _free(run: Run, rules: Rules) -> _Waste:
     return waste
 
 
-def collect(run_uri: str, rules: Rules | None = None, dry_run: bool = False) -> Collection:
+def collect_garbage(run_uri: str, rules: Rules | None = None, dry_run: bool = False) -> Collection:
     """Remove what nobody needs; safe at any time, beside anything, and to do again.
 
     Args:

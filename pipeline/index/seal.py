@@ -25,7 +25,7 @@ from pipeline.embedding.vector_log import VectorLog
 from pipeline.errors import DataError, TransientError
 from pipeline.index.codebook import Codebook, set_threads
 from pipeline.index.segment import write_segment
-from pipeline.index.segment_files import Kind, Rows, SegmentRef
+from pipeline.index.segment_files import Rows, SegmentKind, SegmentRef
 from pipeline.planning import plan as plans
 from pipeline.planning.plan import Plan
 from pipeline.run import Run
@@ -230,7 +230,7 @@ def seal_again(sealer: Sealer, ref: SegmentRef) -> SegmentRef:
 
 
 def _write(
-    sealer: Sealer, wave: int, shards: Iterable[int], rows: Rows, shard_of_row: NDArray[np.int32], kind: Kind
+    sealer: Sealer, wave: int, shards: Iterable[int], rows: Rows, shard_of_row: NDArray[np.int32], kind: SegmentKind
 ) -> list[SegmentRef]:
     codebook = sealer.codebook()
     each = ((shard, rows.take(shard_of_row == shard)) for shard in shards)

@@ -20,7 +20,15 @@ from numpy.typing import NDArray
 from pipeline.arrays import Float32, Int64
 from pipeline.errors import DataError
 from pipeline.index.codebook import READ_FLAGS, Codebook, parts
-from pipeline.index.segment_files import KINDS, Kind, Rows, SegmentRef, check_digest, local_segment, store_segment
+from pipeline.index.segment_files import (
+    KINDS,
+    Rows,
+    SegmentKind,
+    SegmentRef,
+    check_digest,
+    local_segment,
+    store_segment,
+)
 from pipeline.models.calibration import Calibration
 from pipeline.run import Run
 
@@ -97,7 +105,7 @@ class Segment:
         return segment
 
 
-def gather(codebook: Codebook, segments: Sequence[Segment]) -> Segment:
+def gather_segments(codebook: Codebook, segments: Sequence[Segment]) -> Segment:
     """Segments as one, copied into memory: it answers as they do, at the price of one.
 
     A query visits each list once instead of once per segment, where a list of a segment often holds no more than a
@@ -164,7 +172,7 @@ class Hits:
 
 def search_by_kind(
     codebook: Codebook,
-    segments: Mapping[Kind, Sequence[Segment]],
+    segments: Mapping[SegmentKind, Sequence[Segment]],
     queries: Float32,
     k: int,
     nprobe: int,
@@ -193,7 +201,7 @@ def search_by_kind(
     together = max(1, min(_QUERIES_AT_ONCE, _RESULTS_AT_ONCE // k))
     for start in range(0, max(1, len(prepared)), together):
         rows = slice(start, start + together)
-        probe = _Probe.make(codebook, prepared[rows], nprobe)
+        probe = _ListScan.make(codebook, prepared[rows], nprobe)
         found.append(_nearest_by_kind(segments, probe, k, calibration))
     keys, ids, is_transformed, raw = found[0] if len(found) == 1 else map(np.concatenate, zip(*found, strict=True))
     if _sign(codebook.ivf) < 0:
@@ -201,7 +209,7 @@ def search_by_kind(
     return Hits(keys, ids, is_transformed, raw)
 
 
-def decode(codebook: Codebook, segment: Segment, wanted: Int64 | None = None) -> tuple[Int64, Float32]:
+def decode_segment(codebook: Codebook, segment: Segment, wanted: Int64 | None = None) -> tuple[Int64, Float32]:
     """What a segment stores: ids (n,) int64, sorted, and the decoded vectors (n, d) float32.
 
     The vectors are those that were added where `codebook.exact`, else what the codec made of them.
@@ -232,13 +240,13 @@ def decode(codebook: Codebook, segment: Segment, wanted: Int64 | None = None) ->
 
 
 def as_stored(codebook: Codebook, vectors: Float32) -> Float32:
-    """What `decode` would give of these vectors (n, d), in their order, if they were stored: (n, d) float32.
+    """What `decode_segment` would give of these vectors (n, d), in their order, if they were stored: (n, d) float32.
 
     Within rounding, see `equality`: after PCA or OPQ the last bits depend on how many vectors are decoded together.
     """
     if codebook.exact:
         return vectors
-    return decode(codebook, Segment(codebook, _filled(codebook, np.arange(len(vectors)), vectors)))[1]
+    return decode_segment(codebook, Segment(codebook, _filled(codebook, np.arange(len(vectors)), vectors)))[1]
 
 
 def merge(codebook: Codebook, segments: Iterable[Segment], nprobe: int) -> bytes:
@@ -259,7 +267,7 @@ def merge(codebook: Codebook, segments: Iterable[Segment], nprobe: int) -> bytes
     return faiss.serialize_index(whole).tobytes()
 
 
-def write_segment(run: Run, codebook: Codebook, rows: Rows, shard: int, wave: int, kind: Kind) -> SegmentRef:
+def write_segment(run: Run, codebook: Codebook, rows: Rows, shard: int, wave: int, kind: SegmentKind) -> SegmentRef:
     """Build and store the segment of a (shard, wave); doing it again writes nothing new.
 
     Args:
@@ -277,7 +285,7 @@ def write_segment(run: Run, codebook: Codebook, rows: Rows, shard: int, wave: in
 
 
 @dataclass(frozen=True, slots=True)
-class _Probe:
+class _ListScan:
     """Prepared queries (q, d'), and the lists to visit with their distances, (q, nprobe)."""
 
     queries: Float32
@@ -286,17 +294,17 @@ class _Probe:
     parameters: faiss.SearchParametersIVF
 
     @classmethod
-    def make(cls, codebook: Codebook, queries: Float32, nprobe: int) -> _Probe:
+    def make(cls, codebook: Codebook, queries: Float32, nprobe: int) -> _ListScan:
         lists, coarse = codebook.assign(queries, nprobe)
         parameters = faiss.SearchParametersIVF()
         parameters.nprobe = lists.shape[1]
         return cls(queries, lists, coarse, parameters)
 
-    def of(self, rows: NDArray[np.intp]) -> _Probe:
-        return _Probe(self.queries[rows], self.lists[rows], self.coarse[rows], self.parameters)
+    def of(self, rows: NDArray[np.intp]) -> _ListScan:
+        return _ListScan(self.queries[rows], self.lists[rows], self.coarse[rows], self.parameters)
 
 
-def _candidates(segments: Sequence[Segment], probe: _Probe, k: int, width: int) -> tuple[Float32, Int64]:
+def _candidates(segments: Sequence[Segment], probe: _ListScan, k: int, width: int) -> tuple[Float32, Int64]:
     """At least the k smallest (key, id) of each query, in any order, from the `width` > k best of each segment.
 
     FAISS picks among equal distances by its own order, so a segment's last result may have equals that it
@@ -327,7 +335,7 @@ def _candidates(segments: Sequence[Segment], probe: _Probe, k: int, width: int) 
     return keys, ids
 
 
-def _scan(ivf: faiss.IndexIVF, probe: _Probe, k: int) -> tuple[Float32, Int64]:
+def _scan(ivf: faiss.IndexIVF, probe: _ListScan, k: int) -> tuple[Float32, Int64]:
     """The k nearest of one segment as keys (smaller is better, inf where there is none) and ids."""
     rows = len(probe.queries)
     distances = np.empty((rows, k), dtype=np.float32)
@@ -370,7 +378,7 @@ def _merge(parts: list[tuple[Float32, Int64]], k: int) -> tuple[Float32, Int64]:
 
 
 def _nearest_by_kind(
-    segments: Mapping[Kind, Sequence[Segment]], probe: _Probe, k: int, calibration: Calibration | None
+    segments: Mapping[SegmentKind, Sequence[Segment]], probe: _ListScan, k: int, calibration: Calibration | None
 ) -> tuple[Float32, Int64, Bools, Float32]:
     """The k nearest of both kinds: calibrated keys, ids, whether transformed, and keys as they are; all (q, k)."""
     parts = [_candidates(segments[kind], probe, k, width=k + 1) for kind in KINDS if segments.get(kind)]

@@ -23,8 +23,8 @@ from pipeline.run import Run
 from pipeline.schema import SIDECAR
 from pipeline.storage import objects, parquet
 
-Kind = Literal["transformed", "embedded"]
-KINDS: tuple[Kind, Kind] = ("embedded", "transformed")
+SegmentKind = Literal["transformed", "embedded"]
+KINDS: tuple[SegmentKind, SegmentKind] = ("embedded", "transformed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def sidecar_bytes(
     return parquet.parquet_bytes(SIDECAR, [pa.table(columns, names=SIDECAR.names).sort_by("id")])
 
 
-def store_segment(run: Run, data: bytes, rows: Rows, shard: int, wave: int, kind: Kind) -> SegmentRef:
+def store_segment(run: Run, data: bytes, rows: Rows, shard: int, wave: int, kind: SegmentKind) -> SegmentRef:
     """Store what `index.build_segment` made of `rows`, and its sidecar.
 
     Raises:
@@ -171,7 +171,7 @@ class SegmentRef:
 
     shard: int
     wave: int
-    kind: Kind
+    kind: SegmentKind
     path: str
     sha256: str
     bytes: int

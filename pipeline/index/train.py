@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.arrays import Float32, vectors_from_arrow
-from pipeline.config.tree import Config, Index, Metric
+from pipeline.config.tree import Config, IndexSettings, Metric
 from pipeline.errors import ConfigError
 from pipeline.index.codebook import check_vectors, make_index, set_threads
 from pipeline.index.segment_files import put_by_content
@@ -77,7 +77,14 @@ def check_trainable(factory: str, num_vectors: int, num_train: int, dim: int) ->
 
 
 def train_codebook(
-    vectors: Float32, index: Index, metric: Metric, num_gallery: int, *, device: str, seed: int, num_threads: int = 1
+    vectors: Float32,
+    index: IndexSettings,
+    metric: Metric,
+    num_gallery: int,
+    *,
+    device: str,
+    seed: int,
+    num_threads: int = 1,
 ) -> bytes:
     """Train the coarse quantizer and the codec; the result is an empty index as FAISS writes it.
 
@@ -166,7 +173,7 @@ def _threads(num_threads: int) -> Iterator[None]:
         set_threads(before)
 
 
-def train(config: Config, run: Run, plan: Plan) -> bytes:
+def train_for_run(config: Config, run: Run, plan: Plan) -> bytes:
     """The codebook of a run; on equal processors the same bytes each time."""
     return train_codebook(
         _training_vectors(run, plan, config.index.train_vectors),

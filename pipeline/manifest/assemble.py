@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from pipeline.errors import DataError
 from pipeline.manifest.scan_tables import read_chunk
-from pipeline.manifest.splits import CHUNK_BYTES, CHUNK_ROWS, ROWS, Chunk, Kind, Ledger, Options
+from pipeline.manifest.splits import CHUNK_BYTES, CHUNK_ROWS, ROWS, Chunk, Options, SourceKind, SplitResult
 from pipeline.storage import objects, parquet
 
 
@@ -24,7 +24,7 @@ from pipeline.storage import objects, parquet
 class Slice:
     """Some rows of a chunk."""
 
-    kind: Kind
+    kind: SourceKind
     chunk: Chunk
     start: int
     rows: int
@@ -52,7 +52,7 @@ class PartInfo:
     """
 
     rows: int
-    num_bytes: dict[Kind, int]
+    num_bytes: dict[SourceKind, int]
     unknown_sizes: int
     filled: tuple[str, ...]
 
@@ -62,7 +62,7 @@ def part_uri(folder: str, number: int) -> str:
     return objects.join(folder, f"part-{number:05d}.parquet")
 
 
-def lay_out(folder: str, ledgers: Sequence[Ledger], options: Options) -> list[PartWork]:
+def lay_out(folder: str, ledgers: Sequence[SplitResult], options: Options) -> list[PartWork]:
     """Cut the rows of all chunks, in order, into parts."""
     schema = _schema(ledgers)
     chunks = [(ledger.kind, chunk) for ledger in ledgers for chunk in ledger.chunks]
@@ -88,7 +88,7 @@ def write_part(work: PartWork) -> PartInfo:
     Raises:
         DataError: a Parquet source does not fit the schema.
     """
-    tables, num_bytes = [], dict[Kind, int]()
+    tables, num_bytes = [], dict[SourceKind, int]()
     for item in work.slices:
         rows = read_chunk(item.chunk, work.options).slice(item.start, item.rows)
         table = _conform(rows, work.schema, item.chunk.uri)
@@ -100,7 +100,7 @@ def write_part(work: PartWork) -> PartInfo:
     return PartInfo(whole.num_rows, num_bytes, whole["size_bytes"].null_count, filled)
 
 
-def _schema(ledgers: Sequence[Ledger]) -> pa.Schema:
+def _schema(ledgers: Sequence[SplitResult]) -> pa.Schema:
     """One schema for all: ours first; keys and labels stay integers only where all of them are."""
     schemas = [ledger.arrow_schema for ledger in ledgers if ledger.chunks]
     fields: dict[str, pa.Field] = {field.name: field for field in ROWS}

@@ -26,7 +26,7 @@ from pipeline.manifest import assemble
 from pipeline.manifest.assemble import PartInfo
 from pipeline.manifest.duplicates import check_unique, find_identical
 from pipeline.manifest.scan import OnProgress, count_notes, index_sources
-from pipeline.manifest.splits import PIECE_NAME, Ledger, Options
+from pipeline.manifest.splits import PIECE_NAME, Options, SplitResult
 from pipeline.parallel import spread
 from pipeline.storage import documents, objects
 
@@ -67,7 +67,7 @@ def is_incomplete(folder: str) -> bool:
     return objects.exists(_sources_uri(folder)) and not objects.exists(_catalog_uri(folder))
 
 
-def build(
+def build_manifest(
     folder: str,
     sources: Sequence[str],
     options: Options,
@@ -112,7 +112,7 @@ def build(
 
 
 def forget(folder: str) -> None:
-    """Remove a manifest that `build` made; other files in the folder stay."""
+    """Remove a manifest that `build_manifest` made; other files in the folder stay."""
     if objects.exists(_sources_uri(folder)):
         objects.delete(_catalog_uri(folder))
         _remove_stale(folder, [], set())
@@ -165,7 +165,7 @@ def _is_made(folder: str) -> bool:
 
 
 def _describe(
-    folder: str, ledgers: list[Ledger], infos: list[PartInfo], identical: dict[str, object], digest: str
+    folder: str, ledgers: list[SplitResult], infos: list[PartInfo], identical: dict[str, object], digest: str
 ) -> Catalog:
     num_bytes = functools.reduce(Counter.__add__, (Counter(info.num_bytes) for info in infos), Counter[str]())
     sources: dict[str, dict[str, int]] = {}

@@ -12,7 +12,7 @@ from pipeline.errors import DataError
 from pipeline.manifest.partition import EMBEDDINGS
 
 
-def check_columns(schema: pa.Schema, columns: settings.Columns, dims: dict[str, int], uri: str) -> None:
+def check_columns(schema: pa.Schema, columns: settings.ColumnNames, dims: dict[str, int], uri: str) -> None:
     """The columns that are named are in a file, of a type and a width that can be used.
 
     Raises:
@@ -52,7 +52,7 @@ def check_columns(schema: pa.Schema, columns: settings.Columns, dims: dict[str, 
             )
 
 
-def check_content(schema: pa.Schema, columns: settings.Columns, uri: str) -> None:
+def check_content(schema: pa.Schema, columns: settings.ColumnNames, uri: str) -> None:
     """A file says where its images are, and the manifest names images or embeddings.
 
     Raises:

@@ -22,7 +22,7 @@ from pipeline.storage import parquet
 _BUCKET_ROWS = 50_000_000  # hashes sorted in memory at once
 _EXAMPLES = 3
 
-Row = dict[str, object]
+RepeatedRow = dict[str, object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Repeats:
     """
 
     num_rows: int
-    examples: list[list[Row]]
+    examples: list[list[RepeatedRow]]
 
 
 def find_repeats(
@@ -51,7 +51,7 @@ def find_repeats(
         only: the rows to compare; all by default.
     """
     buckets = max(1, -(-num_rows // _BUCKET_ROWS))
-    total, examples = 0, list[list[Row]]()
+    total, examples = 0, list[list[RepeatedRow]]()
     read = functools.partial(_read, columns=[*by, *show], only=only)
     for bucket in range(buckets):
         mine = np.concatenate([_in_bucket(_hashes(read(part), by), bucket, buckets) for part in parts])
@@ -79,8 +79,8 @@ def _in_bucket(hashes: NDArray[np.uint64], bucket: int, buckets: int) -> NDArray
     return hashes if buckets == 1 else hashes[hashes % np.uint64(buckets) == bucket]
 
 
-def _equal_rows(tables: Iterable[pa.Table], by: Sequence[str], wanted: NDArray[np.uint64]) -> list[list[Row]]:
-    found: dict[tuple[object, ...], list[Row]] = {}
+def _equal_rows(tables: Iterable[pa.Table], by: Sequence[str], wanted: NDArray[np.uint64]) -> list[list[RepeatedRow]]:
+    found: dict[tuple[object, ...], list[RepeatedRow]] = {}
     for rows in tables:
         for row in rows.filter(pa.array(np.isin(_hashes(rows, by), wanted))).to_pylist():
             same = found.setdefault(tuple(row[name] for name in by), [])
@@ -105,12 +105,12 @@ def check_unique(parts: list[str], num_rows: int, folder: str) -> None:
         raise DataError("a key is there more than once", expected="each once", found=found, where=folder, remedy=remedy)
 
 
-def _differences(repeats: Repeats, same: Callable[[Row], str], other: Callable[[Row], str]) -> str:
+def _differences(repeats: Repeats, same: Callable[[RepeatedRow], str], other: Callable[[RepeatedRow], str]) -> str:
     first = repeats.examples[0]
     return f"{repeats.num_rows:,} repeated, such as {same(first[0])}: {other(first[0])} and {other(first[1])}"
 
 
-def _place(row: Row) -> str:
+def _place(row: RepeatedRow) -> str:
     return str(row["uri"]) if row["offset"] is None else f"{row['uri']} at {row['offset']}"
 
 

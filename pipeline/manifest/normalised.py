@@ -68,7 +68,7 @@ class Manifest:
         return sum(self.rows)
 
 
-def scan(source: settings.Manifest, dims: dict[str, int]) -> list[Partition]:
+def scan(source: settings.ManifestSettings, dims: dict[str, int]) -> list[Partition]:
     """Cut a manifest into partitions, reading footers only.
 
     Args:
@@ -98,7 +98,7 @@ def scan(source: settings.Manifest, dims: dict[str, int]) -> list[Partition]:
     return partitions
 
 
-def widths(source: settings.Manifest) -> dict[str, int]:
+def widths(source: settings.ManifestSettings) -> dict[str, int]:
     """The widths of its embedding columns that the first file's footer tells: of those that are fixed in size."""
     with parquet.open_parquet(files(source.manifest)[0]) as file:
         schema = file.schema_arrow
@@ -107,13 +107,13 @@ def widths(source: settings.Manifest) -> dict[str, int]:
     return {role: kind.list_size for role, kind in kinds.items() if pa.types.is_fixed_size_list(kind)}
 
 
-def ids_are_integers(source: settings.Manifest) -> bool:
+def ids_are_integers(source: settings.ManifestSettings) -> bool:
     """Whether the manifest's ids are integers or strings, by the first file's footer; it names their column."""
     with parquet.open_parquet(files(source.manifest)[0]) as file:
         return bool(pa.types.is_integer(file.schema_arrow.field(source.columns.id).type))
 
 
-def digest(source: settings.Manifest) -> str:
+def digest(source: settings.ManifestSettings) -> str:
     """A digest of the manifest's content: of every byte where it is small, else of the Parquet footers.
 
     A footer has the sizes and the statistics of every column; in a manifest above 1 GiB a change that
@@ -133,7 +133,7 @@ def digest(source: settings.Manifest) -> str:
 
 
 def normalise(
-    run: Run, folder: str, source: settings.Manifest, dims: dict[str, int], unit_rows: int, root: str = "."
+    run: Run, folder: str, source: settings.ManifestSettings, dims: dict[str, int], unit_rows: int, root: str = "."
 ) -> Manifest:
     """Check a manifest and write it as `<folder>/part-*.parquet`, over Ray.
 
@@ -247,7 +247,7 @@ def files(given: str | tuple[str, ...]) -> list[str]:
     return found
 
 
-def _reading(source: settings.Manifest, dims: dict[str, int]) -> str:
+def _reading(source: settings.ManifestSettings, dims: dict[str, int]) -> str:
     """A digest of all that decides how rows are read: columns by role, expected widths, and where embedded images lie.
 
     Only if the images are in the manifest does its place count, because the parts then refer to its files.
@@ -299,7 +299,7 @@ def _cut(metadata: pq.FileMetaData, uri: str, first_row: int, tag: str) -> list[
     return partitions
 
 
-def _check_unique(run: Run, folder: str, num_parts: int, num_rows: int, source: settings.Manifest) -> None:
+def _check_unique(run: Run, folder: str, num_parts: int, num_rows: int, source: settings.ManifestSettings) -> None:
     if source.columns.id is None:
         return  # row numbers
     found = ray.get(ray.remote(num_cpus=0.5)(_first_duplicate).remote(run, folder, num_parts, num_rows))

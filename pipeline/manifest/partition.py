@@ -41,7 +41,7 @@ class Partition:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class WrittenPart:
     """What was written of a partition.
 
     Attributes:
@@ -58,8 +58,8 @@ class Part:
 
 
 def write_part(
-    run: Run, folder: str, number: int, part: Partition, source: settings.Manifest, unit_rows: int, root: str
-) -> Part:
+    run: Run, folder: str, number: int, part: Partition, source: settings.ManifestSettings, unit_rows: int, root: str
+) -> WrittenPart:
     """Check the rows of a partition and write them as a part; relative uris of images start at `root`.
 
     Raises:
@@ -90,7 +90,7 @@ def write_part(
     groups = (rows.slice(start, unit_rows) for start in range(0, count, unit_rows))
     data = parquet.parquet_bytes(schema, groups)
     objects.put(run.part(folder, number), data)
-    return Part(count, dims, rooted, hashlib.sha256(data).hexdigest())
+    return WrittenPart(count, dims, rooted, hashlib.sha256(data).hexdigest())
 
 
 def _check_unchanged(part: Partition) -> None:
@@ -129,7 +129,7 @@ def read_ids(table: pa.Table, name: str | None, part: Partition, numbers: Int64)
     return rows, column.cast(pa.string())
 
 
-def _there(names: settings.Columns, part: Partition) -> settings.Columns:
+def _there(names: settings.ColumnNames, part: Partition) -> settings.ColumnNames:
     """The columns without those of another kind of place that this file does not have."""
     if not names.place:
         return names
@@ -139,7 +139,7 @@ def _there(names: settings.Columns, part: Partition) -> settings.Columns:
 
 
 def _location(
-    table: pa.Table, names: settings.Columns, part: Partition, numbers: Int64
+    table: pa.Table, names: settings.ColumnNames, part: Partition, numbers: Int64
 ) -> dict[str, pa.Array | pa.ChunkedArray]:
     nothing = pa.nulls(len(numbers), pa.int64())
     found = {"uri": pa.nulls(len(numbers), pa.string()), "offset": nothing, "length": nothing, "row": nothing}

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pipeline.errors import DataError
 from pipeline.manifest.scan_tables import index_csv, index_parquet
 from pipeline.manifest.scan_tars import index_tar
-from pipeline.manifest.splits import Kind, Ledger, Options, Piece, PieceWriter, read_ledger
+from pipeline.manifest.splits import Options, SourceKind, SourceSplit, SplitResult, SplitWriter, read_split_result
 from pipeline.parallel import spread
 from pipeline.storage import objects
 from pipeline.storage.interface import Stat
 
-_FILES: dict[str, Kind] = {".tar": "tar", ".parquet": "parquet", ".csv": "csv"}
+_FILES: dict[str, SourceKind] = {".tar": "tar", ".parquet": "parquet", ".csv": "csv"}
 _WILD = "*?["
 _LISTED_AT_ONCE = 16
 
@@ -42,7 +42,7 @@ class _Work:
     """A piece to index; `again` where it is not kept even if it is there."""
 
     folder: str
-    piece: Piece
+    piece: SourceSplit
     options: Options
     again: bool
 
@@ -54,7 +54,7 @@ def index_sources(
     list_again: bool,
     on_progress: OnProgress,
     start_ray: Callable[[], None] | None,
-) -> tuple[list[Ledger], Counter[str]]:
+) -> tuple[list[SplitResult], Counter[str]]:
     """Index all pieces of all sources that are not done yet.
 
     Args:
@@ -80,7 +80,7 @@ def index_sources(
         on_progress("find the sources", number, len(sources), "")
     first = [_Work(folder, piece, options, list_again and piece.kind == "objects") for p in of_source for piece in p]
     done, counts = _run("index", first, on_progress, start_ray)
-    tars = {item: [Piece("tar", (uri,), item.root, etag) for uri, etag in done[item].tars] for item in done}
+    tars = {item: [SourceSplit("tar", (uri,), item.root, etag) for uri, etag in done[item].tars] for item in done}
     second = [_Work(folder, tar, options, False) for found in tars.values() for tar in found]
     more, more_counts = _run("index tars", second, on_progress, start_ray)
     ledgers = []
@@ -91,15 +91,15 @@ def index_sources(
     return ledgers, counts + more_counts
 
 
-def count_notes(ledgers: Sequence[Ledger]) -> Counter[str]:
+def count_notes(ledgers: Sequence[SplitResult]) -> Counter[str]:
     """What the ledgers noted, added up."""
     return functools.reduce(Counter.__add__, (Counter(ledger.notes) for ledger in ledgers), Counter[str]())
 
 
 def _run(
     step: str, work: list[_Work], on_progress: OnProgress, start_ray: Callable[[], None] | None
-) -> tuple[dict[Piece, Ledger], Counter[str]]:
-    done, counts, images = dict[Piece, Ledger](), Counter[str](), 0
+) -> tuple[dict[SourceSplit, SplitResult], Counter[str]]:
+    done, counts, images = dict[SourceSplit, SplitResult](), Counter[str](), 0
     if work:
         on_progress(step, 0, len(work), "")
     for item, (ledger, made) in spread(_index_piece, work, start_ray):
@@ -110,13 +110,13 @@ def _run(
     return done, counts
 
 
-def _index_piece(work: _Work) -> tuple[Ledger, bool]:
+def _index_piece(work: _Work) -> tuple[SplitResult, bool]:
     """The ledger of a piece, and whether it had to be made."""
     name = work.piece.name(work.options)
-    done = None if work.again else read_ledger(work.folder, name)
+    done = None if work.again else read_split_result(work.folder, name)
     if done is not None:
         return done, False
-    out = PieceWriter(work.folder, work.piece, work.options)
+    out = SplitWriter(work.folder, work.piece, work.options)
     with _explained(work.piece.uris[0]):
         _INDEX[work.piece.kind](work.piece, work.options, out)
     return out.finish(), True
@@ -137,7 +137,7 @@ def _explained(where: str) -> Iterator[None]:
         ) from error
 
 
-def _check_not_empty(source: str, ledgers: Sequence[Ledger]) -> None:
+def _check_not_empty(source: str, ledgers: Sequence[SplitResult]) -> None:
     if sum(ledger.num_rows for ledger in ledgers) == 0:
         notes = count_notes(ledgers)
         raise DataError(
@@ -149,7 +149,7 @@ def _check_not_empty(source: str, ledgers: Sequence[Ledger]) -> None:
         )
 
 
-def split(prefix: str) -> list[Piece]:
+def split(prefix: str) -> list[SourceSplit]:
     """Share a prefix among some pieces by its folders, without listing it; one piece where it has none."""
     root = prefix.rstrip("/")
     shallow: list[str] = []
@@ -163,10 +163,10 @@ def split(prefix: str) -> list[Piece]:
     folders = sorted([*shallow, *leaves])
     each = -(-len(folders) // _SPLIT_INTO)
     starts = range(0, len(folders), each)
-    return [Piece("objects", tuple(folders[start : start + each]), root) for start in starts]
+    return [SourceSplit("objects", tuple(folders[start : start + each]), root) for start in starts]
 
 
-def index_objects(piece: Piece, options: Options, out: PieceWriter) -> None:
+def index_objects(piece: SourceSplit, options: Options, out: SplitWriter) -> None:
     """Write a row for each image in the folders of a piece; the key is the path below the root."""
     images = _images(piece, options, out)
     if not options.hash:
@@ -180,7 +180,7 @@ def index_objects(piece: Piece, options: Options, out: PieceWriter) -> None:
                 out.add((uri[len(piece.root) + 1 :], uri, None, None, found.etag, found.size_bytes, None, digest))
 
 
-def _images(piece: Piece, options: Options, out: PieceWriter) -> Iterator[tuple[str, Stat]]:
+def _images(piece: SourceSplit, options: Options, out: SplitWriter) -> Iterator[tuple[str, Stat]]:
     for folder in piece.uris:
         for uri, found in objects.iter_stats(folder, deep=not folder.endswith("/")):
             suffix = os.path.splitext(uri)[1].lower()
@@ -196,7 +196,7 @@ def _sha256(uri: str) -> str:
     return hashlib.sha256(objects.read_bytes(uri)).hexdigest()
 
 
-def find_pieces(source: str) -> list[Piece]:
+def find_pieces(source: str) -> list[SourceSplit]:
     """The pieces of a source, in an order that stays the same.
 
     Raises:
@@ -213,7 +213,7 @@ def find_pieces(source: str) -> list[Piece]:
         raise DataError("a source is not there", expected=f"a {kind} file", where=source)
     with ThreadPoolExecutor(_LISTED_AT_ONCE) as pool:
         etags = [found.etag for found in pool.map(objects.stat, files)]
-    return [Piece(kind, (uri,), _root(source), etag) for uri, etag in zip(files, etags, strict=True)]
+    return [SourceSplit(kind, (uri,), _root(source), etag) for uri, etag in zip(files, etags, strict=True)]
 
 
 def _root(source: str) -> str:

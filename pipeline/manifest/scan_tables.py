@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import DataError
-from pipeline.manifest.splits import CHUNK_BYTES, CHUNK_ROWS, ROWS, Chunk, Options, Piece, PieceWriter
+from pipeline.manifest.splits import CHUNK_BYTES, CHUNK_ROWS, ROWS, Chunk, Options, SourceSplit, SplitWriter
 from pipeline.manifest.uri_schemes import check_schemes
 from pipeline.storage import objects, parquet
 from pipeline.storage.interface import Stat
@@ -26,7 +26,7 @@ _THREADS = 32
 _CSV_BLOCK_BYTES = 8 * 2**20
 
 
-def index_parquet(piece: Piece, options: Options, out: PieceWriter) -> None:
+def index_parquet(piece: SourceSplit, options: Options, out: SplitWriter) -> None:
     """Point at the rows of a Parquet file; or write them, with sizes and etags, where these are looked up."""
     uri = piece.uris[0]
     first_row = 0
@@ -41,7 +41,7 @@ def index_parquet(piece: Piece, options: Options, out: PieceWriter) -> None:
             first_row += rows
 
 
-def index_csv(piece: Piece, options: Options, out: PieceWriter) -> None:
+def index_csv(piece: SourceSplit, options: Options, out: SplitWriter) -> None:
     """Write the rows of a CSV file; types are guessed from its first megabytes, but for our own columns.
 
     Raises:
@@ -199,7 +199,7 @@ def _csv_batches(uri: str, options: Options) -> Iterator[list[pa.RecordBatch]]:
         yield batches
 
 
-def _look_up(table: pa.Table, out: PieceWriter) -> pa.Table:
+def _look_up(table: pa.Table, out: SplitWriter) -> pa.Table:
     """The rows with size and etag of what they name; null, and counted, where there is nothing."""
     encoded = table["uri"].combine_chunks().dictionary_encode()
     with ThreadPoolExecutor(_THREADS) as pool:

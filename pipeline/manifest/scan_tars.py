@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import IO, cast
 
 from pipeline.errors import DataError
-from pipeline.manifest.splits import Options, Piece, PieceWriter, Row
+from pipeline.manifest.splits import ManifestRow, Options, SourceSplit, SplitWriter
 from pipeline.storage import objects
 
 _BLOCK = 512
@@ -33,7 +33,7 @@ _BAD_NUMBERS = (ValueError, OverflowError, MemoryError, RecursionError)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
-def index_tar(piece: Piece, options: Options, out: PieceWriter) -> None:
+def index_tar(piece: SourceSplit, options: Options, out: SplitWriter) -> None:
     """Write a row for each image of a tar; the key is the tar's path below the root, without .tar, and the member.
 
     Raises:
@@ -109,9 +109,9 @@ def members(file: IO[bytes], uri: str, size_bytes: int) -> Iterator[tarfile.TarI
 class _Sample:
     """Neighbouring members with one base name: images, and maybe their label."""
 
-    def __init__(self, base: str, out: PieceWriter) -> None:
+    def __init__(self, base: str, out: SplitWriter) -> None:
         self.base, self._out = base, out
-        self.rows: list[Row] = []
+        self.rows: list[ManifestRow] = []
         self.labels: dict[str, str | None] = {}
 
     def close(self) -> None:

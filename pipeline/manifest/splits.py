@@ -27,8 +27,8 @@ CHUNK_BYTES = 128 * 2**20
 PIECE_NAME = 24  # characters
 _FORMAT = 1
 
-Kind = Literal["objects", "tar", "parquet", "csv"]
-Row = tuple[str, str, int | None, int | None, str | None, int | None, str | None, str | None]
+SourceKind = Literal["objects", "tar", "parquet", "csv"]
+ManifestRow = tuple[str, str, int | None, int | None, str | None, int | None, str | None, str | None]
 
 ROWS = pa.schema(
     [
@@ -64,7 +64,7 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class SourceSplit:
     """Something to index.
 
     Attributes:
@@ -74,7 +74,7 @@ class Piece:
         etag: of the file, when it was found.
     """
 
-    kind: Kind
+    kind: SourceKind
     uris: tuple[str, ...]
     root: str
     etag: str = ""
@@ -98,7 +98,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Ledger:
+class SplitResult:
     """What came of a piece.
 
     Attributes:
@@ -111,7 +111,7 @@ class Ledger:
     """
 
     name: str
-    kind: Kind
+    kind: SourceKind
     chunks: tuple[Chunk, ...]
     schema: str
     tars: tuple[tuple[str, str], ...]
@@ -133,25 +133,25 @@ def ledger_uri(folder: str, name: str) -> str:
     return objects.join(folder, "pieces", f"{name}.json")
 
 
-def read_ledger(folder: str, name: str) -> Ledger | None:
+def read_split_result(folder: str, name: str) -> SplitResult | None:
     """The ledger of a piece; None where it is not done."""
     where = ledger_uri(folder, name)
     found = objects.read_versioned(where)
-    return None if found is None else documents.parse(Ledger, found[0], where, documents.DELETE)
+    return None if found is None else documents.parse(SplitResult, found[0], where, documents.DELETE)
 
 
-class PieceWriter:
+class SplitWriter:
     """Takes the rows of one piece one by one or as tables, and keeps a chunk of them in memory at most."""
 
-    def __init__(self, folder: str, piece: Piece, options: Options) -> None:
+    def __init__(self, folder: str, piece: SourceSplit, options: Options) -> None:
         self.tars: list[tuple[str, str]] = []
         self.notes: Counter[str] = Counter()
         self._folder, self._kind, self._name = folder, piece.kind, piece.name(options)
         self._schema = ROWS.append(HASH) if options.hash else ROWS
-        self._rows: list[Row] = []
+        self._rows: list[ManifestRow] = []
         self._chunks: list[Chunk] = []
 
-    def add(self, row: Row) -> None:
+    def add(self, row: ManifestRow) -> None:
         """One image, in the order of ROWS and HASH."""
         self._rows.append(row)
         if len(self._rows) >= CHUNK_ROWS:
@@ -174,11 +174,11 @@ class PieceWriter:
         first = sum(chunk.rows for chunk in self._chunks)
         self._chunks.append(Chunk(uri, tuple(row_groups), first, rows, num_bytes, digest))
 
-    def finish(self) -> Ledger:
+    def finish(self) -> SplitResult:
         """Write what is left, and the ledger."""
         self._flush()
         schema = base64.b64encode(self._schema.serialize()).decode()
-        ledger = Ledger(self._name, self._kind, tuple(self._chunks), schema, tuple(self.tars), dict(self.notes))
+        ledger = SplitResult(self._name, self._kind, tuple(self._chunks), schema, tuple(self.tars), dict(self.notes))
         objects.put(ledger_uri(self._folder, self._name), documents.encode(ledger))
         return ledger
 

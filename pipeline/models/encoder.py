@@ -22,7 +22,7 @@ from pipeline.models.encoder_backends import first_line, from_export, from_funct
 class EmbeddingModel(nn.Module):
     """Pixels to embeddings: scale, normalise, encode, flatten."""
 
-    def __init__(self, network: nn.Module, spec: settings.Encoder) -> None:
+    def __init__(self, network: nn.Module, spec: settings.EncoderSettings) -> None:
         super().__init__()
         self.network = network
         self.dim = spec.dim
@@ -43,7 +43,7 @@ class EmbeddingModel(nn.Module):
         return cast(torch.Tensor, embeddings).flatten(1).to(torch.float32)
 
 
-def load_encoder(spec: settings.Encoder, device: torch.device, key: str = "encoders.*") -> EmbeddingModel:
+def load_encoder(spec: settings.EncoderSettings, device: torch.device, key: str = "encoders.*") -> EmbeddingModel:
     """Load an encoder and check one forward pass against the config.
 
     Args:
@@ -72,7 +72,7 @@ def load_encoder(spec: settings.Encoder, device: torch.device, key: str = "encod
     return model
 
 
-def _try_channels_last(model: EmbeddingModel, spec: settings.Encoder, device: torch.device, where: str) -> None:
+def _try_channels_last(model: EmbeddingModel, spec: settings.EncoderSettings, device: torch.device, where: str) -> None:
     """Keep channels last in memory, where convolutions are fastest, if the network gives the same that way.
 
     It may count on contiguous activations: `view` raises then, and `as_strided` would read other numbers.
@@ -93,7 +93,7 @@ def _try_channels_last(model: EmbeddingModel, spec: settings.Encoder, device: to
         model.to(memory_format=torch.contiguous_format)
 
 
-def _check_width(model: EmbeddingModel, spec: settings.Encoder, device: torch.device, where: str) -> None:
+def _check_width(model: EmbeddingModel, spec: settings.EncoderSettings, device: torch.device, where: str) -> None:
     height, width = cast(tuple[int, int], spec.preprocess.image_size)
     blank = torch.zeros((2, spec.preprocess.channels, height, width), dtype=torch.uint8, device=device)
     with _trying(spec, where), torch.inference_mode():
@@ -105,7 +105,7 @@ def _check_width(model: EmbeddingModel, spec: settings.Encoder, device: torch.de
 
 
 @contextmanager
-def _trying(spec: settings.Encoder, where: str) -> Iterator[None]:
+def _trying(spec: settings.EncoderSettings, where: str) -> Iterator[None]:
     """Whatever an encoder raises on images that it is tried with is said with what it was given.
 
     Raises:
@@ -132,7 +132,7 @@ def _trying(spec: settings.Encoder, where: str) -> Iterator[None]:
             ) from error
 
 
-def _normalisation(preprocess: settings.Preprocess) -> list[tuple[float, float]]:
+def _normalisation(preprocess: settings.PreprocessSettings) -> list[tuple[float, float]]:
     """Mean and standard deviation of each channel; one value stands for all of them."""
     count = max(len(preprocess.mean), len(preprocess.std))
     means, stds = (values * (count if len(values) == 1 else 1) for values in (preprocess.mean, preprocess.std))

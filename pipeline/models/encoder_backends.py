@@ -89,7 +89,7 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def from_torchvision(spec: settings.Torchvision) -> nn.Module:
+def from_torchvision(spec: settings.TorchvisionSettings) -> nn.Module:
     """A torchvision architecture with its weights, cut at a layer if one is named.
 
     Raises:

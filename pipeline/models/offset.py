@@ -37,7 +37,7 @@ _FLOOR_PERCENT = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Classifier:
+class LinearClassifier:
     """A linear classifier on new embeddings: weight (C, d_new), bias (C,) or None, float32."""
 
     weight: Float32
@@ -72,7 +72,7 @@ class Offset:
     floor: float
     direction: Float32
     normalize: bool
-    classifier: Classifier | None
+    classifier: LinearClassifier | None
 
     def apply(self, z: Float32, s: Float32) -> Float32:
         """z' (N, d_new) float32, of z (N, d_new) and s (N,).
@@ -104,12 +104,18 @@ class Offset:
         numbers = tensor_metadata(data, "offset")
         tensors = load(data)
         weight = tensors.get("weight")
-        classifier = None if weight is None else Classifier(weight, tensors.get("bias"))
+        classifier = None if weight is None else LinearClassifier(weight, tensors.get("bias"))
         return cls(**numbers, direction=tensors["direction"], classifier=classifier)
 
 
 def fit_offset(
-    kind: OffsetKind, strength: float, z: Float32, s: Float32, new: Float32, classifier: Classifier | None, metric: str
+    kind: OffsetKind,
+    strength: float,
+    z: Float32,
+    s: Float32,
+    new: Float32,
+    classifier: LinearClassifier | None,
+    metric: str,
 ) -> Offset:
     """The offset of a transformation, from M held-out pairs.
 
@@ -148,7 +154,7 @@ def least_varying(new: Float32) -> Float32:
 
 
 def _uncertain(
-    kind: OffsetKind, z: Float32, s: Float32, floor: float, classifier: Classifier | None
+    kind: OffsetKind, z: Float32, s: Float32, floor: float, classifier: LinearClassifier | None
 ) -> NDArray[np.float32]:
     if kind == "uncertainty":
         result: Float32 = np.maximum(np.exp(s) - np.float32(floor), 0)

@@ -30,7 +30,7 @@ from pipeline.storage import documents, objects
 _WEIGHTS = "model-{}.safetensors"  # by the sha256: of two fits at once, neither replaces what the other's marker names
 _MARKER = "transformation.json"
 
-Figures = dict[str, float | dict[str, float]]
+HeldOutFigures = dict[str, float | dict[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class TransformationInfo:
     num_train: int
     num_held_out: int
     better_than_old: bool
-    held_out: Figures = field(default_factory=dict)
+    held_out: HeldOutFigures = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     kind: TransformationKind = "fastfill"
     pairs_to_pass_old: int | None = None

@@ -29,7 +29,7 @@ _SURE = 3.0  # standard errors of the ratio
 
 
 @dataclass(frozen=True, slots=True)
-class Likeness:
+class DistributionShift:
     """How much held-out pairs look like images of the gallery.
 
     Attributes:
@@ -82,7 +82,9 @@ class Likeness:
         return found
 
 
-def likeness(pairs: Float32, gallery: Float32, seed: int, errors: tuple[Float64, Float64] | None = None) -> Likeness:
+def distribution_shift(
+    pairs: Float32, gallery: Float32, seed: int, errors: tuple[Float64, Float64] | None = None
+) -> DistributionShift:
     """Compare images of both sides.
 
     Args:
@@ -104,7 +106,7 @@ def likeness(pairs: Float32, gallery: Float32, seed: int, errors: tuple[Float64,
         return float((sides[found] == sides[:, None]).mean())
 
     noise = float(np.std([same(rng.permutation(sides)) for _ in range(_LOTS)]))
-    return Likeness(same(sides), noise, *_ratio(errors))
+    return DistributionShift(same(sides), noise, *_ratio(errors))
 
 
 def _ratio(errors: tuple[Float64, Float64] | None) -> tuple[float | None, float]:

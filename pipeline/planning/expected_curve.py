@@ -45,7 +45,7 @@ def expected_uri(run: Run) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Ends:
+class CurveEnds:
     """A metric before anything is embedded and when all is, in per cent, with standard errors in points.
 
     Attributes:
@@ -122,7 +122,7 @@ _CURVES = ("fractions", "values", "low", "high")
 def expect(
     curves: Float64 | None,
     fractions: Float64,
-    ends: Ends,
+    ends: CurveEnds,
     sample: int = 0,
     sampled: str = "",
     own: Float64 | None = None,
@@ -189,7 +189,7 @@ def _bend(curves: Float64, fractions: Float64) -> tuple[Float64, Float64]:
     return bend.mean(axis=0), (bend - bend.mean(axis=0)) / np.sqrt(num * max(num - 1, 1))
 
 
-def _end_errors(ends: Ends, fractions: Float64) -> Float64:
+def _end_errors(ends: CurveEnds, fractions: Float64) -> Float64:
     """(2, P): what a standard deviation of the error that start and end share moves, and of the end's own rest."""
     shared = ends.correlation * ends.end_error
     own = np.sqrt(max(ends.end_error**2 - shared**2, 0.0))

@@ -16,11 +16,11 @@ from pipeline.arrays import Float32
 from pipeline.config import user_functions
 from pipeline.errors import ConfigError, DataError
 from pipeline.hashing import splitmix64
-from pipeline.planning.policy_inputs import Reference
+from pipeline.planning.policy_inputs import PolicyInputs
 from pipeline.planning.signals import Scored, signals
 
 Policy = Callable[[Scored], Float32]
-Own = Callable[[Scored, Reference], Float32]
+Own = Callable[[Scored, PolicyInputs], Float32]
 
 _MOST_EXPONENT = np.float32(80.0)  # exp of it is a float32
 
@@ -43,7 +43,7 @@ class Named:
 
 
 def load_policy(
-    name: str, seed: int, reference: Reference | None = None, traffic: bool = False, group_boost: float = 0.0
+    name: str, seed: int, reference: PolicyInputs | None = None, traffic: bool = False, group_boost: float = 0.0
 ) -> Policy:
     """A policy by its name in the config: one of POLICIES, or the user's own `module:function`.
 
@@ -79,7 +79,7 @@ def load_policy(
     return partial(_weighted, policy, logarithmic, reference if group_boost else None, traffic, group_boost)
 
 
-def missing(name: str, reference: Reference | None) -> set[str]:
+def missing(name: str, reference: PolicyInputs | None) -> set[str]:
     """What a policy of ours needs and the reference does not have: names as in `Named.needs`, or `reference`.
 
     Labels of the gallery are not the reference's matter.
@@ -129,7 +129,7 @@ def random(scored: Scored, seed: int) -> Float32:
     return (splitmix64(scored.ids, seed) >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
 
 
-def class_mean(scored: Scored, reference: Reference) -> Float32:
+def class_mean(scored: Scored, reference: PolicyInputs) -> Float32:
     """Farthest from the mean embedding of its own class first (lambda-Orthogonality, arXiv 2509.16664).
 
     An image without a label, or of a class that no held-out pair has, is measured from the nearest mean.
@@ -145,8 +145,8 @@ def class_mean(scored: Scored, reference: Reference) -> Float32:
     return np.where(rows >= 0, own, nearest).astype(np.float32)
 
 
-def learned(scored: Scored, reference: Reference) -> Float32:
-    """The predicted harm of leaving an image transformed, from all signals: two layers, a mean over some networks."""
+def learned(scored: Scored, reference: PolicyInputs) -> Float32:
+    """The predicted cost of leaving an image transformed, from all signals: two layers, a mean over some networks."""
     model, mean, scale = reference.model, reference.mean, reference.scale
     assert model is not None, "checked where the policy is loaded"
     assert mean is not None, "comes with the model"
@@ -170,7 +170,7 @@ def predict(model: dict[str, Float32], columns: Float32) -> Float32:
 
 
 def _signal(name: str) -> Own:
-    def policy(scored: Scored, reference: Reference) -> Float32:
+    def policy(scored: Scored, reference: PolicyInputs) -> Float32:
         return signals(scored, reference, [name])[name]
 
     return policy
@@ -197,11 +197,11 @@ POLICIES: dict[str, Named] = {
 """All policies of ours by name. `norm` is the shortest vector first, `hubness` the one that is retrieved least."""
 
 
-def _with(function: Own, reference: Reference) -> Policy:
+def _with(function: Own, reference: PolicyInputs) -> Policy:
     return lambda scored: function(scored, reference)
 
 
-def _checked(name: str, reference: Reference | None) -> Reference:
+def _checked(name: str, reference: PolicyInputs | None) -> PolicyInputs:
     wanting = missing(name, reference)
     if wanting or reference is None:
         remedy = _REMEDIES[sorted(wanting)[0]]
@@ -224,7 +224,7 @@ def _wanting(what: str, where: str, remedy: str) -> ConfigError:
 
 
 def _weighted(
-    policy: Policy, logarithmic: bool, reference: Reference | None, traffic: bool, boost: float, scored: Scored
+    policy: Policy, logarithmic: bool, reference: PolicyInputs | None, traffic: bool, boost: float, scored: Scored
 ) -> Float32:
     """The priority as a cost, times the image's traffic and its group's need."""
     cost = np.asarray(policy(scored), np.float32)

@@ -32,7 +32,7 @@ _MODEL = "model."
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Reference:
+class PolicyInputs:
     """What is known of M held-out pairs; None where there is none. All float32 but labels and rows, which are int64.
 
     Attributes:
@@ -99,17 +99,17 @@ class Reference:
         return cls(**{**words, **tuples, **tensors, "model": model or None})
 
 
-def load_reference(run: Run) -> Reference | None:
+def load_policy_inputs(run: Run) -> PolicyInputs | None:
     """What the run's transformation was saved with; None where it was fitted before policies knew of pairs.
 
     Raises:
         DataError: there is no transformation, or the file is missing or damaged.
     """
     data = read_part(run, PART)
-    return None if data is None else Reference.from_bytes(data, run.transformation)
+    return None if data is None else PolicyInputs.from_bytes(data, run.transformation)
 
 
-def build_reference(
+def build_policy_inputs(
     old: Float32,
     z: Float32,
     s: Float32,
@@ -119,7 +119,7 @@ def build_reference(
     metric: str,
     seed: int,
     label_names: Sequence[str] | None = None,
-) -> Reference:
+) -> PolicyInputs:
     """What policies may know of held-out pairs, of which at most 16,384 are kept, by chance.
 
     Args:
@@ -139,7 +139,7 @@ def build_reference(
     kept = np.sort(rng.permutation(len(old))[:_MOST_PAIRS])
     query_rows = np.sort(rng.permutation(len(kept))[:_MOST_QUERIES])
     weight, bias = (None, None) if classifier is None else classifier
-    return Reference(
+    return PolicyInputs(
         metric=metric,
         old=old[kept],
         transformed=z[kept],

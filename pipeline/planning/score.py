@@ -30,7 +30,7 @@ from pipeline.models.offset import PART, Offset
 from pipeline.models.transformation import apply, load_transformation, read_part
 from pipeline.planning import policies
 from pipeline.planning.policies import Policy
-from pipeline.planning.policy_inputs import load_reference
+from pipeline.planning.policy_inputs import load_policy_inputs
 from pipeline.planning.selection import resolve_policy
 from pipeline.planning.signals import Scored
 from pipeline.run import Run
@@ -90,7 +90,7 @@ def load_run_policy(config: Config, run: Run) -> Policy:
         DataError: there is no transformation, or a file of it is missing or damaged.
     """
     plan, name = config.plan, resolve_policy(run, config.plan.policy)
-    return policies.load_policy(name, config.seed, load_reference(run), plan.traffic, plan.group_boost)
+    return policies.load_policy(name, config.seed, load_policy_inputs(run), plan.traffic, plan.group_boost)
 
 
 class Scorer:

@@ -12,19 +12,19 @@ from typing import Literal, Self
 
 import numpy as np
 
-from pipeline.config.method import LossMode, Offset, TransformationKind
+from pipeline.config.method import LossMode, OffsetKind, TransformationKind
 from pipeline.errors import ConfigError, DataError
 from pipeline.models.transformation import read_part
-from pipeline.planning.distribution_shift import Likeness
+from pipeline.planning.distribution_shift import DistributionShift
 from pipeline.run import Run
 from pipeline.storage import documents
 
 PART = "selection.json"
-Figures = dict[str, float]
+CurveFigures = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class TrialResult:
     """One row of the table; figures are means over the folds, in per cent.
 
     Attributes:
@@ -43,19 +43,19 @@ class Candidate:
     lambda_disc: float
     inner_width: int
     epochs: int | None
-    offset: Offset
+    offset: OffsetKind
     offset_strength: float
     policy: str
-    area: Figures
-    area_std: Figures
-    start: Figures
-    fraction95: Figures
-    fraction99: Figures
+    area: CurveFigures
+    area_std: CurveFigures
+    start: CurveFigures
+    fraction95: CurveFigures
+    fraction99: CurveFigures
     behind: float
     behind_error: float
     transformation: TransformationKind = "fastfill"
     calibrate: bool = False
-    lowest: Figures = field(default_factory=dict)
+    lowest: CurveFigures = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +80,14 @@ class Selection:
     metrics: tuple[str, ...]
     folds: int
     num_measured: int
-    chosen: Candidate
-    candidates: tuple[Candidate, ...]
-    screened: tuple[Candidate, ...]
-    ends: dict[str, Figures]
+    chosen: TrialResult
+    candidates: tuple[TrialResult, ...]
+    screened: tuple[TrialResult, ...]
+    ends: dict[str, CurveFigures]
     fractions: tuple[float, ...]
     curves: dict[str, list[list[float]]]
     measured_on: Literal["pairs", "probe"] = "pairs"
-    likeness: Likeness | None = None
+    likeness: DistributionShift | None = None
     left_out: tuple[str, ...] = ()
 
     def passes_old(self) -> float | None:
@@ -130,11 +130,11 @@ class Selection:
 
     @classmethod
     def _from_tree(cls, tree: documents.Tree) -> Self:
-        tree["chosen"] = Candidate(**tree["chosen"])
+        tree["chosen"] = TrialResult(**tree["chosen"])
         tree.pop("learning", None)  # of version 0.1
         if tree.get("likeness") is not None:
-            tree["likeness"] = Likeness(**tree["likeness"])
-        tree |= {name: tuple(Candidate(**item) for item in tree.get(name, ())) for name in ("candidates", "screened")}
+            tree["likeness"] = DistributionShift(**tree["likeness"])
+        tree |= {name: tuple(TrialResult(**item) for item in tree.get(name, ())) for name in ("candidates", "screened")}
         return cls(**tree | {name: tuple(tree.get(name, ())) for name in ("metrics", "fractions", "left_out")})
 
 
@@ -151,7 +151,7 @@ def describe(selection: Selection) -> str:
     chosen = selection.chosen
     mine = recipe_name(chosen.transformation, chosen.loss, chosen.lambda_disc)
     first = selection.metrics[0]
-    others: dict[str, Candidate] = {}
+    others: dict[str, TrialResult] = {}
     for row in selection.candidates:
         name = recipe_name(row.transformation, row.loss, row.lambda_disc)
         if name != mine:

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from pipeline.arrays import Float32, Int64
 from pipeline.equality import find_same
 from pipeline.knn import nearest
-from pipeline.models.offset import Classifier
-from pipeline.planning.policy_inputs import NO_LABEL, Reference, keys
+from pipeline.models.offset import LinearClassifier
+from pipeline.planning.policy_inputs import NO_LABEL, PolicyInputs, keys
 
-Columns = dict[str, Float32]
+SignalColumns = dict[str, Float32]
 
 _NEIGHBOURS = 10
 _SLACK = np.float32(1e-4)  # the tenth pair is within reach, whatever the last bits of its distance are
@@ -59,7 +59,7 @@ class Block:
     own: Int64
 
 
-def signals(scored: Scored, reference: Reference, names: Collection[str] | None = None) -> Columns:
+def signals(scored: Scored, reference: PolicyInputs, names: Collection[str] | None = None) -> SignalColumns:
     """The signals of N images, each (N,) float32; all that the reference has the means for, or those asked for.
 
     Args:
@@ -79,23 +79,23 @@ def signals(scored: Scored, reference: Reference, names: Collection[str] | None 
     return {name: np.concatenate([block[name] for block in found]).astype(np.float32) for name in found[0]}
 
 
-def _classes(reference: Reference) -> Float32 | Int64:
+def _classes(reference: PolicyInputs) -> Float32 | Int64:
     return reference.labels[:0] if reference.classifier_weight is None else reference.classifier_weight
 
 
-def _probabilities(z: Float32, reference: Reference) -> Float32:
+def _probabilities(z: Float32, reference: PolicyInputs) -> Float32:
     assert reference.classifier_weight is not None, "asked only where there is a classifier"
-    return Classifier(reference.classifier_weight, reference.classifier_bias).probabilities(z)
+    return LinearClassifier(reference.classifier_weight, reference.classifier_bias).probabilities(z)
 
 
-def _itself(block: Block, reference: Reference) -> Columns:
+def _itself(block: Block, reference: PolicyInputs) -> SignalColumns:
     """s, and how short the vectors are: an embedding that an encoder is sure of is long."""
     lengths = {"norm": block.z, "old_norm": block.old}
     short = {name: 1 / (1 + np.linalg.norm(side, axis=1)) for name, side in lengths.items()}
     return {"uncertainty": block.s, **short}
 
 
-def _confidence(block: Block, reference: Reference) -> Columns:
+def _confidence(block: Block, reference: PolicyInputs) -> SignalColumns:
     """Of the classifier on z: the entropy, and how near its best class is to the second, and to certainty."""
     shares = _probabilities(block.z, reference)
     logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
@@ -107,17 +107,17 @@ def _confidence(block: Block, reference: Reference) -> Columns:
     }
 
 
-def _centroid(block: Block, reference: Reference) -> Columns:
+def _centroid(block: Block, reference: PolicyInputs) -> SignalColumns:
     """Squared distance to the nearest centroid, and how much farther the second is."""
     far = np.maximum(keys(block.z, reference.centroids, "l2"), 0)
     two = np.sort(np.partition(far, 1, axis=1)[:, :2], axis=1) if far.shape[1] > 1 else far[:, [0, 0]]
     return {"centroid": two[:, 0], "centroid_margin": two[:, 0] - two[:, 1]}
 
 
-def _neighbour(block: Block, reference: Reference) -> Columns:
+def _neighbour(block: Block, reference: PolicyInputs) -> SignalColumns:
     """Of the nearest pairs by z, and by the old embedding."""
     k = min(_NEIGHBOURS, len(reference.old) - 1)
-    found: Columns = {}
+    found: SignalColumns = {}
     for side, vectors, base in (
         ("neighbour", block.z, reference.transformed),
         ("old", block.old, reference.old),
@@ -137,7 +137,7 @@ def _largest_share(labels: Int64) -> Float32:
     return share
 
 
-def _hubness(block: Block, reference: Reference) -> Columns:
+def _hubness(block: Block, reference: PolicyInputs) -> SignalColumns:
     """How many queries have the image within their reach, as a share of their mean; and whom it would be wrong for."""
     reach = reference.reach + _SLACK * np.abs(reference.reach)
     hits = keys(block.z, reference.queries, reference.metric) <= reach
@@ -163,10 +163,10 @@ class _Kind:
     """Signals that come from the same computation."""
 
     names: tuple[str, ...]
-    function: Callable[[Block, Reference], Columns]
+    function: Callable[[Block, PolicyInputs], SignalColumns]
     needs_classifier: bool = False
 
-    def possible(self, reference: Reference) -> bool:
+    def possible(self, reference: PolicyInputs) -> bool:
         """Whether the reference has what it needs."""
         return not self.needs_classifier or reference.classifier_weight is not None
 

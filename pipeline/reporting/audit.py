@@ -24,12 +24,12 @@ from pipeline.index import commits, tags
 from pipeline.index.codebook import Codebook
 from pipeline.index.commits import Commit
 from pipeline.index.retention import read_removals
-from pipeline.index.segment import Segment, decode
+from pipeline.index.segment import Segment, decode_segment
 from pipeline.index.segment_files import SegmentRef, check_digest
 from pipeline.index.tags import CANDIDATE
 from pipeline.models.calibration import read_calibration
 from pipeline.planning.plan import read_plan
-from pipeline.reporting.audit_evidence import NO_IDS, Cell, Evidence, Notes, Problem, check_manifest, filled
+from pipeline.reporting.audit_evidence import NO_IDS, Cell, Evidence, Notes, Problem, check_manifest_rows, filled
 from pipeline.reporting.audit_inputs import check_inputs
 from pipeline.run import Run
 from pipeline.storage import objects, parquet
@@ -73,7 +73,7 @@ def _check_all(run: Run, notes: Notes, commits: dict[int, Commit], latest: int |
     _check_tags(run, notes, commits)
     check_inputs(run, notes, latest)
     published = max(commits, default=0)
-    check_manifest(run, notes)
+    check_manifest_rows(run, notes)
     if commits:
         evidence = Evidence.gather(run, notes, published, _drops_deleted(run))
         _check_steps(run, notes, commits)
@@ -263,7 +263,7 @@ def _check_segment(evidence: Evidence, files: _Files, ref: SegmentRef, cell: Cel
     segment = notes.attempt("segment", where, Segment.open, files.run, codebook, ref, verify=False)
     if segment is None:
         return
-    ids, vectors = decode(codebook, segment)
+    ids, vectors = decode_segment(codebook, segment)
     if not notes.compare("segment", where, cell.held(ref), ids) or not codebook.exact or not len(ids):
         return
     expected = evidence.vectors(cell, ref)

@@ -103,7 +103,7 @@ class Notes:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PlannedPart:
     """A Parquet file, the one value that each key column has in each of its row groups, and the file's digest."""
 
     uri: str
@@ -146,8 +146,8 @@ class Evidence:
 
     run: Run
     notes: Notes
-    plan: list[Part]
-    log: dict[int, list[Part]]
+    plan: list[PlannedPart]
+    log: dict[int, list[PlannedPart]]
     rejects: dict[int, Int64]
     dropped: Int64
 
@@ -212,7 +212,7 @@ class Evidence:
         known = logged.filter(logged["source_etag"].is_valid())
         return rows.filter(inside).join(known, "id", join_type="inner").group_by(["uri", "source_etag"]).aggregate([])
 
-    def _rows(self, parts: list[Part], key: list[int], columns: list[str]) -> pa.Table | None:
+    def _rows(self, parts: list[PlannedPart], key: list[int], columns: list[str]) -> pa.Table | None:
         """The rows of all row groups of a key; None where there are none, or one cannot be read."""
         groups = {part.uri: np.flatnonzero((part.keys == key).all(axis=1)).tolist() for part in parts}
 
@@ -224,7 +224,7 @@ class Evidence:
         return pa.concat_tables(whole) if whole and len(whole) == len(tables) else None
 
 
-def check_manifest(run: Run, notes: Notes) -> None:
+def check_manifest_rows(run: Run, notes: Notes) -> None:
     """Each image of the manifest is in the plan, or among those that the old encoder could not read; part by part.
 
     A part of the plan holds images of the manifest's part of the same number. Before there is a plan there is
@@ -280,14 +280,14 @@ def reject_files(log: VectorLog) -> dict[int, list[str]]:
     return found
 
 
-def filled(part: Part) -> NDArray[np.int64]:
+def filled(part: PlannedPart) -> NDArray[np.int64]:
     """The keys of the row groups that have rows."""
     keys: NDArray[np.int64] = part.keys[part.keys[:, 0] != _EMPTY]
     return keys
 
 
-def _parts(notes: Notes, kind: str, uris: list[str], columns: list[str]) -> list[Part]:
-    def read(notes: Notes, uri: str) -> Part | None:
+def _parts(notes: Notes, kind: str, uris: list[str], columns: list[str]) -> list[PlannedPart]:
+    def read(notes: Notes, uri: str) -> PlannedPart | None:
         part = notes.attempt(kind, uri, _part, uri, columns)
         notes.checked[f"{kind}s"] += 1
         return part
@@ -318,7 +318,7 @@ def _deleted(uris: list[str]) -> Int64:
     return np.concatenate(found)
 
 
-def _part(uri: str, columns: list[str]) -> Part:
+def _part(uri: str, columns: list[str]) -> PlannedPart:
     """The value of each key column in each row group, from the statistics in the footer.
 
     Raises:
@@ -335,4 +335,4 @@ def _part(uri: str, columns: list[str]) -> Part:
                 if values is None or values.null_count or values.min is None or values.min != values.max:
                     raise ValueError(f"row group {number} is not of one {column}")
                 keys[number, place] = values.min
-        return Part(uri, keys, file.digest)
+        return PlannedPart(uri, keys, file.digest)

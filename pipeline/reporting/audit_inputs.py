@@ -16,7 +16,7 @@ from pipeline.embedding import vector_log
 from pipeline.embedding.rejects import gallery_log, manifest_log
 from pipeline.embedding.vector_log import VectorLog
 from pipeline.evaluation import quality
-from pipeline.evaluation.quality import read_standing
+from pipeline.evaluation.quality import read_promotion_status
 from pipeline.manifest import normalised
 from pipeline.planning import plan as plans
 from pipeline.planning.plan import FROM_PAIRS, Plan, read_plan
@@ -131,7 +131,7 @@ def _check_pairs(run: Run, notes: Notes) -> None:
 def _check_probe_set(run: Run, notes: Notes) -> None:
     """What snapshots are measured by can be read."""
     where = run.path(PROBE_SET, "reference.json")
-    notes.attempt("probe_set", where, quality.read_reference, run)
+    notes.attempt("probe_set", where, quality.read_baseline, run)
     folder = run.path(PROBE_SET)
     others = [run.path(PROBE_SET, "set.parquet"), *objects.list_files(f"{folder}/neighbours", ".parquet")]
     for uri in others:
@@ -141,7 +141,7 @@ def _check_probe_set(run: Run, notes: Notes) -> None:
 
 def _check_reports(run: Run, notes: Notes) -> None:
     """What the gate and `status` read again of the reports."""
-    notes.attempt("standing", run.path("reports", "standing.json"), read_standing, run)
+    notes.attempt("standing", run.path("reports", "standing.json"), read_promotion_status, run)
     notes.attempt("best", run.path("reports", "best.json"), quality.read_best, run, _LATEST)
     for uri in quality.files(run):
         notes.attempt("quality", uri, quality.read_file, uri)

@@ -131,7 +131,7 @@ class Tracker:
         for wave, unit in vector_log.part_times(log) if parts is None else parts:
             if wave in self._done:
                 self._done[wave].add(unit)
-        counts = vector_log.count_rejects(log)
+        counts = vector_log.count_log_rejects(log)
         self._rejected = {wave.wave: counts.get(wave.wave, 0) for wave in plan.waves}
         self._next_wave = 1
         self._recent: deque[tuple[float, int]] = deque()

@@ -27,7 +27,7 @@ from pipeline.errors import DataError
 from pipeline.evaluation import curve as curves
 from pipeline.evaluation import gallery_arrays, quality
 from pipeline.evaluation.gallery_arrays import new_embeddings_given
-from pipeline.evaluation.quality import read_standing
+from pipeline.evaluation.quality import read_promotion_status
 from pipeline.index import commits, tags
 from pipeline.planning.expected_curve import expected_uri, read_expected
 from pipeline.planning.plan import FROM_PAIRS, Plan, read_plan, transformed_parts
@@ -106,7 +106,7 @@ class ReportData:
     estimate: Tree | None = None
 
 
-def collect(config: Config, run: Run) -> ReportData:
+def gather_report(config: Config, run: Run) -> ReportData:
     """Gather what the run has so far; the curve is computed where it can be and was not yet.
 
     Raises:
@@ -135,7 +135,7 @@ def collect(config: Config, run: Run) -> ReportData:
         transformation=documents.decode(marker[0], where) if marker else None,
         config=config.model_dump(mode="json", exclude_none=True),
         probe=_probe(run),
-        standing=None if (standing := read_standing(run)) is None else asdict(standing),
+        standing=None if (standing := read_promotion_status(run)) is None else asdict(standing),
         selection=_selection(run) if marker else None,
         expected=expected,
         expected_made=moment(objects.stat(expected_uri(run)).modified_seconds) if expected else "",
@@ -164,7 +164,7 @@ def render(data: ReportData) -> str:
 
 def write_report(config: Config, run: Run) -> str:
     """Write `reports/report.html`, then `report.json` beside it; gives the URI of the page."""
-    data = collect(config, run)
+    data = gather_report(config, run)
     objects.put(page_uri(run), render(data).encode())
     objects.put(_figures_uri(run), json.dumps(asdict(data), indent=1, allow_nan=False).encode())
     return page_uri(run)
@@ -289,7 +289,7 @@ def _figures(commit: commits.Commit) -> Tree:
 
 
 def _probe(run: Run) -> list[Tree]:
-    known, measured = quality.read_reference(run), quality.read_all(run)
+    known, measured = quality.read_baseline(run), quality.read_all_quality(run)
     old = [] if known is None else [{"commit": None, "title": "old / old", "figures": known.figures}]
     rows = [{"commit": item.commit, "title": f"commit {item.commit}", "figures": item.figures} for item in measured]
     return [*old, *rows] if measured else []

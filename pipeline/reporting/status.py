@@ -51,7 +51,7 @@ def read_status(run_uri: str) -> Status:
     """The figures of a run; before its plan is made there is no gallery to count against."""
     from pipeline.embedding import vector_log
     from pipeline.evaluation import quality
-    from pipeline.evaluation.quality import read_standing
+    from pipeline.evaluation.quality import read_promotion_status
     from pipeline.index import tags
     from pipeline.planning.plan import read_plan
     from pipeline.reporting.progress import Tracker, recent_rate
@@ -59,7 +59,7 @@ def read_status(run_uri: str) -> Status:
 
     run = Run(run_uri)
     candidate, prod = tags.read_tag(run, "candidate"), tags.read_tag(run, "prod")
-    standing = read_standing(run)
+    standing = read_promotion_status(run)
     latest, served = (tag.commit if tag else None for tag in (candidate, prod))
     measured = quality.read_quality(run, latest) if latest is not None else None
     of_prod = quality.read_quality(run, served) if served is not None else None

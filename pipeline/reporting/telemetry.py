@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from pipeline.config.tree import Config, Telemetry
+from pipeline.config.tree import Config, TelemetrySettings
 from pipeline.embedding.rejects import REJECT_REASONS
 from pipeline.reporting.progress import Progress
 from pipeline.schema import UnitAck
@@ -176,7 +176,7 @@ def serving(config: Config) -> Iterator[str]:
         meter.join()
 
 
-def serve(settings: Telemetry) -> str:
+def serve(settings: TelemetrySettings) -> str:
     """Start the endpoint and return its URL; a port that is taken is replaced by a free one, with a warning."""
     try:
         server, _ = start_http_server(settings.port, settings.host, REGISTRY)
@@ -287,7 +287,7 @@ def observe_epoch(figures: Mapping[str, float]) -> None:
     FIT_RATE.set(figures["images_per_second"])
 
 
-def observe_machines(settings: Telemetry, nodes: int, gpus: float, seconds: float) -> None:
+def observe_machines(settings: TelemetrySettings, nodes: int, gpus: float, seconds: float) -> None:
     """Count that so many nodes and GPUs were there for so many seconds."""
     NODES.set(nodes)
     GPUS.set(gpus)
@@ -319,7 +319,7 @@ def _count_retries(counts: Sequence[int]) -> None:
         RETRIES.labels(cause).inc(count)
 
 
-def _count_machines(settings: Telemetry, stop: threading.Event) -> None:
+def _count_machines(settings: TelemetrySettings, stop: threading.Event) -> None:
     """Every ten seconds, and at the end; nothing while Ray is not connected."""
     last = time.monotonic()
     while True:

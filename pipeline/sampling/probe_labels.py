@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import parallel
-from pipeline.config.method import Probe
-from pipeline.config.tree import Columns
+from pipeline.config.method import ProbeSettings
+from pipeline.config.tree import ColumnNames
 from pipeline.errors import DataError
 from pipeline.manifest import normalised
 from pipeline.manifest.columns import check_columns, check_ids
@@ -53,7 +53,7 @@ class Sample:
         return bool(pa.types.is_integer(self.rows.schema.field("id").type))
 
 
-def read_sample(source: Probe) -> Sample:
+def read_sample(source: ProbeSettings) -> Sample:
     """Read and check what `probe.manifest` says.
 
     Raises:
@@ -61,7 +61,7 @@ def read_sample(source: Probe) -> Sample:
             integers in one file and strings in another, or there are too few or too many rows.
     """
     assert source.manifest is not None, "the config names a sample"
-    names = Columns(**source.columns.model_dump())
+    names = ColumnNames(**source.columns.model_dump())
     columns = sorted(set(names.model_dump(exclude_none=True).values()))
     kinds: dict[bool, str] = {}
     tables, count = [], 0
@@ -144,7 +144,7 @@ def find_rows(run: Run, gallery: Manifest, sample: Sample, column: str | None) -
     return found
 
 
-def _rows(table: pa.Table, names: Columns, uri: str) -> pa.Table:
+def _rows(table: pa.Table, names: ColumnNames, uri: str) -> pa.Table:
     count = table.num_rows
     ids, keys = read_ids(table, names.id, Partition(uri, [], 0, 0, count), np.arange(count))
     columns = {"id": ids if pa.types.is_integer(table[names.id].type) else keys}

@@ -24,7 +24,7 @@ from pipeline.index import commits, retention, segment, tags
 from pipeline.index.codebook import Codebook
 from pipeline.index.commits import Commit
 from pipeline.index.segment import Segment
-from pipeline.index.segment_files import KINDS, Kind, SegmentRef, check_digest
+from pipeline.index.segment_files import KINDS, SegmentKind, SegmentRef, check_digest
 from pipeline.index.tags import PROD
 from pipeline.readable import counted
 from pipeline.run import Run
@@ -129,7 +129,7 @@ class _Writer:
         knots = {name: list(values) for name, values in asdict(self.commit.calibration).items()}
         return knots | {"how_to_merge": _HOW_TO_MERGE}
 
-    def _kinds(self) -> tuple[Kind | None, ...]:
+    def _kinds(self) -> tuple[SegmentKind | None, ...]:
         """What each file of a shard holds: one kind, or both."""
         return (None,) if self.form == "parquet" or self.commit.calibration is None else KINDS
 
@@ -213,7 +213,7 @@ class _Writer:
         keys = self.keys.strings(pa.concat_tables(sidecars)["id"].to_numpy())  # once: each part of the gallery is read
         done = 0
         for ref, sidecar in zip(refs, sidecars, strict=True):
-            ids, vectors = segment.decode(self.codebook, Segment.open(self.run, self.codebook, ref))
+            ids, vectors = segment.decode_segment(self.codebook, Segment.open(self.run, self.codebook, ref))
             if not pa.array(ids).equals(sidecar["id"].combine_chunks()):
                 raise DataError("segment and sidecar hold other ids", where=self.run.path(ref.sidecar_path))
             columns = {"id": pa.array(ids), "key": keys.slice(done, len(ids)), "vector": vectors_to_arrow(vectors)}
@@ -226,7 +226,7 @@ class _Writer:
         schema = pa.schema([pa.field("id", pa.int64(), nullable=False), pa.field("key", pa.string())])
         return parquet.parquet_bytes(schema, [pa.table({"id": pa.array(ids), "key": self.keys.strings(ids)})])
 
-    def _name(self, shard: int, kind: Kind | None) -> str:
+    def _name(self, shard: int, kind: SegmentKind | None) -> str:
         return f"shard-{shard:05d}{'' if kind is None else f'-{kind}'}.{_SUFFIX[self.form]}"
 
     def _ids_name(self, shard: int) -> str:

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pipeline.arrays import Float32
-    from pipeline.config.tree import Backfill, Encoder
+    from pipeline.config.tree import BackfillSettings, EncoderSettings
 
 
-def embed_queries(encoder: Encoder, settings: Backfill, device: str, images: list[bytes], names: list[str]) -> Float32:
+def embed_queries(
+    encoder: EncoderSettings, settings: BackfillSettings, device: str, images: list[bytes], names: list[str]
+) -> Float32:
     """The embeddings of encoded images, (N, d) float32.
 
     Args:

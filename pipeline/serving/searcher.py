@@ -32,7 +32,7 @@ from pipeline.index.codebook import Codebook
 from pipeline.index.commits import Commit
 from pipeline.index.retention import Lease
 from pipeline.index.segment import Segment
-from pipeline.index.segment_files import KINDS, Kind, SegmentRef, check_digest
+from pipeline.index.segment_files import KINDS, SegmentKind, SegmentRef, check_digest
 from pipeline.index.tags import PROD
 from pipeline.run import Run
 from pipeline.serving.user_keys import Keys
@@ -89,7 +89,7 @@ class _Snapshot:
     commit: Commit
     codebook: Codebook
     segments: dict[str, Segment]  # by sha256: segments without a vector may be the same file
-    searched: dict[Kind, list[Segment]]  # these, or all of a kind gathered into one
+    searched: dict[SegmentKind, list[Segment]]  # these, or all of a kind gathered into one
     rejected: Int64  # ids of transformed vectors in embedded segments, which earlier versions sealed
     lease: Lease | None
 
@@ -272,7 +272,7 @@ class Searcher:
             segments = dict(zip(refs, pool.map(open_segment, refs.values()), strict=True))
         searched = {kind: _of_kind(commit, segments, kind) for kind in KINDS}
         if self._in_memory:
-            searched = {kind: [segment.gather(codebook, some)] for kind, some in searched.items() if some}
+            searched = {kind: [segment.gather_segments(codebook, some)] for kind, some in searched.items() if some}
         return _Snapshot(commit, codebook, segments, searched, self._rejected(commit), lease)
 
     def _rejected(self, commit: Commit) -> Int64:
@@ -288,7 +288,7 @@ class Searcher:
         return np.concatenate(found)
 
 
-def _of_kind(commit: Commit, segments: dict[str, Segment], kind: Kind) -> list[Segment]:
+def _of_kind(commit: Commit, segments: dict[str, Segment], kind: SegmentKind) -> list[Segment]:
     return [segments[sha256] for sha256 in dict.fromkeys(ref.sha256 for ref in commit.segments if ref.kind == kind)]
 
 

@@ -31,8 +31,7 @@ from pipeline.storage.interface import Unreadable as Unreadable
 from pipeline.storage.local import LocalReader, LocalStore
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.retry import COUNTS, Retry
-from pipeline.storage.settings import Fetch
-from pipeline.storage.settings import Storage as StorageSettings
+from pipeline.storage.settings import FetchSettings, StorageSettings
 from pipeline.storage.uris import holds_user
 
 if TYPE_CHECKING:
@@ -196,7 +195,7 @@ def split(uri: str) -> tuple[str, str]:
     return (scheme, name) if separator else ("file", uri)
 
 
-def image_reader(scheme: str, fetch: Fetch, root: str | None = None) -> Reader:
+def image_reader(scheme: str, fetch: FetchSettings, root: str | None = None) -> Reader:
     """What reads images from the store of a scheme, in many small requests.
 
     Args:
@@ -318,7 +317,7 @@ def _store(scheme: str, settings: str, process: int, account: tuple[str, ...]) -
 
 @functools.lru_cache(maxsize=8)
 def _reader(
-    scheme: str, settings: str, process: int, fetch: Fetch, root: str | None, account: tuple[str, ...]
+    scheme: str, settings: str, process: int, fetch: FetchSettings, root: str | None, account: tuple[str, ...]
 ) -> Reader:
     if scheme == "file":
         return LocalReader(root)

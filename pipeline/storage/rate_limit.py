@@ -17,7 +17,7 @@ _FIRST_PAUSE_SECONDS = 0.5
 _CALM_SECONDS = 10.0
 
 
-class Pace:
+class RateLimit:
     """A token bucket with a pause, for many threads."""
 
     def __init__(

@@ -64,7 +64,7 @@ class NoBucket(FileNotFoundError):
     """Not only the object is missing."""
 
 
-class Counts:
+class RequestCounts:
     """What a process asked of stores: requests, bytes, and retries by cause. Safe over threads."""
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Counts:
             return self._counts.copy()
 
 
-COUNTS = Counts()
+COUNTS = RequestCounts()
 """`requests:<kind>`, `bytes:get`, `bytes:put` and `retries:<cause>` of this process.
 
 Images are counted by themselves: `requests:image`, `bytes:image`, and `bytes:needed`, those of them that were wanted.

@@ -25,7 +25,7 @@ from pipeline.errors import ConfigError
 from pipeline.storage.interface import Stat
 from pipeline.storage.object_store import Blob, Page
 from pipeline.storage.retry import Again, problem
-from pipeline.storage.settings import Storage
+from pipeline.storage.settings import StorageSettings
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ _NO_CREDENTIALS: tuple[type[Exception], ...] = (
 class S3Client:
     """Names are `bucket/key`; an object's version is its etag."""
 
-    def __init__(self, settings: Storage) -> None:
+    def __init__(self, settings: StorageSettings) -> None:
         """Nothing is sent yet; credentials are found as the AWS SDKs find them.
 
         Any number of threads may use one client; a process that was forked needs one of its own.

@@ -23,9 +23,9 @@ from obstore.store import S3Store
 
 from pipeline.errors import ConfigError, DataError, TransientError
 from pipeline.storage.interface import Span, Store, TooLarge, Unreadable
-from pipeline.storage.rate_limit import Pace
+from pipeline.storage.rate_limit import RateLimit
 from pipeline.storage.retry import COUNTS, SLOW_DOWN, Again, Retry, problem
-from pipeline.storage.settings import Fetch, Storage
+from pipeline.storage.settings import FetchSettings, StorageSettings
 
 if TYPE_CHECKING:
     from obstore.store import S3Config, S3Credential
@@ -49,13 +49,13 @@ class _Failed(Again):
 class ObjectReader:
     """A `Reader` of S3; names are `bucket/key`."""
 
-    def __init__(self, storage: Storage, fetch: Fetch, plain: Store) -> None:
+    def __init__(self, storage: StorageSettings, fetch: FetchSettings, plain: Store) -> None:
         """Nothing is sent yet; `plain` reads what obstore has no name for."""
         self._storage, self._fetch, self._plain = storage, fetch, plain
         self._retry = Retry(storage.retry_seconds, storage.max_pause_seconds)
         self._lock = threading.Lock()
         self._buckets: dict[str, S3Store] = {}
-        self._paces: dict[str, Pace] = {}
+        self._paces: dict[str, RateLimit] = {}
         self._given: dict[str, tuple[str, Span | None]] = {}  # bucket -> what it gave last
 
     def whole(self, name: str, most_bytes: int) -> tuple[bytes, str]:
@@ -135,11 +135,11 @@ class ObjectReader:
             return True
         return True
 
-    def _pace(self, name: str) -> Pace:
+    def _pace(self, name: str) -> RateLimit:
         prefix = "/".join(name.split("/")[: 2 if name.count("/") > 1 else 1])
         with self._lock:
             if prefix not in self._paces:
-                self._paces[prefix] = Pace(self._fetch.requests_per_second, self._storage.max_pause_seconds)
+                self._paces[prefix] = RateLimit(self._fetch.requests_per_second, self._storage.max_pause_seconds)
             return self._paces[prefix]
 
     def _bucket(self, bucket: str) -> S3Store:

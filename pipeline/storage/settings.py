@@ -38,7 +38,7 @@ class Section(BaseModel):
         return value
 
 
-class Fetch(Section):
+class FetchSettings(Section):
     """How images are read; free to change between two starts of a run.
 
     A load task has `concurrency` requests in flight. Of a container (tar, or any file with `offset` and
@@ -59,7 +59,7 @@ class Fetch(Section):
     timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
 
 
-class Storage(Section):
+class StorageSettings(Section):
     """How object storage is talked to; credentials come from the environment or the machine's role.
 
     A failing request is repeated for `retry_seconds`, with pauses that grow up to `max_pause_seconds`.

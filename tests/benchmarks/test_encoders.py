@@ -15,7 +15,7 @@ from PIL import Image
 
 from benchmarks import encoders
 from benchmarks.encoders import RECIPES, SCARCE_GROUP, Prototypes, encoder, rows_of
-from pipeline.config.tree import Encoder, Preprocess
+from pipeline.config.tree import EncoderSettings, PreprocessSettings
 from pipeline.models.encoder import load_encoder
 
 
@@ -56,9 +56,9 @@ def test_an_encoder_that_was_stopped_is_the_one_that_was_not(
             encoder(name, tmp_path, tmp_path / "slices")
     slices = encoder(name, tmp_path, tmp_path / "slices")
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    preprocess = Preprocess(size=32, pixel_range=255, mean=(125.3, 123.0, 113.9), std=(63.0, 62.1, 66.7))
+    preprocess = PreprocessSettings(size=32, pixel_range=255, mean=(125.3, 123.0, 113.9), std=(63.0, 62.1, 66.7))
     loaded = [
-        load_encoder(Encoder(export=str(found.export), dim=6, preprocess=preprocess), torch.device("cpu"))
+        load_encoder(EncoderSettings(export=str(found.export), dim=6, preprocess=preprocess), torch.device("cpu"))
         for found in (whole, slices)
     ]
     assert torch.equal(*(model(images) for model in loaded))

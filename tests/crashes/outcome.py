@@ -7,7 +7,7 @@ import re
 
 from pipeline.index import commits
 from pipeline.index import tags as snapshot
-from pipeline.index.gc import Rules, collect
+from pipeline.index.gc import Rules, collect_garbage
 from pipeline.reporting.audit import audit
 from pipeline.run import Run
 from pipeline.storage import objects, parquet
@@ -35,7 +35,7 @@ def outcome(run: Run) -> Outcome:
 
 def digests(run: Run) -> dict[str, str]:
     """By name in the run, the sha256 of each file that equal runs have in common, once gc has removed leftovers."""
-    collect(run.uri, Rules(keep=100))
+    collect_garbage(run.uri, Rules(keep=100))
     names = {uri.removeprefix(run.uri): uri for uri in objects.list_files(run.uri)}
     return {
         name: hashlib.sha256(objects.read_bytes(uri)).hexdigest()

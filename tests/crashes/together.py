@@ -17,7 +17,7 @@ from pipeline.embedding import fetch
 from pipeline.errors import DataError, IncompatibleRun, SnapshotConflict
 from pipeline.evaluation import ranks
 from pipeline.index import tags
-from pipeline.index.gc import Rules, collect
+from pipeline.index.gc import Rules, collect_garbage
 from pipeline.reporting.audit import audit
 from pipeline.reporting.progress import Progress
 from pipeline.run import Run
@@ -102,7 +102,7 @@ def all_at_once(home: Path, uri: Path, seed: int, expected: Outcome) -> tuple[li
 def _collect(run: Run, may_go_on: Callable[[], bool]) -> None:
     """gc, again and again."""
     while may_go_on():
-        collect(run.uri, Rules(keep=1, grace_seconds=0))
+        collect_garbage(run.uri, Rules(keep=1, grace_seconds=0))
 
 
 def _read(run: Run, may_go_on: Callable[[], bool], seen: list[int]) -> None:

@@ -20,7 +20,7 @@ from pipeline.embedding import vector_log
 from pipeline.equality import same_vectors
 from pipeline.index import commits, tags
 from pipeline.index.codebook import Codebook
-from pipeline.index.segment import Segment, as_stored, decode
+from pipeline.index.segment import Segment, as_stored, decode_segment
 from pipeline.planning.plan import Plan, read_plan
 from pipeline.run import Run
 from pipeline.storage import objects
@@ -110,7 +110,7 @@ def assert_sealed_alike(run: Run, plan: Plan, number: int) -> None:
         ids, vectors = vector_log.read_wave(plan.log(run), wave)
         kept = as_stored(codebook, vectors)
         for ref in (ref for ref in commit.segments if ref.wave == wave):
-            found, stored = decode(codebook, Segment.open(run, codebook, ref))
+            found, stored = decode_segment(codebook, Segment.open(run, codebook, ref))
             rows = np.searchsorted(ids, found)
             np.testing.assert_array_equal(ids[rows], found)
             errors = [np.linalg.norm(side - vectors[rows], axis=1) for side in (stored, kept[rows])]

@@ -9,7 +9,7 @@ import pytest
 from jobs.fit import show_selection
 from jobs.shell.tables import say_outlook
 from pipeline.models.transformation import TransformationInfo
-from pipeline.planning.selection import Candidate, Selection, describe
+from pipeline.planning.selection import Selection, TrialResult, describe
 
 INFO = TransformationInfo(
     d_old=4, d_new=6, d_side=None, inner_width=8, normalize=False, loss="alignment", seed=0, epochs=0, num_train=900,
@@ -17,9 +17,9 @@ INFO = TransformationInfo(
 )  # fmt: skip
 
 
-def candidate(transformation: str, area: float, behind: float) -> Candidate:
+def candidate(transformation: str, area: float, behind: float) -> TrialResult:
     figures = {"top1": area, "top5": area, "map": area}
-    return Candidate(
+    return TrialResult(
         "alignment", 1.0, 8, None, "none", 0.0, "uncertainty", figures, figures, figures, figures, figures,
         behind, 0.1, transformation=transformation, calibrate=True, lowest=figures,
     )  # fmt: skip

@@ -17,13 +17,13 @@ from jobs import evaluate, export, rollback
 from jobs.cli import main
 from jobs.upkeep import gc
 from pipeline.index import disk_reserve, tags
-from pipeline.index.gc import Rules, collect
+from pipeline.index.gc import Rules, collect_garbage
 from pipeline.index.retention import Removals
 from pipeline.reporting.audit import audit
 from pipeline.serving.searcher import Searcher
 from pipeline.storage import objects
 from pipeline.storage.documents import to_json
-from pipeline.storage.settings import Storage
+from pipeline.storage.settings import StorageSettings
 from tests.pipeline.index.test_gc import LAST, make
 from tests.support.synthetic_run import Options, known, make_run
 
@@ -77,7 +77,7 @@ def configured(patch: pytest.MonkeyPatch, uri: str) -> Callable[..., Result]:
     """Commands on a run; a whole config needs encoders, which they do not."""
 
     def load(*_: object) -> SimpleNamespace:
-        objects.configure(Storage())
+        objects.configure(StorageSettings())
         return SimpleNamespace(run=uri)
 
     for module in (gc, rollback, export):
@@ -149,10 +149,10 @@ def test_gc_full_disk_where_only_commits_can_go_removes_them_by_its_reserve(
 
 def test_gc_with_room_writes_its_reserve_for_the_next_time(disk: Path) -> None:
     whole = make(disk)
-    collect(whole.run.uri)
+    collect_garbage(whole.run.uri)
     assert Path(whole.run.path("index", "reserve")).stat().st_size == disk_reserve.SIZE_BYTES
     fill(disk)
-    collect(whole.run.uri, NOW)
+    collect_garbage(whole.run.uri, NOW)
     assert tags.list_commits(whole.run) == [1, LAST]
 
 
@@ -161,7 +161,7 @@ def test_gc_full_disk_without_a_reserve_says_to_free_space_by_hand_and_changes_n
 ) -> None:
     """As in runs of earlier versions."""
     whole = make(disk)
-    collect(whole.run.uri, NOW)
+    collect_garbage(whole.run.uri, NOW)
     objects.delete(whole.run.path("index", "reserve"))
     objects.put(whole.run.collected, to_json(Removals(confirmed=(0, 2, 3), announced=(1,))))
     fill(disk)

@@ -39,7 +39,7 @@ def test_it_prints_the_section_that_uses_it(tmp_path: Path) -> None:
     code, out, err = run("manifest", shards, "--to", f"{tmp_path}/out", "--print-config")
     assert code == 0
     tree = yaml.safe_load(out)
-    gallery = config.Gallery.model_validate(tree["gallery"])
+    gallery = config.GallerySettings.model_validate(tree["gallery"])
     assert gallery.manifest == f"{tmp_path}/out"
     assert gallery.columns.label == "label"
     assert "120 images" in err

@@ -14,7 +14,7 @@ from pipeline.arrays import Int64, vectors_to_arrow
 from pipeline.backfill import driver
 from pipeline.backfill.stop import Stop
 from pipeline.config.identity import fix_settings, stage_settings
-from pipeline.config.method import Gate
+from pipeline.config.method import GateSettings
 from pipeline.config.tree import Config
 from pipeline.embedding import vector_log
 from pipeline.embedding.precompute import embedding_log
@@ -26,7 +26,7 @@ from pipeline.models.networks import TransformationNetwork
 from pipeline.models.transformation import TransformationInfo, save_transformation
 from pipeline.planning import build, policy_inputs
 from pipeline.planning.plan import Plan
-from pipeline.planning.policy_inputs import build_reference
+from pipeline.planning.policy_inputs import build_policy_inputs
 from pipeline.reporting.progress import Progress
 from pipeline.run import GALLERY_PAIRS, Run
 from pipeline.sampling import pair_sample
@@ -99,7 +99,7 @@ def begin(folder: Path, from_gallery: int = 0, given: bool = True) -> Scene:
     probe = config.probe.model_copy(update={"images": config.probe.images if given else 0})
     config = config.model_copy(update={"pairs": sampled, "probe": probe})
     index = config.index.model_copy(update={"factory": "Flat", "shards": options.shards})
-    gate = Gate(min_slot_share=None, max_slot_share=None, max_fall=100)
+    gate = GateSettings(min_slot_share=None, max_slot_share=None, max_fall=100)
     config = config.model_copy(update={"index": index, "gate": gate, "device": "cpu"})
     pairs = pa.table({"new": vectors_to_arrow(images.embedded[:_PAIRS])})
     objects.put(run.part("pairs/train", 0), parquet.parquet_bytes(pairs.schema, [pairs]))
@@ -119,7 +119,7 @@ def _write_transformation(config: Config, run: Run, images: Known) -> None:
     torch.manual_seed(0)
     widths = images.old.shape[1], images.embedded.shape[1]
     info = TransformationInfo(*widths, None, 16, False, "alignment", 0, 1, _PAIRS, _PAIRS, True)
-    known_pairs = build_reference(
+    known_pairs = build_policy_inputs(
         images.old, images.transformed, images.uncertainty, images.embedded, None, None, "l2", 0
     )
     fix_settings(run, "fit", stage_settings(config, "fit"))

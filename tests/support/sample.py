@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config.method import Probe
+from pipeline.config.method import ProbeSettings
 from pipeline.config.tree import Config
 
 
@@ -19,6 +19,6 @@ def put_sample(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "sample.parquet"
     pq.write_table(pa.table(table), path)
-    probe = Probe.model_validate({"images": images, "manifest": str(path), "columns": columns or {}})
+    probe = ProbeSettings.model_validate({"images": images, "manifest": str(path), "columns": columns or {}})
     named = config.gallery.columns.model_copy(update={"id": "id"})
     return config.model_copy(update={"probe": probe, "gallery": config.gallery.model_copy(update={"columns": named})})

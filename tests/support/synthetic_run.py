@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pipeline.arrays import Float32, Int64, vectors_to_arrow
 from pipeline.config.load import validate
-from pipeline.config.tree import Config, Gallery, Index
+from pipeline.config.tree import Config, GallerySettings, IndexSettings
 from pipeline.evaluation.simulated_curve import order_by_priority
 from pipeline.hashing import shard_of
 from pipeline.index import codebook as codebooks
@@ -286,8 +286,8 @@ def _write_transformation(run: Run, images: Known, calibration: Calibration | No
 def _publish(layout: _Layout) -> None:
     """Commits 0..done with real segments, the last one in `prod`."""
     run, images, options = layout.run, layout.images, layout.options
-    metric = Gallery.model_validate({"manifest": "x", "metric": options.metric, "columns": {}}).metric
-    settings = Index(factory=options.factory, shards=options.shards)
+    metric = GallerySettings.model_validate({"manifest": "x", "metric": options.metric, "columns": {}}).metric
+    settings = IndexSettings(factory=options.factory, shards=options.shards)
     data = train.train_codebook(images.embedded, settings, metric, len(images.ids), device="cpu", seed=0)
     path, sha256 = train.write_codebook(run, data)
     codebook = codebooks.Codebook.open(run, path, sha256)
@@ -306,7 +306,7 @@ def _publish(layout: _Layout) -> None:
             num_waves=options.waves,
             num_shards=options.shards,
             segments=refs,
-            counts=commits.Counts.of(refs),
+            counts=commits.SegmentCounts.of(refs),
             calibration=options.calibration,
         )
         writer.publish(commit)

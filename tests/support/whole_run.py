@@ -12,15 +12,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.arrays import Float32, Int64, vectors_to_arrow
-from pipeline.config.tree import Index, Metric
+from pipeline.config.tree import IndexSettings, Metric
 from pipeline.embedding import vector_log
 from pipeline.embedding.vector_log import VectorLog, content_digest, naming
 from pipeline.hashing import shard_of
 from pipeline.index import segment as index
 from pipeline.index import train
 from pipeline.index.codebook import Codebook
-from pipeline.index.commits import Commit, Counts
-from pipeline.index.segment_files import Kind, Rows, SegmentRef
+from pipeline.index.commits import Commit, SegmentCounts
+from pipeline.index.segment_files import Rows, SegmentKind, SegmentRef
 from pipeline.index.writer import Writer
 from pipeline.models.calibration import Calibration
 from pipeline.run import Run
@@ -56,7 +56,7 @@ class WholeRun:
     seed: int = 0
     mixed: bool = False
     calibration: Calibration | None = None
-    refs: dict[tuple[int, int, Kind, bool], SegmentRef] = field(default_factory=dict)
+    refs: dict[tuple[int, int, SegmentKind, bool], SegmentRef] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(self.seed)
@@ -66,7 +66,7 @@ class WholeRun:
         self.transformed: Float32 = rng.standard_normal((self.num, DIM)).astype(np.float32)
         self.embedded: Float32 = self.transformed + rng.standard_normal((self.num, DIM)).astype(np.float32) / 4
         self.rejected = np.arange(self.num) % 50 == 1
-        settings = Index(factory=self.factory)
+        settings = IndexSettings(factory=self.factory)
         data = train.train_codebook(self.embedded, settings, self.metric, self.num, device="cpu", seed=0)
         self.codebook = Codebook(data)
         self.codebook_path, self.codebook_sha256 = train.write_codebook(self.run, data)
@@ -141,7 +141,7 @@ class WholeRun:
             }
         )
 
-    def rows(self, shard: int, wave: int, kind: Kind, rejects: bool = False) -> Rows:
+    def rows(self, shard: int, wave: int, kind: SegmentKind, rejects: bool = False) -> Rows:
         """What the segment of a (shard, wave, kind) has to hold; `rejects`: that of the rejects of an embedded wave."""
         mine = (self.shards == shard) & (self.waves == wave)
         if not self.mixed and (kind == "embedded" or rejects):
@@ -156,7 +156,7 @@ class WholeRun:
             pa.nulls(len(at), pa.string()),
         )
 
-    def segment(self, shard: int, wave: int, kind: Kind, rejects: bool = False) -> SegmentRef:
+    def segment(self, shard: int, wave: int, kind: SegmentKind, rejects: bool = False) -> SegmentRef:
         """Written when first asked for."""
         key = (shard, wave, kind, rejects)
         if key not in self.refs:
@@ -189,7 +189,7 @@ class WholeRun:
             num_waves=self.num_waves,
             num_shards=self.num_shards,
             segments=segments,
-            counts=Counts.of(segments),
+            counts=SegmentCounts.of(segments),
             log_digests=tuple(map(self.log_digest, range(1, number + 1))),
             calibration=self.calibration,
         )

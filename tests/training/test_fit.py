@@ -25,14 +25,14 @@ from pipeline.evaluation.metrics import METRICS
 from pipeline.evaluation.simulated_curve import order_by_priority, simulate_curve
 from pipeline.models.networks import Transformation
 from pipeline.models.transformation import TransformationInfo, apply, load_transformation
-from pipeline.planning.policy_inputs import load_reference
+from pipeline.planning.policy_inputs import load_policy_inputs
 from pipeline.run import Run
 from pipeline.storage import objects, parquet
 from training import fit as fitting
 from training.fit import fit, make_job
 from training.fitting import learner as learning
 from training.fitting import trainer
-from training.fitting.held_out_metrics import measure, spearman, transform
+from training.fitting.held_out_metrics import held_out_metrics, spearman, transform
 from training.fitting.learner import Epoch, FitData, Job, Learner, PairArrays, make_arrays
 
 CPU = torch.device("cpu")
@@ -120,7 +120,7 @@ def _fit_here(job: Job) -> Transformation:
 
 
 def _measured(config: Config, job: Job, network: Transformation, pairs: PairArrays) -> TransformationInfo:
-    return measure(config, job, pairs, *transform(config, network, pairs))
+    return held_out_metrics(config, job, pairs, *transform(config, network, pairs))
 
 
 def _assert_same_weights(found: Transformation, expected: Transformation) -> None:
@@ -393,7 +393,7 @@ def test_a_fit_leaves_its_policies_what_they_know(
 
     monkeypatch.setattr(trainer, "_train", train)
     fit(config, run, data)
-    known = load_reference(run)
+    known = load_policy_inputs(run)
     assert known is not None
     held_out = _read(data.held_out_parts, make_job(config, data))
     assert np.array_equal(known.old, held_out.old)

@@ -18,7 +18,7 @@ from pipeline.evaluation import probe_metrics, quality
 from pipeline.evaluation.gallery_arrays import labelled_sample
 from pipeline.evaluation.metrics import evaluate
 from pipeline.evaluation.probe_set import gather, load
-from pipeline.planning.selection import Candidate, Selection
+from pipeline.planning.selection import Selection, TrialResult
 from pipeline.sampling.probe_draw import draw
 from pipeline.storage import documents, objects
 from tests.support.planned_run import HELD_OUT, labels_of, pairs_of, planned, write_pairs
@@ -261,7 +261,7 @@ def selected() -> Selection:
     """One by curves that no simulation gives: they fall and rise again."""
     curve = [50.0 - 40 * (0 < point < 21) for point in range(22)]
     none: dict[str, float] = {}
-    best = Candidate("alignment", 0.0, 16, 1, "none", 0.0, "uncertainty", none, none, none, none, none, 0.0, 0.0)
+    best = TrialResult("alignment", 0.0, 16, 1, "none", 0.0, "uncertainty", none, none, none, none, none, 0.0, 0.0)
     curves = {name: [curve, curve] for name in ("top1", "top5", "map")}
     return Selection(("top1",), 2, HELD_OUT, best, (best,), (), {}, tuple(np.linspace(0, 1, 22).tolist()), curves)
 

@@ -15,12 +15,12 @@ from pipeline.arrays import vectors_from_arrow, vectors_to_arrow
 from pipeline.config.load import validate
 from pipeline.config.tree import Config
 from pipeline.errors import ConfigError, FastfillError
-from pipeline.models.offset import Classifier, fit_offset
+from pipeline.models.offset import LinearClassifier, fit_offset
 from pipeline.models.transformation import read_info
 from pipeline.planning import selection
 from pipeline.planning.policies import load_policy
-from pipeline.planning.policy_inputs import load_reference
-from pipeline.planning.selection import Candidate, Selection, read_selection, resolve_policy
+from pipeline.planning.policy_inputs import load_policy_inputs
+from pipeline.planning.selection import Selection, TrialResult, read_selection, resolve_policy
 from pipeline.run import Run
 from pipeline.storage import objects, parquet
 from tests.training.test_fit import D_NEW, _data
@@ -30,7 +30,7 @@ from training.fitting.learner import FitData, PairArrays
 from training.select import select
 from training.simulation import folds
 from training.simulation.folds import FOLDER, Fold
-from training.simulation.simulate import FINAL, Detail, curves_of, measure_fold, order_by
+from training.simulation.simulate import FINAL, SimulationDetail, curves_of, measure_fold, order_by
 from training.simulation.trials import Recipe, Serving
 
 RECIPE = Recipe("fastfill", 0.1, 16, 4)
@@ -38,7 +38,7 @@ CHOSEN = Selection(
     ("top1",),
     2,
     9,
-    Candidate("fastfill", 0.1, 16, 4, "none", 0, "random", {}, {}, {}, {}, {}, 0, 0),
+    TrialResult("fastfill", 0.1, 16, 4, "none", 0, "random", {}, {}, {}, {}, {}, 0, 0),
     (),
     (),
     {},
@@ -268,7 +268,7 @@ def test_the_fit_keeps_the_classifier_of_a_selected_order(tmp_path: Path) -> Non
     data = _data(tmp_path)
     assert data.classifier is None
     fit(config, run, data)
-    known = load_reference(run)
+    known = load_policy_inputs(run)
     assert known is not None
     assert known.classifier_weight is not None
     load_policy(resolve_policy(run, "selected"), config.seed, known)
@@ -298,12 +298,12 @@ def test_a_fold_is_scored_with_the_classifier_that_has_not_seen_it(tmp_path: Pat
     z = rng.normal(size=(120, D_NEW)).astype(np.float32)
     labels = rng.integers(0, 3, 120)
     pairs = PairArrays(z, z + rng.normal(size=z.shape).astype(np.float32), None, labels)
-    mine, foreign = (Classifier(rng.normal(size=(3, D_NEW)).astype(np.float32), None) for _ in range(2))
+    mine, foreign = (LinearClassifier(rng.normal(size=(3, D_NEW)).astype(np.float32), None) for _ in range(2))
     s, config = np.zeros(120, np.float32), config_of(tmp_path)
-    fold, detail = Fold(pairs, z, s, mine), Detail(5, 100)
+    fold, detail = Fold(pairs, z, s, mine), SimulationDetail(5, 100)
     serving = Serving("confidence", 0.5, calibrate=False)
 
-    def curve(classifier: Classifier) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    def curve(classifier: LinearClassifier) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
         other = Fold(pairs, z, s, mine)
         scored = replace(fold, classifier=classifier)
         return measure_fold(config, scored, other, serving, ["entropy"], detail)["entropy"]

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from pipeline.arrays import Float32, Int64
 from pipeline.config.tree import Config
-from pipeline.evaluation.metrics import among, evaluate, recall
+from pipeline.evaluation.metrics import evaluate, nearest_rows, recall
 from pipeline.models.device import resolve_device
 from pipeline.models.networks import Transformation
-from pipeline.models.transformation import Figures, TransformationInfo, apply
+from pipeline.models.transformation import HeldOutFigures, TransformationInfo, apply
 from training.fitting.learner import Job, PairArrays
 from training.fitting.learning_curve import LearningCurve
 from training.fitting.linear_fit import LinearFit, inputs_of
@@ -35,7 +35,7 @@ def transform(config: Config, network: Transformation, pairs: PairArrays) -> tup
     return z, s
 
 
-def measure(config: Config, job: Job, pairs: PairArrays, z: Float32, s: Float32) -> TransformationInfo:
+def held_out_metrics(config: Config, job: Job, pairs: PairArrays, z: Float32, s: Float32) -> TransformationInfo:
     """Measure a transformation on pairs it has not seen, and warn if it is worse than doing nothing.
 
     Alignment and rank correlation are over all pairs, retrieval over at most 10,000 of them, which are
@@ -60,7 +60,7 @@ def measure(config: Config, job: Job, pairs: PairArrays, z: Float32, s: Float32)
             _rounded(new),
             _rounded(old),
         )
-    figures: Figures = {"alignment": float(error.mean()), "spearman": spearman(s, error), **found}
+    figures: HeldOutFigures = {"alignment": float(error.mean()), "spearman": spearman(s, error), **found}
     data, fit = job.data, job.fit
     return TransformationInfo(
         d_old=data.d_old,
@@ -149,5 +149,5 @@ def retrieval(
             name: evaluate(*sides, labels, labels, metric=metric, self_match=True).as_dict()
             for name, sides in kinds.items()
         }
-    found = {name: among(*sides, np.arange(len(sides[0])), metric) for name, sides in kinds.items()}
+    found = {name: nearest_rows(*sides, np.arange(len(sides[0])), metric) for name, sides in kinds.items()}
     return {name: {agreement: recall(each, found["new_new"])} for name, each in found.items()}

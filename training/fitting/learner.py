@@ -20,14 +20,14 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from pipeline.arrays import Float32, Int64, vectors_from_arrow
-from pipeline.config.method import Fit
+from pipeline.config.method import FitSettings
 from pipeline.errors import DataError
 from pipeline.models import offset
 from pipeline.models.networks import Transformation, TransformationNetwork, make
 from training.fitting.linear_fit import LinearFit
 from training.fitting.losses import (
     NO_LABEL,
-    Classifier,
+    FittedClassifier,
     Loss,
     combined,
     errors,
@@ -104,7 +104,7 @@ class Job:
         linear: what `linear` is, and what `residual` starts from; None for other kinds.
     """
 
-    fit: Fit
+    fit: FitSettings
     data: FitData
     seed: int
     normalize: bool
@@ -140,7 +140,7 @@ class Job:
         return range(*ends)
 
 
-def cut(fit: Fit, count: int, workers: int) -> tuple[int, int]:
+def cut(fit: FitSettings, count: int, workers: int) -> tuple[int, int]:
     """Steps per pass over `count` pairs of a rank, and the rank's batch: at most an eighth of them, at least two."""
     if fit.kind == "residual":
         count -= num_stopping(count)
@@ -204,7 +204,7 @@ class Learner:
         if self._stopping is not None:
             self._rows, self._watched = stopping_rows(count)
         self._bfloat16 = fit.precision == "bfloat16" or (fit.precision == "auto" and computes_bfloat16(device))
-        self._classifier: Classifier | None = None
+        self._classifier: FittedClassifier | None = None
         self.epoch = 0
 
     def state(self) -> dict[str, object]:
@@ -230,12 +230,14 @@ class Learner:
         return self.network.eval()
 
     @property
-    def classifier(self) -> offset.Classifier | None:
+    def classifier(self) -> offset.LinearClassifier | None:
         """The classifier that `prepare` took or fitted, as arrays; None where none was needed."""
         if self._classifier is None:
             return None
         bias = self._classifier.bias_c
-        return offset.Classifier(self._classifier.weight_cd.cpu().numpy(), None if bias is None else bias.cpu().numpy())
+        return offset.LinearClassifier(
+            self._classifier.weight_cd.cpu().numpy(), None if bias is None else bias.cpu().numpy()
+        )
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state()`."""
@@ -246,7 +248,7 @@ class Learner:
         if self._stopping is not None:
             self._stopping.restore(state["stopping"])
         if state["classifier"] is not None:
-            self._classifier = Classifier(*state["classifier"])
+            self._classifier = FittedClassifier(*state["classifier"])
 
     def prepare(self) -> None:
         """Make ready for the first epoch what `restore` did not bring: the classifier, and the first weights' error."""
@@ -262,7 +264,7 @@ class Learner:
         if data.classifier is not None:
             weight, bias = data.classifier
             bias_c = None if bias is None else torch.tensor(bias).to(self._device)
-            self._classifier = Classifier(torch.tensor(weight).to(self._device), bias_c)
+            self._classifier = FittedClassifier(torch.tensor(weight).to(self._device), bias_c)
             return
         assert data.num_classes is not None, "checked before the fit"
         new_nd, label_n = (self._columns[name].to(self._device) for name in ("new", "label"))
@@ -358,7 +360,7 @@ class Learner:
         return torch.stack([objective.detach(), alignment])
 
 
-def _optimizer(fit: Fit, network: nn.Module) -> torch.optim.Optimizer:
+def _optimizer(fit: FitSettings, network: nn.Module) -> torch.optim.Optimizer:
     """Adam as in the paper; AdamW for `residual`, whose weights decay apart from the gradient."""
     kind = torch.optim.AdamW if fit.kind == "residual" else torch.optim.Adam
     return kind(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
-from pipeline.config.method import Fit, LossMode
+from pipeline.config.method import FitSettings, LossMode
 
 NO_LABEL = -1
 _CLASSIFIER_EPOCHS = 20
@@ -22,7 +22,7 @@ _CLASSIFIER_LR = 1e-2
 
 
 @dataclass(frozen=True, slots=True)
-class Classifier:
+class FittedClassifier:
     """The new encoder's own linear classifier, frozen: weight (C, d_new) and bias (C,) or None, float32."""
 
     weight_cd: Tensor
@@ -36,7 +36,7 @@ class Loss:
     mode: LossMode
     lambda_disc: float = 1.0
     label_smoothing: float = 0.1
-    classifier: Classifier | None = None
+    classifier: FittedClassifier | None = None
 
 
 def needs_labels(mode: LossMode) -> bool:
@@ -44,7 +44,7 @@ def needs_labels(mode: LossMode) -> bool:
     return mode in ("alignment+discriminative", "fastfill")
 
 
-def needs_classifier(fit: Fit) -> bool:
+def needs_classifier(fit: FitSettings) -> bool:
     """Whether a fit takes the given classifier, or fits one: for its loss, or for its offset."""
     return needs_labels(fit.mode) or fit.offset == "confidence"
 
@@ -59,7 +59,7 @@ def alignment(z_bd: Tensor, new_bd: Tensor) -> Tensor:
     return (new_bd - z_bd).square().mean(dim=1)
 
 
-def discriminative(z_bd: Tensor, label_b: Tensor, classifier: Classifier, label_smoothing: float) -> Tensor:
+def discriminative(z_bd: Tensor, label_b: Tensor, classifier: FittedClassifier, label_smoothing: float) -> Tensor:
     """Cross-entropy of W z + b against the label, (B,); `label_b` is int64, and 0 is the loss of label -1 (none)."""
     logits_bc = functional.linear(z_bd, classifier.weight_cd, classifier.bias_c)
     return functional.cross_entropy(
@@ -126,7 +126,7 @@ def fit_classifier(
     num_classes: int,
     batches: Callable[[int], Iterable[Tensor]],
     wrap: Callable[[nn.Module], nn.Module],
-) -> Classifier:
+) -> FittedClassifier:
     """A softmax classifier on the new embeddings, for encoders that come without their own (DINO, CLIP).
 
     Adam on standardised embeddings; mean and deviation are folded into weight and bias afterwards.
@@ -155,7 +155,7 @@ def fit_classifier(
             (loss / len(rows_b)).backward()
             optimizer.step()
     weight_cd = linear.weight.detach() / deviation_d
-    return Classifier(weight_cd, linear.bias.detach() - weight_cd @ mean_d)
+    return FittedClassifier(weight_cd, linear.bias.detach() - weight_cd @ mean_d)
 
 
 def _moments(x_nd: Tensor) -> tuple[Tensor, Tensor]:

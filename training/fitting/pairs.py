@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
-from pipeline.config.method import Classifier
+from pipeline.config.method import ClassifierSettings
 from pipeline.config.tree import Config
 from pipeline.embedding import rejects
 from pipeline.embedding.precompute import OnUnits, embed_missing, embedding_log, read_embeddings
@@ -260,7 +260,7 @@ def _width(table: pa.Table, name: str) -> int | None:
     return table.schema.field(name).type.list_size if name in table.schema.names else None
 
 
-def _classifier(spec: Classifier | None, d_new: int) -> tuple[Float32, Float32 | None] | None:
+def _classifier(spec: ClassifierSettings | None, d_new: int) -> tuple[Float32, Float32 | None] | None:
     if spec is None:
         return None
     tensors = load_tensors(spec.path)

@@ -35,14 +35,14 @@ from pipeline.config.tree import Config
 from pipeline.embedding.actor_pool import may_grow
 from pipeline.errors import ConfigError
 from pipeline.models.networks import Transformation
-from pipeline.models.offset import Classifier
+from pipeline.models.offset import LinearClassifier
 from pipeline.run import Run
 from pipeline.storage import objects
 from training.fitting.learner import Epoch, Job, Learner, columns_of, make_arrays
 from training.fitting.losses import needs_classifier
 from training.fitting.retries import fit_to_the_end, no_failure_but_announced_ones
 
-Fitted = tuple[Transformation, Classifier | None]
+Fitted = tuple[Transformation, LinearClassifier | None]
 """The network, and the classifier where the job needed one."""
 
 _logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def train(config: Config, run: Run, job: Job, on_epoch: Callable[[Epoch], None] 
     if state["classifier"] is None:
         return network, None
     weight, bias = state["classifier"]
-    return network, Classifier(weight.numpy(), None if bias is None else bias.numpy())
+    return network, LinearClassifier(weight.numpy(), None if bias is None else bias.numpy())
 
 
 def _worker(config: dict[str, Job]) -> None:

@@ -15,26 +15,26 @@ from numpy.typing import NDArray
 from pipeline.arrays import Float32, Int64
 from pipeline.config.tree import Config
 from pipeline.evaluation.metrics import evaluate
-from pipeline.models.offset import Classifier
-from pipeline.planning.policy_inputs import Reference, build_reference
+from pipeline.models.offset import LinearClassifier
+from pipeline.planning.policy_inputs import PolicyInputs, build_policy_inputs
 from pipeline.planning.signals import Scored
 from training.fitting.learner import PairArrays
 from training.fitting.losses import NO_LABEL
-from training.simulation.staleness_cost import fit_learned, harm
+from training.simulation.staleness_cost import fit_learned, staleness_cost
 
 _MEASURED = 16_384
 
 
-def reference_of(
+def policy_inputs_of(
     config: Config,
     table: pa.Table,
     pairs: PairArrays,
     z: Float32,
     s: Float32,
     served: Float32,
-    classifier: Classifier | None,
+    classifier: LinearClassifier | None,
     label_names: tuple[str, ...] | None,
-) -> Reference:
+) -> PolicyInputs:
     """The reference of a fitted network, with the learned policy's model, and the need of each group.
 
     Args:
@@ -49,12 +49,12 @@ def reference_of(
     """
     weights = None if classifier is None else (classifier.weight, classifier.bias)
     metric, seed, labels = config.gallery.metric, config.seed, measurable(pairs.labels)
-    known = build_reference(pairs.old, z, s, pairs.new, pairs.labels, weights, metric, seed, label_names)
+    known = build_policy_inputs(pairs.old, z, s, pairs.new, pairs.labels, weights, metric, seed, label_names)
     rows = np.sort(np.random.default_rng(seed).permutation(len(z))[:_MEASURED])
     none = np.full(len(rows), None, dtype=object)
     scored = Scored(rows, s[rows], z[rows], pairs.old[rows], none, none)
     some = None if labels is None else labels[rows]
-    known = fit_learned(scored, known, harm(served[rows], pairs.new[rows], some, metric, seed), seed)
+    known = fit_learned(scored, known, staleness_cost(served[rows], pairs.new[rows], some, metric, seed), seed)
     if labels is None or "group" not in table.schema.names or not table["group"].drop_null():
         return known
     groups = table.sort_by("index")["group"].to_numpy()

@@ -22,14 +22,14 @@ import torch
 from safetensors.numpy import load, save
 
 from pipeline.arrays import Float32, Int64, vectors_from_arrow
-from pipeline.config.method import Select
+from pipeline.config.method import SelectSettings
 from pipeline.config.tree import Config
 from pipeline.errors import ConfigError
 from pipeline.hashing import splitmix64
 from pipeline.knn import nearest
 from pipeline.models.device import resolve_device
 from pipeline.models.networks import LinearTransformation
-from pipeline.models.offset import Classifier
+from pipeline.models.offset import LinearClassifier
 from pipeline.models.transformation import apply
 from pipeline.planning.signals import Scored
 from pipeline.run import Run
@@ -58,7 +58,7 @@ class Fold:
     pairs: PairArrays
     z: Float32
     s: Float32
-    classifier: Classifier | None
+    classifier: LinearClassifier | None
 
     def scored(self) -> Scored:
         """As policies see it: without labels, which a gallery may not have."""
@@ -145,7 +145,7 @@ class Fits:
     sample: tuple[Fold, ...]
 
 
-def split(config: Config, data: FitData, settings: Select, sample: PairArrays | None) -> Split:
+def split(config: Config, data: FitData, settings: SelectSettings, sample: PairArrays | None) -> Split:
     """Cut the pairs into folds by a hash of their index; at most `max_pairs` of them.
 
     Pairs that are images of the sample are left out where this is measured: it is measured on none that it saw.
@@ -291,7 +291,7 @@ def _read(held: PairArrays, sample: PairArrays | None, uri: str) -> list[Fold]:
     """The fold's, and that of the sample where there is one."""
     tensors = load(objects.read_bytes(uri))
     weight, z, s, count = tensors.get("weight"), tensors["z"], tensors["s"], len(held.old)
-    classifier = None if weight is None else Classifier(weight, tensors.get("bias"))
+    classifier = None if weight is None else LinearClassifier(weight, tensors.get("bias"))
     found = [Fold(held, z[:count], s[:count], classifier)]
     return found if sample is None else [*found, Fold(sample, z[count:], s[count:], classifier)]
 

@@ -1,7 +1,7 @@
 """The held-out pairs of a run as its transformation sees them: what is simulated before the gallery is touched.
 
 Guarantee: the same run gives the same rows. The policies' reference was made of these very pairs: a pair is not its own
-neighbour in it, and what `learned` has learnt of its harm is learnt again from others before the pair is ranked.
+neighbour in it, and what `learned` has learnt of its cost is learnt again from others before the pair is ranked.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from pipeline.models.calibration import Calibration, read_calibration
 from pipeline.models.offset import Offset
 from pipeline.models.transformation import apply, load_transformation, read_part
 from pipeline.planning.policies import POLICIES, load_policy
-from pipeline.planning.policy_inputs import NO_LABEL, Reference, load_reference
+from pipeline.planning.policy_inputs import NO_LABEL, PolicyInputs, load_policy_inputs
 from pipeline.planning.signals import Scored
 from pipeline.run import Run
 from pipeline.storage import parquet
 from training.fitting.learner import Job, make_arrays
 from training.fitting.pairs import build_pairs, fit_data
 from training.simulation.folds import APPLY_BATCH, Fold
-from training.simulation.staleness_cost import fit_learned, harm
+from training.simulation.staleness_cost import fit_learned, staleness_cost
 
 FOLDS = 4
 SALT = 0x51AB
@@ -45,7 +45,7 @@ class HeldOut:
     fold: Fold
     served: Float32
     groups: NDArray[np.object_]
-    reference: Reference | None
+    reference: PolicyInputs | None
     calibration: Calibration | None = None
 
 
@@ -66,7 +66,7 @@ def held_out(config: Config, run: Run) -> HeldOut:
     part = read_part(run, offsets.PART)
     served = z if part is None else Offset.from_bytes(part).apply(z, s)
     groups = table["group"].to_numpy() if "group" in table.schema.names else np.full(len(z), None, dtype=object)
-    return HeldOut(Fold(arrays, z, s, None), served, groups, load_reference(run), read_calibration(run))
+    return HeldOut(Fold(arrays, z, s, None), served, groups, load_policy_inputs(run), read_calibration(run))
 
 
 def fold_places(num: int, num_folds: int) -> Int64:
@@ -91,7 +91,7 @@ def as_scored(config: Config, pairs: HeldOut) -> Scored:
 def priorities(config: Config, pairs: HeldOut, policy: str, boost: float = 0.0) -> Float32:
     """The priority of each pair under the run's policy, (N,) float32; without traffic.
 
-    `learned` ranks a pair by a model of the harm of other folds' pairs.
+    `learned` ranks a pair by a model of the staleness cost of other folds' pairs.
 
     Args:
         config: `gallery` and `seed` count.
@@ -109,18 +109,18 @@ def priorities(config: Config, pairs: HeldOut, policy: str, boost: float = 0.0) 
     return found
 
 
-def _unseen(config: Config, pairs: HeldOut, policy: str) -> list[tuple[Int64, Reference | None]]:
+def _unseen(config: Config, pairs: HeldOut, policy: str) -> list[tuple[Int64, PolicyInputs | None]]:
     """Rows, and a reference whose model they did not train; all rows at once where the policy has no model."""
     reference, num = pairs.reference, len(pairs.served)
     known = POLICIES.get(policy)
     if known is None or "learned" not in known.needs or reference is None or reference.model is None:
         return [(np.arange(num), reference)]
-    places, scored, parts = fold_places(num, FOLDS), pairs.fold.scored(), list[tuple[Int64, Reference | None]]()
+    places, scored, parts = fold_places(num, FOLDS), pairs.fold.scored(), list[tuple[Int64, PolicyInputs | None]]()
     labels, new, metric = pairs.fold.labels(), pairs.fold.pairs.new, config.gallery.metric
     for fold in range(min(FOLDS, num)):
         rest = np.flatnonzero(places != fold)
         some = None if labels is None else labels[rest]
-        cost = harm(pairs.served[rest], new[rest], some, metric, config.seed)
+        cost = staleness_cost(pairs.served[rest], new[rest], some, metric, config.seed)
         model = fit_learned(_take(scored, rest), reference, cost, config.seed)
         parts.append((np.flatnonzero(places == fold), model))
     return parts

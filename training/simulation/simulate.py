@@ -19,28 +19,28 @@ from pipeline.evaluation.simulated_curve import agreement_curve, order_by_priori
 from pipeline.models import offset as offsets
 from pipeline.models.calibration import Calibration, fit_calibration
 from pipeline.planning.policies import load_policy
-from pipeline.planning.policy_inputs import Reference, build_reference
+from pipeline.planning.policy_inputs import PolicyInputs, build_policy_inputs
 from training.fitting.losses import NO_LABEL
 from training.simulation.folds import Fold
-from training.simulation.staleness_cost import fit_learned, harm
+from training.simulation.staleness_cost import fit_learned, staleness_cost
 from training.simulation.trials import Serving
 
 _RANDOM_SEEDS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Detail:
+class SimulationDetail:
     """How finely a backfill is simulated: points of the curve, and queries at most."""
 
     points: int
     queries: int
 
 
-SCREENING, FINAL = Detail(8, 2500), Detail(22, 5000)
+SCREENING, FINAL = SimulationDetail(8, 2500), SimulationDetail(22, 5000)
 
 
 def measure_fold(
-    config: Config, fold: Fold, other: Fold, serving: Serving, policies: list[str], detail: Detail
+    config: Config, fold: Fold, other: Fold, serving: Serving, policies: list[str], detail: SimulationDetail
 ) -> dict[str, Float64]:
     """The curve of each order on one fold, (P, M) float64 in per cent.
 
@@ -83,7 +83,7 @@ def queries_of(
     labels: Int64,
     order: Int64,
     metric: str,
-    detail: Detail,
+    detail: SimulationDetail,
     calibration: Calibration | None = None,
 ) -> dict[str, Float64]:
     """The backfill of images that are gallery and queries at once, query by query: per metric of METRICS (Q, P), in per
@@ -133,7 +133,7 @@ def curves_of(
     served: Float32,
     fold: Fold,
     orders: dict[str, list[Int64]],
-    detail: Detail,
+    detail: SimulationDetail,
     calibration: Calibration | None = None,
 ) -> tuple[tuple[str, ...], dict[str, Float64]]:
     """The metrics, and the curve of each order, (P, M) float64 in per cent; the fold is gallery and queries at once.
@@ -163,7 +163,7 @@ def curves_of(
     return METRICS, {name: curve.values for name, curve in simulation.orders.items()}
 
 
-def _reference(config: Config, fold: Fold, other: Fold, served: Float32, learned: bool) -> Reference:
+def _reference(config: Config, fold: Fold, other: Fold, served: Float32, learned: bool) -> PolicyInputs:
     """What policies know of the pairs `other`, with the fold's own classifier.
 
     Args:
@@ -175,9 +175,9 @@ def _reference(config: Config, fold: Fold, other: Fold, served: Float32, learned
     """
     pairs, metric = other.pairs, config.gallery.metric
     known = None if other.classifier is None else (other.classifier.weight, other.classifier.bias)
-    reference = build_reference(pairs.old, other.z, other.s, pairs.new, pairs.labels, known, metric, config.seed)
+    reference = build_policy_inputs(pairs.old, other.z, other.s, pairs.new, pairs.labels, known, metric, config.seed)
     if learned:
-        costs = harm(served, pairs.new, other.labels(), metric, config.seed)
+        costs = staleness_cost(served, pairs.new, other.labels(), metric, config.seed)
         reference = fit_learned(other.scored(), reference, costs, config.seed)
     if fold.classifier is None:
         return reference

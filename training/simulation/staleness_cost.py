@@ -1,8 +1,8 @@
 """What leaving an image transformed costs, measured on held-out pairs, and a model that predicts it.
 
-    held-out pairs as served -> harm of each -> signals of each (`signals`) -> two-layer networks in a Reference
+    held-out pairs as served -> cost of each -> signals of each (`signals`) -> two-layer networks in PolicyInputs
 
-Guarantee: the same pairs and seed give the same harm and the same model, bit for bit, on one machine. This module does
+Guarantee: the same pairs and seed give the same cost and the same model, bit for bit, on one machine. This module does
 not know files, or how the transformation was fitted.
 """
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from pipeline.arrays import Float32, Float64, Int64
-from pipeline.planning.policy_inputs import NO_LABEL, Reference, keys
+from pipeline.planning.policy_inputs import NO_LABEL, PolicyInputs, keys
 from pipeline.planning.signals import Scored, signals
 
 _MOST_QUERIES = 8192
@@ -33,7 +33,7 @@ _DECAY = 1e-2
 _CLIP = 4.0  # standard deviations: a few images cost a hundred times the mean, and would be all that is learnt
 
 
-def harm(served: Float32, new: Float32, labels: Int64 | None, metric: str, seed: int) -> Float32:
+def staleness_cost(served: Float32, new: Float32, labels: Int64 | None, metric: str, seed: int) -> Float32:
     """What leaving image i transformed costs the other images' queries, (N,) float32; negative where it helps.
 
     Each image is a query by its new embedding against a gallery in which a random half of the images is embedded
@@ -69,25 +69,25 @@ def harm(served: Float32, new: Float32, labels: Int64 | None, metric: str, seed:
     return result
 
 
-def fit_learned(scored: Scored, reference: Reference, harm: Float32, seed: int) -> Reference:
-    """The reference with a model of the harm, for the policy `learned`.
+def fit_learned(scored: Scored, reference: PolicyInputs, costs: Float32, seed: int) -> PolicyInputs:
+    """The reference with a model of the cost, for the policy `learned`.
 
-    A mean over some small networks on standardised signals, by Adam on the squared error; a harm beyond four standard
+    A mean over some small networks on standardised signals, by Adam on the squared error; a cost beyond four standard
     deviations counts as that. Where an image is one of the reference's own pairs its signals are those of an image
     that is not.
 
     Args:
         scored: N held-out images, which may be the reference's own pairs.
         reference: what the signals need.
-        harm: (N,) float32.
+        costs: (N,) float32, of each pair.
         seed: of the first weights and the shuffles.
     """
     known = signals(scored, reference)
     columns = np.stack(list(known.values()), axis=1)
     mean, scale = columns.mean(axis=0), columns.std(axis=0)
     scale = np.where(scale > 0, scale, 1).astype(np.float32)
-    centre, spread = float(harm.mean()), float(harm.std()) or 1.0
-    x_ns, y_n = torch.from_numpy((columns - mean) / scale), torch.from_numpy((harm - centre) / spread)
+    centre, spread = float(costs.mean()), float(costs.std()) or 1.0
+    x_ns, y_n = torch.from_numpy((columns - mean) / scale), torch.from_numpy((costs - centre) / spread)
     weight, bias, out, shift = (tensor.numpy() for tensor in _fit_networks(x_ns, y_n.clamp(-_CLIP, _CLIP), seed))
     model = {
         "weight": weight,

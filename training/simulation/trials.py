@@ -12,16 +12,16 @@ from typing import get_args
 import numpy as np
 
 from pipeline.arrays import Float64
-from pipeline.config.method import Fit, LossMode, Offset, TransformationKind
+from pipeline.config.method import FitSettings, LossMode, OffsetKind, TransformationKind
 from pipeline.planning.expected_curve import REACHED, fraction_for
 from pipeline.planning.policies import POLICIES
-from pipeline.planning.selection import Candidate as Described
-from pipeline.planning.selection import Figures, Selection, recipe_name
+from pipeline.planning.selection import CurveFigures, Selection, recipe_name
+from pipeline.planning.selection import TrialResult as Described
 
 _KINDS = get_args(TransformationKind)
 _LOSSES = get_args(LossMode)
-_OFFSETS = get_args(Offset)
-Ends = dict[str, Figures]
+_OFFSETS = get_args(OffsetKind)
+TrialEnds = dict[str, CurveFigures]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Recipe:
     epochs: int | None
     transformation: TransformationKind = "fastfill"
 
-    def of(self, fit: Fit) -> Fit:
+    def of(self, fit: FitSettings) -> FitSettings:
         """`fit` with these settings."""
         return fit.model_copy(update=asdict(self))
 
@@ -47,13 +47,13 @@ class Recipe:
 class Serving:
     """How its vectors are served: the settings of `fit` by the names `offset`, `offset_strength` and `calibrate`."""
 
-    offset: Offset
+    offset: OffsetKind
     strength: float
     calibrate: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class Trial:
     """A recipe, how it is served, and the order in which images are embedded."""
 
     recipe: Recipe
@@ -73,7 +73,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TrialRow:
     """What was measured of one candidate.
 
     Attributes:
@@ -81,7 +81,7 @@ class Row:
         curves: per fold and metric the values at each point, in per cent, (F, P, M) float64.
     """
 
-    candidate: Candidate
+    candidate: Trial
     curves: Float64
 
     def areas(self) -> Float64:
@@ -95,7 +95,7 @@ class Row:
         return scores
 
 
-def choose(rows: Iterable[Row], columns: Sequence[int]) -> Row:
+def choose(rows: Iterable[TrialRow], columns: Sequence[int]) -> TrialRow:
     """The simplest candidate that is within one standard error of the best.
 
     The error is that of the difference to the best, paired by fold.
@@ -103,14 +103,14 @@ def choose(rows: Iterable[Row], columns: Sequence[int]) -> Row:
     ranked = _ranked(rows, columns)
     best = ranked[0].scores(columns)
 
-    def as_good(row: Row) -> bool:
+    def as_good(row: TrialRow) -> bool:
         behind = best - row.scores(columns)
         return bool(behind.mean() <= behind.std(ddof=1) / np.sqrt(len(behind)))
 
     return min((row for row in ranked if as_good(row)), key=lambda row: row.candidate.simplicity())
 
 
-def finalists(rows: Iterable[Row], columns: Sequence[int], most: int) -> list[tuple[Recipe, Serving]]:
+def finalists(rows: Iterable[TrialRow], columns: Sequence[int], most: int) -> list[tuple[Recipe, Serving]]:
     """Of what was screened the best, and whatever they are the best without an offset and what `choose` would take."""
     ranked = _ranked(rows, columns)
     found = list(dict.fromkeys((row.candidate.recipe, row.candidate.serving) for row in ranked))
@@ -119,11 +119,11 @@ def finalists(rows: Iterable[Row], columns: Sequence[int], most: int) -> list[tu
     return list(dict.fromkeys([*found[:most], *plain[:1], (simple.recipe, simple.serving)]))
 
 
-def _ranked(rows: Iterable[Row], columns: Sequence[int]) -> list[Row]:
+def _ranked(rows: Iterable[TrialRow], columns: Sequence[int]) -> list[TrialRow]:
     return sorted(rows, key=lambda row: (-row.scores(columns).mean(), row.candidate.simplicity()))
 
 
-def settings_of(selection: Selection, fit: Fit) -> Fit:
+def settings_of(selection: Selection, fit: FitSettings) -> FitSettings:
     """`fit` with the settings of the chosen candidate."""
     chosen = selection.chosen
     update: dict[str, object] = {name: getattr(chosen, name) for name in Recipe.__slots__}
@@ -133,12 +133,12 @@ def settings_of(selection: Selection, fit: Fit) -> Fit:
 
 
 def selection_of(
-    rows: Sequence[Row],
-    screened: Sequence[Row],
+    rows: Sequence[TrialRow],
+    screened: Sequence[TrialRow],
     names: Sequence[str],
     columns: Sequence[int],
     num_measured: int,
-    ends: Ends,
+    ends: TrialEnds,
 ) -> Selection:
     """The choice, and the outcome as it is stored and shown.
 
@@ -151,7 +151,7 @@ def selection_of(
         ends: old/old and new/new.
     """
 
-    def described(some: Sequence[Row]) -> tuple[Described, ...]:
+    def described(some: Sequence[TrialRow]) -> tuple[Described, ...]:
         ranked = _ranked(some, columns)
         return tuple(_described(row, names, columns, ranked[0].scores(columns)) for row in ranked)
 
@@ -170,7 +170,7 @@ def selection_of(
     )
 
 
-def _described(row: Row, names: Sequence[str], columns: Sequence[int], best: Float64) -> Described:
+def _described(row: TrialRow, names: Sequence[str], columns: Sequence[int], best: Float64) -> Described:
     areas, behind = row.areas(), best - row.scores(columns)
     mean, points = row.curves.mean(axis=0), np.linspace(0, 1, row.curves.shape[1])
     reached = {

@@ -13,7 +13,7 @@ from jobs.cli import main
 from jobs.upkeep import gc
 from pipeline.index.tags import list_commits
 from pipeline.storage import objects
-from pipeline.storage.settings import Storage
+from pipeline.storage.settings import StorageSettings
 from tests.pipeline.index.test_gc import LAST, make
 
 
@@ -29,7 +29,7 @@ def run_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     whole = make(tmp_path)
 
     def load(*_: object) -> Config:
-        objects.configure(Storage())
+        objects.configure(StorageSettings())
         return Config(whole.run.uri)
 
     monkeypatch.setattr(gc, "load", load)  # a whole config needs encoders, which gc does not

@@ -16,7 +16,7 @@ from pipeline.errors import GateRefused
 from pipeline.evaluation import quality
 from pipeline.index import commits, tags
 from pipeline.index.codebook import Codebook
-from pipeline.index.segment import Segment, decode
+from pipeline.index.segment import Segment, decode_segment
 from pipeline.planning.plan import read_transformed
 from pipeline.reporting.audit import audit
 from pipeline.run import Run
@@ -36,7 +36,7 @@ def vectors(run: Run, number: int) -> dict[int, Float32]:
     codebook = Codebook.open(run, commit.codebook_path, commit.codebook_sha256)
     found: dict[int, Float32] = {}
     for ref in commit.segments:
-        ids, values = decode(codebook, Segment.open(run, codebook, ref))
+        ids, values = decode_segment(codebook, Segment.open(run, codebook, ref))
         assert not found.keys() & set(ids.tolist())
         found |= dict(zip(ids.tolist(), values, strict=True))
     return found
@@ -90,7 +90,7 @@ def test_backfill_measures_the_probe_set_as_exact_search_in_the_commit_does(tmp_
     images, probe = scene.encoder.images, _probe_ids(scene)
     rows = np.flatnonzero(np.isin(images.ids, probe))
     labels, distances_of = np.array(images.labels), images.embedded[rows][:, None]
-    for measured in quality.read_all(scene.run):
+    for measured in quality.read_all_quality(scene.run):
         done = [(wave, len(_members(scene, wave) & _embedded(probe))) for wave in range(1, measured.commit + 1)]
         assert [(wave, count) for wave, _, count in measured.own] == [item for item in done if item[1]]
         assert measured.figures.get("own", 100) == 100

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline.backfill.estimate import Rates, best_batch, estimate
-from pipeline.config.tree import Telemetry
+from pipeline.config.tree import TelemetrySettings
 
 ON_CPU = Rates(
     images=1000,
@@ -30,7 +30,7 @@ ON_GPU = replace(ON_CPU, forward={256: 3_000.0}, stream=5_000.0, actors=4, cpus=
 
 
 def test_time_is_the_start_and_the_images_at_the_rate_of_the_whole_stream() -> None:
-    found = estimate(ON_CPU, 15_000, 0, 2, Telemetry())
+    found = estimate(ON_CPU, 15_000, 0, 2, TelemetrySettings())
     assert found.seconds == pytest.approx(10 + 15_000 / 150)
     assert found.bytes == 45_000_000
     assert found.node_hours == pytest.approx(found.seconds / 3600)
@@ -38,13 +38,17 @@ def test_time_is_the_start_and_the_images_at_the_rate_of_the_whole_stream() -> N
 
 
 def test_publishing_a_wave_takes_of_the_cores_what_many_of_them_do_not_feel() -> None:
-    few, many = (estimate(replace(ON_CPU, cpus=cpus), 15_000, 20, 2, Telemetry()).seconds for cpus in (2.0, 64.0))
+    few, many = (
+        estimate(replace(ON_CPU, cpus=cpus), 15_000, 20, 2, TelemetrySettings()).seconds for cpus in (2.0, 64.0)
+    )
     assert few == pytest.approx(110 + 20 * 0.2)
     assert many < 110.2
 
 
 def test_money_is_that_of_all_nodes_and_gpus_for_the_time() -> None:
-    found = estimate(replace(ON_GPU, nodes=2), 5_000 * 3600, 0, 4, Telemetry(node_hour_price=3.0, gpu_hour_price=2.0))
+    found = estimate(
+        replace(ON_GPU, nodes=2), 5_000 * 3600, 0, 4, TelemetrySettings(node_hour_price=3.0, gpu_hour_price=2.0)
+    )
     hours = 1 + 10 / 3600
     assert found.gpu_hours == pytest.approx(4 * hours)
     assert found.money == pytest.approx(2 * hours * 3 + 4 * hours * 2)
@@ -56,14 +60,16 @@ def test_the_smallest_batch_that_is_about_as_fast_is_recommended() -> None:
 
 
 def test_the_cores_that_feed_an_actor_are_its_rate_over_that_of_a_core() -> None:
-    assert estimate(ON_GPU, 1, 0, 4, Telemetry()).loading_cpus_per_actor == 1.0  # 3,000 over 1 / (1/9,000 + 1/4,500)
-    assert estimate(replace(ON_GPU, decode=1_000.0), 1, 0, 4, Telemetry()).loading_cpus_per_actor == 3.4
+    assert (
+        estimate(ON_GPU, 1, 0, 4, TelemetrySettings()).loading_cpus_per_actor == 1.0
+    )  # 3,000 over 1 / (1/9,000 + 1/4,500)
+    assert estimate(replace(ON_GPU, decode=1_000.0), 1, 0, 4, TelemetrySettings()).loading_cpus_per_actor == 3.4
 
 
 def test_where_the_actor_decodes_it_is_slower_and_the_cores_only_read() -> None:
     there = replace(ON_GPU, decode=6_000.0, decodes_on_device=True)
     assert there.actor(256) == pytest.approx(2_000.0)  # 1 / (1/3,000 + 1/6,000)
-    assert estimate(replace(there, fetch=1_000.0), 1, 0, 4, Telemetry()).loading_cpus_per_actor == 2.0
+    assert estimate(replace(there, fetch=1_000.0), 1, 0, 4, TelemetrySettings()).loading_cpus_per_actor == 2.0
 
 
 @pytest.mark.parametrize(
@@ -81,4 +87,4 @@ def test_where_the_actor_decodes_it_is_slower_and_the_cores_only_read() -> None:
     ],
 )
 def test_the_bottleneck_is_what_is_used_up_first(rates: Rates, bottleneck: str) -> None:
-    assert estimate(rates, 1, 0, 1, Telemetry()).bottleneck == bottleneck
+    assert estimate(rates, 1, 0, 1, TelemetrySettings()).bottleneck == bottleneck

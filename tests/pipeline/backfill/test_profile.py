@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.photographs import photograph
 from pipeline.backfill import profile
-from pipeline.config.tree import Preprocess
+from pipeline.config.tree import PreprocessSettings
 from pipeline.embedding import gpu_decode
 from pipeline.embedding.decode import Limits
 
@@ -24,12 +24,12 @@ def test_the_configured_decoder_is_measured_and_rejects_are_left_out(
     made: list[torch.device] = []
 
     class Noted(gpu_decode.DeviceDecoder):
-        def __init__(self, preprocess: Preprocess, limits: Limits, device: torch.device) -> None:
+        def __init__(self, preprocess: PreprocessSettings, limits: Limits, device: torch.device) -> None:
             super().__init__(preprocess, limits, device)
             made.append(device)
 
     monkeypatch.setattr(gpu_decode, "DeviceDecoder", Noted)
-    preprocess = Preprocess(resize=96, center_crop=80, decoder=where)
+    preprocess = PreprocessSettings(resize=96, center_crop=80, decoder=where)
     decode = profile._decoder(preprocess, LIMITS, torch.device("cpu"))
     pixels, seconds = decode([photograph(1, 200, 150), b"nothing", photograph(2, 200, 150)])
     assert np.stack(pixels).shape == (2, 3, 80, 80)

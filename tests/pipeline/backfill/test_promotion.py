@@ -14,12 +14,12 @@ import pytest
 from pipeline.arrays import Float32, Int64
 from pipeline.backfill.promotion import Promotion
 from pipeline.backfill.stop import Stop, parse
-from pipeline.config.method import Gate
+from pipeline.config.method import GateSettings
 from pipeline.config.tree import Config
 from pipeline.errors import GateRefused
 from pipeline.evaluation import probe_metrics, quality
 from pipeline.evaluation.gate import blockers
-from pipeline.evaluation.quality import read_standing
+from pipeline.evaluation.quality import read_promotion_status
 from pipeline.index import commits, tags
 from pipeline.models.calibration import fit_calibration
 from pipeline.planning.plan import read_plan
@@ -62,7 +62,7 @@ def prod(run: Run) -> int | None:
 
 
 def limited(config: Config, **limits: Any) -> Config:
-    return config.model_copy(update={"gate": Gate(**limits)})
+    return config.model_copy(update={"gate": GateSettings(**limits)})
 
 
 def well_known(num: int = 600) -> Known:
@@ -89,7 +89,7 @@ def test_a_sound_run_is_promoted_commit_by_commit(tmp_path: Path, metric: str, s
 def test_a_sound_run_without_labels_is_promoted_too(tmp_path: Path, seed: int) -> None:
     config, run = probed(tmp_path, replace(known(seed=seed), labels=None, groups=None))
     assert settle(config, run) == [[]] * (LAST + 1)
-    assert "top1" not in quality.read_all(run)[0].figures
+    assert "top1" not in quality.read_all_quality(run)[0].figures
 
 
 def test_what_is_recalled_may_fall_on_the_way_and_prod_waits_for_what_is_better(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_what_is_recalled_may_fall_on_the_way_and_prod_waits_for_what_is_better(
     shrunk = replace(images, transformed=images.embedded / 2, labels=None, groups=None)
     config, run = probed(tmp_path, shrunk)
     failed = settle(config, run)
-    recalled = [item.figures["recall10"] for item in quality.read_all(run)]
+    recalled = [item.figures["recall10"] for item in quality.read_all_quality(run)]
     assert min(recalled) < recalled[0] - 5, "the case is one"
     assert failed[0] == failed[-1] == []
     assert {check for checks in failed for check in checks} == {"fall"}
@@ -111,7 +111,7 @@ def test_what_is_recalled_does_not_fall_on_the_way_if_a_calibration_mends_the_sc
     for map_ in (None, fit_calibration(scaled.transformed, scaled.embedded, "l2", seed=0)):
         config, run = probed(tmp_path / str(len(falls)), scaled, calibration=map_)
         failed = settle(config, run)
-        recalled = [item.figures["recall10"] for item in quality.read_all(run)]
+        recalled = [item.figures["recall10"] for item in quality.read_all_quality(run)]
         falls.append(recalled[0] - min(recalled))
         assert any(failed) == (map_ is None)
     assert falls[0] > 5
@@ -123,7 +123,7 @@ def test_a_draft_that_was_examined_is_not_searched_again_as_a_commit(
 ) -> None:
     config, run = probed(tmp_path, known(), commits=True)
     settle(config, run)
-    alone = quality.read_all(run)
+    alone = quality.read_all_quality(run)
     objects.delete(run.path("reports", "probe-set"))
     examined, examine = list[int](), probe_metrics.examine
     monkeypatch.setattr(probe_metrics, "examine", lambda *of: (examined.append(of[4].number), examine(*of))[1])
@@ -132,7 +132,7 @@ def test_a_draft_that_was_examined_is_not_searched_again_as_a_commit(
         commit = commits.read_commit(run, number)
         gate.inspect(replace(commit, attempt_id="", segments=commit.segments[::-1]))  # a draft's are in no order
         gate.settle(commit)
-    assert quality.read_all(run) == alone[1:]
+    assert quality.read_all_quality(run) == alone[1:]
     assert examined == list(range(1, LAST + 1))
 
 
@@ -144,7 +144,7 @@ def test_every_figure_is_that_of_exact_search_over_what_the_commit_holds(tmp_pat
     labels = np.array(images.labels)[order]
     waves = storage_waves(run)
     probe = np.isin(images.ids[order], parquet.read_parquet(run.path("probe-set", "set.parquet"))["id"].to_numpy())
-    for number, measured in enumerate(quality.read_all(run)):
+    for number, measured in enumerate(quality.read_all_quality(run)):
         vectors = np.where((waves <= number)[:, None], images.embedded[order], images.transformed[order])
         distances = ((images.embedded[order][probe][:, None] - vectors[None]) ** 2).sum(axis=2)
         distances[np.arange(len(distances)), np.flatnonzero(probe)] = np.inf
@@ -189,7 +189,7 @@ def test_a_new_model_that_is_worse_than_the_old_one_stops_the_backfill_at_snapsh
         settle(config, run)
     assert caught.value.exit_code == 3
     assert prod(run) is None
-    standing = read_standing(run)
+    standing = read_promotion_status(run)
     assert standing is not None
     assert (standing.commit, len(standing.refused)) == (0, len(set(standing.refused)))
 
@@ -227,7 +227,7 @@ def test_what_is_recalled_is_that_of_the_stored_vectors(tmp_path: Path, metric: 
     settle(*sound)
     with suppress(GateRefused):
         settle(limited(damaged[0], on_refusal="go_on", min_own=None), damaged[1])
-    ends = [quality.read_all(run)[-1].figures["recall10"] for _, run in (sound, damaged)]
+    ends = [quality.read_all_quality(run)[-1].figures["recall10"] for _, run in (sound, damaged)]
     assert ends[0] == 100
     assert ends[1] < 90
 
@@ -238,7 +238,7 @@ def test_a_lossy_codec_is_no_wrong_vector_and_hides_none(tmp_path: Path, metric:
     images = replace(known(num=600), labels=None, groups=None)
     config, run = probed(tmp_path / "sound", images, metric=metric, factory=factory, imprecision=0.005)
     assert settle(limited(config, max_fall=100), run)[-1] == []
-    assert quality.read_all(run)[-1].figures["recall10"] > 90
+    assert quality.read_all_quality(run)[-1].figures["recall10"] > 90
     config, run = probed(tmp_path / "swapped", images, metric=metric, factory=factory, swapped_wave=3)
     with pytest.raises(GateRefused, match="probe images of wave 3 have their own"):
         settle(limited(config, max_fall=100), run)
@@ -255,7 +255,7 @@ def test_images_with_many_duplicates_are_no_reason_to_refuse(tmp_path: Path, met
     )
     config, run = probed(tmp_path, same, metric=metric)
     assert settle(config, run)[-1] == []
-    assert quality.read_all(run)[-1].figures["own"] == 100
+    assert quality.read_all_quality(run)[-1].figures["own"] == 100
 
 
 @pytest.mark.parametrize("wave", [2, 4])
@@ -277,7 +277,7 @@ def test_going_on_after_a_refusal_ends_refused_where_the_last_snapshot_is(tmp_pa
     with pytest.raises(GateRefused, match="commit 4 is not promoted"):
         settle(limited(config, on_refusal="go_on"), run)
     assert prod(run) == 1
-    assert [item.commit for item in quality.read_all(run)] == list(range(LAST + 1))
+    assert [item.commit for item in quality.read_all_quality(run)] == list(range(LAST + 1))
 
 
 def test_a_refused_commit_is_judged_anew_by_the_limits_of_the_next_start(tmp_path: Path) -> None:
@@ -329,7 +329,7 @@ def test_without_a_probe_set_only_the_held_out_pairs_are_looked_at(tmp_path: Pat
     config, run = probed(tmp_path, known(num=600), swapped_wave=2)
     off = config.model_copy(update={"probe": config.probe.model_copy(update={"images": 0})})
     assert settle(off, run) == [[]] * (LAST + 1)
-    assert quality.read_all(run) == []
+    assert quality.read_all_quality(run) == []
 
 
 def test_a_condition_is_met_by_the_first_commit_that_reaches_it(tmp_path: Path) -> None:
@@ -339,11 +339,11 @@ def test_a_condition_is_met_by_the_first_commit_that_reaches_it(tmp_path: Path) 
         gate.settle(commits.read_commit(run, number))
         if gate.stopped:
             break
-    estimate = quality.full_estimate(quality.read_reference(run), quality.read_quality(run, 0))  # type: ignore[arg-type]
+    estimate = quality.full_estimate(quality.read_baseline(run), quality.read_quality(run, 0))  # type: ignore[arg-type]
     full, error = estimate["top1"], estimate["top1_error"]
-    reached = [item.figures["top1"] >= 0.97 * full for item in quality.read_all(run)]
+    reached = [item.figures["top1"] >= 0.97 * full for item in quality.read_all_quality(run)]
     assert reached == [False] * (len(reached) - 1) + [True]
-    standing = read_standing(run)
+    standing = read_promotion_status(run)
     assert standing is not None
     assert standing.stopped == gate.stopped
     assert f"an expected {full:.1f} with a standard error of {error:.1f}" in str(standing.stopped)
@@ -413,7 +413,7 @@ def test_a_commit_that_was_not_measured_is_promoted_by_force_alone(tmp_path: Pat
     settle(config, run, last=1)
     assert blockers(run, commits.read_commit(run, 1)) == []
     assert blockers(run, commits.read_commit(run, 2)) == [sentence]
-    quality.write_quality(run, replace(quality.read_all(run)[1], commit=2))  # of another attempt
+    quality.write_quality(run, replace(quality.read_all_quality(run)[1], commit=2))  # of another attempt
     assert blockers(run, commits.read_commit(run, 2)) == [sentence]
 
 
@@ -431,9 +431,9 @@ def test_the_error_of_what_the_full_model_reaches_is_that_of_drawing_the_probe_i
     right = rng.random((3, 400)) < np.array([[0.4], [0.6], [0.5]])
     ranks = np.where(right, 1, rng.choice([-1, 0, 2, 7], (3, 400), p=[0.02, 0.28, 0.4, 0.3]))
 
-    def estimate(rows: Int64, left: float = 1.0) -> quality.Figures:
+    def estimate(rows: Int64, left: float = 1.0) -> quality.ProbeFigures:
         start, new, transformed = (tuple(some[rows].tolist()) for some in ranks)
-        known = quality.Reference(start, (1,) * len(rows), 10, start, transformed, new)
+        known = quality.QualityBaseline(start, (1,) * len(rows), 10, start, transformed, new)
         figures = quality.top(start)
         return quality.full_estimate(known, quality.Quality(0, "", figures, start, (), (), ()), left)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.identity import STAGES, read_settings, stage_settings
-from pipeline.config.method import Fit
+from pipeline.config.method import FitSettings
 from pipeline.config.older_runs import as_started
 from pipeline.config.tree import Config
 from pipeline.errors import IncompatibleRun
@@ -143,4 +143,4 @@ def test_as_started_run_whose_order_was_made_with_a_group_bound_is_refused(tmp_p
 
 def test_as_started_of_a_run_of_this_version_takes_the_defaults_of_now(tmp_path: Path) -> None:
     begin(config(tmp_path, fit__lr=1.0))
-    assert as_started(config(tmp_path)).fit.lr == Fit().lr
+    assert as_started(config(tmp_path)).fit.lr == FitSettings().lr

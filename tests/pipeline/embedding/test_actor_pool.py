@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 
-from pipeline.config.tree import Backfill
+from pipeline.config.tree import BackfillSettings
 from pipeline.embedding import actor_pool as actors
 from pipeline.embedding.actor_pool import LOAD_CPUS, WRITE_CPUS, Pool, actor_pool
 from pipeline.errors import ConfigError, TransientError
@@ -20,7 +20,7 @@ def pool(cpus: float, gpus: float = 0, device: str = "auto", **settings: Any) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus} | ({"GPU": gpus} if gpus else {}))
-        return actor_pool(Backfill(**settings), device)
+        return actor_pool(BackfillSettings(**settings), device)
 
 
 class Autoscaler:
@@ -109,7 +109,7 @@ def test_a_cluster_without_nodes_is_asked_for_them_and_waited_for(
 ) -> None:
     cluster = Autoscaler(monkeypatch, brings={"CPU": 8.0, "GPU": 2.0})
     with caplog.at_level(logging.WARNING, "pipeline.embedding.actor_pool"):
-        found = actor_pool(Backfill(gpus_per_actor=1, min_actors=2, max_actors=6), "auto")
+        found = actor_pool(BackfillSettings(gpus_per_actor=1, min_actors=2, max_actors=6), "auto")
     assert found == Pool(2, 2, 6, cpus=0.0, gpus=1.0)
     assert cluster.asked == [[{"GPU": 1.0}, {"GPU": 1.0}, {"CPU": LOAD_CPUS}, {"CPU": WRITE_CPUS}]]
     assert cluster.removed == 1
@@ -120,5 +120,5 @@ def test_a_cluster_without_nodes_is_asked_for_them_and_waited_for(
 def test_a_cluster_that_gets_no_nodes_in_time_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Autoscaler(monkeypatch, brings={})
     with pytest.raises(TransientError, match=r"no nodes have come in 0\.05 s"):
-        actor_pool(Backfill(wait_seconds=0.05), "auto")
+        actor_pool(BackfillSettings(wait_seconds=0.05), "auto")
     assert cluster.removed == 1

@@ -29,7 +29,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional
 
-from pipeline.config.tree import Preprocess
+from pipeline.config.tree import PreprocessSettings
 from pipeline.embedding.decode import Limits, LoadedUnit, Pixels, decode_image, load_unit, rejecting
 from pipeline.embedding.fetch import Reject
 from pipeline.errors import DataError
@@ -37,12 +37,12 @@ from pipeline.schema import UNITS, Unit
 from pipeline.storage import objects as storage
 from pipeline.storage import parquet
 from pipeline.storage.local import LocalReader
-from pipeline.storage.settings import Fetch
+from pipeline.storage.settings import FetchSettings
 
 SIDE = 8
-PREPROCESS = Preprocess(size=SIDE)
+PREPROCESS = PreprocessSettings(size=SIDE)
 LIMITS = Limits(max_pixels=64_000_000, max_bytes=100_000)
-FETCH = Fetch(concurrency=3)
+FETCH = FetchSettings(concurrency=3)
 
 
 def picture(seed: int = 0, height: int = SIDE, width: int = SIDE, channels: int = 3) -> Pixels:
@@ -69,7 +69,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def load(
-    folder: Path, places: list[dict[str, Any]], preprocess: Preprocess = PREPROCESS, limits: Limits = LIMITS
+    folder: Path, places: list[dict[str, Any]], preprocess: PreprocessSettings = PREPROCESS, limits: Limits = LIMITS
 ) -> LoadedUnit:
     """Load one unit whose images lie at `places`; ids count down from 100."""
     nothing = {"uri": None, "offset": None, "length": None, "row": None, "etag": None}
@@ -293,10 +293,16 @@ def little_memory(megabytes: int) -> Iterator[None]:
     [
         (png_header(30_000, 30_000), PREPROCESS, "decode: too large: more than 64000000 pixels"),
         (png_header(9_000, 9_000), PREPROCESS, "decode: too large: 9000x9000, at most 64000000 pixels"),
-        (png_header(60_000_000, 1), Preprocess(resize=256, center_crop=224), "preprocess: too large when resized"),
+        (
+            png_header(60_000_000, 1),
+            PreprocessSettings(resize=256, center_crop=224),
+            "preprocess: too large when resized",
+        ),
     ],
 )
-def test_a_decompression_bomb_is_refused_before_it_is_decoded(data: bytes, preprocess: Preprocess, wanted: str) -> None:
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(
+    data: bytes, preprocess: PreprocessSettings, wanted: str
+) -> None:
     start = time.perf_counter()
     with little_memory(megabytes=50), pytest.raises(Reject) as caught:
         decode_image(data, preprocess, LIMITS)
@@ -359,7 +365,7 @@ def test_resize_and_crop_give_what_torchvision_gives(
 
     def found(resample: Any) -> Pixels:
         settings = {"resize": resize, "center_crop": crop, "interpolation": interpolation, "resample": resample}
-        return decode_image(data, Preprocess(**settings), LIMITS)
+        return decode_image(data, PreprocessSettings(**settings), LIMITS)
 
     by_pillow = chw(np.asarray(steps(decoded)))
     by_torch = steps(torch.from_numpy(chw(np.array(decoded)))).numpy()
@@ -378,7 +384,7 @@ def test_torch_and_pillow_resize_a_photograph_to_within_one_of_255(interpolation
     data = encode((pixels + noise).clip(0, 255).astype(np.uint8))
     by_torch, by_pillow = (
         decode_image(
-            data, Preprocess(resize=36, center_crop=32, interpolation=interpolation, resample=resample), LIMITS
+            data, PreprocessSettings(resize=36, center_crop=32, interpolation=interpolation, resample=resample), LIMITS
         ).astype(int)
         for resample in ("torch", "pillow")
     )
@@ -433,9 +439,9 @@ def test_a_jpeg_whole_or_damaged_is_decoded_or_rejected_as_by_pillow(
     wanted = by_pillow(bytes(data), channels)
     if wanted is None:
         with pytest.raises(Reject):
-            decode_image(bytes(data), Preprocess(size=shape, channels=channels), LIMITS)
+            decode_image(bytes(data), PreprocessSettings(size=shape, channels=channels), LIMITS)
     else:
-        preprocess = Preprocess(size=wanted.shape[1:], channels=channels)
+        preprocess = PreprocessSettings(size=wanted.shape[1:], channels=channels)
         assert np.array_equal(decode_image(bytes(data), preprocess, LIMITS), wanted)
 
 
@@ -463,23 +469,23 @@ def test_decode_image_with_an_orientation_gives_what_an_upright_image_gives(
     data = held(orientation, kind, mode)
     upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
     settings = {"resize": 20, "center_crop": (16, 24), "resample": resample}
-    wanted = decode_image(encode(upright), Preprocess(**settings), LIMITS)
-    assert np.array_equal(decode_image(data, Preprocess(**settings), LIMITS), wanted)
-    assert np.array_equal(decode_image(data, Preprocess(size=upright.shape[:2]), LIMITS), chw(upright))
+    wanted = decode_image(encode(upright), PreprocessSettings(**settings), LIMITS)
+    assert np.array_equal(decode_image(data, PreprocessSettings(**settings), LIMITS), wanted)
+    assert np.array_equal(decode_image(data, PreprocessSettings(size=upright.shape[:2]), LIMITS), chw(upright))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_decode_image_exif_ignore_leaves_the_picture_on_its_side(kind: str) -> None:
     data = held(6, kind)
     wanted = chw(np.asarray(Image.open(io.BytesIO(data))))
-    assert np.array_equal(decode_image(data, Preprocess(size=(40, 60), exif="ignore"), LIMITS), wanted)
+    assert np.array_equal(decode_image(data, PreprocessSettings(size=(40, 60), exif="ignore"), LIMITS), wanted)
 
 
 def test_decode_image_reduced_jpeg_on_its_side_is_decoded_no_smaller_than_the_gap_allows() -> None:
     data = held(6, height=400, width=600)
     settings = {"resize": (150, 100), "center_crop": (150, 100)}
-    reduced = decode_image(data, Preprocess(**settings, reducing_gap=2), LIMITS)
-    exact = decode_image(data, Preprocess(**settings), LIMITS)
+    reduced = decode_image(data, PreprocessSettings(**settings, reducing_gap=2), LIMITS)
+    exact = decode_image(data, PreprocessSettings(**settings), LIMITS)
     assert 0 < np.abs(reduced.astype(int) - exact.astype(int)).mean() < 2
 
 
@@ -494,7 +500,7 @@ def test_decode_image_tiff_with_rational_size_or_offset_is_a_reject(tag: int, re
     struct.pack_into("<HII", data, place + 2, 5, 1, len(data))
     data += struct.pack("<II", 8, 1)
     with pytest.raises(Reject, match=r"^decode: damaged: "):
-        decode_image(bytes(data), Preprocess(resize=SIDE, center_crop=SIDE, resample=resample), LIMITS)
+        decode_image(bytes(data), PreprocessSettings(resize=SIDE, center_crop=SIDE, resample=resample), LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -554,9 +560,9 @@ def test_decode_image_small_file_with_a_large_picture_takes_few_bytes_per_pixel(
 
 def test_decode_image_formats_whose_decoder_holds_more_may_have_fewer_pixels() -> None:
     data = encode(picture(height=20, width=20), "WEBP")
-    assert decode_image(data, Preprocess(size=20), Limits(534, 10**6)).shape == (3, 20, 20)
+    assert decode_image(data, PreprocessSettings(size=20), Limits(534, 10**6)).shape == (3, 20, 20)
     with pytest.raises(Reject, match="decode: too large: 20x20, at most 399 pixels of WEBP"):
-        decode_image(data, Preprocess(size=20), Limits(533, 10**6))
+        decode_image(data, PreprocessSettings(size=20), Limits(533, 10**6))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PNG"])
@@ -598,8 +604,8 @@ def test_most_jpegs_are_decoded_past_pillow(monkeypatch: pytest.MonkeyPatch) -> 
     colour, grey, large = jpeg(picture()), jpeg(picture(channels=1)), jpeg(picture(height=20, width=30))
     monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("Pillow has decoded it"))
     decode_image(colour, PREPROCESS, LIMITS)
-    decode_image(grey, Preprocess(size=SIDE, channels=1), LIMITS)
-    decode_image(large, Preprocess(resize=8, center_crop=8), LIMITS)
+    decode_image(grey, PreprocessSettings(size=SIDE, channels=1), LIMITS)
+    decode_image(large, PreprocessSettings(resize=8, center_crop=8), LIMITS)
 
 
 def smooth(height: int, width: int) -> Pixels:
@@ -627,8 +633,8 @@ def test_with_a_reducing_gap_a_jpeg_is_decoded_no_smaller_than_that(
     monkeypatch.setattr(module, name, look)
     data = jpeg(smooth(400, 601), quality=95)
     settings = {"resize": 64, "center_crop": 64, "resample": resample}
-    reduced = decode_image(data, Preprocess(**settings, reducing_gap=gap), LIMITS)
-    exact = decode_image(data, Preprocess(**settings), LIMITS)
+    reduced = decode_image(data, PreprocessSettings(**settings, reducing_gap=gap), LIMITS)
+    exact = decode_image(data, PreprocessSettings(**settings), LIMITS)
     assert [tuple(size) for size in seen] == [decoded, (400, 601)]
     assert np.abs(reduced.astype(int) - exact.astype(int)).mean() < 1
     assert np.array_equal(reduced, exact) == (decoded == (400, 601))
@@ -637,8 +643,8 @@ def test_with_a_reducing_gap_a_jpeg_is_decoded_no_smaller_than_that(
 def test_a_reducing_gap_changes_nothing_in_other_formats() -> None:
     data = encode(smooth(200, 200))
     settings = {"resize": 40, "center_crop": 40}
-    reduced = decode_image(data, Preprocess(**settings, reducing_gap=1), LIMITS)
-    assert np.array_equal(reduced, decode_image(data, Preprocess(**settings), LIMITS))
+    reduced = decode_image(data, PreprocessSettings(**settings, reducing_gap=1), LIMITS)
+    assert np.array_equal(reduced, decode_image(data, PreprocessSettings(**settings), LIMITS))
 
 
 def test_an_image_of_the_right_shape_is_not_touched() -> None:
@@ -647,7 +653,7 @@ def test_an_image_of_the_right_shape_is_not_touched() -> None:
 
 def test_grey_and_colour_become_what_the_encoder_takes() -> None:
     grey, colour = picture(channels=1), picture()
-    as_grey, as_colour = Preprocess(size=SIDE, channels=1), PREPROCESS
+    as_grey, as_colour = PreprocessSettings(size=SIDE, channels=1), PREPROCESS
     assert np.array_equal(decode_image(encode(grey), as_grey, LIMITS), grey[None])
     assert np.array_equal(decode_image(encode(grey), as_colour, LIMITS), np.stack([grey] * 3))
     luma = np.asarray(Image.fromarray(colour).convert("L"))
@@ -658,7 +664,7 @@ def test_grey_and_colour_become_what_the_encoder_takes() -> None:
 
 def test_grey_of_16_bits_keeps_its_upper_8_and_is_not_clipped_to_white() -> None:
     deep = np.random.default_rng(0).integers(0, 2**16, (SIDE, SIDE), np.uint16)
-    found = decode_image(encode(deep), Preprocess(size=SIDE, channels=1), LIMITS)
+    found = decode_image(encode(deep), PreprocessSettings(size=SIDE, channels=1), LIMITS)
     assert np.array_equal(found, (deep >> 8).astype(np.uint8)[None])
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.backfill.profile import batch_sizes
-from pipeline.config.tree import Encoder
+from pipeline.config.tree import EncoderSettings
 from pipeline.embedding.embedder import Embedder, _Batch
 from pipeline.errors import ConfigError
 
@@ -24,7 +24,7 @@ def embedder(batch_size: int, **changes: object) -> Embedder:
         "dim": DIM,
         "preprocess": {"channels": 1, "size": 8},
     } | changes
-    return Embedder(Encoder.model_validate(spec), "cpu", batch_size, threads=1)
+    return Embedder(EncoderSettings.model_validate(spec), "cpu", batch_size, threads=1)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 16, 37, 64])

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from pipeline.embedding.fetch import WAITED, Place, Reject, coalesce, fetch
 from pipeline.errors import DataError, TransientError
 from pipeline.storage import objects
-from pipeline.storage.rate_limit import BURST_SECONDS, Pace
-from pipeline.storage.settings import Fetch, Storage
+from pipeline.storage.rate_limit import BURST_SECONDS, RateLimit
+from pipeline.storage.settings import FetchSettings, StorageSettings
 from tests.support.faulty_proxy import Fault, FaultyProxy
 from tests.support.seaweed import READONLY, SeaweedFS, s3_client
 
@@ -41,7 +41,7 @@ def whole(uri: str, etag: str | None = None) -> Place:
 
 def get(wanted: list[Place], most: int = MOST, **changes: Any) -> list[bytes | str]:
     """What comes for each place: bytes, or what its reject says."""
-    found = fetch(wanted, most, Fetch(**changes))
+    found = fetch(wanted, most, FetchSettings(**changes))
     return [str(data) if isinstance(data, Reject) else data for data, _ in found]
 
 
@@ -94,7 +94,7 @@ def test_coalesced_reading_gives_the_bytes_of_one_read_per_image(
 
 @given(SPANS, CUTS)
 def test_requests_cover_what_is_wanted_within_the_limits(spans: list[tuple[int, int]], cuts: dict[str, int]) -> None:
-    limits = Fetch(**cuts)
+    limits = FetchSettings(**cuts)
     wanted = {row: (offset, offset + length) for row, (offset, length) in enumerate(spans)}
     pieces = coalesce(wanted.items(), limits)
     assert sorted(row for piece in pieces for row in piece.rows) == list(wanted)
@@ -174,7 +174,7 @@ class Clock:
 
 def test_the_rate_is_kept_after_a_short_burst() -> None:
     clock = Clock()
-    pace = Pace(50.0, 10.0, clock, clock.sleep)
+    pace = RateLimit(50.0, 10.0, clock, clock.sleep)
     times = []
     for _ in range(200):
         pace.wait()
@@ -187,7 +187,7 @@ def test_the_rate_is_kept_after_a_short_burst() -> None:
 
 def test_time_not_used_does_not_add_up() -> None:
     clock = Clock()
-    pace = Pace(50.0, 10.0, clock, clock.sleep)
+    pace = RateLimit(50.0, 10.0, clock, clock.sleep)
     clock.now += 1000.0
     for _ in range(60):
         pace.wait()
@@ -196,7 +196,7 @@ def test_time_not_used_does_not_add_up() -> None:
 
 def test_a_prefix_that_asks_to_slow_down_is_left_alone_longer_each_time() -> None:
     clock = Clock()
-    pace = Pace(1e6, 3.0, clock, clock.sleep)
+    pace = RateLimit(1e6, 3.0, clock, clock.sleep)
     waits = []
     for _ in range(6):
         pace.slow_down()
@@ -214,7 +214,7 @@ def test_a_prefix_that_asks_to_slow_down_is_left_alone_longer_each_time() -> Non
 
 
 def test_those_who_wait_already_wait_for_the_pause_as_well() -> None:
-    pace = Pace(20.0, 10.0)
+    pace = RateLimit(20.0, 10.0)
     for _ in range(3):
         pace.wait()  # the burst
     went: list[float] = []
@@ -254,7 +254,7 @@ def put(uri: str, data: bytes) -> str:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up soon."""
-    settings = Storage(retry_seconds=1.0, max_pause_seconds=0.2, connect_timeout_seconds=2.0)
+    settings = StorageSettings(retry_seconds=1.0, max_pause_seconds=0.2, connect_timeout_seconds=2.0)
     monkeypatch.setenv("FASTFILL_STORAGE", settings.model_dump_json())
 
 
@@ -360,7 +360,7 @@ def test_fetch_from_a_parquet_file_that_was_only_touched_gives_its_images_and_th
     etag = objects.stat(str(tmp_path / "a.parquet")).etag
     os.utime(tmp_path / "a.parquet", ns=(1, 1))
     assert objects.stat(str(tmp_path / "a.parquet")).etag != etag
-    assert list(fetch(planned, MOST, Fetch())) == [(image, etag) for image in images]
+    assert list(fetch(planned, MOST, FetchSettings())) == [(image, etag) for image in images]
 
 
 def test_fetch_from_a_row_group_of_more_than_two_gibibytes_gives_its_images(tmp_path: Path) -> None:
@@ -385,10 +385,10 @@ def test_an_object_that_is_too_large_is_not_downloaded(bucket: str) -> None:
 
 def test_etags_are_those_of_the_moment_of_reading(bucket: str) -> None:
     uri = put(f"{bucket}/a.png", b"first")
-    (_, first), (_, ranged) = fetch([whole(uri), *places(uri, [(0, 2)])], MOST, Fetch())
+    (_, first), (_, ranged) = fetch([whole(uri), *places(uri, [(0, 2)])], MOST, FetchSettings())
     assert first == ranged == objects.stat(uri).etag
     put(uri, b"second")
-    ((data, second),) = fetch([whole(uri)], MOST, Fetch())
+    ((data, second),) = fetch([whole(uri)], MOST, FetchSettings())
     assert data == b"second"
     assert second == objects.stat(uri).etag != first
 
@@ -414,7 +414,7 @@ def test_few_requests_for_a_tar_and_no_more_bytes_than_the_gaps_allow(
     assert requests[0] <= counts["requests:image"] <= requests[1]
     assert counts["bytes:needed"] == len(wanted) * size
     assert counts["bytes:image"] <= over * counts["bytes:needed"]
-    assert counts["bytes:image"] <= counts["bytes:needed"] + (len(wanted) - 1) * Fetch().max_gap_bytes
+    assert counts["bytes:image"] <= counts["bytes:needed"] + (len(wanted) - 1) * FetchSettings().max_gap_bytes
 
 
 def test_whole_objects_are_one_get_each_and_nothing_else(bucket: str, faulty_s3: FaultyProxy) -> None:
@@ -455,7 +455,7 @@ def test_a_request_that_fails_is_repeated_and_counted_by_its_cause(
 def test_a_parquet_file_that_is_replaced_while_it_is_read_is_read_as_it_is_then(
     bucket: str, faulty_s3: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = Storage(endpoint_url=faulty_s3.endpoint)
+    settings = StorageSettings(endpoint_url=faulty_s3.endpoint)
     monkeypatch.setenv("FASTFILL_STORAGE", settings.model_dump_json())
 
     def write(seed: int) -> str:
@@ -465,7 +465,7 @@ def test_a_parquet_file_that_is_replaced_while_it_is_read_is_read_as_it_is_then(
 
     place = Place(f"{write(1)}#image", None, None, 0)
     faulty_s3.watch(lambda _: bool(write(2)), "GET", "rows.parquet")
-    ((data, etag),) = fetch([place], MOST, Fetch())
+    ((data, etag),) = fetch([place], MOST, FetchSettings())
     assert data == noise(1000, 2)
     assert etag == objects.stat(f"{bucket}/rows.parquet").etag
 
@@ -528,7 +528,7 @@ def test_a_store_that_keeps_failing_stops_the_job_and_rejects_nothing(
 def test_an_object_that_the_store_refuses_for_ever_is_a_reject(
     bucket: str, faulty_s3: FaultyProxy, fault: Fault, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = Storage(endpoint_url=faulty_s3.endpoint)
+    settings = StorageSettings(endpoint_url=faulty_s3.endpoint)
     monkeypatch.setenv("FASTFILL_STORAGE", settings.model_dump_json())
     sink = io.BytesIO()
     pq.write_table(pa.table({"image": [b"x"]}), sink)
@@ -627,10 +627,12 @@ def test_a_container_that_is_mostly_wanted_is_read_in_whole_pieces(every: int, r
     wanted = [(row, (row * step, row * step + size)) for row in rows]
     if every == 2:
         wanted = [(row, (start, start + size - 1000)) for row, (start, _) in wanted]  # a little less than half
-    pieces = coalesce(wanted, Fetch())
+    pieces = coalesce(wanted, FetchSettings())
     assert len(pieces) <= requests + 2
     assert sorted(row for piece in pieces for row in piece.rows) == rows
     if every != 2:
-        assert max(stop - start for start, stop in (piece.span for piece in pieces)) <= Fetch().max_request_bytes
+        assert (
+            max(stop - start for start, stop in (piece.span for piece in pieces)) <= FetchSettings().max_request_bytes
+        )
     else:
         assert len(pieces) == requests

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from benchmarks.photographs import photograph
-from pipeline.config.tree import Preprocess
+from pipeline.config.tree import PreprocessSettings
 from pipeline.embedding import gpu_decode
 from pipeline.embedding.decode import Limits, Pixels, decode_image
 from pipeline.embedding.fetch import Reject
@@ -20,10 +20,10 @@ from pipeline.embedding.gpu_decode import DeviceDecoder
 from tests.support.galleries import digits
 
 LIMITS = Limits(max_pixels=1_000_000, max_bytes=10_000_000)
-SIZED = Preprocess(resize=96, center_crop=80, decoder="device")
+SIZED = PreprocessSettings(resize=96, center_crop=80, decoder="device")
 
 
-def decode(images: list[bytes], preprocess: Preprocess = SIZED) -> tuple[Pixels, dict[int, Reject]]:
+def decode(images: list[bytes], preprocess: PreprocessSettings = SIZED) -> tuple[Pixels, dict[int, Reject]]:
     pixels, rejects = DeviceDecoder(preprocess, LIMITS, torch.device("cpu")).decode(images)
     return pixels.numpy(), rejects
 
@@ -55,7 +55,7 @@ def test_jpegs_give_the_pixels_that_images_gives(channels: int) -> None:
 
 
 def test_what_is_no_jpeg_gives_exactly_the_pixels_that_images_gives() -> None:
-    preprocess = Preprocess(channels=1, size=8, decoder="device")
+    preprocess = PreprocessSettings(channels=1, size=8, decoder="device")
     images = digits(5)[0]
     pixels, rejects = decode(images, preprocess)
     assert not rejects
@@ -98,7 +98,7 @@ def test_decode_image_that_makes_pillow_raise_is_a_reject() -> None:
 
 
 def test_another_shape_than_the_encoders_is_rejected() -> None:
-    _, rejects = decode([photograph(1, 200, 150)], Preprocess(size=80, decoder="device"))
+    _, rejects = decode([photograph(1, 200, 150)], PreprocessSettings(size=80, decoder="device"))
     assert str(rejects[0]) == "preprocess: wrong shape: 150x200, expected 80x80"
 
 

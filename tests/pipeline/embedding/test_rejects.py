@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.config.tree import Backfill
+from pipeline.config.tree import BackfillSettings
 from pipeline.embedding.rejects import check_manifest, limit, read_all, read_of_pairs
 from pipeline.errors import DataError
 from pipeline.planning.plan import Plan, Wave
@@ -55,7 +55,7 @@ def test_the_limit_is_a_fraction_and_a_handful_in_any_case(
 
 
 def test_too_many_unreadable_images_of_a_manifest_are_refused_with_the_place_of_their_reasons() -> None:
-    settings = Backfill(max_reject_fraction=0.1)
+    settings = BackfillSettings(max_reject_fraction=0.1)
     check_manifest(30, 300, settings, "gallery", "here")
     with pytest.raises(
         DataError, match=r"too many images of the gallery(.|\n)*10\.00% of 300(.|\n)*31 rejects"

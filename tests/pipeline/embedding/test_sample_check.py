@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config.load import validate
-from pipeline.config.tree import Config, Preprocess
-from pipeline.embedding.precompute import NUM_PROBED, _places, probe
+from pipeline.config.tree import Config, PreprocessSettings
+from pipeline.embedding.precompute import NUM_CHECKED, _places, check_readable
 from pipeline.manifest.normalised import Manifest
 from pipeline.run import Run
 from pipeline.schema import manifest_schema
@@ -43,20 +43,20 @@ def config(folder: Path) -> Config:
 def test_images_are_taken_from_the_whole_manifest_each_once(run: Run, sizes: list[int]) -> None:
     places = _places(run, "gallery", Manifest(sizes, UNIT_ROWS, {}, ""))
     names = [int(Path(place.uri).stem) for place in places]
-    assert len(names) == len(set(names)) == min(sum(sizes), NUM_PROBED)
+    assert len(names) == len(set(names)) == min(sum(sizes), NUM_CHECKED)
     assert (names[0], names[-1]) == (0, sum(sizes) - 1)
     assert names == sorted(names)
 
 
 def test_what_cannot_be_read_is_named_with_its_place_and_its_reason(run: Run, tmp_path: Path) -> None:
     rows, settings = Manifest(SIZES, UNIT_ROWS, {}, ""), config(tmp_path)
-    tried, bad = probe(settings, run, "gallery", rows, settings.encoders.new.preprocess)
-    assert tried == len(bad) == NUM_PROBED
+    tried, bad = check_readable(settings, run, "gallery", rows, settings.encoders.new.preprocess)
+    assert tried == len(bad) == NUM_CHECKED
     assert bad[0] == f"{tmp_path}/0.png: fetch: missing"
     (tmp_path / "0.png").write_bytes(digits(1)[0][0])
     (tmp_path / "19.png").write_bytes(b"text")
-    tried, bad = probe(settings, run, "gallery", rows, settings.encoders.new.preprocess)
+    tried, bad = check_readable(settings, run, "gallery", rows, settings.encoders.new.preprocess)
     assert len(bad) == tried - 1
     assert bad[-1] == f"{tmp_path}/19.png: decode: not an image"
-    tried, bad = probe(settings, run, "gallery", rows, Preprocess(channels=1, size=9))
+    tried, bad = check_readable(settings, run, "gallery", rows, PreprocessSettings(channels=1, size=9))
     assert bad[0] == f"{tmp_path}/0.png: preprocess: wrong shape: 8x8, expected 9x9"

@@ -19,7 +19,7 @@ from pipeline.arrays import Float32, Int64
 from pipeline.embedding.vector_log import (
     EmbeddedUnit,
     VectorLog,
-    count_rejects,
+    count_log_rejects,
     finished_units,
     forget_rejects,
     part_times,
@@ -118,7 +118,7 @@ def test_read_wave_of_a_part_that_is_cut_off_names_it_and_what_to_do(
     part.write_bytes(part.read_bytes()[: int(kept * part.stat().st_size)])
     for read in (
         lambda: read_wave(log, 1),
-        lambda: count_rejects(log),
+        lambda: count_log_rejects(log),
         lambda: write_unit(log, units[0], embed([4, 9])),
     ):
         with pytest.raises(DataError, match="move this file out of the run") as caught:
@@ -234,7 +234,7 @@ def test_shards_of_a_wave_are_the_wave_filtered(
 
 def test_a_wave_that_is_not_begun_is_empty(log: VectorLog) -> None:
     assert read_wave(log, 1)[1].shape == read_wave(log, 1, range(1))[1].shape == (0, DIM)
-    assert finished_units(log) == count_rejects(log) == part_times(log) == {}
+    assert finished_units(log) == count_log_rejects(log) == part_times(log) == {}
     assert read_rejects(log).num_rows == 0
 
 
@@ -246,7 +246,7 @@ def test_units_and_rejects_are_counted_by_wave(tmp_path: Path, log: VectorLog) -
             write_unit(log, units[number], embed(cut[number], bad=(1, 2) if wave == 12 else ()))
     assert finished_units(log) == {1: [0, 2], 12: [0, 2]}
     assert sorted(part_times(log)) == [(1, 0), (1, 2), (12, 0), (12, 2)]
-    assert count_rejects(log) == {12: 2}
+    assert count_log_rejects(log) == {12: 2}
     assert read_rejects(log, 1).num_rows == 0
     assert read_rejects(log, 12)["id"].to_pylist() == [1, 2]
 
@@ -277,11 +277,11 @@ def test_a_unit_that_died_before_its_part_is_done_again_as_if_it_had_never_begun
         if dies:
             write_rejects_and_die(log, unit, embed(ids, bad=(2,)), monkeypatch)
             assert finished_units(log) == {}
-            assert count_rejects(log) == {}  # they are counted with the unit, once it is done
+            assert count_log_rejects(log) == {}  # they are counted with the unit, once it is done
         assert write_unit(log, unit, embed(ids, bad_again))[1] == len(bad_again)
         embedded, rejected = read_wave(log, 1)[0].tolist(), read_rejects(log)["id"].to_pylist()
         assert sorted(embedded + rejected) == ids
-        assert count_rejects(log).get(1, 0) == len(bad_again)
+        assert count_log_rejects(log).get(1, 0) == len(bad_again)
         written.append([objects.read_bytes(uri) for uri in (log.part(1, 0), *reject_files(log).values())])
     assert written[0] == written[1]
 
@@ -365,7 +365,7 @@ def test_a_writer_that_comes_too_late_changes_neither_the_rejects_nor_their_reas
         assert sorted(set(ids) - set(ids_of_part.tolist())) == sorted(reasons(log)) == list(winner)
         assert reasons(log) == {number: f"{DELETED}: {number}" for number in winner}
         assert read_deleted(log, 1).tolist() == list(winner)
-        assert count_rejects(log).get(1, 0) == len(winner)
+        assert count_log_rejects(log).get(1, 0) == len(winner)
         assert write_unit(log, unit, embed(ids, loser))[1] == len(winner)
 
 
@@ -416,7 +416,7 @@ def test_a_damaged_part_does_not_pass_for_one_without_rejects(tmp_path: Path, lo
     (unit,) = write_plan(tmp_path, [[1, 2, 3]])
     write_unit(log, unit, embed([1, 2, 3], bad=(2,)))
     objects.put(log.part(1, 0), b"PAR1 and nothing PAR1")
-    for read in (read_rejects, count_rejects, lambda log: forget_rejects(log, after_wave=0)):
+    for read in (read_rejects, count_log_rejects, lambda log: forget_rejects(log, after_wave=0)):
         with pytest.raises(DataError, match="unit-00000"):
             read(log)
     assert reject_files(log, skip_unreadable=True) == {}
@@ -433,7 +433,7 @@ def test_footers_are_read_at_the_same_time(tmp_path: Path, log: VectorLog, monke
         return open_parquet(uri)
 
     monkeypatch.setattr(parquet, "open_parquet", open_together)
-    assert count_rejects(log) == {1: 8}
+    assert count_log_rejects(log) == {1: 8}
 
 
 def test_forgetting_rejects_undoes_their_units_of_later_waves_only(tmp_path: Path, log: VectorLog) -> None:
@@ -443,7 +443,7 @@ def test_forgetting_rejects_undoes_their_units_of_later_waves_only(tmp_path: Pat
             write_unit(log, unit, embed(rows, bad=(2, 6)))
     assert forget_rejects(log, after_wave=1) == 4
     assert finished_units(log) == {1: [0, 1, 2], 2: [1], 3: [1]}
-    assert count_rejects(log) == {1: 2}
+    assert count_log_rejects(log) == {1: 2}
     assert forget_rejects(log, after_wave=1) == 0
 
 

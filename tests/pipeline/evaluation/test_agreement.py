@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.arrays import Bools, Float32, Int64
-from pipeline.evaluation.metrics import NEIGHBOURS, among
+from pipeline.evaluation.metrics import NEIGHBOURS, nearest_rows
 from pipeline.evaluation.simulated_curve import agreement_curve
 from pipeline.models.calibration import Calibration
 
@@ -40,7 +40,7 @@ def by_sorting(
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
 def test_the_nearest_are_those_of_a_full_sort_without_the_query_itself(metric: str) -> None:
     own = np.arange(5, 45)
-    found = among(vectors(0)[own], vectors(1), own, metric)
+    found = nearest_rows(vectors(0)[own], vectors(1), own, metric)
     assert [set(row) for row in found.tolist()] == by_sorting(vectors(0)[own], vectors(1), own, metric)
 
 
@@ -67,4 +67,4 @@ def test_each_point_is_the_share_of_the_new_models_neighbours_in_that_mixture(
 
 
 def test_a_gallery_of_the_query_alone_has_no_neighbours() -> None:
-    assert among(vectors(0)[:1], vectors(0)[:1], np.arange(1), "l2").shape == (1, 0)
+    assert nearest_rows(vectors(0)[:1], vectors(0)[:1], np.arange(1), "l2").shape == (1, 0)

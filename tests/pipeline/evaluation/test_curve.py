@@ -19,7 +19,7 @@ from pipeline.evaluation.metrics import evaluate
 from pipeline.evaluation.simulated_curve import order_by_priority, simulate_curve
 from pipeline.index.codebook import Codebook
 from pipeline.index.commits import read_commit
-from pipeline.index.segment import Segment, decode
+from pipeline.index.segment import Segment, decode_segment
 from pipeline.index.tags import list_commits
 from pipeline.models.calibration import fit_calibration
 from pipeline.planning.plan import wave_sizes
@@ -157,7 +157,7 @@ def _stored(run: Run) -> tuple[Codebook, Float32]:
     """The codebook of the last commit, and the vectors that its segments hold, in any order."""
     commit = read_commit(run, max(list_commits(run)))
     codebook = Codebook.open(run, commit.codebook_path, commit.codebook_sha256)
-    parts = [decode(codebook, Segment.open(run, codebook, ref))[1] for ref in commit.segments]
+    parts = [decode_segment(codebook, Segment.open(run, codebook, ref))[1] for ref in commit.segments]
     return codebook, np.concatenate(parts)
 
 
@@ -211,7 +211,7 @@ def test_each_stored_segment_is_decoded_once(tmp_path: Path, images: Known, monk
 
     def counting(*args: object) -> object:
         calls.append(1)
-        return decode(*args)
+        return decode_segment(*args)
 
     monkeypatch.setattr(snapshot_metrics, "decode", counting)
     published_points(run)

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.method import Gate
+from pipeline.config.method import GateSettings
 from pipeline.evaluation import quality
-from pipeline.evaluation.gate import Earlier, assess, blockers, mixed_up
-from pipeline.evaluation.quality import Quality, Reference
-from pipeline.index.commits import Commit, Counts
+from pipeline.evaluation.gate import Earlier, blockers, judge, mixed_up
+from pipeline.evaluation.quality import Quality, QualityBaseline
+from pipeline.index.commits import Commit, SegmentCounts
 from pipeline.models.networks import TransformationNetwork
 from pipeline.models.transformation import TransformationInfo, save_transformation
 from pipeline.run import Run
@@ -37,7 +37,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Run]:
 
 
 def commit(gallery: int, embedded: int, rejected: int) -> Commit:
-    counts = Counts(gallery, gallery - embedded, embedded, rejected)
+    counts = SegmentCounts(gallery, gallery - embedded, embedded, rejected)
     return Commit(0, None, "codebook", "0", "l2", 1, 3, 2, 1, (), counts)
 
 
@@ -56,9 +56,9 @@ def test_a_blocker_says_the_figures_and_how_many_images_wait(runs: dict[bool, Ru
     assert "2,000 images are still transformed" in sentence
 
 
-def reference(old: list[int]) -> Reference:
+def reference(old: list[int]) -> QualityBaseline:
     ranks = tuple(old)
-    return Reference(ranks, (5,) * len(ranks), 10, ranks, ranks, ranks)
+    return QualityBaseline(ranks, (5,) * len(ranks), 10, ranks, ranks, ranks)
 
 
 def measured(ranks: list[int], number: int = 3, own: tuple[tuple[int, int, int], ...] = ()) -> Quality:
@@ -72,7 +72,7 @@ def answers(right: int, of: int) -> list[int]:
 @pytest.mark.parametrize(("right", "refused"), [(500, False), (495, False), (480, False), (470, True), (300, True)])
 def test_a_fall_counts_where_it_is_larger_than_the_limit_and_its_noise(right: int, refused: bool) -> None:
     known, served = reference(answers(200, 1000)), measured(answers(500, 1000), number=2)
-    found = assess(known, measured(answers(right, 1000)), Earlier(2, (served,)), 100, Gate())
+    found = judge(known, measured(answers(right, 1000)), Earlier(2, (served,)), 100, GateSettings())
     assert [refusal.check for refusal in found] == (["fall"] if refused else [])
     if refused:
         assert f"top-1 is {right / 10:.1f}, against 50.0" in found[0].sentence
@@ -87,12 +87,12 @@ def test_a_little_less_with_each_wave_is_compared_with_the_best_and_not_only_wit
         measured(answers(2600, 5000), 1),
     )
     now = measured(answers(2420, 5000))
-    assert assess(known, now, Earlier(2, (served,)), 100, Gate()) == []
-    (refusal,) = assess(known, now, Earlier(2, (served, best)), 100, Gate())
+    assert judge(known, now, Earlier(2, (served,)), 100, GateSettings()) == []
+    (refusal,) = judge(known, now, Earlier(2, (served, best)), 100, GateSettings())
     assert (refusal.check, refusal.mends) == ("fall", True)
-    assert [item.mends for item in assess(known, now, Earlier(2, (served, best)), 0, Gate())] == [False]
+    assert [item.mends for item in judge(known, now, Earlier(2, (served, best)), 0, GateSettings())] == [False]
     assert "worse than commit 1, the best that prod has served: top-1 is 48.4, against 52.0" in refusal.sentence
-    (only,) = assess(known, measured(answers(2000, 5000)), Earlier(2, (served, best)), 100, Gate())
+    (only,) = judge(known, measured(answers(2000, 5000)), Earlier(2, (served, best)), 100, GateSettings())
     assert "commit 2, which prod serves" in only.sentence
     assert not only.mends
 
@@ -103,13 +103,15 @@ def test_where_prod_waits_behind_a_wave_is_compared_with_the_one_before() -> Non
         measured(answers(2600, 5000), 1),
         measured(answers(2450, 5000), 2),
     )
-    (refusal,) = assess(known, measured(answers(2420, 5000)), Earlier(1, (served, before)), 100, Gate())
+    (refusal,) = judge(known, measured(answers(2420, 5000)), Earlier(1, (served, before)), 100, GateSettings())
     assert "commit 1, which prod serves" in refusal.sentence
     assert refusal.mends
-    (refusal,) = assess(known, measured(answers(2000, 5000)), Earlier(1, (served, before)), 100, Gate())
+    (refusal,) = judge(known, measured(answers(2000, 5000)), Earlier(1, (served, before)), 100, GateSettings())
     assert "commit 2, the one before" in refusal.sentence
     assert not refusal.mends
-    (refusal,) = assess(known, measured(answers(2000, 5000)), Earlier(0, (before,)), 100, Gate())  # 0 was not measured
+    (refusal,) = judge(
+        known, measured(answers(2000, 5000)), Earlier(0, (before,)), 100, GateSettings()
+    )  # 0 was not measured
     assert "commit 2, the one before" in refusal.sentence
 
 
@@ -142,7 +144,7 @@ def test_what_only_trembles_is_promoted_however_few_queries_there_are() -> None:
         known = reference([0] * queries)
         ranks = now.astype(int).tolist()
         refused += bool(
-            assess(known, measured(ranks), Earlier(2, (measured(before.astype(int).tolist(), 2),)), 10, Gate())
+            judge(known, measured(ranks), Earlier(2, (measured(before.astype(int).tolist(), 2),)), 10, GateSettings())
         )
     assert refused <= 1
 
@@ -150,10 +152,10 @@ def test_what_only_trembles_is_promoted_however_few_queries_there_are() -> None:
 def test_below_the_old_model_is_mended_by_going_on_as_long_as_images_wait() -> None:
     known = reference(answers(500, 1000))
     for waiting in (0, 10):
-        (refusal,) = assess(known, measured(answers(400, 1000)), Earlier(), waiting, Gate())
+        (refusal,) = judge(known, measured(answers(400, 1000)), Earlier(), waiting, GateSettings())
         assert (refusal.check, refusal.mends) == ("old_old", waiting > 0)
         assert "top-1 is 40.0, against 50.0" in refusal.sentence
-    assert assess(known, measured(answers(500, 1000)), Earlier(), 0, Gate()) == []
+    assert judge(known, measured(answers(500, 1000)), Earlier(), 0, GateSettings()) == []
 
 
 @pytest.mark.parametrize(

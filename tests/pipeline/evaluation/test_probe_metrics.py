@@ -18,7 +18,7 @@ from pipeline.config.tree import Config
 from pipeline.evaluation import probe_metrics, quality
 from pipeline.evaluation.metrics import evaluate
 from pipeline.evaluation.probe_set import ProbeSet, gather, stands_alone
-from pipeline.evaluation.quality import Reference
+from pipeline.evaluation.quality import QualityBaseline
 from pipeline.index import commits
 from pipeline.models.calibration import fit_calibration
 from pipeline.planning.plan import read_plan
@@ -78,20 +78,22 @@ def test_a_labelled_sample_stands_for_a_gallery_without_labels(tmp_path: Path, l
     config = put_sample(config, tmp_path, id=images.ids[rows], label=labels)
     settled(config, run)
     rows, truth = rows[:labelled], np.array(labels[:labelled])
-    for item in quality.read_all(run):
+    for item in quality.read_all_quality(run):
         new, served = sides(images, rows, item.commit, run)
         exact = evaluate(new, served, truth, truth, metric=metric, self_match=True)
         assert item.figures["top1"] == pytest.approx(exact.top1)
         assert item.figures["top5"] == pytest.approx(exact.top5)
         assert len(item.ranks) == 200
         assert sum(rank >= 0 for rank in item.ranks) == exact.num_queries
-    reference = quality.read_reference(run)
+    reference = quality.read_baseline(run)
     assert reference is not None
     old = evaluate(images.old[rows], images.old[rows], truth, truth, metric=metric, self_match=True)
     assert quality.top(reference.old)["top1"] == pytest.approx(old.top1)
     assert reference.old == reference.within_old
-    estimate = quality.full_estimate(reference, quality.read_all(run)[0])
-    assert estimate["top1"] == pytest.approx(quality.read_all(run)[-1].figures["top1"]), "nothing is left to guess"
+    estimate = quality.full_estimate(reference, quality.read_all_quality(run)[0])
+    assert estimate["top1"] == pytest.approx(quality.read_all_quality(run)[-1].figures["top1"]), (
+        "nothing is left to guess"
+    )
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
@@ -109,7 +111,7 @@ def test_quality_of_a_calibrated_run_is_the_evaluation_with_its_map(tmp_path: Pa
     rejected = np.isin(np.arange(600), np.arange(20) * 7)
     everything, truth = rows if alone else np.arange(600), np.array(images.labels)
     plain = []
-    for item in quality.read_all(run):
+    for item in quality.read_all_quality(run):
         left = rejected | np.array([waves[image] > item.commit for image in ids.tolist()])
         served = np.where(left[:, None], images.transformed, images.embedded)
         sides = (images.embedded[rows], served[everything], truth[rows], truth[everything])
@@ -135,7 +137,7 @@ def test_a_run_is_gated_and_stopped_by_the_labels_of_a_sample(tmp_path: Path) ->
     gate = settled(config, run, stop=["top1>=1*full"])
     assert gate.refusals == []
     assert str(gate.stopped).startswith("top1>=1*full: top1 is")
-    found = quality.read_all(run)[-1]
+    found = quality.read_all_quality(run)[-1]
     assert {"negative_flips", "group_gap"} <= found.figures.keys()
     assert [name for name, *_ in found.groups] == ["group 0", "group 1"]
 
@@ -153,7 +155,7 @@ def test_a_sample_of_a_labelled_gallery_is_searched_in_all_of_it_with_the_sample
     truth = np.array(images.labels)
     truth[rows] = labels
     everything = np.arange(600)
-    for item in quality.read_all(run):
+    for item in quality.read_all_quality(run):
         _, served = sides(images, everything, item.commit, run)
         exact = evaluate(
             images.embedded[rows],
@@ -165,7 +167,7 @@ def test_a_sample_of_a_labelled_gallery_is_searched_in_all_of_it_with_the_sample
         )
         assert item.figures["top1"] == pytest.approx(exact.top1)
         assert item.figures["top5"] == pytest.approx(exact.top5)
-    reference = quality.read_reference(run)
+    reference = quality.read_baseline(run)
     assert reference is not None
     assert not reference.alone
     old = evaluate(images.old[rows], images.old, truth[rows], truth, query_ids=images.ids[rows], gallery_ids=images.ids)
@@ -193,7 +195,7 @@ def test_a_partly_labelled_gallery_without_a_sample_is_searched_as_before(tmp_pa
     labels: list[Any] = [label if row % 3 else None for row, label in enumerate(images.labels)]
     config, run = make_run(tmp_path, replace(images, labels=labels), OPTIONS)
     settled(config, run)
-    reference = quality.read_reference(run)
+    reference = quality.read_baseline(run)
     assert reference is not None
     assert not reference.alone
 
@@ -204,8 +206,8 @@ def test_a_sample_without_two_labels_leaves_quality_to_what_is_recalled(tmp_path
     rows, labels = sample_of(images, labelled=labelled)
     config, run = make_run(tmp_path, unlabelled(images), OPTIONS)
     settled(put_sample(config, tmp_path, id=images.ids[rows], label=labels), run)
-    assert quality.read_all(run)[-1].figures.keys() >= {"recall10", "own"}
-    assert "top1" not in quality.read_all(run)[-1].figures
+    assert quality.read_all_quality(run)[-1].figures.keys() >= {"recall10", "own"}
+    assert "top1" not in quality.read_all_quality(run)[-1].figures
 
 
 def test_a_reference_from_before_there_were_samples_is_read(tmp_path: Path) -> None:
@@ -214,6 +216,6 @@ def test_a_reference_from_before_there_were_samples_is_read(tmp_path: Path) -> N
     plan, probe = read_plan(run), probe_of(config, run)
     assert plan is not None
     made = probe_metrics.reference(config, run, plan, probe)
-    fields = [item.name for item in dataclasses.fields(Reference) if item.name != "alone"]
+    fields = [item.name for item in dataclasses.fields(QualityBaseline) if item.name != "alone"]
     before = dataclasses.make_dataclass("Before", fields)(*(getattr(made, name) for name in fields))
-    assert from_json(Reference, to_json(before), "reference.json") == made
+    assert from_json(QualityBaseline, to_json(before), "reference.json") == made

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from pipeline.errors import ConfigError, DataError, Refused, Removed
 from pipeline.index import commits, gc, retention, tags
 from pipeline.index.commits import read_commit
-from pipeline.index.gc import Collection, Rules, collect
+from pipeline.index.gc import Collection, Rules, collect_garbage
 from pipeline.index.retention import Removals, read_removals
 from pipeline.index.tags import Tag, list_commits, read_tag, rollback
 from pipeline.index.writer import Writer
@@ -97,7 +97,7 @@ def test_what_tags_rules_and_leases_name_stays_and_the_rest_goes(tmp_path: Path)
     whole = make(tmp_path)
     before = paths(whole.run, "")
     with Searcher(whole.run.uri, commit=2):
-        found = collect(whole.run.uri, NOW)
+        found = collect_garbage(whole.run.uri, NOW)
         assert found.commits == [0, 3]
         assert found.kept == {
             1: ["before prod"],
@@ -111,7 +111,7 @@ def test_what_tags_rules_and_leases_name_stays_and_the_rest_goes(tmp_path: Path)
     assert found.files == sum("/segments/" in path for path in gone) > 0
     assert found.bytes > 0
     assert_whole(whole)
-    assert collect(whole.run.uri, NOW).commits == [2]
+    assert collect_garbage(whole.run.uri, NOW).commits == [2]
     assert_whole(whole)
     assert audit(whole.run.uri).checked["removed_commits"] == 3
 
@@ -119,16 +119,16 @@ def test_what_tags_rules_and_leases_name_stays_and_the_rest_goes(tmp_path: Path)
 def test_a_dry_run_tells_and_changes_nothing(tmp_path: Path) -> None:
     whole = make(tmp_path)
     before = paths(whole.run, "")
-    told = collect(whole.run.uri, NOW, dry_run=True)
+    told = collect_garbage(whole.run.uri, NOW, dry_run=True)
     assert paths(whole.run, "") == before
-    assert told == replace(collect(whole.run.uri, NOW), dry_run=True)
+    assert told == replace(collect_garbage(whole.run.uri, NOW), dry_run=True)
     assert told.commits == [0, 2, 3]
 
 
 def test_the_defaults_keep_three_commits_and_what_was_the_latest_within_the_hour(tmp_path: Path) -> None:
     whole = make(tmp_path)
-    assert collect(whole.run.uri).commits == []
-    assert collect(whole.run.uri, Rules(grace_seconds=0)).commits == [0]
+    assert collect_garbage(whole.run.uri).commits == []
+    assert collect_garbage(whole.run.uri, Rules(grace_seconds=0)).commits == [0]
     for rules in ({"keep": 0}, {"grace_seconds": -1.0}, {"grace_seconds": float("nan")}):
         with pytest.raises(ConfigError):
             Rules(**rules)  # type: ignore[arg-type]
@@ -139,7 +139,7 @@ def test_the_grace_time_counts_from_when_the_next_commit_was_created(tmp_path: P
     for number in range(LAST + 1):
         hours = LAST - number
         os.utime(whole.run.commit(number), (time.time() - 3600 * hours - 60,) * 2)
-    found = collect(whole.run.uri, Rules(keep=1))
+    found = collect_garbage(whole.run.uri, Rules(keep=1))
     assert found.commits == [0, 2]
     assert found.kept[3] == ["the latest one within the grace time"]
 
@@ -147,25 +147,25 @@ def test_the_grace_time_counts_from_when_the_next_commit_was_created(tmp_path: P
 def test_nothing_goes_before_something_is_promoted(tmp_path: Path) -> None:
     whole = make(tmp_path)
     Path(whole.run.tag("prod")).unlink()
-    found = collect(whole.run.uri, NOW)
+    found = collect_garbage(whole.run.uri, NOW)
     assert found.commits == []
     assert found.kept[0] == ["nothing is promoted yet"]
 
 
 def test_a_run_without_commits_and_one_with_lost_ones(tmp_path: Path) -> None:
     empty = Run(str(tmp_path / "empty"))
-    assert collect(empty.uri, NOW) == Collection(False, [], {}, 0, 0, 0, 0)
+    assert collect_garbage(empty.uri, NOW) == Collection(False, [], {}, 0, 0, 0, 0)
     whole = make(tmp_path)
     before = segments(whole.run)
     Path(whole.run.commit(2)).unlink()
     with pytest.raises(DataError, match="no such commit"):
-        collect(whole.run.uri, NOW)
+        collect_garbage(whole.run.uri, NOW)
     assert segments(whole.run) == before
 
 
 def test_a_removed_commit_is_refused_by_everyone_and_told_from_a_lost_one(tmp_path: Path) -> None:
     whole = make(tmp_path)
-    collect(whole.run.uri, NOW)
+    collect_garbage(whole.run.uri, NOW)
     for ask in (
         lambda: rollback(whole.run, to=3),
         lambda: read_commit(whole.run, 3),
@@ -189,7 +189,7 @@ def test_the_backfill_goes_on_after_gc_and_adopts_what_is_not_announced(tmp_path
     whole = make(tmp_path)
     orphan = replace(whole.draft(WAVES), attempt_id="dead", epoch=1)
     objects.put_if_absent(whole.run.commit(WAVES), tags.to_json(orphan))
-    found = collect(whole.run.uri, NOW)
+    found = collect_garbage(whole.run.uri, NOW)
     assert found.kept[WAVES] == ["not announced yet"]
     assert Writer.acquire(whole.run).latest == WAVES
     tags.auto_promote(whole.run, WAVES)
@@ -208,14 +208,14 @@ def test_files_without_a_commit_stay_until_nobody_can_need_them(tmp_path: Path) 
     old = stray(whole.run, age_seconds=10**6)
     foreign = Path(whole.run.path("index", "segments", "README"))
     foreign.write_text("not ours")
-    assert collect(whole.run.uri, NOW).files > 0
+    assert collect_garbage(whole.run.uri, NOW).files > 0
     assert old.exists()  # the last wave is not published: a driver may be about to name it
     whole.publish(WAVES)
     stray(whole.run, age_seconds=60)
-    collect(whole.run.uri, Rules(keep=9))
+    collect_garbage(whole.run.uri, Rules(keep=9))
     assert old.exists()
     stray(whole.run, age_seconds=3700)
-    assert collect(whole.run.uri, Rules(keep=9)).files == 1
+    assert collect_garbage(whole.run.uri, Rules(keep=9)).files == 1
     assert not old.exists()
     assert foreign.exists()
     assert_whole(whole)
@@ -231,19 +231,19 @@ def test_expired_leases_and_leftovers_go(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"half")
     with pytest.raises(DataError, match="not a JSON file"):
-        collect(whole.run.uri, NOW)  # it may be live
+        collect_garbage(whole.run.uri, NOW)  # it may be live
     for path in (Path(expired.uri), damaged):
         os.utime(path, (time.time() - retention.LEASE_SECONDS - 60,) * 2)
     os.utime(leftovers[0], (time.time() - 3700,) * 2)
     os.utime(leftovers[1], (time.time() - 1000,) * 2)
 
-    found = collect(whole.run.uri, Rules(keep=1))
+    found = collect_garbage(whole.run.uri, Rules(keep=1))
     assert (found.leases, found.leftovers) == (0, 1)  # both within the grace time
     assert [path.exists() for path in leftovers] == [False, True]
 
     at_work = leftovers[0]
     at_work.write_bytes(b"by a writer that is not dead")
-    found = collect(whole.run.uri, NOW)
+    found = collect_garbage(whole.run.uri, NOW)
     assert (found.leases, found.leftovers, found.commits) == (2, 1, [0, 3])
     assert [path.exists() for path in leftovers] == [True, False]
     assert objects.list_files(whole.run.path("index", "leases")) == [live.uri]
@@ -309,7 +309,7 @@ def test_a_reader_without_a_lease_follows_the_tag_when_gc_is_faster(
             done.append(commit.number)
             tags.promote(whole.run, 3, blockers=[])
             tags.promote(whole.run, LAST, blockers=[])
-            assert collect(whole.run.uri, NOW).commits == [0, 1, 2]
+            assert collect_garbage(whole.run.uri, NOW).commits == [0, 1, 2]
         return real(self, commit, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(retention.Lease, "__init__", forbidden)
@@ -349,19 +349,19 @@ def dying(patch: pytest.MonkeyPatch, survived: int) -> Iterator[None]:
 
 def test_gc_may_die_anywhere_and_the_next_one_finishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = make(tmp_path / "undisturbed")
-    collect(expected.run.uri, NOW)
+    collect_garbage(expected.run.uri, NOW)
     steps = 0
     while True:
         whole = make(tmp_path / str(steps))
         with dying(monkeypatch, steps):
             try:
-                collect(whole.run.uri, NOW)
+                collect_garbage(whole.run.uri, NOW)
                 break
             except Crash:
                 steps += 1
         assert_whole(whole)
         assert set(list_commits(whole.run)) >= {1, LAST}
-        collect(whole.run.uri, NOW)
+        collect_garbage(whole.run.uri, NOW)
         assert_whole(whole)
         assert paths(whole.run) == paths(expected.run)
         assert read_removals(whole.run) == replace(
@@ -378,17 +378,17 @@ def test_a_removal_that_a_dead_gc_announced_does_not_block(tmp_path: Path) -> No
         assert read_removals(whole.run).announced == (0, 3)
         assert rollback(whole.run, to=3) == Tag(3, pinned=True)
         assert read_removals(whole.run).announced == (0,)
-        assert collect(whole.run.uri, NOW).commits == [0, 1]
+        assert collect_garbage(whole.run.uri, NOW).commits == [0, 1]
     assert_whole(whole)
 
 
 @pytest.mark.parametrize("damage", [b"{}", b"", to_json(Removals(confirmed=(99,)))[:-9]])
 def test_a_damaged_record_is_named_and_stops_gc(tmp_path: Path, damage: bytes) -> None:
     whole = make(tmp_path)
-    collect(whole.run.uri, NOW)
+    collect_garbage(whole.run.uri, NOW)
     Path(whole.run.collected).write_bytes(damage)
     with pytest.raises(DataError, match=whole.run.collected):
-        collect(whole.run.uri, NOW)
+        collect_garbage(whole.run.uri, NOW)
     assert any(item.kind == "removals" for item in audit(whole.run.uri).problems)
 
 
@@ -449,16 +449,18 @@ def check_beside(order: Iterable[int], beside: Sequence[str]) -> None:
             "rollback": lambda: rollback(run, to=1),
             "promote": lambda: tags.promote(run, 2, blockers=[]),
             "publish": lambda: publish_by_name(run, Writer.acquire(run), 4),
-            "gc": lambda: collect(run.uri, NOW),
+            "gc": lambda: collect_garbage(run.uri, NOW),
         }
         with pytest.MonkeyPatch.context() as patch:
-            results = Turns(patch, order).run(lambda: collect(run.uri, NOW), *(actions[name] for name in beside))
+            results = Turns(patch, order).run(
+                lambda: collect_garbage(run.uri, NOW), *(actions[name] for name in beside)
+            )
 
         for result in results:
             assert not isinstance(result, Exception) or isinstance(result, Refused), result
         assert isinstance(results[0], Collection) or "gc" in beside
         assert_files(run)
-        collect(run.uri, NOW)
+        collect_garbage(run.uri, NOW)
         assert_files(run)
         if "rollback" in beside and isinstance(results[1 + beside.index("rollback")], Tag):
             assert 1 in list_commits(run)
@@ -494,7 +496,7 @@ def test_the_fence_of_the_tag_is_needed(tmp_path: Path, monkeypatch: pytest.Monk
     def late(uri: str, data: bytes, version: str | None) -> str:
         if uri == run.tag("prod") and not done:
             done.append(True)
-            assert collect(run.uri, NOW).commits == [0, 1, 2]
+            assert collect_garbage(run.uri, NOW).commits == [0, 1, 2]
         return real(uri, data, version)
 
     monkeypatch.setattr(objects, "compare_and_swap", late)
@@ -512,11 +514,11 @@ def test_gc_on_s3_with_its_clock_its_leases_and_a_crash(
     real = time.time
     with Searcher(whole.run.uri, commit=2), monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: real() + 10**7)  # this machine's clock is wrong
-        assert collect(whole.run.uri, Rules(keep=1)).commits == []
+        assert collect_garbage(whole.run.uri, Rules(keep=1)).commits == []
         with dying(monkeypatch, 5), pytest.raises(Crash):
-            collect(whole.run.uri, NOW)
+            collect_garbage(whole.run.uri, NOW)
         assert audit(whole.run.uri).problems == []
-        found = collect(whole.run.uri, NOW)
+        found = collect_garbage(whole.run.uri, NOW)
     assert list_commits(whole.run) == [1, 2, LAST]
     assert (found.leftovers, found.leases) == (0, 0)  # what was left over went before the crash: gc frees first
     assert not objects.exists(whole.run.path("probe", "left"))
@@ -572,7 +574,7 @@ def test_readers_hold_their_snapshot_while_gc_and_publishers_run(tmp_path: Path)
 
     threads = [
         threading.Thread(target=loop, args=(step,))
-        for step in (open_and_count, open_and_count, lambda: collect(whole.run.uri, NOW))
+        for step in (open_and_count, open_and_count, lambda: collect_garbage(whole.run.uri, NOW))
     ]
     for thread in threads:
         thread.start()
@@ -584,7 +586,7 @@ def test_readers_hold_their_snapshot_while_gc_and_publishers_run(tmp_path: Path)
     for thread in threads:
         thread.join()
     assert wrong == []
-    collect(whole.run.uri, NOW)
+    collect_garbage(whole.run.uri, NOW)
     assert set(list_commits(whole.run)) == {WAVES - 1, WAVES}
     assert_whole(whole)
 

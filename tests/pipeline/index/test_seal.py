@@ -19,7 +19,7 @@ from pipeline.embedding import vector_log
 from pipeline.errors import DataError, TransientError
 from pipeline.index import seal
 from pipeline.index.seal import Sealer
-from pipeline.index.segment_files import Kind, SegmentRef
+from pipeline.index.segment_files import SegmentKind, SegmentRef
 from pipeline.planning.plan import Plan, Wave
 from pipeline.run import Run
 from pipeline.schema import UNITS as UNITS_SCHEMA
@@ -91,7 +91,7 @@ def test_a_wave_seals_whatever_a_writer_that_lost_has_left(tmp_path: Path) -> No
 @pytest.mark.parametrize("deleted_images", ["keep", "drop"])
 @pytest.mark.parametrize("kind", ["transformed", "embedded"])
 def test_shards_that_are_read_together_are_sealed_to_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, deleted_images: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: SegmentKind, deleted_images: str
 ) -> None:
     whole, sealer = make(tmp_path)
     sealer = replace(sealer, plan=replace(sealer.plan, deleted_images=deleted_images))

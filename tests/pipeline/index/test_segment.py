@@ -14,14 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.arrays import Float32, Int64
-from pipeline.config.tree import Index, Metric
+from pipeline.config.tree import IndexSettings, Metric
 from pipeline.equality import same_vectors
 from pipeline.errors import ConfigError, DataError
 from pipeline.index import codebook as codebooks
 from pipeline.index import segment as index
 from pipeline.index import train
 from pipeline.index.codebook import Codebook
-from pipeline.index.segment import Segment, as_stored, build_segment, decode, gather, search
+from pipeline.index.segment import Segment, as_stored, build_segment, decode_segment, gather_segments, search
 from pipeline.index.segment_files import Rows
 from pipeline.index.train import check_trainable, resolve_factory, train_codebook
 from pipeline.run import Run
@@ -42,7 +42,7 @@ def gallery(num: int = 2000) -> tuple[Int64, Float32]:
 
 @cache
 def codebook_bytes(factory: str, metric: Metric) -> bytes:
-    settings = Index(factory=factory, train_vectors=1000)
+    settings = IndexSettings(factory=factory, train_vectors=1000)
     return train_codebook(gallery()[1], settings, metric, 2000, device="cpu", seed=3)
 
 
@@ -142,7 +142,7 @@ def test_segments_gathered_into_one_answer_as_they_do(tmp_path: Path, factory: s
     ids, vectors = gallery()
     vectors = np.repeat(vectors[::10], 10, axis=0)  # with equal distances
     segments = split(tmp_path, book, ids, vectors, 9)
-    whole = gather(book, segments)
+    whole = gather_segments(book, segments)
     assert whole.num_vectors == len(ids)
     for k in (1, 7, 500, 2100):
         for expected, found in zip(
@@ -152,12 +152,12 @@ def test_segments_gathered_into_one_answer_as_they_do(tmp_path: Path, factory: s
         ):
             np.testing.assert_array_equal(found, expected)
     del segments  # what was gathered needs them no more
-    assert len(decode(book, whole)[0]) == len(ids)
+    assert len(decode_segment(book, whole)[0]) == len(ids)
 
 
 def test_nothing_can_be_gathered(tmp_path: Path) -> None:
     book = codebook()
-    whole = gather(book, split(tmp_path, book, *(item[:0] for item in gallery()), parts=2))
+    whole = gather_segments(book, split(tmp_path, book, *(item[:0] for item in gallery()), parts=2))
     distances, ids = search(book, [whole], gallery()[1][:3], 4, 5)
     assert whole.num_vectors == 0
     assert (ids == -1).all()
@@ -177,10 +177,10 @@ def test_bytes_do_not_depend_on_which_process_opened_the_codebook() -> None:
 
 
 def test_what_a_segment_holds_does_not_depend_on_threads(tmp_path: Path) -> None:
-    first = decode(codebook(), opened(tmp_path, codebook(), *gallery()))
+    first = decode_segment(codebook(), opened(tmp_path, codebook(), *gallery()))
     codebooks.set_threads(2)
     try:
-        second = decode(codebook(), opened(tmp_path, codebook(), *gallery()))
+        second = decode_segment(codebook(), opened(tmp_path, codebook(), *gallery()))
     finally:
         codebooks.set_threads(1)
     for one, other in zip(first, second, strict=True):
@@ -189,7 +189,7 @@ def test_what_a_segment_holds_does_not_depend_on_threads(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_training_is_deterministic_and_writes_an_empty_index(factory: str) -> None:
-    settings = Index(factory=factory, train_vectors=1000)
+    settings = IndexSettings(factory=factory, train_vectors=1000)
     again = train_codebook(gallery()[1], settings, "l2", 2000, device="cpu", seed=3)
     assert again == codebook_bytes(factory, "l2")
     assert codebook(factory).ivf.ntotal == 0
@@ -199,7 +199,7 @@ def test_training_is_deterministic_and_writes_an_empty_index(factory: str) -> No
 
 def test_training_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     for factory in ("IVF16,PQ4x4", "OPQ2_8,IVF16,PQ2"):
-        train_codebook(gallery()[1][:300], Index(factory=factory), "l2", 2000, device="cpu", seed=0)
+        train_codebook(gallery()[1][:300], IndexSettings(factory=factory), "l2", 2000, device="cpu", seed=0)
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
 
@@ -215,7 +215,7 @@ def test_a_segment_carries_no_copy_of_the_coarse_quantizer() -> None:
 def test_decode_gives_what_is_stored_sorted_by_id(tmp_path: Path, factory: str, metric: Metric) -> None:
     ids, vectors = gallery()
     book = codebook(factory, metric)
-    found_ids, found = decode(book, opened(tmp_path, book, ids, vectors))
+    found_ids, found = decode_segment(book, opened(tmp_path, book, ids, vectors))
     order = np.argsort(ids)
     np.testing.assert_array_equal(found_ids, ids[order])
     wanted = vectors[order]
@@ -237,13 +237,13 @@ def test_some_ids_are_decoded_as_all_are_and_as_they_would_be_stored(
     book = codebook(factory, metric)
     segment = opened(tmp_path, book, ids, vectors)
     wanted = np.append(ids[::7], ids.max() + 1)
-    found_ids, found = decode(book, segment, wanted)
-    every_id, every = decode(book, segment)
+    found_ids, found = decode_segment(book, segment, wanted)
+    every_id, every = decode_segment(book, segment)
     np.testing.assert_array_equal(found_ids, np.sort(ids[::7]))
     assert same_vectors(found, every[np.isin(every_id, wanted)]).all()
     given = vectors[::7][np.argsort(ids[::7])]
     assert_the_same_but_for_codes(found, as_stored(book, given), given, metric)
-    assert [part.shape for part in decode(book, segment, ids.max(keepdims=True) + 1)] == [(0,), (0, DIM)]
+    assert [part.shape for part in decode_segment(book, segment, ids.max(keepdims=True) + 1)] == [(0,), (0, DIM)]
 
 
 def assert_the_same_but_for_codes(one: Float32, other: Float32, given: Float32, metric: Metric) -> None:
@@ -262,8 +262,8 @@ def test_an_empty_segment_is_searched_and_decoded(tmp_path: Path) -> None:
     distances, ids = search(book, [empty], gallery()[1][:2], k=3, nprobe=4)
     assert (ids == -1).all()
     assert np.isposinf(distances).all()
-    assert [part.shape for part in decode(book, empty)] == [(0,), (0, DIM)]
-    assert [part.shape for part in decode(book, empty, np.array([3]))] == [(0,), (0, DIM)]
+    assert [part.shape for part in decode_segment(book, empty)] == [(0,), (0, DIM)]
+    assert [part.shape for part in decode_segment(book, empty, np.array([3]))] == [(0,), (0, DIM)]
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -327,7 +327,7 @@ def test_a_factory_that_makes_no_segments_is_refused(factory: str) -> None:
 def test_too_few_training_vectors_are_refused() -> None:
     for factory, needed in (("IVF512,Flat", 512), ("IVF4,PQ4", 256)):
         with pytest.raises(ConfigError, match=f"at least {needed}"):
-            train_codebook(gallery()[1][:100], Index(factory=factory), "l2", 2000, device="cpu", seed=0)
+            train_codebook(gallery()[1][:100], IndexSettings(factory=factory), "l2", 2000, device="cpu", seed=0)
 
 
 def test_auto_grows_with_the_gallery() -> None:
@@ -408,7 +408,7 @@ def test_what_an_index_needs_to_be_trained_is_known_before_there_are_vectors(fac
     vectors = np.random.default_rng(0).normal(size=(needed - 1, DIM)).astype(np.float32)
     for refused in (
         lambda: check_trainable(factory, 1000, needed - 1, DIM),
-        lambda: train_codebook(vectors, Index(factory=factory), "l2", 1000, device="cpu", seed=0),
+        lambda: train_codebook(vectors, IndexSettings(factory=factory), "l2", 1000, device="cpu", seed=0),
     ):
         with pytest.raises(ConfigError, match=f"more training vectors than there are\n  expected: at least {needed}"):
             refused()

@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from pipeline.errors import DataError, GateRefused, Refused, SnapshotConflict
 from pipeline.index import commits, tags
-from pipeline.index.commits import Commit, Counts, read_commit
+from pipeline.index.commits import Commit, SegmentCounts, read_commit
 from pipeline.index.segment_files import SegmentRef
 from pipeline.index.tags import Tag, auto_promote, list_commits, promote, read_tag, rollback
 from pipeline.index.writer import Writer
@@ -64,7 +64,7 @@ def draft(number: int, salt: str = SAME, waves: int = WAVES) -> Commit:
         num_waves=waves,
         num_shards=SHARDS,
         segments=segments,
-        counts=Counts.of(segments),
+        counts=SegmentCounts.of(segments),
     )
 
 
@@ -85,7 +85,7 @@ def with_rejects_apart(commit: Commit, twice: bool = False) -> Commit:
         segments.append(replace(ref, vectors=ref.vectors - count, rejected=0))
         apart = replace(ref, kind="transformed", vectors=count, rejected=count, path=f"{ref.path}.rejects")
         segments += [apart, *([apart] if twice else [])] if count else []
-    return replace(commit, segments=tuple(segments), counts=Counts.of(segments))
+    return replace(commit, segments=tuple(segments), counts=SegmentCounts.of(segments))
 
 
 def test_commit_with_its_rejects_in_segments_of_their_own_has_the_same_counts(run: Run) -> None:
@@ -109,7 +109,7 @@ def test_commit_with_images_that_are_not_rejected_in_a_segment_of_rejects_is_ref
         replace(ref, rejected=0) if ref.kind == "transformed" and ref.wave == 1 else ref for ref in commit.segments
     )
     with pytest.raises(DataError, match="does not belong into commit 2"):
-        commits.check_commit(replace(commit, segments=segments, counts=Counts.of(segments)), "commit")
+        commits.check_commit(replace(commit, segments=segments, counts=SegmentCounts.of(segments)), "commit")
 
 
 def test_commit_keeps_its_calibration_to_the_last_bit() -> None:
@@ -154,7 +154,7 @@ def test_commits_are_numbered_and_counted(run: Run) -> None:
         assert read_tag(run, "candidate") == Tag(number, epoch=1)
     assert list_commits(run) == list(range(WAVES + 1))
     counts = read_commit(run, 2).counts
-    assert counts == Counts(gallery=60, transformed=36, embedded=24, rejected=2)
+    assert counts == SegmentCounts(gallery=60, transformed=36, embedded=24, rejected=2)
     assert counts.transformed + counts.embedded == counts.gallery
 
 

@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import parallel
-from pipeline.config.tree import Manifest
+from pipeline.config.tree import ManifestSettings
 from pipeline.errors import DataError, IncompatibleRun
 from pipeline.manifest import assemble, catalog, splits
 from pipeline.manifest import scan as indexing
-from pipeline.manifest.catalog import Catalog, build
+from pipeline.manifest.catalog import Catalog, build_manifest
 from pipeline.manifest.normalised import scan
 from pipeline.manifest.splits import Options
 from pipeline.storage import objects, parquet
@@ -83,7 +83,7 @@ def contents(folder: str) -> dict[str, tuple[bytes, str | None]]:
 
 
 def made(folder: str, *sources: str, options: Options = OPTIONS) -> tuple[Catalog, Counter[str]]:
-    return build(folder, sources, options)
+    return build_manifest(folder, sources, options)
 
 
 def test_the_same_images_are_read_from_a_folder_tars_and_tables(place: str) -> None:
@@ -144,7 +144,7 @@ def test_tars_below_a_prefix_are_indexed_too(place: str) -> None:
 
 def test_the_manifest_is_one_that_a_gallery_reads(place: str) -> None:
     found, _ = made(f"{place}/out", put_tars(f"{place}/tars"))
-    source = Manifest.model_validate(found.gallery)
+    source = ManifestSettings.model_validate(found.gallery)
     assert sum(part.num_rows for part in scan(source, {})) == 40
     objects.delete(f"{place}/out/catalog.json")
     with pytest.raises(DataError, match="the manifest is not complete"):
@@ -338,7 +338,7 @@ def test_over_ray_the_same_comes_out(tmp_path: Path, ray_cluster: None, monkeypa
     started = []
     monkeypatch.setattr(parallel, "_PATIENCE_SECONDS", -1.0)
     monkeypatch.setattr(parallel, "_ENOUGH", 1)
-    build(f"{tmp_path}/there", sources, OPTIONS, start_ray=lambda: started.append(1))
+    build_manifest(f"{tmp_path}/there", sources, OPTIONS, start_ray=lambda: started.append(1))
     assert rows_of(f"{tmp_path}/there").equals(rows_of(f"{tmp_path}/here"))
     assert started
 

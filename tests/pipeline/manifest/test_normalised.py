@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.arrays import vectors_from_arrow
-from pipeline.config.tree import Columns
-from pipeline.config.tree import Manifest as Source
+from pipeline.config.tree import ColumnNames
+from pipeline.config.tree import ManifestSettings as Source
 from pipeline.errors import DataError
 from pipeline.manifest import normalised
 from pipeline.manifest.normalised import Manifest, digest, normalise, read_manifest, scan, units, widths
@@ -47,7 +47,7 @@ def write(path: Path, content: pa.Table, row_group_size: int = 6) -> str:
 
 
 def source(manifest: str | tuple[str, ...], /, **columns: str) -> Source:
-    return Source(manifest=manifest, columns=Columns.model_validate(columns or COLUMNS))
+    return Source(manifest=manifest, columns=ColumnNames.model_validate(columns or COLUMNS))
 
 
 def brought_in(folder: Path, given: Source, dims: dict[str, int] | None = None, unit_rows: int = 4) -> pa.Table:

@@ -15,7 +15,7 @@ import pytest
 from pipeline.errors import DataError
 from pipeline.manifest import scan_tars
 from pipeline.manifest.scan_tars import index_tar
-from pipeline.manifest.splits import Ledger, Options, Piece, PieceWriter
+from pipeline.manifest.splits import Options, SourceSplit, SplitResult, SplitWriter
 from pipeline.storage import objects, parquet
 from pipeline.storage.retry import COUNTS
 
@@ -34,12 +34,14 @@ def pack(members: Members, kind: int = tarfile.PAX_FORMAT) -> bytes:
     return sink.getvalue()
 
 
-def index(folder: str, data: bytes, name: str = "shard.tar", options: Options = OPTIONS) -> tuple[pa.Table, Ledger]:
+def index(
+    folder: str, data: bytes, name: str = "shard.tar", options: Options = OPTIONS
+) -> tuple[pa.Table, SplitResult]:
     """The rows and the ledger of a tar with these bytes."""
     uri = f"{folder}/{name}"
     objects.put(uri, data)
-    piece = Piece("tar", (uri,), folder, objects.stat(uri).etag)
-    out = PieceWriter(f"{folder}/manifest", piece, options)
+    piece = SourceSplit("tar", (uri,), folder, objects.stat(uri).etag)
+    out = SplitWriter(f"{folder}/manifest", piece, options)
     index_tar(piece, options, out)
     ledger = out.finish()
     rows = [parquet.read_parquet(chunk.uri) for chunk in ledger.chunks]

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.transforms import v2 as transforms
 
-from pipeline.config.tree import Encoder, Preprocess
+from pipeline.config.tree import EncoderSettings, PreprocessSettings
 from pipeline.errors import ConfigError, DataError
 from pipeline.models.encoder import EmbeddingModel, load_encoder
 from pipeline.models.encoder_backends import load_tensors
@@ -56,8 +56,8 @@ def images(count: int = 4, side: int = SIDE) -> torch.Tensor:
     return torch.from_numpy(drawn)
 
 
-def spec(**changes: Any) -> Encoder:
-    return Encoder.model_validate({"dim": DIM, "preprocess": {"size": SIDE}} | changes)
+def spec(**changes: Any) -> EncoderSettings:
+    return EncoderSettings.model_validate({"dim": DIM, "preprocess": {"size": SIDE}} | changes)
 
 
 def export(path: Path, batch: int | None = None) -> str:
@@ -91,13 +91,13 @@ def vision_weights(tmp_path_factory: pytest.TempPathFactory, vision: nn.Module) 
     return {kind: str(folder / f"weights.{kind}") for kind in ("safetensors", "pt")}
 
 
-def vision_spec(state_dict: str, **changes: Any) -> Encoder:
+def vision_spec(state_dict: str, **changes: Any) -> EncoderSettings:
     source = {"model": VISION, "state_dict": state_dict} | changes
     return spec(torchvision=source, dim=VISION_DIM if source.get("cut_at") else 1000, preprocess={"size": 32})
 
 
 @torch.inference_mode()
-def embed(encoder: Encoder, batch: torch.Tensor) -> torch.Tensor:
+def embed(encoder: EncoderSettings, batch: torch.Tensor) -> torch.Tensor:
     found: torch.Tensor = load_encoder(encoder, CPU)(batch)
     return found
 
@@ -334,7 +334,7 @@ def test_an_archive_with_code_is_refused_and_the_code_does_not_run(tmp_path: Pat
 def test_pixels_are_scaled_and_normalised_as_torchvision_does(
     pixel_range: int, mean: list[float], std: list[float]
 ) -> None:
-    preprocess = Preprocess(
+    preprocess = PreprocessSettings(
         size=SIDE,
         pixel_range=pixel_range,  # type: ignore[arg-type] - drawn from the two that are valid
         mean=tuple(value * pixel_range for value in mean),
@@ -379,7 +379,7 @@ def test_a_network_that_counts_on_contiguous_activations_gives_what_it_gives(
     torch.manual_seed(0)
     network = Strided(by).eval()
     monkeypatch.setattr("pipeline.models.encoder_backends._from_function", lambda name, key: network)
-    model = load_encoder(Encoder(function="own:code", dim=DIM, preprocess=Preprocess(size=SIDE)), CPU)
+    model = load_encoder(EncoderSettings(function="own:code", dim=DIM, preprocess=PreprocessSettings(size=SIDE)), CPU)
     images = torch.randint(0, 256, (3, 3, SIDE, SIDE), dtype=torch.uint8)
     with torch.inference_mode():
         torch.testing.assert_close(model(images), network(images / 255.0))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config.tree import Encoder
+from pipeline.config.tree import EncoderSettings
 from pipeline.errors import DataError
 from pipeline.models.encoder import load_encoder
 from pipeline.models.export_archive import check
@@ -83,7 +83,7 @@ def test_load_encoder_of_an_archive_with_code_is_refused_and_the_code_does_not_r
 ) -> None:
     touched = tmp_path / "touched"
     bad = changed(archive, tmp_path / "bad.pt2", lambda model: CODE[where](model, touch(touched)))
-    spec = Encoder.model_validate({"export": str(bad), "dim": DIM, "preprocess": {"size": SIDE, "channels": 1}})
+    spec = EncoderSettings.model_validate({"export": str(bad), "dim": DIM, "preprocess": {"size": SIDE, "channels": 1}})
     with pytest.raises(DataError, match=where):
         load_encoder(spec, torch.device("cpu"))
     assert not touched.exists()

@@ -8,12 +8,12 @@ import pytest
 from pipeline.arrays import Float32
 from pipeline.errors import ConfigError
 from pipeline.evaluation.metrics import evaluate
-from pipeline.models.offset import Classifier, Offset, OffsetKind, fit_offset, least_varying
+from pipeline.models.offset import LinearClassifier, Offset, OffsetKind, fit_offset, least_varying
 
 NUM, DIM, CLASSES = 600, 12, 6
 
 
-def embeddings(seed: int = 0) -> tuple[Float32, Float32, Float32, np.ndarray, Classifier]:
+def embeddings(seed: int = 0) -> tuple[Float32, Float32, Float32, np.ndarray, LinearClassifier]:
     """new (N, d), z (N, d), s (N,), labels (N,), and the best classifier of new embeddings.
 
     Classes are normal around their centres. What is known of an image is its embedding with noise, more of it for some
@@ -36,7 +36,7 @@ def embeddings(seed: int = 0) -> tuple[Float32, Float32, Float32, np.ndarray, Cl
     weight = centres / spread**2
     bias = -0.5 * np.square(centres).sum(axis=1) / spread**2
     z[:, -1], new[:, -1], weight[:, -1] = 1, 1, 0
-    classifier = Classifier(weight.astype(np.float32), bias.astype(np.float32))
+    classifier = LinearClassifier(weight.astype(np.float32), bias.astype(np.float32))
     return new.astype(np.float32), z.astype(np.float32), np.log(within + between).astype(np.float32), labels, classifier
 
 

@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError, DataError, SnapshotConflict
 from pipeline.models.device import resolve_device
 from pipeline.models.networks import TransformationNetwork
 from pipeline.models.transformation import (
-    Figures,
+    HeldOutFigures,
     TransformationInfo,
     apply,
     has_transformation,
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 def _info(d_side: int | None = None) -> TransformationInfo:
-    held_out: Figures = {"alignment": 0.5, "transformed": {"top1": 40.0, "top5": 60.0, "map": 20.0}}
+    held_out: HeldOutFigures = {"alignment": 0.5, "transformed": {"top1": 40.0, "top5": 60.0, "map": 20.0}}
     return TransformationInfo(
         d_old=6,
         d_new=5,

@@ -19,7 +19,7 @@ from pipeline.models.networks import TransformationNetwork
 from pipeline.models.transformation import TransformationInfo, save_transformation
 from pipeline.planning import build, score
 from pipeline.planning.plan import SCORED, Plan, dropped_files, read_plan, read_transformed
-from pipeline.planning.policy_inputs import PART, build_reference
+from pipeline.planning.policy_inputs import PART, build_policy_inputs
 from pipeline.planning.score import ScoredPart, Scorer
 from pipeline.run import Run
 from pipeline.storage import objects, parquet
@@ -50,7 +50,7 @@ def scene(folder: Path) -> tuple[Config, Run]:
     torch.manual_seed(0)
     info = TransformationInfo(*widths, None, 8, False, "alignment", 0, 1, 10, 10, True, {})
     old, new, z = images.old, images.embedded, images.transformed
-    known_pairs = build_reference(old, z, images.uncertainty, new, None, None, "l2", 0)
+    known_pairs = build_policy_inputs(old, z, images.uncertainty, new, None, None, "l2", 0)
     save_transformation(run, TransformationNetwork(*widths, 8), info, {PART: known_pairs.to_bytes()})
     for folder_name in ("plan", "transformed"):
         objects.delete(run.path(folder_name))
@@ -163,8 +163,8 @@ def test_collect_parts_of_a_dropped_plan_are_removed_and_those_of_the_plan_are_k
     ]
     for uri in dropped:
         objects.put(uri, b"of a driver that was slower")
-    assert gc.collect(run.uri, dry_run=True).leftovers == len(dropped)
-    assert gc.collect(run.uri).leftovers == len(dropped)
+    assert gc.collect_garbage(run.uri, dry_run=True).leftovers == len(dropped)
+    assert gc.collect_garbage(run.uri).leftovers == len(dropped)
     assert not any(map(objects.exists, dropped))
     assert content(run) == kept
     assert objects.exists(run.path("plan", "settings.json"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.arrays import Float32
-from pipeline.planning.distribution_shift import Likeness, likeness
+from pipeline.planning.distribution_shift import DistributionShift, distribution_shift
 
 
 def normal(count: int, shift: float, seed: int) -> Float32:
@@ -16,13 +16,13 @@ def normal(count: int, shift: float, seed: int) -> Float32:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_two_samples_of_the_same_are_alike(seed: int) -> None:
-    found = likeness(normal(1500, 0, 2 * seed), normal(900, 0, 2 * seed + 1), seed)
+    found = distribution_shift(normal(1500, 0, 2 * seed), normal(900, 0, 2 * seed + 1), seed)
     assert found.same_side == pytest.approx(0.5, abs=0.02)
     assert not found.apart
 
 
 def test_the_noise_is_how_far_samples_of_the_same_differ_by_chance() -> None:
-    found = [likeness(normal(600, 0, 2 * seed), normal(600, 0, 2 * seed + 1), seed) for seed in range(40)]
+    found = [distribution_shift(normal(600, 0, 2 * seed), normal(600, 0, 2 * seed + 1), seed) for seed in range(40)]
     spread = float(np.std([item.same_side for item in found]))
     assert float(np.mean([item.noise for item in found])) == pytest.approx(spread, rel=0.35)
 
@@ -30,30 +30,30 @@ def test_the_noise_is_how_far_samples_of_the_same_differ_by_chance() -> None:
 @pytest.mark.parametrize("shift", [0.5, 3])
 def test_a_gallery_of_half_other_images_is_noticed(shift: float) -> None:
     gallery = np.concatenate([normal(500, 0, 1), normal(500, shift, 2)])
-    assert likeness(normal(1000, 0, 0), gallery, 0).apart
+    assert distribution_shift(normal(1000, 0, 0), gallery, 0).apart
 
 
 def test_what_is_apart_is_wholly_so_whichever_side_is_larger() -> None:
-    assert likeness(normal(300, 0, 0), normal(2500, 50, 1), 0).same_side == 1
-    assert likeness(normal(2500, 50, 1), normal(300, 0, 0), 0).same_side == 1
+    assert distribution_shift(normal(300, 0, 0), normal(2500, 50, 1), 0).same_side == 1
+    assert distribution_shift(normal(2500, 50, 1), normal(300, 0, 0), 0).same_side == 1
 
 
 def test_errors_are_compared_with_what_chance_leaves_open() -> None:
     random, old = np.random.default_rng(0), normal(1000, 0, 0)
     mine = random.gamma(2, 1, 4000)
-    found = likeness(old[:500], old[500:], 0, (mine, 1.5 * random.gamma(2, 1, 1000)))
+    found = distribution_shift(old[:500], old[500:], 0, (mine, 1.5 * random.gamma(2, 1, 1000)))
     draws = [1.5 * random.gamma(2, 1, 1000).mean() / random.gamma(2, 1, 4000).mean() for _ in range(500)]
     assert found.error_ratio == pytest.approx(1.5, abs=4 * found.error_noise)
     assert found.error_noise == pytest.approx(float(np.std(draws)), rel=0.15)
     assert found.further
-    assert not likeness(old[:500], old[500:], 0, (mine, random.gamma(2, 1, 1000))).further
+    assert not distribution_shift(old[:500], old[500:], 0, (mine, random.gamma(2, 1, 1000))).further
 
 
 def test_each_finding_is_said_and_what_to_do_once() -> None:
-    assert not Likeness(0.51, 0.004, 1.1, 0.05).warnings()
-    said = Likeness(0.53, 0.004, 1.3, 0.02).warnings()
+    assert not DistributionShift(0.51, 0.004, 1.1, 0.05).warnings()
+    said = DistributionShift(0.53, 0.004, 1.3, 0.02).warnings()
     assert [sentence.split()[0] for sentence in said] == ["The", "The", "What"]
     assert "53.0%" in said[0]
     assert "1.30 (± 0.02)" in said[1]
     assert "probe.manifest" in said[2]
-    assert list(Likeness(0.53, 0.004, 1.3, 0.02).warnings(known=True)) == list(said[:2])
+    assert list(DistributionShift(0.53, 0.004, 1.3, 0.02).warnings(known=True)) == list(said[:2])

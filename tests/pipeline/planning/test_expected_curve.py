@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.arrays import Float64
-from pipeline.planning.expected_curve import Ends, Expected, expect, fraction_for, interval
+from pipeline.planning.expected_curve import CurveEnds, Expected, expect, fraction_for, interval
 
 FRACTIONS = np.linspace(0, 1, 22)
 CURVE = 40 + 12 * FRACTIONS**0.5
 
 
 def test_a_gallery_that_is_like_the_pairs_gets_their_curve() -> None:
-    found = expect(np.stack([CURVE, CURVE]), FRACTIONS, Ends(CURVE[0], CURVE[-1], 0, 0))
+    found = expect(np.stack([CURVE, CURVE]), FRACTIONS, CurveEnds(CURVE[0], CURVE[-1], 0, 0))
     assert found.values == pytest.approx(CURVE)
     assert found.low == pytest.approx(CURVE)
     assert found.high == pytest.approx(CURVE)
@@ -27,7 +27,7 @@ def test_a_gallery_that_is_like_the_pairs_gets_their_curve() -> None:
 def test_the_ends_are_those_of_the_gallery_with_their_errors(
     start: float, end: float, start_error: float, end_error: float
 ) -> None:
-    found = expect(np.stack([CURVE, CURVE + 1]), FRACTIONS, Ends(start, end, start_error, end_error))
+    found = expect(np.stack([CURVE, CURVE + 1]), FRACTIONS, CurveEnds(start, end, start_error, end_error))
     assert found.values[[0, -1]] == pytest.approx([start, end], abs=1e-9)
     high, low = (
         [value + side * error for value, error in ((start, start_error), (end, end_error))] for side in (2, -2)
@@ -65,13 +65,13 @@ def test_the_interval_of_a_mean_that_varies_less_than_a_proportion_is_narrower()
 @given(st.floats(90, 100), st.floats(90, 100))
 def test_no_expected_curve_leaves_0_to_100(start: float, end: float) -> None:
     bent = 90 + 60 * FRACTIONS * (1 - FRACTIONS)
-    found = expect(np.stack([bent, bent + 3]), FRACTIONS, Ends(start, end, 2.0, 2.65, 0.5, 200, 200))
+    found = expect(np.stack([bent, bent + 3]), FRACTIONS, CurveEnds(start, end, 2.0, 2.65, 0.5, 200, 200))
     assert ((found.low >= 0) & (found.low <= found.values)).all()
     assert ((found.high <= 100) & (found.high >= found.values)).all()
 
 
 def test_a_curve_that_an_earlier_version_kept_is_read_inside_0_to_100() -> None:
-    found = expect(np.stack([CURVE, CURVE]), FRACTIONS, Ends(41, 50, 1, 2))
+    found = expect(np.stack([CURVE, CURVE]), FRACTIONS, CurveEnds(41, 50, 1, 2))
     tree = found.to_json() | {"high": (found.high + 60).tolist(), "low": (found.low - 60).tolist()}
     again = Expected.from_json(tree)
     assert again.high.max() == 100
@@ -80,7 +80,7 @@ def test_a_curve_that_an_earlier_version_kept_is_read_inside_0_to_100() -> None:
 
 def test_folds_that_disagree_make_the_band_wider_between_the_ends() -> None:
     folds = np.stack([CURVE, 40 + 12 * FRACTIONS])
-    found = expect(folds, FRACTIONS, Ends(40, 52, 0, 0))
+    found = expect(folds, FRACTIONS, CurveEnds(40, 52, 0, 0))
     assert (found.high - found.low)[10] > 1
     assert (found.high - found.low)[[0, -1]] == pytest.approx(0)
 
@@ -96,8 +96,8 @@ def test_the_fraction_is_where_the_curve_stays_above() -> None:
 def test_an_error_that_both_ends_share_does_not_widen_what_99_per_cent_take() -> None:
     """A curve that is off by a factor keeps its fractions: what is off is the end, too."""
     curve = np.minimum(40 + 24 * FRACTIONS, 52)  # its end from half way on
-    tight = expect(np.stack([curve, curve]), FRACTIONS, Ends(40, 52, 0, 0)).reached[99]
-    found = expect(np.stack([curve, curve]), FRACTIONS, Ends(40, 52, 1.5, 1.5 * 52 / 40, 1.0)).reached[99]
+    tight = expect(np.stack([curve, curve]), FRACTIONS, CurveEnds(40, 52, 0, 0)).reached[99]
+    found = expect(np.stack([curve, curve]), FRACTIONS, CurveEnds(40, 52, 1.5, 1.5 * 52 / 40, 1.0)).reached[99]
     assert tight.low == tight.fraction == tight.high
     assert found.low > tight.fraction - 0.1
     assert found.high < tight.fraction + 0.2, "not to 1, which the end kept where it is would give"
@@ -107,7 +107,7 @@ def test_an_error_that_both_ends_share_does_not_widen_what_99_per_cent_take() ->
 def test_the_band_of_what_95_per_cent_take_holds_so_many_of_other_samples(correlation: float) -> None:
     """Against its definition: ends and bend are drawn anew, straight from their distribution."""
     folds = np.stack([CURVE, 40 + 12 * FRACTIONS**0.6, 40 + 12 * FRACTIONS**0.45, 40 + 12 * FRACTIONS**0.55])
-    ends = Ends(40, 52, 0.5, 0.6, correlation)
+    ends = CurveEnds(40, 52, 0.5, 0.6, correlation)
     found = expect(folds, FRACTIONS, ends).reached[95]
     bend = folds - folds[:, :1] * (1 - FRACTIONS) - folds[:, -1:] * FRACTIONS
     rng = np.random.default_rng(7)
@@ -122,7 +122,7 @@ def test_the_band_of_what_95_per_cent_take_holds_so_many_of_other_samples(correl
 @pytest.mark.parametrize(("images", "share"), [(500, 0.2), (2000, 0.5), (18_000, 0.9)])
 def test_the_probe_set_s_own_bend_counts_by_the_number_of_its_images(images: int, share: float) -> None:
     straight = np.tile(30 + 20 * FRACTIONS, (images, 1))
-    found = expect(np.stack([CURVE, CURVE]), FRACTIONS, Ends(CURVE[0], CURVE[-1], 0, 0), own=straight)
+    found = expect(np.stack([CURVE, CURVE]), FRACTIONS, CurveEnds(CURVE[0], CURVE[-1], 0, 0), own=straight)
     line = CURVE[0] + (CURVE[-1] - CURVE[0]) * FRACTIONS
     assert found.values == pytest.approx(share * line + (1 - share) * CURVE)
     assert found.low == pytest.approx(found.values)
@@ -135,18 +135,21 @@ def test_the_band_knows_how_far_the_probe_set_s_own_bend_may_be_off() -> None:
     def draw(images: int) -> Float64:
         return CURVE + 12 * FRACTIONS * (1 - FRACTIONS) * rng.normal(size=(images, 1)) + rng.normal(size=(images, 22))
 
-    found = expect(straight, FRACTIONS, Ends(40, 52, 0, 0), own=draw(800))
-    others = np.stack([expect(straight, FRACTIONS, Ends(40, 52, 0, 0), own=draw(800)).values for _ in range(400)])
+    found = expect(straight, FRACTIONS, CurveEnds(40, 52, 0, 0), own=draw(800))
+    others = np.stack([expect(straight, FRACTIONS, CurveEnds(40, 52, 0, 0), own=draw(800)).values for _ in range(400)])
     assert (found.high - found.values)[1:-1] == pytest.approx(2 * others.std(axis=0)[1:-1], rel=0.2)
 
 
 def test_what_is_expected_does_not_change_from_one_time_to_the_next() -> None:
     folds = np.stack([CURVE, 40 + 12 * FRACTIONS])
-    assert expect(folds, FRACTIONS, Ends(40, 52, 1, 1)).reached == expect(folds, FRACTIONS, Ends(40, 52, 1, 1)).reached
+    assert (
+        expect(folds, FRACTIONS, CurveEnds(40, 52, 1, 1)).reached
+        == expect(folds, FRACTIONS, CurveEnds(40, 52, 1, 1)).reached
+    )
 
 
 def test_it_is_stored_whole() -> None:
-    found = expect(np.stack([CURVE, CURVE]), FRACTIONS, Ends(41, 50, 1, 2), sample=1000)
+    found = expect(np.stack([CURVE, CURVE]), FRACTIONS, CurveEnds(41, 50, 1, 2), sample=1000)
     again = Expected.from_json(json.loads(json.dumps(found.to_json())))
     assert again.values.tolist() == found.values.tolist()
     assert again.reached == found.reached

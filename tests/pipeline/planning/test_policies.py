@@ -15,7 +15,7 @@ from pipeline.arrays import Float32, Int64
 from pipeline.config.method import POLICY_NAMES
 from pipeline.errors import ConfigError, DataError
 from pipeline.planning.policies import POLICIES, load_policy, missing, prioritise
-from pipeline.planning.policy_inputs import Reference, build_reference
+from pipeline.planning.policy_inputs import PolicyInputs, build_policy_inputs
 from pipeline.planning.signals import Scored, signals
 from training.simulation.staleness_cost import fit_learned
 
@@ -33,7 +33,7 @@ def scored(ids: Int64) -> Scored:
 
 
 @cache
-def known(labelled: bool = True, classifier: bool = True) -> Reference:
+def known(labelled: bool = True, classifier: bool = True) -> PolicyInputs:
     """Of 50 pairs, which are images 1 to 50."""
     pairs, rng = scored(np.arange(1, 51)), np.random.default_rng(1)
     new = pairs.transformed + rng.normal(size=pairs.transformed.shape).astype(np.float32) / 3
@@ -41,7 +41,7 @@ def known(labelled: bool = True, classifier: bool = True) -> Reference:
     old, z, s = pairs.old_embeddings, pairs.transformed, pairs.uncertainty
     labels = pairs.ids % 3 if labelled else None
     names = [f"label {code}" for code in range(3)]
-    made = build_reference(old, z, s, new, labels, weight if classifier else None, "l2", 0, names)
+    made = build_policy_inputs(old, z, s, new, labels, weight if classifier else None, "l2", 0, names)
     harm = np.square(new - z).sum(axis=1)
     made = fit_learned(pairs, made, harm, 0)
     return replace(made, group_names=("label 0", "label 1"), group_need=np.array([1, 0], np.float32))

@@ -14,7 +14,7 @@ from pipeline.knn import nearest
 from pipeline.models.networks import TransformationNetwork
 from pipeline.models.transformation import TransformationInfo, save_transformation
 from pipeline.planning import policy_inputs
-from pipeline.planning.policy_inputs import PART, Reference, build_reference, keys, load_reference
+from pipeline.planning.policy_inputs import PART, PolicyInputs, build_policy_inputs, keys, load_policy_inputs
 from pipeline.run import Run
 
 NUM, D_OLD, D_NEW, CLASSES = 60, 4, 3, 5
@@ -30,15 +30,15 @@ def pairs(num: int = NUM, seed: int = 0) -> tuple[Float32, Float32, Float32, Flo
     return old, z, rng.normal(size=num).astype(np.float32), new, labels
 
 
-def build(labelled: bool = True, metric: str = "l2", classifier: bool = True, num: int = NUM) -> Reference:
+def build(labelled: bool = True, metric: str = "l2", classifier: bool = True, num: int = NUM) -> PolicyInputs:
     old, z, s, new, labels = pairs(num)
     weight = np.random.default_rng(1).normal(size=(CLASSES, D_NEW)).astype(np.float32)
     known = (weight, np.zeros(CLASSES, np.float32)) if classifier else None
-    return build_reference(old, z, s, new, labels if labelled else None, known, metric, 0)
+    return build_policy_inputs(old, z, s, new, labels if labelled else None, known, metric, 0)
 
 
-def same(left: Reference, right: Reference) -> bool:
-    for item in fields(Reference):
+def same(left: PolicyInputs, right: PolicyInputs) -> bool:
+    for item in fields(PolicyInputs):
         one, other = getattr(left, item.name), getattr(right, item.name)
         if isinstance(one, np.ndarray):
             if one.dtype != other.dtype or not np.array_equal(one, other):
@@ -58,14 +58,14 @@ def test_a_reference_comes_back_bit_for_bit(labelled: bool) -> None:
     full = replace(made, signals=("a", "b"), mean=np.ones(2, np.float32), scale=np.ones(2, np.float32), model=model)
     full = replace(full, label_names=("é", "b"), group_names=("g",), group_need=np.ones(1, np.float32))
     for one in (made, full):
-        assert same(Reference.from_bytes(one.to_bytes()), one)
-        assert one.to_bytes() == Reference.from_bytes(one.to_bytes()).to_bytes()
+        assert same(PolicyInputs.from_bytes(one.to_bytes()), one)
+        assert one.to_bytes() == PolicyInputs.from_bytes(one.to_bytes()).to_bytes()
 
 
 def test_other_bytes_are_refused() -> None:
     for data in (b"", b"x" * 100, build().to_bytes()[:-5]):
         with pytest.raises(DataError, match="not what policies know of pairs"):
-            Reference.from_bytes(data)
+            PolicyInputs.from_bytes(data)
 
 
 def test_a_transformation_brings_its_reference(tmp_path: Path) -> None:
@@ -74,14 +74,14 @@ def test_a_transformation_brings_its_reference(tmp_path: Path) -> None:
     with_it, without = Run(str(tmp_path / "with")), Run(str(tmp_path / "without"))
     save_transformation(with_it, network, info, {PART: made.to_bytes()})
     save_transformation(without, network, info)
-    found = load_reference(with_it)
+    found = load_policy_inputs(with_it)
     assert found is not None
     assert same(found, made)
-    assert load_reference(without) is None
+    assert load_policy_inputs(without) is None
     stored = next((tmp_path / "with" / "transformation").glob("reference-*.safetensors"))
     stored.write_bytes(stored.read_bytes()[:-1] + b"\x07")
     with pytest.raises(DataError, match=r"the transformation's reference\.safetensors are damaged"):
-        load_reference(with_it)
+        load_policy_inputs(with_it)
 
 
 def test_centroids_are_the_means_of_the_classes() -> None:

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.manifest.partition import Partition, write_part
 from pipeline.models.networks import TransformationNetwork
 from pipeline.models.transformation import TransformationInfo, save_transformation
-from pipeline.planning.policy_inputs import PART, build_reference
+from pipeline.planning.policy_inputs import PART, build_policy_inputs
 from pipeline.planning.score import Scorer
 from pipeline.run import Run
 from pipeline.storage import objects, parquet
@@ -41,7 +41,7 @@ def scene(folder: Path, weights: object = TRAFFIC, **plan: object) -> tuple[Conf
     write_part(run, "gallery", 0, part, config.gallery, 64, ".")
     info = TransformationInfo(D_OLD, D_NEW, None, 8, False, "alignment", 0, 1, 10, 10, True, {})
     new = np.random.default_rng(1).normal(size=(NUM, D_NEW)).astype(np.float32)
-    made = build_reference(OLD, new, new[:, 0], new + 1, np.arange(NUM) % 3, None, "l2", 0)
+    made = build_policy_inputs(OLD, new, new[:, 0], new + 1, np.arange(NUM) % 3, None, "l2", 0)
     torch.manual_seed(0)
     save_transformation(run, TransformationNetwork(D_OLD, D_NEW, 8), info, {PART: made.to_bytes()})
     return config, run

@@ -20,7 +20,7 @@ from pipeline.config.tree import Metric
 from pipeline.errors import DataError, IncompatibleRun, TransientError
 from pipeline.index import commits, retention, segment
 from pipeline.index import tags as snapshot
-from pipeline.index.commits import Counts
+from pipeline.index.commits import SegmentCounts
 from pipeline.index.segment_files import KINDS, Rows, SegmentRef
 from pipeline.index.writer import Writer
 from pipeline.models.calibration import Calibration
@@ -103,7 +103,7 @@ def test_audit_of_a_run_that_an_earlier_version_began_and_this_one_ended_finds_n
     whole.mixed, whole.refs = False, {}
     mine = tuple(ref for ref in whole.draft(2).segments if ref.wave != 1)
     draft = replace(whole.draft(2), segments=(*old, *mine))
-    Writer.acquire(whole.run).publish(replace(draft, counts=Counts.of(draft.segments)))
+    Writer.acquire(whole.run).publish(replace(draft, counts=SegmentCounts.of(draft.segments)))
     assert audit(whole.run.uri).problems == []
 
 
@@ -112,7 +112,7 @@ def test_audit_of_a_commit_without_the_rejects_of_a_wave_names_it(tmp_path: Path
     commit = commits.read_commit(whole.run, LAST)
     segments = tuple(ref for ref in commit.segments if ref.kind == "embedded" or not ref.rejected)
     assert len(segments) < len(commit.segments)
-    changed = replace(commit, segments=segments, counts=Counts.of(segments))
+    changed = replace(commit, segments=segments, counts=SegmentCounts.of(segments))
     objects.put(whole.run.commit(LAST), documents.to_json(changed))
     assert_found(whole, "commit", whole.run.commit(LAST), "counts.gallery")
 
@@ -300,7 +300,7 @@ def republish(whole: WholeRun, number: int, other: SegmentRef) -> None:
         other if (ref.shard, ref.wave, ref.kind) == (other.shard, other.wave, other.kind) else ref
         for ref in commit.segments
     )
-    changed = replace(commit, segments=segments, counts=Counts.of(segments))
+    changed = replace(commit, segments=segments, counts=SegmentCounts.of(segments))
     objects.put(whole.run.commit(number), snapshot.to_json(changed))
 
 

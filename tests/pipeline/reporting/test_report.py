@@ -16,10 +16,10 @@ from pipeline.embedding import vector_log
 from pipeline.evaluation import gallery_arrays
 from pipeline.evaluation.curve import curve
 from pipeline.index import tags
-from pipeline.planning.expected_curve import Ends, expect
+from pipeline.planning.expected_curve import CurveEnds, expect
 from pipeline.planning.plan import read_plan
 from pipeline.reporting import plots
-from pipeline.reporting.report import ReportData, collect, headline, is_current, render, write_report
+from pipeline.reporting.report import ReportData, gather_report, headline, is_current, render, write_report
 from pipeline.reporting.status import read_status
 from pipeline.run import Run
 from pipeline.storage import objects
@@ -65,7 +65,7 @@ def images() -> Known:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, images: Known) -> ReportData:
     config, run = make_run(tmp_path_factory.mktemp("finished"), images, Options(rejects=5))
-    return collect(config, run)
+    return gather_report(config, run)
 
 
 def test_a_finished_run_shows_every_figure_of_its_headline_table(finished: ReportData) -> None:
@@ -107,7 +107,7 @@ def test_charts_take_their_colours_from_the_page(finished: ReportData) -> None:
 
 def test_an_unfinished_run_says_what_is_missing_instead_of_leaving_it_out(tmp_path: Path, images: Known) -> None:
     config, run = make_run(tmp_path, images, Options(embedded_waves=2))
-    data = collect(config, run)
+    data = gather_report(config, run)
     page = Page(render(data))
     assert page.open == []
     assert data.curve is None
@@ -123,7 +123,7 @@ def test_an_unfinished_run_says_what_is_missing_instead_of_leaving_it_out(tmp_pa
 
 def test_a_run_that_has_only_started_still_has_a_page(tmp_path: Path, images: Known) -> None:
     config, _ = make_run(tmp_path / "other", images, Options(commits=False))
-    page = Page(render(collect(config, Run(str(tmp_path / "empty")))))
+    page = Page(render(gather_report(config, Run(str(tmp_path / "empty")))))
     for sentence in (
         "not planned yet",
         "The gallery is not planned yet.",
@@ -138,7 +138,7 @@ def test_a_run_that_has_only_started_still_has_a_page(tmp_path: Path, images: Kn
 
 def test_a_gallery_without_labels_says_so(tmp_path: Path, images: Known) -> None:
     config, run = make_run(tmp_path, replace(images, labels=None))
-    assert "no labels" in Page(render(collect(config, run))).words
+    assert "no labels" in Page(render(gather_report(config, run))).words
 
 
 def test_the_curve_is_not_computed_again_after_evaluate(
@@ -147,7 +147,7 @@ def test_the_curve_is_not_computed_again_after_evaluate(
     config, run = make_run(tmp_path, images)
     expected = curve(config, run)
     monkeypatch.setattr(gallery_arrays, "load_gallery", None)  # computing again would call it
-    assert collect(config, run).curve == json.loads(json.dumps(expected))
+    assert gather_report(config, run).curve == json.loads(json.dumps(expected))
 
 
 def test_write_report_puts_the_page_and_the_same_figures_as_json(tmp_path: Path, images: Known) -> None:
@@ -156,7 +156,7 @@ def test_write_report_puts_the_page_and_the_same_figures_as_json(tmp_path: Path,
     assert uri == run.path("reports", "report.html")
     assert b"Backfill report" in objects.read_bytes(uri)
     stored = json.loads(objects.read_bytes(run.path("reports", "report.json")))
-    expected = json.loads(json.dumps(asdict(collect(config, run))))
+    expected = json.loads(json.dumps(asdict(gather_report(config, run))))
     assert stored | {"created": ""} == expected | {"created": ""}
 
 
@@ -188,7 +188,7 @@ def test_the_mean_rate_leaves_out_the_time_in_which_the_run_was_interrupted(tmp_
     for unit, seconds in parts.items():
         if unit[0] >= 3:  # as if the driver had been killed after the second wave, for an hour
             os.utime(plan.log(run).part(*unit), (seconds + 3600, seconds + 3600))
-    data = collect(config, run)
+    data = gather_report(config, run)
     assert data.throughput is not None
     assert data.throughput["seconds"] == 2.0 * (len(parts) - 1) + 3600
     assert data.throughput["idle_seconds"] == 3600
@@ -210,9 +210,9 @@ def test_report_shows_what_plan_measured_and_when(finished: ReportData) -> None:
 def test_report_says_that_prod_is_pinned(tmp_path: Path, images: Known) -> None:
     config, run = make_run(tmp_path, images)
     tags.auto_promote(run, 4)
-    assert "pinned" not in Page(render(collect(config, run))).words
+    assert "pinned" not in Page(render(gather_report(config, run))).words
     tags.rollback(run, 2)
-    assert "2 commit served as prod, pinned by a rollback" in Page(render(collect(config, run))).words
+    assert "2 commit served as prod, pinned by a rollback" in Page(render(gather_report(config, run))).words
 
 
 def test_the_funnel_has_its_three_stages_and_says_where_two_of_them_coincide(finished: ReportData) -> None:
@@ -246,7 +246,7 @@ def test_a_page_is_current_while_it_knows_of_the_latest_commit(tmp_path: Path, i
 def test_above_max_images_no_curve_is_computed_and_the_page_says_why(tmp_path: Path, images: Known) -> None:
     config, run = make_run(tmp_path, images)
     small = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"max_images": 299})})
-    data = collect(small, run)
+    data = gather_report(small, run)
     assert data.curve is None
     assert "The gallery has 300 images, and evaluate.max_images is 299." in Page(render(data)).words
 
@@ -254,7 +254,7 @@ def test_above_max_images_no_curve_is_computed_and_the_page_says_why(tmp_path: P
 @pytest.mark.parametrize("sample", [0, 400])
 def test_what_was_expected_is_there_and_says_of_how_many_images(finished: ReportData, sample: int) -> None:
     curve, fractions = np.array([[40.0, 51.0, 52.0]]), np.array([0.0, 0.5, 1.0])
-    expected = expect(curve, fractions, Ends(41.5, 52.0, 0.0, 0.0), sample).to_json()
+    expected = expect(curve, fractions, CurveEnds(41.5, 52.0, 0.0, 0.0), sample).to_json()
     words = Page(render(replace(finished, expected={"top1": expected}))).words
     assert "top1 41.5" in words
     assert ("those of a sample of 400" in words) == bool(sample)
@@ -263,7 +263,7 @@ def test_what_was_expected_is_there_and_says_of_how_many_images(finished: Report
 def test_names_of_the_gallery_cannot_inject_markup(tmp_path: Path, images: Known) -> None:
     groups = [f"<script>{group}" for group in images.groups or []]
     config, run = make_run(tmp_path, replace(images, groups=groups), Options(commits=False))
-    html = render(collect(config, run))
+    html = render(gather_report(config, run))
     assert "&lt;script&gt;" in html
     assert "<script" not in html
 
@@ -271,7 +271,7 @@ def test_names_of_the_gallery_cannot_inject_markup(tmp_path: Path, images: Known
 def test_a_transformation_that_is_worse_than_the_old_model_is_called_so(tmp_path: Path, images: Known) -> None:
     noise = np.random.default_rng(0).normal(size=images.transformed.shape).astype(np.float32)
     config, run = make_run(tmp_path, replace(images, transformed=noise), Options(commits=False))
-    assert "worse than doing nothing" in Page(render(collect(config, run))).words
+    assert "worse than doing nothing" in Page(render(gather_report(config, run))).words
 
 
 def test_the_same_figures_give_the_same_chart(finished: ReportData) -> None:
@@ -282,7 +282,7 @@ def test_the_same_figures_give_the_same_chart(finished: ReportData) -> None:
 
 def test_a_policy_of_the_users_own_is_the_line_that_stands_out(tmp_path: Path, images: Known) -> None:
     config, run = make_run(tmp_path, images, Options(policy="my:policy"))
-    rows = headline(collect(config, run))
+    rows = headline(gather_report(config, run))
     chosen = [row for row in rows if row.get("chosen")]
     assert [row["title"] for row in chosen] == ["area, my:policy"]
     assert chosen[0]["colour"] == "var(--chosen)"

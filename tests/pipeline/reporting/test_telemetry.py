@@ -19,10 +19,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.backfill import driver
 from pipeline.config.load import load_config
-from pipeline.config.tree import Telemetry
+from pipeline.config.tree import TelemetrySettings
 from pipeline.embedding.rejects import REJECT_REASONS
 from pipeline.index.commits import Commit
-from pipeline.index.commits import Counts as Vectors
+from pipeline.index.commits import SegmentCounts as Vectors
 from pipeline.index.segment_files import SegmentRef
 from pipeline.reporting import telemetry
 from pipeline.reporting.progress import Progress, Reading
@@ -33,7 +33,7 @@ from tests.support.galleries import write_config
 
 @pytest.fixture(scope="module")
 def endpoint() -> str:
-    return telemetry.serve(Telemetry())
+    return telemetry.serve(TelemetrySettings())
 
 
 LABELS = {
@@ -191,7 +191,9 @@ def test_what_the_fit_and_the_curve_say_is_there(endpoint: str) -> None:
 
 def test_machines_cost_what_the_settings_say(endpoint: str) -> None:
     before = scrape(endpoint)
-    telemetry.observe_machines(Telemetry(node_hour_price=2.0, gpu_hour_price=0.5), nodes=3, gpus=4, seconds=1800)
+    telemetry.observe_machines(
+        TelemetrySettings(node_hour_price=2.0, gpu_hour_price=0.5), nodes=3, gpus=4, seconds=1800
+    )
     found = scrape(endpoint)
     names = ("node_seconds", "gpu_seconds", "cost")
     grown = [found[f"fastfill_{name}_total"] - before[f"fastfill_{name}_total"] for name in names]
@@ -244,7 +246,7 @@ def test_the_endpoint_listens_on_this_machine_only(endpoint: str) -> None:
 
 
 def test_an_endpoint_for_everybody_gives_an_address_that_others_can_use() -> None:
-    url = telemetry.serve(Telemetry(host="0.0.0.0"))
+    url = telemetry.serve(TelemetrySettings(host="0.0.0.0"))
     assert "0.0.0.0" not in url
     assert "fastfill_gallery_images" in scrape(url)
 
@@ -252,12 +254,12 @@ def test_an_endpoint_for_everybody_gives_an_address_that_others_can_use() -> Non
 def test_a_free_port_that_is_asked_for_is_taken() -> None:
     with taken_port() as port:
         pass
-    assert telemetry.serve(Telemetry(port=port)) == f"http://127.0.0.1:{port}/metrics"
+    assert telemetry.serve(TelemetrySettings(port=port)) == f"http://127.0.0.1:{port}/metrics"
 
 
 def test_a_port_that_is_taken_is_replaced_by_a_free_one_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with taken_port() as port, caplog.at_level(logging.WARNING, "pipeline.reporting.telemetry"):
-        url = telemetry.serve(Telemetry(port=port))
+        url = telemetry.serve(TelemetrySettings(port=port))
         assert f":{port}/" not in url
         assert "fastfill_gallery_images" in scrape(url)
     assert f"port {port} cannot be had" in caplog.text

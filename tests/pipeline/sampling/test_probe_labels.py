@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.method import Probe
+from pipeline.config.method import ProbeSettings
 from pipeline.errors import DataError
 from pipeline.sampling import probe_labels
 from pipeline.sampling.probe_labels import check_kind, read_sample
@@ -25,8 +25,8 @@ def write(folder: Path, name: str = "a.parquet", **columns: Any) -> str:
     return str(folder / name)
 
 
-def source(manifest: str | list[str], **columns: str) -> Probe:
-    return Probe.model_validate({"manifest": manifest, "columns": columns})
+def source(manifest: str | list[str], **columns: str) -> ProbeSettings:
+    return ProbeSettings.model_validate({"manifest": manifest, "columns": columns})
 
 
 def test_it_says_the_same_in_whatever_order_files_and_columns(tmp_path: Path) -> None:

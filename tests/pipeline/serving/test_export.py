@@ -15,7 +15,7 @@ import pytest
 from pipeline.config.tree import Metric
 from pipeline.errors import DataError, Refused
 from pipeline.index import commits, retention, segment, tags
-from pipeline.index.gc import Rules, collect
+from pipeline.index.gc import Rules, collect_garbage
 from pipeline.index.segment import Segment
 from pipeline.index.tags import Tag
 from pipeline.models.calibration import Calibration
@@ -146,7 +146,7 @@ def test_parquet_holds_what_the_segments_hold(tmp_path: Path, factory: str, metr
         assert (facts["commit"], facts["shard"], facts["metric"]) == (1, shard, metric)
         rows |= {row["id"]: row for row in file.read().to_pylist()}
     for ref in commit.segments:
-        ids, vectors = segment.decode(whole.codebook, Segment.open(whole.run, whole.codebook, ref))
+        ids, vectors = segment.decode_segment(whole.codebook, Segment.open(whole.run, whole.codebook, ref))
         for item, vector in zip(ids.tolist(), vectors, strict=True):
             assert rows[item]["vector"] == vector.tolist()
     assert rows.keys() == set(whole.ids.tolist())
@@ -275,9 +275,9 @@ def test_gc_waits_for_an_export(tmp_path: Path) -> None:
         str(tmp_path / "out"),
         "parquet",
         commit=0,
-        on_progress=lambda *_: collect(whole.run.uri, rules).commits and pytest.fail("it did not"),
+        on_progress=lambda *_: collect_garbage(whole.run.uri, rules).commits and pytest.fail("it did not"),
     )
-    assert collect(whole.run.uri, rules).commits == [0]
+    assert collect_garbage(whole.run.uri, rules).commits == [0]
     with pytest.raises(Refused, match="gc has removed"):
         export(whole.run.uri, str(tmp_path / "other"), "parquet", commit=0)
     assert tags.rollback(whole.run) == Tag(1, pinned=True)

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.errors import DataError
 from pipeline.index import retention, tags
-from pipeline.index.gc import Rules, collect
+from pipeline.index.gc import Rules, collect_garbage
 from pipeline.index.tags import list_commits
 from pipeline.reporting.audit import audit
 from pipeline.run import Run
@@ -106,7 +106,7 @@ def test_readers_see_one_whole_commit_through_twenty_publishes_two_rollbacks_and
             if number in (6, 13):
                 assert tags.rollback(whole.run).commit == number - 1
             if number in (7, 14):
-                removed += collect(whole.run.uri, RULES).commits
+                removed += collect_garbage(whole.run.uri, RULES).commits
                 tags.promote(whole.run, number, blockers=[])
             time.sleep(0.1)
     assert readers.wrong == []

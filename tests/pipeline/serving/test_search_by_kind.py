@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from pipeline.arrays import Float32, Int64
-from pipeline.config.tree import Index, Metric
+from pipeline.config.tree import IndexSettings, Metric
 from pipeline.index.codebook import Codebook
-from pipeline.index.segment import Hits, Segment, build_segment, gather, search, search_by_kind
-from pipeline.index.segment_files import KINDS, Kind
+from pipeline.index.segment import Hits, Segment, build_segment, gather_segments, search, search_by_kind
+from pipeline.index.segment_files import KINDS, SegmentKind
 from pipeline.index.train import train_codebook
 from pipeline.models.calibration import Calibration
 
@@ -25,7 +25,7 @@ MAPS = {
 }
 IDENTITY = Calibration((-1.0, 0.0, 1.0), (-1.0, 0.0, 1.0))
 
-Gathered = dict[Kind, list[Segment]]
+Gathered = dict[SegmentKind, list[Segment]]
 
 
 @cache
@@ -37,7 +37,7 @@ def vectors() -> tuple[Int64, Float32]:
 
 @cache
 def book(factory: str, metric: Metric) -> Codebook:
-    settings = Index(factory=factory, train_vectors=1000)
+    settings = IndexSettings(factory=factory, train_vectors=1000)
     return Codebook(train_codebook(vectors()[1], settings, metric, NUM, device="cpu", seed=0))
 
 
@@ -92,7 +92,7 @@ def test_calibrated_search_of_8_shards_and_20_waves_is_a_brute_force_search_with
 ) -> None:
     codebook, queries = book(factory, metric), vectors()[1][:60] + np.float32(0.5)
     found = segments(tmp_path, codebook, transformed_rows())
-    whole = {kind: [gather(codebook, some)] for kind, some in found.items()}
+    whole = {kind: [gather_segments(codebook, some)] for kind, some in found.items()}
     for map_ in (MAPS[metric], IDENTITY, None):
         expected = brute_force(codebook, found, queries, nprobe, map_)
         for form in (found, whole):

@@ -12,7 +12,7 @@ from jobs.cli import main
 from pipeline.config.identity import STAGES, check_settings_of, read_settings
 from pipeline.errors import DataError
 from pipeline.evaluation import quality
-from pipeline.evaluation.quality import Standing, read_standing
+from pipeline.evaluation.quality import PromotionStatus, read_promotion_status
 from pipeline.manifest import normalised
 from pipeline.models.transformation import read_info, read_part
 from pipeline.planning.plan import Plan, Wave, read_plan
@@ -108,7 +108,7 @@ READERS: dict[str, Callable[[Run], object]] = {
     "plan/plan.json": read_plan,
     "gallery/manifest.json": lambda run: normalised.read_manifest(run, "gallery"),
     "transformation/transformation.json": read_info,
-    "reports/standing.json": read_standing,
+    "reports/standing.json": read_promotion_status,
     "reports/best.json": lambda run: quality.read_best(run, 9),
     **{stage.settings: _settings_of_plan for name, stage in STAGES.items() if name == "plan"},
 }
@@ -127,7 +127,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 def test_a_damaged_json_file_of_a_run_is_one_error_with_its_name(name: str, damage: str, tmp_path: Path) -> None:
     _, run = make_run(tmp_path / "run", known(40), None)
     _write_plan(run)
-    quality.write_standing(run, Standing(3, ("why",)), lambda: None)
+    quality.write_promotion_status(run, PromotionStatus(3, ("why",)), lambda: None)
     where = run.path(*name.split("/"))
     data = objects.read_bytes(where) if objects.exists(where) else documents.encode({"commit": 3})
     objects.put(where, DAMAGES[damage](data))

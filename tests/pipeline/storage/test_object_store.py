@@ -27,7 +27,7 @@ from pipeline.storage import object_store, objects, parquet
 from pipeline.storage.interface import AlreadyExists, Changed
 from pipeline.storage.object_store import Blob, ObjectStore, Page
 from pipeline.storage.retry import Again, Precondition, Retry
-from pipeline.storage.settings import Storage
+from pipeline.storage.settings import StorageSettings
 from tests.support.faulty_proxy import Fault as Break
 from tests.support.faulty_proxy import FaultyProxy
 from tests.support.seaweed import READONLY, SeaweedFS
@@ -475,7 +475,7 @@ def configured(monkeypatch: pytest.MonkeyPatch, seaweed: SeaweedFS) -> Iterator[
         for name, value in (environment or {}).items():
             monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
         objects._store.cache_clear()
-        objects.configure(Storage(**settings))  # type: ignore[arg-type]
+        objects.configure(StorageSettings(**settings))  # type: ignore[arg-type]
 
     yield configure
     objects._store.cache_clear()

@@ -14,7 +14,7 @@ import torch
 from pipeline.errors import DataError
 from pipeline.models.networks import LinearTransformation
 from pipeline.models.transformation import load_transformation
-from pipeline.planning.policy_inputs import load_reference
+from pipeline.planning.policy_inputs import load_policy_inputs
 from pipeline.run import Run
 from pipeline.storage import objects, parquet
 from tests.training.test_fit import CPU, D_NEW, D_OLD, PARTS, _config, _data, _read
@@ -106,6 +106,6 @@ def test_ray_train_fits_other_kinds_with_a_classifier(tmp_path: Path, kind: str,
     assert info.kind == kind
     assert info.better_than_old
     assert len(told) == (0 if kind == "linear" else 4)
-    known = load_reference(run)
+    known = load_policy_inputs(run)
     assert known is not None
     assert known.classifier_weight is not None

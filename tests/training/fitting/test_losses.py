@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.config.method import LossMode
 from training.fitting.losses import (
-    Classifier,
+    FittedClassifier,
     Loss,
     alignment,
     combined,
@@ -29,8 +29,8 @@ def _batch(num: int = 6, dim: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return z_bd, torch.randn(num, generator=generator), new_bd, torch.arange(num) % 3
 
 
-def _classifier(dim: int = 4) -> Classifier:
-    return Classifier(torch.randn(3, dim, generator=torch.Generator().manual_seed(1)), None)
+def _classifier(dim: int = 4) -> FittedClassifier:
+    return FittedClassifier(torch.randn(3, dim, generator=torch.Generator().manual_seed(1)), None)
 
 
 def test_alignment_is_the_mean_over_dimensions() -> None:
@@ -55,7 +55,7 @@ def test_a_more_uncertain_image_pulls_less() -> None:
 def test_label_smoothing_bounds_the_discriminative_loss_from_below(num_classes: int, bound: float) -> None:
     target_c = torch.full((1, num_classes), 0.1 / num_classes)
     target_c[0, 7] += 0.9
-    identity, label_b = Classifier(torch.eye(num_classes), None), torch.tensor([7])
+    identity, label_b = FittedClassifier(torch.eye(num_classes), None), torch.tensor([7])
     best = discriminative(target_c.log(), label_b, identity, 0.1).item()
     assert best == pytest.approx(bound, abs=5e-4)
     noisy = target_c.log() + 0.1 * torch.randn(50, num_classes, generator=torch.Generator().manual_seed(0))

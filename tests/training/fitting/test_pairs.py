@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from pipeline.arrays import Int64, vectors_from_arrow
 from pipeline.config.load import validate
-from pipeline.config.method import Classifier
-from pipeline.config.tree import Pairs
+from pipeline.config.method import ClassifierSettings
+from pipeline.config.tree import PairsSettings
 from pipeline.errors import DataError
 from pipeline.manifest import normalised
 from pipeline.run import GALLERY_PAIRS, Run
@@ -128,7 +128,7 @@ def test_without_labels_there_are_no_classes() -> None:
 def test_a_classifier_gives_its_weight_and_its_bias_where_it_has_one(tmp_path: Path, bias: bool) -> None:
     tensors = {"weight": torch.randn(5, 3).half()} | ({"bias": torch.randn(5)} if bias else {})
     save_file(tensors, tmp_path / "c.safetensors")
-    found = _classifier(Classifier(path=str(tmp_path / "c.safetensors")), d_new=3)
+    found = _classifier(ClassifierSettings(path=str(tmp_path / "c.safetensors")), d_new=3)
     assert found is not None
     assert found[0].dtype == np.float32
     assert np.array_equal(found[0], tensors["weight"].float().numpy())
@@ -143,7 +143,7 @@ def test_a_classifier_of_another_width_is_refused_with_its_shapes(
 ) -> None:
     save_file(tensors, tmp_path / "c.safetensors")
     with pytest.raises(DataError, match=r"\(num_classes, 3\)"):
-        _classifier(Classifier(path=str(tmp_path / "c.safetensors")), d_new=3)
+        _classifier(ClassifierSettings(path=str(tmp_path / "c.safetensors")), d_new=3)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -201,7 +201,7 @@ def test_pairs_of_a_manifest_and_of_the_gallery_are_one_set_though_ids_are_the_s
 
 def test_too_few_pairs_that_can_be_read_say_what_to_do(tmp_path: Path) -> None:
     config, run = make_run(tmp_path, known(300), Options(new_in_manifest=True, commits=False))
-    config = config.model_copy(update={"pairs": Pairs(from_gallery=31)})
+    config = config.model_copy(update={"pairs": PairsSettings(from_gallery=31)})
     with pytest.raises(DataError, match=r"at least 32\n  found: 31(.|\n)*pairs.from_gallery"):
         build_pairs(config, run)
 

@@ -7,11 +7,11 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config.load import validate
-from pipeline.models.offset import Classifier
+from pipeline.models.offset import LinearClassifier
 from pipeline.planning.policies import POLICIES, load_policy, missing, prioritise
 from pipeline.planning.signals import Scored
 from training.fitting.learner import PairArrays
-from training.simulation.build_policy_inputs import group_needs, measurable, reference_of
+from training.simulation.build_policy_inputs import group_needs, measurable, policy_inputs_of
 
 NUM, D_OLD, D_NEW = 90, 6, 4
 
@@ -36,8 +36,8 @@ def test_a_fit_leaves_all_that_its_policies_need(labelled: bool, metric: str) ->
     found, names = pairs(labelled), tuple("abcdef") if labelled else None
     table = pa.table({"index": np.arange(NUM), "group": [f"group {row % 3}" for row in range(NUM)]})
     z = found.new + np.random.default_rng(1).normal(size=found.new.shape).astype(np.float32)
-    classifier = Classifier(np.ones((6, D_NEW), np.float32), None) if labelled else None
-    known = reference_of(validate(tree, "test"), table, found, z, z[:, 0], z + 1, classifier, names)
+    classifier = LinearClassifier(np.ones((6, D_NEW), np.float32), None) if labelled else None
+    known = policy_inputs_of(validate(tree, "test"), table, found, z, z[:, 0], z + 1, classifier, names)
     wanted = {name for name in POLICIES if not missing(name, known)}
     without = {"entropy", "least_confidence", "margin", "class_mean", "neighbour_purity"}
     assert wanted == set(POLICIES) - (set() if labelled else without)

@@ -18,7 +18,7 @@ from pipeline.planning.signals import Scored
 from tests.support.planned_run import pairs_of, save, write_pairs
 from tests.support.synthetic_run import Options, known, make_run
 from training.simulation.held_out import FOLDS, HeldOut, fold_places, held_out, priorities
-from training.simulation.staleness_cost import fit_learned, harm
+from training.simulation.staleness_cost import fit_learned, staleness_cost
 
 
 def config_of(folder: Path, **columns: str) -> Config:
@@ -59,11 +59,11 @@ def test_the_learned_order_of_a_pair_is_by_a_model_of_the_other_folds_alone(tmp_
     for number in range(FOLDS):
         rows, rest = np.flatnonzero(places == number), np.flatnonzero(places != number)
         taken = fold.take(rest)
-        cost = harm(taken.z, taken.pairs.new, fold.pairs.labels[rest], "l2", 0)
+        cost = staleness_cost(taken.z, taken.pairs.new, fold.pairs.labels[rest], "l2", 0)
         model = fit_learned(taken.scored(), reference, cost, 0)
         assert found[rows] == pytest.approx(load_policy("learned", 0, model)(scored)[rows], rel=1e-4, abs=1e-4)
     in_sample = load_policy("learned", 0, reference)(scored)
-    cost = harm(fold.z, fold.pairs.new, fold.pairs.labels, "l2", 0)
+    cost = staleness_cost(fold.z, fold.pairs.new, fold.pairs.labels, "l2", 0)
     assert np.corrcoef(in_sample, cost)[0, 1] > np.corrcoef(found, cost)[0, 1], "a model flatters what it has seen"
 
 

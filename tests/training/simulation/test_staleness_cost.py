@@ -11,9 +11,9 @@ from pipeline.arrays import Float32, Int64
 from pipeline.evaluation.metrics import evaluate
 from pipeline.evaluation.simulated_curve import order_by_priority, random_order, simulate_curve
 from pipeline.planning.policies import load_policy
-from pipeline.planning.policy_inputs import Reference, build_reference
+from pipeline.planning.policy_inputs import PolicyInputs, build_policy_inputs
 from pipeline.planning.signals import Scored
-from training.simulation.staleness_cost import _Ranking, _Side, fit_learned, harm
+from training.simulation.staleness_cost import _Ranking, _Side, fit_learned, staleness_cost
 
 
 def worth(relevant: Float32, others: Float32) -> tuple[float, float]:
@@ -57,7 +57,7 @@ def gallery(num: int = 240, seed: int = 0) -> tuple[Float32, Float32, Float32, I
 def test_an_image_that_is_served_as_it_is_embedded_costs_nothing() -> None:
     _, z, new, labels, _ = gallery()
     z[::2] = new[::2]
-    cost = harm(z, new, labels, "l2", 0)
+    cost = staleness_cost(z, new, labels, "l2", 0)
     assert (cost[::2] == 0).all()
     assert cost[1::2].mean() > 0
 
@@ -70,7 +70,7 @@ def test_harm_is_what_top_ranks_and_average_precision_lose() -> None:
     found = [evaluate(new, side, labels, labels, self_match=True) for side in (new, served)]
     precision = np.nansum(found[0].average_precision - found[1].average_precision)
     reciprocal = (1 / found[0].first_rank - 1 / found[1].first_rank).sum()
-    cost = harm(served, new, labels, "l2", 0)
+    cost = staleness_cost(served, new, labels, "l2", 0)
     one_of_many = np.zeros(60)
     one_of_many[7] = 1
     assert cost[7] == pytest.approx((np.sign(precision) + np.sign(reciprocal)) / one_of_many.std(), rel=1e-5)
@@ -83,7 +83,7 @@ def test_what_is_off_by_more_costs_more(metric: str, labelled: bool) -> None:
     _, z, new, labels, off = gallery()
     if metric == "cosine":
         z, new = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (z, new))
-    cost = harm(z, new, labels if labelled else None, metric, 0)
+    cost = staleness_cost(z, new, labels if labelled else None, metric, 0)
     assert np.isfinite(cost).all()
     assert cost.dtype == np.float32
     if metric != "ip":
@@ -93,24 +93,24 @@ def test_what_is_off_by_more_costs_more(metric: str, labelled: bool) -> None:
 def test_images_without_a_label_ask_nothing_and_are_wrong_for_all() -> None:
     _, z, new, labels, _ = gallery(80)
     labels[:70] = -1
-    cost = harm(z, new, labels, "l2", 0)
+    cost = staleness_cost(z, new, labels, "l2", 0)
     assert np.isfinite(cost).all()
     assert (cost != 0).any()
-    assert (harm(z, new, np.arange(80), "l2", 0) == 0).all()  # no query has a match
+    assert (staleness_cost(z, new, np.arange(80), "l2", 0) == 0).all()  # no query has a match
 
 
-def learn(seed: int = 0) -> tuple[Reference, Scored]:
+def learn(seed: int = 0) -> tuple[PolicyInputs, Scored]:
     old, z, new, labels, off = gallery()
     none = np.full(len(z), None, object)
     scored = Scored(np.arange(len(z)), off[::-1].copy(), z, old, none, none)
-    known = build_reference(old, z, scored.uncertainty, new, labels, None, "l2", seed)
-    return fit_learned(scored, known, harm(z, new, labels, "l2", seed), seed), scored
+    known = build_policy_inputs(old, z, scored.uncertainty, new, labels, None, "l2", seed)
+    return fit_learned(scored, known, staleness_cost(z, new, labels, "l2", seed), seed), scored
 
 
 def test_learning_is_deterministic_and_what_is_stored_gives_the_same_priorities() -> None:
     one, other = learn(), learn()
     assert one[0].to_bytes() == other[0].to_bytes() != learn(1)[0].to_bytes()
-    stored = Reference.from_bytes(one[0].to_bytes())
+    stored = PolicyInputs.from_bytes(one[0].to_bytes())
     found = [load_policy("learned", 0, known)(one[1]) for known in (one[0], stored)]
     assert np.array_equal(*found)
     assert np.isfinite(found[0]).all()

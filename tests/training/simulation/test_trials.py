@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.method import Fit
-from training.simulation.trials import Candidate, Recipe, Row, Serving, choose, finalists, selection_of, settings_of
+from pipeline.config.method import FitSettings
+from training.simulation.trials import Recipe, Serving, Trial, TrialRow, choose, finalists, selection_of, settings_of
 
 RECIPE = Recipe("fastfill", 0.1, 512, 40)
 NONE, CONFIDENCE = Serving("none", 0.0), Serving("confidence", 0.5)
 
 
-def row(areas: list[float], policy: str = "random", serving: Serving = NONE, recipe: Recipe = RECIPE) -> Row:
+def row(areas: list[float], policy: str = "random", serving: Serving = NONE, recipe: Recipe = RECIPE) -> TrialRow:
     """Flat curves of these values, one per fold, of one metric."""
-    return Row(Candidate(recipe, serving, policy), np.repeat(np.array(areas)[:, None, None], 5, axis=1))
+    return TrialRow(Trial(recipe, serving, policy), np.repeat(np.array(areas)[:, None, None], 5, axis=1))
 
 
 def test_a_clear_winner_is_chosen() -> None:
@@ -62,5 +62,5 @@ def test_the_table_says_how_far_each_is_behind_and_the_settings_are_those_of_the
     assert found.chosen == found.candidates[0]
     assert [(item.policy, item.behind) for item in found.screened] == [("random", 0)]
     assert type(found).from_json(found.to_json()) == found
-    fit = settings_of(found, Fit(loss="alignment"))
+    fit = settings_of(found, FitSettings(loss="alignment"))
     assert (fit.loss, fit.inner_width, fit.offset, fit.offset_strength) == ("fastfill", 512, "confidence", 0.5)
