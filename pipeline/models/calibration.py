@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from pipeline.arrays import Bools, Float32, Int64
 from pipeline.errors import DataError
-from pipeline.knn import nearest
 from pipeline.run import Run
 from pipeline.storage import documents
 
@@ -199,6 +198,8 @@ def nearest_by_kind(
         transformed: (M,) bool, the rows whose keys are mapped.
         calibration: the map; None if there is none.
     """
+    from pipeline.knn import nearest  # here: readers of a commit need no FAISS
+
     if calibration is None or not transformed.any():
         return nearest(queries, base, k, own, metric)
     found = []

@@ -50,7 +50,7 @@ def test_a_formula_is_computed_as_it_is_shown() -> None:
 
 
 def test_the_code_that_the_document_names_is_there() -> None:
-    named = re.findall(r"`(\w+)\.py` `(\w+)`", DOCUMENT)
+    named = re.findall(r"`([\w/]+)\.py` `(\w+)`", DOCUMENT)
     assert len(named) > 8
     for module, name in named:
         assert re.search(rf"def {name}\b", (ROOT / "pipeline" / f"{module}.py").read_text()), (module, name)

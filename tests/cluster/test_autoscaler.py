@@ -37,10 +37,10 @@ def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 def test_a_cluster_without_a_node_is_asked_for_the_first_actors_and_waited_for(growing: Fleet) -> None:
     program = """
 import ray
-from pipeline.actors import actor_pool
-from pipeline.config import Backfill
+from pipeline.embedding.actor_pool import actor_pool
+from pipeline.config.tree import BackfillSettings
 ray.init(logging_level="ERROR", log_to_driver=False)
-print(actor_pool(Backfill(gpus_per_actor=1, max_actors=3), "auto"))
+print(actor_pool(BackfillSettings(gpus_per_actor=1, max_actors=3), "auto"))
 """
     wait_until_empty(growing.cluster, 60)
     done = subprocess.run(

@@ -18,7 +18,7 @@ from pipeline.embedding import embedder
 from pipeline.errors import FastfillError
 from pipeline.planning import build, expected_curve, score
 from pipeline.run import Run
-from pipeline.storage import object_store, objects
+from pipeline.storage import objects, retry
 from pipeline.storage.local import LocalStore
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.retry import Retry
@@ -159,7 +159,7 @@ def _in_memory(home: Path) -> tuple[MemoryStore, Config]:
     store = MemoryStore()
     remote, local = ObjectStore(store, Retry(seconds=2.0)), LocalStore()
     objects._store = lambda scheme, *_: local if scheme == "file" else remote  # type: ignore[assignment]
-    object_store.time = FakeTime()  # type: ignore[assignment] # no pause takes any time
+    retry.time = FakeTime()  # type: ignore[assignment] # no pause takes any time
     for path in (home / "start").rglob("*.*"):
         objects.put(objects.join(REMOTE, str(path.relative_to(home / "start"))), path.read_bytes())
     return store, small_run.load(home, REMOTE)

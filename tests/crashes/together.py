@@ -17,6 +17,7 @@ from pipeline.embedding import fetch
 from pipeline.errors import DataError, IncompatibleRun, SnapshotConflict
 from pipeline.evaluation import ranks
 from pipeline.index import tags
+from pipeline.index.commits import read_commit
 from pipeline.index.gc import Rules, collect_garbage
 from pipeline.reporting.audit import audit
 from pipeline.reporting.progress import Progress
@@ -125,7 +126,7 @@ def _left(run: Run, expected: Outcome) -> list[str]:
     wrong, commits, files = [str(problem) for problem in audit(run.uri).problems], expected["commits"], digests(run)
     assert isinstance(commits, dict)
     assert isinstance(expected["files"], dict)
-    found = {number: commits.read_commit(run, number).content() for number in tags.list_commits(run)}
+    found = {number: read_commit(run, number).content() for number in tags.list_commits(run)}
     wrong += [f"commit {number} differs" for number in found if found[number] != commits[number]]
     if small_run.WAVES not in found or tags.read_tag(run, "prod") is None:
         wrong.append(f"the last commit is not there: {sorted(found)}")

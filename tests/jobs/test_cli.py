@@ -51,16 +51,22 @@ def test_commands_and_their_options_change_only_on_purpose() -> None:
     assert {name: options(command) for name, command in main.commands.items()} == COMMANDS
 
 
+def script_of(name: str) -> Path:
+    (found,) = (ROOT / "jobs").rglob(f"{name}.py")
+    return found
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_has_help_and_is_a_script_of_its_own(name: str) -> None:
     result = CliRunner().invoke(main, [name, "--help"])
     assert result.exit_code == 0
     assert len(result.stdout.splitlines()) > 5
-    assert importlib.import_module(f"jobs.{name}").main is main.commands[name]  # type: ignore[attr-defined]
+    module = ".".join(script_of(name).relative_to(ROOT).with_suffix("").parts)
+    assert importlib.import_module(module).main is main.commands[name]  # type: ignore[attr-defined]
 
 
 def test_each_script_runs_as_a_file_from_any_folder(tmp_path: Path) -> None:
-    scripts = {name: ROOT / "jobs" / f"{name}.py" for name in COMMANDS}
+    scripts = {name: script_of(name) for name in COMMANDS}
     running = {
         name: subprocess.Popen([sys.executable, path, "--help"], cwd=tmp_path, stdout=PIPE, stderr=PIPE, text=True)
         for name, path in scripts.items()
@@ -120,7 +126,7 @@ def test_missing_config_exits_2_with_one_clear_line(tmp_path: Path) -> None:
 
 NOISY = """
 import ctypes, os, click
-from jobs.options import print_json, with_errors
+from jobs.shell.command import print_json, with_errors
 
 @click.command()
 @with_errors

@@ -391,7 +391,7 @@ def test_a_fit_leaves_its_policies_what_they_know(
         learner.run_epoch()
         return learner.network, learner.classifier
 
-    monkeypatch.setattr(trainer, "_train", train)
+    monkeypatch.setattr("training.fit.train", train)
     fit(config, run, data)
     known = load_policy_inputs(run)
     assert known is not None
@@ -417,7 +417,7 @@ def test_a_fit_uses_that_of_another_driver_which_was_faster(tmp_path: Path, monk
             learner.run_epoch()
         return learner.network, learner.classifier
 
-    monkeypatch.setattr(trainer, "_train", train)
+    monkeypatch.setattr("training.fit.train", train)
     assert [fit(config, run, data)] == drivers
     network, info = load_transformation(run, CPU)
     assert info == drivers[0]

@@ -245,7 +245,7 @@ def test_no_more_vectors_than_are_asked_for_leave_the_parts(tmp_path: Path, monk
             came.append(getattr(found, "num_rows", 0))
             yield found
 
-    monkeypatch.setattr("pipeline.evaluation.gallery_arrays.fan_out.each", counting)
+    monkeypatch.setattr("pipeline.evaluation.gallery_arrays.parallel.each", counting)
     out = np.arange(1000)
     table, total = labelled_sample(run, plan.num_parts, plan.num_gallery, 500, out)
     assert 400 < table.num_rows <= 500

@@ -26,7 +26,7 @@ def test_console_prints_brackets_of_data_as_they_are() -> None:
 
 _COMMAND = """
 import click
-from jobs.options import with_errors
+from jobs.shell.command import with_errors
 
 @click.command()
 @with_errors

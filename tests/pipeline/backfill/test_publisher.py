@@ -143,7 +143,7 @@ def test_a_driver_goes_on_with_the_codebook_of_a_commit_that_it_adopts(
         objects.put_if_absent(run.commit(0), to_json(replace(sealed, attempt_id="late", epoch=1)))
         publisher.submit_all(range(len(plan.waves) + 1))
 
-    commits = [commits.read_commit(run, number) for number in range(len(plan.waves) + 1)]
-    assert commits[0].attempt_id == "late"
-    assert {commit.codebook_sha256 for commit in commits} == {sealed.codebook_sha256}
+    found = [commits.read_commit(run, number) for number in range(len(plan.waves) + 1)]
+    assert found[0].attempt_id == "late"
+    assert {commit.codebook_sha256 for commit in found} == {sealed.codebook_sha256}
     assert audit(run.uri).problems == []

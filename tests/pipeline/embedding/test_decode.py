@@ -527,14 +527,14 @@ def test_rejecting_error_that_is_no_unicode_can_be_stored() -> None:
 SMALL_FILE_LARGE_PICTURE = """
 import io, resource, sys
 from PIL import Image, ImageOps
-from pipeline.config import Preprocess
-from pipeline.images import Limits, Reject, decode_image
+from pipeline.config.tree import PreprocessSettings
+from pipeline.embedding.decode import Limits, decode_image
 def image(side):
     sink = io.BytesIO()
     Image.new(sys.argv[2], (side, side)).save(sink, sys.argv[1])
     return sink.getvalue()
 data = image(4000)
-preprocess, limits = Preprocess(resize=256, center_crop=224), Limits(16_000_000, 2**26)
+preprocess, limits = PreprocessSettings(resize=256, center_crop=224), Limits(16_000_000, 2**26)
 decode_image(image(300), preprocess, limits)
 from pathlib import Path
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here

@@ -71,7 +71,7 @@ def test_without_rejects_all_counts_are_zero() -> None:
 def test_every_reject_of_the_source_is_known() -> None:
     """Each `Reject("stage", "reason...")` that is written there as text; a new one must get its name here."""
     found = set()
-    for path in (PIPELINE / "fetch.py", PIPELINE / "images.py"):
+    for path in (PIPELINE / "embedding" / "fetch.py", PIPELINE / "embedding" / "decode.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "Reject" and len(node.args) == 2:
                 stage, reason = (words_of(argument) for argument in node.args)

@@ -12,7 +12,7 @@ import pytest
 from pipeline.arrays import Float32
 from pipeline.errors import DataError
 from pipeline.evaluation import curve as curves
-from pipeline.evaluation import gallery_arrays, snapshot_metrics
+from pipeline.evaluation import snapshot_metrics
 from pipeline.evaluation.curve import curve, published_point, published_points, read_curve
 from pipeline.evaluation.gallery_arrays import has_labels, load_gallery
 from pipeline.evaluation.metrics import evaluate
@@ -213,7 +213,7 @@ def test_each_stored_segment_is_decoded_once(tmp_path: Path, images: Known, monk
         calls.append(1)
         return decode_segment(*args)
 
-    monkeypatch.setattr(snapshot_metrics, "decode", counting)
+    monkeypatch.setattr(snapshot_metrics, "decode_segment", counting)
     published_points(run)
     assert len(calls) == len(objects.list_files(run.path("index", "segments"), ".faiss")) == 2 * 4 * 2
 
@@ -299,7 +299,7 @@ def test_a_curve_is_computed_once_until_what_it_depends_on_changes(
     config, run = make_run(tmp_path, images)
     first = curve(config, run)
     assert read_curve(run) == json.loads(json.dumps(first))
-    monkeypatch.setattr(gallery_arrays, "load_gallery", None)  # computing again would call it
+    monkeypatch.setattr("pipeline.evaluation.curve.load_gallery", None)  # computing again would call it
     assert curve(config, run) == first
     other = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"points": 7})})
     with pytest.raises(TypeError):

@@ -458,7 +458,8 @@ def test_the_reference_figures_of_cifar100_are_hit_to_the_printed_decimal(cifar1
 _MEASURE_MEMORY = """
 import pathlib, sys
 import numpy as np
-from pipeline.evaluate import evaluate, random_order, simulate_curve
+from pipeline.evaluation.metrics import evaluate
+from pipeline.evaluation.simulated_curve import random_order, simulate_curve
 
 rng = np.random.default_rng(0)
 gallery, labels = rng.normal(size=(50_000, 128)).astype(np.float32), rng.integers(0, 1000, 50_000)

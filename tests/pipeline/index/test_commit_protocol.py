@@ -22,7 +22,7 @@ from pipeline.index.commits import Commit, check_commit, read_commit
 from pipeline.index.tags import Tag, auto_promote, list_commits, promote, read_tag, rollback
 from pipeline.index.writer import Writer
 from pipeline.run import Run
-from pipeline.storage import object_store, objects
+from pipeline.storage import objects, retry
 from pipeline.storage.documents import from_json
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.retry import Retry
@@ -254,7 +254,7 @@ def read_stored(client: UnreliableStore, number: int) -> Commit:
 def model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Storage over the machine's store; a request is tried three times, and no pause takes any time."""
     monkeypatch.setattr(objects, "_store", lambda *_: ObjectStore(Protocol.client, Retry(seconds=2.0)))
-    monkeypatch.setattr(object_store, "time", FakeTime())
+    monkeypatch.setattr(retry, "time", FakeTime())
 
 
 EFFORT = settings(

@@ -535,7 +535,7 @@ def test_gc_on_s3_with_its_clock_its_leases_and_a_crash(
 READ = """
 import sys, logging, numpy as np
 logging.basicConfig(level=logging.INFO)
-from pipeline.search import Searcher
+from pipeline.serving.searcher import Searcher
 with Searcher(sys.argv[1]) as searcher:
     print(searcher.search(np.zeros((1, 8)), 100).commit)
 """

@@ -200,7 +200,7 @@ class _Failing(nn.Module):
     ],
 )
 def test_a_function_that_raises_is_a_config_error_with_the_line(name: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{said} \(.*test_encoders\.py, line \d+\)"):
+    with pytest.raises(ConfigError, match=rf"{said} \(.*test_encoder\.py, line \d+\)"):
         load_encoder(spec(function=f"{__name__}:{name}"), CPU)
 
 
@@ -378,7 +378,7 @@ def test_a_network_that_counts_on_contiguous_activations_gives_what_it_gives(
 ) -> None:
     torch.manual_seed(0)
     network = Strided(by).eval()
-    monkeypatch.setattr("pipeline.models.encoder_backends._from_function", lambda name, key: network)
+    monkeypatch.setattr("pipeline.models.encoder.from_function", lambda name, key: network)
     model = load_encoder(EncoderSettings(function="own:code", dim=DIM, preprocess=PreprocessSettings(size=SIDE)), CPU)
     images = torch.randint(0, 256, (3, 3, SIDE, SIDE), dtype=torch.uint8)
     with torch.inference_mode():

@@ -123,8 +123,8 @@ def test_a_driver_that_dies_between_units_of_the_pairs_is_followed_to_the_same_b
     scene.go_on()
     same = {uri.removeprefix(whole.run.uri): data for uri, data in parts(whole.run).items()}
     assert {uri.removeprefix(scene.run.uri): data for uri, data in parts(scene.run).items()} == same
-    commits = [[commits.read_commit(item.run, n).content() for n in range(WAVES + 1)] for item in (whole, scene)]
-    assert commits[0] == commits[1]
+    found = [[commits.read_commit(item.run, n).content() for n in range(WAVES + 1)] for item in (whole, scene)]
+    assert found[0] == found[1]
 
 
 def test_audit_finds_an_embedding_of_the_pairs_that_is_another_and_repair_copies_it_again(tmp_path: Path) -> None:

@@ -122,7 +122,9 @@ def raises(columns: Scored) -> Float32:
 
 
 def test_a_policy_that_raises_is_a_config_error_with_the_line() -> None:
-    with pytest.raises(ConfigError, match=r"the policy failed\n  found: KeyError: 'colour' \(.*test_policy\.py, line "):
+    with pytest.raises(
+        ConfigError, match=r"the policy failed\n  found: KeyError: 'colour' \(.*test_policies\.py, line "
+    ):
         prioritise(load_policy(f"{__name__}:raises", 0), scored(np.arange(5)), "plan.policy: x")
 
 

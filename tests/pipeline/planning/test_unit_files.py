@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.planning import build, unit_files
+from pipeline.planning import build
 from pipeline.planning.plan import UNITS_PER_FILE, Plan, Wave
 from pipeline.planning.unit_files import cut_units
 from pipeline.run import Run
@@ -103,7 +103,7 @@ def test_a_large_wave_is_never_in_memory_as_a_whole(tmp_path: Path, monkeypatch:
         sorted_rows.append(table.num_rows if columns == UNITS.names else 0)
         return table
 
-    monkeypatch.setattr(unit_files.storage, "read_parquet", counting)
+    monkeypatch.setattr(parquet, "read_parquet", counting)
     pieces = [table.num_rows for table in cut_units(parts, [1, 2], count, 100, piece_images=500)]
     assert pieces == [100] * 50
     assert sum(sorted_rows) < 3 * count  # a part is read for the pieces that it meets, not for all ten

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError, DataError, TransientError
-from pipeline.storage import object_store, objects, parquet
+from pipeline.storage import object_store, objects, parquet, retry
 from pipeline.storage.interface import AlreadyExists, Changed
 from pipeline.storage.object_store import Blob, ObjectStore, Page
 from pipeline.storage.retry import Again, Precondition, Retry
@@ -41,7 +41,7 @@ HARD_KEYS = ["a b", "a+b", "a%2Fb", "a%b", "ü/ß/日本", "a&b=c?d#e", "a'b\"c"
 def time(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
     """Pauses take no time; the clock of the module goes on one second for each."""
     fake = FakeTime()
-    monkeypatch.setattr(object_store, "time", fake)
+    monkeypatch.setattr(retry, "time", fake)
     return fake
 
 
@@ -78,7 +78,7 @@ def test_pauses_are_drawn_from_twice_the_range_each_time_up_to_a_bound(
     time: FakeTime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranges: list[tuple[float, float]] = []
-    monkeypatch.setattr(object_store.random, "uniform", lambda low, high: ranges.append((low, high)) or 0.0)
+    monkeypatch.setattr(retry.random, "uniform", lambda low, high: ranges.append((low, high)) or 0.0)
     client = Failing(*[Again("SlowDown")] * 12)
     client.objects[NAME] = b""
     ObjectStore(client, Retry(60, most_pause_seconds=5)).read(NAME, None, None)
@@ -105,11 +105,11 @@ def test_a_long_wait_is_said_once(time: FakeTime) -> None:
     said: list[str] = []
     listener = logging.Handler()  # of this logger itself: commands that ran in this process reset the root's handlers
     listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    object_store.logger.addHandler(listener)
+    retry.logger.addHandler(listener)
     try:
         ObjectStore(client, Retry(20)).read(NAME, None, None)
     finally:
-        object_store.logger.removeHandler(listener)
+        retry.logger.removeHandler(listener)
     assert len(said) == 1
     assert f"s3://{NAME}: SlowDown" in said[0]
 

@@ -153,10 +153,10 @@ def increment(uri: str) -> None:
 
 _DIES_IN_MID_WRITE = """
 import os, signal, sys
-from pipeline import storage
+from pipeline.storage import objects
 
-write = getattr(storage, sys.argv[1])
-found = storage.read_versioned(sys.argv[2])
+write = getattr(objects, sys.argv[1])
+found = objects.read_versioned(sys.argv[2])
 arguments = (found[1],) if sys.argv[1] == "compare_and_swap" else ()
 
 

@@ -84,7 +84,9 @@ def test_a_width_that_is_not_the_pairs_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_linear_fit_is_measured_saved_and_loaded_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "TorchTrainer", None)  # nothing is learnt by steps, so Ray Train is not started
+    monkeypatch.setattr(
+        "training.fitting.trainer.TorchTrainer", None
+    )  # nothing is learnt by steps, so Ray Train is not started
     config, data = _config(tmp_path, transformation="linear"), _data(tmp_path, labelled=False)
     run = Run(str(tmp_path / "run"))
     info = fit(config, run, data, on_epoch=lambda figures: pytest.fail("there are no epochs"))
