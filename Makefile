@@ -28,7 +28,7 @@ demo: $(VENV)/installed  ## a whole backfill on real images, in minutes
 	$(BIN)/fastfill demo
 
 test: $(VENV)/installed  ## the default suite: under ten minutes on two cores
-	$(BIN)/python -m pytest -m 'not slow' --durations 15
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' --durations 15
 
 test-slow: $(VENV)/installed  ## what takes minutes: whole CIFAR-100 and small runs by command, the gate
 	$(BIN)/python -m pytest -m slow --durations 15 --ignore tests/cluster --ignore tests/faults --ignore tests/scale \
