@@ -3,10 +3,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-# Not among them, for each takes many minutes, or has a short form only to see whether it runs: a cluster that loses nodes
-# (spot), what foretells others (scaling, simulation_check), whole fits (quality, loss_modes, fit_steps), whole fits whose
-# backfills are compared (expected, subgroups), and encoders, which measures nothing: it trains what others need.
-BENCHMARKS := throughput waves decode fetch fetch_tars plan index fit startup first_benefit manifest simulate
+# The others take many minutes, and their short forms only show that they run: a cluster that loses nodes (scale.spot),
+# costs that other figures are computed from (scale.scaling, scale.simulation_check), and whole fits (quality).
+BENCHMARKS := speed.throughput speed.waves speed.decode speed.fetch speed.fetch_tars speed.plan speed.index speed.fit \
+	speed.startup speed.first_benefit speed.manifest scale.simulate
 
 # Slow tests that are of another target than their folder's, so that CI takes less than an hour.
 FAULTS := tests/crashes tests/e2e/test_kill.py tests/e2e/test_own_code.py tests/e2e/test_cifar100_s3.py

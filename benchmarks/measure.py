@@ -1,7 +1,7 @@
 """How benchmarks measure: candidates take turns in each repeat, ratios are taken within one, memory is watched.
 
-Two cores that others use too make single figures scatter; what was measured in one repeat had the same neighbours.
-Figures are the median with the lowest and the highest.
+Other work on the two cores makes single figures scatter; candidates of one repeat had the same neighbours. Figures are
+the median with the lowest and the highest.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def header(packages: Sequence[str] = ()) -> str:
     Args:
         packages: distributions to name beside those that nearly all use.
     """
-    module = Path(sys.argv[0]).stem
-    command = " ".join(["python -m", f"benchmarks.{module}", *sys.argv[1:]])
+    script = Path(sys.argv[0])
+    command = " ".join(["python -m", f"benchmarks.{script.parent.name}.{script.stem}", *sys.argv[1:]])
     return "\n".join(
         [
             f"`{command}`, {time.strftime('%Y-%m-%d')}, commit {_commit()}.",

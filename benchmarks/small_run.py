@@ -1,6 +1,6 @@
-"""A run of CIFAR-100, whole or a part of it, started by the command that a user types, for benchmarks of time.
+"""A run of CIFAR-100, or of a part of it, started by the user's command, for benchmarks of time.
 
-Stages are timed by the files that a run leaves when they are done, so nothing is added to what is measured.
+Stages are timed by the files that they leave when they are done, so nothing is added to the measured program.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from pipeline.run import Run
 from pipeline.schema import Unit, manifest_schema
 from pipeline.storage import documents, objects, parquet
 
-_PARTITION_ROWS = 131_072
+PARTITION_ROWS = 131_072
 _HASHED_BYTES = 2**30  # a second of reading
 _BUCKET_IDS = 50_000_000  # ids sorted in memory at once when looking for duplicates
 
@@ -291,7 +291,7 @@ def _cut(metadata: pq.FileMetaData, uri: str, first_row: int, tag: str) -> list[
     for group in range(metadata.num_row_groups):
         groups.append(group)
         rows += metadata.row_group(group).num_rows
-        if rows >= _PARTITION_ROWS or group == metadata.num_row_groups - 1:
+        if rows >= PARTITION_ROWS or group == metadata.num_row_groups - 1:
             if rows:
                 partitions.append(Partition(uri, groups, first_row + start, start, rows, tag))
             start += rows

@@ -14,7 +14,7 @@ direction u in which embeddings hardly vary, so that it comes no nearer to any q
 
 An embedded image has no offset, so a backfill ends where it always did. With the metric `cosine` z' is normalised;
 an inner product does not see such an offset, so `ip` has none. This is ours, not the paper's; what it is worth is
-measured in benchmarks/quality.py. This module knows neither files nor how z was fitted.
+measured in benchmarks/quality/recipes.py. This module knows neither files nor how z was fitted.
 """
 
 from __future__ import annotations

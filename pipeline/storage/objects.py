@@ -45,7 +45,7 @@ SCHEMES = ("file", "s3")
 
 _WILD = "*?["
 _PIECE_BYTES = 2**23
-_WAITING = 16  # threads: footers and row groups are small and far away
+PARALLEL_READS = 16  # threads: footers and row groups are small and far away
 
 
 def configure(settings: StorageSettings) -> None:
@@ -281,7 +281,7 @@ def delete_files(uris: list[str]) -> None:
 
 def at_once(function: Callable[[T], U], items: Iterable[T]) -> list[U]:
     """What a function that waits for the store gives for each item, in order; a few of them wait at the same time."""
-    with ThreadPoolExecutor(_WAITING, thread_name_prefix="storage") as pool:
+    with ThreadPoolExecutor(PARALLEL_READS, thread_name_prefix="storage") as pool:
         return list(pool.map(function, items))
 
 

@@ -50,7 +50,7 @@ def test_memory_counts_what_a_child_holds() -> None:
 
 
 def test_a_header_says_what_was_run_where(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/x/benchmarks/plan.py", "--short"])
+    monkeypatch.setattr(sys, "argv", ["/x/benchmarks/speed/plan.py", "--short"])
     text = header(["hypothesis"])
-    assert text.startswith("`python -m benchmarks.plan --short`")
+    assert text.startswith("`python -m benchmarks.speed.plan --short`")
     assert all(word in text for word in ("commit", "CPUs", "numpy", "hypothesis", "Load average"))

@@ -10,9 +10,10 @@ from typing import Self
 
 import pytest
 
-from benchmarks import first_benefit, small_run
+from benchmarks import small_run
 from benchmarks.measure import Spread
 from benchmarks.small_run import STAGES, VISIBLE, Job
+from benchmarks.speed import first_benefit
 
 WAITS = """
 import pathlib, signal, sys, time

@@ -37,9 +37,9 @@ ROOT = Path(__file__).resolve().parents[2]
 NUMERICS = [
     *("pipeline/test_equality.py", "pipeline/models", "pipeline/planning", "pipeline/evaluation", "pipeline/index"),
     *("pipeline/serving", "pipeline/embedding/test_decode.py", "pipeline/embedding/test_embedder.py"),
-    *("pipeline/reporting/test_audit.py", "benchmarks/test_fit.py", "training"),
+    *("pipeline/reporting/test_audit.py", "benchmarks/speed/test_fit.py", "training"),
 ]
-KERNELS = "import json; from tests import kernels; print(json.dumps([kernels.in_use(), kernels.roundings()]))"
+KERNELS = "import json; from tests.support import kernels; print(json.dumps([kernels.in_use(), kernels.roundings()]))"
 
 
 def python(*arguments: str, other: bool, exit_code: int = 0) -> str:

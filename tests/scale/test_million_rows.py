@@ -19,7 +19,7 @@ STEPS = 4  # objects, tars, normalise, plan
 def test_a_million_rows_are_listed_indexed_and_planned_within_four_gigabytes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command = [sys.executable, "-m", "benchmarks.manifest", "--rows", str(ROWS), "--local"]
+    command = [sys.executable, "-m", "benchmarks.speed.manifest", "--rows", str(ROWS), "--local"]
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -63,7 +63,7 @@ def brought_in(folder: Path, given: Source, dims: dict[str, int] | None = None, 
 @pytest.fixture
 def small_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
     # A patched size, because a partition is otherwise 131,072 rows, and a file of several is no small test.
-    monkeypatch.setattr(normalised, "_PARTITION_ROWS", 10)
+    monkeypatch.setattr(normalised, "PARTITION_ROWS", 10)
 
 
 # What is read from footers alone; no Ray.
@@ -84,7 +84,7 @@ def test_partitions_hold_every_row_once_in_order(
             scan(given_source, {})
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(normalised, "_PARTITION_ROWS", 10)
+        patch.setattr(normalised, "PARTITION_ROWS", 10)
         partitions = scan(given_source, {})
     assert [part.first_row for part in partitions] == np.cumsum([0, *(part.num_rows for part in partitions)])[
         :-1

@@ -251,7 +251,7 @@ def test_a_damage_is_found_while_commits_are_published(tmp_path: Path, monkeypat
 def test_a_store_that_fails_or_refuses_is_no_problem_of_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, error: Exception
 ) -> None:
-    monkeypatch.setattr(objects, "_WAITING", 1)
+    monkeypatch.setattr(objects, "PARALLEL_READS", 1)
     whole = make(tmp_path)
     asked: list[str] = []
 
