@@ -127,6 +127,16 @@ def is_of(item: str, module: str) -> bool:
     return item == module or item.rpartition(".")[0] == module
 
 
+def test_no_test_module_imports_another() -> None:
+    found = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests"):
+                modules = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+                found += [f"{path}: {item}" for item in modules if item.rpartition(".")[2].startswith("test_")]
+    assert found == [], "move what they share to tests/support"
+
+
 def test_only_the_index_and_the_neighbours_of_policies_import_faiss() -> None:
     users = {name for name in TREES if any(module.split(".")[0] == "faiss" for module in imported(name))}
     assert users <= {

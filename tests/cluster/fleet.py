@@ -15,8 +15,7 @@ from pathlib import Path
 import yaml
 
 from tests.cluster.autoscaling import AutoscaledCluster
-from tests.faults.scene import ROOT, WAVES, Scene
-from tests.faults.test_kill_matrix import created_commits
+from tests.faults.scene import ROOT, WAVES, Scene, created_commits
 from tests.support.faulty_proxy import FaultyProxy
 from tests.support.galleries import NEW_DIM, PREPROCESS
 from tests.support.seaweed import SeaweedFS

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.jobs import STOP_SECONDS, Jobs, submit, take_away
-from tests.faults.scene import WAVES, Scene
-from tests.faults.test_kill_matrix import created_commits
+from tests.faults.scene import WAVES, Scene, created_commits
 from tests.support.faulty_proxy import FaultyProxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

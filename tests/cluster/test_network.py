@@ -24,8 +24,7 @@ import pytest
 
 from tests.cluster.hosts import Hosts, refusal
 from tests.cluster.marked import Marked
-from tests.faults.scene import NODE_CPUS, ROOT, WAVES, Scene
-from tests.faults.test_kill_matrix import created_commits
+from tests.faults.scene import NODE_CPUS, ROOT, WAVES, Scene, created_commits
 from tests.support.faulty_proxy import FaultyProxy
 from tests.support.seaweed import SeaweedFS, free_ports, weed_binary
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -253,3 +254,11 @@ def add_worker(cluster: Any, gpus: int = 0) -> Any:
 def _vectors(values: np.ndarray[Any, Any]) -> pa.FixedSizeListArray:
     flat = np.ascontiguousarray(values, dtype=np.float32)
     return pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), flat.shape[1])
+
+
+def created_commits(log: list[tuple[str, str, int]], name: str) -> Counter[str]:
+    """How often the store said that it created each commit."""
+    commit = re.compile(rf"/{name}/index/commits/(\d+)\.json")
+    return Counter(
+        found[1] for method, path, status in log if method == "PUT" and status == 200 and (found := commit.search(path))
+    )

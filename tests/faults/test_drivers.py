@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.scene import Scene, wait_for
-from tests.faults.test_kill_matrix import created_commits
+from tests.faults.scene import Scene, created_commits, wait_for
 from tests.support.faulty_proxy import FaultyProxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

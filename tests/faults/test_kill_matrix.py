@@ -7,11 +7,9 @@ after the other, in the order in which they come.
 from __future__ import annotations
 
 import queue
-import re
 import subprocess
 import threading
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +18,18 @@ import pytest
 
 from pipeline.index import commits
 from pipeline.storage import objects, parquet
-from tests.faults.scene import IMAGES, NODE_CPUS, UNIT_IMAGES, WAVES, Scene, add_worker, image_reads, kill, processes
+from tests.faults.scene import (
+    IMAGES,
+    NODE_CPUS,
+    UNIT_IMAGES,
+    WAVES,
+    Scene,
+    add_worker,
+    created_commits,
+    image_reads,
+    kill,
+    processes,
+)
 from tests.support.faulty_proxy import FaultyProxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -165,11 +174,3 @@ def test_a_kill_at_every_step_changes_nothing_that_is_published(
     report = scene.audit(name)
     assert report["ok"], report["problems"]
     print(victim, matrix.killed, "images read again:", sum(image_reads(calm.log).values()) - IMAGES)
-
-
-def created_commits(log: list[tuple[str, str, int]], name: str) -> Counter[str]:
-    """How often the store said that it created each commit."""
-    commit = re.compile(rf"/{name}/index/commits/(\d+)\.json")
-    return Counter(
-        found[1] for method, path, status in log if method == "PUT" and status == 200 and (found := commit.search(path))
-    )

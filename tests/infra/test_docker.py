@@ -16,7 +16,7 @@ import jsonschema
 import pytest
 import yaml
 
-from tests.infra.test_grafana import FOLDER as DASHBOARDS
+from infra.grafana.dashboards import FOLDER as DASHBOARDS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "infra" / "docker"

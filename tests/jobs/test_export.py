@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from jobs import export
 from jobs.cli import main
-from tests.pipeline.index.test_gc import LAST, make
+from tests.support.published_run import LAST, published_run
 
 
 class Config:
@@ -21,7 +21,7 @@ class Config:
 
 
 def test_it_writes_tells_refuses_and_takes_relative_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = make(tmp_path)
+    whole = published_run(tmp_path)
     whole.write_gallery()
     monkeypatch.setattr(export, "load", lambda *_: Config(whole.run.uri))  # a whole config needs encoders
     monkeypatch.chdir(tmp_path)

@@ -24,7 +24,7 @@ from pipeline.serving.searcher import Searcher
 from pipeline.storage import objects
 from pipeline.storage.documents import to_json
 from pipeline.storage.settings import StorageSettings
-from tests.pipeline.index.test_gc import LAST, make
+from tests.support.published_run import LAST, published_run
 from tests.support.synthetic_run import Options, known, make_run
 
 DISK_BYTES = 24 * 2**20
@@ -94,7 +94,7 @@ def assert_one_message(result: Result, where: Path | str) -> None:
 
 
 def test_searcher_full_disk_opens_and_answers_without_a_lease(disk: Path) -> None:
-    whole = make(disk)
+    whole = published_run(disk)
     fill(disk)
     with Searcher(whole.run.uri) as searcher:
         assert searcher.commit.number == LAST
@@ -104,7 +104,7 @@ def test_searcher_full_disk_opens_and_answers_without_a_lease(disk: Path) -> Non
 
 def test_searcher_io_error_while_it_objects_to_a_removal_opens_without_a_lease(tmp_path: Path) -> None:
     """The lease fits on the disk, and nothing after it."""
-    whole = make(tmp_path)
+    whole = published_run(tmp_path)
     objects.put(whole.run.collected, to_json(Removals(announced=(LAST,))))
     real = os.fsync
 
@@ -123,7 +123,7 @@ def test_searcher_io_error_while_it_objects_to_a_removal_opens_without_a_lease(t
 def test_gc_full_disk_frees_what_is_confirmed_or_left_over_and_then_removes_commits(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = make(disk)
+    whole = published_run(disk)
     old = whole.run.path("index", ".tmp-of-a-driver-that-died")
     Path(old).write_bytes(bytes(100_000))
     os.utime(old, (0, 0))
@@ -138,7 +138,7 @@ def test_gc_full_disk_frees_what_is_confirmed_or_left_over_and_then_removes_comm
 def test_gc_full_disk_where_only_commits_can_go_removes_them_by_its_reserve(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = make(disk)
+    whole = published_run(disk)
     disk_reserve.keep(whole.run)
     fill(disk)
     found = configured(monkeypatch, whole.run.uri)("gc", "--keep", "1", "--grace", "0")
@@ -148,7 +148,7 @@ def test_gc_full_disk_where_only_commits_can_go_removes_them_by_its_reserve(
 
 
 def test_gc_with_room_writes_its_reserve_for_the_next_time(disk: Path) -> None:
-    whole = make(disk)
+    whole = published_run(disk)
     collect_garbage(whole.run.uri)
     assert Path(whole.run.path("index", "reserve")).stat().st_size == disk_reserve.SIZE_BYTES
     fill(disk)
@@ -160,7 +160,7 @@ def test_gc_full_disk_without_a_reserve_says_to_free_space_by_hand_and_changes_n
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in runs of earlier versions."""
-    whole = make(disk)
+    whole = published_run(disk)
     collect_garbage(whole.run.uri, NOW)
     objects.delete(whole.run.path("index", "reserve"))
     objects.put(whole.run.collected, to_json(Removals(confirmed=(0, 2, 3), announced=(1,))))
@@ -176,7 +176,7 @@ def test_gc_full_disk_without_a_reserve_says_to_free_space_by_hand_and_changes_n
 def test_rollback_full_disk_is_one_message_with_the_tag_and_what_to_do(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = make(disk)
+    whole = published_run(disk)
     filler = fill(disk)
     command = configured(monkeypatch, whole.run.uri)
     assert_one_message(command("rollback"), whole.run.tag("prod"))

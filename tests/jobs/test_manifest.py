@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from jobs.cli import main
 from pipeline.config import tree as config
 from pipeline.storage import objects
-from tests.pipeline.manifest.test_scan_tars import pack
 from tests.support.galleries import digits, write_config
+from tests.support.tars import pack
 
 
 def run(*words: str) -> tuple[int, str, str]:

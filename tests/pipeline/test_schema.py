@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.arrays import Float32, Int64, vector_type, vectors_from_arrow, vectors_to_arrow
+from pipeline.arrays import Float32, vector_type, vectors_from_arrow, vectors_to_arrow
 from pipeline.hashing import shard_of, splitmix64
 from pipeline.storage import objects, parquet
+from tests.support.hashes import unmix
 
 IDS = np.array([0, 1, 2, -1, 12345678901234567, 2**63 - 1, -(2**63)], np.int64)
 PINNED_HASHES = [
@@ -29,24 +30,6 @@ PINNED_SHARDS = [50, 24, 48, 19, 48, 63, 13]
 
 def vectors(num: int, dim: int = 4) -> Float32:
     return np.random.default_rng(num).normal(size=(num, dim)).astype(np.float32)
-
-
-def unmix(hashes: np.ndarray, seed: int) -> Int64:
-    """The inverse of splitmix64, from its definition: there is one only if the hash is a bijection."""
-
-    def unshift(value: int, by: int) -> int:
-        found = value
-        for _ in range(64 // by):
-            found = value ^ (found >> by)
-        return found
-
-    ids = []
-    for value in hashes.tolist():
-        z = unshift(value, 31) * pow(0x94D049BB133111EB, -1, 2**64) % 2**64
-        z = unshift(z, 27) * pow(0xBF58476D1CE4E5B9, -1, 2**64) % 2**64
-        z = (unshift(z, 30) - (seed + 1) * 0x9E3779B97F4A7C15) % 2**64
-        ids.append(z - 2**64 if z >= 2**63 else z)
-    return np.array(ids, np.int64)
 
 
 def test_hashes_are_the_published_ones_and_stay() -> None:

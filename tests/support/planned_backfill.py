@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.arrays import Int64, vectors_to_arrow
+from pipeline.arrays import Float32, Int64, vectors_to_arrow
 from pipeline.backfill import driver
 from pipeline.backfill.stop import Stop
 from pipeline.config.identity import fix_settings, stage_settings
@@ -20,7 +20,9 @@ from pipeline.embedding import vector_log
 from pipeline.embedding.precompute import embedding_log
 from pipeline.embedding.stream import Work
 from pipeline.embedding.vector_log import EmbeddedUnit
-from pipeline.index import seal
+from pipeline.index import commits, seal
+from pipeline.index.codebook import Codebook
+from pipeline.index.segment import Segment, decode_segment
 from pipeline.manifest import normalised
 from pipeline.models.networks import TransformationNetwork
 from pipeline.models.transformation import TransformationInfo, save_transformation
@@ -125,3 +127,15 @@ def _write_transformation(config: Config, run: Run, images: Known) -> None:
     fix_settings(run, "fit", stage_settings(config, "fit"))
     network = TransformationNetwork(*widths, 16).eval()
     save_transformation(run, network, info, {policy_inputs.PART: known_pairs.to_bytes()})
+
+
+def served_vectors(run: Run, number: int) -> dict[int, Float32]:
+    """What a commit serves, by id."""
+    commit = commits.read_commit(run, number)
+    codebook = Codebook.open(run, commit.codebook_path, commit.codebook_sha256)
+    found: dict[int, Float32] = {}
+    for ref in commit.segments:
+        ids, values = decode_segment(codebook, Segment.open(run, codebook, ref))
+        assert not found.keys() & set(ids.tolist())
+        found |= dict(zip(ids.tolist(), values, strict=True))
+    return found

@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.arrays import Float32, vectors_to_arrow
+from pipeline.config.load import validate
 from pipeline.config.tree import Config
 from pipeline.models import offset
 from pipeline.models.networks import TransformationNetwork
@@ -106,3 +107,10 @@ def planned(
     plan = read_plan(run)
     assert plan is not None
     return config, run, plan
+
+
+def config_of(folder: Path, **columns: str) -> Config:
+    encoder = {"export": "new.pt2", "dim": 16, "preprocess": {"size": 4}}
+    images = {"manifest": "images", "columns": columns}
+    tree = {"run": str(folder), "encoders": {"new": encoder}, "gallery": images}
+    return validate(tree | {"pairs": {"manifest": "images", "columns": {}}}, "test")

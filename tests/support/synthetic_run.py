@@ -10,6 +10,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -339,3 +340,10 @@ def _segments(
         left = segment.write_segment(*where, members.take(~is_embedded), shard, wave, "transformed")
         refs.append(replace(left, rejected=left.vectors))
     return refs
+
+
+def storage_waves(run: Run) -> np.ndarray[Any, Any]:
+    """The wave of each image, by ascending id."""
+    tables = [parquet.read_parquet(uri, ["id", "wave"]) for uri in objects.list_files(run.path("transformed"))]
+    ids, waves = (np.concatenate([table[name].to_numpy() for table in tables]) for name in ("id", "wave"))
+    return np.asarray(waves[np.argsort(ids)])

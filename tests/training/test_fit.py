@@ -11,13 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from torch import nn
 
-from pipeline.arrays import Float32, Int64, vectors_to_arrow
-from pipeline.config.load import validate
 from pipeline.config.method import LossMode
 from pipeline.config.tree import Config
 from pipeline.errors import ConfigError, DataError, TransientError
@@ -27,93 +23,34 @@ from pipeline.models.networks import Transformation
 from pipeline.models.transformation import TransformationInfo, apply, load_transformation
 from pipeline.planning.policy_inputs import load_policy_inputs
 from pipeline.run import Run
-from pipeline.storage import objects, parquet
+from pipeline.storage import objects
+from tests.support.pairs import (
+    CLASSES,
+    CPU,
+    D_NEW,
+    D_OLD,
+    PARTS,
+    assert_same_weights,
+    fit_config,
+    make_learner,
+    read_pairs,
+    same_network,
+    synthetic_fit_data,
+)
 from training import fit as fitting
 from training.fit import fit, make_job
 from training.fitting import learner as learning
 from training.fitting import trainer
 from training.fitting.held_out_metrics import held_out_metrics, spearman, transform
-from training.fitting.learner import Epoch, FitData, Job, Learner, PairArrays, make_arrays
+from training.fitting.learner import Epoch, Job, Learner, PairArrays
 
-CPU = torch.device("cpu")
-D_OLD, D_NEW, CLASSES, PARTS = 8, 12, 5, 4
 MODES: list[LossMode] = ["alignment", "alignment+uncertainty", "alignment+discriminative", "fastfill"]
-
-
-def _config(folder: Path, metric: str = "l2", **fit_settings: object) -> Config:
-    small: dict[str, object] = {"inner_width": 32, "epochs": 6, "batch_size": 64, "warmup_epochs": 2, "lr": 5e-3}
-    if "transformation" not in fit_settings:
-        small |= {"transformation": "fastfill", "loss": "fastfill"}
-    tree: dict[str, object] = {
-        "run": str(folder / "run"),
-        "device": "cpu",
-        "encoders": {"new": {"export": "new.pt2", "dim": D_NEW, "preprocess": {"size": 4}}},
-        "gallery": {"manifest": "gallery", "columns": {}, "metric": metric},
-        "pairs": {"manifest": "pairs", "columns": {}},
-        "fit": small | fit_settings,
-    }
-    return validate(tree, where="test")
-
-
-def _arrays(num: int, labelled: bool = True) -> tuple[Float32, Float32, Int64]:
-    """Old embeddings are a bent and noisy view of new ones, which are noisier in the higher classes."""
-    random = np.random.default_rng(0)
-    labels = random.integers(0, CLASSES, num)
-    centres = random.normal(size=(CLASSES, D_NEW))
-    new = centres[labels] + (0.2 + 0.2 * labels[:, None]) * random.normal(size=(num, D_NEW))
-    old = np.tanh(new @ random.normal(size=(D_NEW, D_OLD)) / 3) + 0.2 * random.normal(size=(num, D_OLD))
-    return old.astype(np.float32), new.astype(np.float32), labels
-
-
-def _hard_arrays(num: int) -> tuple[Float32, Float32, Int64]:
-    """Many classes that overlap, and old embeddings that lose much, the more the higher the class: areas differ."""
-    random, classes = np.random.default_rng(0), 40
-    labels = random.integers(0, classes, num)
-    new = random.normal(size=(classes, D_NEW))[labels] + 0.6 * random.normal(size=(num, D_NEW))
-    noise = 0.05 + 0.45 * labels[:, None] / classes
-    old = np.tanh(new @ random.normal(size=(D_NEW, D_OLD)) / 3) + noise * random.normal(size=(num, D_OLD))
-    return old.astype(np.float32), new.astype(np.float32), labels
-
-
-def _data(folder: Path, num: int = 640, labelled: bool = True, hard: bool = False) -> FitData:
-    old, new, labels = _hard_arrays(num) if hard else _arrays(num)
-    parts = []
-    for part in range(PARTS + 1):
-        rows = np.arange(num)[::-1][part :: PARTS + 1]
-        table = pa.table(
-            {
-                "index": rows,
-                "label": pa.array(labels[rows].astype(np.int32), mask=np.full(len(rows), not labelled)),
-                "old": vectors_to_arrow(old[rows]),
-                "new": vectors_to_arrow(new[rows]),
-            }
-        )
-        parts.append(str(folder / "pairs" / f"part-{part}.parquet"))
-        objects.put(parts[-1], parquet.parquet_bytes(table.schema, [table]))
-    num_train = num * PARTS // (PARTS + 1)
-    num_classes = int(labels.max()) + 1
-    return FitData(parts[:-1], parts[-1:], num_train, num_classes if labelled else None, D_OLD, D_NEW)
-
-
-def _read(parts: list[str], job: Job) -> PairArrays:
-    return make_arrays(pa.concat_tables([parquet.read_parquet(uri) for uri in parts]), job)
-
-
-def _same(module: nn.Module) -> nn.Module:
-    return module
-
-
-def _learner(job: Job, rank: int = 0) -> Learner:
-    parts = job.data.train_parts[rank :: job.fit.num_workers]
-    learner = Learner(job, _read(parts, job), rank, CPU, _same)
-    learner.prepare()
-    return learner
 
 
 def _fit_here(job: Job) -> Transformation:
     """The same fit as a plain loop in this process, with as many threads as a worker has: sums depend on them."""
     torch.set_num_threads(os.cpu_count() or 1)
-    learner = _learner(job)
+    learner = make_learner(job)
     for _ in range(job.fit.epochs):
         learner.run_epoch()
     return learner.network
@@ -123,13 +60,8 @@ def _measured(config: Config, job: Job, network: Transformation, pairs: PairArra
     return held_out_metrics(config, job, pairs, *transform(config, network, pairs))
 
 
-def _assert_same_weights(found: Transformation, expected: Transformation) -> None:
-    for name, tensor in expected.state_dict().items():
-        torch.testing.assert_close(found.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
-
-
 def test_the_learning_rate_warms_up_and_ends_in_a_cosine(tmp_path: Path) -> None:
-    job = make_job(_config(tmp_path, epochs=80, warmup_epochs=5, lr=5e-4), _data(tmp_path))
+    job = make_job(fit_config(tmp_path, epochs=80, warmup_epochs=5, lr=5e-4), synthetic_fit_data(tmp_path))
     rates = [job.lr(epoch) for epoch in range(80)]
     assert rates[:6] == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4, 5e-4, 5e-4])
     assert rates[42] == pytest.approx(5e-4 * 0.5 * (1 + np.cos(np.pi * 37 / 75)))
@@ -139,9 +71,9 @@ def test_the_learning_rate_warms_up_and_ends_in_a_cosine(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("mode", MODES)
 def test_each_mode_aligns_and_ranks_by_error(tmp_path: Path, mode: LossMode) -> None:
-    config = _config(tmp_path, loss=mode, epochs=30)
-    job = make_job(config, _data(tmp_path))
-    pairs = _read(job.data.held_out_parts, job)
+    config = fit_config(tmp_path, loss=mode, epochs=30)
+    job = make_job(config, synthetic_fit_data(tmp_path))
+    pairs = read_pairs(job.data.held_out_parts, job)
     before, after = (_measured(config, job, network, pairs) for network in (job.network(), _fit_here(job)))
     assert isinstance(after.held_out["alignment"], float)
     assert isinstance(after.held_out["spearman"], float)
@@ -153,9 +85,9 @@ def test_each_mode_aligns_and_ranks_by_error(tmp_path: Path, mode: LossMode) -> 
 
 @pytest.mark.parametrize("mode", ["alignment", "alignment+uncertainty"])
 def test_the_modes_for_foundation_models_fit_without_labels(tmp_path: Path, mode: LossMode) -> None:
-    config = _config(tmp_path, loss=mode)
-    job = make_job(config, _data(tmp_path, labelled=False))
-    info = _measured(config, job, _fit_here(job), _read(job.data.held_out_parts, job))
+    config = fit_config(tmp_path, loss=mode)
+    job = make_job(config, synthetic_fit_data(tmp_path, labelled=False))
+    info = _measured(config, job, _fit_here(job), read_pairs(job.data.held_out_parts, job))
     assert info.held_out["new_new"] == {"agreement10": 100.0}
     assert set(info.held_out) == {"alignment", "spearman", "transformed", "old_old", "new_new"}
 
@@ -163,13 +95,13 @@ def test_the_modes_for_foundation_models_fit_without_labels(tmp_path: Path, mode
 @pytest.mark.parametrize("mode", ["alignment+discriminative", "fastfill"])
 def test_a_loss_that_needs_labels_is_refused_without_them(tmp_path: Path, mode: LossMode) -> None:
     with pytest.raises(ConfigError, match=r"alignment\+uncertainty"):
-        fit(_config(tmp_path, loss=mode), Run(str(tmp_path / "run")), _data(tmp_path, labelled=False))
+        fit(fit_config(tmp_path, loss=mode), Run(str(tmp_path / "run")), synthetic_fit_data(tmp_path, labelled=False))
 
 
 def test_cosine_fits_unit_vectors(tmp_path: Path) -> None:
-    config = _config(tmp_path, metric="cosine", loss="alignment+uncertainty", epochs=30)
-    job = make_job(config, _data(tmp_path))
-    pairs = _read(job.data.held_out_parts, job)
+    config = fit_config(tmp_path, metric="cosine", loss="alignment+uncertainty", epochs=30)
+    job = make_job(config, synthetic_fit_data(tmp_path))
+    pairs = read_pairs(job.data.held_out_parts, job)
     np.testing.assert_allclose(np.linalg.norm(pairs.new, axis=1), 1, rtol=1e-5)
     info = _measured(config, job, _fit_here(job), pairs)
     assert info.normalize
@@ -177,9 +109,9 @@ def test_cosine_fits_unit_vectors(tmp_path: Path) -> None:
 
 
 def test_bfloat16_fits_too(tmp_path: Path) -> None:
-    config = _config(tmp_path, precision="bfloat16", epochs=20)
-    job = make_job(config, _data(tmp_path))
-    info = _measured(config, job, _fit_here(job), _read(job.data.held_out_parts, job))
+    config = fit_config(tmp_path, precision="bfloat16", epochs=20)
+    job = make_job(config, synthetic_fit_data(tmp_path))
+    info = _measured(config, job, _fit_here(job), read_pairs(job.data.held_out_parts, job))
     assert info.better_than_old
 
 
@@ -190,34 +122,36 @@ def test_the_precision_auto_is_bfloat16_where_the_device_has_it(
     monkeypatch.setattr(learning, "computes_bfloat16", lambda device: native)
     weights = {}
     for precision in ("auto", "bfloat16", "float32"):
-        weights[precision] = _fit_here(make_job(_config(tmp_path, precision=precision), _data(tmp_path)))
-    _assert_same_weights(weights["auto"], weights["bfloat16" if native else "float32"])
+        weights[precision] = _fit_here(
+            make_job(fit_config(tmp_path, precision=precision), synthetic_fit_data(tmp_path))
+        )
+    assert_same_weights(weights["auto"], weights["bfloat16" if native else "float32"])
     with pytest.raises(AssertionError):
-        _assert_same_weights(weights["float32"], weights["bfloat16"])
+        assert_same_weights(weights["float32"], weights["bfloat16"])
 
 
 def test_pairs_without_a_label_are_fitted_by_alignment_alone(tmp_path: Path) -> None:
-    job = make_job(_config(tmp_path), _data(tmp_path))
-    pairs = _read(job.data.train_parts, job)
+    job = make_job(fit_config(tmp_path), synthetic_fit_data(tmp_path))
+    pairs = read_pairs(job.data.train_parts, job)
     assert pairs.labels is not None
     labels = np.where(np.arange(len(pairs.labels)) % 3 == 0, -1, pairs.labels)
-    learner = Learner(job, PairArrays(pairs.old, pairs.new, None, labels), 0, CPU, _same)
+    learner = Learner(job, PairArrays(pairs.old, pairs.new, None, labels), 0, CPU, same_network)
     learner.prepare()
     assert np.isfinite(learner.run_epoch()["loss"])
 
 
 def test_a_given_classifier_is_used_as_it_is(tmp_path: Path) -> None:
-    data = _data(tmp_path)
+    data = synthetic_fit_data(tmp_path)
     weight, bias = np.zeros((CLASSES, D_NEW), np.float32), np.arange(CLASSES, dtype=np.float32)
-    job = make_job(_config(tmp_path), replace(data, classifier=(weight, bias)))
-    known = _learner(job).state()["classifier"]
+    job = make_job(fit_config(tmp_path), replace(data, classifier=(weight, bias)))
+    known = make_learner(job).state()["classifier"]
     assert isinstance(known, tuple)
     np.testing.assert_array_equal(known[0], weight)
     np.testing.assert_array_equal(known[1], bias)
 
 
 def test_batchnorm_statistics_stand_still_from_half_of_the_epochs_on(tmp_path: Path) -> None:
-    learner = _learner(make_job(_config(tmp_path, epochs=4), _data(tmp_path)))
+    learner = make_learner(make_job(fit_config(tmp_path, epochs=4), synthetic_fit_data(tmp_path)))
     means = []
     for _ in range(4):
         learner.run_epoch()
@@ -230,53 +164,53 @@ def test_batchnorm_statistics_stand_still_from_half_of_the_epochs_on(tmp_path: P
 @pytest.mark.parametrize("stopped_after", [2, 4])
 @pytest.mark.parametrize("mode", ["alignment+uncertainty", "fastfill"])
 def test_going_on_from_a_state_equals_never_stopping(tmp_path: Path, mode: LossMode, stopped_after: int) -> None:
-    job = make_job(_config(tmp_path, loss=mode), _data(tmp_path))
-    learner = _learner(job)
+    job = make_job(fit_config(tmp_path, loss=mode), synthetic_fit_data(tmp_path))
+    learner = make_learner(job)
     for _ in range(stopped_after):
         learner.run_epoch()
     torch.save(learner.state(), tmp_path / "state.pt")
-    resumed = Learner(job, _read(job.data.train_parts, job), 0, CPU, _same)
+    resumed = Learner(job, read_pairs(job.data.train_parts, job), 0, CPU, same_network)
     resumed.restore(torch.load(tmp_path / "state.pt", weights_only=True))
     resumed.prepare()
     while resumed.epoch < job.fit.epochs:
         resumed.run_epoch()
-    _assert_same_weights(resumed.network, _fit_here(job))
+    assert_same_weights(resumed.network, _fit_here(job))
 
 
 def test_the_order_of_rows_and_parts_does_not_matter(tmp_path: Path) -> None:
-    job = make_job(_config(tmp_path), _data(tmp_path))
-    forwards, backwards = _read(job.data.train_parts, job), _read(job.data.train_parts[::-1], job)
+    job = make_job(fit_config(tmp_path), synthetic_fit_data(tmp_path))
+    forwards, backwards = read_pairs(job.data.train_parts, job), read_pairs(job.data.train_parts[::-1], job)
     np.testing.assert_array_equal(forwards.old, backwards.old)
     np.testing.assert_array_equal(forwards.labels, backwards.labels)
 
 
 def test_ranks_share_steps_and_split_the_batch(tmp_path: Path) -> None:
-    data = _data(tmp_path)
-    jobs = [make_job(_config(tmp_path, num_workers=workers), data) for workers in (1, 2)]
+    data = synthetic_fit_data(tmp_path)
+    jobs = [make_job(fit_config(tmp_path, num_workers=workers), data) for workers in (1, 2)]
     assert [(job.steps, job.rank_batch) for job in jobs] == [(8, 64), (8, 32)]
     with pytest.raises(ConfigError, match="fewer parts"):
-        make_job(_config(tmp_path, num_workers=PARTS + 1), data)
+        make_job(fit_config(tmp_path, num_workers=PARTS + 1), data)
     with pytest.raises(ConfigError, match="too few training pairs for so many workers"):
-        make_job(_config(tmp_path, num_workers=PARTS), _data(tmp_path / "few", num=10))
+        make_job(fit_config(tmp_path, num_workers=PARTS), synthetic_fit_data(tmp_path / "few", num=10))
 
 
 def test_a_classifier_of_another_shape_is_refused(tmp_path: Path) -> None:
-    data = replace(_data(tmp_path), classifier=(np.zeros((CLASSES, D_OLD), np.float32), None))
+    data = replace(synthetic_fit_data(tmp_path), classifier=(np.zeros((CLASSES, D_OLD), np.float32), None))
     with pytest.raises(DataError, match="classifier does not fit"):
-        make_job(_config(tmp_path), data)
+        make_job(fit_config(tmp_path), data)
 
 
 def test_pairs_that_break_their_contract_are_refused(tmp_path: Path) -> None:
-    data = _data(tmp_path)
+    data = synthetic_fit_data(tmp_path)
     for wrong, message in ((replace(data, num_classes=3), "labels out of range"), (replace(data, d_old=9), "width")):
         with pytest.raises(DataError, match=message):
-            _read(data.train_parts, make_job(_config(tmp_path), wrong))
+            read_pairs(data.train_parts, make_job(fit_config(tmp_path), wrong))
 
 
 def test_a_loss_that_is_not_finite_stops_the_fit(tmp_path: Path) -> None:
-    job = make_job(_config(tmp_path), _data(tmp_path))
-    pairs = _read(job.data.train_parts, job)
-    learner = Learner(job, replace(pairs, new=np.full_like(pairs.new, np.inf)), 0, CPU, _same)
+    job = make_job(fit_config(tmp_path), synthetic_fit_data(tmp_path))
+    pairs = read_pairs(job.data.train_parts, job)
+    learner = Learner(job, replace(pairs, new=np.full_like(pairs.new, np.inf)), 0, CPU, same_network)
     learner.prepare()
     with pytest.raises(DataError, match="not finite"):
         learner.run_epoch()
@@ -285,10 +219,10 @@ def test_a_loss_that_is_not_finite_stops_the_fit(tmp_path: Path) -> None:
 def test_a_transformation_worse_than_the_old_model_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = _config(tmp_path)
-    job = make_job(config, _data(tmp_path))
+    config = fit_config(tmp_path)
+    job = make_job(config, synthetic_fit_data(tmp_path))
     with caplog.at_level(logging.WARNING):
-        info = _measured(config, job, job.network(), _read(job.data.held_out_parts, job))
+        info = _measured(config, job, job.network(), read_pairs(job.data.held_out_parts, job))
     assert not info.better_than_old
     assert "worse than the old model" in caplog.text
     assert re.search(r"\(top1 \d+\.\d, top5 \d+\.\d, map \d+\.\d against top1", caplog.text)
@@ -313,7 +247,11 @@ def test_a_snapshot_cut_short_by_a_crash_is_dropped(tmp_path: Path, caplog: pyte
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_killed_workers_and_a_second_start_change_nothing(tmp_path: Path) -> None:
-    config, run, data = _config(tmp_path, epochs=14, max_failures=1), Run(str(tmp_path / "run")), _data(tmp_path)
+    config, run, data = (
+        fit_config(tmp_path, epochs=14, max_failures=1),
+        Run(str(tmp_path / "run")),
+        synthetic_fit_data(tmp_path),
+    )
     first: list[Epoch] = []
     with pytest.raises(TransientError, match="run the same command again"):
         fit(config, run, data, on_epoch=lambda figures: _kill(figures, first, at=(2, 7)))
@@ -325,7 +263,7 @@ def test_killed_workers_and_a_second_start_change_nothing(tmp_path: Path) -> Non
     assert [figures["epoch"] for figures in first + second] == list(range(14))
     network, stored = load_transformation(run, CPU)
     assert stored == info
-    _assert_same_weights(network, _fit_here(make_job(config, data)))
+    assert_same_weights(network, _fit_here(make_job(config, data)))
     assert not objects.exists(objects.join(run.transformation, "training"))
     assert fit(config, run, data, on_epoch=lambda figures: pytest.fail("fitted again")) == info
 
@@ -334,7 +272,7 @@ def test_killed_workers_and_a_second_start_change_nothing(tmp_path: Path) -> Non
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_workers_fit_as_well_as_one(tmp_path: Path) -> None:
     """Within half a point of area, and within a tenth of the alignment error."""
-    data = _data(tmp_path, num=12_000, hard=True)
+    data = synthetic_fit_data(tmp_path, num=12_000, hard=True)
     settings = {
         "transformation": "fastfill",
         "loss": "alignment+uncertainty",
@@ -343,16 +281,16 @@ def test_two_workers_fit_as_well_as_one(tmp_path: Path) -> None:
         "batch_size": 512,
         "lr": 2e-3,
     }
-    held_out = _read(data.held_out_parts, make_job(_config(tmp_path, **settings), data))
-    alone_job = make_job(_config(tmp_path, **settings), data)
+    held_out = read_pairs(data.held_out_parts, make_job(fit_config(tmp_path, **settings), data))
+    alone_job = make_job(fit_config(tmp_path, **settings), data)
     alone = _fit_here(alone_job)  # what one worker of Ray Train gives to the bit: see the test above
     run = Run(str(tmp_path / "run"))
-    together = fit(_config(tmp_path, num_workers=2, **settings), run, data)
+    together = fit(fit_config(tmp_path, num_workers=2, **settings), run, data)
     areas = {1: _areas(alone, held_out), 2: _areas(load_transformation(run, CPU)[0], held_out)}
     for name in ("top1", "map"):
         assert abs(areas[2][name] - areas[1][name]) <= 0.5, areas
         assert areas[1][f"start {name}"] + 5 < areas[1][name] < areas[1][f"end {name}"] - 5, "else it shows nothing"
-    figures = _measured(_config(tmp_path, **settings), alone_job, alone, held_out)
+    figures = _measured(fit_config(tmp_path, **settings), alone_job, alone, held_out)
     assert together.held_out["alignment"] == pytest.approx(figures.held_out["alignment"], rel=0.1)
     assert together.better_than_old
 
@@ -384,10 +322,10 @@ def test_a_fit_leaves_its_policies_what_they_know(
     tmp_path: Path, mode: LossMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray Train is left out, which takes seconds to start: what comes out of it is the same to the bit."""
-    config, run, data = _config(tmp_path, loss=mode), Run(str(tmp_path / "run")), _data(tmp_path)
+    config, run, data = fit_config(tmp_path, loss=mode), Run(str(tmp_path / "run")), synthetic_fit_data(tmp_path)
 
     def train(config: Config, run: Run, job: Job, on_epoch: object) -> fitting.Fitted:
-        learner = _learner(job)
+        learner = make_learner(job)
         learner.run_epoch()
         return learner.network, learner.classifier
 
@@ -395,7 +333,7 @@ def test_a_fit_leaves_its_policies_what_they_know(
     fit(config, run, data)
     known = load_policy_inputs(run)
     assert known is not None
-    held_out = _read(data.held_out_parts, make_job(config, data))
+    held_out = read_pairs(data.held_out_parts, make_job(config, data))
     assert np.array_equal(known.old, held_out.old)
     assert known.model is not None
     assert (known.classifier_weight is not None) == (mode == "fastfill")
@@ -403,12 +341,12 @@ def test_a_fit_leaves_its_policies_what_they_know(
 
 def test_a_fit_uses_that_of_another_driver_which_was_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On another processor the other driver's weights have other last bits; here it has fitted for longer."""
-    config, run, data = _config(tmp_path), Run(str(tmp_path / "run")), _data(tmp_path)
+    config, run, data = fit_config(tmp_path), Run(str(tmp_path / "run")), synthetic_fit_data(tmp_path)
     drivers: list[TransformationInfo] = []
     networks: list[Transformation] = []
 
     def train(config: Config, run: Run, job: Job, on_epoch: object) -> fitting.Fitted:
-        learner = _learner(job)
+        learner = make_learner(job)
         learner.run_epoch()
         networks.append(learner.network)
         if len(networks) == 1:
@@ -421,6 +359,6 @@ def test_a_fit_uses_that_of_another_driver_which_was_faster(tmp_path: Path, monk
     assert [fit(config, run, data)] == drivers
     network, info = load_transformation(run, CPU)
     assert info == drivers[0]
-    _assert_same_weights(network, networks[1])
+    assert_same_weights(network, networks[1])
     with pytest.raises(AssertionError):
-        _assert_same_weights(network, networks[0])
+        assert_same_weights(network, networks[0])

@@ -21,10 +21,9 @@ from pipeline.evaluation.probe_set import gather, load
 from pipeline.planning.selection import Selection, TrialResult
 from pipeline.sampling.probe_draw import draw
 from pipeline.storage import documents, objects
-from tests.support.planned_run import HELD_OUT, labels_of, pairs_of, planned, write_pairs
+from tests.support.planned_run import HELD_OUT, config_of, labels_of, pairs_of, planned, write_pairs
 from tests.support.sample import put_sample
 from tests.support.synthetic_run import known
-from tests.training.simulation.test_held_out import config_of
 from training.forecast import Labelled, Outlook, _own, curves_by_fold, ends_of, expected_curve
 from training.simulation.folds import by_chance
 from training.simulation.held_out import FOLDS, fold_places, priorities

@@ -10,15 +10,15 @@ import pytest
 from pipeline.models.calibration import read_calibration
 from pipeline.models.transformation import read_info
 from pipeline.run import Run
-from tests.training.test_fit import _config, _data
+from tests.support.pairs import fit_config, synthetic_fit_data
 from training.fit import fit
 
 
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_fit_of_linear_keeps_a_calibration_that_stretches_shrunk_vectors(tmp_path: Path, metric: str) -> None:
-    config, run = _config(tmp_path, metric=metric, transformation="linear"), Run(str(tmp_path / "run"))
-    fit(config, run, _data(tmp_path))
+    config, run = fit_config(tmp_path, metric=metric, transformation="linear"), Run(str(tmp_path / "run"))
+    fit(config, run, synthetic_fit_data(tmp_path))
     found = read_calibration(run)
     assert found is not None
     far = len(found.observed) // 2  # ridge shrinks z towards the mean, so the middle of all distances is too small
@@ -29,15 +29,15 @@ def test_fit_of_linear_keeps_a_calibration_that_stretches_shrunk_vectors(tmp_pat
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_fit_without_calibrate_keeps_no_calibration(tmp_path: Path) -> None:
-    config, run = _config(tmp_path, transformation="linear", calibrate=False), Run(str(tmp_path / "run"))
-    fit(config, run, _data(tmp_path))
+    config, run = fit_config(tmp_path, transformation="linear", calibrate=False), Run(str(tmp_path / "run"))
+    fit(config, run, synthetic_fit_data(tmp_path))
     assert read_calibration(run) is None
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_fit_that_is_as_good_as_the_old_model_names_no_number_of_pairs(tmp_path: Path) -> None:
-    config, run = _config(tmp_path, transformation="linear"), Run(str(tmp_path / "run"))
-    info = fit(config, run, _data(tmp_path))
+    config, run = fit_config(tmp_path, transformation="linear"), Run(str(tmp_path / "run"))
+    info = fit(config, run, synthetic_fit_data(tmp_path))
     assert read_info(run) == info
     if info.better_than_old:
         assert info.pairs_to_pass_old is None

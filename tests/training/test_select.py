@@ -23,7 +23,7 @@ from pipeline.planning.policy_inputs import load_policy_inputs
 from pipeline.planning.selection import Selection, TrialResult, read_selection, resolve_policy
 from pipeline.run import Run
 from pipeline.storage import objects, parquet
-from tests.training.test_fit import D_NEW, _data
+from tests.support.pairs import D_NEW, synthetic_fit_data
 from training import select as selecting
 from training.fit import fit
 from training.fitting.learner import FitData, PairArrays
@@ -72,7 +72,7 @@ def silent(what: str, done: int, total: int) -> None:
 def test_two_selections_are_the_same_and_a_kept_fit_is_not_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, config = _data(tmp_path, hard=True), config_of(tmp_path)
+    data, config = synthetic_fit_data(tmp_path, hard=True), config_of(tmp_path)
     run, told = Run(config.run), []
     first = select(config, run, data, lambda *words: told.append(words))
     times = {uri: objects.stat(uri).modified_seconds for uri in objects.list_files(run.path(FOLDER), ".safetensors")}
@@ -100,7 +100,7 @@ def test_the_fit_takes_what_was_selected_and_the_plan_its_policy(tmp_path: Path)
         config_of(tmp_path, policies=["uncertainty"], losses=["alignment+uncertainty"]),
         Run(str(tmp_path / "run")),
     )
-    fit(config, run, _data(tmp_path))
+    fit(config, run, synthetic_fit_data(tmp_path))
     found = read_selection(run)
     assert found is not None
     assert read_info(run).loss == found.chosen.loss == "alignment+uncertainty"
@@ -109,7 +109,7 @@ def test_the_fit_takes_what_was_selected_and_the_plan_its_policy(tmp_path: Path)
 
 
 def test_a_policy_that_was_not_selected_is_named_as_missing(tmp_path: Path) -> None:
-    from tests.pipeline.evaluation.test_gate import fitted
+    from tests.support.transformations import fitted
 
     with pytest.raises(ConfigError, match="nothing was selected"):
         resolve_policy(fitted(tmp_path, True), "selected")
@@ -118,7 +118,7 @@ def test_a_policy_that_was_not_selected_is_named_as_missing(tmp_path: Path) -> N
 @pytest.mark.usefixtures("ray_cluster")
 def test_without_labels_it_goes_by_what_the_new_model_would_find(tmp_path: Path) -> None:
     config = config_of(tmp_path, policies=["random", "uncertainty"])
-    found = select(config, Run(config.run), _data(tmp_path, labelled=False), silent)
+    found = select(config, Run(config.run), synthetic_fit_data(tmp_path, labelled=False), silent)
     assert found.metrics == ("recall10",)
     assert found.chosen.loss == "alignment+uncertainty"
     assert all(curve[-1] == 100 for curve in found.curves["recall10"])
@@ -138,7 +138,7 @@ def probed(monkeypatch: pytest.MonkeyPatch, table: pa.Table) -> None:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_probe_set_is_measured_in_place_of_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = _data(tmp_path, hard=True)
+    data = synthetic_fit_data(tmp_path, hard=True)
     sample = sample_of(data, 201)
     probed(monkeypatch, sample)
     one = {"policies": ["uncertainty"], "losses": ["alignment+uncertainty"], "offsets": ["none"]}
@@ -175,7 +175,7 @@ def test_the_probe_set_is_measured_in_place_of_pairs(tmp_path: Path, monkeypatch
 def test_a_probe_set_that_is_too_small_to_choose_by_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, found: int
 ) -> None:
-    data, config = _data(tmp_path), config_of(tmp_path, measured_on="probe")
+    data, config = synthetic_fit_data(tmp_path), config_of(tmp_path, measured_on="probe")
     if count:
         probed(monkeypatch, sample_of(data, count))
     with pytest.raises(ConfigError, match="too small to choose by") as error:
@@ -184,8 +184,11 @@ def test_a_probe_set_that_is_too_small_to_choose_by_is_refused(
 
 
 def test_what_is_measured_says_by_which_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, config = _data(tmp_path, labelled=False), config_of(tmp_path, measured_on="probe", metrics=["recall10"])
-    probed(monkeypatch, sample_of(_data(tmp_path / "labelled"), 300))
+    data, config = (
+        synthetic_fit_data(tmp_path, labelled=False),
+        config_of(tmp_path, measured_on="probe", metrics=["recall10"]),
+    )
+    probed(monkeypatch, sample_of(synthetic_fit_data(tmp_path / "labelled"), 300))
     with pytest.raises(ConfigError, match="measured by them"):
         select(config, Run(config.run), data, silent)
 
@@ -193,7 +196,7 @@ def test_what_is_measured_says_by_which_metrics(tmp_path: Path, monkeypatch: pyt
 def test_of_a_partly_labelled_probe_set_the_labelled_images_are_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, config = _data(tmp_path), config_of(tmp_path, measured_on="probe")
+    data, config = synthetic_fit_data(tmp_path), config_of(tmp_path, measured_on="probe")
     table = sample_of(data, 400)
     names = [name if row % 3 else None for row, name in enumerate(table["label"].to_pylist())]
     probed(monkeypatch, table.set_column(1, "label", pa.array(names)))
@@ -265,7 +268,7 @@ def test_a_selection_of_version_0_1_is_read() -> None:
 def test_the_fit_keeps_the_classifier_of_a_selected_order(tmp_path: Path) -> None:
     label_free = {"losses": ["alignment+uncertainty"], "offsets": ["none"]}
     config, run = config_of(tmp_path, **label_free, policies=["entropy"]), Run(str(tmp_path / "run"))
-    data = _data(tmp_path)
+    data = synthetic_fit_data(tmp_path)
     assert data.classifier is None
     fit(config, run, data)
     known = load_policy_inputs(run)
@@ -283,7 +286,7 @@ def test_what_cannot_be_chosen_is_refused_before_anything_is_fitted(
 ) -> None:
     config = config_of(tmp_path, **settings)
     with pytest.raises(ConfigError, match=says):
-        select(config, Run(config.run), _data(tmp_path), silent)
+        select(config, Run(config.run), synthetic_fit_data(tmp_path), silent)
 
 
 @pytest.mark.parametrize("settings", [{"policies": ["entropi"]}, {"losses": []}, {"strengths": []}, {"metrics": []}])
@@ -320,7 +323,7 @@ def test_a_fold_is_scored_with_the_classifier_that_has_not_seen_it(tmp_path: Pat
 def test_losses_that_all_need_labels_are_refused_without_any(tmp_path: Path) -> None:
     config = config_of(tmp_path, losses=["fastfill"])
     with pytest.raises(ConfigError, match="needs labels"):
-        select(config, Run(config.run), _data(tmp_path, labelled=False), silent)
+        select(config, Run(config.run), synthetic_fit_data(tmp_path, labelled=False), silent)
 
 
 def test_what_is_measured_was_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,7 +338,7 @@ def test_what_is_measured_was_not_trained_on(tmp_path: Path, monkeypatch: pytest
         raise Stop
 
     monkeypatch.setattr(folds, "fit_alone", look)
-    config, data, parts = config_of(tmp_path), _data(tmp_path), _parts(_data(tmp_path))
+    config, data, parts = config_of(tmp_path), synthetic_fit_data(tmp_path), _parts(synthetic_fit_data(tmp_path))
     for fold in range(2):
         with pytest.raises(Stop):
             folds._fit_fold(config, data, parts, RECIPE, fold, str(tmp_path / "none"))
@@ -348,7 +351,7 @@ def test_what_is_measured_was_not_trained_on(tmp_path: Path, monkeypatch: pytest
 
 def test_of_a_large_fold_a_chance_sample_is_measured_not_the_first_labels(tmp_path: Path) -> None:
     """Pairs whose index follows their labels, as a training set in folders by class has it."""
-    config, data = config_of(tmp_path), _data(tmp_path)
+    config, data = config_of(tmp_path), synthetic_fit_data(tmp_path)
     table = _parts(data).table.sort_by("label")
     table = table.set_column(0, "index", pa.array(np.arange(table.num_rows)))
     parts = folds.Split(table, np.zeros(table.num_rows, np.int64), None)
@@ -366,7 +369,7 @@ def _parts(data: FitData) -> folds.Split:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_select_with_no_time_left_takes_the_simplest_and_names_what_it_left_out(tmp_path: Path) -> None:
-    data = _data(tmp_path)
+    data = synthetic_fit_data(tmp_path)
     settings = {"transformations": ["linear", "residual", "fastfill"], "losses": ["fastfill"], "offsets": ["none"]}
     config = config_of(tmp_path, **settings, policies=["random"], minutes=1e-9)
     found = select(config, Run(config.run), data, silent)
@@ -402,7 +405,7 @@ def linear_data(folder: Path, num: int = 600) -> FitData:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_fits_that_take_longer_than_they_are_given_are_stopped(tmp_path: Path) -> None:
-    data = _data(tmp_path)
+    data = synthetic_fit_data(tmp_path)
     config = config_of(tmp_path)
     config = config.model_copy(update={"fit": config.fit.model_copy(update={"epochs": 10**6})})
     recipe = Recipe("fastfill", 0.1, 16, 10**6)
@@ -455,6 +458,6 @@ def test_a_classifier_that_does_not_fit_is_refused_before_anything_is_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("training.fit.select", None)
-    data = replace(_data(tmp_path), classifier=(np.zeros((1, D_NEW), np.float32), None))
+    data = replace(synthetic_fit_data(tmp_path), classifier=(np.zeros((1, D_NEW), np.float32), None))
     with pytest.raises(FastfillError, match="the classifier does not fit the pairs"):
         fit(config_of(tmp_path), Run(str(tmp_path / "run")), data)

@@ -14,7 +14,7 @@ from jobs.upkeep import gc
 from pipeline.index.tags import list_commits
 from pipeline.storage import objects
 from pipeline.storage.settings import StorageSettings
-from tests.pipeline.index.test_gc import LAST, make
+from tests.support.published_run import LAST, published_run
 
 
 class Config:
@@ -26,7 +26,7 @@ class Config:
 
 @pytest.fixture
 def run_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    whole = make(tmp_path)
+    whole = published_run(tmp_path)
 
     def load(*_: object) -> Config:
         objects.configure(StorageSettings())

@@ -10,36 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.arrays import Float32
 from pipeline.backfill.stop import Condition, Stop
 from pipeline.errors import GateRefused
 from pipeline.evaluation import quality
 from pipeline.index import commits, tags
-from pipeline.index.codebook import Codebook
-from pipeline.index.segment import Segment, decode_segment
 from pipeline.planning.plan import read_transformed
 from pipeline.reporting.audit import audit
-from pipeline.run import Run
 from pipeline.serving.searcher import Searcher
 from pipeline.storage import parquet
-from tests.support.planned_backfill import REJECTED, WAVES, Scene, backfill_in_process, begin
+from tests.support.planned_backfill import REJECTED, WAVES, Scene, backfill_in_process, begin, served_vectors
 
 
 @pytest.fixture(autouse=True)
 def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     backfill_in_process(monkeypatch)
-
-
-def vectors(run: Run, number: int) -> dict[int, Float32]:
-    """What a commit serves, by id."""
-    commit = commits.read_commit(run, number)
-    codebook = Codebook.open(run, commit.codebook_path, commit.codebook_sha256)
-    found: dict[int, Float32] = {}
-    for ref in commit.segments:
-        ids, values = decode_segment(codebook, Segment.open(run, codebook, ref))
-        assert not found.keys() & set(ids.tolist())
-        found |= dict(zip(ids.tolist(), values, strict=True))
-    return found
 
 
 def test_backfill_embeds_each_image_once_and_every_commit_holds_the_gallery_once(tmp_path: Path) -> None:
@@ -49,7 +33,7 @@ def test_backfill_embeds_each_image_once_and_every_commit_holds_the_gallery_once
     assert scene.encoder.asked == dict.fromkeys(ids, 1)
     assert tags.list_commits(scene.run) == list(range(WAVES + 1))
     for number in range(WAVES + 1):
-        assert vectors(scene.run, number).keys() == ids
+        assert served_vectors(scene.run, number).keys() == ids
         counts = commits.read_commit(scene.run, number).counts
         assert counts.embedded + counts.rejected == sum(wave.images for wave in scene.plan.waves[:number])
     report = audit(scene.run.uri)
@@ -94,7 +78,7 @@ def test_backfill_measures_the_probe_set_as_exact_search_in_the_commit_does(tmp_
         done = [(wave, len(_members(scene, wave) & _embedded(probe))) for wave in range(1, measured.commit + 1)]
         assert [(wave, count) for wave, _, count in measured.own] == [item for item in done if item[1]]
         assert measured.figures.get("own", 100) == 100
-        held = vectors(scene.run, measured.commit)
+        held = served_vectors(scene.run, measured.commit)
         gallery = np.stack([held[id] for id in images.ids.tolist()])
         distances = np.square(distances_of - gallery[None]).sum(axis=2)
         distances[np.arange(len(rows)), rows] = np.inf

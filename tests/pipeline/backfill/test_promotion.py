@@ -26,7 +26,7 @@ from pipeline.planning.plan import read_plan
 from pipeline.run import Run
 from pipeline.sampling.probe_draw import draw
 from pipeline.storage import objects, parquet
-from tests.support.synthetic_run import Known, Options, known, make_run
+from tests.support.synthetic_run import Known, Options, known, make_run, storage_waves
 
 LAST = 4
 
@@ -151,13 +151,6 @@ def test_every_figure_is_that_of_exact_search_over_what_the_commit_holds(tmp_pat
         nearest = labels[np.argsort(distances, axis=1, kind="stable")[:, :10]] == labels[probe][:, None]
         assert measured.figures["top1"] == pytest.approx(100 * nearest[:, 0].mean())
         assert measured.figures["top5"] == pytest.approx(100 * nearest[:, :5].any(axis=1).mean())
-
-
-def storage_waves(run: Run) -> np.ndarray[Any, Any]:
-    """The wave of each image, by ascending id."""
-    tables = [parquet.read_parquet(uri, ["id", "wave"]) for uri in objects.list_files(run.path("transformed"))]
-    ids, waves = (np.concatenate([table[name].to_numpy() for table in tables]) for name in ("id", "wave"))
-    return np.asarray(waves[np.argsort(ids)])
 
 
 @pytest.mark.parametrize("labelled", [True, False])

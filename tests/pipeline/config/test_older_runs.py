@@ -14,7 +14,7 @@ from pipeline.config.tree import Config
 from pipeline.errors import IncompatibleRun
 from pipeline.run import Run
 from pipeline.storage import documents, objects
-from tests.pipeline.test_run import begin, config, finish
+from tests.support.run_settings import begin, config, finish
 
 
 def begin_before_later_settings(item: Config) -> Run:

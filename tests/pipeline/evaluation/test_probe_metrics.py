@@ -25,10 +25,10 @@ from pipeline.planning.plan import read_plan
 from pipeline.run import Run
 from pipeline.sampling.probe_draw import draw
 from pipeline.storage.documents import from_json, to_json
-from tests.pipeline.backfill.test_promotion import LAST, storage_waves
 from tests.support.sample import put_sample
-from tests.support.synthetic_run import Known, Options, known, make_run
+from tests.support.synthetic_run import Known, Options, known, make_run, storage_waves
 
+LAST = 4
 OPTIONS = Options(waves=LAST, new_in_manifest=True)
 
 

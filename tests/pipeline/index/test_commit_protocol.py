@@ -26,7 +26,7 @@ from pipeline.storage import objects, retry
 from pipeline.storage.documents import from_json
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.retry import Retry
-from tests.pipeline.index.test_tags import OTHER, PROCESSOR, SALTS, SAME, draft
+from tests.support.commit_drafts import OTHER, PROCESSOR, SALTS, SAME, draft
 from tests.support.unreliable_store import FakeTime, Fault, Program, UnreliableStore
 
 WAVES = 3

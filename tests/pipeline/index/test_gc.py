@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import shutil
 import subprocess
@@ -10,10 +9,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -33,37 +30,13 @@ from pipeline.run import Run
 from pipeline.serving.searcher import Searcher
 from pipeline.storage import objects
 from pipeline.storage.documents import to_json
-from tests.pipeline.index.test_tags import draft
-from tests.support.interleave import CHANGES, Turns
+from tests.support.commit_drafts import draft
+from tests.support.interleave import Turns
+from tests.support.published_run import LAST, WAVES, Crash, dying, published_run, template, upload
 from tests.support.seaweed import READONLY, SeaweedFS
 from tests.support.whole_run import DIM, WholeRun
 
-WAVES, LAST = 5, 4
 NOW = Rules(keep=1, grace_seconds=0)  # as if everything were old
-
-
-def make(tmp_path: Path) -> WholeRun:
-    """Waves 1 to 4 of 5 are published; prod serves commit 4 and served 1 before."""
-    return template().copy_to(tmp_path / "run")
-
-
-@cache
-def template() -> WholeRun:
-    whole = WholeRun(Run(tempfile.mkdtemp()), num=100, num_waves=WAVES).write_inputs()
-    whole.publish(LAST)
-    tags.promote(whole.run, 1, blockers=[])
-    tags.promote(whole.run, LAST, blockers=[])
-    atexit.register(shutil.rmtree, whole.run.uri)
-    return whole
-
-
-def upload(whole: WholeRun, uri: str) -> WholeRun:
-    """The same run in an object store."""
-    other = whole.copy_to(Path(tempfile.mkdtemp(dir=whole.run.uri)))  # for its references
-    other.run = Run(uri)
-    for path in objects.list_files(whole.run.uri):
-        objects.put(uri + path.removeprefix(whole.run.uri), objects.read_bytes(path))
-    return other
 
 
 def paths(run: Run, folder: str = "index") -> set[str]:
@@ -94,7 +67,7 @@ def assert_whole(whole: WholeRun) -> None:
 
 
 def test_what_tags_rules_and_leases_name_stays_and_the_rest_goes(tmp_path: Path) -> None:
-    whole = make(tmp_path)
+    whole = published_run(tmp_path)
     before = paths(whole.run, "")
     with Searcher(whole.run.uri, commit=2):
         found = collect_garbage(whole.run.uri, NOW)
@@ -117,7 +90,7 @@ def test_what_tags_rules_and_leases_name_stays_and_the_rest_goes(tmp_path: Path)
 
 
 def test_a_dry_run_tells_and_changes_nothing(tmp_path: Path) -> None:
-    whole = make(tmp_path)
+    whole = published_run(tmp_path)
     before = paths(whole.run, "")
     told = collect_garbage(whole.run.uri, NOW, dry_run=True)
     assert paths(whole.run, "") == before
@@ -126,7 +99,7 @@ def test_a_dry_run_tells_and_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_the_defaults_keep_three_commits_and_what_was_the_latest_within_the_hour(tmp_path: Path) -> None:
-    whole = make(tmp_path)
+    whole = published_run(tmp_path)
     assert collect_garbage(whole.run.uri).commits == []
     assert collect_garbage(whole.run.uri, Rules(grace_seconds=0)).commits == [0]
     for rules in ({"keep": 0}, {"grace_seconds": -1.0}, {"grace_seconds": float("nan")}):
@@ -135,7 +108,7 @@ def test_the_defaults_keep_three_commits_and_what_was_the_latest_within_the_hour
 
 
 def test_the_grace_time_counts_from_when_the_next_commit_was_created(tmp_path: Path) -> None:
-    whole = make(tmp_path)
+    whole = published_run(tmp_path)
     for number in range(LAST + 1):
         hours = LAST - number
         os.utime(whole.run.commit(number), (time.time() - 3600 * hours - 60,) * 2)
@@ -145,7 +118,7 @@ def test_the_grace_time_counts_from_when_the_next_commit_was_created(tmp_path: P
 
 
 def test_nothing_goes_before_something_is_promoted(tmp_path: Path) -> None:
-    whole = make(tmp_path)
+    whole = published_run(tmp_path)
     Path(whole.run.tag("prod")).unlink()
     found = collect_garbage(whole.run.uri, NOW)
     assert found.commits == []
@@ -155,7 +128,7 @@ def test_nothing_goes_before_something_is_promoted(tmp_path: Path) -> None:
 def test_a_run_without_commits_and_one_with_lost_ones(tmp_path: Path) -> None:
     empty = Run(str(tmp_path / "empty"))
     assert collect_garbage(empty.uri, NOW) == Collection(False, [], {}, 0, 0, 0, 0)
-    whole = make(tmp_path)
+    whole = published_run(tmp_path)
     before = segments(whole.run)
     Path(whole.run.commit(2)).unlink()
     with pytest.raises(DataError, match="no such commit"):
@@ -164,7 +137,7 @@ def test_a_run_without_commits_and_one_with_lost_ones(tmp_path: Path) -> None:
 
 
 def test_a_removed_commit_is_refused_by_everyone_and_told_from_a_lost_one(tmp_path: Path) -> None:
-    whole = make(tmp_path)
+    whole = published_run(tmp_path)
     collect_garbage(whole.run.uri, NOW)
     for ask in (
         lambda: rollback(whole.run, to=3),
@@ -186,7 +159,7 @@ def test_a_removed_commit_is_refused_by_everyone_and_told_from_a_lost_one(tmp_pa
 
 
 def test_the_backfill_goes_on_after_gc_and_adopts_what_is_not_announced(tmp_path: Path) -> None:
-    whole = make(tmp_path)
+    whole = published_run(tmp_path)
     orphan = replace(whole.draft(WAVES), attempt_id="dead", epoch=1)
     objects.put_if_absent(whole.run.commit(WAVES), tags.to_json(orphan))
     found = collect_garbage(whole.run.uri, NOW)
@@ -204,7 +177,7 @@ def stray(run: Run, age_seconds: float) -> Path:
 
 
 def test_files_without_a_commit_stay_until_nobody_can_need_them(tmp_path: Path) -> None:
-    whole = make(tmp_path)
+    whole = published_run(tmp_path)
     old = stray(whole.run, age_seconds=10**6)
     foreign = Path(whole.run.path("index", "segments", "README"))
     foreign.write_text("not ours")
@@ -222,7 +195,7 @@ def test_files_without_a_commit_stay_until_nobody_can_need_them(tmp_path: Path) 
 
 
 def test_expired_leases_and_leftovers_go(tmp_path: Path) -> None:
-    whole = make(tmp_path)
+    whole = published_run(tmp_path)
     live, expired = retention.Lease(whole.run, 2), retention.Lease(whole.run, 3)
     damaged = Path(whole.run.path("index", "leases", "x.json"))
     damaged.write_bytes(b"{")
@@ -271,7 +244,7 @@ def test_a_lease_lives_as_long_as_its_reader_and_no_longer(tmp_path: Path) -> No
 
 
 def test_a_searcher_moves_its_lease_and_lets_go(tmp_path: Path) -> None:
-    whole = make(tmp_path)
+    whole = published_run(tmp_path)
 
     def pinned() -> set[int]:
         return retention.find_leases(whole.run, time.time())[0]
@@ -296,7 +269,7 @@ def test_a_searcher_moves_its_lease_and_lets_go(tmp_path: Path) -> None:
 def test_a_reader_without_a_lease_follows_the_tag_when_gc_is_faster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = make(tmp_path)
+    whole = published_run(tmp_path)
     rollback(whole.run)
 
     def forbidden(*_: object) -> None:
@@ -319,40 +292,12 @@ def test_a_reader_without_a_lease_follows_the_tag_when_gc_is_faster(
     assert done == [1]
 
 
-class Crash(BaseException):
-    """The process is gone; nothing may catch it."""
-
-
-@contextmanager
-def dying(patch: pytest.MonkeyPatch, survived: int) -> Iterator[None]:
-    """The process ends in its first change of storage after `survived` ones; a deletion is half done then."""
-    left = [survived]
-
-    def dies(name: str, real: Callable[..., object]) -> Callable[..., object]:
-        def call(*arguments: object) -> object:
-            if left[0] == 0:
-                if name == "delete_files":
-                    uris = arguments[0]
-                    assert isinstance(uris, list)
-                    real(uris[: len(uris) // 2])
-                raise Crash
-            left[0] -= 1
-            return real(*arguments)
-
-        return call
-
-    with patch.context() as context:
-        for name in CHANGES:
-            context.setattr(objects, name, dies(name, getattr(objects, name)))
-        yield
-
-
 def test_gc_may_die_anywhere_and_the_next_one_finishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = make(tmp_path / "undisturbed")
+    expected = published_run(tmp_path / "undisturbed")
     collect_garbage(expected.run.uri, NOW)
     steps = 0
     while True:
-        whole = make(tmp_path / str(steps))
+        whole = published_run(tmp_path / str(steps))
         with dying(monkeypatch, steps):
             try:
                 collect_garbage(whole.run.uri, NOW)
@@ -371,7 +316,7 @@ def test_gc_may_die_anywhere_and_the_next_one_finishes(tmp_path: Path, monkeypat
 
 
 def test_a_removal_that_a_dead_gc_announced_does_not_block(tmp_path: Path) -> None:
-    whole = make(tmp_path)
+    whole = published_run(tmp_path)
     retention.change(whole.run, lambda now: replace(now, announced=(0, 2, 3)))
     assert list_commits(whole.run) == list(range(LAST + 1))
     with Searcher(whole.run.uri, commit=2):
@@ -384,7 +329,7 @@ def test_a_removal_that_a_dead_gc_announced_does_not_block(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("damage", [b"{}", b"", to_json(Removals(confirmed=(99,)))[:-9]])
 def test_a_damaged_record_is_named_and_stops_gc(tmp_path: Path, damage: bytes) -> None:
-    whole = make(tmp_path)
+    whole = published_run(tmp_path)
     collect_garbage(whole.run.uri, NOW)
     Path(whole.run.collected).write_bytes(damage)
     with pytest.raises(DataError, match=whole.run.collected):
@@ -592,6 +537,6 @@ def test_readers_hold_their_snapshot_while_gc_and_publishers_run(tmp_path: Path)
 
 
 def test_the_decision_is_pure(tmp_path: Path) -> None:
-    view = gc._look(make(tmp_path).run, Removals())
+    view = gc._look(published_run(tmp_path).run, Removals())
     kept = gc.needed(view, NOW, now_seconds=1e12, pins={LAST: ["prod"]})
     assert kept == {LAST: ["prod", "among the last 1"]}

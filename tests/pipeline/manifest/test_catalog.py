@@ -24,8 +24,8 @@ from pipeline.manifest.catalog import Catalog, build_manifest
 from pipeline.manifest.normalised import scan
 from pipeline.manifest.splits import Options
 from pipeline.storage import objects, parquet
-from tests.pipeline.manifest.test_scan_tars import pack
 from tests.support.galleries import digits
+from tests.support.tars import pack
 
 OPTIONS = Options(suffixes=(".png",))
 IMAGES = {

@@ -18,20 +18,9 @@ from pipeline.manifest.scan_tars import index_tar
 from pipeline.manifest.splits import Options, SourceSplit, SplitResult, SplitWriter
 from pipeline.storage import objects, parquet
 from pipeline.storage.retry import COUNTS
+from tests.support.tars import pack
 
 OPTIONS = Options(suffixes=(".jpg", ".png"))
-Members = list[tuple[str, bytes]]
-
-
-def pack(members: Members, kind: int = tarfile.PAX_FORMAT) -> bytes:
-    """A tar of regular files."""
-    sink = io.BytesIO()
-    with tarfile.open(fileobj=sink, mode="w", format=kind) as archive:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return sink.getvalue()
 
 
 def index(

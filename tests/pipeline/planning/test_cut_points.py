@@ -13,7 +13,7 @@ from pipeline.hashing import splitmix64
 from pipeline.planning import cut_points
 from pipeline.planning.build import find_cuts
 from pipeline.planning.cut_points import NUM_DIGITS, CutSearch
-from tests.pipeline.test_schema import unmix
+from tests.support.hashes import unmix
 
 ODD = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.finfo(np.float32).tiny, 1e-45, -1e-45, 3.4e38, -3.4e38]
 anything = st.one_of(st.sampled_from(ODD), st.floats(width=32, allow_nan=False), st.integers(0, 2).map(float))

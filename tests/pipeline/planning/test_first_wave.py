@@ -24,8 +24,7 @@ from pipeline.reporting.status import read_status
 from pipeline.run import GALLERY_PAIRS, Run
 from pipeline.sampling.pair_sample import embedded_ids
 from pipeline.storage import objects, parquet
-from tests.pipeline.backfill.test_driver import vectors
-from tests.support.planned_backfill import REJECTED, WAVES, Scene, backfill_in_process, begin
+from tests.support.planned_backfill import REJECTED, WAVES, Scene, backfill_in_process, begin, served_vectors
 
 SAMPLED = 90  # three units
 GIVEN = pytest.mark.parametrize("given", [True, False], ids=["given", "computed"])
@@ -63,7 +62,7 @@ def test_backfill_embeds_every_image_once_and_ends_with_all_embeddings(given: bo
     if not given:
         assert twice, "some image of the sample is rejected, and again in its wave"
         assert {scene.encoder.asked[id] for id in twice} == {2}
-    served, expected = vectors(scene.run, WAVES), embedding_of(scene)
+    served, expected = served_vectors(scene.run, WAVES), embedding_of(scene)
     assert served.keys() == ids
     good = {id for id in ids if id % REJECTED} | known
     assert all(np.array_equal(served[id], expected[id]) for id in good)
@@ -82,7 +81,7 @@ def test_every_commit_from_the_first_on_holds_the_pairs_embedded(given: bool, tm
         commit = commits.read_commit(scene.run, number)
         done = sum(wave.images for wave in scene.plan.waves if wave.wave <= number)
         assert commit.counts.embedded + commit.counts.rejected == done
-        served = vectors(scene.run, number)
+        served = served_vectors(scene.run, number)
         assert all(np.array_equal(served[id], expected[id]) for id in known)
     assert commits.read_commit(scene.run, 0).counts.embedded == len(known)
 

@@ -24,7 +24,7 @@ from pipeline.run import Run
 from pipeline.serving.export import export
 from pipeline.serving.searcher import Searcher
 from pipeline.storage import objects
-from tests.pipeline.index.test_gc import Crash, dying, upload
+from tests.support.published_run import Crash, dying, upload
 from tests.support.whole_run import DIM, WholeRun
 
 FACTORIES = ["Flat", "IVF4,Flat", "IVF4,SQ8", "OPQ4_8,IVF4,PQ4x4", "IVF4_HNSW8,Flat"]

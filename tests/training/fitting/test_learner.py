@@ -12,16 +12,16 @@ import torch
 from pipeline.config.method import TransformationKind
 from pipeline.config.tree import Config
 from pipeline.models.networks import LinearTransformation
-from tests.training.test_fit import (
+from tests.support.pairs import (
     CPU,
     D_NEW,
     D_OLD,
-    _assert_same_weights,
-    _config,
-    _data,
-    _learner,
-    _read,
-    _same,
+    assert_same_weights,
+    fit_config,
+    make_learner,
+    read_pairs,
+    same_network,
+    synthetic_fit_data,
 )
 from training.fit import make_job
 from training.fitting.held_out_metrics import transform
@@ -47,52 +47,54 @@ from training.simulation.trials import Recipe
 def test_a_batch_is_an_eighth_of_the_pairs_at_most_and_two_at_least(
     tmp_path: Path, settings: dict[str, object], num: int, batch: int
 ) -> None:
-    job = make_job(_config(tmp_path, **settings), _data(tmp_path, num))
+    job = make_job(fit_config(tmp_path, **settings), synthetic_fit_data(tmp_path, num))
     assert job.rank_batch == batch
     assert job.steps >= 6
 
 
 def test_without_epochs_few_pairs_get_all_steps_in_eighty_epochs(tmp_path: Path) -> None:
-    job = make_job(_config(tmp_path, epochs=None, steps=1000, batch_size=1024), _data(tmp_path, num=100))
+    job = make_job(
+        fit_config(tmp_path, epochs=None, steps=1000, batch_size=1024), synthetic_fit_data(tmp_path, num=100)
+    )
     assert job.fit.num_epochs == 80
     assert [step for epoch in range(80) for step in job.steps_of(epoch)] == list(range(1000))
-    assert make_job(_config(tmp_path, epochs=None), _data(tmp_path)).fit.steps == 4000
+    assert make_job(fit_config(tmp_path, epochs=None), synthetic_fit_data(tmp_path)).fit.steps == 4000
 
 
 def test_with_epochs_each_is_a_pass_over_the_pairs(tmp_path: Path) -> None:
-    job = make_job(_config(tmp_path, epochs=3, steps=1000), _data(tmp_path))
+    job = make_job(fit_config(tmp_path, epochs=3, steps=1000), synthetic_fit_data(tmp_path))
     assert [list(job.steps_of(epoch)) for epoch in range(job.fit.num_epochs)] == [
         list(range(start, start + 8)) for start in (0, 8, 16)
     ]
 
 
 def test_fewer_steps_than_epochs_are_one_each(tmp_path: Path) -> None:
-    job = make_job(_config(tmp_path, epochs=None, steps=3), _data(tmp_path))
+    job = make_job(fit_config(tmp_path, epochs=None, steps=3), synthetic_fit_data(tmp_path))
     assert [list(job.steps_of(epoch)) for epoch in range(job.fit.num_epochs)] == [[0], [1], [2]]
 
 
 def test_by_steps_the_learning_rate_is_that_of_the_paper(tmp_path: Path) -> None:
-    data = _data(tmp_path)
-    by_steps = make_job(_config(tmp_path, epochs=None, warmup_epochs=5), data)
-    by_epochs = make_job(_config(tmp_path, epochs=80, warmup_epochs=5), data)
+    data = synthetic_fit_data(tmp_path)
+    by_steps = make_job(fit_config(tmp_path, epochs=None, warmup_epochs=5), data)
+    by_epochs = make_job(fit_config(tmp_path, epochs=80, warmup_epochs=5), data)
     assert [by_steps.lr(epoch) for epoch in range(80)] == [by_epochs.lr(epoch) for epoch in range(80)]
 
 
 def test_an_epoch_of_several_passes_shuffles_each(tmp_path: Path) -> None:
-    job = make_job(_config(tmp_path, epochs=None, steps=80 * 12), _data(tmp_path))
-    rows = torch.cat(list(_learner(job)._batches(0)))
+    job = make_job(fit_config(tmp_path, epochs=None, steps=80 * 12), synthetic_fit_data(tmp_path))
+    rows = torch.cat(list(make_learner(job)._batches(0)))
     assert len(rows) == 12 * 64
     assert rows[:512].sort().values.tolist() == list(range(512))
     assert rows[:256].tolist() != rows[512:].tolist()
-    following = torch.cat(list(_learner(job)._batches(1)))
+    following = torch.cat(list(make_learner(job)._batches(1)))
     second = torch.cat([rows[512:], following[:256]])
     assert second.sort().values.tolist() == list(range(512)), "an epoch goes on with the pass that the last one began"
 
 
 def _residual(tmp_path: Path, **settings: object) -> tuple[Config, Job]:
-    config = _config(tmp_path, **{"transformation": "residual", "epochs": 20} | settings)
-    job = make_job(config, _data(tmp_path, hard=True))
-    pairs = _read(job.data.train_parts, job)
+    config = fit_config(tmp_path, **{"transformation": "residual", "epochs": 20} | settings)
+    job = make_job(config, synthetic_fit_data(tmp_path, hard=True))
+    pairs = read_pairs(job.data.train_parts, job)
     one_pass = over_arrays(np.arange(len(pairs.old)), pairs.old, pairs.new, None, job.normalize)
     return config, replace(job, linear=fit_linear(one_pass, LinearTransformation(D_OLD, D_NEW, None, job.normalize)))
 
@@ -100,10 +102,10 @@ def _residual(tmp_path: Path, **settings: object) -> tuple[Config, Job]:
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_residual_without_a_step_equals_linear(tmp_path: Path, metric: str) -> None:
     config, job = _residual(tmp_path, metric=metric)
-    pairs = _read(job.data.held_out_parts, job)
+    pairs = read_pairs(job.data.held_out_parts, job)
     assert job.linear is not None
     for found, expected in zip(
-        transform(config, _learner(job).fitted(), pairs), transform(config, job.linear.network, pairs), strict=True
+        transform(config, make_learner(job).fitted(), pairs), transform(config, job.linear.network, pairs), strict=True
     ):
         np.testing.assert_array_equal(found, expected)
 
@@ -111,7 +113,7 @@ def test_residual_without_a_step_equals_linear(tmp_path: Path, metric: str) -> N
 @pytest.mark.parametrize("loss", ["alignment", "alignment+discriminative"])
 def test_residual_is_better_than_linear_on_the_pairs_it_watches(tmp_path: Path, loss: str) -> None:
     _, job = _residual(tmp_path, lr=5e-3, loss=loss)
-    learner = _learner(job)
+    learner = make_learner(job)
     first = learner._watched_error()
     while not learner.done:
         learner.run_epoch()
@@ -121,7 +123,7 @@ def test_residual_is_better_than_linear_on_the_pairs_it_watches(tmp_path: Path, 
 
 def test_residual_that_gets_worse_is_linear_and_ends_soon(tmp_path: Path) -> None:
     _, job = _residual(tmp_path, lr=10.0, warmup_epochs=0)
-    learner = _learner(job)
+    learner = make_learner(job)
     first = learner._watched_error()
     while not learner.done:
         learner.run_epoch()
@@ -132,25 +134,25 @@ def test_residual_that_gets_worse_is_linear_and_ends_soon(tmp_path: Path) -> Non
 
 def test_residual_that_goes_on_from_a_state_equals_never_stopping(tmp_path: Path) -> None:
     _, job = _residual(tmp_path, epochs=8, lr=5e-3)
-    whole, learner = _learner(job), _learner(job)
+    whole, learner = make_learner(job), make_learner(job)
     while not whole.done:
         whole.run_epoch()
     for _ in range(3):
         learner.run_epoch()
     torch.save(learner.state(), tmp_path / "state.pt")
-    resumed = Learner(job, _read(job.data.train_parts, job), 0, CPU, _same)
+    resumed = Learner(job, read_pairs(job.data.train_parts, job), 0, CPU, same_network)
     resumed.restore(torch.load(tmp_path / "state.pt", weights_only=True))
     resumed.prepare()
     while not resumed.done:
         resumed.run_epoch()
-    _assert_same_weights(resumed.fitted(), whole.fitted())
+    assert_same_weights(resumed.fitted(), whole.fitted())
 
 
 @pytest.mark.parametrize("kind", ["linear", "residual", "fastfill"])
 def test_a_fold_is_fitted_by_each_kind(tmp_path: Path, kind: TransformationKind) -> None:
-    data = _data(tmp_path)
-    job = job_of(_config(tmp_path), data, Recipe("alignment", 0.0, 32, 12, kind))
-    train, held = _read(data.train_parts, job), _read(data.held_out_parts, job)
+    data = synthetic_fit_data(tmp_path)
+    job = job_of(fit_config(tmp_path), data, Recipe("alignment", 0.0, 32, 12, kind))
+    train, held = read_pairs(data.train_parts, job), read_pairs(data.held_out_parts, job)
     found = fit_alone(job, train, held, 0, CPU)
     assert found.z.shape == held.new.shape
     assert np.isfinite(found.s).all()

@@ -17,7 +17,7 @@ from pipeline.models.transformation import load_transformation
 from pipeline.planning.policy_inputs import load_policy_inputs
 from pipeline.run import Run
 from pipeline.storage import objects, parquet
-from tests.training.test_fit import CPU, D_NEW, D_OLD, PARTS, _config, _data, _read
+from tests.support.pairs import CPU, D_NEW, D_OLD, PARTS, fit_config, read_pairs, synthetic_fit_data
 from training import fit as fitting
 from training.fit import fit, make_job
 from training.fitting.learner import Epoch, Job
@@ -43,20 +43,20 @@ def assert_same(found: LinearFit, expected: LinearFit) -> None:
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_linear_over_parts_is_what_it_is_over_all_rows(tmp_path: Path, metric: str) -> None:
-    data = _data(tmp_path)
-    job = make_job(_config(tmp_path, metric=metric, transformation="linear"), data)
+    data = synthetic_fit_data(tmp_path)
+    job = make_job(fit_config(tmp_path, metric=metric, transformation="linear"), data)
     told: list[tuple[int, int]] = []
     found = fitting._with_linear(job, lambda what, done, total: told.append((done, total))).linear
     assert found is not None
     assert told == [(part, 2 * PARTS) for part in range(1, 2 * PARTS + 1)]
-    pairs = _read(data.train_parts, job)
+    pairs = read_pairs(data.train_parts, job)
     indices = np.sort(pa.concat_tables(parquet.read_parquet(uri) for uri in data.train_parts)["index"].to_numpy())
     one_pass = over_arrays(indices, pairs.old, pairs.new, None, job.normalize)
     assert_same(found, fit_linear(one_pass, LinearTransformation(D_OLD, D_NEW, None, job.normalize)))
 
 
 def test_another_partition_into_parts_row_groups_and_float16_is_the_same_fit(tmp_path: Path) -> None:
-    data = _data(tmp_path)
+    data = synthetic_fit_data(tmp_path)
     table = pa.concat_tables(parquet.read_parquet(uri) for uri in data.train_parts)
     half = {name: pa.list_(pa.float16(), width) for name, width in (("old", D_OLD), ("new", D_NEW))}
     for name, kind in half.items():
@@ -71,23 +71,22 @@ def test_another_partition_into_parts_row_groups_and_float16_is_the_same_fit(tmp
             groups = [rows.slice(at, 100) for at in range(0, max(1, rows.num_rows), 100)]
             parts.append(str(tmp_path / f"{len(cuts)}-{number}.parquet"))
             objects.put(parts[-1], parquet.parquet_bytes(rows.schema, groups))
-        job = make_job(_config(tmp_path, transformation="linear"), replace(data, train_parts=data.train_parts))
+        job = make_job(fit_config(tmp_path, transformation="linear"), replace(data, train_parts=data.train_parts))
         found.append(over_parts(replace(job, data=replace(data, train_parts=parts))))
     assert_same(*found)
 
 
 def test_a_width_that_is_not_the_pairs_is_refused(tmp_path: Path) -> None:
-    data = _data(tmp_path)
-    job = make_job(_config(tmp_path, transformation="linear"), replace(data, d_old=D_OLD + 1))
+    data = synthetic_fit_data(tmp_path)
+    job = make_job(fit_config(tmp_path, transformation="linear"), replace(data, d_old=D_OLD + 1))
     with pytest.raises(DataError, match="width"):
         over_parts(job)
 
 
 def test_a_linear_fit_is_measured_saved_and_loaded_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "training.fitting.trainer.TorchTrainer", None
-    )  # nothing is learnt by steps, so Ray Train is not started
-    config, data = _config(tmp_path, transformation="linear"), _data(tmp_path, labelled=False)
+    # nothing is learnt by steps, so Ray Train is not started
+    monkeypatch.setattr("training.fitting.trainer.TorchTrainer", None)
+    config, data = fit_config(tmp_path, transformation="linear"), synthetic_fit_data(tmp_path, labelled=False)
     run = Run(str(tmp_path / "run"))
     info = fit(config, run, data, on_epoch=lambda figures: pytest.fail("there are no epochs"))
     network, stored = load_transformation(run, CPU)
@@ -102,9 +101,9 @@ def test_a_linear_fit_is_measured_saved_and_loaded_bit_for_bit(tmp_path: Path, m
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(("kind", "loss"), [("linear", "alignment"), ("residual", "alignment+discriminative")])
 def test_ray_train_fits_other_kinds_with_a_classifier(tmp_path: Path, kind: str, loss: str, workers: int) -> None:
-    config = _config(tmp_path, transformation=kind, loss=loss, epochs=4, num_workers=workers, offset="confidence")
+    config = fit_config(tmp_path, transformation=kind, loss=loss, epochs=4, num_workers=workers, offset="confidence")
     run, told = Run(str(tmp_path / "run")), list[Epoch]()
-    info = fit(config, run, _data(tmp_path), on_epoch=told.append)
+    info = fit(config, run, synthetic_fit_data(tmp_path), on_epoch=told.append)
     assert info.kind == kind
     assert info.better_than_old
     assert len(told) == (0 if kind == "linear" else 4)

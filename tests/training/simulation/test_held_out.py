@@ -10,22 +10,13 @@ import pytest
 import torch
 
 from pipeline.arrays import vectors_from_arrow
-from pipeline.config.load import validate
-from pipeline.config.tree import Config
 from pipeline.models.offset import Offset
 from pipeline.planning.policies import load_policy
 from pipeline.planning.signals import Scored
-from tests.support.planned_run import pairs_of, save, write_pairs
+from tests.support.planned_run import config_of, pairs_of, save, write_pairs
 from tests.support.synthetic_run import Options, known, make_run
 from training.simulation.held_out import FOLDS, HeldOut, fold_places, held_out, priorities
 from training.simulation.staleness_cost import fit_learned, staleness_cost
-
-
-def config_of(folder: Path, **columns: str) -> Config:
-    encoder = {"export": "new.pt2", "dim": 16, "preprocess": {"size": 4}}
-    images = {"manifest": "images", "columns": columns}
-    tree = {"run": str(folder), "encoders": {"new": encoder}, "gallery": images}
-    return validate(tree | {"pairs": {"manifest": "images", "columns": {}}}, "test")
 
 
 def test_they_come_by_index_as_the_network_gives_them_and_are_served_with_the_offset(tmp_path: Path) -> None:
