@@ -35,9 +35,20 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parents[2]
 NUMERICS = [
-    *("pipeline/test_equality.py", "pipeline/models", "pipeline/planning", "pipeline/evaluation", "pipeline/index"),
-    *("pipeline/serving", "pipeline/embedding/test_decode.py", "pipeline/embedding/test_embedder.py"),
-    *("pipeline/reporting/test_audit.py", "benchmarks/speed/test_fit.py", "training"),
+    *("pipeline/test_equality.py", "pipeline/models", "pipeline/embedding/test_decode.py"),
+    *("pipeline/embedding/test_embedder.py", "pipeline/index/test_segment.py", "pipeline/index/test_seal.py"),
+    *(
+        "pipeline/serving/test_searcher.py",
+        "pipeline/serving/test_export.py",
+        "pipeline/serving/test_search_by_kind.py",
+    ),
+    *(
+        "pipeline/planning/test_policies.py",
+        "pipeline/planning/test_policy_inputs.py",
+        "pipeline/planning/test_score.py",
+    ),
+    *("pipeline/planning/test_distribution_shift.py", "pipeline/planning/test_expected_curve.py"),
+    *("pipeline/evaluation", "pipeline/reporting/test_audit.py", "training"),
 ]
 KERNELS = "import json; from tests.support import kernels; print(json.dumps([kernels.in_use(), kernels.roundings()]))"
 
