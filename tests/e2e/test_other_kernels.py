@@ -48,7 +48,7 @@ NUMERICS = [
         "pipeline/planning/test_score.py",
     ),
     *("pipeline/planning/test_distribution_shift.py", "pipeline/planning/test_expected_curve.py"),
-    *("pipeline/evaluation", "pipeline/reporting/test_audit.py", "training"),
+    *("pipeline/evaluation", "pipeline/reporting/test_audit.py", "benchmarks/speed/test_fit.py", "training"),
 ]
 KERNELS = "import json; from tests.support import kernels; print(json.dumps([kernels.in_use(), kernels.roundings()]))"
 
