@@ -270,7 +270,7 @@ def test_nothing_is_unpickled_and_no_weights_are_loaded_with_code() -> None:
         ("pipeline.serving.searcher", ("torch", "ray", "torchvision")),
     ],
 )
-def test_a_module_does_not_make_its_users_wait_for(module: str, heavy: tuple[str, ...]) -> None:
+def test_module_does_not_import_heavy_packages(module: str, heavy: tuple[str, ...]) -> None:
     code = f"import sys, {module}; print(sorted(set(sys.modules) & set({heavy!r})))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert found.stdout.strip() == "[]"

@@ -51,7 +51,7 @@ def test_a_file_that_comes_between_two_looks_is_timed(monkeypatch: pytest.Monkey
     assert "planned" in Job(Late(tmp_path), tmp_path).backfill(until=STAGES["planned"])
 
 
-def test_what_came_since_the_last_look_is_timed_when_the_command_ends(
+def test_stage_finished_since_the_last_look_is_timed_when_the_command_ends(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / STAGES["planned"]

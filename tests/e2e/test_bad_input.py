@@ -133,7 +133,7 @@ def test_too_many_rejects_stop_before_the_wave_is_published_and_can_be_retried(
     assert commits.read_commit(run, 1).counts.embedded == 60
 
 
-def test_a_second_config_is_refused_with_the_name_of_what_differs(
+def test_backfill_with_a_changed_config_is_refused_and_names_the_setting(
     gallery_of_files: tuple[str, dict[int, str]],
 ) -> None:
     path, _ = gallery_of_files

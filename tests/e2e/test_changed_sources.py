@@ -98,7 +98,7 @@ def test_a_changed_image_is_embedded_from_what_is_there_now_and_that_is_recorded
     assert "1 changed" in result.stderr
 
 
-def test_what_the_publisher_repeats_is_in_the_metrics_and_in_the_line_at_the_end(
+def test_retries_of_the_publisher_are_in_the_metrics_and_in_the_last_line(
     tmp_path: Path, make_run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish = Publisher._publish

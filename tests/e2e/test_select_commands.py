@@ -28,7 +28,7 @@ def fastfill(*arguments: str) -> Result:
     return result
 
 
-def test_what_was_selected_by_a_labelled_sample_is_planned_backfilled_and_reported(tmp_path: Path) -> None:
+def test_selection_by_a_labelled_sample_is_planned_backfilled_and_reported(tmp_path: Path) -> None:
     """The gallery has no labels, but for the images of the sample."""
     write_config(tmp_path)
     sample = pq.read_table(tmp_path / "data" / "gallery.parquet").slice(20, 220)

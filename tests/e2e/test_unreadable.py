@@ -86,7 +86,7 @@ def test_too_many_unreadable_images_stop_before_the_plan_and_can_be_mended(galle
 
 
 @pytest.mark.slow  # after the one before
-def test_what_could_not_be_read_is_counted_and_shown_and_the_rest_is_served(gallery: tuple[str, Path]) -> None:
+def test_unreadable_images_are_counted_and_shown_and_the_others_are_served(gallery: tuple[str, Path]) -> None:
     path, _ = gallery
     run = Run(load_config(path).run)
     plan = read_plan(run)

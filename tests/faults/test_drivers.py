@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 CONFLICT = 3  # exit code
 
 
-def test_of_two_drivers_one_publishes_and_the_other_is_refused(scene: Scene, calm: FaultyProxy) -> None:
+def test_two_drivers_on_one_run_one_publishes_and_one_is_refused(scene: Scene, calm: FaultyProxy) -> None:
     name = "two-drivers"
     scene.prepare(name, like="undisturbed")
     first = scene.start(name)

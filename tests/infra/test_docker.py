@@ -39,7 +39,7 @@ def test_a_compose_file_fits_the_schema(name: str) -> None:
     SCHEMA.validate(yaml.safe_load((DOCKER / name).read_text()))
 
 
-def test_the_schema_refuses_a_slip() -> None:
+def test_compose_schema_refuses_a_misspelt_key() -> None:
     with pytest.raises(jsonschema.ValidationError):
         SCHEMA.validate({"services": {"s3": {"image": "x", "volume": []}}})
 
@@ -85,7 +85,7 @@ def test_the_job_has_the_keys_of_the_server_and_only_this_machine_reaches_it() -
     assert all(port.startswith("127.0.0.1:") for service in SERVICES.values() for port in service.get("ports", ()))
 
 
-def test_the_image_has_what_it_copies_and_runs_as_nobody_special() -> None:
+def test_image_has_the_files_it_copies_and_does_not_run_as_root() -> None:
     ignored = (DOCKER / "Dockerfile.dockerignore").read_text().split()
     copied = [word for line in re.findall(r"^COPY (.*)$", DOCKERFILE, re.MULTILINE) for word in line.split()[:-1]]
     assert copied

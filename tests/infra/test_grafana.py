@@ -34,7 +34,7 @@ def test_the_committed_dashboards_are_those_of_the_script_and_no_others() -> Non
 
 
 @pytest.mark.parametrize("name", DASHBOARDS)
-def test_every_query_names_metrics_that_there_are(name: str) -> None:
+def test_every_query_names_existing_metrics(name: str) -> None:
     known = ours_and_rays() | records()
     for panel in panels(name):
         assert panel["targets"], panel["title"]
@@ -52,7 +52,7 @@ def test_every_metric_of_ours_is_on_a_dashboard_or_in_a_rule() -> None:
     assert {name for name in ours if name not in text} == by_rules_instead
 
 
-def test_no_metric_of_rays_is_known_for_nothing() -> None:
+def test_every_known_metric_of_ray_is_used() -> None:
     used = {metric for name in DASHBOARDS for _, query in queries_of(name) for metric in metrics_of(query)}
     assert used >= RAYS
 

@@ -46,7 +46,7 @@ def test_a_manifest_fits_its_schema(name: str) -> None:
         (("spec", "rayClusterSpec", "gcsFaultToleranceOptions", "redisPasword"), {}),
     ],
 )
-def test_the_schema_refuses_a_slip(path: tuple[str, ...], value: object) -> None:
+def test_kubernetes_schema_refuses_a_misspelt_key(path: tuple[str, ...], value: object) -> None:
     document = copy.deepcopy(DOCUMENTS["rayjob.yaml: RayJob fastfill"])
     node = document
     for name in path[:-1]:
@@ -107,7 +107,7 @@ def test_ray_asks_for_a_token() -> None:
     assert CLUSTER["authOptions"] == {"mode": "token"}
 
 
-def test_only_those_who_must_reach_a_port_do() -> None:
+def test_network_policy_opens_each_port_to_its_clients_alone() -> None:
     policies = {
         name.split()[-1]: document["spec"] for name, document in DOCUMENTS.items() if ": NetworkPolicy " in name
     }

@@ -40,7 +40,7 @@ def test_every_alert_and_rule_has_a_unit_test() -> None:
     assert fired == alerts
 
 
-def test_every_expression_names_metrics_that_there_are() -> None:
+def test_every_expression_names_existing_metrics() -> None:
     records = {str(rule["record"]) for rule in rules("rules.yml")}
     known = ours_and_rays() | records | {"up"}
     for rule in [*rules("rules.yml"), *rules("alerts.yml")]:

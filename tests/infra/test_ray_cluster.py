@@ -27,7 +27,7 @@ def check(cluster: dict[str, Any]) -> dict[str, Any]:
     return prepared
 
 
-def test_rays_own_validator_takes_it() -> None:
+def test_validator_of_ray_accepts_the_cluster_file() -> None:
     prepared = check(CLUSTER)
     assert prepared["head_node_type"] == "head"
     assert {name: kind["max_workers"] for name, kind in prepared["available_node_types"].items()} == {
@@ -37,7 +37,7 @@ def test_rays_own_validator_takes_it() -> None:
     }
 
 
-def test_the_validator_refuses_what_is_wrong() -> None:
+def test_validator_refuses_invalid_cluster_files() -> None:
     with pytest.raises(jsonschema.ValidationError):
         check(CLUSTER | {"initial_workers": 2})
     with pytest.raises(ValueError, match="head_node_type"):
@@ -85,13 +85,13 @@ def test_credentials_of_a_machine_do_not_leave_it() -> None:
         assert kind["node_config"]["MetadataOptions"] == {"HttpTokens": "required", "HttpPutResponseHopLimit": 1}
 
 
-def test_what_is_installed_is_of_a_known_version() -> None:
+def test_every_pip_install_pins_its_versions() -> None:
     installs = [text for text in (*CLUSTER["setup_commands"], *CLUSTER["head_setup_commands"]) if "pip install" in text]
     assert len(installs) == 3
     assert all(re.search(r"==\d+\.\d+|--constraint", text) for text in installs)
 
 
-def test_five_lines_are_to_be_edited() -> None:
+def test_cluster_file_marks_five_lines_to_edit() -> None:
     assert set(re.findall(r"# EDIT (\d):", TEXT)) == {"1", "2", "3", "4", "5"}
 
 

@@ -190,7 +190,9 @@ def test_each_reading_command_with_a_run_path_of_too_many_characters_exits_2(
         (2, "status --nosuch"),
     ],
 )
-def test_a_command_with_an_option_that_cannot_be_used(code: int, arguments: str, at_run: Path) -> None:
+def test_command_with_an_invalid_option_exits_with_its_code_and_shows_no_secret(
+    code: int, arguments: str, at_run: Path
+) -> None:
     result = call(*arguments.split(), "--config", "run.yaml")
     check(result, code)
     assert "SECRET" not in result.stderr
@@ -259,7 +261,7 @@ QUERIES: dict[str, tuple[str, bytes]] = {
 
 
 @pytest.mark.parametrize("case", QUERIES)
-def test_search_with_queries_that_are_none_exits_2(case: str, at_run: Path, tmp_path: Path) -> None:
+def test_search_with_files_that_are_no_queries_exits_2(case: str, at_run: Path, tmp_path: Path) -> None:
     name, content = QUERIES[case]
     (tmp_path / name).write_bytes(content)
     column = ["--column", "v"] if name.endswith("parquet") else []

@@ -20,7 +20,9 @@ class Config:
         self.run = run
 
 
-def test_it_writes_tells_refuses_and_takes_relative_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_into_a_relative_folder_writes_the_marker_and_refuses_a_foreign_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = published_run(tmp_path)
     whole.write_gallery()
     monkeypatch.setattr(export, "load", lambda *_: Config(whole.run.uri))  # a whole config needs encoders

@@ -46,12 +46,12 @@ def test_a_fit_that_is_worse_than_the_old_model_says_when_it_passes_and_with_how
     assert "With about 3,000 training pairs instead of 900" in text
 
 
-def test_a_fit_whose_first_snapshot_has_enough_embedded_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_whose_first_snapshot_is_as_good_as_the_old_model_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     say_outlook(INFO, SELECTION, first=0.5)
     assert said(capsys) == "The first snapshot is expected to answer about as well as the old system."
 
 
-def test_a_fit_that_more_pairs_do_not_help_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_that_more_pairs_cannot_improve_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     say_outlook(replace(INFO, pairs_to_pass_old=None), None)
     assert "More pairs alone are not expected to change that." in said(capsys)
 
@@ -61,7 +61,7 @@ def test_a_fit_that_is_as_good_as_the_old_model_says_nothing(capsys: pytest.Capt
     assert said(capsys) == ""
 
 
-def test_what_was_chosen_is_one_line_with_what_it_was_compared_with_and_what_was_not_tried() -> None:
+def test_describe_a_selection_is_one_line_with_the_runner_up_and_the_untried_recipes() -> None:
     assert describe(SELECTION) == (
         "Chosen: linear, in the order uncertainty: area 40.0 % top1 (residual +0.1). "
         "Not tried, for want of time: fastfill 0.1; select.minutes gives more."

@@ -34,7 +34,7 @@ def put_shards(folder: str, count: int) -> str:
     return f"{folder}/shard-*.tar"
 
 
-def test_it_prints_the_section_that_uses_it(tmp_path: Path) -> None:
+def test_manifest_print_config_prints_the_gallery_section(tmp_path: Path) -> None:
     shards = put_shards(f"{tmp_path}/tars", 120)
     code, out, err = run("manifest", shards, "--to", f"{tmp_path}/out", "--print-config")
     assert code == 0
@@ -45,7 +45,7 @@ def test_it_prints_the_section_that_uses_it(tmp_path: Path) -> None:
     assert "120 images" in err
 
 
-def test_its_json_is_an_interface(tmp_path: Path) -> None:
+def test_manifest_json_has_the_documented_keys(tmp_path: Path) -> None:
     words = ("manifest", put_shards(f"{tmp_path}/tars", 120), "--to", f"{tmp_path}/out", "--json", "--no-ray")
     document = json.loads(run(*words)[1])
     assert set(document) == {
@@ -57,7 +57,7 @@ def test_its_json_is_an_interface(tmp_path: Path) -> None:
     assert json.loads(run(*words)[1]) == document | {"pieces": {"made": 0, "kept": 2}}
 
 
-def test_refusals_have_their_exit_codes(tmp_path: Path) -> None:
+def test_manifest_refusals_have_their_exit_codes(tmp_path: Path) -> None:
     shards = put_shards(f"{tmp_path}/tars", 120)
     assert run("manifest", f"{tmp_path}/nowhere", "--to", f"{tmp_path}/a")[0] == 2
     assert run("manifest", shards, "--to", f"{tmp_path}/b", "--json", "--print-config")[0] == 2
@@ -69,7 +69,7 @@ def test_refusals_have_their_exit_codes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["local", "s3"])
-def test_a_run_on_it_embeds_all_images_and_gives_its_keys_back(
+def test_backfill_on_a_made_manifest_embeds_all_images_and_search_returns_its_keys(
     tmp_path: Path, ray_cluster: None, request: pytest.FixtureRequest, kind: str
 ) -> None:
     place = str(tmp_path) if kind == "local" else str(request.getfixturevalue("bucket"))

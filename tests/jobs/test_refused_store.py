@@ -48,7 +48,7 @@ def run_uri(
 
 
 @pytest.mark.parametrize("run_uri", ["wrong secret", "no credentials", "missing", "read-only"], indirect=True)
-def test_a_run_is_not_opened(run_uri: str) -> None:
+def test_open_run_in_a_refused_or_missing_bucket_is_a_data_error_with_the_uri(run_uri: str) -> None:
     config = load_config(CONFIG, (f"run={run_uri}", "data_root=/nowhere"))
     with pytest.raises(DataError, match=r"refuses these credentials|bucket is not there") as caught:
         open_run(config, Bars(Console(quiet=True)))
@@ -58,7 +58,7 @@ def test_a_run_is_not_opened(run_uri: str) -> None:
 
 @pytest.mark.parametrize("command", ["status", "backfill"])
 @pytest.mark.parametrize("run_uri", ["wrong secret", "no credentials"], indirect=True)
-def test_a_command_says_so_in_one_line(run_uri: str, command: str) -> None:
+def test_command_on_a_run_with_refused_credentials_exits_2_with_the_uri(run_uri: str, command: str) -> None:
     result = CliRunner().invoke(main, [command, "--config", CONFIG, "--set", f"run={run_uri}"])
     assert result.exit_code == 2
     assert result.output.startswith("error: access is refused\n")
@@ -92,7 +92,7 @@ PUT = S3Client.put
 
 
 @pytest.mark.parametrize("run_uri", list(SAID), indirect=True)
-def test_backfill_refuses_it_before_any_work(
+def test_backfill_into_a_store_that_refuses_exits_2_before_any_work(
     run_uri: str,
     seaweed: SeaweedFS,
     bucket: str,
@@ -128,7 +128,7 @@ def test_backfill_refuses_it_before_any_work(
 
 @pytest.mark.parametrize("run_uri", ["missing"], indirect=True)
 @pytest.mark.parametrize("words", [["status"], ["gc"], ["audit"], ["rollback"], ["promote"]])
-def test_a_run_in_a_missing_bucket_is_not_only_a_missing_run(run_uri: str, words: list[str], tmp_path: Path) -> None:
+def test_command_on_a_run_in_a_missing_bucket_names_the_bucket(run_uri: str, words: list[str], tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [*words, "--config", CONFIG, "--set", f"run={run_uri}"])
     assert result.exit_code == 2
     assert errors_of(result)[0] == "error: the bucket is not there"
@@ -136,7 +136,7 @@ def test_a_run_in_a_missing_bucket_is_not_only_a_missing_run(run_uri: str, words
 
 
 @pytest.mark.parametrize("command", ["status", "gc", "audit"])
-def test_a_missing_run_in_a_bucket_that_is_there_is_still_that(bucket: str, command: str) -> None:
+def test_command_on_a_missing_run_in_an_existing_bucket_names_the_run(bucket: str, command: str) -> None:
     result = CliRunner().invoke(main, [command, "--config", CONFIG, "--set", f"run={bucket}/run"])
     assert result.exit_code == 2
     assert errors_of(result)[0] == "error: there is no run here"
@@ -145,7 +145,9 @@ def test_a_missing_run_in_a_bucket_that_is_there_is_still_that(bucket: str, comm
 
 
 @pytest.mark.parametrize("run_uri", ["missing", "read-only"], indirect=True)
-def test_a_manifest_is_not_put_there(run_uri: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_manifest_into_a_missing_or_read_only_bucket_exits_2(
+    run_uri: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     case = request.node.callspec.params["run_uri"]
     (tmp_path / "image.png").write_bytes(b"not looked at")
     result = CliRunner().invoke(main, ["manifest", str(tmp_path), "--to", run_uri, "--no-ray"])
@@ -156,14 +158,14 @@ def test_a_manifest_is_not_put_there(run_uri: str, tmp_path: Path, request: pyte
 
 
 @pytest.mark.parametrize("run_uri", ["missing"], indirect=True)
-def test_a_manifest_of_what_is_in_a_missing_bucket(run_uri: str, tmp_path: Path) -> None:
+def test_manifest_of_sources_in_a_missing_bucket_exits_2(run_uri: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["manifest", run_uri, "--to", str(tmp_path / "to"), "--no-ray"])
     assert result.exit_code == 2
     assert "error: the bucket is not there" in errors_of(result)
 
 
 @pytest.mark.parametrize("run_uri", ["missing", "read-only"], indirect=True)
-def test_an_export_is_not_put_there(
+def test_export_into_a_missing_or_read_only_bucket_exits_2(
     run_uri: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = WholeRun(Run(str(tmp_path / "run"))).write_inputs()
@@ -177,7 +179,7 @@ def test_an_export_is_not_put_there(
     assert len(details) <= 4
 
 
-def test_an_export_goes_where_the_probe_of_a_dead_check_lies(bucket: str, tmp_path: Path) -> None:
+def test_export_into_a_folder_with_a_leftover_capability_check_succeeds(bucket: str, tmp_path: Path) -> None:
     whole = WholeRun(Run(str(tmp_path / "run"))).write_inputs()
     whole.publish(0)
     objects.put(f"{bucket}/out/probe/0123", b"third")

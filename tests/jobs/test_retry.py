@@ -29,7 +29,9 @@ def plan_of(whole: WholeRun) -> Plan:
     return Plan("random", 0, whole.num, 2, whole.num_shards, DIM, 40, waves, "f")
 
 
-def test_nothing_is_forgotten_before_the_run_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_rejects_forgets_none_before_the_run_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = WholeRun(Run(str(tmp_path))).write_inputs()
     alive = whole.publish(1)
     alive.check()
@@ -49,7 +51,9 @@ def test_nothing_is_forgotten_before_the_run_is_taken_over(tmp_path: Path, monke
     assert Writer.acquire(whole.run).latest == 1
 
 
-def test_a_run_that_cannot_be_taken_over_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_rejects_of_a_run_that_cannot_be_taken_over_changes_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = WholeRun(Run(str(tmp_path))).write_inputs()
     before = objects.list_files(whole.run.uri)
 
@@ -63,7 +67,7 @@ def test_a_run_that_cannot_be_taken_over_loses_nothing(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("orphan", [False, True])
-def test_the_log_of_a_commit_that_was_created_and_not_announced_stays(tmp_path: Path, orphan: bool) -> None:
+def test_retry_rejects_keeps_the_log_of_an_unannounced_commit(tmp_path: Path, orphan: bool) -> None:
     whole = WholeRun(Run(str(tmp_path))).write_inputs()
     whole.publish(1)
     if orphan:  # as a driver leaves it that died between creating a commit and announcing it

@@ -27,7 +27,9 @@ from tests.support.synthetic_run import Options, known, make_run
 from tests.support.whole_run import WholeRun
 
 
-def test_the_log_is_listed_once_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_lists_the_log_once_and_counts_units_and_rejects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, run = make_run(tmp_path, known(300), Options(waves=4, embedded_waves=3, rejects=20, unit_images=10))
     listed = []
     list_stats = objects.list_stats

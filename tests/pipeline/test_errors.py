@@ -49,7 +49,7 @@ def test_a_message_says_what_was_expected_found_where_and_what_to_do(kind: type[
     ]
 
 
-def test_what_is_not_given_is_not_said_but_false_and_zero_are() -> None:
+def test_message_leaves_out_parts_that_are_none_and_shows_false_and_zero() -> None:
     assert str(FastfillError("it broke")) == "it broke"
     assert str(FastfillError("it broke", expected=False, found=0)) == "it broke\n  expected: False\n  found: 0"
 

@@ -129,7 +129,7 @@ def test_a_stages_own_settings_may_change_until_it_has_something_to_keep(
         begin(config(tmp_path))
 
 
-def test_of_two_drivers_with_different_settings_the_first_to_keep_something_is_obeyed(tmp_path: Path) -> None:
+def test_two_drivers_with_different_settings_keep_those_of_the_first(tmp_path: Path) -> None:
     run, one, other = begin(config(tmp_path)), config(tmp_path), config(tmp_path, plan__waves=3)
     begin(other)  # both were let in: there is no plan yet
     fix_settings(run, "plan", stage_settings(one, "plan"))

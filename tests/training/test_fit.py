@@ -200,7 +200,7 @@ def test_a_classifier_of_another_shape_is_refused(tmp_path: Path) -> None:
         make_job(fit_config(tmp_path), data)
 
 
-def test_pairs_that_break_their_contract_are_refused(tmp_path: Path) -> None:
+def test_pairs_with_wrong_labels_or_widths_are_refused(tmp_path: Path) -> None:
     data = synthetic_fit_data(tmp_path)
     for wrong, message in ((replace(data, num_classes=3), "labels out of range"), (replace(data, d_old=9), "width")):
         with pytest.raises(DataError, match=message):
@@ -318,7 +318,7 @@ def _kill(figures: Epoch, seen: list[Epoch], at: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("mode", ["alignment+uncertainty", "fastfill"])
-def test_a_fit_leaves_its_policies_what_they_know(
+def test_fit_stores_the_policy_inputs_with_the_transformation(
     tmp_path: Path, mode: LossMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray Train is left out, which takes seconds to start: what comes out of it is the same to the bit."""
@@ -339,7 +339,9 @@ def test_a_fit_leaves_its_policies_what_they_know(
     assert (known.classifier_weight is not None) == (mode == "fastfill")
 
 
-def test_a_fit_uses_that_of_another_driver_which_was_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_that_loses_to_a_faster_driver_uses_its_transformation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On another processor the other driver's weights have other last bits; here it has fitted for longer."""
     config, run, data = fit_config(tmp_path), Run(str(tmp_path / "run")), synthetic_fit_data(tmp_path)
     drivers: list[TransformationInfo] = []

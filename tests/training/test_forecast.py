@@ -40,7 +40,7 @@ def first_places(queries: Float32, gallery: Float32, own: Int64, labels: Int64, 
     return result
 
 
-def test_the_ends_are_the_gallery_as_it_is_and_what_the_probe_set_gains() -> None:
+def test_ends_of_are_the_gallerys_start_and_the_probe_sets_gain() -> None:
     images = known(500)
     labels = np.array([int(name.split()[1]) for name in images.labels or []])
     order = np.argsort(images.ids)
@@ -63,7 +63,7 @@ def test_the_ends_are_the_gallery_as_it_is_and_what_the_probe_set_gains() -> Non
         assert found[name].correlation == pytest.approx(np.corrcoef(*boots)[0, 1], abs=0.05)
 
 
-def test_a_probe_set_that_is_the_whole_gallery_knows_the_end() -> None:
+def test_ends_of_a_probe_set_that_is_the_whole_gallery_are_exact() -> None:
     images = known(300)
     labels, ids = np.array([int(name.split()[1]) for name in images.labels or []]), np.arange(300)
     every = Labelled(ids, images.embedded, labels)
@@ -74,7 +74,7 @@ def test_a_probe_set_that_is_the_whole_gallery_knows_the_end() -> None:
 
 @pytest.mark.parametrize(("num", "folds"), [(400, 1), (1200, FOLDS)])
 @pytest.mark.parametrize("boost", [0.0, 8.0])
-def test_a_fold_s_curve_is_that_of_embedding_it_piece_by_piece(
+def test_curves_by_fold_equal_embedding_each_fold_piece_by_piece(
     tmp_path: Path, num: int, folds: int, boost: float
 ) -> None:
     pairs, config = pairs_of(num), config_of(tmp_path)
@@ -94,7 +94,7 @@ def test_a_fold_s_curve_is_that_of_embedding_it_piece_by_piece(
             assert curves[fold, point].tolist() == pytest.approx([exact.top1, exact.top5, exact.map])
 
 
-def test_a_share_that_is_embedded_for_the_fit_comes_first_by_chance_and_then_the_policy(tmp_path: Path) -> None:
+def test_curves_by_fold_with_pairs_from_the_gallery_begin_with_a_random_share(tmp_path: Path) -> None:
     pairs, config, share = pairs_of(400), config_of(tmp_path), 6 / 21
     _, plain = curves_by_fold(config, pairs, "uncertainty")
     _, curves = curves_by_fold(config, pairs, "uncertainty", first=share)
@@ -108,7 +108,7 @@ def test_a_share_that_is_embedded_for_the_fit_comes_first_by_chance_and_then_the
     assert not np.allclose(curves[0, 3:9], plain[0, 3:9])
 
 
-def test_without_labels_the_curve_ends_where_all_answers_are_the_new_model_s(tmp_path: Path) -> None:
+def test_expected_recall_without_labels_ends_at_100(tmp_path: Path) -> None:
     pairs = pairs_of()
     names, curves = curves_by_fold(config_of(tmp_path), pairs, "uncertainty", labelled=False)
     assert names == ("recall10",)
@@ -164,7 +164,7 @@ def limited(config: Config, images: int) -> Config:
     return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"max_images": images})})
 
 
-def test_a_large_gallery_is_a_sample_that_holds_the_probe_set_and_that_is_said(tmp_path: Path) -> None:
+def test_forecast_of_a_large_gallery_uses_a_sample_with_the_probe_set_and_says_so(tmp_path: Path) -> None:
     config, run, plan = planned(tmp_path, known(1500))
     found = expected_curve(limited(config, 400), run, plan)
     sample = found.curves["top1"].sample
@@ -184,7 +184,7 @@ def represented(found: Outlook) -> str:
     return str(said)
 
 
-def test_a_gallery_of_which_some_have_labels_is_represented_by_these_and_that_is_said(tmp_path: Path) -> None:
+def test_forecast_of_a_partly_labelled_gallery_uses_the_labelled_images_and_says_so(tmp_path: Path) -> None:
     images = known(1500)
     some: list[Any] = [label if row % 2 else None for row, label in enumerate(labels_of(images))]
     config, run, plan = planned(tmp_path, replace(images, labels=some))
@@ -198,7 +198,7 @@ def test_a_gallery_of_which_some_have_labels_is_represented_by_these_and_that_is
     assert represented(found) == f"{sample} of its images (evaluate.max_images, of the 750 that have labels)"
 
 
-def test_a_note_of_a_curve_from_before_it_had_a_reason_is_of_the_limit(tmp_path: Path) -> None:
+def test_forecast_note_of_an_older_version_without_a_reason_names_the_limit(tmp_path: Path) -> None:
     config, run, plan = planned(tmp_path, known(1500))
     expected_curve(limited(config, 400), run, plan)
     uri = run.path("reports", "expected.json")
@@ -211,7 +211,7 @@ def test_a_note_of_a_curve_from_before_it_had_a_reason_is_of_the_limit(tmp_path:
 
 @pytest.mark.parametrize("partly", [False, True])
 @pytest.mark.parametrize("labelled", [300, 200])
-def test_a_sample_of_a_gallery_without_all_labels_is_all_that_is_searched(
+def test_forecast_with_a_sample_of_a_partly_labelled_gallery_searches_the_sample_alone(
     tmp_path: Path, labelled: int, partly: bool
 ) -> None:
     images = known(1500)
@@ -234,7 +234,7 @@ def test_a_sample_of_a_gallery_without_all_labels_is_all_that_is_searched(
     assert measured["top1"] == pytest.approx(start["top1"]), "snapshot 0 is measured as it is expected"
 
 
-def test_no_more_vectors_than_are_asked_for_leave_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labelled_sample_reads_no_more_vectors_than_it_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, run, plan = planned(tmp_path, known(3000))
     came: list[int] = []
     each = parallel.each
@@ -281,7 +281,7 @@ def test_a_selection_s_curves_are_taken_for_its_plain_order_alone(
     assert ["pairs do not have" in note for note in found.notes] == [True] * ("traffic" in changes)
 
 
-def test_the_probe_set_s_own_backfill_is_that_of_embedding_it_piece_by_piece(tmp_path: Path) -> None:
+def test_probe_set_backfill_equals_embedding_it_piece_by_piece(tmp_path: Path) -> None:
     """In the plan's order, by each query that has a match."""
     config, run, plan = planned(tmp_path, known(3000))
     probe = gather(config, run, plan)

@@ -116,7 +116,7 @@ def test_a_policy_that_was_not_selected_is_named_as_missing(tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_without_labels_it_goes_by_what_the_new_model_would_find(tmp_path: Path) -> None:
+def test_select_without_labels_measures_recall10(tmp_path: Path) -> None:
     config = config_of(tmp_path, policies=["random", "uncertainty"])
     found = select(config, Run(config.run), synthetic_fit_data(tmp_path, labelled=False), silent)
     assert found.metrics == ("recall10",)
@@ -183,7 +183,9 @@ def test_a_probe_set_that_is_too_small_to_choose_by_is_refused(
     assert error.value.details["found"] == found
 
 
-def test_what_is_measured_says_by_which_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_select_of_metrics_that_the_probe_set_rules_out_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, config = (
         synthetic_fit_data(tmp_path, labelled=False),
         config_of(tmp_path, measured_on="probe", metrics=["recall10"]),
@@ -193,7 +195,7 @@ def test_what_is_measured_says_by_which_metrics(tmp_path: Path, monkeypatch: pyt
         select(config, Run(config.run), data, silent)
 
 
-def test_of_a_partly_labelled_probe_set_the_labelled_images_are_measured(
+def test_select_on_a_partly_labelled_probe_set_measures_the_labelled_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, config = synthetic_fit_data(tmp_path), config_of(tmp_path, measured_on="probe")
@@ -209,7 +211,7 @@ def test_of_a_partly_labelled_probe_set_the_labelled_images_are_measured(
         select(config, Run(config.run), data, silent)
 
 
-def test_shares_without_enough_queries_are_all_measured_without_labels(tmp_path: Path) -> None:
+def test_select_with_too_few_labelled_queries_measures_without_labels(tmp_path: Path) -> None:
     """Where one share has each label once, no other is measured by labels either."""
     rng = np.random.default_rng(0)
     vectors, s = rng.normal(size=(80, D_NEW)).astype(np.float32), np.zeros(80, np.float32)
@@ -246,7 +248,9 @@ def test_a_pair_that_is_an_image_of_the_sample_is_left_out_though_its_embedding_
         folds.split(config, data, settings, every)
 
 
-def test_a_policy_that_nobody_selected_is_named_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_policy_selected_without_a_selection_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found: list[Selection | None] = [None, CHOSEN, None, CHOSEN]
     monkeypatch.setattr(selection, "read_selection", lambda run: found.pop(0))
     run = Run(str(tmp_path))
@@ -281,7 +285,7 @@ def test_the_fit_keeps_the_classifier_of_a_selected_order(tmp_path: Path) -> Non
     ("settings", "says"),
     [({"policies": ["class_mean"]}, "every order to choose from needs"), ({"metrics": ["recall10"]}, "measured by")],
 )
-def test_what_cannot_be_chosen_is_refused_before_anything_is_fitted(
+def test_select_of_impossible_policies_or_metrics_is_refused_before_any_fit(
     tmp_path: Path, settings: dict[str, object], says: str
 ) -> None:
     config = config_of(tmp_path, **settings)
@@ -326,7 +330,7 @@ def test_losses_that_all_need_labels_are_refused_without_any(tmp_path: Path) -> 
         select(config, Run(config.run), synthetic_fit_data(tmp_path, labelled=False), silent)
 
 
-def test_what_is_measured_was_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_select_measures_no_pair_that_the_fit_was_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the rows that the fit of a fold is given, and those that it holds out."""
     seen: list[tuple[set[bytes], set[bytes]]] = []
 
@@ -349,7 +353,7 @@ def test_what_is_measured_was_not_trained_on(tmp_path: Path, monkeypatch: pytest
     assert held0 <= train1
 
 
-def test_of_a_large_fold_a_chance_sample_is_measured_not_the_first_labels(tmp_path: Path) -> None:
+def test_select_of_a_large_fold_measures_a_random_sample(tmp_path: Path) -> None:
     """Pairs whose index follows their labels, as a training set in folders by class has it."""
     config, data = config_of(tmp_path), synthetic_fit_data(tmp_path)
     table = _parts(data).table.sort_by("label")

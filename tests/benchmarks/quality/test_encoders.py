@@ -35,7 +35,7 @@ def test_prototypes_say_how_near_each_point_is() -> None:
 
 
 @pytest.mark.parametrize("name", ["biased", "no-classifier"])
-def test_an_encoder_that_was_stopped_is_the_one_that_was_not(
+def test_encoder_training_that_was_stopped_goes_on_to_the_same_bytes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoders, "RECIPES", {name: replace(RECIPES[name], width=4, dim=6, epochs=2)})

@@ -59,7 +59,7 @@ def test_a_sound_config_passes_with_images_and_with_embeddings(check: Check) -> 
     "changes",
     [{"plan__policy": "selected", "fit": {}}, {"plan__policy": "entropy", "fit__offset": "confidence"}],
 )
-def test_an_order_for_which_the_fit_will_leave_what_it_needs_passes(check: Check, changes: dict[str, Any]) -> None:
+def test_preflight_of_a_policy_whose_inputs_the_fit_will_make_passes(check: Check, changes: dict[str, Any]) -> None:
     check(**changes)
 
 
@@ -107,7 +107,7 @@ def test_an_order_for_which_the_fit_will_leave_what_it_needs_passes(check: Check
         ({"plan__policy": "no_such_module:order"}, ConfigError, "the policy's function cannot be found"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_what_was_found(
+def test_preflight_of_settings_that_contradict_the_data_is_refused_with_both_values(
     check: Check, changes: dict[str, Any], kind: type[FastfillError], said: str
 ) -> None:
     with pytest.raises(kind, match=said):
@@ -138,9 +138,7 @@ def test_a_probe_sample_is_read_before_any_work(
         check(probe__manifest=str(path), **changes)
 
 
-def test_a_probe_sample_that_is_sound_passes_and_one_that_is_not_wanted_is_not_read(
-    check: Check, tmp_path: Path
-) -> None:
+def test_preflight_reads_a_probe_sample_only_if_probe_images_are_wanted(check: Check, tmp_path: Path) -> None:
     path = tmp_path / "sample.parquet"
     pq.write_table(pa.table({"id": ["gallery-1", "no such image"], "label": [1, 2]}), path)
     check(probe__manifest=str(path))
@@ -155,7 +153,7 @@ def test_too_few_pairs_are_refused(check: Check, data: Path, tmp_path: Path) -> 
         check(pairs__manifest=str(few))
 
 
-def test_widths_that_no_footer_tells_are_compared_once_they_are_known(tmp_path: Path) -> None:
+def test_check_widths_compares_the_columns_whose_width_is_known_in_both_manifests(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path))
     check_widths(config, {"gallery": {"old_embedding": 4}, "pairs": {}})
     check_widths(config, {"gallery": {"old_embedding": 4, "side": 3}})
@@ -196,7 +194,7 @@ def test_a_gallery_without_a_manifest_of_pairs_passes(check: Check, changes: dic
         ({"gallery__columns__old_embedding": None, "encoders__old": None}, ConfigError, "the gallery's old embeddings"),
     ],
 )
-def test_what_does_not_fit_a_gallery_without_a_manifest_of_pairs_is_refused(
+def test_preflight_of_pairs_from_the_gallery_with_contradicting_settings_is_refused(
     check: Check, changes: dict[str, Any], kind: type[FastfillError], said: str
 ) -> None:
     with pytest.raises(kind, match=said):

@@ -43,7 +43,7 @@ def call(*arguments: str) -> dict[str, object]:
     return found
 
 
-def test_it_tells_what_it_would_do_and_does_it(run_uri: str) -> None:
+def test_gc_dry_run_prints_what_gc_then_removes(run_uri: str) -> None:
     told = call("--keep", "1", "--grace", "0", "--dry-run")
     assert told["commits"] == [0, 2, 3]
     assert told["kept"] == {"1": ["before prod"], str(LAST): ["candidate", "prod", "among the last 1"]}
@@ -51,7 +51,7 @@ def test_it_tells_what_it_would_do_and_does_it(run_uri: str) -> None:
     assert call("--keep", "1", "--grace", "0")["commits"] == []
 
 
-def test_people_are_told_why_something_stays(run_uri: str) -> None:
+def test_gc_prints_why_each_commit_is_kept(run_uri: str) -> None:
     result = CliRunner().invoke(main, ["gc", "--config", "run.yaml"])
     assert result.exit_code == 0
     assert "commit 1 stays: before prod" in result.stderr
@@ -68,7 +68,7 @@ def test_gc_of_one_left_over_file_counts_it_in_the_singular(run_uri: str) -> Non
 
 
 @pytest.mark.parametrize("bad", [["--keep", "0"], ["--grace", "-1"]])
-def test_rules_that_keep_nothing_are_refused(run_uri: str, bad: list[str]) -> None:
+def test_gc_with_keep_0_or_a_negative_grace_is_refused(run_uri: str, bad: list[str]) -> None:
     assert CliRunner().invoke(main, ["gc", "--config", "run.yaml", *bad]).exit_code == 2
 
 
@@ -78,7 +78,7 @@ def test_the_help_says_what_stays() -> None:
         assert words in text
 
 
-def test_no_run_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gc_without_a_run_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gc, "load", lambda *_: Config(str(tmp_path / "none")))
     result = CliRunner().invoke(main, ["gc", "--config", "run.yaml"])
     assert result.exit_code == 2
@@ -86,7 +86,7 @@ def test_no_run_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not (tmp_path / "none").exists()
 
 
-def test_commits_are_really_gone(run_uri: str) -> None:
+def test_gc_removes_the_files_of_its_commits(run_uri: str) -> None:
     from pipeline.run import Run
 
     call("--grace", "0")

@@ -37,7 +37,7 @@ def test_time_is_the_start_and_the_images_at_the_rate_of_the_whole_stream() -> N
     assert (found.gpu_hours, found.money) == (0.0, None)
 
 
-def test_publishing_a_wave_takes_of_the_cores_what_many_of_them_do_not_feel() -> None:
+def test_publishing_time_matters_with_few_cores_and_not_with_many() -> None:
     few, many = (
         estimate(replace(ON_CPU, cpus=cpus), 15_000, 20, 2, TelemetrySettings()).seconds for cpus in (2.0, 64.0)
     )
@@ -86,5 +86,5 @@ def test_where_the_actor_decodes_it_is_slower_and_the_cores_only_read() -> None:
         (replace(ON_GPU, fetch=100.0, decode=9_000.0, decodes_on_device=True), "fetch"),
     ],
 )
-def test_the_bottleneck_is_what_is_used_up_first(rates: Rates, bottleneck: str) -> None:
+def test_bottleneck_is_the_resource_that_is_exhausted_first(rates: Rates, bottleneck: str) -> None:
     assert estimate(rates, 1, 0, 1, TelemetrySettings()).bottleneck == bottleneck

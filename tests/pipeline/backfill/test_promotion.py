@@ -92,7 +92,7 @@ def test_a_sound_run_without_labels_is_promoted_too(tmp_path: Path, seed: int) -
     assert "top1" not in quality.read_all_quality(run)[0].figures
 
 
-def test_what_is_recalled_may_fall_on_the_way_and_prod_waits_for_what_is_better(tmp_path: Path) -> None:
+def test_recall10_that_falls_between_start_and_end_keeps_prod_until_it_is_better(tmp_path: Path) -> None:
     images = known(num=2000)
     shrunk = replace(images, transformed=images.embedded / 2, labels=None, groups=None)
     config, run = probed(tmp_path, shrunk)
@@ -104,7 +104,7 @@ def test_what_is_recalled_may_fall_on_the_way_and_prod_waits_for_what_is_better(
     assert prod(run) == LAST
 
 
-def test_what_is_recalled_does_not_fall_on_the_way_if_a_calibration_mends_the_scale(tmp_path: Path) -> None:
+def test_recall10_does_not_fall_with_a_calibration_of_the_scale(tmp_path: Path) -> None:
     images = known(num=2000)
     scaled = replace(images, transformed=images.embedded * np.float32(1.5), labels=None, groups=None)
     falls = []
@@ -136,7 +136,7 @@ def test_a_draft_that_was_examined_is_not_searched_again_as_a_commit(
     assert examined == list(range(1, LAST + 1))
 
 
-def test_every_figure_is_that_of_exact_search_over_what_the_commit_holds(tmp_path: Path) -> None:
+def test_every_figure_equals_exact_search_over_the_commit(tmp_path: Path) -> None:
     images = known()
     config, run = probed(tmp_path, images, commits=True)
     settle(config, run)
@@ -212,7 +212,7 @@ def test_a_wave_with_swapped_ids_is_stopped_and_the_wave_before_it_served_on(
 
 
 @pytest.mark.parametrize("metric", ["l2", "ip"])
-def test_what_is_recalled_is_that_of_the_stored_vectors(tmp_path: Path, metric: str) -> None:
+def test_recall10_is_measured_with_the_stored_vectors(tmp_path: Path, metric: str) -> None:
     images = replace(known(num=600), labels=None, groups=None)
     (sound, damaged) = (
         probed(tmp_path / name, images, metric=metric, swapped_wave=wave) for name, wave in (("a", None), ("b", 3))
@@ -227,7 +227,9 @@ def test_what_is_recalled_is_that_of_the_stored_vectors(tmp_path: Path, metric: 
 
 @pytest.mark.parametrize("factory", ["IVF4,SQ8", "IVF4,PQ2x4", "PCA4,IVF4,SQ8"])
 @pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
-def test_a_lossy_codec_is_no_wrong_vector_and_hides_none(tmp_path: Path, metric: str, factory: str) -> None:
+def test_own_vector_check_allows_a_lossy_codec_and_finds_swapped_vectors(
+    tmp_path: Path, metric: str, factory: str
+) -> None:
     images = replace(known(num=600), labels=None, groups=None)
     config, run = probed(tmp_path / "sound", images, metric=metric, factory=factory, imprecision=0.005)
     assert settle(limited(config, max_fall=100), run)[-1] == []
@@ -265,7 +267,7 @@ def test_a_wave_with_swapped_ids_is_refused_before_it_is_committed(tmp_path: Pat
     promotion(limited(config, min_own=None), run).inspect(commits.read_commit(run, wave))
 
 
-def test_going_on_after_a_refusal_ends_refused_where_the_last_snapshot_is(tmp_path: Path) -> None:
+def test_going_on_after_a_refusal_ends_refused_if_the_last_commit_is_refused(tmp_path: Path) -> None:
     config, run = probed(tmp_path, known(num=600), swapped_wave=2)
     with pytest.raises(GateRefused, match="commit 4 is not promoted"):
         settle(limited(config, on_refusal="go_on"), run)
@@ -343,7 +345,7 @@ def test_a_condition_is_met_by_the_first_commit_that_reaches_it(tmp_path: Path) 
     assert prod(run) == number
 
 
-def test_prod_does_not_slide_down_by_little_with_each_wave(tmp_path: Path) -> None:
+def test_prod_stays_at_the_best_commit_if_each_wave_is_a_little_worse(tmp_path: Path) -> None:
     config, run = probed(tmp_path, known(num=600), commits=True)
     settle(config, run)
     for number in range(LAST + 1):  # top-1 falls by less than `max_fall` each time, and by more from first to last
@@ -410,7 +412,7 @@ def test_a_commit_that_was_not_measured_is_promoted_by_force_alone(tmp_path: Pat
     assert blockers(run, commits.read_commit(run, 2)) == [sentence]
 
 
-def test_what_is_stored_of_a_commit_is_not_measured_again(tmp_path: Path) -> None:
+def test_settle_of_a_measured_commit_measures_it_no_more(tmp_path: Path) -> None:
     config, run = probed(tmp_path, known())
     settle(config, run)
     stored = {uri: objects.read_bytes(uri) for uri in objects.list_files(run.path("reports", "probe-set"))}

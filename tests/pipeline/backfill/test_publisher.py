@@ -54,7 +54,9 @@ def test_a_driver_that_was_taken_over_notices_within_seconds(tmp_path: Path, tim
     assert caught.value.exit_code == 3
 
 
-def test_a_driver_looks_once_in_ten_seconds(tmp_path: Path, time: FakeTime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_publisher_checks_for_another_writer_once_in_ten_seconds(
+    tmp_path: Path, time: FakeTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
     looks: list[float] = []
     look: Callable[[Writer], None] = lambda _: looks.append(time.now)  # noqa: E731
     monkeypatch.setattr(Writer, "check", look)

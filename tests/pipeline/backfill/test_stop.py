@@ -33,7 +33,7 @@ def config(**changes: Any) -> Config:
         ("money>=150.5", "money", 150.5, False),
     ],
 )
-def test_an_expression_is_understood(text: str, figure: str, limit: float, of_full: bool) -> None:
+def test_parse_of_a_valid_condition_gives_its_parts(text: str, figure: str, limit: float, of_full: bool) -> None:
     found = parse(text)
     assert (found.figure, found.limit, found.of_full) == (figure, limit, of_full)
 
@@ -43,7 +43,7 @@ def test_an_expression_is_understood(text: str, figure: str, limit: float, of_fu
     ["", "top1", "top1>48", "top1<=48", "top1>=x", "speed>=3", "hours>=2*full", "fraction>=30", "top1>=1.2*full",
      "top1>=480", "top1>=0", "top1>=48; hours>=2", "__import__('os')>=1"],
 )  # fmt: skip
-def test_anything_else_is_refused_with_what_is_allowed(text: str) -> None:
+def test_parse_of_an_invalid_condition_is_refused_with_the_allowed_ones(text: str) -> None:
     with pytest.raises(ConfigError, match=r"top1>=0.99\*full") as caught:
         parse(text)
     assert caught.value.exit_code == 2
@@ -57,18 +57,20 @@ def test_anything_else_is_refused_with_what_is_allowed(text: str) -> None:
         ("money>=3", {}, "telemetry.node_hour_price"),
     ],
 )
-def test_what_this_config_can_never_meet_is_refused(text: str, changes: dict[str, Any], where: str) -> None:
+def test_check_of_a_condition_that_the_config_can_never_meet_is_refused(
+    text: str, changes: dict[str, Any], where: str
+) -> None:
     with pytest.raises(ConfigError, match=where):
         check([parse(text)], config(**changes))
 
 
-def test_what_it_can_meet_is_not() -> None:
+def test_check_of_conditions_that_can_be_met_passes() -> None:
     check([parse("top1>=48"), parse("top5>=0.9*full")], config(probe={"manifest": "sample.parquet"}))
     check([parse("recall10>=90"), parse("fraction>=0.3"), parse("hours>=1")], config())
     check([parse("money>=3")], config(telemetry={"gpu_hour_price": 2}))
 
 
-def test_any_condition_suffices_and_says_its_figures() -> None:
+def test_stop_on_the_first_condition_that_is_met_names_its_figures() -> None:
     stop = Stop([parse("top1>=0.99*full"), parse("fraction>=0.3")])
     assert stop.by_quality({"top1": 49.4, "fraction": 0.2}, {"top1": 50.0}) is None
     met = stop.by_quality({"top1": 49.6, "fraction": 0.2}, {"top1": 50.0})

@@ -122,7 +122,7 @@ def test_load_config_of_more_than_a_mebibyte_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("section", ["run", "encoders", "gallery"])
-def test_what_is_required_has_no_default(section: str) -> None:
+def test_required_section_that_is_missing_is_refused(section: str) -> None:
     content = tree()
     del content[section]
     assert f"{section}: required, and not given" in refusal(content)

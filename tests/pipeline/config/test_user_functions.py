@@ -61,7 +61,7 @@ def test_a_module_that_cannot_be_imported_is_a_config_error(folder: Path, text: 
         load_function(f"{name}:rank", "the encoder", "here")
 
 
-def test_what_the_users_code_raises_is_said_with_its_line_and_ours_passes() -> None:
+def test_own_code_that_raises_is_a_config_error_with_its_line_and_our_errors_pass() -> None:
     def failing() -> None:
         raise KeyError("colour")
 

@@ -327,7 +327,7 @@ FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM
     cut=st.integers(0, 2000),
     changes=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6),
 )
-def test_whatever_is_done_to_an_image_it_is_decoded_or_rejected(
+def test_decode_image_of_any_mutated_bytes_decodes_or_rejects(
     kind: str, cut: int, changes: list[tuple[int, int]]
 ) -> None:
     data = bytearray(encode(picture(), kind)[:cut])

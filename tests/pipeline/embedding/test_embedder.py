@@ -139,7 +139,7 @@ def test_a_compiled_network_takes_a_whole_unit_at_once_on_a_gpu(monkeypatch: pyt
     assert found.largest_batch(256) == launched[0]
 
 
-def test_what_is_timed_on_a_gpu_was_run_before_in_batches_of_the_same_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_on_a_gpu_warm_up_with_batches_of_the_same_size(monkeypatch: pytest.MonkeyPatch) -> None:
     found, launched = gpu_like(monkeypatch, 256)
     assert list(found.rates(PIXELS, [16, 32], seconds=60.0)) == [16, 32]
     assert launched == [16] * 4 + [32] * 4

@@ -172,7 +172,7 @@ class Clock:
         self.now += seconds
 
 
-def test_the_rate_is_kept_after_a_short_burst() -> None:
+def test_rate_limit_keeps_its_rate_after_a_short_burst() -> None:
     clock = Clock()
     pace = RateLimit(50.0, 10.0, clock, clock.sleep)
     times = []
@@ -185,7 +185,7 @@ def test_the_rate_is_kept_after_a_short_burst() -> None:
     assert times[-1] == pytest.approx(199 / 50, abs=0.2)
 
 
-def test_time_not_used_does_not_add_up() -> None:
+def test_rate_limit_does_not_accumulate_unused_time() -> None:
     clock = Clock()
     pace = RateLimit(50.0, 10.0, clock, clock.sleep)
     clock.now += 1000.0
@@ -213,7 +213,7 @@ def test_a_prefix_that_asks_to_slow_down_is_left_alone_longer_each_time() -> Non
     assert clock.now - start <= 0.501
 
 
-def test_those_who_wait_already_wait_for_the_pause_as_well() -> None:
+def test_rate_limit_pause_also_holds_back_waiting_requests() -> None:
     pace = RateLimit(20.0, 10.0)
     for _ in range(3):
         pace.wait()  # the burst
@@ -278,7 +278,7 @@ def test_any_name_of_an_object_is_asked_for_as_it_is(bucket: str, key: str) -> N
     assert get([whole(uri), *places(uri, [(2, 3)])]) == [b"0123456789", b"234"]
 
 
-def test_what_is_wrong_with_an_image_on_s3_is_its_reject(bucket: str) -> None:
+def test_fetch_of_a_bad_image_on_s3_is_a_reject_with_its_reason(bucket: str) -> None:
     tar = put(f"{bucket}/a.tar", noise(1000))
     cases = [
         (whole(f"{bucket}/gone.png"), "fetch: missing"),
@@ -303,7 +303,7 @@ def test_what_is_wrong_with_an_image_on_s3_is_its_reject(bucket: str) -> None:
 
 @pytest.mark.parametrize("etag", [None, '"abc"'])
 @pytest.mark.parametrize("kind", ["whole", "range", "row"])
-def test_a_bucket_that_is_not_there_is_no_image_s_fault(bucket: str, kind: str, etag: str | None) -> None:
+def test_fetch_from_a_missing_bucket_is_an_error_and_no_reject(bucket: str, kind: str, etag: str | None) -> None:
     gone = {
         "whole": whole(f"{bucket}-gone/a.png", etag),
         "range": Place(f"{bucket}-gone/a.tar", 3, 4, None, etag),

@@ -43,7 +43,7 @@ def saved(image: Image.Image, form: str = "jpeg") -> bytes:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_jpegs_give_the_pixels_that_images_gives(channels: int) -> None:
+def test_gpu_decode_of_jpegs_gives_the_pixels_of_decode(channels: int) -> None:
     preprocess = SIZED.model_copy(update={"channels": channels})
     images = [photograph(number, width, height) for number, (width, height) in enumerate([(200, 150), (130, 300)])]
     images += [saved(Image.open(io.BytesIO(images[0])).convert("L"))]
@@ -54,7 +54,7 @@ def test_jpegs_give_the_pixels_that_images_gives(channels: int) -> None:
         assert np.abs(found.astype(int) - expected).max() <= 2
 
 
-def test_what_is_no_jpeg_gives_exactly_the_pixels_that_images_gives() -> None:
+def test_gpu_decode_of_other_formats_gives_the_pixels_of_decode() -> None:
     preprocess = PreprocessSettings(channels=1, size=8, decoder="device")
     images = digits(5)[0]
     pixels, rejects = decode(images, preprocess)
@@ -62,7 +62,7 @@ def test_what_is_no_jpeg_gives_exactly_the_pixels_that_images_gives() -> None:
     np.testing.assert_array_equal(pixels, [decode_image(data, preprocess, LIMITS) for data in images])
 
 
-def test_bad_images_are_rejected_as_images_does_and_cost_no_other() -> None:
+def test_gpu_decode_of_bad_images_rejects_as_decode_and_keeps_the_others() -> None:
     good = photograph(1, 200, 150)
     bad = [b"", b"nothing", good[:2000], photograph(2, 1200, 900), good[:300] + bytes(50) + good[350:]]
     images = [good, *bad, good]
@@ -78,7 +78,7 @@ def test_bad_images_are_rejected_as_images_does_and_cost_no_other() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_decode_jpeg_with_an_orientation_gives_the_pixels_that_images_gives(orientation: int) -> None:
+def test_gpu_decode_of_a_turned_jpeg_gives_the_pixels_of_decode(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     sink = io.BytesIO()

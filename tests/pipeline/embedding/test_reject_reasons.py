@@ -40,7 +40,7 @@ PIPELINE = Path(__file__).resolve().parents[3] / "pipeline"
         ("whatever comes next", "other"),
     ],
 )
-def test_a_cause_has_one_of_the_names(cause: str, name: str) -> None:
+def test_retry_cause_has_a_known_name(cause: str, name: str) -> None:
     assert retry_cause(cause) == name
     assert name in RETRY_CAUSES
 
@@ -49,7 +49,7 @@ def test_no_code_that_is_known_to_pass_is_called_other() -> None:
     assert {retry_cause(code) for code in _TRANSIENT_CODES} <= set(RETRY_CAUSES) - {"other", "connection"}
 
 
-def test_retries_are_counted_by_cause_and_nothing_else_is() -> None:
+def test_count_retries_counts_by_cause_and_leaves_out_requests() -> None:
     asked = Counter({"retries:SlowDown": 2, "retries:503": 1, "retries:Odd": 4, "requests:get": 9})
     found = dict(zip(RETRY_CAUSES, count_retries(asked), strict=True))
     assert {name: count for name, count in found.items() if count} == {"slow_down": 3, "other": 4}

@@ -48,7 +48,7 @@ def test_images_are_taken_from_the_whole_manifest_each_once(run: Run, sizes: lis
     assert names == sorted(names)
 
 
-def test_what_cannot_be_read_is_named_with_its_place_and_its_reason(run: Run, tmp_path: Path) -> None:
+def test_sample_check_names_unreadable_images_with_place_and_reason(run: Run, tmp_path: Path) -> None:
     rows, settings = Manifest(SIZES, UNIT_ROWS, {}, ""), config(tmp_path)
     tried, bad = check_readable(settings, run, "gallery", rows, settings.encoders.new.preprocess)
     assert tried == len(bad) == NUM_CHECKED

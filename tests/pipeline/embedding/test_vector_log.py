@@ -159,7 +159,7 @@ def test_a_unit_written_twice_keeps_the_first_parts_bytes_and_says_what_they_hol
 
 
 @pytest.mark.parametrize(("winner", "loser"), [((4, 5), (6,)), ((), (6,)), ((4, 5), ()), ((4,), (4, 6))])
-def test_of_two_drivers_that_reject_different_images_the_one_whose_part_stays_is_right(
+def test_two_writers_with_different_rejects_keep_those_of_the_part_that_won(
     tmp_path: Path, log: VectorLog, monkeypatch: pytest.MonkeyPatch, winner: tuple[int, ...], loser: tuple[int, ...]
 ) -> None:
     ids = list(range(20))
@@ -400,7 +400,7 @@ def test_a_unit_that_is_forgotten_between_its_two_files_keeps_its_rejects(
     assert reasons(log) == {2: "empty"}
 
 
-def test_forgetting_takes_what_losers_left_and_undoes_no_unit_for_it(
+def test_forget_rejects_removes_losers_files_and_undoes_no_unit(
     tmp_path: Path, log: VectorLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     units = write_plan(tmp_path, [[1, 2, 3], [4, 5]])

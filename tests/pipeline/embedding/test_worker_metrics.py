@@ -45,7 +45,7 @@ def test_a_unit_costs_a_few_calls_whatever_its_images(told: Told) -> None:
     ]
 
 
-def test_what_was_asked_of_stores_is_told_by_kind_direction_and_cause(told: Told) -> None:
+def test_worker_metrics_count_requests_by_kind_direction_and_cause(told: Told) -> None:
     asked = {"requests:get": 2, "requests:image": 9, "bytes:get": 10, "bytes:image": 90, "retries:SlowDown": 1}
     worker_metrics.observe("load", 9, 0.5, Counts(asked | {"bytes:needed": 80, "microseconds:image": 7}))
     assert told[3:] == [

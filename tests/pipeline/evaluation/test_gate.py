@@ -58,7 +58,7 @@ def answers(right: int, of: int) -> list[int]:
 
 
 @pytest.mark.parametrize(("right", "refused"), [(500, False), (495, False), (480, False), (470, True), (300, True)])
-def test_a_fall_counts_where_it_is_larger_than_the_limit_and_its_noise(right: int, refused: bool) -> None:
+def test_fall_is_refused_if_larger_than_the_limit_plus_its_noise(right: int, refused: bool) -> None:
     known, served = reference(answers(200, 1000)), measured(answers(500, 1000), number=2)
     found = judge(known, measured(answers(right, 1000)), Earlier(2, (served,)), 100, GateSettings())
     assert [refusal.check for refusal in found] == (["fall"] if refused else [])
@@ -68,7 +68,7 @@ def test_a_fall_counts_where_it_is_larger_than_the_limit_and_its_noise(right: in
         assert "gate.max_fall is 1" in found[0].sentence
 
 
-def test_a_little_less_with_each_wave_is_compared_with_the_best_and_not_only_with_the_last() -> None:
+def test_small_falls_in_each_wave_are_compared_with_the_best_commit() -> None:
     known, served, best = (
         reference(answers(200, 5000)),
         measured(answers(2450, 5000), 2),
@@ -85,7 +85,7 @@ def test_a_little_less_with_each_wave_is_compared_with_the_best_and_not_only_wit
     assert not only.mends
 
 
-def test_where_prod_waits_behind_a_wave_is_compared_with_the_one_before() -> None:
+def test_wave_is_compared_with_the_one_before_if_prod_is_behind() -> None:
     known, served, before = (
         reference(answers(200, 5000)),
         measured(answers(2600, 5000), 1),
@@ -103,7 +103,7 @@ def test_where_prod_waits_behind_a_wave_is_compared_with_the_one_before() -> Non
     assert "commit 2, the one before" in refusal.sentence
 
 
-def test_the_best_commit_is_kept_until_a_rollback_or_somebody_insists(tmp_path: Path) -> None:
+def test_best_commit_is_kept_until_a_rollback_or_a_forced_promotion(tmp_path: Path) -> None:
     run = Run(str(tmp_path))
     for number, top1 in enumerate((40.0, 45.0, 42.0, 45.0)):
         quality.write_quality(run, replace(measured([1], number), figures={"top1": top1, "recall10": 50.0}))
@@ -122,7 +122,7 @@ def test_the_best_commit_is_kept_until_a_rollback_or_somebody_insists(tmp_path: 
     assert quality.read_best(run, 2) == 1
 
 
-def test_what_only_trembles_is_promoted_however_few_queries_there_are() -> None:
+def test_fall_within_noise_is_promoted_for_any_number_of_queries() -> None:
     rng = np.random.default_rng(0)
     refused = 0
     for _ in range(500):
@@ -137,7 +137,7 @@ def test_what_only_trembles_is_promoted_however_few_queries_there_are() -> None:
     assert refused <= 1
 
 
-def test_below_the_old_model_is_mended_by_going_on_as_long_as_images_wait() -> None:
+def test_quality_below_the_old_model_is_mended_by_going_on_while_images_wait() -> None:
     known = reference(answers(500, 1000))
     for waiting in (0, 10):
         (refusal,) = judge(known, measured(answers(400, 1000)), Earlier(), waiting, GateSettings())
@@ -163,7 +163,7 @@ def test_a_wave_is_mixed_up_where_chance_cannot_explain_it(own: list[tuple[int, 
     assert len(found) == refused
 
 
-def test_a_share_of_all_or_none_is_a_limit_too() -> None:
+def test_min_own_of_0_or_1_is_a_valid_limit() -> None:
     assert mixed_up(measured([1], own=((1, 5, 5),)), 100.0) == []
     assert len(mixed_up(measured([1], own=((1, 4, 5),)), 100.0)) == 1
     assert mixed_up(measured([1], own=((1, 0, 5000),)), 0.0) == []

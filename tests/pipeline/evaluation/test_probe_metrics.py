@@ -201,7 +201,7 @@ def test_a_partly_labelled_gallery_without_a_sample_is_searched_as_before(tmp_pa
 
 
 @pytest.mark.parametrize("labelled", [0, 1])
-def test_a_sample_without_two_labels_leaves_quality_to_what_is_recalled(tmp_path: Path, labelled: int) -> None:
+def test_sample_without_two_labels_is_measured_by_recall10(tmp_path: Path, labelled: int) -> None:
     images = known(600)
     rows, labels = sample_of(images, labelled=labelled)
     config, run = make_run(tmp_path, unlabelled(images), OPTIONS)

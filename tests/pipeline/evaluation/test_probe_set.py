@@ -44,7 +44,9 @@ def drawn(folder: Path, images: Known, options: Options | None = None, wanted: i
     ("wanted", "gallery", "images"),
     [(1000, 200_000_000, 1000), (1000, 5000, 500), (1000, 897, 200), (1000, 60, 60), (50, 897, 50), (9, 10**6, 9)],
 )
-def test_it_has_a_tenth_of_a_small_gallery_and_more_of_a_tiny_one(wanted: int, gallery: int, images: int) -> None:
+def test_probe_set_size_is_a_tenth_of_a_small_gallery_and_more_of_a_tiny_one(
+    wanted: int, gallery: int, images: int
+) -> None:
     assert size(wanted, gallery) == images
 
 
@@ -124,7 +126,7 @@ def test_old_embeddings_that_were_computed_are_found_in_its_own_log(tmp_path: Pa
     np.testing.assert_array_equal(probe.old, images.old[rows])
 
 
-def test_what_is_embedded_of_it_is_known_without_a_plan(tmp_path: Path) -> None:
+def test_probe_set_finds_its_new_embeddings_without_a_plan(tmp_path: Path) -> None:
     images = known(600)
     config, run = made_by_encoders(tmp_path, images)
     assert embedded(config, run) is None, "nothing is drawn"
@@ -163,7 +165,7 @@ def test_side_information_of_the_gallery_comes_with_it(tmp_path: Path) -> None:
     np.testing.assert_array_equal(vectors_from_arrow(found["side"])[:, 0], found["id"].to_numpy())
 
 
-def test_of_a_planned_run_nothing_is_embedded_again_once_all_of_it_is_known(tmp_path: Path) -> None:
+def test_probe_set_of_a_planned_run_embeds_no_known_image_again(tmp_path: Path) -> None:
     images = known(600)
     config, run = made_by_encoders(tmp_path, images, new_in_manifest=True)
     bars, unable = Bars(Console(quiet=True)), config.encoders.model_copy(update={"old": None})
@@ -178,7 +180,7 @@ def test_of_a_planned_run_nothing_is_embedded_again_once_all_of_it_is_known(tmp_
     ensure_embeddings(without, run, bars)
 
 
-def test_it_stays_as_it_was_drawn_whatever_is_asked_for_later(tmp_path: Path) -> None:
+def test_probe_set_once_drawn_ignores_later_settings(tmp_path: Path) -> None:
     run, before = drawn(tmp_path, known(600), wanted=50)
     config, _ = make_run(tmp_path, known(600), Options(new_in_manifest=True, commits=False))
     files = {uri: objects.read_bytes(uri) for uri in objects.list_files(run.path("probe-set"))}
@@ -258,7 +260,7 @@ def test_a_sample_s_groups_go_before_the_gallery_s_where_their_column_is_named(t
     assert set(rows["label"].to_pylist()) == {"1"}
 
 
-def test_with_no_images_wanted_a_sample_is_left_aside(tmp_path: Path) -> None:
+def test_probe_set_with_0_images_ignores_the_sample(tmp_path: Path) -> None:
     config, run = make_run(tmp_path, known(60), OPTIONS)
     config = put_sample(config, tmp_path, id=[-1], label=[None], images=0)
     assert draw(config, run) is None

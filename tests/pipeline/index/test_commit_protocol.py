@@ -272,13 +272,13 @@ def find_a_violation(machine: type[Protocol]) -> None:
     run_state_machine_as_test(machine, settings=settings(effort, report_multiple_bugs=False))
 
 
-def test_no_order_of_requests_and_no_fault_breaks_the_protocol() -> None:
+def test_any_order_of_requests_with_any_fault_keeps_the_protocol() -> None:
     run_state_machine_as_test(Protocol, settings=EFFORT)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_no_order_of_requests_and_no_fault_breaks_the_protocol_in_a_long_search() -> None:
+def test_any_order_of_requests_with_any_fault_keeps_the_protocol_in_a_long_search() -> None:
     """Two minutes by default; FASTFILL_MODEL_EXAMPLES=10000 for a search of a quarter of an hour."""
     examples = int(os.environ.get("FASTFILL_MODEL_EXAMPLES", "1500"))
     run_state_machine_as_test(Protocol, settings=settings(EFFORT, max_examples=examples, stateful_step_count=80))
@@ -312,7 +312,7 @@ def no_commit_before_its_announcement(patch: pytest.MonkeyPatch) -> None:
         (no_commit_before_its_announcement, "points to nothing"),
     ],
 )
-def test_the_model_finds_what_is_wrong(
+def test_model_check_finds_seeded_bugs(
     broken: Callable[[pytest.MonkeyPatch], None], found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken(monkeypatch)
@@ -331,7 +331,7 @@ def test_the_model_finds_that_a_store_ignores_conditions_and_the_probe_refuses_i
     assert Protocol.client.objects == {}
 
 
-def test_of_drivers_that_acquire_at_the_same_moment_each_holds_its_own_epoch() -> None:
+def test_acquire_by_drivers_at_the_same_moment_gives_each_its_own_epoch() -> None:
     """All read the same tag, then all write: the losers' read-back must not take the winner's bytes for theirs."""
     Protocol.client = UnreliableStore()
     epochs: list[int] = []

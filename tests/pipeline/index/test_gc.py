@@ -66,7 +66,7 @@ def assert_whole(whole: WholeRun) -> None:
         assert searcher.commit.number == tag.commit
 
 
-def test_what_tags_rules_and_leases_name_stays_and_the_rest_goes(tmp_path: Path) -> None:
+def test_gc_keeps_commits_named_by_tags_rules_and_leases_and_removes_the_rest(tmp_path: Path) -> None:
     whole = published_run(tmp_path)
     before = paths(whole.run, "")
     with Searcher(whole.run.uri, commit=2):
@@ -89,7 +89,7 @@ def test_what_tags_rules_and_leases_name_stays_and_the_rest_goes(tmp_path: Path)
     assert audit(whole.run.uri).checked["removed_commits"] == 3
 
 
-def test_a_dry_run_tells_and_changes_nothing(tmp_path: Path) -> None:
+def test_gc_dry_run_reports_and_changes_no_file(tmp_path: Path) -> None:
     whole = published_run(tmp_path)
     before = paths(whole.run, "")
     told = collect_garbage(whole.run.uri, NOW, dry_run=True)
@@ -98,7 +98,7 @@ def test_a_dry_run_tells_and_changes_nothing(tmp_path: Path) -> None:
     assert told.commits == [0, 2, 3]
 
 
-def test_the_defaults_keep_three_commits_and_what_was_the_latest_within_the_hour(tmp_path: Path) -> None:
+def test_gc_defaults_keep_three_commits_and_those_newest_within_the_hour(tmp_path: Path) -> None:
     whole = published_run(tmp_path)
     assert collect_garbage(whole.run.uri).commits == []
     assert collect_garbage(whole.run.uri, Rules(grace_seconds=0)).commits == [0]
@@ -117,7 +117,7 @@ def test_the_grace_time_counts_from_when_the_next_commit_was_created(tmp_path: P
     assert found.kept[3] == ["the latest one within the grace time"]
 
 
-def test_nothing_goes_before_something_is_promoted(tmp_path: Path) -> None:
+def test_gc_without_a_promoted_commit_removes_none(tmp_path: Path) -> None:
     whole = published_run(tmp_path)
     Path(whole.run.tag("prod")).unlink()
     found = collect_garbage(whole.run.uri, NOW)
@@ -125,7 +125,7 @@ def test_nothing_goes_before_something_is_promoted(tmp_path: Path) -> None:
     assert found.kept[0] == ["nothing is promoted yet"]
 
 
-def test_a_run_without_commits_and_one_with_lost_ones(tmp_path: Path) -> None:
+def test_gc_of_a_run_without_commits_removes_none_and_with_lost_ones_is_refused(tmp_path: Path) -> None:
     empty = Run(str(tmp_path / "empty"))
     assert collect_garbage(empty.uri, NOW) == Collection(False, [], {}, 0, 0, 0, 0)
     whole = published_run(tmp_path)
@@ -176,7 +176,7 @@ def stray(run: Run, age_seconds: float) -> Path:
     return path
 
 
-def test_files_without_a_commit_stay_until_nobody_can_need_them(tmp_path: Path) -> None:
+def test_gc_keeps_unreferenced_files_for_the_grace_time(tmp_path: Path) -> None:
     whole = published_run(tmp_path)
     old = stray(whole.run, age_seconds=10**6)
     foreign = Path(whole.run.path("index", "segments", "README"))
@@ -194,7 +194,7 @@ def test_files_without_a_commit_stay_until_nobody_can_need_them(tmp_path: Path) 
     assert_whole(whole)
 
 
-def test_expired_leases_and_leftovers_go(tmp_path: Path) -> None:
+def test_gc_removes_expired_leases_and_leftover_files(tmp_path: Path) -> None:
     whole = published_run(tmp_path)
     live, expired = retention.Lease(whole.run, 2), retention.Lease(whole.run, 3)
     damaged = Path(whole.run.path("index", "leases", "x.json"))
@@ -292,7 +292,9 @@ def test_a_reader_without_a_lease_follows_the_tag_when_gc_is_faster(
     assert done == [1]
 
 
-def test_gc_may_die_anywhere_and_the_next_one_finishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gc_killed_at_any_operation_is_finished_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = published_run(tmp_path / "undisturbed")
     collect_garbage(expected.run.uri, NOW)
     steps = 0
@@ -418,7 +420,7 @@ def check_beside(order: Iterable[int], beside: Sequence[str]) -> None:
 
 @pytest.mark.parametrize("what", ["read", "rollback"])
 @pytest.mark.parametrize("steps", [2, 3, 4, 5])  # the first is to start
-def test_something_happens_in_any_gap_of_gc(what: str, steps: int) -> None:
+def test_gc_with_a_read_or_rollback_in_any_gap_stays_consistent(what: str, steps: int) -> None:
     """gc goes some calls far, the other one some, gc to its end, the other one to its end."""
     for calls in range(33):
         check_beside([0] * calls + [1] * steps + [0] * 99, [what])
@@ -429,11 +431,13 @@ def test_something_happens_in_any_gap_of_gc(what: str, steps: int) -> None:
     st.lists(st.tuples(st.integers(0, 2), st.integers(1, 25)), max_size=8),
     st.lists(st.sampled_from(["read", "rollback", "promote", "publish", "gc"]), min_size=1, max_size=2, unique=True),
 )
-def test_whatever_goes_on_beside_gc_in_whatever_order(order: list[tuple[int, int]], beside: list[str]) -> None:
+def test_gc_beside_any_operations_in_any_order_stays_consistent(
+    order: list[tuple[int, int]], beside: list[str]
+) -> None:
     check_beside([who for who, steps in order for _ in range(steps)], beside)
 
 
-def test_the_fence_of_the_tag_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rollback_that_sleeps_through_gc_does_not_move_the_tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rollback that has looked, and then sleeps through a whole gc, must not move the tag."""
     run = by_name(str(tmp_path))
     real, done = objects.compare_and_swap, []
@@ -536,7 +540,7 @@ def test_readers_hold_their_snapshot_while_gc_and_publishers_run(tmp_path: Path)
     assert_whole(whole)
 
 
-def test_the_decision_is_pure(tmp_path: Path) -> None:
+def test_needed_keeps_pinned_and_newest_commits(tmp_path: Path) -> None:
     view = gc._look(published_run(tmp_path).run, Removals())
     kept = gc.needed(view, NOW, now_seconds=1e12, pins={LAST: ["prod"]})
     assert kept == {LAST: ["prod", "among the last 1"]}

@@ -79,7 +79,7 @@ def make(folder: Path) -> tuple[WholeRun, Sealer]:
     return whole, Sealer(whole.run, plan, whole.codebook_path, whole.codebook_sha256)
 
 
-def test_a_wave_seals_whatever_a_writer_that_lost_has_left(tmp_path: Path) -> None:
+def test_seal_of_a_wave_ignores_rejects_of_a_losing_writer(tmp_path: Path) -> None:
     whole, sealer = make(tmp_path)
     shards = range(whole.num_shards)
     refs = seal._seal_embedded(sealer, 1, shards)[0]

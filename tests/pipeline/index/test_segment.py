@@ -155,7 +155,7 @@ def test_segments_gathered_into_one_answer_as_they_do(tmp_path: Path, factory: s
     assert len(decode_segment(book, whole)[0]) == len(ids)
 
 
-def test_nothing_can_be_gathered(tmp_path: Path) -> None:
+def test_gather_of_empty_segments_answers_without_neighbours(tmp_path: Path) -> None:
     book = codebook()
     whole = gather_segments(book, split(tmp_path, book, *(item[:0] for item in gallery()), parts=2))
     distances, ids = search(book, [whole], gallery()[1][:3], 4, 5)
@@ -176,7 +176,7 @@ def test_bytes_do_not_depend_on_which_process_opened_the_codebook() -> None:
     assert build_segment(codebook(), *gallery()) == build_segment(codebook(), *gallery())
 
 
-def test_what_a_segment_holds_does_not_depend_on_threads(tmp_path: Path) -> None:
+def test_segment_content_does_not_depend_on_threads(tmp_path: Path) -> None:
     first = decode_segment(codebook(), opened(tmp_path, codebook(), *gallery()))
     codebooks.set_threads(2)
     try:
@@ -197,7 +197,7 @@ def test_training_is_deterministic_and_writes_an_empty_index(factory: str) -> No
     assert other != again
 
 
-def test_training_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+def test_training_prints_no_output(capfd: pytest.CaptureFixture[str]) -> None:
     for factory in ("IVF16,PQ4x4", "OPQ2_8,IVF16,PQ2"):
         train_codebook(gallery()[1][:300], IndexSettings(factory=factory), "l2", 2000, device="cpu", seed=0)
     captured = capfd.readouterr()
@@ -277,7 +277,7 @@ def test_too_few_neighbours_are_padded(tmp_path: Path, metric: Metric) -> None:
     assert search(book, [], vectors[:0], k=3, nprobe=1)[1].shape == (0, 3)
 
 
-def test_more_queries_than_one_call_takes(tmp_path: Path) -> None:
+def test_search_of_more_queries_than_one_call_takes_is_split(tmp_path: Path) -> None:
     ids, vectors = gallery()
     book = codebook()
     segments = split(tmp_path, book, ids, vectors, 2)
@@ -403,7 +403,7 @@ def test_a_segment_of_another_codec_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("factory", "needed"), [("IVF64,Flat", 64), ("IVF4,PQ4", 256), ("OPQ4_8,IVF4,SQ8", 256)])
-def test_what_an_index_needs_to_be_trained_is_known_before_there_are_vectors(factory: str, needed: int) -> None:
+def test_check_trainable_with_too_few_vectors_is_refused_before_training(factory: str, needed: int) -> None:
     check_trainable(factory, 1000, needed, DIM)
     vectors = np.random.default_rng(0).normal(size=(needed - 1, DIM)).astype(np.float32)
     for refused in (

@@ -278,7 +278,7 @@ def test_missing_and_empty_sources_are_named(place: str) -> None:
         assert source in str(caught.value)
 
 
-def test_tables_are_checked(tmp_path: Path) -> None:
+def test_catalog_refuses_tables_with_bad_columns(tmp_path: Path) -> None:
     def table(**columns: Any) -> str:
         pq.write_table(pa.table(columns), tmp_path / "t.parquet")
         return str(tmp_path / "t.parquet")
@@ -321,7 +321,7 @@ def test_missing_objects_of_a_table_are_counted(place: str) -> None:
     assert (found.notes, found.unknown_sizes) == ({"missing_images": 1}, 1)
 
 
-def test_parts_are_of_equal_size_whatever_the_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_have_equal_sizes_for_any_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = [put_folder(f"{tmp_path}/images"), put_tars(f"{tmp_path}/tars")]
     made(f"{tmp_path}/whole", *sources)
     monkeypatch.setattr(assemble, "CHUNK_ROWS", 13)
@@ -332,7 +332,9 @@ def test_parts_are_of_equal_size_whatever_the_pieces(tmp_path: Path, monkeypatch
     assert rows_of(f"{tmp_path}/out").equals(rows_of(f"{tmp_path}/whole"))
 
 
-def test_over_ray_the_same_comes_out(tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_catalog_over_ray_equals_the_local_one(
+    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sources = [put_folder(f"{tmp_path}/images"), put_tars(f"{tmp_path}/tars")]
     made(f"{tmp_path}/here", *sources)
     started = []

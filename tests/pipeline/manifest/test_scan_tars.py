@@ -139,7 +139,7 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
         index(str(tmp_path), bytes(data))
 
 
-def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
+def test_scan_of_a_file_that_is_no_tar_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"compressed tar[^$]*gzip"):
         index(str(tmp_path), gzip.compress(pack([("a.png", b"x")])))
     for data in (b"", b"not a tar" * 200):

@@ -64,14 +64,14 @@ def test_a_vector_comes_as_much_further_from_every_query(kind: OffsetKind) -> No
     assert change.mean(axis=0).std() > 0.1
 
 
-def test_by_uncertainty_the_surest_tenth_stays_where_it_is_and_the_rest_moves_by_what_s_says() -> None:
+def test_offset_by_uncertainty_moves_all_but_the_surest_tenth_by_the_predicted_error() -> None:
     offset, _, z, s = fitted("uncertainty")
     moved = np.square(offset.apply(z, s) - z).sum(axis=1)
     assert (moved < 1e-9).mean() == pytest.approx(0.1, abs=0.01)
     assert np.corrcoef(moved, np.maximum(np.exp(s) - offset.floor, 0))[0, 1] > 0.9999
 
 
-def test_by_confidence_what_the_classifier_is_sure_of_moves_least() -> None:
+def test_offset_by_confidence_moves_confident_images_least() -> None:
     offset, _, z, s = fitted("confidence")
     assert offset.classifier is not None
     sure = offset.classifier.probabilities(z).max(axis=1)
@@ -95,7 +95,7 @@ def test_half_a_backfill_answers_better_with_the_offset(kind: OffsetKind, metric
     assert found[1].top1 > found[0].top1
 
 
-def test_with_cosine_what_is_served_has_length_one() -> None:
+def test_offset_with_cosine_gives_unit_vectors() -> None:
     offset, _, z, s = fitted("uncertainty", metric="cosine")
     assert np.linalg.norm(offset.apply(z, s), axis=1) == pytest.approx(1, abs=1e-5)
 
@@ -115,7 +115,7 @@ def test_the_direction_is_one_in_which_embeddings_do_not_vary() -> None:
     assert (new @ direction).std() < 1e-4
 
 
-def test_an_offset_that_cannot_be_is_refused() -> None:
+def test_invalid_offset_is_refused() -> None:
     new, z, s, _, classifier = embeddings()
     with pytest.raises(ConfigError, match="inner product"):
         fit_offset("uncertainty", 0.5, z, s, new, classifier, "ip")

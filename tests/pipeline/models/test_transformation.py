@@ -171,7 +171,7 @@ def test_weights_without_marker_do_not_count_and_are_replaced(tmp_path: Path) ->
     assert load_transformation(run, CPU)[1] == _info()
 
 
-def test_of_two_fits_at_once_the_first_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_fits_at_once_keep_the_first_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, first, second = Run(str(tmp_path)), _trained(_info()), _trained(_info())
     with torch.no_grad():
         next(second.parameters()).add_(1)

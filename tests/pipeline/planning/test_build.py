@@ -136,7 +136,7 @@ def test_make_plan_two_drivers_in_any_order_both_go_on_with_one_whole_plan(
     check_whole(run)
 
 
-def test_make_plan_drivers_with_different_settings_refuses_the_one_that_comes_later(tmp_path: Path) -> None:
+def test_make_plan_with_other_settings_than_an_earlier_driver_is_refused(tmp_path: Path) -> None:
     config, run = scene(tmp_path)
     other = config.model_copy(update={"plan": config.plan.model_copy(update={"waves": 5})})
     with pytest.MonkeyPatch.context() as patch:

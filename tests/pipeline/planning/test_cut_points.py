@@ -133,7 +133,7 @@ def test_one_wave_needs_no_pass() -> None:
 
 
 @pytest.mark.parametrize(("seed", "wanted"), [(0, "330123322223321133320123"), (1, "321123322223331033320123")])
-def test_a_plan_stays_what_it_is(seed: int, wanted: str) -> None:
+def test_cut_points_of_a_seed_are_pinned(seed: int, wanted: str) -> None:
     ids = np.arange(100, 124)
     priority = np.round(np.sin(ids)).astype(np.float32)  # with ties
     waves, _ = waves_by_cuts(priority, ids, np.array([2, 6, 14]), seed, [ids - 100])

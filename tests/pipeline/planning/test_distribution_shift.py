@@ -33,12 +33,12 @@ def test_a_gallery_of_half_other_images_is_noticed(shift: float) -> None:
     assert distribution_shift(normal(1000, 0, 0), gallery, 0).apart
 
 
-def test_what_is_apart_is_wholly_so_whichever_side_is_larger() -> None:
+def test_distribution_shift_of_disjoint_samples_is_1_for_any_sizes() -> None:
     assert distribution_shift(normal(300, 0, 0), normal(2500, 50, 1), 0).same_side == 1
     assert distribution_shift(normal(2500, 50, 1), normal(300, 0, 0), 0).same_side == 1
 
 
-def test_errors_are_compared_with_what_chance_leaves_open() -> None:
+def test_distribution_shift_of_errors_is_compared_with_chance() -> None:
     random, old = np.random.default_rng(0), normal(1000, 0, 0)
     mine = random.gamma(2, 1, 4000)
     found = distribution_shift(old[:500], old[500:], 0, (mine, 1.5 * random.gamma(2, 1, 1000)))
@@ -49,7 +49,7 @@ def test_errors_are_compared_with_what_chance_leaves_open() -> None:
     assert not distribution_shift(old[:500], old[500:], 0, (mine, random.gamma(2, 1, 1000))).further
 
 
-def test_each_finding_is_said_and_what_to_do_once() -> None:
+def test_distribution_shift_reports_each_finding_and_the_remedy_once() -> None:
     assert not DistributionShift(0.51, 0.004, 1.1, 0.05).warnings()
     said = DistributionShift(0.53, 0.004, 1.3, 0.02).warnings()
     assert [sentence.split()[0] for sentence in said] == ["The", "The", "What"]

@@ -140,7 +140,7 @@ def test_the_band_knows_how_far_the_probe_set_s_own_bend_may_be_off() -> None:
     assert (found.high - found.values)[1:-1] == pytest.approx(2 * others.std(axis=0)[1:-1], rel=0.2)
 
 
-def test_what_is_expected_does_not_change_from_one_time_to_the_next() -> None:
+def test_expect_is_deterministic() -> None:
     folds = np.stack([CURVE, 40 + 12 * FRACTIONS])
     assert (
         expect(folds, FRACTIONS, CurveEnds(40, 52, 1, 1)).reached
@@ -148,7 +148,7 @@ def test_what_is_expected_does_not_change_from_one_time_to_the_next() -> None:
     )
 
 
-def test_it_is_stored_whole() -> None:
+def test_expected_curve_survives_json() -> None:
     found = expect(np.stack([CURVE, CURVE]), FRACTIONS, CurveEnds(41, 50, 1, 2), sample=1000)
     again = Expected.from_json(json.loads(json.dumps(found.to_json())))
     assert again.values.tolist() == found.values.tolist()

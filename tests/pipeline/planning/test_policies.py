@@ -148,7 +148,7 @@ def test_every_policy_is_a_function_of_each_image_alone(name: str, weighted: boo
     assert np.array_equal(prioritise(policy, scored(ids), "here"), whole)
 
 
-def test_signals_are_numbers_even_where_all_is_alike() -> None:
+def test_signals_of_identical_images_are_finite() -> None:
     ids = np.full(20, 700)
     for labelled in (True, False):
         for classifier in (True, False):
@@ -224,7 +224,7 @@ def test_the_distance_to_the_own_class_needs_a_label_and_else_takes_the_nearest_
     assert np.allclose(found[4:], far[4:].min(axis=1), rtol=1e-4)
 
 
-def test_what_is_popular_comes_first_as_often_as_it_is_asked_for() -> None:
+def test_traffic_multiplies_the_priority() -> None:
     columns = scored(np.arange(300, 350))
     cost = load_policy("entropy", 0, known())(columns)
     assert np.allclose(load_policy("entropy", 0, known(), traffic=True)(columns), cost * (columns.ids % 7))
@@ -251,9 +251,7 @@ def test_a_boost_lifts_the_images_of_the_group_that_suffers_most() -> None:
         ("learned", False, False, set()),
     ],
 )
-def test_a_policy_is_refused_where_what_it_needs_is_not_there(
-    name: str, labelled: bool, classifier: bool, expected: set[str]
-) -> None:
+def test_policy_without_its_inputs_is_refused(name: str, labelled: bool, classifier: bool, expected: set[str]) -> None:
     assert missing(name, known(labelled, classifier)) == expected
     if expected:
         with pytest.raises(ConfigError, match=f"expected: {expected.pop()}\n  where: plan.policy: {name}"):
@@ -262,7 +260,7 @@ def test_a_policy_is_refused_where_what_it_needs_is_not_there(
         load_policy(name, 0, None)
 
 
-def test_learned_and_groups_need_what_was_learnt() -> None:
+def test_learned_policy_and_group_boost_without_their_inputs_are_refused() -> None:
     bare = replace(known(), model=None, group_names=())
     with pytest.raises(ConfigError, match="expected: learned"):
         load_policy("learned", 0, bare)

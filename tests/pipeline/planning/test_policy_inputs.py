@@ -102,7 +102,7 @@ def test_without_labels_centroids_are_those_of_clusters() -> None:
 
 
 @pytest.mark.parametrize("metric", ["l2", "ip"])
-def test_a_query_reaches_as_far_as_its_tenth_pair_but_itself(metric: str) -> None:
+def test_reach_of_a_query_is_the_distance_to_its_tenth_other_pair(metric: str) -> None:
     _, z, _, new, _ = pairs()
     made, far = build(metric=metric), keys(new, z, metric)
     np.fill_diagonal(far, np.inf)

@@ -81,7 +81,7 @@ def test_traffic_that_is_no_weight_is_refused_with_its_row(tmp_path: Path, bad: 
         scene(tmp_path, pa.array(weights, pa.float64()))
 
 
-def test_a_policy_without_what_it_needs_is_refused_before_a_part_is_scored(tmp_path: Path) -> None:
+def test_score_with_a_policy_without_its_inputs_is_refused_before_any_part(tmp_path: Path) -> None:
     config, run = scene(tmp_path, policy="entropy")
     with pytest.raises(ConfigError, match="expected: classifier"):
         Scorer(config, run, "scored")

@@ -193,7 +193,7 @@ def test_audit_of_commits_of_older_versions_compares_no_digests(tmp_path: Path) 
     assert "log_digests" not in report.checked
 
 
-def test_a_run_without_commits_and_a_folder_without_a_run(tmp_path: Path) -> None:
+def test_audit_of_a_run_without_commits_passes_and_without_a_run_fails(tmp_path: Path) -> None:
     whole = WholeRun(Run(str(tmp_path / "run"))).write_inputs()
     assert audit(whole.run.uri).ok
     with pytest.raises(DataError, match="no run"):
@@ -414,7 +414,7 @@ def test_rejects_that_are_gone_are_found(tmp_path: Path) -> None:
     assert_found(whole, "log", "wave-002", "missing")
 
 
-def test_rejects_of_a_writer_that_lost_are_no_problem_and_other_words_in_place_of_the_winners_are(
+def test_audit_ignores_a_losers_rejects_and_finds_changed_rejects_of_the_winner(
     tmp_path: Path,
 ) -> None:
     whole = make(tmp_path)
@@ -544,7 +544,7 @@ def test_an_image_of_the_manifest_that_is_neither_planned_nor_rejected_is_a_prob
     assert problem.where == whole.run.part("gallery", 2 if damage == "no part" else 1)
 
 
-def test_what_is_looked_at_at_once_is_noted_in_order() -> None:
+def test_audit_notes_parallel_checks_in_order() -> None:
     notes = Notes()
 
     def check(own: Notes, number: int) -> int:

@@ -144,7 +144,7 @@ def test_too_many_rejects_in_the_log_stop_a_resumed_run_before_the_wave_is_publi
     assert tracker(tmp_path, max_reject_fraction=0.7).whole_waves() == [1]
 
 
-def test_a_handful_of_rejects_is_borne_in_a_small_wave_and_no_more(tmp_path: Path) -> None:
+def test_progress_allows_reject_allowance_rejects_in_a_small_wave(tmp_path: Path) -> None:
     plan = make_plan([8, 200])
     counting = Tracker(plan, plan.log(Run(str(tmp_path))), 0.05, allowance=5)
     first, second, *rest = units([8, 200])
@@ -162,7 +162,7 @@ def test_a_handful_of_rejects_is_borne_in_a_small_wave_and_no_more(tmp_path: Pat
         counting.whole_waves()
 
 
-def test_a_fraction_of_nothing_bears_no_reject_at_all(tmp_path: Path) -> None:
+def test_progress_with_max_reject_fraction_0_allows_no_reject(tmp_path: Path) -> None:
     plan = make_plan([8])
     counting = Tracker(plan, plan.log(Run(str(tmp_path))), 0.0, allowance=5)
     with pytest.raises(DataError, match=r"at most 0\.00% of 8 images\n"):
@@ -226,7 +226,7 @@ def test_the_rate_of_the_log_is_its_images_over_the_time_between_its_parts(tmp_p
     assert recent_rate(plan, part_times(log)) == pytest.approx((4 + 1) / 10)
 
 
-def test_what_reading_took_adds_up_over_all_acknowledgements(tmp_path: Path) -> None:
+def test_progress_adds_up_the_read_seconds_of_all_units(tmp_path: Path) -> None:
     counting, (first, second, *_) = tracker(tmp_path), units()
     assert counting.progress(0).reading.images == 0
     spent = {"requests": 2, "bytes_fetched": 300, "bytes_needed": 200, "retries": 1, "changed": 1}

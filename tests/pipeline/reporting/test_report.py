@@ -252,7 +252,7 @@ def test_above_max_images_no_curve_is_computed_and_the_page_says_why(tmp_path: P
 
 
 @pytest.mark.parametrize("sample", [0, 400])
-def test_what_was_expected_is_there_and_says_of_how_many_images(finished: ReportData, sample: int) -> None:
+def test_report_shows_the_expected_curve_and_its_number_of_images(finished: ReportData, sample: int) -> None:
     curve, fractions = np.array([[40.0, 51.0, 52.0]]), np.array([0.0, 0.5, 1.0])
     expected = expect(curve, fractions, CurveEnds(41.5, 52.0, 0.0, 0.0), sample).to_json()
     words = Page(render(replace(finished, expected={"top1": expected}))).words

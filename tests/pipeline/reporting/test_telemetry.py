@@ -94,7 +94,7 @@ def test_the_endpoint_gives_the_figures_of_the_run(endpoint: str) -> None:
     assert (found["fastfill_images_per_second"], found["fastfill_eta_seconds"]) == (19, 4)
 
 
-def test_units_add_up(endpoint: str) -> None:
+def test_telemetry_adds_up_the_counts_of_units(endpoint: str) -> None:
     before = scrape(endpoint)
     for wave in (1, 2):
         telemetry.observe_unit(unit(1, 0, 2, wave=wave))
@@ -117,7 +117,7 @@ def test_units_add_up(endpoint: str) -> None:
         assert grown(f"fastfill_stage_seconds_sum:{stage}") == pytest.approx(seconds)  # of floats that others added to
 
 
-def test_what_the_driver_repeats_itself_is_counted_with_its_tasks(endpoint: str) -> None:
+def test_telemetry_counts_the_drivers_retries_with_those_of_its_tasks(endpoint: str) -> None:
     before = scrape(endpoint)
     telemetry.observe_unit(unit(0, 3))
     telemetry.observe_driver(Counts({"retries:InternalError": 4, "requests:put": 6, "bytes:put": 70}))
@@ -176,7 +176,7 @@ def test_a_driver_that_goes_on_knows_how_old_the_snapshot_is_and_what_it_holds(e
     assert (found["fastfill_index_segments"], found["fastfill_index_bytes"]) == (2, 1000)
 
 
-def test_what_the_fit_and_the_curve_say_is_there(endpoint: str) -> None:
+def test_telemetry_has_the_metrics_of_the_fit_and_the_curve(endpoint: str) -> None:
     telemetry.observe_epoch(
         {"epoch": 3, "epochs": 8, "loss": 0.5, "alignment": 0.25, "lr": 1e-3, "images_per_second": 9}
     )
@@ -234,7 +234,7 @@ def test_the_quality_on_the_probe_set_is_that_of_the_latest_commit_alone(endpoin
     assert "fastfill_probe_quality_ratio:slot_share" not in found
 
 
-def test_without_a_rate_there_are_figures_all_the_same(endpoint: str) -> None:
+def test_telemetry_without_a_rate_has_all_other_metrics(endpoint: str) -> None:
     telemetry.observe_progress(progress(images_per_second=None, durable=121))
     assert scrape(endpoint)["fastfill_images_durable"] == 121
 

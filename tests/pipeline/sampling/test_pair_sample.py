@@ -141,7 +141,7 @@ def test_a_small_gallery_is_shared_out_between_the_sample_and_the_probe_set(tmp_
     assert (len(ids(run)), len(ids(run, PROBE_SET))) == (50, 50)
 
 
-def test_the_users_own_probe_sample_is_not_in_it(tmp_path: Path) -> None:
+def test_pair_sample_has_no_image_of_the_users_probe_sample(tmp_path: Path) -> None:
     images = known(300)
     config, run = scene(tmp_path / "run", images, 60)
     chosen = images.ids[:200]

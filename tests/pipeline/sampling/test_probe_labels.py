@@ -29,7 +29,7 @@ def source(manifest: str | list[str], **columns: str) -> ProbeSettings:
     return ProbeSettings.model_validate({"manifest": manifest, "columns": columns})
 
 
-def test_it_says_the_same_in_whatever_order_files_and_columns(tmp_path: Path) -> None:
+def test_read_sample_gives_the_same_digest_for_any_order_files_and_column_names(tmp_path: Path) -> None:
     one = read_sample(source(write(tmp_path, "one.parquet", id=IDS, label=LABELS)))
     halves = [write(tmp_path / "parts", f"{row}.parquet", key=IDS[row:][:2], y=LABELS[row:][:2]) for row in (2, 0)]
     for given in (str(tmp_path / "parts"), halves, str(tmp_path / "parts" / "*.parquet")):
@@ -49,7 +49,7 @@ def test_labels_are_names_as_those_of_a_gallery_are(tmp_path: Path) -> None:
     assert not found.has_integers
 
 
-def test_a_file_without_rows_is_no_harm(tmp_path: Path) -> None:
+def test_read_sample_ignores_a_file_without_rows(tmp_path: Path) -> None:
     write(tmp_path, "a.parquet", id=pa.array([], pa.string()), label=pa.array([], pa.null()))
     write(tmp_path, "b.parquet", id=["x", "y"], label=[1, 1])
     assert read_sample(source(str(tmp_path))).rows["id"].to_pylist() == ["x", "y"]
@@ -74,7 +74,9 @@ def test_a_file_without_rows_is_no_harm(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_used_is_refused_with_its_place(tmp_path: Path, columns: dict[str, Any], said: str) -> None:
+def test_read_sample_of_unusable_rows_is_refused_with_their_place(
+    tmp_path: Path, columns: dict[str, Any], said: str
+) -> None:
     with pytest.raises(DataError, match=said):
         read_sample(source(write(tmp_path, **columns)))
 

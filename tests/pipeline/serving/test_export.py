@@ -253,7 +253,7 @@ def test_an_export_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.M
     check_resumed(make(tmp_path / "run"), str(tmp_path / "out"), monkeypatch)
 
 
-def test_an_export_to_and_from_s3(bucket: str, tmp_path: Path) -> None:
+def test_export_to_s3_and_from_s3_writes_the_same(bucket: str, tmp_path: Path) -> None:
     whole = upload(make(tmp_path / "run", "IVF4,SQ8"), f"{bucket}/run")
     marker = export(whole.run.uri, f"{bucket}/out", "faiss")
     local = export(str(tmp_path / "run"), str(tmp_path / "out"), "faiss")
@@ -285,7 +285,7 @@ def test_gc_waits_for_an_export(tmp_path: Path) -> None:
     assert retention.find_leases(whole.run, 0.0) == (set(), {})
 
 
-def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
+def test_export_of_a_missing_tag_commit_or_file_names_it(tmp_path: Path) -> None:
     whole = make(tmp_path / "run")
     with pytest.raises(DataError, match=r"(?s)no tag 'other'.*found: candidate, prod"):
         export(whole.run.uri, str(tmp_path / "out"), "faiss", tag="other")

@@ -211,7 +211,7 @@ def test_damaged_codebook_commit_or_tag_is_refused(tmp_path: Path) -> None:
     assert Searcher(whole.run.uri).commit.number == 1
 
 
-def test_nothing_to_search_yet(tmp_path: Path) -> None:
+def test_searcher_without_a_tag_or_commit_is_refused_with_the_existing_ones(tmp_path: Path) -> None:
     whole = WholeRun(Run(str(tmp_path)), num=60)
     with pytest.raises(DataError, match="no tag 'prod'"):
         Searcher(whole.run.uri)

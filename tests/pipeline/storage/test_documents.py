@@ -88,7 +88,7 @@ NO_ITEMS = [
 
 
 @pytest.mark.parametrize("data", NO_ITEMS, ids=range(len(NO_ITEMS)))
-def test_parse_of_what_is_no_such_file_is_an_error_with_its_name(data: bytes) -> None:
+def test_parse_of_a_file_of_another_kind_is_an_error_with_its_name(data: bytes) -> None:
     with pytest.raises(DataError) as caught:
         documents.parse(Item, data, "the/file.json")
     assert caught.value.details["where"] == "the/file.json"

@@ -77,7 +77,7 @@ def test_reader_link_or_dots_out_of_the_root_is_outside_unless_there_is_no_root(
     assert LocalReader().whole(f"{root}/{name}", MOST)[0] == b"outside"
 
 
-def test_reader_what_lies_in_the_root_or_is_named_elsewhere_is_read(root: Path) -> None:
+def test_reader_file_in_the_root_or_at_an_absolute_uri_is_read(root: Path) -> None:
     reader = LocalReader(f"{root}/")
     for name in ("file", "inner"):
         assert reader.whole(f"{root}/{name}", MOST)[0] == b"inside"

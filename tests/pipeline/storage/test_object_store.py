@@ -99,7 +99,7 @@ def test_after_its_time_an_error_says_what_where_and_for_how_long(time: FakeTime
     assert len(client.errors) == 100 - 21
 
 
-def test_a_long_wait_is_said_once(time: FakeTime) -> None:
+def test_long_wait_is_logged_once(time: FakeTime) -> None:
     client = Failing(*[Again("SlowDown")] * 15)
     client.objects[NAME] = b""
     said: list[str] = []
@@ -115,7 +115,7 @@ def test_a_long_wait_is_said_once(time: FakeTime) -> None:
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(NAME), PermissionError(NAME), OSError(NAME), ConfigError("x")])
-def test_what_stays_wrong_is_not_repeated(error: Exception) -> None:
+def test_permanent_error_is_not_retried(error: Exception) -> None:
     client = Failing(error)
     before = objects.counts()
     with pytest.raises(type(error)):
@@ -146,7 +146,7 @@ def during(fault: Fault, client: UnreliableStore, call: Callable[[], object], *b
 
 
 @pytest.mark.parametrize("fault", [Fault.NONE, Fault.FAILED, Fault.BUSY, Fault.LOST, Fault.DELAYED, Fault.DUPLICATED])
-def test_a_conditional_write_is_done_once_whatever_becomes_of_its_request(time: FakeTime, fault: Fault) -> None:
+def test_conditional_write_with_any_fault_is_applied_once(time: FakeTime, fault: Fault) -> None:
     client = UnreliableStore()
     store = ObjectStore(client, Retry(60))
     assert during(fault, client, lambda: store.put_if_absent(NAME, b"one")) is None
@@ -159,7 +159,9 @@ def test_a_conditional_write_is_done_once_whatever_becomes_of_its_request(time: 
 
 
 @pytest.mark.parametrize("fault", [Fault.NONE, Fault.FAILED, Fault.BUSY, Fault.LOST])
-def test_another_ones_write_is_no_lost_answer(time: FakeTime, fault: Fault) -> None:
+def test_conditional_write_refused_by_another_writers_object_is_not_taken_for_a_lost_answer(
+    time: FakeTime, fault: Fault
+) -> None:
     client = UnreliableStore()
     store = ObjectStore(client, Retry(60))
     store.put_if_absent(NAME, b"theirs")
@@ -190,7 +192,7 @@ def test_a_write_whose_answer_is_lost_and_that_is_then_replaced_has_lost(time: F
     assert client.objects == {NAME: b"theirs"}
 
 
-def test_a_swap_of_what_was_deleted_has_lost(time: FakeTime) -> None:
+def test_compare_and_swap_of_a_deleted_object_loses(time: FakeTime) -> None:
     store = ObjectStore(UnreliableStore(), Retry(60))
     with pytest.raises(Changed):
         store.compare_and_swap(NAME, b"ours", "a version that was there")
@@ -263,14 +265,16 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("client", "kind", "message"), REFUSED)
-def test_the_probe_refuses(client: UnreliableStore, kind: type[Exception], message: str) -> None:
+def test_capability_check_of_an_unsuitable_store_is_refused(
+    client: UnreliableStore, kind: type[Exception], message: str
+) -> None:
     with pytest.raises(kind, match=message) as caught:
         ObjectStore(client, Retry(0)).check("bucket/run")
     assert "s3://bucket/run" in str(caught.value)
     assert getattr(caught.value, "exit_code", None) == 2
 
 
-def test_the_probe_leaves_nothing_behind_and_bears_lost_answers(time: FakeTime) -> None:
+def test_capability_check_with_lost_answers_passes_and_leaves_no_object(time: FakeTime) -> None:
     client = UnreliableStore()
     for run in ("bucket/run", "bucket"):
         store = ObjectStore(client, Retry(60))
@@ -283,7 +287,7 @@ def test_the_probe_leaves_nothing_behind_and_bears_lost_answers(time: FakeTime) 
 # Files
 
 
-def test_too_large_for_one_put_is_said_before_it_is_sent() -> None:
+def test_put_of_more_than_one_request_allows_is_refused_before_it_is_sent() -> None:
     class Huge(bytes):
         def __len__(self) -> int:  # without the memory
             return 5 * 2**30 + 1
@@ -354,7 +358,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"{request.getfixturevalue('bucket')}/some/run" if request.param == "s3" else str(tmp_path / "run")
 
 
-def test_what_is_put_can_be_read(root: str) -> None:
+def test_put_object_can_be_read_and_replaced(root: str) -> None:
     uri = objects.join(root, "object")
     assert not objects.exists(uri)
     assert objects.read_versioned(uri) is None
@@ -380,7 +384,7 @@ def test_a_range_is_that_slice_of_the_whole(root: str) -> None:
                 assert objects.read_bytes(uri, offset, length) == expected, (data, offset, length)
 
 
-def test_a_name_may_hold_anything(root: str) -> None:
+def test_object_name_may_have_any_characters(root: str) -> None:
     uris = [objects.join(root, key) for key in HARD_KEYS]
     for uri in uris:
         objects.put(uri, uri.encode())
@@ -409,7 +413,7 @@ def try_to(write: Callable[[], object]) -> bool:
     return True
 
 
-def test_of_many_threads_exactly_one_creates_and_exactly_one_swaps(root: str) -> None:
+def test_create_and_swap_by_many_threads_have_one_winner_each(root: str) -> None:
     writers = 16 if root.startswith("/") else 6  # this server lets each loser wait for a second
     uri, start = objects.join(root, "object"), threading.Barrier(writers)
 
@@ -457,7 +461,7 @@ def test_parquet_is_read_by_ranges(root: str) -> None:
         assert path.read_bytes() == data
 
 
-def test_a_run_can_live_here_and_the_check_leaves_nothing(root: str) -> None:
+def test_capability_check_of_a_sound_bucket_passes_and_leaves_no_object(root: str) -> None:
     objects.check(root)
     assert objects.list_files(root) == []
     assert not os.path.exists(root)
@@ -485,7 +489,9 @@ def configured(monkeypatch: pytest.MonkeyPatch, seaweed: SeaweedFS) -> Iterator[
 
 
 @pytest.mark.parametrize("case", ["wrong secret", "wrong key", "no credentials", "missing bucket", "read-only bucket"])
-def test_the_server_refuses(case: str, seaweed: SeaweedFS, bucket: str, configured: Callable[..., None]) -> None:
+def test_request_with_bad_credentials_or_bucket_is_refused_with_the_remedy(
+    case: str, seaweed: SeaweedFS, bucket: str, configured: Callable[..., None]
+) -> None:
     changes = {
         "wrong secret": {"AWS_SECRET_ACCESS_KEY": "wrong"},
         "wrong key": {"AWS_ACCESS_KEY_ID": "nobody"},
@@ -534,7 +540,7 @@ CAUSES = {
 
 
 @pytest.mark.parametrize("fault", CAUSES)
-def test_what_networks_do_is_borne_and_counted(
+def test_network_fault_is_retried_and_counted_by_cause(
     fault: Break, faulty_s3: FaultyProxy, bucket: str, configured: Callable[..., None]
 ) -> None:
     faulty_s3.hang_seconds = 0.2

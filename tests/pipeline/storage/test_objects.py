@@ -59,7 +59,7 @@ def everything_below(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-def test_what_is_put_can_be_read(uri: str) -> None:
+def test_put_file_can_be_read_and_replaced(uri: str) -> None:
     assert not objects.exists(uri)
     objects.put(uri, b"one")
     assert objects.exists(uri)
@@ -77,7 +77,7 @@ def test_listing_of_a_uri_with_a_scheme_gives_uris_with_that_scheme(uri: str) ->
     assert objects.folders(folder.rpartition("/")[0]) == [folder]
 
 
-def test_of_many_threads_that_create_one_name_exactly_one_wins(uri: str) -> None:
+def test_create_by_many_threads_has_one_winner(uri: str) -> None:
     start = threading.Barrier(WRITERS)
 
     def create(writer: int) -> bool:
@@ -90,7 +90,7 @@ def test_of_many_threads_that_create_one_name_exactly_one_wins(uri: str) -> None
     assert objects.read_bytes(uri) == str(won.index(True)).encode() * 1000
 
 
-def test_of_many_processes_that_create_one_name_exactly_one_wins(uri: str, processes: ProcessPoolExecutor) -> None:
+def test_create_by_many_processes_has_one_winner(uri: str, processes: ProcessPoolExecutor) -> None:
     won = list(processes.map(try_to_create, [uri] * 40, [b"%d" % writer for writer in range(40)]))
     assert sum(won) == 1
     assert objects.read_bytes(uri) == b"%d" % won.index(True)
@@ -115,7 +115,7 @@ def test_a_swap_wins_only_against_the_version_that_was_read(uri: str) -> None:
     assert objects.read_versioned(uri) == (b"second", second)
 
 
-def test_a_swap_of_what_was_deleted_loses(uri: str) -> None:
+def test_compare_and_swap_of_a_deleted_file_loses(uri: str) -> None:
     version = objects.compare_and_swap(uri, b"first", None)
     objects.delete(uri)
     with pytest.raises(Changed):
@@ -123,7 +123,7 @@ def test_a_swap_of_what_was_deleted_loses(uri: str) -> None:
     assert not objects.exists(uri)
 
 
-def test_of_many_swaps_from_one_version_exactly_one_wins(uri: str) -> None:
+def test_compare_and_swap_from_one_version_has_one_winner(uri: str) -> None:
     start, version = threading.Barrier(WRITERS), objects.compare_and_swap(uri, b"first", None)
 
     def swap(writer: int) -> bool:
@@ -264,7 +264,7 @@ def test_an_etag_and_a_digest_change_with_the_content(uri: str) -> None:
     assert objects.sha256(uri) != digest
 
 
-def test_what_is_missing_is_said_to_be(uri: str) -> None:
+def test_read_of_a_missing_file_is_an_error(uri: str) -> None:
     for read in (objects.read_bytes, objects.stat, objects.sha256):
         with pytest.raises(FileNotFoundError):
             read(uri)
@@ -272,7 +272,7 @@ def test_what_is_missing_is_said_to_be(uri: str) -> None:
         parquet.read_parquet(uri)
 
 
-def test_what_is_no_parquet_is_said_to_be(uri: str) -> None:
+def test_read_parquet_of_another_file_is_an_error(uri: str) -> None:
     objects.put(uri, b"PAR1 but not really")
     with pytest.raises(DataError, match="not a readable Parquet file"):
         parquet.read_parquet(uri)

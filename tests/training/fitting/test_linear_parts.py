@@ -42,7 +42,7 @@ def assert_same(found: LinearFit, expected: LinearFit) -> None:
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
-def test_linear_over_parts_is_what_it_is_over_all_rows(tmp_path: Path, metric: str) -> None:
+def test_linear_fit_over_parts_equals_the_fit_over_all_rows(tmp_path: Path, metric: str) -> None:
     data = synthetic_fit_data(tmp_path)
     job = make_job(fit_config(tmp_path, metric=metric, transformation="linear"), data)
     told: list[tuple[int, int]] = []

@@ -84,7 +84,7 @@ def test_each_mode_has_its_terms(mode: LossMode) -> None:
 
 
 @pytest.mark.parametrize("mode", ["alignment", "alignment+discriminative"])
-def test_without_uncertainty_s_only_watches(mode: LossMode) -> None:
+def test_loss_without_uncertainty_has_the_same_gradient_for_any_s(mode: LossMode) -> None:
     z_bd, s_b, new_bd, label_b = _batch()
     gradients = []
     for shift in (0.0, 3.0):

@@ -79,7 +79,7 @@ def test_another_seed_holds_out_others_and_each_pair_by_some_seed() -> None:
     assert not splits.all(axis=0).any()
 
 
-def test_the_split_stays_what_it_is() -> None:
+def test_split_of_a_seed_is_pinned() -> None:
     held_out = split(np.arange(40), np.zeros(40, np.int32), 0.1, seed=0)
     assert np.flatnonzero(held_out).tolist() == PINNED
 
@@ -93,7 +93,7 @@ def test_at_least_two_pairs_are_held_out_as_one_alone_has_no_neighbour(fraction:
 
 @pytest.mark.parametrize("fraction", [0.001, 0.05, 0.1, 0.37, 0.5])
 @pytest.mark.parametrize("num", [32, 45, 1000])
-def test_the_number_that_trains_is_known_before_the_split(num: int, fraction: float) -> None:
+def test_num_training_equals_the_number_of_the_split(num: int, fraction: float) -> None:
     held_out = split(np.arange(num), (np.arange(num) % 7).astype(np.int32), fraction, 3)
     assert num - held_out.sum() == num_training(num, fraction)
 

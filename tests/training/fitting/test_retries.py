@@ -58,7 +58,7 @@ class Trainers:
 
 
 @pytest.mark.parametrize("loss", [NODE_DIED, PREEMPTED, OUT_OF_REACH], ids=["died", "announced", "unreachable"])
-def test_a_worker_that_went_with_its_node_does_not_count_whatever_the_others_say(loss: Exception) -> None:
+def test_fit_failure_of_a_worker_on_a_lost_node_does_not_count(loss: Exception) -> None:
     assert lost_with_its_node(group(loss))
     assert lost_with_its_node(group(RESET, loss, RESET))
     trainers = Trainers(*[group(RESET, loss)] * 5)
@@ -86,7 +86,7 @@ def test_losses_between_failures_neither_count_nor_clear_what_has_counted() -> N
     ("failure", "raised"),
     [(group(DataError("the loss is not finite")), DataError), (ControllerError(ValueError("a bug")), TransientError)],
 )
-def test_what_another_attempt_cannot_mend_is_raised_at_once(
+def test_fit_failure_that_a_retry_cannot_mend_is_raised_at_once(
     failure: TrainingFailedError, raised: type[FastfillError]
 ) -> None:
     trainers = Trainers(failure)

@@ -24,7 +24,7 @@ def test_the_first_weights_with_the_least_error_count(errors: list[float], best:
     assert found.error == min(errors)
 
 
-def test_it_is_over_after_epochs_without_a_better_error() -> None:
+def test_stopping_ends_after_epochs_without_a_better_error() -> None:
     assert not observed([1.0] * PATIENCE).over
     assert observed([1.0] * (PATIENCE + 1)).over
     assert not observed([1.0] * PATIENCE + [0.5] + [1.0] * (PATIENCE - 1)).over
@@ -34,7 +34,7 @@ def test_an_error_that_is_not_a_number_is_never_the_best() -> None:
     assert observed([1.0, float("nan")]).weights["w"].item() == 0
 
 
-def test_a_restored_one_goes_on() -> None:
+def test_stopping_restored_from_its_state_goes_on_the_same() -> None:
     first, second = observed([2.0, 1.0, 3.0]), Stopping()
     second.restore(first.state())
     for found in (first, second):

@@ -25,7 +25,7 @@ def pairs(labelled: bool) -> PairArrays:
 
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
-def test_a_fit_leaves_all_that_its_policies_need(labelled: bool, metric: str) -> None:
+def test_policy_inputs_of_a_fit_cover_all_policies(labelled: bool, metric: str) -> None:
     tree = {
         "run": "run",
         "device": "cpu",
@@ -48,7 +48,7 @@ def test_a_fit_leaves_all_that_its_policies_need(labelled: bool, metric: str) ->
         prioritise(load_policy(name, 0, known), scored, name)
 
 
-def test_the_group_whose_images_are_off_suffers_most() -> None:
+def test_group_needs_is_highest_for_the_group_with_the_largest_errors() -> None:
     found = pairs(labelled=True)
     assert found.labels is not None
     groups = np.array([("good", "bad", "better", None)[label % 4] for label in found.labels], object)
@@ -60,7 +60,7 @@ def test_the_group_whose_images_are_off_suffers_most() -> None:
     assert need.min() == 0
 
 
-def test_labels_that_no_two_images_share_measure_nothing() -> None:
+def test_measurable_labels_need_two_images_that_share_one() -> None:
     assert measurable(None) is None
     assert measurable(np.array([3, -1, -1, 5])) is None
     assert measurable(np.array([3, -1, 3])) is not None

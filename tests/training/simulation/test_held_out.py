@@ -19,7 +19,7 @@ from training.simulation.held_out import FOLDS, HeldOut, fold_places, held_out, 
 from training.simulation.staleness_cost import fit_learned, staleness_cost
 
 
-def test_they_come_by_index_as_the_network_gives_them_and_are_served_with_the_offset(tmp_path: Path) -> None:
+def test_held_out_gives_pairs_by_index_transformed_and_served_with_the_offset(tmp_path: Path) -> None:
     images = known(400)
     config, run = make_run(tmp_path, images, Options(commits=False, transformation=False))
     table = write_pairs(run, images, labelled=True).sort_by("index")
@@ -58,7 +58,7 @@ def test_the_learned_order_of_a_pair_is_by_a_model_of_the_other_folds_alone(tmp_
     assert np.corrcoef(in_sample, cost)[0, 1] > np.corrcoef(found, cost)[0, 1], "a model flatters what it has seen"
 
 
-def test_the_order_by_class_goes_by_the_pairs_labels_where_the_gallery_has_some(tmp_path: Path) -> None:
+def test_held_out_class_mean_uses_the_pairs_labels_if_the_gallery_has_labels(tmp_path: Path) -> None:
     pairs = pairs_of()
     labels, new = pairs.fold.pairs.labels, pairs.fold.pairs.new
     assert labels is not None

@@ -25,9 +25,7 @@ def worth(relevant: Float32, others: Float32) -> tuple[float, float]:
 
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), num=st.tuples(st.integers(1, 6), st.integers(1, 12)), values=st.integers(2, 20))
-def test_what_an_image_is_worth_is_what_the_ranking_is_with_it_there(
-    seed: int, num: tuple[int, int], values: int
-) -> None:
+def test_ranking_gain_of_an_image_equals_ranking_twice(seed: int, num: tuple[int, int], values: int) -> None:
     rng = np.random.default_rng(seed)
     draws = [[rng.integers(0, values, count).astype(np.float32) for _ in range(2)] for count in num]
     sides = [_Side(*both, rng.random(count) < 0.5) for both, count in zip(draws, num, strict=True)]
@@ -54,7 +52,7 @@ def gallery(num: int = 240, seed: int = 0) -> tuple[Float32, Float32, Float32, I
     return old, z, new, labels, off
 
 
-def test_an_image_that_is_served_as_it_is_embedded_costs_nothing() -> None:
+def test_staleness_cost_of_an_exactly_transformed_image_is_zero() -> None:
     _, z, new, labels, _ = gallery()
     z[::2] = new[::2]
     cost = staleness_cost(z, new, labels, "l2", 0)
@@ -62,7 +60,7 @@ def test_an_image_that_is_served_as_it_is_embedded_costs_nothing() -> None:
     assert cost[1::2].mean() > 0
 
 
-def test_harm_is_what_top_ranks_and_average_precision_lose() -> None:
+def test_staleness_cost_is_the_loss_in_reciprocal_rank_and_average_precision() -> None:
     """One image is off, in a gallery that is right otherwise: the costs are those of evaluating twice."""
     _, z, new, labels, _ = gallery(60)
     served = new.copy()
@@ -79,7 +77,7 @@ def test_harm_is_what_top_ranks_and_average_precision_lose() -> None:
 
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
 @pytest.mark.parametrize("labelled", [True, False])
-def test_what_is_off_by_more_costs_more(metric: str, labelled: bool) -> None:
+def test_staleness_cost_grows_with_the_error(metric: str, labelled: bool) -> None:
     _, z, new, labels, off = gallery()
     if metric == "cosine":
         z, new = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (z, new))
@@ -90,7 +88,7 @@ def test_what_is_off_by_more_costs_more(metric: str, labelled: bool) -> None:
         assert np.corrcoef(cost, off)[0, 1] > 0.2
 
 
-def test_images_without_a_label_ask_nothing_and_are_wrong_for_all() -> None:
+def test_staleness_cost_of_unlabelled_images_uses_them_as_wrong_answers_only() -> None:
     _, z, new, labels, _ = gallery(80)
     labels[:70] = -1
     cost = staleness_cost(z, new, labels, "l2", 0)
@@ -107,7 +105,7 @@ def learn(seed: int = 0) -> tuple[PolicyInputs, Scored]:
     return fit_learned(scored, known, staleness_cost(z, new, labels, "l2", seed), seed), scored
 
 
-def test_learning_is_deterministic_and_what_is_stored_gives_the_same_priorities() -> None:
+def test_fit_learned_is_deterministic_and_survives_storage() -> None:
     one, other = learn(), learn()
     assert one[0].to_bytes() == other[0].to_bytes() != learn(1)[0].to_bytes()
     stored = PolicyInputs.from_bytes(one[0].to_bytes())

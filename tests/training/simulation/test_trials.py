@@ -26,12 +26,12 @@ def test_a_clear_winner_is_chosen() -> None:
     assert choose(rows, [0]) is rows[1]
 
 
-def test_within_one_standard_error_the_simpler_one_is_chosen() -> None:
+def test_choose_takes_the_simplest_within_one_standard_error() -> None:
     best, simpler = row([50.0, 51.0, 52.0], "entropy"), row([50.2, 50.6, 52.0], "uncertainty")
     assert choose([best, simpler], [0]) is simpler
 
 
-def test_what_folds_have_in_common_is_no_excuse() -> None:
+def test_choose_compares_within_folds_so_that_differences_between_folds_cancel() -> None:
     """The folds differ by 10 points, and the candidates by 0.5 in each of them."""
     rows = [row([40.5, 50.5, 60.5], "entropy"), row([40, 50, 60], "uncertainty")]
     assert choose(rows, [0]) is rows[0]
