@@ -50,7 +50,7 @@ class Embedded:
 
 
 def cache_embeddings(config: Config, folder: Path) -> tuple[Path, Embedded]:
-    """The pairs as a manifest that brings its embeddings, and the gallery; both are computed where they are missing."""
+    """The pairs as a manifest that brings its embeddings, and the gallery; both are computed if they are missing."""
     pairs, gallery = folder / "pairs.parquet", folder / "gallery.npz"
     if not gallery.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def started_ray(cpus: int | None = None) -> Iterator[None]:
 
 
 def prepare(config: Config) -> tuple[Run, FitData]:
-    """All that `fastfill fit` does before the fit."""
+    """Everything that `fastfill fit` does before the fit."""
     with Bars(console()) as bars:
         run = open_run(config, bars)
         return run, fit_data(config, run, build_pairs(config, run, bars.images))

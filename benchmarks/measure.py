@@ -66,7 +66,7 @@ def interleave(
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
-    """The spread of the quotients of those that were measured in the same repeat."""
+    """The spread of the quotients within each repeat."""
     return Spread.of(above / below for above, below in zip(numerators, denominators, strict=True))
 
 
@@ -77,7 +77,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def header(packages: Sequence[str] = ()) -> str:
-    """What a result needs to be repeated: date, command, commit, machine, versions, load average.
+    """The head of a result, with what it takes to repeat it: date, command, commit, machine, versions, load average.
 
     Args:
         packages: distributions to name beside those that nearly all use.
@@ -135,7 +135,7 @@ def memory() -> Memory:
 
 
 def descendants(process: int) -> list[int]:
-    """A process and all below it, but for the S3 server."""
+    """A process and all below it, without the S3 server."""
     found, waiting = [], [process]
     while waiting:
         item = waiting.pop()
@@ -151,7 +151,7 @@ def descendants(process: int) -> list[int]:
 
 
 def _pss(process: int) -> int:
-    """Proportional set size in bytes; 0 where the process is gone."""
+    """Proportional set size in bytes; 0 if the process is gone."""
     try:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
@@ -160,7 +160,7 @@ def _pss(process: int) -> int:
 
 
 def _commit() -> str:
-    """The short hash of the tree's commit, with a word where the tree differs from it."""
+    """The short hash of the tree's commit, and a note if the tree differs from it."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:

@@ -43,7 +43,7 @@ Curves = dict[str, Float64]
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """What is fitted on, what is held out (with its rows as they are stored), and the gallery."""
+    """Training pairs, held-out pairs (with their rows as stored), and the gallery."""
 
     data: FitData
     train: PairArrays
@@ -54,7 +54,7 @@ class Images:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """One fit: held-out pairs and gallery, both with their vectors as they are served, and what policies know."""
+    """One fit: held-out pairs and gallery, both with their served vectors, and the policy inputs."""
 
     held_out: Fold
     gallery: Fold
@@ -94,7 +94,7 @@ def fit_once(config: Config, images: Images, seed: int, folder: Path) -> tuple[F
 
 
 def fitted(config: Config, images: Images, seed: int, folder: Path) -> Fitted:
-    """A fit with the config's offset, and what policies know of it."""
+    """A fit with the config's offset, and its policy inputs."""
     known, mine = fit_once(config, images, seed, folder)
     served, transformed = known.z, mine.z
     if config.fit.offset != "none":
@@ -122,7 +122,7 @@ def orders_of(found: Fitted, seed: int) -> dict[str, list[Int64]]:
 def simulate(config: Config, images: Images, seed: int, folder: Path, detail: SimulationDetail = OFFICIAL) -> Curves:
     """Fit once and backfill the gallery in every order: per order (P, 3), METRICS in per cent.
 
-    Where the pairs have no labels a fourth column is `recall10`, of one random order.
+    If the pairs have no labels, a fourth column is `recall10`, of one random order.
     """
     gallery, found = images.gallery, fitted(config, images, seed, folder)
     orders = orders_of(found, seed) | {"oracle: distance": [oracle_order(found.transformed, gallery.new)]}
@@ -152,7 +152,7 @@ def simulate(config: Config, images: Images, seed: int, folder: Path, detail: Si
 
 
 def digest(decides: object) -> str:
-    """Names a result by its settings and the code that it came from."""
+    """A name for a result, from its settings and the code."""
     code = subprocess.run(["git", "rev-parse", "HEAD:training", "HEAD:pipeline"], capture_output=True, check=True)
     return hashlib.sha256(json.dumps(decides).encode() + code.stdout).hexdigest()[:16]
 

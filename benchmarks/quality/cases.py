@@ -48,7 +48,7 @@ QUICK: dict[str, object] = {
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is measured.
+    """One case: encoders and labels.
 
     Attributes:
         encoders: of ENCODERS.
@@ -68,7 +68,7 @@ class Case:
         return (self.encoders, self.labels) == ("given", "label")
 
     def settings(self) -> dict[str, object]:
-        """What differs from the shipped config, but for the pairs; encoders that are missing are trained."""
+        """The differences from the shipped config, without the pairs; missing encoders are trained."""
         found: dict[str, object] = {"data_root": self.data}
         for role, name in zip(("old", "new"), ENCODERS[self.encoders], strict=True):
             if name is not None:

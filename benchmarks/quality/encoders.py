@@ -75,7 +75,7 @@ RECIPES = {
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """Where an encoder is, how wide its embeddings are, and its classifier where there is one."""
+    """An encoder's file, the width of its embeddings, and its classifier if it has one."""
 
     export: Path
     dim: int
@@ -226,13 +226,13 @@ def _export(encode: nn.Module, head: nn.Module, kept: Path) -> None:
 
 
 def main() -> None:
-    """Train what is asked for and is not there."""
+    """Train the missing ones of the given encoders."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[*RECIPES, []], help="of the recipes; by default all")
     parser.add_argument("--data", help="the folder of CIFAR-100")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--short", action="store_true", help="one epoch of each")
-    parser.add_argument("--list", action="store_true", help="say what there is, and train nothing")
+    parser.add_argument("--list", action="store_true", help="list the encoders, train none")
     arguments = parser.parse_args()
     for name in arguments.names or RECIPES:
         if arguments.list:

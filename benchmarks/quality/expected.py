@@ -67,7 +67,7 @@ class Real:
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """What one probe set says: the expected curve, and the real one by its queries alone, both (P, 3)."""
+    """The outcome of one probe set: the expected curve, and the real one by its queries alone, both (P, 3)."""
 
     curve: Float64
     sampled: Float64
@@ -93,7 +93,7 @@ def real_curves(found: Fitted, labels: Int64, seed: int) -> dict[str, Real]:
 def guesses(
     config: Config, found: Fitted, labels: Int64, real: dict[str, Real], size: int, seed: int
 ) -> dict[str, Guess]:
-    """What `fastfill plan` would say of each order with one probe set."""
+    """The curves that `fastfill plan` would show for each order with one probe set."""
     rows = np.sort(np.random.default_rng(seed).permutation(len(labels))[:size])
     probe = Labelled(rows, found.gallery.pairs.new[rows], labels[rows])
     gallery = Labelled(np.arange(len(labels)), found.transformed, labels)

@@ -87,7 +87,7 @@ def _features(model: Any, images: list[bytes], size: int) -> Iterator[Float32]:
 
 
 def configure(run: Path, metric: str, transformation: str, minutes: float) -> Config:
-    """The default config, but for what these arrays are."""
+    """The default config for these arrays."""
     tree: dict[str, object] = {
         "run": str(run),
         "device": "cpu",

@@ -84,7 +84,7 @@ def describe(fit: str, order: str, fits: list[Float64], old: Metrics) -> Row:
 
 
 def measure(arguments: argparse.Namespace) -> tuple[list[Row], Selection]:
-    """All rows, and what was selected."""
+    """All rows, and the selection."""
     few: dict[str, object] = {"fit.epochs": 3, "fit.warmup_epochs": 1} if arguments.short else {}
     case = Case(arguments.encoders, arguments.labels, Path(arguments.data), arguments.folder)
     pairs, gallery = case.embedded()
@@ -114,9 +114,9 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], Selection]:
 
 
 def single_choices(case: Case) -> dict[str, dict[str, object]]:
-    """What a user could set without looking: by name, settings of the fit.
+    """The settings that a user could choose without measuring, by name.
 
-    On the given encoders the four losses of METHOD as published. On others what the selection chooses between, in few
+    On the given encoders the paper's four losses as published. On others the recipes of the selection, in few
     epochs, each served as it is and with an offset.
     """
     if case.given:
@@ -147,7 +147,7 @@ def lost(rows: list[Row], selection: Selection) -> str:
 
 
 def _kept(folder: Path, config: Config, images: Images, seed: int, case: Case) -> Curves:
-    """`simulate`, or what it gave when this script was stopped after it."""
+    """`simulate`, or its result from an interrupted run of this script."""
     decides = [config.fit.model_dump(mode="json"), seed, images.data.num_train]
     file = folder / f"curves-{digest(decides if case.given else [*decides, case.labels])}.npz"
     if not file.exists():
@@ -158,7 +158,7 @@ def _kept(folder: Path, config: Config, images: Images, seed: int, case: Case) -
 
 
 def _selected(config: Config, run: Run, data: FitData, file: Path) -> Selection:
-    """The selection, or what it was when this script was stopped after it; fits that it made are kept until then."""
+    """The selection, or its result from an interrupted run of this script; until then its fits are kept."""
     if not file.exists():
         started = time.monotonic()
         found = select(config, run, data, lambda what, done, total: _say(f"{what}: {done} of {total}"))

@@ -57,7 +57,7 @@ Curves = dict[str, Float64]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One offset and order: `curves` (F, P, 3) of F fits, FIGURES in points; `note` on what was set."""
+    """One offset and order: `curves` (F, P, 3) of F fits, FIGURES in points; `note` names the settings."""
 
     offset: str
     order: str
@@ -130,7 +130,7 @@ def gaps(first_rank: NDArray[np.int32], precision: Float64, groups: NDArray[np.o
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
-    """All rows; what was measured is kept in the folder."""
+    """All rows; measured ones are kept in the folder."""
     case = Case("biased", "label", Path(arguments.data), arguments.folder)
     pairs, gallery = case.grouped()
     few: dict[str, object] = {"fit.epochs": 3, "fit.warmup_epochs": 1} if arguments.short else {}
@@ -152,7 +152,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
 
 
 def _kept(config: Config, images: Images, groups: NDArray[np.object_], seed: int, folder: Path) -> Curves:
-    """`measure_fit`, or what it gave when this script was stopped after it."""
+    """`measure_fit`, or its result from an interrupted run of this script."""
     decides = [config.fit.model_dump(mode="json"), seed, images.data.num_train, POLICIES, BOOSTS]
     file = folder / f"gaps-{digest(decides)}.npz"
     if not file.exists():

@@ -129,7 +129,7 @@ TABLES: dict[str, list[Row]] = {
 
 
 def names(unit_images: int, figures: dict[str, float]) -> dict[str, float]:
-    """What a formula may use; the log's figures are those of the nearest size that was measured."""
+    """The names that a formula may use; the log's figures are those of the nearest measured size."""
     known = CONSTANTS | figures | {"u": float(unit_images)}
     measured = 256 if unit_images <= 256 else 2_048
     for name in ("log_row_bytes", "log_read_seconds", "log_write_seconds"):

@@ -96,7 +96,7 @@ def location(count: int) -> dict[str, pa.Array]:
 
 
 def units_files(folder: str) -> Figures:
-    """A units file: what its footer costs whoever reads one unit of it."""
+    """A units file: the cost of its footer for a reader of one unit."""
     counts, footers, reads = (100, 1_000, 4_000), [], []
     for count in counts:
         unit = pa.table({"id": np.arange(64)} | location(64))
@@ -148,7 +148,7 @@ def transformed_part(folder: str) -> Figures:
 
 
 def log_parts(folder: str) -> Figures:
-    """Parts of the vector log: bytes, and what a sealing task pays for each."""
+    """Parts of the vector log: bytes, and the cost of each for a sealing task."""
     found: Figures = {}
     for images in (256, 2048):
         for shards in (8, SHARDS):
@@ -217,7 +217,7 @@ def ack(wave: int, unit: int) -> UnitAck:
 
 
 def driver() -> Figures:
-    """What the driver holds per unit, and does per acknowledgement; Ray's own part is not in it."""
+    """The driver's memory per unit and time per acknowledgement, without Ray's own part."""
     from pipeline.embedding.stream import Work, _units_table
 
     units = 50_000
@@ -261,7 +261,7 @@ def driver() -> Figures:
 
 
 def requests() -> Figures:
-    """How many requests the run's own files take of an S3 store: the images are not in it."""
+    """The number of S3 requests for the run's own files, without the images."""
     from tests.support.seaweed import SeaweedFS
 
     found: Figures = {}

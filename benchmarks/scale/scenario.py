@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What there is to do: a gallery, cut as the plan cuts it."""
+    """The work: a gallery, cut as the plan cuts it."""
 
     images: int
     unit_images: int
@@ -35,7 +35,7 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """How long things take, where nothing else is in the way.
+    """How long each step takes if it never waits for another.
 
     Attributes:
         load_image: CPU, per image, to fetch and decode.
@@ -68,7 +68,7 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """What goes wrong. `sigma` is of the lognormal factor, of mean 1, on every unit's load and embedding.
+    """The faults. `sigma` is of the lognormal factor, of mean 1, on every unit's load and embedding.
 
     Attributes:
         losses: per node and hour, without notice.
@@ -90,7 +90,7 @@ class Faults:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of it.
+    """The outcome of a simulated run.
 
     Attributes:
         seconds: to the last acknowledgement, and `published_seconds` to the last commit.

@@ -132,7 +132,7 @@ def simulate(point: Scenario, found: dict[str, float], seed: int = 0) -> Outcome
 
 
 def bounds(point: Scenario, found: dict[str, float]) -> dict[str, float]:
-    """Images per second that each stage alone could do: the least of them is the rate where nothing goes wrong."""
+    """Images per second that each stage alone could do: the least of them is the rate without faults."""
     load = found["decode_seconds"] + found["fetch_cpu_seconds"] * point.requests_image
     return {
         "GPUs": point.gpus * point.gpu_rate,
@@ -143,7 +143,7 @@ def bounds(point: Scenario, found: dict[str, float]) -> dict[str, float]:
 
 
 def rate_lines(gpus: tuple[int, ...]) -> dict[str, list[Scenario]]:
-    """What the first plot shows, by its label."""
+    """The lines of the first plot, by label."""
     lines = {
         "256 images a unit (the default at 224 pixels)": Scenario(0, unit_images=256),
         "2,048 images a unit": Scenario(0),
@@ -156,7 +156,7 @@ def rate_lines(gpus: tuple[int, ...]) -> dict[str, list[Scenario]]:
 
 
 def loss_lines(losses: tuple[float, ...], seconds: float) -> dict[str, list[Scenario]]:
-    """What the second plot shows."""
+    """The lines of the second plot."""
     lines = {
         f"{size:,} images a unit, a node back after {after:.0f} s": Scenario(
             64, unit_images=size, replace_seconds=after, seconds=seconds
@@ -224,7 +224,7 @@ def rate_table(lines: dict[str, Line]) -> list[str]:
 
 
 def lost_share(point: Scenario, outcomes: list[Outcome]) -> float:
-    """Images that were done again over images of the gallery."""
+    """Share of the images that were done again."""
     return mean(outcome.repeated / point.images for outcome in outcomes)
 
 

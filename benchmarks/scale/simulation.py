@@ -110,7 +110,7 @@ class Simulation:
         return math.exp(self._random.gauss(-sigma * sigma / 2, sigma)) if sigma else 1.0
 
     def _driver(self, seconds: float) -> float:
-        """When the driver, which does one thing at a time, will have done this too."""
+        """The time at which the driver, which does one thing at a time, will be done with this."""
         self._driver_free = max(self._now, self._driver_free) + seconds
         self._driver_busy += seconds
         return self._driver_free
@@ -200,7 +200,7 @@ class Simulation:
         self._embed(number)
 
     def _feed(self, number: int) -> None:
-        """Give a node what is loaded and waits for an actor, as long as there is room."""
+        """Give loaded units to a node's actors while there is room."""
         while self._ready and number in self._room:
             unit, source, life = self._ready.popleft()
             if self._nodes[source].life == life:

@@ -156,7 +156,7 @@ def main() -> None:
     """Print a line per repeat."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--images", type=int, default=20_000, help="of the training set, in the run that is foretold")
+    parser.add_argument("--images", type=int, default=20_000, help="images of the training set in the predicted run")
     arguments = parser.parse_args()
     start_ray()
     train, test = DATA / "train.parquet", DATA / "test.parquet"

@@ -32,7 +32,7 @@ WINDOW_SECONDS = 20.0  # that a rate is taken over: of units of ten images, fewe
 
 @dataclass(frozen=True)
 class Run:
-    """What was seen of a run; seconds from the driver's start, images that were durable then."""
+    """A watched run: seconds from the driver's start, and the images that were durable then."""
 
     title: str
     times: list[float]
@@ -84,7 +84,7 @@ def measure(found: Fleet, name: str, title: str, kill_seconds: float) -> Run:
 
 
 def draw(runs: list[Run], caption: str, path: Path) -> None:
-    """Rate above, nodes below, the same seconds under both; a line where a node was taken away."""
+    """Rate above, nodes below, the same seconds under both; a line at each killed node."""
     figure = Figure(figsize=(8, 5.5))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     for run in runs:
@@ -107,9 +107,9 @@ def draw(runs: list[Run], caption: str, path: Path) -> None:
 
 
 def main() -> None:
-    """Measure both runs and write what was asked for."""
+    """Measure both runs and write the figures and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image-seconds", type=float, default=0.6, help="what the encoder takes for an image")
+    parser.add_argument("--image-seconds", type=float, default=0.6, help="seconds that the encoder takes for an image")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()

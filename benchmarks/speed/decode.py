@@ -245,7 +245,7 @@ def by_libvips(preprocess: PreprocessSettings) -> Decode:
 
 
 def works(decode: Decode, data: bytes) -> str | None:
-    """What a decoder says against a kind of image; none where it takes it."""
+    """What a decoder says against a kind of image; None if it takes it."""
     try:
         decode(data)
     except Exception as error:  # noqa: BLE001 - any library's own
@@ -310,7 +310,7 @@ def neighbours(queries: torch.Tensor, gallery: torch.Tensor, k: int = 10) -> tor
 
 
 def recall(count: int) -> str:
-    """What the gallery's decoding changes in retrieval, with queries decoded in full."""
+    """How the gallery's decoding changes retrieval, with queries decoded in full."""
     data, labels = enlarged(count, side=256)
     model = torch.export.load(DATA / "new.pt2").module()
     full = PreprocessSettings(resize=(32, 32))

@@ -89,7 +89,7 @@ class S3fsClient:
 class PyarrowClient:
     """`open_input_file` and `read` in 32 threads: a HEAD and a GET per object.
 
-    The endpoint is told: from AWS_ENDPOINT_URL alone it makes the bucket a part of the host name.
+    The endpoint is given: from AWS_ENDPOINT_URL alone it makes the bucket a part of the host name.
     """
 
     endpoint: str
@@ -138,7 +138,7 @@ class ObstoreThreadsClient:
 
 @dataclass
 class PipelineClient:
-    """What a load task does: `pipeline.embedding.fetch`, over obstore in 32 threads, paced and counted."""
+    """As a load task does: `pipeline.embedding.fetch`, over obstore in 32 threads, paced and counted."""
 
     def fetch(self, keys: list[str]) -> int:
         places = [Place(f"s3://{BUCKET}/{key}", None, None, None) for key in keys]

@@ -39,11 +39,11 @@ LARGE = "ResNet-18 at 224, JPEG of 500x375"
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What the arithmetic is fed with, all measured here.
+    """The measured inputs of the arithmetic.
 
     Attributes:
         fixed: seconds to snapshot 0 that do not depend on the gallery: of the whole command.
-        fixed_given: the same without what is before the fit, where embeddings are given.
+        fixed_given: the same without the steps before the fit, if embeddings are given.
         per_image: seconds of plan and snapshot 0.
     """
 
@@ -73,7 +73,7 @@ class Loops:
             self.found[name].append(throughput.bare(case))
 
     def whole(self, name: str) -> Spread:
-        """Images per second with all that one run costs."""
+        """Images per second with all costs of one run."""
         return Spread.of(rate.whole for rate in self.found[name])
 
     def steady(self, name: str) -> Spread:
@@ -114,7 +114,7 @@ def measured(seconds: list[dict[str, float]], images: int, loop: Spread) -> str:
 
 
 def stage(name: str, seconds: list[dict[str, float]]) -> str:
-    """When a stage was reached, and in how many runs it was not."""
+    """The time at which a stage was reached, and in how many runs it was not."""
     reached = [taken[name] for taken in seconds if name in taken]
     why = "refused by the gate" if name == VISIBLE else "not reached"
     missing = f"{why} in {len(seconds) - len(reached)} of {len(seconds)} runs" if len(reached) < len(seconds) else ""

@@ -86,7 +86,7 @@ class Reference:
             self.seconds = kept["seconds"]
 
     def save(self) -> None:
-        """Keep all that the next epoch depends on."""
+        """Save everything that the next epoch depends on."""
         kept = {"network": self.network.state_dict(), "optimizer": self._optimizer.state_dict()}
         torch.save(kept | {"rng": torch.get_rng_state(), "seconds": self.seconds}, self._state)
 
@@ -116,7 +116,7 @@ class Reference:
 
 
 def fit_ours(config: Config) -> tuple[Transformation, dict[str, float]]:
-    """What `fastfill fit` does, in this process, with a Ray of its own; the network and the stages' wall seconds."""
+    """`fastfill fit` in this process, with a Ray of its own; the network and the stages' wall seconds."""
     epochs: list[tuple[float, Epoch]] = []
     times = [time.monotonic()]
     with started_ray():
@@ -160,7 +160,7 @@ def ours(arguments: argparse.Namespace, pairs: Path, gallery: Embedded) -> None:
 
 
 def workers(arguments: argparse.Namespace, pairs: Path) -> None:
-    """Seconds per epoch by workers and threads, without the first epoch; one thread is what Ray with one CPU gives."""
+    """Seconds per epoch by workers and threads, without the first epoch; Ray with one CPU gives one thread."""
     for name, (num_workers, cpus) in WORKERS.items():
         settings = recommended(arguments, epochs=RATE_EPOCHS, num_workers=num_workers)
         found: list[Epoch] = []
@@ -191,7 +191,7 @@ def reference(arguments: argparse.Namespace, pairs: Path, gallery: Embedded) -> 
 
 
 def start_reference(config: Config, state: Path) -> Reference:
-    """The reference over what the run of this config trains on, from its state where there is one."""
+    """The reference on the training pairs of this config's run, from its saved state if there is one."""
     parts = objects.list_files(Run(config.run).path("pairs", "train"), ".parquet")
     pairs = pa.concat_tables([parquet.read_parquet(uri) for uri in parts])
     rows = {name: torch.tensor(vectors_from_arrow(pairs[name])) for name in ("old", "new")}
@@ -214,14 +214,14 @@ def simulate(network: Transformation, gallery: Embedded, seed: int) -> Simulatio
 
 
 def areas(network: Transformation, gallery: Embedded, seed: int) -> dict[str, dict[str, float]]:
-    """Of each order, and what the gallery is worth at fraction 0; top1, top5 and map in per cent."""
+    """The area of each order, and the figures at fraction 0; top1, top5 and map in per cent."""
     simulation = simulate(network, gallery, seed)
     found = {order: dict(zip(METRICS, curve.area.tolist(), strict=True)) for order, curve in simulation.orders.items()}
     return found | {"fraction 0": simulation.start.as_dict()}
 
 
 def report(folder: Path) -> str:
-    """What the folder's figures say, in Markdown; nothing is measured here."""
+    """A report of the folder's figures in Markdown; it measures nothing."""
     lines: list[tuple[object, ...]] = [
         (f"reference after {len(item['seconds'])} epochs", f"{sum(item['seconds']):.0f}", "", *figures([item["areas"]]))
         for item in read(folder / "reference.jsonl")
@@ -249,7 +249,7 @@ def report(folder: Path) -> str:
 
 
 def figures(found: list[Areas]) -> list[str]:
-    """The columns of a row: each figure's mean over the fits, with the lowest and highest where there are several."""
+    """The columns of a row: each figure's mean over the fits, with the lowest and highest if there are several."""
     columns = []
     for order in ("uncertainty", "random", "fraction 0"):
         spreads = [Spread.of(item[order][name] for item in found) for name in METRICS]
@@ -291,7 +291,7 @@ def main() -> None:
 
 
 def run_parts(arguments: argparse.Namespace, pairs: Path, gallery: Embedded) -> None:
-    """The parts that are asked for, with figures in the folder."""
+    """Run the given parts, with figures in the folder."""
     if "reference" in arguments.parts:
         reference(arguments, pairs, gallery)
     if "fit" in arguments.parts:

@@ -103,7 +103,7 @@ def settings(folder: str, dim: int, lists: int) -> Config:
 
 
 def make_plan(config: Config, run: Run, gallery: Gallery) -> Plan:
-    """Lay the gallery out by random priorities, and write what the codebook is trained on; h is never applied."""
+    """Lay the gallery out by random priorities, and write the codebook's training vectors; h is never applied."""
     num, dim = gallery.transformed.shape
     counts = []
     schema = pa.schema([field for field in transformed_schema(dim) if field.name not in ("wave", "shard")])
@@ -144,7 +144,7 @@ def wave_of(run: Run, plan: Plan) -> Int64:
 
 
 def one_index(run: Run, codebook_path: str, ids: Int64, vectors: Float32) -> faiss.Index:
-    """What FAISS alone makes of the same codebook and vectors."""
+    """FAISS alone on the same codebook and vectors."""
     data = np.frombuffer(objects.read_bytes(run.path(codebook_path)), dtype=np.uint8)
     index = faiss.deserialize_index(data)
     index.add_with_ids(vectors, ids)

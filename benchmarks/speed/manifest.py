@@ -119,7 +119,7 @@ def simulated_listing(count: int) -> Iterator[None]:
 
 
 def add_embeddings(folders: list[str], to: str) -> None:
-    """What a user has whose old embeddings are known: the manifests, with one more column."""
+    """The manifests with a column of old embeddings, as a user has them whose old embeddings are known."""
     random = np.random.default_rng(0)
     for number, uri in enumerate(part for folder in folders for part in storage.expand(folder, ".parquet")):
         rows = parquet.read_parquet(uri)

@@ -135,7 +135,7 @@ def with_hash(batch: pa.Table) -> pa.Table:
 
 
 def ray_sort(run: Run, columns: list[str] | None, to: Path | None) -> None:
-    """What one would write with Ray Data alone."""
+    """The same with Ray Data alone."""
     rows = ray.data.read_parquet(run.path(SCORED))
     chosen = rows.select_columns(columns) if columns else rows
     ordered = chosen.map_batches(with_hash, batch_format="pyarrow", batch_size=None).sort(

@@ -24,7 +24,7 @@ TARGETS = {"fastfill --help": 0.5, "fastfill status": 2.0, "first image embedded
 
 
 def commands(finished: Job, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each repeat of what needs no Ray."""
+    """Seconds of each repeat of the commands that need no Ray."""
     return interleave(
         {
             "python -c pass": timed([sys.executable, "-c", "pass"]),

@@ -61,14 +61,14 @@ LIMITS = Limits(64_000_000, 64 * 2**20)
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """What one run of a candidate came to, in images per second."""
+    """The rate of one run of a candidate, in images per second."""
 
     whole: float
     steady: float | None
 
 
 def steady(moments: list[tuple[float, int]], per_round: int = 1) -> float | None:
-    """Images per second in the middle half, from (seconds, images so far); None where that is no whole round.
+    """Images per second in the middle half, from (seconds, images so far); None if that is no whole round.
 
     Args:
         moments: in order.

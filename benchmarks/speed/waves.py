@@ -66,7 +66,7 @@ def settings(folder: Path, waves: int, images: int) -> tree.Config:
 
 
 def prepare(chosen: tree.Config, like: tree.Config | None) -> tuple[Run, Plan]:
-    """A run that has everything but its backfill; what does not depend on the waves is copied."""
+    """A run that has everything but its backfill; files that do not depend on the waves are copied."""
     from jobs.shell.command import console
     from jobs.shell.progress_bars import Bars
     from jobs.steps.prepare import ensure_embeddings, ensure_fit, ensure_plan, open_run
