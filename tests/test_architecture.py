@@ -127,6 +127,16 @@ def is_of(item: str, module: str) -> bool:
     return item == module or item.rpartition(".")[0] == module
 
 
+def test_benchmarks_of_one_kind_import_no_other_kind() -> None:
+    """`speed`, `quality` and `scale` share what lies above them; that imports none of the three."""
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        own = path.relative_to(ROOT).parts[1:-1]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmarks."):
+                folder = tuple(str(node.module).split(".")[1:2])
+                assert folder == own or (ROOT / "benchmarks" / f"{folder[0]}.py").exists(), f"{path}: {node.module}"
+
+
 def test_no_test_module_imports_another() -> None:
     found = []
     for path in sorted((ROOT / "tests").rglob("*.py")):

@@ -55,7 +55,7 @@ def test_the_page_has_every_setting_once_with_its_default_and_nothing_else() -> 
     assert dict(pairs) == dict(settings(Config))
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_lead_to_existing_files() -> None:
     links = re.findall(r"\]\((?!http)([^)#]+)\)", PAGE)
     assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
 

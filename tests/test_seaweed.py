@@ -216,14 +216,14 @@ def test_a_truncated_answer_ends_early(through: Any, faulty_s3: FaultyProxy, nam
     assert len(through.get_object(Bucket=name, Key="key")["Body"].read()) == 100_000
 
 
-def test_a_stall_delays_and_changes_nothing(through: Any, faulty_s3: FaultyProxy, name: str) -> None:
+def test_proxy_stall_delays_an_answer_and_keeps_its_bytes(through: Any, faulty_s3: FaultyProxy, name: str) -> None:
     faulty_s3.inject(Fault.STALL)
     started = time.monotonic()
     through.put_object(Bucket=name, Key="key", Body=b"body")
     assert time.monotonic() - started >= faulty_s3.stall_seconds
 
 
-def test_an_outage_ends(through: Any, faulty_s3: FaultyProxy, name: str) -> None:
+def test_proxy_outage_ends_after_its_time(through: Any, faulty_s3: FaultyProxy, name: str) -> None:
     faulty_s3.outage(0.5)
     with pytest.raises(BotoCoreError):  # reset before or after it was accepted
         through.put_object(Bucket=name, Key="key", Body=b"body")
@@ -232,7 +232,7 @@ def test_an_outage_ends(through: Any, faulty_s3: FaultyProxy, name: str) -> None
     assert faulty_s3.counts[Fault.OUTAGE] >= 1
 
 
-def test_the_dice_are_seeded_and_keep_their_rate() -> None:
+def test_proxy_faults_of_a_seed_keep_their_rate() -> None:
     def drawn(seed: int, seconds_apart: float) -> list[Fault | None]:
         dice = Dice(rate=0.05, seed=seed, now=0.0)
         return [dice.draw("GET", number * seconds_apart) for number in range(40_000)]

@@ -74,7 +74,7 @@ def test_the_cluster_grows_from_nothing_with_the_run_and_shrinks_after_it(growin
     assert not growing.differences(name, "undisturbed")
 
 
-def test_a_node_that_is_lost_every_20_seconds_loses_nothing(growing: Fleet) -> None:
+def test_losing_a_node_every_20_seconds_loses_no_image(growing: Fleet) -> None:
     name = "spot"
     growing.scene.prepare(name, like="undisturbed")
     with watching(growing.cluster, KILL_SECONDS) as sight:

@@ -65,9 +65,7 @@ def test_a_stopped_job_ends_soon_and_the_next_one_goes_on(scene: Scene, calm: Fa
     check_same(scene, calm, name)
 
 
-def test_a_node_that_is_drained_and_goes_loses_nothing(
-    scene: Scene, cluster: Any, calm: FaultyProxy, jobs: Jobs
-) -> None:
+def test_draining_and_losing_a_node_loses_no_image(scene: Scene, cluster: Any, calm: FaultyProxy, jobs: Jobs) -> None:
     name = "drained"
     scene.prepare(name, like="undisturbed")
     calm.delays[r"/images/"] = 1.0

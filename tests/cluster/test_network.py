@@ -139,7 +139,7 @@ def ray_on(scene: Scene, hosts: Hosts, health_checks: dict[str, str]) -> Iterato
     [({}, {0, 1}), (STRICT, {1})],
     ids=["defaults", "strict"],
 )
-def test_a_worker_that_is_cut_off_for_30_seconds_loses_nothing(
+def test_worker_cut_off_for_30_seconds_loses_no_image(
     far_scene: Scene, hosts: Hosts, health_checks: dict[str, str], restarts: set[int]
 ) -> None:
     scene, proxy, name = far_scene, far_scene.proxy, f"cut-{len(health_checks)}"

@@ -144,7 +144,7 @@ def test_audit_finds_a_finished_run_whole(finished: Config) -> None:
     assert report["problems"] == []
 
 
-def test_running_again_does_nothing_and_says_so(finished: Config) -> None:
+def test_backfill_of_a_finished_run_does_nothing_and_says_so(finished: Config) -> None:
     path = str(Path(finished.run).parent / "run.yaml")
     before = {uri: objects.stat(uri).etag for uri in objects.list_files(finished.run)}
     start = time.monotonic()
@@ -167,7 +167,7 @@ def test_a_report_that_was_lost_or_never_written_is_made_by_the_next_backfill(fi
         assert objects.exists(page)
         assert objects.exists(figures)
     assert json.loads(objects.read_bytes(curve)) == json.loads(before)
-    test_running_again_does_nothing_and_says_so(finished)
+    test_backfill_of_a_finished_run_does_nothing_and_says_so(finished)
 
 
 def test_evaluate_and_search_refuse_a_config_that_is_not_the_runs(finished: Config) -> None:

@@ -38,7 +38,7 @@ def nearest(config: str) -> list[list[str]]:
     return found
 
 
-def test_golden_runs_are_there() -> None:
+def test_golden_runs_exist() -> None:
     assert FINISHED
     assert HALF
 

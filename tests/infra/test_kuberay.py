@@ -128,7 +128,7 @@ def test_every_image_is_of_an_exact_version() -> None:
         assert re.search(r":\d+\.\d+\.\d+(-\w+)?$", pod["containers"][0]["image"])
 
 
-def test_nothing_is_scheduled_on_the_head_and_both_groups_come_and_go() -> None:
+def test_head_has_no_cpus_and_both_worker_groups_scale() -> None:
     assert PODS["head"]["rayStartParams"]["num-cpus"] == "0"
     assert CLUSTER["enableInTreeAutoscaling"]
     for group in ("gpu", "cpu"):
@@ -141,7 +141,7 @@ def test_pods_have_the_time_to_drain() -> None:
         assert pod["template"]["spec"]["terminationGracePeriodSeconds"] > 30  # what Ray takes for it
 
 
-def test_the_head_outlives_its_pod_by_redis() -> None:
+def test_head_keeps_its_state_in_redis() -> None:
     redis = CLUSTER["gcsFaultToleranceOptions"]
     service = DOCUMENTS["redis.yaml: Service fastfill-redis"]
     assert redis["redisAddress"] == f"{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"

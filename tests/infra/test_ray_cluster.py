@@ -44,7 +44,7 @@ def test_validator_refuses_invalid_cluster_files() -> None:
         check(CLUSTER | {"head_node_type": "nobody"})
 
 
-def test_nothing_is_scheduled_on_the_head() -> None:
+def test_head_has_no_cpus() -> None:
     assert KINDS["head"]["resources"]["CPU"] == 0
     assert "GPU" not in KINDS["head"]["resources"]
     assert "InstanceMarketOptions" not in KINDS["head"]["node_config"], "the driver must not sit on a spot machine"

@@ -77,7 +77,7 @@ def test_each_script_runs_as_a_file_from_any_folder(tmp_path: Path) -> None:
         assert stdout.startswith("Usage: "), name
 
 
-def test_help_comes_in_a_blink() -> None:
+def test_help_starts_fast() -> None:
     seconds = []
     for _ in range(3):
         start = time.monotonic()
@@ -101,14 +101,14 @@ print("imported", *{{name.partition(".")[0] for name in sys.modules}})
 HEAVY = {"torch", "torchvision", "ray", "faiss", "matplotlib", "sklearn", "simplejpeg", "s3fs", "obstore", "botocore"}
 
 
-def test_help_imports_nothing_that_takes_time() -> None:
+def test_help_imports_no_heavy_package() -> None:
     found = modules_after("--help")
     assert "click" in found
     assert found & (HEAVY | {"pyarrow", "numpy", "pydantic", "rich"}) == set()
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_status_imports_only_what_reads_a_run(tmp_path: Path, options: list[str]) -> None:
+def test_status_imports_no_heavy_package(tmp_path: Path, options: list[str]) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(documents.encode({"config": {}, "fingerprints": {}}).decode())
     config = ROOT / "jobs" / "configs" / "cifar100.yaml"
@@ -140,14 +140,14 @@ main()
 """
 
 
-def test_stdout_is_the_json_document_whatever_else_writes_there() -> None:
+def test_stdout_with_json_holds_the_document_alone() -> None:
     result = subprocess.run([sys.executable, "-c", NOISY], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(result.stdout) == {"a": 1}
     for words in ("from native code", "from Python", "from a child"):
         assert words in result.stderr
 
 
-def test_a_number_that_json_cannot_say_is_a_bug_and_not_a_document() -> None:
+def test_print_json_of_a_number_that_is_not_finite_is_a_bug_and_prints_no_document() -> None:
     @click.command()
     @with_errors
     def command() -> None:

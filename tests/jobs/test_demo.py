@@ -83,7 +83,7 @@ def test_demo_never_follows_a_link_even_to_what_a_demo_wrote(tmp_path: Path, lin
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_demo_starts_from_scratch_where_a_demo_was_killed_at_any_moment(tmp_path: Path) -> None:
+def test_demo_killed_at_any_moment_starts_from_scratch(tmp_path: Path) -> None:
     check_ours(tmp_path / "missing")
     check_ours(tmp_path)
     write_demo(tmp_path)

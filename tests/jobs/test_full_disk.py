@@ -135,9 +135,7 @@ def test_gc_full_disk_frees_what_is_confirmed_or_left_over_and_then_removes_comm
     assert audit(whole.run.uri).ok
 
 
-def test_gc_full_disk_where_only_commits_can_go_removes_them_by_its_reserve(
-    disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gc_full_disk_with_only_commits_to_remove_uses_its_reserve(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = published_run(disk)
     disk_reserve.keep(whole.run)
     fill(disk)

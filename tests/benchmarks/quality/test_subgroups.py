@@ -9,7 +9,7 @@ from benchmarks.quality.encoders import SCARCE_GROUP
 from benchmarks.quality.subgroups import fifth_of, gaps, halved
 
 
-def test_a_gap_is_what_the_scarce_group_has_less_than_the_others() -> None:
+def test_gap_is_the_other_groups_score_minus_the_scarce_groups() -> None:
     groups = np.array([SCARCE_GROUP, SCARCE_GROUP, "good", "good", "bad", "bad"], object)
     ranks = np.array([[1, 2, 1, 1, 3, 1], [1, 1, 1, 1, 3, 1]], np.int32)
     found = gaps(ranks, 1 / ranks, groups)

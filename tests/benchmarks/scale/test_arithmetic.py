@@ -45,14 +45,14 @@ def test_a_formula_is_computed_as_it_is_shown() -> None:
     assert arithmetic.text(123.4, "h") == "123 h"
 
 
-def test_the_code_that_the_document_names_is_there() -> None:
+def test_code_named_in_the_document_exists() -> None:
     named = re.findall(r"`([\w/]+)\.py` `(\w+)`", DOCUMENT)
     assert len(named) > 8
     for module, name in named:
         assert re.search(rf"def {name}\b", (ROOT / "pipeline" / f"{module}.py").read_text()), (module, name)
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_lead_to_existing_files() -> None:
     links = re.findall(r"\]\((?!http)([^)#]+)\)", DOCUMENT)
     assert links
     assert [link for link in links if not (ROOT / "docs" / link).exists()] == []

@@ -29,7 +29,7 @@ def start(state: Path) -> Reference:
 
 
 @pytest.mark.usefixtures("fits")
-def test_slices_give_what_one_go_gives(tmp_path: Path) -> None:
+def test_reference_run_in_slices_equals_one_run(tmp_path: Path) -> None:
     whole = start(tmp_path / "whole.pt")
     for _ in range(4):
         whole.run_epoch()

@@ -45,7 +45,7 @@ def test_publishing_time_matters_with_few_cores_and_not_with_many() -> None:
     assert many < 110.2
 
 
-def test_money_is_that_of_all_nodes_and_gpus_for_the_time() -> None:
+def test_cost_is_the_price_of_all_nodes_and_gpus_for_the_time() -> None:
     found = estimate(
         replace(ON_GPU, nodes=2), 5_000 * 3600, 0, 4, TelemetrySettings(node_hour_price=3.0, gpu_hour_price=2.0)
     )

@@ -320,7 +320,7 @@ def test_a_group_that_is_left_behind_is_named(tmp_path: Path) -> None:
         settle(limited(config, max_group_gap=10), run)
 
 
-def test_without_a_probe_set_only_the_held_out_pairs_are_looked_at(tmp_path: Path) -> None:
+def test_promotion_without_a_probe_set_checks_the_held_out_pairs_alone(tmp_path: Path) -> None:
     config, run = probed(tmp_path, known(num=600), swapped_wave=2)
     off = config.model_copy(update={"probe": config.probe.model_copy(update={"images": 0})})
     assert settle(off, run) == [[]] * (LAST + 1)

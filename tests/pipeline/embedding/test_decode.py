@@ -600,7 +600,7 @@ def test_load_unit_unknown_scheme_fifo_and_link_are_rejects_of_their_own(tmp_pat
     }
 
 
-def test_most_jpegs_are_decoded_past_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_most_jpegs_are_decoded_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     colour, grey, large = jpeg(picture()), jpeg(picture(channels=1)), jpeg(picture(height=20, width=30))
     monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("Pillow has decoded it"))
     decode_image(colour, PREPROCESS, LIMITS)

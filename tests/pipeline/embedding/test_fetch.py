@@ -404,7 +404,7 @@ def test_etags_are_those_of_the_moment_of_reading(bucket: str) -> None:
         (1.0, 30_000, (4, 5), 1.1),  # 30 MB in requests of 8 MiB
     ],
 )
-def test_few_requests_for_a_tar_and_no_more_bytes_than_the_gaps_allow(
+def test_fetch_from_a_tar_takes_few_requests_and_no_more_bytes_than_the_gaps_allow(
     bucket: str, fraction: float, size: int, requests: tuple[int, int], over: float
 ) -> None:
     count = 1000
@@ -417,7 +417,7 @@ def test_few_requests_for_a_tar_and_no_more_bytes_than_the_gaps_allow(
     assert counts["bytes:image"] <= counts["bytes:needed"] + (len(wanted) - 1) * FetchSettings().max_gap_bytes
 
 
-def test_whole_objects_are_one_get_each_and_nothing_else(bucket: str, faulty_s3: FaultyProxy) -> None:
+def test_fetch_of_whole_objects_is_one_get_each(bucket: str, faulty_s3: FaultyProxy) -> None:
     uris = [put(f"{bucket}/{number}.png", noise(50, number)) for number in range(20)]
     faulty_s3.requests.clear()
     assert get([whole(uri) for uri in uris]) == [noise(50, number) for number in range(20)]

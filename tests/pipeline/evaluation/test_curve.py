@@ -285,7 +285,7 @@ def test_a_gallery_without_labels_cannot_be_measured_and_says_so(tmp_path: Path,
         curve(config, run, published=False)
 
 
-def test_images_without_a_label_are_in_the_gallery_but_ask_nothing(tmp_path: Path, images: Known) -> None:
+def test_images_without_a_label_are_in_the_gallery_and_are_no_queries(tmp_path: Path, images: Known) -> None:
     labels = [label if row % 3 else None for row, label in enumerate(images.labels or [])]
     config, run = make_run(tmp_path, replace(images, labels=labels), Options(commits=False))  # type: ignore[arg-type]
     assert has_labels(run)
@@ -293,7 +293,7 @@ def test_images_without_a_label_are_in_the_gallery_but_ask_nothing(tmp_path: Pat
     assert (result["num_queries"], result["num_gallery"]) == (200, 300)
 
 
-def test_a_curve_is_computed_once_until_what_it_depends_on_changes(
+def test_curve_is_computed_again_only_if_its_inputs_change(
     tmp_path: Path, images: Known, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, run = make_run(tmp_path, images)

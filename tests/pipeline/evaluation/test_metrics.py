@@ -80,7 +80,7 @@ def naive(
     calibrated=st.booleans(),
     seed=st.integers(0, 10_000),
 )
-def test_equals_a_naive_ranking_with_ties_and_unmatched_queries(
+def test_evaluate_equals_a_naive_ranking_with_ties_and_unmatched_queries(
     num: int, dim: int, num_labels: int, metric: str, self_match: bool, calibrated: bool, seed: int
 ) -> None:
     gallery, labels = integers(num, dim, seed), labels_of(num, num_labels, seed)
@@ -121,7 +121,7 @@ def test_average_precision_is_that_of_scikit_learn_where_there_are_no_ties() -> 
     np.testing.assert_allclose(found.average_precision, expected, rtol=1e-9)
 
 
-def test_cosine_ignores_lengths() -> None:
+def test_evaluate_with_cosine_ignores_lengths() -> None:
     rng = np.random.default_rng(4)
     gallery, labels = rng.normal(size=(200, 8)).astype(np.float32), labels_of(200, 5, 0)
     unit = gallery / np.linalg.norm(gallery, axis=1, keepdims=True)
@@ -131,7 +131,7 @@ def test_cosine_ignores_lengths() -> None:
     np.testing.assert_allclose(found.average_precision, expected.average_precision, rtol=1e-6)
 
 
-def test_blocks_and_threads_do_not_change_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_does_not_depend_on_blocks_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     gallery, labels = integers(500, 8, 5), labels_of(500, 6, 5)
     orders = {"random": [random_order(np.arange(500), 1)]}
     whole = evaluate(gallery, gallery, labels, labels, self_match=True)
@@ -157,7 +157,7 @@ def test_a_query_never_finds_itself_but_finds_its_duplicate() -> None:
     assert found.num_unmatched == 2
 
 
-def test_ids_remove_the_self_match_like_row_numbers_do() -> None:
+def test_evaluate_with_ids_removes_the_self_match_as_with_row_numbers() -> None:
     gallery, labels = integers(100, 5, 6), labels_of(100, 5, 6)
     ids = np.random.default_rng(0).permutation(10_000)[:100]
     some = np.array([90, 3, 17])
@@ -169,7 +169,7 @@ def test_ids_remove_the_self_match_like_row_numbers_do() -> None:
     assert np.array_equal(strangers.average_precision, plain.average_precision)
 
 
-def test_bad_input_is_refused_with_a_reason() -> None:
+def test_evaluate_of_bad_input_is_refused_with_a_reason() -> None:
     gallery, labels = integers(10, 3, 0), labels_of(10, 2, 0)
     with pytest.raises(DataError, match="not finite"):
         evaluate(np.full((10, 3), np.nan, np.float32), gallery, labels, labels)

@@ -96,7 +96,7 @@ def test_segments_answer_as_one_faiss_index(tmp_path: Path, factory: str, metric
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_flat_is_exact(tmp_path: Path, metric: Metric) -> None:
+def test_search_of_flat_segments_is_exact(tmp_path: Path, metric: Metric) -> None:
     ids, vectors = gallery()
     queries = vectors[:20].astype(np.float64) + 0.05
     wide = vectors.astype(np.float64)
@@ -330,7 +330,7 @@ def test_too_few_training_vectors_are_refused() -> None:
             train_codebook(gallery()[1][:100], IndexSettings(factory=factory), "l2", 2000, device="cpu", seed=0)
 
 
-def test_auto_grows_with_the_gallery() -> None:
+def test_factory_auto_grows_with_the_gallery() -> None:
     assert [resolve_factory("auto", num) for num in (1000, 1_000_000, 10_000_000)] == [
         "IVF1,Flat",
         "IVF4096,Flat",

@@ -392,7 +392,7 @@ def test_rollback_pins_prod_until_the_next_promote(run: Run) -> None:
     assert auto_promote(run, 3)
 
 
-def test_auto_promote_never_goes_back(run: Run) -> None:
+def test_auto_promote_never_moves_prod_to_an_earlier_commit(run: Run) -> None:
     published(run, 2)
     assert auto_promote(run, 2)
     assert not auto_promote(run, 1)

@@ -56,7 +56,7 @@ def test_squared_distances_to_queries_grow_by_the_strength_times_the_error_on_av
 
 
 @pytest.mark.parametrize("kind", ["uncertainty", "confidence"])
-def test_a_vector_comes_as_much_further_from_every_query(kind: OffsetKind) -> None:
+def test_offset_adds_the_same_distance_to_every_query(kind: OffsetKind) -> None:
     offset, new, z, s = fitted(kind)
     before, after = (np.square(new[:, None] - side[None]).sum(axis=2) for side in (z, offset.apply(z, s)))
     change = after - before
@@ -82,7 +82,7 @@ def test_offset_by_confidence_moves_confident_images_least() -> None:
 
 @pytest.mark.parametrize("kind", ["uncertainty", "confidence"])
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
-def test_half_a_backfill_answers_better_with_the_offset(kind: OffsetKind, metric: str) -> None:
+def test_offset_improves_answers_at_half_of_the_backfill(kind: OffsetKind, metric: str) -> None:
     new, z, s, labels, classifier = embeddings()
     if metric == "cosine":
         new, z = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (new, z))

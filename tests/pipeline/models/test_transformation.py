@@ -238,7 +238,7 @@ def test_apply_refuses_a_result_that_is_not_finite() -> None:
         apply(_trained(_info()), old, None, CPU, 8)
 
 
-def test_side_information_matters() -> None:
+def test_side_information_changes_the_result() -> None:
     network = _trained(_info(d_side=4))
     z = [apply(network, _old(), side, CPU, 50)[0] for side in (_old(dim=4), -_old(dim=4))]
     assert np.abs(z[0] - z[1]).max() > 1e-3
@@ -262,7 +262,7 @@ def test_the_gradient_of_s_reaches_z_only_where_it_may(shapes_z: bool) -> None:
     assert (network.embedding.weight.grad is not None) == shapes_z
 
 
-def test_devices_resolve() -> None:
+def test_resolve_device_gives_the_devices_by_name() -> None:
     assert resolve_device("cpu") == CPU
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 

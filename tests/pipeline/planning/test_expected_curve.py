@@ -63,7 +63,7 @@ def test_the_interval_of_a_mean_that_varies_less_than_a_proportion_is_narrower()
 
 @settings(max_examples=20, deadline=None)
 @given(st.floats(90, 100), st.floats(90, 100))
-def test_no_expected_curve_leaves_0_to_100(start: float, end: float) -> None:
+def test_expected_curve_stays_within_0_to_100(start: float, end: float) -> None:
     bent = 90 + 60 * FRACTIONS * (1 - FRACTIONS)
     found = expect(np.stack([bent, bent + 3]), FRACTIONS, CurveEnds(start, end, 2.0, 2.65, 0.5, 200, 200))
     assert ((found.low >= 0) & (found.low <= found.values)).all()

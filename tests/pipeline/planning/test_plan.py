@@ -85,7 +85,7 @@ def test_fractions_that_divide_the_gallery_are_exact() -> None:
     assert wave_sizes((0.05, 0.05, 0.4, 0.5), 10_000) == [500, 500, 4000, 5000]
 
 
-def test_the_default_waves_of_cifar_stay_what_they_are() -> None:
+def test_default_waves_of_cifar_are_pinned() -> None:
     sizes = wave_sizes(20, 10_000)
     assert sizes[:5] == [47, 95, 143, 191, 238]
     assert sizes[-2:] == [905, 953]

@@ -82,7 +82,7 @@ def test_a_priority_does_not_depend_on_what_else_is_in_the_part(name: str, cut: 
     assert whole.dtype == np.float32
 
 
-def test_random_stays_what_it_is_for_a_seed_and_differs_between_seeds() -> None:
+def test_random_of_a_seed_is_pinned_and_differs_between_seeds() -> None:
     columns = scored(np.arange(4))
     orders = [np.argsort(-prioritise(load_policy("random", seed), columns, "")).tolist() for seed in range(4)]
     assert orders == PINNED_ORDERS
@@ -134,7 +134,7 @@ def test_the_config_knows_every_policy_and_no_other_the_simplest_first() -> None
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", POLICIES)
-def test_every_policy_is_a_function_of_each_image_alone(name: str, weighted: bool) -> None:
+def test_policy_of_an_image_does_not_depend_on_the_others(name: str, weighted: bool) -> None:
     """But for the last bits of a product, which depend on how many rows it has."""
     policy = load_policy(name, 3, known(), weighted, 2.0 if weighted else 0.0)
     ids = np.arange(300, 400)

@@ -59,7 +59,7 @@ def test_audit_run_of_version_0_1_that_this_one_cannot_follow_is_refused_and_not
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "IVF4,SQ8"])
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
-def test_a_whole_run_has_no_problems(tmp_path: Path, factory: str, metric: Metric) -> None:
+def test_audit_of_a_whole_run_finds_no_problem(tmp_path: Path, factory: str, metric: Metric) -> None:
     whole = make(tmp_path, metric, factory)
     report = audit(whole.run.uri)
     assert report.problems == []
@@ -200,7 +200,7 @@ def test_audit_of_a_run_without_commits_passes_and_without_a_run_fails(tmp_path:
         audit(str(tmp_path / "nothing"))
 
 
-def test_empty_shards_are_fine(tmp_path: Path) -> None:
+def test_audit_of_a_run_with_empty_shards_finds_no_problem(tmp_path: Path) -> None:
     whole = WholeRun(Run(str(tmp_path)), num=24, num_waves=2, num_shards=8).write_inputs()
     whole.publish(1)
     assert any(ref.vectors == 0 for ref in commits.read_commit(whole.run, 1).segments)
@@ -208,7 +208,7 @@ def test_empty_shards_are_fine(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("last", [0, None])
-def test_commits_that_are_published_meanwhile_are_no_problem(
+def test_audit_while_commits_are_published_finds_no_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int | None
 ) -> None:
     whole = WholeRun(Run(str(tmp_path))).write_inputs()
@@ -228,7 +228,9 @@ def test_commits_that_are_published_meanwhile_are_no_problem(
     assert report.checked["commits"] == 2
 
 
-def test_a_damage_is_found_while_commits_are_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_audit_while_commits_are_published_finds_a_damaged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = WholeRun(Run(str(tmp_path))).write_inputs()
     whole.publish(0)
     path = whole.run.path(whole.segment(0, 3, "transformed").path)
@@ -248,7 +250,7 @@ def test_a_damage_is_found_while_commits_are_published(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     "folder", ["index/tags", "index/commits", "index/codebook-", "index/segments", "transformed", "embedded", "rejects"]
 )
-def test_a_store_that_fails_or_refuses_is_no_problem_of_a_file(
+def test_audit_over_a_failing_store_raises_and_blames_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, error: Exception
 ) -> None:
     monkeypatch.setattr(objects, "PARALLEL_READS", 1)
@@ -314,7 +316,7 @@ def assert_found(whole: WholeRun, kind: str, where: str, found: str = "") -> Non
 
 @pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "swapped"])
 @pytest.mark.parametrize("kind", ["segment", "sidecar", "codebook"])
-def test_damaged_files_of_the_index_are_named(tmp_path: Path, how: str, kind: str) -> None:
+def test_audit_names_damaged_files_of_the_index(tmp_path: Path, how: str, kind: str) -> None:
     whole = make(tmp_path)
     ref, other = whole.segment(1, 1, "transformed"), whole.segment(0, 1, "transformed")
     path = {"segment": ref.path, "sidecar": ref.sidecar_path, "codebook": whole.codebook_path}[kind]
@@ -332,7 +334,7 @@ def test_damaged_files_of_the_index_are_named(tmp_path: Path, how: str, kind: st
     assert len(problems) == 1, problems
 
 
-def test_a_segment_of_the_wrong_place_is_found_though_its_checksum_is_right(tmp_path: Path) -> None:
+def test_audit_finds_a_misplaced_segment_with_a_right_checksum(tmp_path: Path) -> None:
     whole = make(tmp_path)
     stranger = replace(whole.segment(0, 3, "transformed"), wave=1, kind="embedded", rejected=0)
     republish(whole, 2, stranger)
@@ -341,7 +343,7 @@ def test_a_segment_of_the_wrong_place_is_found_though_its_checksum_is_right(tmp_
     assert_found(whole, "commit", whole.run.commit(2), "segment (shard 0, wave 1)")
 
 
-def test_a_sidecar_that_calls_a_transformed_vector_embedded_is_found(tmp_path: Path) -> None:
+def test_audit_finds_a_sidecar_with_a_wrong_kind(tmp_path: Path) -> None:
     whole = make(tmp_path)
     (shard,) = whole.shards[whole.rejected & (whole.waves == 2)][:1]
     good, left = (whole.rows(int(shard), 2, kind, kind == "transformed") for kind in KINDS)
@@ -357,7 +359,7 @@ def test_a_sidecar_that_calls_a_transformed_vector_embedded_is_found(tmp_path: P
     assert_found(whole, "kind", ref.sidecar_path, "1 unknown")
 
 
-def test_a_count_that_is_not_what_the_files_hold_is_found(tmp_path: Path) -> None:
+def test_audit_finds_a_wrong_count_of_a_commit(tmp_path: Path) -> None:
     whole = make(tmp_path)
     ref = replace(whole.segment(0, 3, "transformed"), vectors=1)
     for number in range(LAST + 1):
@@ -366,7 +368,7 @@ def test_a_count_that_is_not_what_the_files_hold_is_found(tmp_path: Path) -> Non
     assert_found(whole, "segment", ref.path)
 
 
-def test_vectors_that_are_not_those_of_the_log_are_found(tmp_path: Path) -> None:
+def test_audit_finds_vectors_that_differ_from_the_log(tmp_path: Path) -> None:
     whole = make(tmp_path)
     rows = whole.rows(0, 2, "embedded")
     at = int(np.flatnonzero(rows.kinds == "embedded")[0])
@@ -377,7 +379,7 @@ def test_vectors_that_are_not_those_of_the_log_are_found(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("edit", "found"), [("drop", "1 missing"), ("repeat", "1 repeated"), ("invent", "1 unknown")])
-def test_the_log_has_to_account_for_every_image_of_a_published_wave(tmp_path: Path, edit: str, found: str) -> None:
+def test_audit_finds_an_image_of_a_published_wave_that_the_log_lacks(tmp_path: Path, edit: str, found: str) -> None:
     whole = make(tmp_path)
     uri = whole.run.path("embedded", "wave-002", "unit-00001.parquet")
 
@@ -394,7 +396,7 @@ def test_the_log_has_to_account_for_every_image_of_a_published_wave(tmp_path: Pa
     assert_found(whole, "log", "wave-002, shard 1", found)
 
 
-def test_an_image_both_embedded_and_rejected_is_found(tmp_path: Path) -> None:
+def test_audit_finds_an_image_both_embedded_and_rejected(tmp_path: Path) -> None:
     whole = make(tmp_path)
     embedded = pq.read_table(whole.run.path("embedded", "wave-002", "unit-00000.parquet"))["id"][0].as_py()
     uri = next(iter(objects.list_files(whole.run.path("rejects", "wave-002"), ".parquet")))
@@ -408,7 +410,7 @@ def test_an_image_both_embedded_and_rejected_is_found(tmp_path: Path) -> None:
     assert_found(whole, "log", "wave-002", "1 repeated")
 
 
-def test_rejects_that_are_gone_are_found(tmp_path: Path) -> None:
+def test_audit_finds_missing_rejects(tmp_path: Path) -> None:
     whole = make(tmp_path)
     objects.delete(whole.run.path("rejects"))
     assert_found(whole, "log", "wave-002", "missing")
@@ -429,7 +431,7 @@ def test_audit_ignores_a_losers_rejects_and_finds_changed_rejects_of_the_winner(
 
 
 @pytest.mark.parametrize("folder", ["transformed", "embedded/wave-001", "embedded/wave-003", "rejects/wave-001"])
-def test_unreadable_parts_are_named(tmp_path: Path, folder: str) -> None:
+def test_audit_names_unreadable_parts(tmp_path: Path, folder: str) -> None:
     whole = make(tmp_path)
     uri = objects.list_files(whole.run.path(folder), ".parquet")[-1]
     objects.put(uri, b"PAR1 and then nothing PAR1")
@@ -437,7 +439,7 @@ def test_unreadable_parts_are_named(tmp_path: Path, folder: str) -> None:
     assert_found(whole, kind, uri)
 
 
-def test_an_id_in_two_waves_and_one_in_the_wrong_shard_are_found(tmp_path: Path) -> None:
+def test_audit_finds_an_id_in_two_waves_or_in_the_wrong_shard(tmp_path: Path) -> None:
     whole = make(tmp_path)
     uri = whole.run.part("transformed", 0)
     twice = int(pq.ParquetFile(uri).read_row_group(0)["id"][0].as_py())
@@ -454,7 +456,7 @@ def test_an_id_in_two_waves_and_one_in_the_wrong_shard_are_found(tmp_path: Path)
     assert_found(whole, "shard", "transformed, shard 0", str(astray))
 
 
-def test_rows_outside_the_waves_and_mixed_row_groups_are_found(tmp_path: Path) -> None:
+def test_audit_finds_rows_outside_the_waves_and_mixed_row_groups(tmp_path: Path) -> None:
     whole = make(tmp_path)
 
     def outside(number: int, columns: dict[str, list[object]]) -> None:
@@ -471,7 +473,7 @@ def test_rows_outside_the_waves_and_mixed_row_groups_are_found(tmp_path: Path) -
     assert_found(whole, "plan_part", whole.run.part("transformed", 1), "not of one wave")
 
 
-def test_damaged_commits_and_tags_without_a_commit_are_found(tmp_path: Path) -> None:
+def test_audit_finds_damaged_commits_and_tags_without_a_commit(tmp_path: Path) -> None:
     whole = make(tmp_path)
     flip(whole.run.commit(0))
     Path(whole.run.commit(1)).unlink()
@@ -489,7 +491,7 @@ def test_damaged_commits_and_tags_without_a_commit_are_found(tmp_path: Path) -> 
     assert_found(whole, "tag", whole.run.tag("candidate"))
 
 
-def test_the_report_is_plain_text_and_small(tmp_path: Path) -> None:
+def test_audit_report_is_plain_text_and_small(tmp_path: Path) -> None:
     whole = make(tmp_path)
     objects.delete(whole.run.path("embedded"))
     report = audit(whole.run.uri)
@@ -509,7 +511,7 @@ def bring_in(whole: WholeRun, part: int, ids: list[int], rejected: list[int]) ->
         objects.put(uri, parquet.parquet_bytes(named, [pa.table({"id": others}, schema=schema)]))
 
 
-def test_the_manifest_is_the_plan_and_what_the_old_encoder_could_not_read(tmp_path: Path) -> None:
+def test_audit_of_a_manifest_with_images_rejected_by_the_old_encoder_finds_no_problem(tmp_path: Path) -> None:
     whole = make(tmp_path)
     for part in range(2):
         planned = parquet.read_parquet(whole.run.part("transformed", part), ["id"])["id"].to_pylist()
@@ -520,9 +522,7 @@ def test_the_manifest_is_the_plan_and_what_the_old_encoder_could_not_read(tmp_pa
 
 
 @pytest.mark.parametrize("damage", ["vanished", "unknown", "planned and rejected", "no part", "no manifest part"])
-def test_an_image_of_the_manifest_that_is_neither_planned_nor_rejected_is_a_problem(
-    tmp_path: Path, damage: str
-) -> None:
+def test_audit_finds_an_image_that_is_neither_planned_nor_rejected(tmp_path: Path, damage: str) -> None:
     whole = make(tmp_path)
     parts = [parquet.read_parquet(whole.run.part("transformed", part), ["id"])["id"].to_pylist() for part in (0, 1)]
     rejected = {"planned and rejected": [parts[1][5]], "unknown": [77_777_777]}.get(damage, [])

@@ -64,7 +64,7 @@ def figures(progress: Progress) -> tuple[int, int, int, int]:
 
 @settings(max_examples=100, deadline=None)
 @given(st.permutations(range(len(units()))), st.data())
-def test_waves_become_whole_in_order_without_gaps_whatever_order_units_come_in(
+def test_waves_become_whole_in_order_for_any_order_of_units(
     tmp_path_factory: pytest.TempPathFactory, order: list[int], data: st.DataObject
 ) -> None:
     counting, every = tracker(tmp_path_factory.mktemp("log")), units()

@@ -90,7 +90,7 @@ def test_a_finished_run_has_every_chart_and_each_chart_its_series(finished: Repo
     assert f"uncertainty  {finished.curve['orders']['uncertainty']['area']['top1']:.1f}" in html.replace("\xa0", " ")
 
 
-def test_the_page_loads_nothing_from_anywhere(finished: ReportData) -> None:
+def test_report_page_loads_no_other_file(finished: ReportData) -> None:
     html = render(finished)
     page = Page(html)
     assert [load for load in page.loads if "=#" not in load] == []
@@ -228,7 +228,7 @@ def test_rejects_are_grouped_by_kind_with_an_example(finished: ReportData) -> No
     )
 
 
-def test_a_page_is_current_while_it_knows_of_the_latest_commit(tmp_path: Path, images: Known) -> None:
+def test_report_page_is_current_if_it_has_the_latest_commit(tmp_path: Path, images: Known) -> None:
     config, run = make_run(tmp_path, images)
     assert not is_current(run)
     write_report(config, run)

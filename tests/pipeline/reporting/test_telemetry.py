@@ -189,7 +189,7 @@ def test_telemetry_has_the_metrics_of_the_fit_and_the_curve(endpoint: str) -> No
     assert found["fastfill_wave_quality_ratio:top1:4"] == 0.5
 
 
-def test_machines_cost_what_the_settings_say(endpoint: str) -> None:
+def test_telemetry_of_cost_uses_the_prices_of_the_settings(endpoint: str) -> None:
     before = scrape(endpoint)
     telemetry.observe_machines(
         TelemetrySettings(node_hour_price=2.0, gpu_hour_price=0.5), nodes=3, gpus=4, seconds=1800
@@ -212,7 +212,7 @@ def test_the_machines_of_the_cluster_are_counted_while_the_endpoint_is_served(tm
     assert 0 < grown == pytest.approx(found["fastfill_cost_total"] - before["fastfill_cost_total"])
 
 
-def test_prometheus_finds_the_endpoint_in_a_file_until_a_good_end(tmp_path: Path) -> None:
+def test_discovery_file_names_the_endpoint_until_a_good_end(tmp_path: Path) -> None:
     discovery = tmp_path / "targets" / "driver.json"
     config = load_config(write_config(tmp_path), (f"telemetry.discovery_file={discovery}",))
     with telemetry.serving(config) as url:
@@ -245,7 +245,7 @@ def test_the_endpoint_listens_on_this_machine_only(endpoint: str) -> None:
         urlopen(endpoint.replace("127.0.0.1", "127.0.0.2"), timeout=5)
 
 
-def test_an_endpoint_for_everybody_gives_an_address_that_others_can_use() -> None:
+def test_endpoint_on_all_interfaces_gives_an_address_for_other_machines() -> None:
     url = telemetry.serve(TelemetrySettings(host="0.0.0.0"))
     assert "0.0.0.0" not in url
     assert "fastfill_gallery_images" in scrape(url)

@@ -158,7 +158,7 @@ def test_parquet_holds_what_the_segments_hold(tmp_path: Path, factory: str, metr
             assert rows[item]["vector"] == vector.tolist()
 
 
-def test_the_marker_tells_what_is_there(tmp_path: Path) -> None:
+def test_export_marker_names_commit_and_files(tmp_path: Path) -> None:
     whole, out = make(tmp_path / "run", num_shards=9), tmp_path / "out"
     steps: list[tuple[int, int]] = []
     marker = export(
@@ -265,7 +265,7 @@ def test_export_to_s3_and_from_s3_writes_the_same(bucket: str, tmp_path: Path) -
         export(whole.run.uri, f"{bucket}/out", "parquet")
 
 
-def test_gc_waits_for_an_export(tmp_path: Path) -> None:
+def test_gc_keeps_the_commit_of_a_running_export(tmp_path: Path) -> None:
     whole = make(tmp_path / "run")
     whole.publish(2)
     tags.promote(whole.run, 2, blockers=[])

@@ -62,7 +62,7 @@ def exact_order(whole: WholeRun, number: int, queries: np.ndarray) -> np.ndarray
 
 @pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
-def test_every_commit_is_searched_whole(tmp_path: Path, metric: Metric, in_memory: bool) -> None:
+def test_search_of_each_commit_finds_the_whole_gallery(tmp_path: Path, metric: Metric, in_memory: bool) -> None:
     whole = make(tmp_path, metric)
     queries = np.random.default_rng(1).standard_normal((7, DIM))
     with Searcher(whole.run.uri, in_memory=in_memory) as searcher:

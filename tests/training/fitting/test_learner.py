@@ -61,19 +61,19 @@ def test_without_epochs_few_pairs_get_all_steps_in_eighty_epochs(tmp_path: Path)
     assert make_job(fit_config(tmp_path, epochs=None), synthetic_fit_data(tmp_path)).fit.steps == 4000
 
 
-def test_with_epochs_each_is_a_pass_over_the_pairs(tmp_path: Path) -> None:
+def test_learner_with_epochs_passes_over_the_pairs_once_an_epoch(tmp_path: Path) -> None:
     job = make_job(fit_config(tmp_path, epochs=3, steps=1000), synthetic_fit_data(tmp_path))
     assert [list(job.steps_of(epoch)) for epoch in range(job.fit.num_epochs)] == [
         list(range(start, start + 8)) for start in (0, 8, 16)
     ]
 
 
-def test_fewer_steps_than_epochs_are_one_each(tmp_path: Path) -> None:
+def test_learner_with_fewer_steps_than_epochs_takes_one_step_an_epoch(tmp_path: Path) -> None:
     job = make_job(fit_config(tmp_path, epochs=None, steps=3), synthetic_fit_data(tmp_path))
     assert [list(job.steps_of(epoch)) for epoch in range(job.fit.num_epochs)] == [[0], [1], [2]]
 
 
-def test_by_steps_the_learning_rate_is_that_of_the_paper(tmp_path: Path) -> None:
+def test_learner_with_steps_has_the_papers_learning_rate(tmp_path: Path) -> None:
     data = synthetic_fit_data(tmp_path)
     by_steps = make_job(fit_config(tmp_path, epochs=None, warmup_epochs=5), data)
     by_epochs = make_job(fit_config(tmp_path, epochs=80, warmup_epochs=5), data)

@@ -98,7 +98,7 @@ def test_exact_linear_data_is_recovered() -> None:
 
 
 @pytest.mark.parametrize("d_out", [20, 24])
-def test_of_few_pairs_a_rotation_is_found_by_procrustes(d_out: int) -> None:
+def test_procrustes_recovers_a_rotation_from_few_pairs(d_out: int) -> None:
     rng, turn = np.random.default_rng(0), rotation(20, d_out)
     x = rng.normal(size=(40, 20))
     y = 3 * x @ turn + 1 + 0.3 * rng.normal(size=(40, d_out))
@@ -126,6 +126,6 @@ def test_a_map_without_a_fold_has_not_seen_its_pairs() -> None:
     assert not np.allclose(after.map.mean_o, before.map.mean_o)
 
 
-def test_constant_inputs_give_the_mean() -> None:
+def test_linear_fit_of_constant_inputs_gives_the_mean() -> None:
     x, y = np.ones((50, 4), np.float32), pairs(50)[1]
     np.testing.assert_allclose(fit(folds(x, y)).map(x), np.broadcast_to(y.mean(axis=0), y.shape), atol=1e-4)

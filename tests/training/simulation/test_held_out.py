@@ -81,7 +81,7 @@ def test_a_boost_raises_the_groups_that_need_it(tmp_path: Path, policy: str) -> 
     assert boosted == pytest.approx(cost * (1 + 4 * need), rel=1e-4, abs=1e-5)
 
 
-def test_two_pairs_are_enough_to_rank(tmp_path: Path) -> None:
+def test_held_out_of_two_pairs_is_enough_to_rank(tmp_path: Path) -> None:
     pairs = pairs_of(40)
     few = HeldOut(pairs.fold.take(np.arange(2)), pairs.served[:2], pairs.groups[:2], pairs.reference)
     assert np.isfinite(priorities(config_of(tmp_path), few, "learned")).all()

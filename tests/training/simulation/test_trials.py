@@ -19,7 +19,7 @@ def row(areas: list[float], policy: str = "random", serving: Serving = NONE, rec
     return TrialRow(Trial(recipe, serving, policy), np.repeat(np.array(areas)[:, None, None], 5, axis=1))
 
 
-def test_a_clear_winner_is_chosen() -> None:
+def test_choose_takes_a_clear_winner() -> None:
     rows = [row([50, 51, 52]), row([48, 49, 50], "uncertainty")]
     assert choose(rows, [0]) is rows[0]
     rows = [row([48, 49, 50]), row([50, 51, 52], "entropy", CONFIDENCE)]
@@ -38,7 +38,7 @@ def test_choose_compares_within_folds_so_that_differences_between_folds_cancel()
 
 
 @given(st.permutations(range(4)))
-def test_the_order_of_the_rows_does_not_matter(order: list[int]) -> None:
+def test_choose_does_not_depend_on_the_order_of_rows(order: list[int]) -> None:
     rows = [row([50, 51, 52], name) for name in ("random", "uncertainty", "entropy", "margin")]
     assert choose([rows[number] for number in order], [0]) is rows[0]
 
