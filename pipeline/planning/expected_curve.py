@@ -34,7 +34,7 @@ _BAND_QUANTILES = (0.0228, 0.9772)  # that lie so far out
 _DRAWS = 1000
 _WORTH = 2000
 """Images of the gallery whose own bend counts as much as that of the held-out pairs, which are of another kind: the new
-encoder was trained on them, and answers better there (m: benchmarks/expected)."""
+encoder was trained on them, and answers better there (m: benchmarks/quality/expected.py)."""
 
 BAND_SAYS = "with intervals of two standard errors"
 
