@@ -61,7 +61,7 @@ def expected_curve(config: Config, run: Run, plan: Plan) -> Outlook:
     stored = objects.read_versioned(uri)
     if stored is not None:
         return _outlook(config, read_expected(stored[0], uri), objects.stat(uri).modified_seconds)
-    probe = probe_set.gather(config, run, plan)
+    probe = probe_set.gather(config.probe, config.encoders, run, plan)
     if probe is None:
         why = "no two of its images have all embeddings" if config.probe.images else "probe.images is 0"
         return Outlook({}, (f"No quality is expected: the run has no probe set to measure the gallery by ({why}).",))
@@ -95,7 +95,7 @@ def _outlook(config: Config, curves: dict[str, Expected], made_unix_seconds: flo
 
 def distribution_shift_of(config: Config, run: Run, plan: Plan) -> DistributionShift | None:
     """Whether the held-out pairs look like the probe set, and are served as near; None without a probe set."""
-    probe = probe_set.gather(config, run, plan)
+    probe = probe_set.gather(config.probe, config.encoders, run, plan)
     if probe is None:
         return None
     pairs = held_out(config, run)

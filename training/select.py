@@ -146,7 +146,7 @@ def _fits(
 
 def _sample(config: Config, run: Run, data: FitData) -> PairArrays | None:
     """The probe set with its own labels, as numbers; None where there is none yet."""
-    table = probe_set.embedded(config, run)
+    table = probe_set.embedded(config.probe, config.encoders, run)
     if table is None:
         return None
     count = table.num_rows

@@ -36,7 +36,7 @@ import pyarrow as pa
 from benchmarks.measure import Spread, header, interleave, memory, ratio, table
 from jobs.shell.ray_session import start_ray
 from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
-from pipeline.backfill.publisher import Publisher
+from pipeline.backfill.driver import open_publisher
 from pipeline.config.load import validate
 from pipeline.config.tree import Config
 from pipeline.embedding import vector_log
@@ -299,8 +299,8 @@ def main() -> None:
         config = settings(folder, dim, lists)
         run = Run(config.run)
         plan = make_plan(config, run, gallery)
-        publisher = Publisher(config, run, plan)
-        publisher.submit(0).result()
+        publisher = open_publisher(config, run, plan)
+        publisher.initial_commit()
         commit = commits.read_commit(run, 0)
         before = index_bytes(run)
         if "seal" in arguments.what:

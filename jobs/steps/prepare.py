@@ -127,7 +127,7 @@ def selection_seconds(config: Config, run: Run) -> float:
         rows = normalised.read_manifest(run, folder)
         if rows is not None:
             images = {(unit.wave, unit.unit): unit.images for unit in normalised.units(run, folder, rows)}
-            times = vector_log.part_times(embedding_log(config, run, folder, "new"))
+            times = vector_log.part_times(embedding_log(config.encoders, run, folder, "new"))
             moments += [(seconds, images.get(unit, 0)) for unit, seconds in times.items()]
     rate = throughput(moments)
     if gallery is None or rate is None:

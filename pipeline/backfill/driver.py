@@ -1,8 +1,8 @@
-"""The backfill: stream the units that are not durable yet, and publish each wave once it is whole.
+"""The backfill: embed the units that are not in the vector log yet, and publish each wave once it is whole.
 
-Read this first. The vector log says what is done, the plan says what there is; the difference is
-embedded, in one stream over all waves. Waves are sealed and published by a thread of the driver while
-later waves are already being embedded, strictly in order. Killed anywhere, it goes on from storage.
+Read this first. The plan lists all units, the vector log those that are done. The difference is embedded, in one
+stream over all waves. A thread of the driver seals and publishes waves, in order, while later waves are embedded.
+A driver that was killed at any point is started again and goes on from what is stored.
 """
 
 from __future__ import annotations
@@ -10,10 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from pipeline.backfill.promotion import Promotion
 from pipeline.backfill.publisher import Publisher
 from pipeline.backfill.stop import Stop
+from pipeline.config.identity import fix_settings, stage_settings
 from pipeline.config.tree import Config
 from pipeline.embedding.stream import Work, embed_stream
+from pipeline.index import commits, disk_reserve
+from pipeline.index.commits import Commit, SegmentCounts
+from pipeline.index.seal import Sealer
+from pipeline.index.train import train_for_run, write_codebook
+from pipeline.index.writer import Writer
+from pipeline.models.calibration import read_calibration
 from pipeline.planning import first_wave
 from pipeline.planning.plan import Plan
 from pipeline.reporting import telemetry
@@ -30,25 +38,25 @@ def backfill(
     on_progress: Callable[[Progress], None],
     stop: Stop | None = None,
 ) -> Progress:
-    """Do everything that is not done yet, up to the last wave; safe to run again at any time.
+    """Embed and publish what is left, up to the last wave; safe to run again at any time.
 
     Args:
         config: the run's config.
         run: the run, with its transformation in place.
         plan: the run's plan.
-        on_progress: told the figures after every unit.
-        stop: when to stop before that; what is durable then is kept, and units in flight are embedded again.
+        on_progress: called with the progress after every unit.
+        stop: when to stop early. Finished units are kept; units that are being embedded then are embedded again later.
 
     Returns:
-        the figures at the end, and which condition has stopped it.
+        the progress at the end, with the condition that stopped it.
 
     Raises:
         DataError: a wave has more rejects than `max_reject_fraction`; it is not published.
         SnapshotConflict: another driver took the run over.
-        GateRefused: a snapshot is not promoted; what is published before it is served on.
+        GateRefused: a snapshot is not promoted; `prod` keeps serving the one before it.
     """
     log, before = plan.log(run), objects.counts()
-    from_pairs = first_wave.write(run, plan)  # what was embedded for the fit is not embedded again
+    from_pairs = first_wave.write(run, plan)  # images of the pairs are not embedded again
     tracker, counted = Tracker(plan, log, config.backfill.max_reject_fraction, config.backfill.reject_allowance), before
 
     def report(ended: bool = False) -> Progress:
@@ -62,10 +70,10 @@ def backfill(
         on_progress(progress)
         return progress
 
-    with Publisher(config, run, plan, stop) as publisher:
+    with open_publisher(config, run, plan, stop) as publisher:
         for ack in from_pairs:
             publisher.expect(ack)
-        publisher.submit(0).result()  # the whole gallery is served in the new space before another image is read
+        publisher.initial_commit()  # the whole gallery is served in the new space before another image is read
         report()
         publisher.submit_all(tracker.whole_waves())
         units = tracker.pending(run) if publisher.stopped is None else []
@@ -79,6 +87,49 @@ def backfill(
             if publisher.stopped is not None:
                 break
     return report(ended=True)
+
+
+def open_publisher(config: Config, run: Run, plan: Plan, stop: Stop | None = None) -> Publisher:
+    """Take the run over from any other driver, and train its codebook unless a commit has one.
+
+    Raises:
+        SnapshotConflict: other drivers kept taking the run over.
+        IncompatibleRun: another driver has trained the codebook with other settings.
+    """
+    writer = Writer.acquire(run)
+    disk_reserve.keep(run)
+    last = None if writer.latest is None else commits.read_commit(run, writer.latest)
+    if last is None:
+        codebook = _train_codebook(config, run, plan)
+        calibration = read_calibration(run)
+    else:
+        telemetry.observe_commit(last)
+        codebook, calibration = (last.codebook_path, last.codebook_sha256), last.calibration
+    empty = Commit(
+        number=0,
+        parent=None,
+        codebook_path=codebook[0],
+        codebook_sha256=codebook[1],
+        metric=config.gallery.metric,
+        nprobe=config.index.nprobe,
+        dim=plan.dim,
+        first_wave=plan.first_wave,
+        num_waves=plan.last_wave,
+        num_shards=plan.num_shards,
+        segments=(),
+        counts=SegmentCounts.of(()),
+        calibration=calibration,
+    )
+    promotion = Promotion(config, run, plan, stop or Stop(), writer.check)
+    return Publisher(writer, Sealer(run, plan, *codebook), promotion, empty, last)
+
+
+def _train_codebook(config: Config, run: Run, plan: Plan) -> tuple[str, str]:
+    """Its path inside the run, and its sha256. The settings are fixed just before the first file is written."""
+    settings = stage_settings(config, "index")
+    data = train_for_run(config, run, plan)
+    fix_settings(run, "index", settings)
+    return write_codebook(run, data)
 
 
 def _embed(config: Config, work: Work) -> Iterator[UnitAck]:

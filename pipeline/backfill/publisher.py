@@ -1,7 +1,7 @@
-"""Publish waves while the stream goes on: seal, commit, move `prod`; one at a time, strictly in order.
+"""Publish waves while later ones are embedded: seal, check, commit, judge; one at a time, in order.
 
-Guarantee: commit n holds the waves up to n embedded and all others transformed, whatever order images were
-embedded in. A wave that is committed is never committed again. It does not know how images are read.
+Commit n serves the waves up to n by their new embeddings and all others by transformed vectors, whatever order the
+images were embedded in. A wave is committed once. This module does not read images and does not train anything.
 """
 
 from __future__ import annotations
@@ -14,42 +14,37 @@ from types import TracebackType
 from typing import Self
 
 from pipeline.backfill.promotion import Promotion
-from pipeline.backfill.stop import Stop
-from pipeline.config.identity import fix_settings, stage_settings
-from pipeline.config.tree import Config
 from pipeline.errors import GateRefused
-from pipeline.index import commits, disk_reserve
 from pipeline.index.commits import Commit, SegmentCounts
 from pipeline.index.seal import Sealer
 from pipeline.index.segment_files import SegmentRef
-from pipeline.index.train import train_for_run, write_codebook
 from pipeline.index.writer import Writer
-from pipeline.models.calibration import read_calibration
-from pipeline.planning.plan import Plan
 from pipeline.reporting import telemetry
-from pipeline.run import Run
 from pipeline.schema import UnitAck
 
 _CHECK_SECONDS = 10.0
-"""How long a driver that was taken over may go on embedding before it looks; each look is one small GET."""
+"""How often a driver asks whether another one has taken the run over; each time is one small GET."""
 
 
 class Publisher:
-    """The run's one writer of snapshots, and the thread it works in."""
+    """Publishes the commits of a run, in a thread of its own."""
 
-    def __init__(self, config: Config, run: Run, plan: Plan, stop: Stop | None = None) -> None:
-        """Takes the run over from whoever wrote to it before; `stop` says when to leave waves unpublished."""
-        self._config, self._run, self._plan = config, run, plan
-        self._writer = Writer.acquire(run)
-        disk_reserve.keep(run)
-        self._commit = commits.read_commit(run, latest) if (latest := self._writer.latest) is not None else None
-        if self._commit is not None:
-            telemetry.observe_commit(self._commit)
-        self._sealer = self._make_sealer()
-        self._calibration = read_calibration(run) if self._commit is None else self._commit.calibration
+    def __init__(
+        self, writer: Writer, sealer: Sealer, promotion: Promotion, empty: Commit, last: Commit | None
+    ) -> None:
+        """Make a publisher; nothing is published yet.
+
+        Args:
+            writer: of this run, acquired.
+            sealer: of this run, with the codebook of `empty`.
+            promotion: judges each commit and moves `prod`.
+            empty: a commit without segments: the codebook, the metric and the numbers that all commits share.
+            last: the last commit that is published.
+        """
+        self._writer, self._sealer, self._promotion = writer, sealer, promotion
+        self._empty, self._commit = empty, last
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._futures: list[Future[None]] = []
-        self._promotion = Promotion(config, run, plan, stop or Stop(), self._writer.check)
         self._acknowledged: dict[int, dict[int, str]] = {}
         self._over = False
         self._checked = time.monotonic()
@@ -66,7 +61,7 @@ class Publisher:
 
     @property
     def stopped(self) -> str | None:
-        """Which condition to stop is met, with the figures; None while none is."""
+        """The condition of `--stop-when` that is met, with its figures; None if none is."""
         return self._promotion.stopped
 
     def expect(self, ack: UnitAck) -> None:
@@ -74,11 +69,20 @@ class Publisher:
         if ack.part_digest and ack.wave > self.published:
             self._acknowledged.setdefault(ack.wave, {})[ack.unit] = ack.part_digest
 
-    def submit(self, wave: int) -> Future[None]:
-        """Publish a wave (0: everything as transformed, but for the pairs) after those submitted before it.
+    def initial_commit(self) -> None:
+        """Publish and judge commit 0; if the run has commits, judge the last one again by the limits of now.
 
-        Of a run that goes on, wave 0 stands for its last commit, which is judged anew: the limits may be others.
+        Raises:
+            GateRefused: the gate stopped the backfill.
+            SnapshotConflict: another driver took the run over.
         """
+        if self._commit is None:
+            start = time.perf_counter()
+            self._publish_commit(self._seal_initial(), time.perf_counter() - start)
+        self._settle()
+
+    def submit(self, wave: int) -> Future[None]:
+        """Publish a wave after those that were submitted before it; a published one is left as it is."""
         self._futures.append(self._pool.submit(self._publish, wave))
         return self._futures[-1]
 
@@ -88,7 +92,7 @@ class Publisher:
             self.submit(wave)
 
     def check(self) -> None:
-        """Raise what went wrong in the thread, if anything did; and, now and then, that the run is another's.
+        """Raise the error of the publishing thread, if there is one; every ten seconds, check who owns the run.
 
         Raises:
             SnapshotConflict: another driver took the run over.
@@ -101,7 +105,7 @@ class Publisher:
             self._checked = time.monotonic()
 
     def check_budget(self) -> None:
-        """Stop where a budget is spent: waves that are not being published yet are left."""
+        """Stop if a budget is spent: waves that are not being published yet are left."""
         reason = self._promotion.stop.by_budget(time.monotonic(), telemetry.spent())
         if reason is not None and self._commit is not None and not self._over:
             self._over = True
@@ -118,79 +122,69 @@ class Publisher:
         if error is None:
             for future in self._futures:
                 future.result()
-            self._writer.check()  # nobody writes a report of a run that is another driver's
+            self._writer.check()  # the report of a run is written by the driver that owns it
             if self._commit is not None:
                 self._promotion.finish(self._commit)
 
     def _publish(self, wave: int) -> None:
-        if self._over or (self._commit is not None and 0 < wave <= self._commit.number):
+        """Publish and judge one wave, in the thread."""
+        if self._over or wave <= self.published:
             return
         try:
-            if wave or self._commit is None:
-                self._commit = self._seal(wave)
-            self._promotion.settle(self._commit)
+            self._commit_wave(wave)
+            self._settle()
         except GateRefused:
             self._over = True
             raise
+
+    def _settle(self) -> None:
+        assert self._commit is not None
+        self._promotion.settle(self._commit)
         self._over = self.stopped is not None
 
-    def _seal(self, wave: int) -> Commit:
+    def _commit_wave(self, wave: int) -> None:
+        """Seal a wave, check it, and publish the commit that serves it."""
         start = time.perf_counter()
-        digests: tuple[str, ...] = ()
-        if self._commit is None:
-            segments = self._sealer.transformed([item.wave for item in self._plan.waves if item.wave > wave])
-        else:
-            segments = [segment for segment in self._commit.segments if segment.wave != wave]
-            digests = _padded(self._commit.log_digests, wave - self._plan.first_wave)
-        if wave >= self._plan.first_wave:
-            embedded, digest = self._sealer.embedded(wave, self._acknowledged.pop(wave, {}))
-            segments, digests = segments + embedded, (*digests, digest)
-        draft = self._draft(wave, segments, digests)
-        sealed = time.perf_counter()
-        if wave:
-            self._promotion.inspect(draft)
-        publishing = time.perf_counter()
-        commit = self._writer.publish(draft)
-        self._sealer = replace(  # another driver's codebook, if its commit 0 was there
-            self._sealer, codebook_path=commit.codebook_path, codebook_sha256=commit.codebook_sha256
-        )
-        telemetry.STAGE_SECONDS.labels("seal").observe(sealed - start)
-        telemetry.STAGE_SECONDS.labels("publish").observe(time.perf_counter() - publishing)
-        telemetry.observe_commit(commit)
-        return commit
+        draft = self._seal_wave(wave)
+        seconds = time.perf_counter() - start
+        self._promotion.inspect(draft)
+        self._publish_commit(draft, seconds)
 
-    def _draft(self, wave: int, segments: list[SegmentRef], digests: tuple[str, ...]) -> Commit:
-        return Commit(
-            number=wave,
-            parent=wave - 1 if wave else None,
-            codebook_path=self._sealer.codebook_path,
-            codebook_sha256=self._sealer.codebook_sha256,
-            metric=self._config.gallery.metric,
-            nprobe=self._config.index.nprobe,
-            dim=self._plan.dim,
-            first_wave=self._plan.first_wave,
-            num_waves=self._plan.last_wave,
-            num_shards=self._plan.num_shards,
+    def _seal_initial(self) -> Commit:
+        """Draft commit 0: all waves as transformed, except a wave 0, whose images were embedded for the fit."""
+        plan = self._sealer.plan
+        segments = self._sealer.transformed([item.wave for item in plan.waves if item.wave > 0])
+        if plan.first_wave > 0:
+            return self._draft(0, segments, ())
+        embedded, digest = self._sealer.embedded(0, self._acknowledged.pop(0, {}))
+        return self._draft(0, segments + embedded, (digest,))
+
+    def _seal_wave(self, wave: int) -> Commit:
+        """Draft the commit in which a wave's embedded vectors replace its transformed ones."""
+        assert self._commit is not None
+        embedded, digest = self._sealer.embedded(wave, self._acknowledged.pop(wave, {}))
+        segments = [segment for segment in self._commit.segments if segment.wave != wave] + embedded
+        sealed = wave - self._sealer.plan.first_wave
+        digests = self._commit.log_digests or ("",) * sealed  # earlier versions kept none
+        return self._draft(wave, segments, (*digests, digest))
+
+    def _draft(self, number: int, segments: list[SegmentRef], digests: tuple[str, ...]) -> Commit:
+        return replace(
+            self._empty,
+            number=number,
+            parent=number - 1 if number else None,
             segments=tuple(segments),
             counts=SegmentCounts.of(segments),
             log_digests=digests,
-            calibration=self._calibration,
         )
 
-    def _make_sealer(self) -> Sealer:
-        if self._commit is not None:
-            path, sha256 = self._commit.codebook_path, self._commit.codebook_sha256
-        else:
-            path, sha256 = self._train_codebook()
-        return Sealer(self._run, self._plan, path, sha256)
-
-    def _train_codebook(self) -> tuple[str, str]:
-        settings = stage_settings(self._config, "index")
-        data = train_for_run(self._config, self._run, self._plan)
-        fix_settings(self._run, "index", settings)
-        return write_codebook(self._run, data)
-
-
-def _padded(digests: tuple[str, ...], waves: int) -> tuple[str, ...]:
-    """One digest per wave; empty for those that a version without digests sealed."""
-    return digests or ("",) * waves
+    def _publish_commit(self, draft: Commit, seal_seconds: float) -> None:
+        start = time.perf_counter()
+        commit = self._commit = self._writer.publish(draft)
+        # Commit 0 may be that of another driver, with its codebook.
+        path, sha256 = commit.codebook_path, commit.codebook_sha256
+        self._sealer = replace(self._sealer, codebook_path=path, codebook_sha256=sha256)
+        self._empty = replace(self._empty, codebook_path=path, codebook_sha256=sha256)
+        telemetry.STAGE_SECONDS.labels("seal").observe(seal_seconds)
+        telemetry.STAGE_SECONDS.labels("publish").observe(time.perf_counter() - start)
+        telemetry.observe_commit(commit)

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.arrays import Float32, vectors_from_arrow
-from pipeline.config.tree import Config, EncoderSettings, PreprocessSettings
+from pipeline.config.tree import Config, EncoderSettings, EncodersSettings, PreprocessSettings
 from pipeline.embedding import rejects, vector_log
 from pipeline.embedding.decode import decode_image, image_limits
 from pipeline.embedding.fetch import Place, Reject, fetch
@@ -65,7 +65,7 @@ def embed_missing(config: Config, run: Run, folders: Sequence[str], on_units: On
         rows = normalised.read_manifest(run, folder)
         assert rows is not None, f"the {folder} manifest is normalised before its images are embedded"
         for role in _missing(folder, rows):
-            log = embedding_log(config, run, folder, role)
+            log = embedding_log(config.encoders, run, folder, role)
             units = _pending(run, folder, rows, log)
             names.append((folder, role))
             work.append(Work(_encoder(config, folder, role), log, units))
@@ -102,9 +102,9 @@ def _warn(folder: str, role: str, rejected: int, images: int, log: VectorLog) ->
     )
 
 
-def embedding_log(config: Config, run: Run, folder: str, role: str) -> VectorLog:
+def embedding_log(encoders: EncodersSettings, run: Run, folder: str, role: str) -> VectorLog:
     """Where embeddings are kept that had to be computed from a manifest's images; `role` is old or new."""
-    encoder = getattr(config.encoders, role)
+    encoder = getattr(encoders, role)
     dim = encoder.dim if encoder is not None else 1
     return rejects.manifest_log(run, folder, role, dim)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -108,6 +108,23 @@ def judge(
         *_negative_flips(known, measured, limits.max_negative_flips),
         *_group_gap(measured, limits.max_group_gap),
     ]
+
+
+def inspect(measured: Quality, wave: int, limits: GateSettings) -> list[Refusal]:
+    """The refusals of a wave that is not committed yet: its images have wrong vectors under their ids.
+
+    Args:
+        measured: the draft of the commit that would publish the wave.
+        wave: its number.
+        limits: the gate's.
+    """
+    own = tuple(item for item in measured.own if item[0] == wave)
+    return mixed_up(replace(measured, own=own), limits.min_own)
+
+
+def all_mend(refusals: Sequence[Refusal]) -> bool:
+    """Whether the backfill mends all of them by going on; also true of none."""
+    return all(refusal.mends for refusal in refusals)
 
 
 def mixed_up(measured: Quality, least: float | None) -> list[Refusal]:

@@ -10,16 +10,20 @@ ranks are among what is stored of them, by exact search.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.arrays import Float32, Int64
-from pipeline.config.tree import Config
+from pipeline.config.method import ProbeSettings
+from pipeline.config.tree import EncodersSettings, Metric
+from pipeline.embedding.precompute import embedding_log
+from pipeline.embedding.vector_log import VectorLog
 from pipeline.evaluation.curve_points import TOP_K
 from pipeline.evaluation.probe_search import Found, Neighbours, in_old_gallery, in_snapshot
-from pipeline.evaluation.probe_set import ProbeSet, stands_alone
+from pipeline.evaluation.probe_set import ProbeSet, gather, stands_alone
 from pipeline.evaluation.quality import (
     MIN_QUERIES,
     ProbeFigures,
@@ -33,6 +37,7 @@ from pipeline.evaluation.quality import (
     write_quality,
 )
 from pipeline.index.commits import Commit
+from pipeline.index.segment_files import SegmentRef
 from pipeline.models.calibration import Calibration, nearest_by_kind
 from pipeline.planning.plan import Plan
 from pipeline.run import Run
@@ -47,18 +52,78 @@ CIFAR-100's test images)."""
 _MIN_EXPECTED = 50.0  # slots: with fewer, the share of the transformed ones is mostly noise
 
 
-def reference(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> QualityBaseline:
-    """What snapshots are compared with, measured once and kept."""
+@dataclass(slots=True)
+class ProbeMeter:
+    """Measures the snapshots of a run on its probe set. Waves that it has searched are not searched again.
+
+    Attributes:
+        baseline: what snapshots are compared with.
+    """
+
+    run: Run
+    plan: Plan
+    probe: ProbeSet
+    baseline: QualityBaseline
+    _waves: dict[str, Found] = field(default_factory=dict)  # see `probe_search.in_snapshot`
+    _examined: tuple[set[SegmentRef], Quality] | None = None  # the segments of the last draft, and its quality
+
+    @classmethod
+    def open(
+        cls, probe: ProbeSettings, encoders: EncodersSettings, metric: Metric, run: Run, plan: Plan
+    ) -> Self | None:
+        """The meter of a run; None if it has no probe set."""
+        found = gather(probe, encoders, run, plan)
+        return None if found is None else cls(run, plan, found, baseline_of(encoders, metric, run, plan, found))
+
+    def examine(self, draft: Commit) -> Quality:
+        """Measure a commit that is not published yet; nothing is stored but what the search of its waves found.
+
+        Raises:
+            DataError: a segment is missing or damaged.
+        """
+        measured = self._search(draft)
+        self._examined = set(draft.segments), measured
+        return measured
+
+    def is_examined(self, commit: Commit) -> bool:
+        """Whether the last draft is this commit; it is not if another driver has published another one."""
+        return self._examined is not None and (commit.number, set(commit.segments)) == (
+            self._examined[1].commit,
+            self._examined[0],
+        )
+
+    def measure(self, commit: Commit) -> Quality:
+        """The quality of a published commit: as stored, or measured now and stored.
+
+        Raises:
+            DataError: a segment is missing or damaged.
+        """
+        stored = read_quality(self.run, commit.number)
+        if stored is not None and stored.attempt_id == commit.attempt_id:
+            return stored
+        made = self._examined[1] if self._examined is not None and self.is_examined(commit) else self._search(commit)
+        made = replace(made, attempt_id=commit.attempt_id)
+        write_quality(self.run, made)
+        return made
+
+    def _search(self, commit: Commit) -> Quality:
+        found = in_snapshot(self.run, self.plan, self.probe, commit, self._waves)
+        return measure_probe(self.probe, self.baseline, commit, found)
+
+
+def baseline_of(encoders: EncodersSettings, metric: Metric, run: Run, plan: Plan, probe: ProbeSet) -> QualityBaseline:
+    """What snapshots are compared with; measured once and stored."""
     found = read_baseline(run)
     if found is not None:
         return found
     alone = stands_alone(run, plan, probe)
     new, old, transformed = (
-        _within(probe, *sides, config.gallery.metric, alone)
+        _within(probe, *sides, metric, alone)
         for sides in ((probe.new, probe.new), (probe.old, probe.old), (probe.new, probe.transformed))
     )
+    log = embedding_log(encoders, run, "gallery", "old")
     made = QualityBaseline(
-        old=old.ranks if alone else _in_old(config, run, plan, probe),
+        old=old.ranks if alone else _in_old(metric, run, plan, probe, log),
         old_recalled=_recalled(old.nearest, new.nearest),
         num_neighbours=new.nearest.shape[1],
         within_old=old.ranks,
@@ -68,44 +133,6 @@ def reference(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> QualityB
     )
     write_baseline(run, made)
     return made
-
-
-def measure_snapshot(
-    run: Run,
-    plan: Plan,
-    probe: ProbeSet,
-    known: QualityBaseline,
-    commit: Commit,
-    waves: dict[str, Found],
-    examined: Quality | None = None,
-) -> Quality:
-    """The quality of a commit, measured now or as it was stored.
-
-    Args:
-        waves: see `neighbours.in_snapshot`.
-        examined: of its draft, where that was examined already.
-
-    Raises:
-        DataError: a segment is missing or damaged.
-    """
-    stored = read_quality(run, commit.number)
-    if stored is not None and stored.attempt_id == commit.attempt_id:
-        return stored
-    made = examine(run, plan, probe, known, commit, waves) if examined is None else examined
-    made = replace(made, attempt_id=commit.attempt_id)
-    write_quality(run, made)
-    return made
-
-
-def examine(
-    run: Run, plan: Plan, probe: ProbeSet, known: QualityBaseline, commit: Commit, waves: dict[str, Found]
-) -> Quality:
-    """The quality of a commit that may be a draft yet: it is not stored; `waves` as in `neighbours.in_snapshot`.
-
-    Raises:
-        DataError: a segment is missing or damaged.
-    """
-    return measure_probe(probe, known, commit, in_snapshot(run, plan, probe, commit, waves))
 
 
 def measure_probe(probe: ProbeSet, known: QualityBaseline, commit: Commit, found: Found) -> Quality:
@@ -170,9 +197,9 @@ def _within(
     return _Within(found, _ranks(probe.labels[labelled[few]], probe.labels, matched))
 
 
-def _in_old(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> tuple[int, ...]:
+def _in_old(metric: Metric, run: Run, plan: Plan, probe: ProbeSet, log: VectorLog) -> tuple[int, ...]:
     """The ranks of the old model in the whole gallery."""
-    found, counts = in_old_gallery(config, run, plan, probe)
+    found, counts = in_old_gallery(metric, run, plan, probe, log)
     return _ranks(found.without(probe.ids).labels, probe.labels, _matched(probe.labels, counts))
 
 

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from pipeline import parallel
 from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
-from pipeline.config.tree import Config
-from pipeline.embedding.precompute import embedding_log, read_embeddings
+from pipeline.config.tree import Metric
+from pipeline.embedding.precompute import read_embeddings
 from pipeline.embedding.vector_log import VectorLog
 from pipeline.evaluation.curve_points import TOP_K
 from pipeline.evaluation.probe_set import ProbeSet
@@ -120,14 +120,20 @@ class Found:
         )
 
 
-def in_old_gallery(config: Config, run: Run, plan: Plan, probe: ProbeSet) -> tuple[Neighbours, Int64]:
-    """By exact search with the probe's old embeddings over all that the gallery has, part by part.
+def in_old_gallery(metric: Metric, run: Run, plan: Plan, probe: ProbeSet, log: VectorLog) -> tuple[Neighbours, Int64]:
+    """Exact search with the probe's old embeddings in those of the whole gallery, part by part.
+
+    Args:
+        metric: the gallery's.
+        run: the run.
+        plan: its plan.
+        probe: its probe set.
+        log: old embeddings of the gallery that did not come with its manifest.
 
     Returns:
         the nearest, and how many images have each of the probe's labels, (num_labels,) int64.
     """
-    log = embedding_log(config, run, "gallery", "old")
-    shared = (run, log, probe, config.gallery.metric)
+    shared = (run, log, probe, metric)
     found, counts = Neighbours.none(len(probe.ids)), np.zeros(len(probe.label_names), np.int64)
     for some, in_part in parallel.each(_in_old_part, shared, range(plan.num_parts), plan.num_gallery):
         found, counts = found.merge(some), counts + in_part
@@ -163,7 +169,7 @@ def in_snapshot(run: Run, plan: Plan, probe: ProbeSet, commit: Commit, known: di
     return reduce(lambda one, other: one.merge(other, commit.calibration), known.values())
 
 
-def _in_old_part(run: Run, log: VectorLog, probe: ProbeSet, metric: str, part: int) -> tuple[Neighbours, Int64]:
+def _in_old_part(run: Run, log: VectorLog, probe: ProbeSet, metric: Metric, part: int) -> tuple[Neighbours, Int64]:
     table, old = read_embeddings(run, "gallery", part, "old_embedding", log)
     labels = _codes(table, probe)
     counts = np.bincount(labels[labels >= 0], minlength=len(probe.label_names))

@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from pipeline import parallel
 from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
-from pipeline.config.tree import Config
+from pipeline.config.method import ProbeSettings
+from pipeline.config.tree import EncodersSettings
 from pipeline.embedding.precompute import embedding_log, read_embeddings
 from pipeline.evaluation.gallery_arrays import codes_of, count_labelled
 from pipeline.manifest import normalised
@@ -63,29 +64,29 @@ class ProbeSet:
         return self.new / np.linalg.norm(self.new, axis=1, keepdims=True) if metric == "cosine" else self.new
 
 
-def embedded(config: Config, run: Run) -> pa.Table | None:
+def embedded(probe: ProbeSettings, encoders: EncodersSettings, run: Run) -> pa.Table | None:
     """The drawn images that both encoders could read, as they are before there is a plan.
 
     Returns:
         sorted by id: id, label and group (strings, null for none), old and new, and `side` where the gallery has it;
         None where no set is wanted or was drawn, or fewer than two of its images have both embeddings.
     """
-    if not config.probe.images or normalised.read_manifest(run, PROBE_SET) is None:
+    if not probe.images or normalised.read_manifest(run, PROBE_SET) is None:
         return None
-    found = _embedded(config, run)
+    found = _embedded(encoders, run)
     return found if found.num_rows >= _FEWEST else None
 
 
-def gather(config: Config, run: Run, plan: Plan) -> ProbeSet | None:
+def gather(probe: ProbeSettings, encoders: EncodersSettings, run: Run, plan: Plan) -> ProbeSet | None:
     """The probe set with all that is known of its images once the plan is made and they are embedded; kept.
 
     Returns:
         None where none is wanted or was drawn, or fewer than two of its images have all their embeddings.
     """
-    if not config.probe.images or normalised.read_manifest(run, PROBE_SET) is None:
+    if not probe.images or normalised.read_manifest(run, PROBE_SET) is None:
         return None
     if not is_gathered(run):
-        known = _embedded(config, run)
+        known = _embedded(encoders, run)
         ids: Int64 = known["id"].to_numpy()
         planned = pa.concat_tables(
             parallel.each(_planned, (plan.laid_out(run), ids), range(plan.num_parts), plan.num_gallery)
@@ -151,10 +152,10 @@ def _gathered(run: Run) -> str:
     return run.path(PROBE_SET, "set.parquet")
 
 
-def _embedded(config: Config, run: Run) -> pa.Table:
+def _embedded(encoders: EncodersSettings, run: Run) -> pa.Table:
     """As `embedded`, however few they are."""
     (rows, old), (others, new) = (
-        read_embeddings(run, PROBE_SET, 0, f"{role}_embedding", embedding_log(config, run, PROBE_SET, role))
+        read_embeddings(run, PROBE_SET, 0, f"{role}_embedding", embedding_log(encoders, run, PROBE_SET, role))
         for role in ("old", "new")
     )
     ids, other_ids = rows["id"].to_numpy(), others["id"].to_numpy()

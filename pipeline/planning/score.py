@@ -130,7 +130,7 @@ class Scorer:
         return found[0]
 
     def _score(self, part: int) -> bytes:
-        log = embedding_log(self._config, self._run, "gallery", "old")
+        log = embedding_log(self._config.encoders, self._run, "gallery", "old")
         rows, old = read_embeddings(self._run, "gallery", part, "old_embedding", log)
         if old.shape[1] != self._info.d_old:
             raise DataError(

@@ -14,11 +14,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jobs.cli import main
-from pipeline.backfill.publisher import Publisher
 from pipeline.config.load import load_config
 from pipeline.embedding import vector_log
 from pipeline.evaluation.gallery_arrays import load_gallery
 from pipeline.index import commits
+from pipeline.index.commits import Commit
+from pipeline.index.writer import Writer
 from pipeline.planning.plan import read_plan
 from pipeline.reporting import telemetry
 from pipeline.run import Run
@@ -101,13 +102,13 @@ def test_a_changed_image_is_embedded_from_what_is_there_now_and_that_is_recorded
 def test_retries_of_the_publisher_are_in_the_metrics_and_in_the_last_line(
     tmp_path: Path, make_run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish = Publisher._publish
+    publish = Writer.publish
 
-    def with_a_retry(self: Publisher, wave: int) -> None:
+    def with_a_retry(self: Writer, draft: Commit) -> Commit:
         COUNTS.add("retries:InternalError")
-        publish(self, wave)
+        return publish(self, draft)
 
-    monkeypatch.setattr(Publisher, "_publish", with_a_retry)
+    monkeypatch.setattr(Writer, "publish", with_a_retry)
     before = telemetry.REGISTRY.get_sample_value("fastfill_retries_total", {"cause": "server"}) or 0.0
     _, result = backfill_after_changes(tmp_path, make_run, "keep")
     assert "4 retries, 1 changed" in result.stderr  # commit 0 and three waves

@@ -109,7 +109,7 @@ def begin(folder: Path, from_gallery: int = 0, given: bool = True) -> Scene:
     objects.delete(run.plan)
     encoder, sample = Encoder(images), pair_sample.draw(config, run)
     if sample is not None and not given:
-        log = embedding_log(config, run, GALLERY_PAIRS, "new")
+        log = embedding_log(config.encoders, run, GALLERY_PAIRS, "new")
         work = Work(config.encoders.new, log, normalised.units(run, GALLERY_PAIRS, sample))
         assert len(list(encoder.stream([work], config))) == len(work.units)
     plan = build.make_plan(config, run)

@@ -230,7 +230,9 @@ def test_forecast_with_a_sample_of_a_partly_labelled_gallery_searches_the_sample
         assert curve.values[[0, -1]] == pytest.approx([start[name], end[name]])
     probe = load(run)
     assert probe is not None
-    measured = quality.top(probe_metrics.reference(config, run, plan, probe).within_transformed)
+    measured = quality.top(
+        probe_metrics.baseline_of(config.encoders, config.gallery.metric, run, plan, probe).within_transformed
+    )
     assert measured["top1"] == pytest.approx(start["top1"]), "snapshot 0 is measured as it is expected"
 
 
@@ -284,7 +286,7 @@ def test_a_selection_s_curves_are_taken_for_its_plain_order_alone(
 def test_probe_set_backfill_equals_embedding_it_piece_by_piece(tmp_path: Path) -> None:
     """In the plan's order, by each query that has a match."""
     config, run, plan = planned(tmp_path, known(3000))
-    probe = gather(config, run, plan)
+    probe = gather(config.probe, config.encoders, run, plan)
     assert probe is not None
     rows = np.flatnonzero(probe.labels >= 0)
     found = _own(config, run, plan, probe, rows)

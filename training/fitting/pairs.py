@@ -196,7 +196,7 @@ def _join_folder(config: Config, run: Run, folder: str) -> tuple[pa.Table, int]:
     """
     rows = normalised.read_manifest(run, folder)
     assert rows is not None, f"the {folder} manifest is normalised before its images are embedded"
-    logs = {role: embedding_log(config, run, folder, role) for role in ("old", "new")}
+    logs = {role: embedding_log(config.encoders, run, folder, role) for role in ("old", "new")}
     table = pa.concat_tables([_join(run, folder, part, logs) for part in range(len(rows.rows))])
     rejected = rows.num_rows - table.num_rows
     rejects.check_manifest(rejected, rows.num_rows, config.backfill, folder, run.path(folder))

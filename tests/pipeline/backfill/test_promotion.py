@@ -125,15 +125,15 @@ def test_a_draft_that_was_examined_is_not_searched_again_as_a_commit(
     settle(config, run)
     alone = quality.read_all_quality(run)
     objects.delete(run.path("reports", "probe-set"))
-    examined, examine = list[int](), probe_metrics.examine
-    monkeypatch.setattr(probe_metrics, "examine", lambda *of: (examined.append(of[4].number), examine(*of))[1])
+    measured, measure = list[int](), probe_metrics.measure_probe
+    monkeypatch.setattr(probe_metrics, "measure_probe", lambda *of: (measured.append(of[2].number), measure(*of))[1])
     gate = promotion(config, run)
     for number in range(1, LAST + 1):
         commit = commits.read_commit(run, number)
         gate.inspect(replace(commit, attempt_id="", segments=commit.segments[::-1]))  # a draft's are in no order
         gate.settle(commit)
     assert quality.read_all_quality(run) == alone[1:]
-    assert examined == list(range(1, LAST + 1))
+    assert measured == list(range(1, LAST + 1))
 
 
 def test_every_figure_equals_exact_search_over_the_commit(tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ def test_a_backfill_that_stops_as_asked_where_the_gate_refuses_is_no_success(tmp
     assert caught.value.exit_code == 3
     assert "stopped there, as asked (fraction>=0.01: fraction is" in str(caught.value)
     assert "worse than the old model and gallery: top-1 is" in str(caught.value)
-    assert "without --stop-when goes on" in str(caught.value)
+    assert "run the same command without --stop-when: the waves that follow may mend it" in str(caught.value)
     budget = promotion(config, run)
     budget.settle(first)
     budget.stop_now(first, "hours>=1: hours is 1")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.backfill import publisher as publish
+from pipeline.backfill.driver import open_publisher
 from pipeline.backfill.publisher import Publisher
 from pipeline.config.load import validate
 from pipeline.embedding import vector_log
@@ -79,7 +80,7 @@ def publisher_of(
     encoder = {"function": "my:encoder", "dim": DIM, "preprocess": {"size": 32}}
     tree = {"run": str(folder), "encoders": {"new": encoder}, "gallery": {"manifest": "x", "columns": {}}}
     tree |= {"pairs": {"manifest": "x", "columns": {}}}
-    return whole, Publisher(validate(tree, "test"), whole.run, plan)
+    return whole, open_publisher(validate(tree, "test"), whole.run, plan)
 
 
 def acknowledged(wave: int, unit: int, digest: str) -> UnitAck:
@@ -94,7 +95,7 @@ def test_publisher_names_the_digest_of_each_waves_parts_in_the_commit(
     for wave in (1, 2):
         for unit, digest in vector_log.read_parts(log, wave)[2].items():
             publisher.expect(acknowledged(wave, unit, digest))
-        publisher._commit = publisher._seal(wave)
+        publisher._commit_wave(wave)
     assert publisher._acknowledged == {}
     expected = tuple(map(whole.log_digest, (1, 2)))
     assert all(expected)
@@ -106,7 +107,7 @@ def test_publisher_gives_each_commit_the_calibration_of_the_transformation(
 ) -> None:
     calibration = Calibration((0.0, 1.0), (0.0, 2.0))
     whole, publisher = publisher_of(tmp_path, monkeypatch, calibration)
-    publisher._commit = publisher._seal(1)
+    publisher._commit_wave(1)
     assert commits.read_commit(whole.run, 1).calibration == calibration
     assert commits.read_commit(whole.run, 1).counts.rejected == int((whole.rejected & (whole.waves == 1)).sum())
 
@@ -124,7 +125,7 @@ def test_publisher_refuses_a_wave_with_a_part_that_is_not_the_acknowledged_one(
     whole, publisher = publisher_of(tmp_path, monkeypatch)
     publisher.expect(acknowledged(1, 1, "another"))
     with pytest.raises(DataError, match=r"unit-00001\.parquet"):
-        publisher._seal(1)
+        publisher._commit_wave(1)
     assert tags.list_commits(whole.run) == [0]
 
 
@@ -135,15 +136,16 @@ def test_a_driver_goes_on_with_the_codebook_of_a_commit_that_it_adopts(
     scene = begin(tmp_path)
     config, run, plan = scene.config, scene.run, scene.plan
     config = config.model_copy(update={"index": config.index.model_copy(update={"factory": "IVF4,Flat", "nprobe": 4})})
-    late = Publisher(config.model_copy(update={"seed": 8}), run, plan)  # as on another processor: other bytes
-    sealed = late._draft(0, late._sealer.transformed([item.wave for item in plan.waves]), ())
+    late = open_publisher(config.model_copy(update={"seed": 8}), run, plan)  # as on another processor: other bytes
+    sealed = late._seal_initial()
     for _ in scene.encoder.stream([Work(config.encoders.new, plan.log(run), plan.units(run))], config):
         pass
 
-    with Publisher(config, run, plan) as publisher:
+    with open_publisher(config, run, plan) as publisher:
         assert publisher._sealer.codebook_sha256 != sealed.codebook_sha256
         objects.put_if_absent(run.commit(0), to_json(replace(sealed, attempt_id="late", epoch=1)))
-        publisher.submit_all(range(len(plan.waves) + 1))
+        publisher.initial_commit()
+        publisher.submit_all(range(1, len(plan.waves) + 1))
 
     found = [commits.read_commit(run, number) for number in range(len(plan.waves) + 1)]
     assert found[0].attempt_id == "late"

@@ -57,7 +57,7 @@ def settled(config: Config, run: Run, stop: Iterable[str] = ()) -> Promotion:
 def probe_of(config: Config, run: Run) -> ProbeSet:
     plan = read_plan(run)
     assert plan is not None
-    found = gather(config, run, plan)
+    found = gather(config.probe, config.encoders, run, plan)
     assert found is not None
     return found
 
@@ -215,7 +215,7 @@ def test_a_reference_from_before_there_were_samples_is_read(tmp_path: Path) -> N
     assert draw(config, run) is not None
     plan, probe = read_plan(run), probe_of(config, run)
     assert plan is not None
-    made = probe_metrics.reference(config, run, plan, probe)
+    made = probe_metrics.baseline_of(config.encoders, config.gallery.metric, run, plan, probe)
     fields = [item.name for item in dataclasses.fields(QualityBaseline) if item.name != "alone"]
     before = dataclasses.make_dataclass("Before", fields)(*(getattr(made, name) for name in fields))
     assert from_json(QualityBaseline, to_json(before), "reference.json") == made

@@ -35,7 +35,7 @@ def drawn(folder: Path, images: Known, options: Options | None = None, wanted: i
     plan = read_plan(run)
     assert plan is not None
     assert draw(config, run) is not None
-    found = gather(config, run, plan)
+    found = gather(config.probe, config.encoders, run, plan)
     assert found is not None
     return run, found
 
@@ -115,11 +115,11 @@ def test_old_embeddings_that_were_computed_are_found_in_its_own_log(tmp_path: Pa
     config, run = made_by_encoders(tmp_path, images, new_in_manifest=True)
     assert draw(config, run) is not None
     ids = parquet.read_parquet(run.part("probe-set", 0), ["id"])["id"].to_numpy()
-    assert embedded(config, run) is None, "no old embedding is there yet"
+    assert embedded(config.probe, config.encoders, run) is None, "no old embedding is there yet"
     log(run, images, ids[5:])  # the old encoder could not read the others
     plan = read_plan(run)
     assert plan is not None
-    probe = gather(config, run, plan)
+    probe = gather(config.probe, config.encoders, run, plan)
     assert probe is not None
     np.testing.assert_array_equal(probe.ids, ids[5:])
     rows = [int(np.flatnonzero(images.ids == image)[0]) for image in probe.ids]
@@ -129,13 +129,13 @@ def test_old_embeddings_that_were_computed_are_found_in_its_own_log(tmp_path: Pa
 def test_probe_set_finds_its_new_embeddings_without_a_plan(tmp_path: Path) -> None:
     images = known(600)
     config, run = made_by_encoders(tmp_path, images)
-    assert embedded(config, run) is None, "nothing is drawn"
+    assert embedded(config.probe, config.encoders, run) is None, "nothing is drawn"
     assert draw(config, run) is not None
     objects.delete(run.plan)
     ids = parquet.read_parquet(run.part("probe-set", 0), ["id"])["id"].to_numpy()
     log(run, images, ids[3:])
     log(run, images, ids[:-4], "new")
-    found = embedded(config, run)
+    found = embedded(config.probe, config.encoders, run)
     assert found is not None
     assert found.schema.names == ["id", "label", "group", "old", "new"]
     np.testing.assert_array_equal(found["id"].to_numpy(), ids[3:-4])
@@ -160,7 +160,7 @@ def test_side_information_of_the_gallery_comes_with_it(tmp_path: Path) -> None:
         rows = rows.append_column("side", vectors_to_arrow(side))
         objects.put(run.part("gallery", part), parquet.parquet_bytes(manifest_schema(gallery.dims), [rows]))
     assert draw(config, run) is not None
-    found = embedded(config, run)
+    found = embedded(config.probe, config.encoders, run)
     assert found is not None
     np.testing.assert_array_equal(vectors_from_arrow(found["side"])[:, 0], found["id"].to_numpy())
 
@@ -175,7 +175,7 @@ def test_probe_set_of_a_planned_run_embeds_no_known_image_again(tmp_path: Path) 
     log(run, images, parquet.read_parquet(run.part("probe-set", 0), ["id"])["id"].to_numpy())
     plan = read_plan(run)
     assert plan is not None
-    assert gather(config, run, plan) is not None
+    assert gather(config.probe, config.encoders, run, plan) is not None
     objects.delete(run.path("probe-set", "old"))  # as it was before the set had old embeddings of its own
     ensure_embeddings(without, run, bars)
 
@@ -237,7 +237,7 @@ def test_a_sample_s_images_are_the_set_with_the_sample_s_labels(tmp_path: Path, 
     assert found.num_rows == 250
     plan = read_plan(run)
     assert plan is not None
-    probe = gather(config, run, plan)
+    probe = gather(config.probe, config.encoders, run, plan)
     assert probe is not None
     order = np.argsort(images.ids[rows])
     np.testing.assert_array_equal(probe.ids, images.ids[rows][order])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.backfill.driver import open_publisher
 from pipeline.backfill.promotion import Promotion
-from pipeline.backfill.publisher import Publisher
 from pipeline.backfill.stop import Stop
 from pipeline.config.tree import Config
 from pipeline.errors import SnapshotConflict
@@ -73,5 +73,5 @@ def test_publisher_taken_over_at_its_end_is_refused_before_anything_writes_a_rep
     config, run = published(tmp_path)
     plan = read_plan(run)
     assert plan is not None
-    with pytest.raises(SnapshotConflict, match="another driver took this run over"), Publisher(config, run, plan):
+    with pytest.raises(SnapshotConflict, match="another driver took this run over"), open_publisher(config, run, plan):
         Writer.acquire(run)

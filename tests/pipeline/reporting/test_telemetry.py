@@ -133,10 +133,11 @@ def test_the_driver_counts_each_of_its_own_retries_once(endpoint: str, monkeypat
     publisher.__enter__.return_value = publisher
     publisher.stopped = None
     publisher.submit.side_effect = lambda _: COUNTS.add("retries:InternalError", 3) or MagicMock()
+    publisher.initial_commit.side_effect = lambda: publisher.submit(0)
     publisher.submit_all.side_effect = lambda waves: [publisher.submit(wave) for wave in waves]
     tracker.progress.side_effect = lambda *_: progress(reading=Reading(images=32, retries=3))
     tracker.whole_waves.side_effect = [[], [1], [2]]
-    monkeypatch.setattr(driver, "Publisher", lambda *_: publisher)
+    monkeypatch.setattr(driver, "open_publisher", lambda *_: publisher)
     monkeypatch.setattr(driver, "Tracker", lambda *_: tracker)
     acks = [(0, unit(count, wave=wave)) for wave, count in ((1, 1), (2, 2))]
     monkeypatch.setattr(driver, "embed_stream", lambda *_: iter(acks))
