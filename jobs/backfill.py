@@ -46,7 +46,7 @@ def main(
 
     config = load(config_path, overrides, new_run=new_run)
     conditions = [stop.parse(text) for text in stop_when]
-    stop.check(conditions, config)
+    stop.check(conditions, config.probe, config.gallery.columns, config.telemetry)
     if new_run:
         console().print(f"A new run; every other command finds it with --set run={config.run}", soft_wrap=True)
     if complete := is_complete(config):

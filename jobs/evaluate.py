@@ -18,7 +18,8 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, whole_curv
     Needs labels in the gallery, and the new model's embeddings of all labelled images, for these are the
     queries: a finished backfill, or gallery.columns.new_embedding, which give the curve of a plan before it is run.
     """
-    from pipeline.evaluation.curve import curve, published_point
+    from pipeline.evaluation.curve import curve
+    from pipeline.evaluation.snapshot_metrics import published_point
 
     config = load(config_path, overrides)
     run = open_run_of(config)

@@ -38,6 +38,16 @@ def nearest(
     return keys[~left_out].reshape(len(rows), k), rows[~left_out].reshape(len(rows), k)
 
 
+def paired_keys(queries: Float32, found: Float32, metric: str) -> Float32:
+    """The keys of each query to vectors of its own, (Q, k) float32, from (Q, d) and (Q, k, d); l2 or ip."""
+    if metric == "l2":
+        difference = found - queries[:, None]
+        squared: Float32 = np.einsum("qkd,qkd->qk", difference, difference)
+        return squared
+    products: Float32 = np.einsum("qd,qkd->qk", queries, found)
+    return -products
+
+
 def cluster(vectors: Float32, num_clusters: int, seed: int) -> Float32:
     """The centroids of k-means, (num_clusters, d) float32."""
     kmeans = faiss.Kmeans(

@@ -16,7 +16,7 @@ from pipeline.arrays import Float32, Float64, Int64, vectors_from_arrow
 from pipeline.config.tree import Config
 from pipeline.evaluation import probe_set
 from pipeline.evaluation.gallery_arrays import codes_of, labelled_sample
-from pipeline.evaluation.metrics import METRICS, Metrics, evaluate, nearest_rows, recall
+from pipeline.evaluation.metrics import METRICS, EvaluateOptions, Metrics, evaluate, nearest_rows, recall
 from pipeline.evaluation.probe_set import ProbeSet
 from pipeline.evaluation.simulated_curve import order_by_priority
 from pipeline.models.calibration import read_calibration
@@ -239,12 +239,10 @@ def ends_of(probe: Labelled, transformed: Float32, gallery: Labelled, metric: st
         gallery.vectors,
         probe.labels,
         gallery.labels,
-        metric=metric,
-        query_ids=probe.ids,
-        gallery_ids=gallery.ids,
+        EvaluateOptions(metric=metric, query_ids=probe.ids, gallery_ids=gallery.ids),
     )
     before, after = (
-        evaluate(probe.vectors, side, probe.labels, probe.labels, metric=metric, self_match=True)
+        evaluate(probe.vectors, side, probe.labels, probe.labels, EvaluateOptions(metric=metric, self_match=True))
         for side in (transformed, probe.vectors)
     )
     return {name: _end(name, whole, before, after) for name in METRICS}

@@ -21,7 +21,14 @@ import torch
 from benchmarks.cached_run import Embedded
 from pipeline.arrays import Float32, Float64, Int64
 from pipeline.config.tree import Config
-from pipeline.evaluation.simulated_curve import agreement_curve, oracle_order, random_order, simulate_curve
+from pipeline.evaluation.simulated_curve import (
+    CurveInputs,
+    CurveOptions,
+    oracle_order,
+    random_order,
+    recall_curve,
+    simulate_curve,
+)
 from pipeline.models import offset as offsets
 from pipeline.models.calibration import Calibration, fit_calibration
 from pipeline.models.offset import LinearClassifier
@@ -132,22 +139,29 @@ def simulate(config: Config, images: Images, seed: int, folder: Path, detail: Si
     ids, labels = np.arange(len(gallery.labels)), gallery.labels
     queries = ids[:: -(-len(ids) // detail.queries)]
     simulation = simulate_curve(
-        found.transformed,
-        gallery.new,
-        gallery.new[queries],
-        labels[queries],
-        labels,
+        CurveInputs(
+            found.transformed,
+            gallery.new,
+            gallery.new[queries],
+            labels[queries],
+            labels,
+            query_ids=queries,
+            gallery_ids=ids,
+        ),
         orders,
-        points=detail.points,
-        query_ids=queries,
-        gallery_ids=ids,
-        calibration=found.calibration,
+        CurveOptions(points=detail.points, calibration=found.calibration),
     )
     curves = {name: curve.values for name, curve in simulation.orders.items()}
     if labelled:
         return curves
     first = {name: some[0] for name, some in orders.items()}
-    recalled = agreement_curve(found.transformed, gallery.new, queries, first, detail.points, "l2", found.calibration)
+    recalled = recall_curve(
+        found.transformed,
+        gallery.new,
+        queries,
+        first,
+        CurveOptions(points=detail.points, metric="l2", calibration=found.calibration),
+    )
     return {name: np.column_stack([values, recalled[name]]) for name, values in curves.items()}
 
 

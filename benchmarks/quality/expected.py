@@ -34,7 +34,7 @@ from benchmarks.small_run import data_folder
 from pipeline.arrays import Float64, Int64
 from pipeline.config.tree import Config
 from pipeline.evaluation.metrics import METRICS
-from pipeline.evaluation.simulated_curve import order_by_priority, simulate_curve
+from pipeline.evaluation.simulated_curve import CurveInputs, CurveOptions, order_by_priority, simulate_curve
 from pipeline.planning.expected_curve import expect, fraction_for
 from pipeline.planning.policies import load_policy
 from training.forecast import Labelled, curves_by_fold, ends_of
@@ -78,7 +78,9 @@ def real_curves(found: Fitted, labels: Int64, seed: int) -> dict[str, Real]:
     new, scored = found.gallery.pairs.new, found.gallery.scored()
     orders = {name: [order_by(load_policy(name, seed, found.reference)(scored), seed)] for name in ORDERS}
     simulation = simulate_curve(
-        found.transformed, new, new, labels, labels, orders, points=OFFICIAL.points, self_match=True, per_query=True
+        CurveInputs(found.transformed, new, new, labels, labels),
+        orders,
+        CurveOptions(points=OFFICIAL.points, self_match=True, per_query=True),
     )
     assert simulation.queries is not None
     return {

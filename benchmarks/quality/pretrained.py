@@ -37,8 +37,14 @@ from benchmarks.small_run import data_folder
 from pipeline.arrays import Float32, Float64, Int64, vectors_to_arrow
 from pipeline.config.load import validate
 from pipeline.config.tree import Config
-from pipeline.evaluation.metrics import evaluate
-from pipeline.evaluation.simulated_curve import order_by_priority, random_order, simulate_curve
+from pipeline.evaluation.metrics import EvaluateOptions, evaluate
+from pipeline.evaluation.simulated_curve import (
+    CurveInputs,
+    CurveOptions,
+    order_by_priority,
+    random_order,
+    simulate_curve,
+)
 from pipeline.models.calibration import read_calibration
 from pipeline.models.transformation import apply, load_transformation
 from pipeline.planning.policies import load_policy
@@ -128,9 +134,10 @@ def measure(config: Config, old: Float32, new: Float32, labels: Int64, num_pairs
     left = np.arange(_POINTS) / (_POINTS - 1) * (len(z) - num_pairs) + num_pairs
     queries = ids[:: -(-len(ids) // _QUERIES)]
     found = simulate_curve(
-        z, new, new[queries], labels[queries], labels, {name: [order] for name, order in orders.items()},
-        points=101, metric=metric, query_ids=queries, gallery_ids=ids, calibration=read_calibration(run),
-    )  # fmt: skip
+        CurveInputs(z, new, new[queries], labels[queries], labels, query_ids=queries, gallery_ids=ids),
+        {name: [order] for name, order in orders.items()},
+        CurveOptions(points=101, metric=metric, calibration=read_calibration(run)),
+    )
     at = np.searchsorted(found.fractions, left / len(z) - 1e-9)
     selection = read_selection(run)
     chosen = None if selection is None else selection.chosen
@@ -162,7 +169,9 @@ def main() -> None:
     with started_ray():
         for metric in arguments.metrics:
             sides = (old, new) if metric == "l2" else (_unit(old), _unit(new))
-            ends = [evaluate(side, side, labels, labels, metric=metric, self_match=True) for side in sides]
+            ends = [
+                evaluate(side, side, labels, labels, EvaluateOptions(metric=metric, self_match=True)) for side in sides
+            ]
             for num_pairs in arguments.pairs:
                 lines: list[list[object]] = []
                 for kind in ("linear", "auto"):

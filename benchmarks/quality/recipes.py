@@ -43,7 +43,7 @@ from benchmarks.small_run import data_folder
 from pipeline.arrays import Float64
 from pipeline.config.method import LossMode, SelectSettings
 from pipeline.config.tree import Config
-from pipeline.evaluation.metrics import METRICS, Metrics, evaluate
+from pipeline.evaluation.metrics import METRICS, EvaluateOptions, Metrics, evaluate
 from pipeline.evaluation.simulated_curve import share_of_gap
 from pipeline.planning.expected_curve import REACHED, fraction_for
 from pipeline.planning.selection import Selection
@@ -99,7 +99,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], Selection]:
         selecting = config.model_copy(update={"fit": fit, "select": choice})
         selection = _selected(selecting, run, data, kept / f"selection-{digest(selecting.fit.model_dump(mode='json'))}")
     chosen = config.model_copy(update={"fit": settings_of(selection, config.fit)})
-    old = evaluate(gallery.old, gallery.old, gallery.labels, gallery.labels, self_match=True)
+    old = evaluate(gallery.old, gallery.old, gallery.labels, gallery.labels, EvaluateOptions(self_match=True))
     rows: list[Row] = []
     for name, others in {**single_choices(case), f"selected: {_name(selection)}": None}.items():
         setting = chosen if others is None else configure(arguments, pairs, "none", settings | others | few)

@@ -40,8 +40,8 @@ from benchmarks.quality.encoders import SCARCE_GROUP
 from benchmarks.small_run import data_folder
 from pipeline.arrays import Float64, Int64
 from pipeline.config.tree import Config
-from pipeline.evaluation.metrics import by_group, evaluate
-from pipeline.evaluation.simulated_curve import random_order, simulate_curve
+from pipeline.evaluation.metrics import EvaluateOptions, by_group, evaluate
+from pipeline.evaluation.simulated_curve import CurveInputs, CurveOptions, random_order, simulate_curve
 from pipeline.planning.policies import load_policy
 from training.simulation.simulate import order_by
 
@@ -103,15 +103,9 @@ def measure_fit(config: Config, images: Images, groups: NDArray[np.object_], see
     found = fitted(config, images, seed, folder)
     orders, gallery, labels = orders_of(found, groups, seed), images.gallery, images.gallery.labels
     simulation = simulate_curve(
-        found.transformed,
-        gallery.new,
-        gallery.new,
-        labels,
-        labels,
+        CurveInputs(found.transformed, gallery.new, gallery.new, labels, labels),
         orders,
-        points=OFFICIAL.points,
-        self_match=True,
-        per_query=True,
+        CurveOptions(points=OFFICIAL.points, self_match=True, per_query=True),
     )
     assert simulation.queries is not None
     curves = {}
@@ -140,7 +134,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     with started_ray():
         config = configure(arguments, pairs, str(case.folder / ("short" if arguments.short else "run")), settings)
         images = images_of(config, prepare(config)[1], gallery)
-    old = evaluate(gallery.old, gallery.old, gallery.labels, gallery.labels, self_match=True)
+    old = evaluate(gallery.old, gallery.old, gallery.labels, gallery.labels, EvaluateOptions(self_match=True))
     before = gaps(old.first_rank[None], old.average_precision[None], groups)[0]
     print(f"old/old: {dict(zip(FIGURES, before.round(1).tolist(), strict=True))}", file=sys.stderr, flush=True)
     rows = []

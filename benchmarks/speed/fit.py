@@ -40,7 +40,14 @@ from pipeline.arrays import vectors_from_arrow
 from pipeline.config.load import load_config
 from pipeline.config.tree import Config
 from pipeline.evaluation.metrics import METRICS
-from pipeline.evaluation.simulated_curve import Simulation, order_by_priority, random_order, simulate_curve
+from pipeline.evaluation.simulated_curve import (
+    CurveInputs,
+    CurveOptions,
+    Simulation,
+    order_by_priority,
+    random_order,
+    simulate_curve,
+)
 from pipeline.models.encoder_backends import load_tensors
 from pipeline.models.networks import Transformation, TransformationNetwork
 from pipeline.models.transformation import apply, load_transformation
@@ -210,7 +217,8 @@ def simulate(network: Transformation, gallery: Embedded, seed: int) -> Simulatio
         "random": [random_order(rows, number) for number in range(_RANDOM_ORDERS)],
     }
     labels = gallery.labels
-    return simulate_curve(transformed, gallery.new, gallery.new, labels, labels, orders, self_match=True)
+    inputs = CurveInputs(transformed, gallery.new, gallery.new, labels, labels)
+    return simulate_curve(inputs, orders, CurveOptions(self_match=True))
 
 
 def areas(network: Transformation, gallery: Embedded, seed: int) -> dict[str, dict[str, float]]:

@@ -59,7 +59,7 @@ def run_all(config: Config, bars: Bars, retry_rejects: bool = False, stop: Stop 
     """Every step that is missing, in order, its figures on show; Ray is started by the caller."""
     from pipeline.reporting import telemetry
 
-    with telemetry.serving(config) as url:
+    with telemetry.serving(config.telemetry, config.run) as url:
         bars.console.print(f"run: {config.run}   metrics: {url}", soft_wrap=True)
         return _run_steps(config, bars, retry_rejects, stop)
 

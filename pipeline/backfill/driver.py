@@ -41,10 +41,7 @@ def backfill(
     """Embed and publish what is left, up to the last wave; safe to run again at any time.
 
     Args:
-        config: the run's config.
         run: the run, with its transformation in place.
-        plan: the run's plan.
-        on_progress: called with the progress after every unit.
         stop: when to stop early. Finished units are kept; units that are being embedded then are embedded again later.
 
     Returns:
@@ -125,7 +122,6 @@ def open_publisher(config: Config, run: Run, plan: Plan, stop: Stop | None = Non
 
 
 def _train_codebook(config: Config, run: Run, plan: Plan) -> tuple[str, str]:
-    """Its path inside the run, and its sha256. The settings are fixed just before the first file is written."""
     settings = stage_settings(config, "index")
     data = train_for_run(config, run, plan)
     fix_settings(run, "index", settings)

@@ -1,8 +1,7 @@
 """Measure how fast this cluster fetches, decodes and embeds a sample of the gallery's own images.
 
-Two measurements share the time: one task that does each step alone, and the real stream on real units, whose vectors
-are thrown away. Guarantee: nothing of the run changes but a folder of its own, which is removed. It does
-not know what follows from the rates: `estimate` does.
+Two measurements share the time: one task that does each step alone, and the real stream on real units. The vectors are
+thrown away; the run is not changed. `backfill.estimate` computes the estimate from the rates.
 """
 
 from __future__ import annotations
@@ -37,15 +36,13 @@ if TYPE_CHECKING:
     import torch
 
 _FOLDER = "tuning"
-_UNITS = 64  # of the plan, from which the sample comes
+_UNITS = 64  # of the plan, for the sample
 _BATCHES = (32, 64, 128, 256, 512, 1024, 2048)
-_ALONE = 0.3  # of the time, for the steps alone
+_ALONE = 0.3  # share of the time for the steps alone
 
 
 @dataclass(frozen=True, slots=True)
 class _Alone:
-    """What one task measured; see `Rates`."""
-
     fetch: float
     decode: float
     forward: dict[int, float]
@@ -55,25 +52,22 @@ class _Alone:
 def profile(
     config: settings.Config, run: Run, plan: Plan, seconds: float, on_time: Callable[[float, str], None]
 ) -> Estimate:
-    """Measure for about so many seconds, and estimate the whole backfill; keeps the estimate with the plan.
+    """Measure, estimate the whole backfill, and store the estimate with the plan.
 
     Args:
-        config: the run's config.
-        run: the run.
-        plan: its plan.
-        seconds: to measure; the start of Ray's actors comes on top.
-        on_time: told the seconds spent and what is being measured.
+        seconds: to measure for, without the start of Ray's actors.
+        on_time: called with the seconds spent and the name of the measurement.
 
     Raises:
-        DataError: not one image of the sample can be embedded.
-        ConfigError: the cluster has no room for the stream, or the device for a batch.
+        DataError: no image of the sample can be embedded.
+        ConfigError: the cluster is too small for the stream, or the device for a batch.
     """
     pool = actor_pool(config.backfill, config.device)
     rows = _sample(run, plan, config.seed)
     on_time(0.0, "each step alone")
     measure = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus)(_measure_alone)
     alone = ray.get(measure.remote(config, rows[: _UNITS // 8], seconds * _ALONE))
-    folder = run.path(_FOLDER, uuid.uuid4().hex)  # others may measure at the same time
+    folder = run.path(_FOLDER, uuid.uuid4().hex)  # another command may measure at the same time
     try:
         rates = _measure_stream(config, pool, folder, rows, alone, seconds, on_time)
     finally:
@@ -86,7 +80,7 @@ def profile(
 
 
 def _sample(run: Run, plan: Plan, seed: int) -> list[pa.Table]:
-    """Up to 64 units of the whole plan, chosen at random, as rows in locality order."""
+    """Up to 64 random units of the plan, as rows in locality order."""
     units = sum(wave.units for wave in plan.waves)
     chosen = np.random.default_rng(seed).permutation(units)[:_UNITS]
     wanted = set(chosen.tolist())
@@ -119,8 +113,8 @@ def _measure_alone(config: settings.Config, rows: list[pa.Table], seconds: float
             break
     if not good:
         raise DataError(
-            "not one image of the sample can be embedded",
-            expected="images that the new encoder takes",
+            "no image of the sample can be embedded",
+            expected="images that the new encoder can read",
             found=f"{count} rejects",
             where=f"{rows[0]['uri'][0]} and others of the plan",
         )
@@ -130,14 +124,13 @@ def _measure_alone(config: settings.Config, rows: list[pa.Table], seconds: float
 
 
 def batch_sizes(largest: int) -> list[int]:
-    """What is worth measuring: no batch is larger than what a unit is cut into."""
     return [size for size in _BATCHES if size <= largest] or [largest]
 
 
 def _decoder(
     preprocess: settings.PreprocessSettings, limits: Limits, device: torch.device
 ) -> Callable[[list[bytes]], tuple[list[Pixels], float]]:
-    """What decodes in the stream: to the pixels of good images, and the seconds that it took a core, or the device."""
+    """The stream's decoder: gives the pixels of good images, and the seconds of a core or of the device."""
     if preprocess.decoder == "device":
         from pipeline.embedding.gpu_decode import DeviceDecoder
 
@@ -146,7 +139,7 @@ def _decoder(
         def decode_there(encoded: list[bytes]) -> tuple[list[Pixels], float]:
             start = time.perf_counter()
             pixels, rejects = on_device.decode(encoded)
-            found: Pixels = pixels.cpu().numpy()  # which waits for the device
+            found: Pixels = pixels.cpu().numpy()  # waits for the device
             seconds = time.perf_counter() - start
             return [found[row] for row in range(len(encoded)) if row not in rejects], seconds
 
@@ -172,7 +165,7 @@ def _measure_stream(
     seconds: float,
     on_time: Callable[[float, str], None],
 ) -> Rates:
-    """The sample through the real stream, in pieces small enough that many are done in the time."""
+    """Send the sample through the real stream, in units small enough that many are done in the time."""
     size = max(config.backfill.batch_size, 256)
     pieces = [table.slice(start, size) for table in rows for start in range(0, table.num_rows, size)]
     units_uri = objects.join(folder, "units.parquet")
@@ -216,7 +209,7 @@ def _measure_stream(
 
 
 def _rate(acks: list[tuple[float, UnitAck]], actors: int) -> float:
-    """Images per second after the first round of the actors; of the one unit's own seconds if there is no other."""
+    """Images per second after the actors' first round; if there is one unit only, by its own seconds."""
     images = [ack.embedded + ack.rejected for _, ack in acks]
     skipped = min(actors, len(acks) // 2)
     if not skipped:

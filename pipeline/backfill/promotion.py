@@ -37,21 +37,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Promotion:
-    """Moves `prod` of one run, and keeps what is known of its last commit.
-
-    Attributes:
-        check: raises SnapshotConflict if another driver owns the run; called before each write.
-        stopped: the condition that ends the backfill, with its figures; None if there is none.
-        refusals: why the last commit is not promoted.
-    """
+    """Moves `prod` of one run, and keeps what is known of its last commit."""
 
     config: Config
     run: Run
     plan: Plan
     stop: Stop = field(default_factory=Stop)
-    check: Check = fenced.anyone
-    stopped: str | None = None
-    refusals: list[Refusal] = field(default_factory=list)
+    check: Check = fenced.anyone  # raises SnapshotConflict if another driver owns the run; called before each write
+    stopped: str | None = None  # the condition that ends the backfill, with its figures; None if there is none
+    refusals: list[Refusal] = field(default_factory=list)  # why the last commit is not promoted
     _meter: ProbeMeter | None = None
     _opened: bool = False
     _warned: set[str] = field(default_factory=set)

@@ -1,8 +1,8 @@
-"""Make again what is damaged or lost of a run, from what is left.
+"""Repair a run after an audit: make damaged or missing files again from the files that are left.
 
-After an audit, by hand. Guarantee: nothing that is whole is overwritten. A file of the index is replaced only by the
-bytes that its commit names. What is damaged is moved to `damaged/` below the run, never deleted. What cannot be made
-again is left as it is, and named with what to do. Does not read images: units to embed again are named.
+Whole files are not overwritten. A file of the index is replaced only by the bytes that its commit names. Damaged files
+are moved to `damaged/` below the run, never deleted. A file that cannot be made again is left, with advice. Images are
+not read here: units to embed again are only listed.
 """
 
 from __future__ import annotations
@@ -32,46 +32,30 @@ from pipeline.storage import objects, parquet
 ASIDE = "damaged"
 _WAVE = re.compile(r"/wave-(\d+)(?:/|$|,)")
 _UNIT = re.compile(r"/wave-(\d+)/unit-(\d+)(?:-[0-9a-f]{16})?\.parquet$")
-_DERIVED = {"standing", "best", "quality", "boost", "probe_set"}  # a backfill makes these again
+_DERIVED = {"standing", "best", "quality", "boost", "probe_set"}  # `fastfill backfill` makes these again
 _OF_THE_LOG = {"log", "log_part", "reject_part", "log_digest"}
 _RESTORE = "It cannot be made again: restore the file from a copy of the run or from the store's versions"
 
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """Something that was not repaired: the file, and what to do."""
-
     where: str
     why: str
 
 
 @dataclass(slots=True)
 class Repair:
-    """What was done.
-
-    Attributes:
-        rebuilt: files that were made again, to the bytes that a commit or the plan names.
-        moved: damaged files, by where they lie now.
-        embed_again: units (wave, unit) of the vector log whose images have to be embedded again.
-        folders: manifests (gallery, pairs, gallery-pairs, probe-set) some of whose images have to be embedded again.
-        left: what is still damaged.
-    """
-
-    rebuilt: list[str] = field(default_factory=list)
-    moved: list[str] = field(default_factory=list)
-    embed_again: list[tuple[int, int]] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)
-    left: list[Left] = field(default_factory=list)
+    rebuilt: list[str] = field(default_factory=list)  # files made again, to the bytes that a commit or the plan names
+    moved: list[str] = field(default_factory=list)  # damaged files, at their new places
+    embed_again: list[tuple[int, int]] = field(default_factory=list)  # (wave, unit) of the vector log
+    folders: list[str] = field(default_factory=list)  # manifests with images to embed again: gallery, pairs, ...
+    left: list[Left] = field(default_factory=list)  # files that are still damaged
 
 
 def repair(config: Config, run: Run, plan: Plan, problems: Iterable[Problem]) -> Repair:
-    """Repair what an audit has found, as far as that needs no images.
+    """Repair the problems of an audit, as far as that needs no images.
 
-    Args:
-        config: the run's config.
-        run: the run. No driver may be at work on it; one that is loses the run if units are moved.
-        plan: its plan.
-        problems: of the audit.
+    No driver may run at the same time. If units are moved, a driver that runs loses the run.
     """
     done, listed = Repair(), list(problems)
     for problem in listed:
@@ -87,13 +71,12 @@ def repair(config: Config, run: Run, plan: Plan, problems: Iterable[Problem]) ->
 
 
 def units_of(run: Run, plan: Plan, done: Repair) -> list[Unit]:
-    """The units that have to be embedded again."""
     wanted = set(done.embed_again)
     return [unit for unit in plan.units(run) if (unit.wave, unit.unit) in wanted]
 
 
 def _move_aside(run: Run, uri: str) -> str:
-    """Move a damaged file below `damaged/`, and give where it is now."""
+    """Move a damaged file below `damaged/`; returns its new place."""
     data = objects.read_bytes(uri)
     digest = hashlib.sha256(data).hexdigest()[:16]
     target = run.path(ASIDE, f"{uri.removeprefix(run.uri).lstrip('/')}.{digest}")
@@ -103,12 +86,11 @@ def _move_aside(run: Run, uri: str) -> str:
 
 
 def _waves(places: Iterable[str]) -> set[int]:
-    """The waves that some places are of."""
     return {int(found[1]) for where in places if (found := _WAVE.search(where))}
 
 
 def _cut_units_again(run: Run, plan: Plan, done: Repair, problems: list[Problem]) -> None:
-    """The units of a wave are a function of the transformed gallery."""
+    """Cut the units of damaged waves again, from the transformed gallery."""
     for wave in sorted(_waves(item.where for item in problems)):
         place = plan.laid_out(run)
         files = sorted({unit.rows_uri for unit in plan.units_of(run, wave)})
@@ -123,13 +105,13 @@ def _cut_units_again(run: Run, plan: Plan, done: Repair, problems: list[Problem]
 
 
 def _move_units(run: Run, plan: Plan, done: Repair, problems: list[Problem]) -> None:
-    """Move damaged parts of logs and their rejects aside: without its part a unit is embedded again.
+    """Move damaged parts of logs and their rejects aside: a unit without a part is embedded again.
 
-    Parts of waves whose units were cut again are looked at again: they may be whole.
+    Parts of waves whose units were cut again are checked again: they may be whole.
     """
     if not problems:
         return
-    writer.Writer.acquire(run)  # a driver that is still at work cannot publish the parts that are moved away here
+    writer.Writer.acquire(run)  # a driver that still runs can no longer publish the parts that are moved here
     log, notes = plan.log(run), Notes()
     mine = (f"{log.parts_uri}/", f"{log.rejects_uri}/")
     cut_again = _waves(done.rebuilt)
@@ -158,12 +140,12 @@ def _move_units(run: Run, plan: Plan, done: Repair, problems: list[Problem]) -> 
         done.moved += [_move_aside(run, uri) for uri in (*parts, *named)]  # the part first: then the unit is not done
     done.embed_again = sorted(broken)
     if not broken and not done.folders:
-        why = "no part of the log is damaged, but its commit names others: restore the parts of that wave from a copy"
+        why = "the parts are whole, but the commit names other ones: restore the parts of that wave from a copy"
         done.left += [Left(item.where, f"{item.found}: {why}") for item in problems]
 
 
 def _train_again(config: Config, run: Run, plan: Plan, done: Repair, problems: list[Problem]) -> None:
-    """The codebook is a function of the pairs, and with an offset of the transformed gallery."""
+    """Train the codebook again, from the pairs and, with an offset, the transformed gallery."""
     if not problems:
         return
     where = problems[0].where
@@ -175,24 +157,24 @@ def _train_again(config: Config, run: Run, plan: Plan, done: Repair, problems: l
     if run.path(path) == where:
         done.rebuilt.append(where)
     else:
-        done.left.append(Left(where, f"trained again, the codebook has other bytes. {_OTHER_MACHINE}"))
+        done.left.append(Left(where, f"the codebook was trained again and has other bytes. {_OTHER_MACHINE}"))
 
 
 _OTHER_MACHINE = (
-    "Other kinds of processors round differently: run `fastfill repair` on a machine of the kind that sealed the run, "
+    "Other processors round differently: run `fastfill repair` on a machine of the kind that sealed the run, "
     "or restore the file"
 )
 
 
 def _seal_again(run: Run, plan: Plan, done: Repair, suspected: set[str]) -> None:
-    """A segment and its sidecar are a function of the transformed gallery and the vector log."""
+    """Seal damaged segments and sidecars again, from the transformed gallery and the vector log."""
     commits = _readable(run)
     named: dict[str, tuple[SegmentRef, Commit]] = {}
     for commit in reversed(commits):
         for ref in commit.segments:
             named |= {run.path(path): (ref, commit) for path in (ref.path, ref.sidecar_path)}
     damaged = {where for where in suspected if where not in named or not _is_whole(run, where, named[where][0])}
-    why = f"its bytes are those that its commit names, and the plan or the log is another. {_RESTORE}"
+    why = f"it has the bytes that its commit names, but the plan or the log has changed. {_RESTORE}"
     done.left += [Left(where, why) for where in sorted(suspected - damaged)]
     found = [named[where] for where in sorted(damaged & named.keys())]
     again = {(ref.shard, ref.wave, ref.kind, ref.sha256): (ref, commit) for ref, commit in found}
@@ -203,17 +185,17 @@ def _seal_again(run: Run, plan: Plan, done: Repair, suspected: set[str]) -> None
             done.rebuilt += sorted(files)
         else:
             done.left += [Left(where, f"{failed}. {_serve_another(run, commits, damaged)}") for where in sorted(files)]
-    done.left += [Left(where, f"no commit that can be read names it. {_RESTORE}") for where in damaged - named.keys()]
+    done.left += [Left(where, f"no readable commit names it. {_RESTORE}") for where in damaged - named.keys()]
 
 
 def _is_whole(run: Run, where: str, ref: SegmentRef) -> bool:
-    """Whether a segment or sidecar has the bytes that a commit names."""
+    """Whether a segment or sidecar has the bytes that its commit names."""
     sha256 = ref.sha256 if where == run.path(ref.path) else ref.sidecar_sha256
     return objects.exists(where) and objects.sha256(where) == sha256
 
 
 def _seal_one(run: Run, plan: Plan, ref: SegmentRef, commit: Commit, files: set[str]) -> str | None:
-    """Seal one segment again; None if its damaged files have the bytes that the commit names, else why not."""
+    """Seal one segment again; returns why its files still differ from those of the commit, or None."""
     sealer = Sealer(run, plan, commit.codebook_path, commit.codebook_sha256)
     try:
         found = seal_again(sealer, ref)
@@ -221,11 +203,11 @@ def _seal_one(run: Run, plan: Plan, ref: SegmentRef, commit: Commit, files: set[
         return f"it cannot be sealed again: {error}"
     same = run.path(ref.path) not in files or found.sha256 == ref.sha256
     same &= run.path(ref.sidecar_path) not in files or _is_sidecar(run, found, ref)
-    return None if same else f"sealed again, it has other bytes. {_OTHER_MACHINE}"
+    return None if same else f"it was sealed again and has other bytes. {_OTHER_MACHINE}"
 
 
 def _is_sidecar(run: Run, found: SegmentRef, ref: SegmentRef) -> bool:
-    """Whether the sidecar that a commit names is stored now, perhaps in the format of an earlier version."""
+    """Whether the sidecar that a commit names is stored now; it may be in the format of an earlier version."""
     if found.sidecar_sha256 == ref.sidecar_sha256:
         return True
     rows = parquet.read_parquet(run.path(found.sidecar_path))
@@ -237,15 +219,14 @@ def _is_sidecar(run: Run, found: SegmentRef, ref: SegmentRef) -> bool:
 
 
 def _serve_another(run: Run, commits: list[Commit], damaged: set[str]) -> str:
-    """What to serve until a segment is whole again."""
     whole = [
         commit.number
         for commit in commits
         if not damaged & {run.path(path) for ref in commit.segments for path in (ref.path, ref.sidecar_path)}
     ]
     if not whole:
-        return "No published commit is without it: start beside this run with `fastfill backfill --new-run`"
-    return f"Until then serve a commit that does not name it: `fastfill rollback --to {max(whole)}`"
+        return "Every published commit needs it: start a new run with `fastfill backfill --new-run`"
+    return f"Until then serve a commit without it: `fastfill rollback --to {max(whole)}`"
 
 
 def _readable(run: Run) -> list[Commit]:

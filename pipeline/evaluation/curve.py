@@ -1,26 +1,28 @@
-"""The backfilling curve of a run: simulated from its known embeddings, and as its commits published it.
+"""The curve of a run: quality against the fraction backfilled, simulated and as its commits published it.
 
-After evaluate; between its arrays and the run's files. Guarantee: the result has the shape of DESIGN
-section 5, and is stored as `reports/curve.json` beside what it was computed from, so that it is computed
-once. Queries are the new embeddings of all gallery images, without their self-match.
+It is stored as `reports/curve.json` with the settings that it was computed from, and is not computed twice. Queries
+are the new embeddings of all labelled images; an image is no match of itself.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 
 from pipeline.arrays import Float64, Int64
-from pipeline.config.tree import Config
+from pipeline.config.method import EvaluateSettings
+from pipeline.config.tree import Config, Metric
 from pipeline.embedding.vector_log import part_files
 from pipeline.errors import DataError
-from pipeline.evaluation.curve_points import TOP_K
 from pipeline.evaluation.gallery_arrays import GalleryArrays, check_known, load_gallery, query_rows
-from pipeline.evaluation.metrics import METRICS, Metrics, by_group, evaluate, negative_flips
-from pipeline.evaluation.ranks import OnProgress
+from pipeline.evaluation.metrics import METRICS, EvaluateOptions, Metrics, by_group, evaluate, negative_flips
+from pipeline.evaluation.ranks import TOP_K, OnProgress
 from pipeline.evaluation.simulated_curve import (
+    CurveInputs,
+    CurveOptions,
     OrderCurve,
     Simulation,
     oracle_order,
@@ -42,27 +44,38 @@ MIN_GROUP_QUERIES = 10  # below, a group's top-1 moves by more than 10 points wi
 _VERSION = 2  # of the result; a stored one of another version is computed again
 
 
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """The settings that decide a curve; `policy` is never `auto`."""
+
+    evaluate: EvaluateSettings
+    policy: str
+    metric: Metric
+    seed: int
+
+
 def curve(config: Config, run: Run, *, published: bool = True, on_progress: OnProgress | None = None) -> Json:
     """The whole curve of a run, as `evaluate --curve --json` prints it.
 
     Args:
         config: the run's; `evaluate`, `plan.policy`, `gallery.metric` and `seed` count.
-        run: with every image embedded or rejected; or planned, where new embeddings came with the manifest.
+        run: every image is embedded or rejected; or the run is planned and new embeddings came with its manifest.
         published: measure the run's own commits as well.
-        on_progress: called with (steps done, steps).
 
     Raises:
         DataError: the gallery has no labels, or images are neither embedded nor rejected yet.
     """
-    plan = config.plan.model_copy(update={"policy": resolve_policy(run, config.plan.policy)})
-    config = config.model_copy(update={"plan": plan})
-    key = _cache_key(config, run, published)
+    from pipeline.evaluation.snapshot_metrics import published_points  # here: it takes FAISS
+
+    policy = resolve_policy(run, config.plan.policy)
+    settings = _Settings(config.evaluate, policy, config.gallery.metric, config.seed)
+    key = _cache_key(settings, run, published)
     stored = _read(run)
     if stored is not None and stored["key"] == key:
         return cast(Json, stored["curve"])
     gallery = load_gallery(run)
     check_known(gallery, run)
-    result = _simulate(config, gallery, read_calibration(run), _portion(on_progress, 0, 0.5 if published else 1))
+    result = _simulate(settings, gallery, read_calibration(run), _portion(on_progress, 0, 0.5 if published else 1))
     if published:
         result["published"] = {"points": published_points(run, gallery, _portion(on_progress, 0.5, 1))}
     objects.put(_uri(run), documents.encode({"key": key, "curve": result}))
@@ -70,56 +83,36 @@ def curve(config: Config, run: Run, *, published: bool = True, on_progress: OnPr
 
 
 def read_curve(run: Run) -> Json | None:
-    """The curve that was computed last, or None."""
     stored = _read(run)
     return None if stored is None else cast(Json, stored["curve"])
 
 
-def published_points(
-    run: Run, gallery: GalleryArrays | None = None, on_progress: OnProgress | None = None
-) -> list[CurvePoint]:
-    """As `published.published_points`, which is imported late because it brings FAISS along."""
-    from pipeline.evaluation import snapshot_metrics
-
-    return snapshot_metrics.published_points(run, gallery, on_progress)
-
-
-def published_point(run: Run, commit: int | None = None) -> CurvePoint:
-    """As `published.published_point`, imported late as well."""
-    from pipeline.evaluation import snapshot_metrics
-
-    return snapshot_metrics.published_point(run, commit)
-
-
 def _simulate(
-    config: Config, gallery: GalleryArrays, calibration: Calibration | None, on_progress: OnProgress | None
+    settings: _Settings, gallery: GalleryArrays, calibration: Calibration | None, on_progress: OnProgress | None
 ) -> Json:
     rows = query_rows(gallery)
-    orders = _orders(config, gallery)
-    chosen = config.plan.policy
+    orders = _orders(settings, gallery)
+    chosen, metric = settings.policy, settings.metric
     old = evaluate(
         gallery.old[rows],
         gallery.old,
         gallery.labels[rows],
         gallery.labels,
-        metric=config.gallery.metric,
-        query_ids=gallery.ids[rows],
-        gallery_ids=gallery.ids,
+        EvaluateOptions(metric=metric, query_ids=gallery.ids[rows], gallery_ids=gallery.ids),
     )
     simulation = simulate_curve(
-        gallery.transformed,
-        gallery.embedded,
-        gallery.embedded[rows],
-        gallery.labels[rows],
-        gallery.labels,
+        CurveInputs(
+            gallery.transformed,
+            gallery.embedded,
+            gallery.embedded[rows],
+            gallery.labels[rows],
+            gallery.labels,
+            query_ids=gallery.ids[rows],
+            gallery_ids=gallery.ids,
+            embeddable=~gallery.rejected,
+        ),
         orders,
-        points=config.evaluate.points,
-        metric=config.gallery.metric,
-        query_ids=gallery.ids[rows],
-        gallery_ids=gallery.ids,
-        embeddable=~gallery.rejected,
-        calibration=calibration,
-        detail=chosen,
+        CurveOptions(points=settings.evaluate.points, metric=metric, calibration=calibration, detail=chosen),
         progress=on_progress,
     )
     return {
@@ -128,7 +121,7 @@ def _simulate(
         "num_queries": old.num_queries,
         "num_unmatched": old.num_unmatched,
         "num_gallery": old.num_gallery,
-        "distance": config.gallery.metric,
+        "distance": metric,
         "orders": {name: _order(order, simulation.fractions) for name, order in simulation.orders.items()},
         "share_of_gap": {name: _share(order.area, old, simulation.end) for name, order in simulation.orders.items()},
         **_details(chosen, simulation, old),
@@ -136,15 +129,15 @@ def _simulate(
     }
 
 
-def _orders(config: Config, gallery: GalleryArrays) -> dict[str, list[Int64]]:
-    """The orders to compare; first of those under its policy's name is the run's own, from its stored priorities.
+def _orders(settings: _Settings, gallery: GalleryArrays) -> dict[str, list[Int64]]:
+    """The orders to compare. The first one under the policy's name is the run's own, by its stored priorities.
 
-    All of them begin with the images that were embedded for the fit, which come before any policy.
+    All begin with the images that were embedded for the fit.
     """
-    ids, seed, policy = gallery.ids, config.seed, config.plan.policy
+    ids, seed, policy = gallery.ids, settings.seed, settings.policy
     orders = {
         "uncertainty": [order_by_priority(gallery.uncertainty, ids, seed)],
-        "random": [random_order(ids, seed + offset) for offset in range(config.evaluate.random_seeds)],
+        "random": [random_order(ids, seed + offset) for offset in range(settings.evaluate.random_seeds)],
         "oracle": [oracle_order(gallery.transformed, gallery.embedded)],
     }
     own = [order_by_priority(gallery.priority, ids, seed), *orders.get(policy, [])[1:]]
@@ -164,7 +157,7 @@ def _order(order: OrderCurve, fractions: Float64) -> Json:
 
 
 def _details(chosen: str, simulation: Simulation, old: Metrics) -> Json:
-    """What one order costs on the way: lost answers, and whether one kind of vector crowds out the other."""
+    """What one order costs during the migration: lost answers, and how often transformed vectors are found."""
     assert simulation.detail is not None
     fractions = simulation.fractions.tolist()
     flips = negative_flips(old.first_rank, simulation.detail.first_rank).tolist()
@@ -231,17 +224,17 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _cache_key(config: Config, run: Run, published: bool) -> Json:
+def _cache_key(settings: _Settings, run: Run, published: bool) -> Json:
     from pipeline.index.tags import list_commits
 
     return {
         "version": _VERSION,
         "commit": max(list_commits(run), default=None) if published else "none asked for",
         "parts": len(part_files(run.path("embedded"))),
-        "evaluate": config.evaluate.model_dump(mode="json"),
-        "policy": config.plan.policy,
-        "metric": config.gallery.metric,
-        "seed": config.seed,
+        "evaluate": settings.evaluate.model_dump(mode="json"),
+        "policy": settings.policy,
+        "metric": settings.metric,
+        "seed": settings.seed,
     }
 
 
@@ -260,7 +253,7 @@ def _uri(run: Run) -> str:
 
 
 def _portion(progress: OnProgress | None, start: float, end: float) -> OnProgress | None:
-    """Where a part of the work stands, in thousandths of the whole."""
+    """The progress of a part of the work, in thousandths of the whole."""
     if progress is None:
         return None
     return lambda done, total: progress(round(1000 * (start + (end - start) * done / total)), 1000)

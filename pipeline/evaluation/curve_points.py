@@ -1,9 +1,9 @@
-"""The states between the two ends of a curve, all at once: what a mixture of two galleries ranks.
+"""Score all points of a curve at once: galleries in which some rows are embedded and the others transformed.
 
-The counts of ranking.py add up over rows, so a point's counts are those of the transformed gallery plus
-the difference that each replaced row makes. Two histograms per query and order give all points.
+The counts of `evaluation.ranks` add up over rows. So a point's counts are those of the transformed gallery plus the
+difference that each replaced row makes; two histograms per query and order give all points.
 
-A row's step is the i between whose point i and point i + 1 it is embedded.
+A row with step i is embedded between point i and point i + 1.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import numpy as np
 from pipeline.arrays import Float32, Float64, Int64
 from pipeline.errors import DataError
 from pipeline.evaluation import ranks
-
-TOP_K = 10
+from pipeline.evaluation.ranks import TOP_K
 
 
 def curve_steps(order: Int64, cuts: Int64, name: str) -> Int64:
-    """(N,) int64: the step i in which each row is embedded, between point i and point i + 1."""
+    """(N,) int64: the step in which each row is embedded."""
     num = cuts[-1]
     if len(order) != num or (np.bincount(order, minlength=num) != 1).any():
         raise DataError("an order is not a permutation of the gallery", expected=f"each of {num} rows once", where=name)
@@ -35,7 +34,7 @@ def score_points(
     Args:
         distances: to the transformed and to the embedded gallery, each (B, N) float32; overwritten.
         columns: (R,) int64, the gallery rows of the queries' label.
-        num_matches: (B,) int64, how many of them count.
+        num_matches: (B,) int64, those of them that count.
         steps: per order, (N,) int64.
         points: P.
     """
@@ -60,10 +59,10 @@ def score_points(
 
 
 def transformed_slots(distances: list[Float32], steps: Int64, points: int) -> Int64:
-    """(P, B) int64: how many of each query's nearest SLOTS are transformed vectors.
+    """(P, B) int64: how many of each query's TOP_K nearest are transformed vectors.
 
-    No point's last slot is farther than the SLOTS-th smallest of max(transformed, embedded), so rows
-    with both distances above it never count.
+    The last of them is never farther than the TOP_K-th smallest max(transformed, embedded). So rows with both
+    distances above it never count.
     """
     transformed, embedded = distances
     slots = min(TOP_K, transformed.shape[1] - 1)
@@ -80,7 +79,7 @@ def transformed_slots(distances: list[Float32], steps: Int64, points: int) -> In
 
 
 def slot_share(counts: Int64, steps: Int64) -> Float64:
-    """(P,) float64 from the transformed slots (P, Q) and the step of each row, P or more for never."""
+    """(P,) float64 from the transformed counts (P, Q) and the step of each row, which is P or more for never."""
     slots = min(TOP_K, len(steps) - 1)
     left = (steps >= np.arange(len(counts))[:, None]).mean(axis=1)
     share = np.full(len(counts), np.nan)

@@ -1,8 +1,6 @@
-"""All that a run knows of its gallery, as arrays sorted by id; what the measurements are made on.
+"""The gallery of a run as arrays sorted by id: row i of every array is the same image.
 
-After the vector log, before evaluate and curve. Guarantee: row i of every array is the same image. It
-holds the whole gallery in memory, so it is for measuring, not for the backfill. It does not know any
-metric.
+The whole gallery is in memory, so this is for measuring, not for the backfill.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline import parallel
-from pipeline.arrays import Float32, Int64, vectors_from_arrow
+from pipeline.arrays import Bools, Float32, Int64, vectors_from_arrow
 from pipeline.embedding import vector_log
 from pipeline.embedding.rejects import gallery_log
 from pipeline.errors import DataError
@@ -24,55 +22,36 @@ from pipeline.run import Run
 from pipeline.storage import objects, parquet
 from pipeline.storage.part_files import list_parts
 
-Bools = NDArray[np.bool_]
-
-_SALT = 0x6A11E2  # of the sample alone: other choices by a hash of ids are independent of it
+_SALT = 0x6A11E2  # makes this sample independent of other choices by a hash of ids
 _COLUMNS = ["id", "wave", "priority", "uncertainty", "label", "group", "vector"]
 
 
 @dataclass(frozen=True, slots=True)
 class GalleryArrays:
-    """N images, sorted by id.
+    """N images, sorted by id."""
 
-    Attributes:
-        ids: (N,) int64, unique.
-        labels: (N,) int64, an index into `label_names`, or -1 for none.
-        groups: (N,) int64, an index into `group_names`, or -1 for none.
-        label_names: sorted.
-        group_names: sorted.
-        old: (N, d_old) float32.
-        transformed: (N, d_new) float32.
-        embedded: (N, d_new) float32; the transformed vector where there is no embedded one.
-        embedded_mask: (N,) bool, whether the new embedding is known: from the log, or from the manifest.
-        rejected: (N,) bool, whether the image could not be embedded.
-        uncertainty: (N,) float32.
-        priority: (N,) float32, the run's policy; the highest is embedded first.
-        wave: (N,) int32, from 1.
-    """
-
-    ids: Int64
-    labels: Int64
-    groups: Int64
-    label_names: tuple[str, ...]
-    group_names: tuple[str, ...]
-    old: Float32
-    transformed: Float32
-    embedded: Float32
-    embedded_mask: Bools
-    rejected: Bools
-    uncertainty: Float32
-    priority: Float32
-    wave: NDArray[np.int32]
+    ids: Int64  # (N,) int64, unique
+    labels: Int64  # (N,) int64, an index into `label_names`; -1 for none
+    groups: Int64  # (N,) int64, an index into `group_names`; -1 for none
+    label_names: tuple[str, ...]  # sorted
+    group_names: tuple[str, ...]  # sorted
+    old: Float32  # (N, d_old) float32
+    transformed: Float32  # (N, d_new) float32
+    embedded: Float32  # (N, d_new) float32; the transformed vector if there is no new embedding
+    embedded_mask: Bools  # (N,) bool, whether the new embedding is known, from the log or the manifest
+    rejected: Bools  # (N,) bool, whether the image could not be embedded
+    uncertainty: Float32  # (N,) float32
+    priority: Float32  # (N,) float32, the run's policy; the highest is embedded first
+    wave: NDArray[np.int32]  # (N,) int32, from 1
 
 
 def load_gallery(run: Run) -> GalleryArrays:
-    """Read `transformed/`, the old embeddings and the vector log of a run.
+    """Read the transformed gallery, the old embeddings and the vector log of a run.
 
-    Where new embeddings came with the manifest (`gallery.columns.new_embedding`), they stand for those that
-    are not in the log yet.
+    New embeddings that came with the manifest (`gallery.columns.new_embedding`) fill what is not in the log yet.
 
     Raises:
-        DataError: the gallery is not transformed yet, an id is there twice, or an old embedding is missing.
+        DataError: the gallery is not transformed yet, an id is repeated, or an old embedding is missing.
     """
     table = _sorted(transformed_table(run, _COLUMNS), run.path("transformed"))
     ids = table["id"].to_numpy()
@@ -121,32 +100,28 @@ def transformed_table(run: Run, columns: list[str]) -> pa.Table:
 
 
 def labelled_sample(run: Run, num_parts: int, num_gallery: int, most: int, other_than: Int64) -> tuple[pa.Table, int]:
-    """Id, label and vector of planned images with a label, in no order: at most so many, by a hash of their ids.
-
-    A large gallery is read by tasks, which give back what is sampled alone.
+    """Draw planned images with a label, by a hash of their ids; tasks read a large gallery.
 
     Args:
         run: the run as the plan laid it out (`Plan.laid_out`).
-        num_parts: of the plan.
-        num_gallery: images of the plan.
-        most: how many are wanted; all where there are fewer.
+        most: how many are drawn; all if there are fewer.
         other_than: (n,) ids that are left out.
 
     Returns:
-        the rows, and how many there are in the gallery.
+        id, label and vector, in no order; and the number of labelled images in the gallery.
     """
     shared, parts = (run, other_than), range(num_parts)
     total = count_labelled(run, num_parts, num_gallery, other_than)
     share = most / max(1, total)
     table = pa.concat_tables(parallel.each(_labelled, (*shared, share), parts, num_gallery))
-    if table.num_rows > most:  # chance gave some more than its share
+    if table.num_rows > most:  # the hash gave a few too many
         chance = splitmix64(table["id"].to_numpy(), _SALT)
         table = table.take(pa.array(np.sort(np.argsort(chance)[:most])))
     return table, total
 
 
 def count_labelled(run: Run, num_parts: int, num_gallery: int, other_than: Int64) -> int:
-    """How many planned images have a label; the arguments are those of `labelled_sample`."""
+    """The number of planned images with a label; arguments as in `labelled_sample`."""
     return sum(parallel.each(_count_labelled, (run, other_than), range(num_parts), num_gallery))
 
 
@@ -156,7 +131,7 @@ def _count_labelled(run: Run, other_than: Int64, part: int) -> int:
 
 
 def _labelled(run: Run, other_than: Int64, share: float, part: int) -> pa.Table:
-    """Of a part, the rows of so large a share of all hashes."""
+    """The rows of a part whose hash is in the given share of all hashes."""
     rows = parquet.read_parquet(run.transformed_part(part), ["id", "label", "vector"])
     ids = rows["id"].to_numpy()
     wanted = rows["label"].is_valid().to_numpy() & ~np.isin(ids, other_than)
@@ -175,7 +150,7 @@ def has_labels(run: Run) -> bool:
 
 
 def new_embeddings_given(run: Run) -> bool:
-    """Whether the gallery's manifest came with new embeddings, so that a curve needs no backfill."""
+    """Whether new embeddings came with the gallery's manifest; then a curve needs no backfill."""
     parts = _manifest_parts(run)
     if not parts:
         return False
@@ -184,12 +159,10 @@ def new_embeddings_given(run: Run) -> bool:
 
 
 def check_known(gallery: GalleryArrays, run: Run, *, labelled_only: bool = False) -> None:
-    """Refuse to measure with a part of the queries: those embedded so far are the most uncertain ones.
+    """Refuse to measure before all images are embedded: those embedded first are not typical.
 
     Args:
-        gallery: the run's.
-        run: the run.
-        labelled_only: only the queries count, not the whole gallery.
+        labelled_only: only labelled images have to be embedded.
 
     Raises:
         DataError: images are neither embedded nor rejected yet.
@@ -200,17 +173,17 @@ def check_known(gallery: GalleryArrays, run: Run, *, labelled_only: bool = False
         return
     count, what = int(wanted.sum()), "labelled image" if labelled_only else "image"
     raise DataError(
-        f"the quality cannot be measured before the new embedding of every {what} is known",
+        f"the quality cannot be measured before every {what} is embedded",
         expected=f"{count} images embedded or rejected",
-        found=f"{100 * (1 - missing / count):.1f} per cent of them ({missing} are missing)",
+        found=f"{100 * (1 - missing / count):.1f} % of them ({missing} are missing)",
         where=run.path("embedded"),
-        remedy="`fastfill backfill` completes it; a run whose manifest holds the new embeddings already can name "
-        "them from the start, in gallery.columns.new_embedding",
+        remedy="run `fastfill backfill` to the end. If your manifest has new embeddings, name their column in "
+        "gallery.columns.new_embedding when you start a run",
     )
 
 
 def query_rows(gallery: GalleryArrays) -> Int64:
-    """The rows that can be asked for, (Q,) int64: new embedding and label are known.
+    """The rows that can be queries, (Q,) int64: new embedding and label are known.
 
     Raises:
         DataError: there are none.
@@ -230,18 +203,18 @@ def find_rows(ids: Int64, wanted: Int64, where: str) -> Int64:
     """The row of each wanted id in the sorted `ids`, (n,) int64.
 
     Raises:
-        DataError: one is not there.
+        DataError: an id is not in the gallery.
     """
     rows = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
     strangers = wanted[ids[rows] != wanted]
     if len(strangers):
-        found = f"{len(strangers)} that are not, such as {strangers[:3].tolist()}"
+        found = f"{len(strangers)} other ids, such as {strangers[:3].tolist()}"
         raise DataError("an id is not in the gallery", expected="ids of transformed images", found=found, where=where)
     return rows
 
 
 def codes_of(column: pa.ChunkedArray[pa.StringScalar]) -> tuple[Int64, tuple[str, ...]]:
-    """A column of names as numbers: (N,) int64 into the sorted names, -1 for null; and these names."""
+    """Encode a column of names: (N,) int64 into the sorted names, -1 for null; and these names."""
     encoded = column.combine_chunks().dictionary_encode()
     names = encoded.dictionary.to_numpy(zero_copy_only=False).astype(np.str_)
     rank = np.empty(len(names), np.int64)
@@ -254,7 +227,7 @@ def codes_of(column: pa.ChunkedArray[pa.StringScalar]) -> tuple[Int64, tuple[str
 
 
 def _old_embeddings(run: Run, ids: Int64) -> Float32:
-    """(N, d_old): from the manifest where they came with it, else from the log of those computed."""
+    """(N, d_old), from the manifest or from the log of those that were computed."""
     folder = run.path("gallery")
     log = _log_parts(objects.join(folder, "old"))
     found = None if log else _read_vectors(_manifest_parts(run), "old_embedding", folder)
@@ -279,7 +252,7 @@ def _manifest_parts(run: Run) -> list[str]:
 
 
 def _read_vectors(uris: list[str], column: str, where: str) -> tuple[Int64, Float32] | None:
-    """Ids, sorted, and their vectors, from all files; None where there is no such column."""
+    """Sorted ids and their vectors, from all files; None if the column is missing."""
     tables = []
     for uri in uris:
         with parquet.open_parquet(uri) as file:
@@ -302,6 +275,6 @@ def _sorted(table: pa.Table, where: str) -> pa.Table:
     order = np.argsort(ids, kind="stable")
     twice = np.flatnonzero(np.diff(ids[order]) == 0)
     if len(twice):
-        found = f"{len(twice)} repeated, such as {ids[order][twice[:3]].tolist()}"
-        raise DataError("an id is there more than once", expected="each id once", found=found, where=where)
+        found = f"{len(twice)} repeated ids, such as {ids[order][twice[:3]].tolist()}"
+        raise DataError("an id is repeated", expected="each id once", found=found, where=where)
     return table.take(order).combine_chunks()

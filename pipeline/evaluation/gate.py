@@ -1,9 +1,9 @@
-"""The gate: why a snapshot must not be served. Pure decisions on what is stored.
+"""The gate: the reasons why a snapshot must not be served.
 
-The transformed gallery must not be worse than the old one (METHOD, "Guard"), on held-out pairs and on the probe
-set; and a snapshot must not be worse than the one that is served or the best that was, nor beyond the limits of
-`config.Gate`. What it looks at was measured before (`quality`); a snapshot that was not measured is judged by the
-held-out pairs alone, and not promoted by hand.
+A snapshot must not be worse than the old model (docs/method.md, "Guard"), than the snapshot that `prod` serves, or than
+the best that it has served; and it must keep the limits of the section `gate`. `inspect` and `judge` are pure; the
+figures are measured before (`evaluation.probe_metrics`). A snapshot that is not measured is judged by held-out pairs
+alone, and `fastfill promote` refuses it.
 """
 
 from __future__ import annotations
@@ -24,27 +24,19 @@ from pipeline.models.transformation import read_info
 from pipeline.run import Run
 
 NOISE = 3.0
-"""Standard errors that count as noise: twenty waves of a sound run are looked at, and none of them is to be refused."""
+"""Standard errors that count as noise. A sound run of 20 waves is refused about once in 40 runs."""
 
 MENDED_NOISE = 2.0
-"""The same where the backfill goes on all the same: a wrong guess only keeps `prod` back for a while."""
+"""Used when more waves follow: lower, because a false alarm only delays `prod` by a wave."""
 
-_CHANCE = 0.001  # of a sound wave to have so few images with their own vector
+_CHANCE = 0.001  # a sound wave has so few intact vectors with this probability
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """One check that a snapshot failed.
-
-    Attributes:
-        check: its name: `held_out`, `old_old`, `new_old`, `fall`, `own`, or the figure whose limit it is beyond.
-        sentence: the figures and the limit.
-        mends: the backfill itself mends it, so it is no reason to stop.
-    """
-
-    check: str
-    sentence: str
-    mends: bool = False
+    check: str  # `held_out`, `old_old`, `new_old`, `fall`, `own`, or the figure that is beyond its limit
+    sentence: str  # the figures and the limit
+    mends: bool = False  # the waves that follow may mend it, so the backfill goes on
 
     def __str__(self) -> str:
         return self.sentence
@@ -52,25 +44,16 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """What a snapshot is compared with.
-
-    Attributes:
-        served: the commit that `prod` serves; None where it serves none or a later one.
-        measured: that, the best that it has served, and the one before this snapshot, each once, as far as measured.
-    """
-
-    served: int | None = None
-    measured: tuple[Quality, ...] = ()
+    served: int | None = None  # the commit that `prod` serves; None if it serves none or a later one
+    measured: tuple[Quality, ...] = ()  # the served, the best served and the one before, each once
 
 
 def blockers(run: Run, commit: Commit, limits: GateSettings | None = None, probed: bool = True) -> list[str]:
-    """Why this snapshot must not become `prod`, one sentence each; empty where it may.
+    """The reasons why `fastfill promote` refuses a snapshot, one sentence each; empty if there are none.
 
     Args:
-        run: the run.
-        commit: the snapshot, which a driver may have published and not measured.
-        limits: the gate's.
-        probed: whether the config wants a probe set: a snapshot that is not measured on it yet is blocked.
+        commit: the snapshot; its driver may have died before it was measured.
+        probed: whether the config has a probe set; then a snapshot that is not measured is refused.
     """
     found = [refusal.sentence for refusal in judge_commit(run, commit, limits or GateSettings())]
     if probed and _measured(run, commit) is None and probe_set.is_used(run):
@@ -79,7 +62,7 @@ def blockers(run: Run, commit: Commit, limits: GateSettings | None = None, probe
 
 
 def judge_commit(run: Run, commit: Commit, limits: GateSettings) -> list[Refusal]:
-    """The checks that a snapshot fails, by what is stored of it, of the run, and of the snapshot that is served."""
+    """The checks that a snapshot fails, from the quality that is stored of it and of earlier ones."""
     waiting = commit.counts.transformed - commit.counts.rejected
     found = _held_out(run, waiting)
     known, measured = quality.read_baseline(run), _measured(run, commit)
@@ -94,11 +77,10 @@ def judge(
     """The checks that a snapshot fails on the probe set.
 
     Args:
-        known: the run's reference.
+        known: the baseline of the run.
         measured: the snapshot.
         earlier: what it is compared with.
-        waiting: images that are transformed and yet to be embedded.
-        limits: the gate's.
+        waiting: how many images are still to be embedded.
     """
     return [
         *_below_old(known, measured, waiting),
@@ -111,40 +93,31 @@ def judge(
 
 
 def inspect(measured: Quality, wave: int, limits: GateSettings) -> list[Refusal]:
-    """The refusals of a wave that is not committed yet: its images have wrong vectors under their ids.
+    """The refusals of a wave that is not committed yet: wrong vectors are stored under its ids.
 
     Args:
-        measured: the draft of the commit that would publish the wave.
-        wave: its number.
-        limits: the gate's.
+        measured: the draft of the commit with this wave.
     """
     own = tuple(item for item in measured.own if item[0] == wave)
     return mixed_up(replace(measured, own=own), limits.min_own)
 
 
 def all_mend(refusals: Sequence[Refusal]) -> bool:
-    """Whether the backfill mends all of them by going on; also true of none."""
+    """Whether the waves that follow may mend all of them; true if there are none."""
     return all(refusal.mends for refusal in refusals)
 
 
 def mixed_up(measured: Quality, least: float | None) -> list[Refusal]:
-    """The waves whose images have other vectors stored under their ids.
-
-    Args:
-        measured: the snapshot, or the draft of one.
-        least: `gate.min_own`.
-    """
+    """One refusal per wave with wrong vectors under its ids; `least` is `gate.min_own`, in per cent."""
     if least is None:
         return []
     bad = [item for item in measured.own if _at_most(item[1], item[2], least / 100) < _CHANCE]
     together = sum(hits for _, hits, _ in measured.own), sum(images for *_, images in measured.own)
-    texts = [f"{hits} of {images} probe images of wave {wave}" for wave, hits, images in bad]
+    texts = [f"wave {wave}: only {hits} of {images} probe images return" for wave, hits, images in bad]
     if not bad and _at_most(*together, least / 100) < _CHANCE:
-        texts = [f"{together[0]} of all {together[1]} embedded probe images"]
-    return [
-        Refusal("own", f"only {text} have their own vector under their id, gate.min_own is {least:g} per cent")
-        for text in texts
-    ]
+        texts = [f"only {together[0]} of all {together[1]} embedded probe images return"]
+    why = f"their own embedding; gate.min_own asks for {least:g} %. Vectors are probably stored under wrong ids"
+    return [Refusal("own", f"{text} {why}") for text in texts]
 
 
 def _measured(run: Run, commit: Commit) -> Quality | None:
@@ -162,7 +135,7 @@ def _earlier(run: Run, commit: Commit) -> Earlier:
 
 
 def _held_out(run: Run, waiting: int) -> list[Refusal]:
-    """A transformation that is worse than old/old blocks what still serves transformed vectors of images to come."""
+    """A transformation worse than the old model: refused while images are still to be embedded."""
     info = read_info(run)
     if info.better_than_old or not waiting:
         return []
@@ -174,7 +147,7 @@ def _held_out(run: Run, waiting: int) -> list[Refusal]:
 
 
 def _below_old(known: QualityBaseline, measured: Quality, waiting: int) -> list[Refusal]:
-    """Below the old model, and whether what is still to be embedded can mend that."""
+    """Below the old model; embedding the rest may mend it unless the new model itself is worse."""
     found = []
     within = _right(known.within_new), _right(known.within_old)
     new_is_worse = known.labelled and len(within[0]) > 1 and _gain(*within) < 0
@@ -192,13 +165,12 @@ def _below_old(known: QualityBaseline, measured: Quality, waiting: int) -> list[
 
 
 def _fall(known: QualityBaseline, measured: Quality, earlier: Earlier, waiting: int, limit: float) -> list[Refusal]:
-    """Below the snapshot that is served, the one before, or the best one so far: a little less each time adds up.
+    """Below the snapshot that is served, the one before, or the best that was served: small falls add up.
 
-    What one wave takes is a fault of that wave. What several take together a sound run may lose on the way, where an
-    offset makes the first snapshot better than those in the middle: `prod` stays, and the backfill goes on. What is
-    recalled may fall on the way in a sound run, where the transformed vectors are shorter than the embedded
-    ones: the two kinds keep apart. It ends at 100 per cent where each image has its own vector, so going on mends it;
-    where one has not, `mixed_up` tells.
+    A fall of top-1 within one wave is that wave's fault: refuse. A fall over several waves can be normal (an offset
+    makes early snapshots look better): keep `prod` where it is and go on. Recall of the full model's neighbours may
+    also fall at first, if transformed vectors are shorter than embedded ones. It ends at 100 % if all vectors are
+    stored under the right ids, which `mixed_up` checks.
     """
     found = []
     for item in earlier.measured:
@@ -206,24 +178,29 @@ def _fall(known: QualityBaseline, measured: Quality, earlier: Earlier, waiting: 
         if _gain(now, before) < -limit:
             just_before = item.commit == measured.commit - 1
             which = "the one before" if just_before else "the best that prod has served"
-            which = "which prod serves" if item.commit == earlier.served else which
-            sentence = f"the snapshot is worse than commit {item.commit}, {which}: {_text(name, now, before)}"
+            which = "served by prod" if item.commit == earlier.served else which
+            points = 100 * float((before - now).mean())
+            sentence = (
+                f"{name} fell from {100 * before.mean():.1f} (commit {item.commit}, {which}) "
+                f"to {100 * now.mean():.1f}: {points:.1f} points, of which {_noise(now, before):.1f} may be noise "
+                f"({len(now):,} queries); gate.max_fall allows {limit:g}"
+            )
             mends = waiting > 0 and not (known.labelled and just_before)
-            found.append(Refusal("fall", f"{sentence}; gate.max_fall is {limit:g}", mends))
+            found.append(Refusal("fall", sentence, mends))
     return sorted(found, key=lambda refusal: refusal.mends)[:1]
 
 
 def _slot_share(measured: Quality, waiting: int, limits: GateSettings) -> list[Refusal]:
-    """One kind of vector crowds out the other, which ends with the last transformed one."""
+    """Transformed images show up too rarely or too often; this ends with the last transformed vector."""
     share, low, high = measured.figures.get("slot_share"), limits.min_slot_share, limits.max_slot_share
     if share is None:
         return []
-    text = f"transformed vectors have {share:.3g} times their share among the 10 nearest"
+    text = f"transformed images take {share:.3g} times their share of the 10 nearest"
     found = []
     if low is not None and share < low:
-        found.append(Refusal("slot_share", f"{text}; gate.min_slot_share is {low:g}", mends=waiting > 0))
+        found.append(Refusal("slot_share", f"{text}; gate.min_slot_share asks for {low:g}", mends=waiting > 0))
     if high is not None and share > high:
-        found.append(Refusal("slot_share", f"{text}; gate.max_slot_share is {high:g}", mends=waiting > 0))
+        found.append(Refusal("slot_share", f"{text}; gate.max_slot_share allows {high:g}", mends=waiting > 0))
     return found
 
 
@@ -231,8 +208,8 @@ def _negative_flips(known: QualityBaseline, measured: Quality, limit: float | No
     lost, answered = measured.figures.get("negative_flips"), known.old.count(1)
     if lost is None or limit is None or lost - NOISE * _error(lost, answered) <= limit:
         return []
-    text = f"{lost:.1f} per cent of the {answered:,} queries that the old model answers are not answered"
-    return [Refusal("negative_flips", f"{text}; gate.max_negative_flips is {limit:g}")]
+    text = f"{lost:.1f} % of the {answered:,} queries that the old model answers right are answered wrong"
+    return [Refusal("negative_flips", f"{text}; gate.max_negative_flips allows {limit:g} %")]
 
 
 def _group_gap(measured: Quality, limit: float | None) -> list[Refusal]:
@@ -244,50 +221,49 @@ def _group_gap(measured: Quality, limit: float | None) -> list[Refusal]:
     if gap - noise <= limit:
         return []
     sides = " and ".join(f"{share:.1f} for {name!r} ({queries:,} queries)" for share, queries, name in (best, worst))
-    text = f"groups differ by {gap:.1f} points, of which {noise:.1f} may be noise: top-1 is {sides}"
-    return [Refusal("group_gap", f"{text}; gate.max_group_gap is {limit:g}")]
+    text = f"top-1 of groups differs by {gap:.1f} points, of which {noise:.1f} may be noise: {sides}"
+    return [Refusal("group_gap", f"{text}; gate.max_group_gap allows {limit:g}")]
 
 
-Answers = tuple[Sequence[int], Sequence[int]]  # the ranks, and how many neighbours are recalled
+Answers = tuple[Sequence[int], Sequence[int]]  # per query: the rank, and how many neighbours are recalled
 
 
 def _compared(known: QualityBaseline, now: Answers, before: Answers) -> tuple[str, Float64, Float64]:
-    """By which figure two states are compared, and its value per query, from 0 to 1, in both."""
+    """The figure that two states are compared by, and its value per query in both, from 0 to 1."""
     if known.labelled:
         return "top-1", _right(now[0]), _right(before[0])
     after, earlier = (np.array(recalled) / known.num_neighbours for _, recalled in (now, before))
-    return "recall10", after, earlier
+    return "full_model_recall10", after, earlier
 
 
 def _right(ranks: Sequence[int]) -> Float64:
-    """Which of the queries that have a match are answered, as 0 and 1."""
+    """1 for each query with a match that is answered at rank 1, else 0."""
     found = np.array(ranks)
     answers: Float64 = (found[found >= 0] == 1).astype(np.float64)
     return answers
 
 
 def _noise(now: Float64, before: Float64, errors: float = NOISE) -> float:
-    """How many points of a difference of two means may be noise, from the differences per query."""
+    """The part of a difference of two means that may be noise, in points, from the differences per query."""
     return 100 * errors * float((now - before).std(ddof=1)) / math.sqrt(len(now))
 
 
 def _gain(now: Float64, before: Float64, errors: float = NOISE) -> float:
-    """By how many points the mean rises at best: negative where it falls by more than noise."""
+    """The rise of the mean at best, in points: negative if it falls by more than noise."""
     return 100 * float((now - before).mean()) + _noise(now, before, errors)
 
 
 def _text(name: str, now: Float64, before: Float64, errors: float = NOISE) -> str:
     means = f"{name} is {100 * now.mean():.1f}, against {100 * before.mean():.1f}"
-    return f"{means} (of the difference {_noise(now, before, errors):.1f} points may be noise; {len(now):,} queries)"
+    return f"{means} ({_noise(now, before, errors):.1f} points of the difference may be noise; {len(now):,} queries)"
 
 
 def _error(percent: float, queries: int) -> float:
-    """The standard error of a share of queries, in points."""
     return math.sqrt(max(0.0, percent * (100 - percent)) / queries)
 
 
 def _at_most(hits: int, images: int, share: float) -> float:
-    """The probability of so few hits where each image is one with probability `share`."""
+    """The probability of at most so many hits if each image is one with probability `share`."""
     if hits >= images or share <= 0:
         return 1.0
     if share >= 1:

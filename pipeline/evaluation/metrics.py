@@ -1,10 +1,7 @@
-"""Retrieval quality of a gallery, and the backfilling curve from known embeddings (METHOD.md).
+"""Retrieval quality of a gallery (docs/method.md): pure functions on arrays.
 
-Pure functions on arrays. Queries are embeddings of the new encoder, except for old/old. Distances are
-exact, ties are pessimistic (ranking.py), and the same arrays give the same bits: a curve's ends equal
-what `evaluate` gives for the gallery that is all transformed or all embedded.
-
-It knows nothing about files, runs or indexes.
+Queries are embeddings of the new encoder, except for old/old. Distances are exact, ties are pessimistic
+(`evaluation.ranks`), and the same arrays give the same bits.
 """
 
 from __future__ import annotations
@@ -15,11 +12,9 @@ import numpy as np
 
 from pipeline.arrays import Bools, Float32, Float64, Int32, Int64, Labels
 from pipeline.evaluation import ranks as ranking
-from pipeline.evaluation.ranks import OnProgress
+from pipeline.evaluation.ranks import TOP_K, OnProgress
 from pipeline.knn import nearest
 from pipeline.models.calibration import Calibration
-
-NEIGHBOURS = 10
 
 METRICS = ("top1", "top5", "map")
 
@@ -28,8 +23,8 @@ METRICS = ("top1", "top5", "map")
 class Metrics:
     """Means in per cent over the queries that have a match; the others are only counted.
 
-    `first_rank` is (Q,) int32, from 1, and 0 where a query has no match; `average_precision` is
-    (Q,) float64 in [0, 1], NaN where a query has no match.
+    `first_rank` is (Q,) int32, from 1, and 0 for a query without a match. `average_precision` is (Q,) float64 in
+    [0, 1], and NaN for a query without a match.
     """
 
     top1: float
@@ -42,8 +37,19 @@ class Metrics:
     average_precision: Float64
 
     def as_dict(self) -> dict[str, float]:
-        """`{"top1":, "top5":, "map":}` in per cent."""
         return {"top1": self.top1, "top5": self.top5, "map": self.map}
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateOptions:
+    """How a gallery is ranked."""
+
+    metric: str = "l2"  # l2, ip or cosine
+    self_match: bool = False  # query i is gallery row i, which does not count for it
+    query_ids: Int64 | None = None  # (Q,); the gallery row with a query's own id does not count for it
+    gallery_ids: Int64 | None = None  # (N,)
+    transformed: Bools | None = None  # (N,) bool, the gallery rows that are transformed vectors
+    calibration: Calibration | None = None  # maps the keys of these rows; None to rank both kinds as they are
 
 
 def evaluate(
@@ -51,35 +57,24 @@ def evaluate(
     gallery: Float32,
     query_labels: Labels,
     gallery_labels: Labels,
-    *,
-    metric: str = "l2",
-    self_match: bool = False,
-    query_ids: Int64 | None = None,
-    gallery_ids: Int64 | None = None,
-    transformed: Bools | None = None,
-    calibration: Calibration | None = None,
+    options: EvaluateOptions | None = None,
     progress: OnProgress | None = None,
 ) -> Metrics:
-    """CMC top-1 and top-5, and mAP over the full ranking.
+    """Rank the gallery for each query by exact distance.
 
     Args:
         queries: (Q, d) float32.
         gallery: (N, d) float32.
         query_labels: (Q,) integers or strings.
         gallery_labels: (N,) of the same kind.
-        metric: l2, ip or cosine.
-        self_match: query i is gallery row i, which does not count for it.
-        query_ids: (Q,) and `gallery_ids` (N,): the gallery row of a query's own id does not count for it.
-        gallery_ids: see `query_ids`.
-        transformed: (N,) bool, which gallery rows are transformed vectors.
-        calibration: maps the keys of these rows; None to rank both kinds as they are.
-        progress: called with (queries done, queries).
+        options: how it is ranked; by default by l2, and no gallery row is a query's own.
 
     Raises:
         DataError: shapes do not fit, a value is not finite, or no query has a match.
     """
-    own = ranking.own_rows(len(queries), len(gallery), self_match, query_ids, gallery_ids)
-    task = ranking.prepare(queries, query_labels, gallery_labels, own, metric, calibration)
+    how = options or EvaluateOptions()
+    own = ranking.own_rows(len(queries), len(gallery), how.self_match, how.query_ids, how.gallery_ids)
+    task = ranking.prepare(queries, query_labels, gallery_labels, own, how.metric, how.calibration)
     first_rank, average_precision = no_scores(len(queries))
 
     def score(rows: Int64, columns: Int64, distances: list[Float32]) -> None:
@@ -88,7 +83,7 @@ def evaluate(
         irrelevant = counts[:, 0].cumsum(axis=1)
         first_rank[rows], average_precision[rows] = ranking.score(irrelevant, task.num_matches[rows])
 
-    task.run([gallery], score, progress, [transformed])
+    task.run([gallery], score, progress, [how.transformed])
     return to_metrics(first_rank, average_precision, len(gallery))
 
 
@@ -96,7 +91,7 @@ def by_group(first_rank: Int32, average_precision: Float64, groups: Int64, num_g
     """METRICS in per cent of each group's queries, (num_groups, P, 3) float64; NaN for a group without any.
 
     Args:
-        first_rank: (P, Q) int32, as in `Detail`.
+        first_rank: (P, Q) int32, as in `simulated_curve.ResultDetail`.
         average_precision: (P, Q) float64.
         groups: (Q,) int64 in [0, num_groups), or -1 for none.
         num_groups: the number of groups.
@@ -106,7 +101,7 @@ def by_group(first_rank: Int32, average_precision: Float64, groups: Int64, num_g
 
 
 def negative_flips(before: Int32, after: Int32) -> Float64:
-    """The per cent of queries that were answered at rank 1 `before` (Q,) and are not `after` (P, Q); (P,) float64."""
+    """The per cent of queries that are answered at rank 1 `before` (Q,) and not `after` (P, Q); (P,) float64."""
     measured = before > 0
     flips: Float64 = 100 * ((before == 1) & (after != 1))[:, measured].mean(axis=1)
     return flips
@@ -118,7 +113,7 @@ def recall(found: Int64, exact: Int64) -> float:
 
 
 def mean_metrics(first_rank: Int32, average_precision: Float64) -> Float64:
-    """METRICS in per cent, (..., 3) float64, over the queries (..., Q) that have a match; NaN where none has."""
+    """METRICS in per cent, (..., 3) float64, over the queries (..., Q) that have a match; NaN if none has."""
     measured = np.flatnonzero(first_rank[(0,) * (first_rank.ndim - 1)] > 0)
     if not len(measured):
         return np.full((*first_rank.shape[:-1], len(METRICS)), np.nan)
@@ -130,7 +125,7 @@ def mean_metrics(first_rank: Int32, average_precision: Float64) -> Float64:
 
 
 def to_metrics(first_rank: Int32, average_precision: Float64, num_gallery: int) -> Metrics:
-    """The metrics of queries whose first relevant rank (0: none) and average precision are known."""
+    """The metrics of queries from their first relevant rank (0 for none) and average precision."""
     top1, top5, precision = (float(value) for value in mean_metrics(first_rank, average_precision))
     measured = int((first_rank > 0).sum())
     unmatched = len(first_rank) - measured
@@ -138,10 +133,9 @@ def to_metrics(first_rank: Int32, average_precision: Float64, num_gallery: int) 
 
 
 def nearest_rows(queries: Float32, gallery: Float32, own: Int64, metric: str) -> Int64:
-    """Each query's NEIGHBOURS nearest rows but its own, (Q, K) int64, or fewer where there are fewer."""
-    return nearest(queries, gallery, min(NEIGHBOURS, len(gallery) - 1), own, metric)[1]
+    """Each query's TOP_K nearest rows except its own, (Q, K) int64; all if there are fewer."""
+    return nearest(queries, gallery, min(TOP_K, len(gallery) - 1), own, metric)[1]
 
 
 def no_scores(*shape: int) -> tuple[Int32, Float64]:
-    """Ranks 0 and precisions NaN: of queries that are not scored yet."""
     return np.zeros(shape, np.int32), np.full(shape, np.nan)

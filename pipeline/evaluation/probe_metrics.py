@@ -1,11 +1,7 @@
-"""Measure snapshots on the probe set, by what their readers find.
+"""Measure snapshots on the probe set, by the hits that readers of the index get.
 
-After the neighbours, before the gate. Guarantee: a commit is measured once, and gives the same figures whoever
-measures it. It does not judge.
-
-Ranks are those that readers are given, in the whole gallery. Where labels are of the user's sample and not of all the
-gallery, an answer without a label is neither right nor wrong: then its labelled images stand for the gallery, and
-ranks are among what is stored of them, by exact search.
+Ranks are those in the whole gallery. If only the user's sample has labels, a hit without a label is neither right nor
+wrong. Then ranks are among the labelled images of the sample alone, by exact search in their stored vectors.
 """
 
 from __future__ import annotations
@@ -14,14 +10,12 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pipeline.arrays import Float32, Int64
+from pipeline.arrays import Bools, Float32, Int64
 from pipeline.config.method import ProbeSettings
 from pipeline.config.tree import EncodersSettings, Metric
 from pipeline.embedding.precompute import embedding_log
 from pipeline.embedding.vector_log import VectorLog
-from pipeline.evaluation.curve_points import TOP_K
 from pipeline.evaluation.probe_search import Found, Neighbours, in_old_gallery, in_snapshot
 from pipeline.evaluation.probe_set import ProbeSet, gather, stands_alone
 from pipeline.evaluation.quality import (
@@ -29,41 +23,36 @@ from pipeline.evaluation.quality import (
     ProbeFigures,
     Quality,
     QualityBaseline,
-    mean_recall,
+    full_model_recall10,
     read_baseline,
     read_quality,
     top,
     write_baseline,
     write_quality,
 )
+from pipeline.evaluation.ranks import TOP_K
 from pipeline.index.commits import Commit
 from pipeline.index.segment_files import SegmentRef
 from pipeline.models.calibration import Calibration, nearest_by_kind
 from pipeline.planning.plan import Plan
 from pipeline.run import Run
 
-Bools = NDArray[np.bool_]
-
 _OWN = 0.25
-"""How far an image's stored vector may be from its own one, over the mean distance of images to their mean.
+"""A stored vector counts as the image's own within this share of the gallery's mean distance to its centroid.
 
-With weights in bfloat16 it is at most 0.02; the nearest other image is farther than 0.25 for 98 of 100 (m: 1,500 of
-CIFAR-100's test images)."""
-_MIN_EXPECTED = 50.0  # slots: with fewer, the share of the transformed ones is mostly noise
+With weights in bfloat16 the distance is at most 0.02. The nearest other image is farther than 0.25 for 98 of 100
+images (measured on 1,500 of CIFAR-100's test images)."""
+_MIN_EXPECTED = 50.0  # expected transformed hits; with fewer, their share is mostly noise
 
 
 @dataclass(slots=True)
 class ProbeMeter:
-    """Measures the snapshots of a run on its probe set. Waves that it has searched are not searched again.
-
-    Attributes:
-        baseline: what snapshots are compared with.
-    """
+    """Measures the snapshots of a run on its probe set. Waves that it has searched are not searched again."""
 
     run: Run
     plan: Plan
     probe: ProbeSet
-    baseline: QualityBaseline
+    baseline: QualityBaseline  # what snapshots are compared with
     _waves: dict[str, Found] = field(default_factory=dict)  # see `probe_search.in_snapshot`
     _examined: tuple[set[SegmentRef], Quality] | None = None  # the segments of the last draft, and its quality
 
@@ -76,7 +65,7 @@ class ProbeMeter:
         return None if found is None else cls(run, plan, found, baseline_of(encoders, metric, run, plan, found))
 
     def examine(self, draft: Commit) -> Quality:
-        """Measure a commit that is not published yet; nothing is stored but what the search of its waves found.
+        """Measure a commit that is not published yet; only the hits in its waves are stored.
 
         Raises:
             DataError: a segment is missing or damaged.
@@ -118,8 +107,8 @@ def baseline_of(encoders: EncodersSettings, metric: Metric, run: Run, plan: Plan
         return found
     alone = stands_alone(run, plan, probe)
     new, old, transformed = (
-        _within(probe, *sides, metric, alone)
-        for sides in ((probe.new, probe.new), (probe.old, probe.old), (probe.new, probe.transformed))
+        _within(probe, queries, _Gallery(side, metric), alone)
+        for queries, side in ((probe.new, probe.new), (probe.old, probe.old), (probe.new, probe.transformed))
     )
     log = embedding_log(encoders, run, "gallery", "old")
     made = QualityBaseline(
@@ -136,17 +125,17 @@ def baseline_of(encoders: EncodersSettings, metric: Metric, run: Run, plan: Plan
 
 
 def measure_probe(probe: ProbeSet, known: QualityBaseline, commit: Commit, found: Found) -> Quality:
-    """The figures of what was found in a commit."""
+    """The figures of a commit, from the neighbours that were found in it."""
     others = found.nearest.without(probe.ids)
-    kept, gallery = probe.new.copy(), probe.transformed.copy()  # of an image that the index dropped these stay
+    kept, gallery = probe.new.copy(), probe.transformed.copy()  # these stay for an image that the index dropped
     kept[found.rows], gallery[found.rows] = found.kept, found.stored
-    exact = _within(probe, probe.new, kept, commit.metric, known.alone)
-    by_kind = (~found.embedded, commit.calibration)
-    mixed = _within(probe, probe.new, gallery, commit.metric, known.alone, *by_kind)
+    exact = _within(probe, probe.new, _Gallery(kept, commit.metric), known.alone)
+    served = _Gallery(gallery, commit.metric, ~found.embedded, commit.calibration)
+    mixed = _within(probe, probe.new, served, known.alone)
     recalled = _recalled(mixed.nearest, exact.nearest)
     ranks = mixed.ranks if known.alone else _ranks(others.labels, probe.labels, np.array(known.old) >= 0)
     own = _own(probe, found.embedded, gallery, kept)
-    figures = top(ranks) | mean_recall(recalled, known.num_neighbours)
+    figures = top(ranks) | full_model_recall10(recalled, known.num_neighbours)
     answered = np.array(known.old) == 1
     if known.labelled and answered.any():
         figures["negative_flips"] = 100 * float((np.array(ranks)[answered] != 1).mean())
@@ -162,50 +151,52 @@ def measure_probe(probe: ProbeSet, known: QualityBaseline, commit: Commit, found
 
 @dataclass(frozen=True, slots=True)
 class _Within:
-    """What each probe image finds among the others: `nearest` (Q, k) int64, rows of the probe set, and its rank."""
+    """The neighbours of each probe image among the others, (Q, k) int64 rows of the probe set, and its rank."""
 
     nearest: Int64
     ranks: tuple[int, ...]
 
 
-def _within(
-    probe: ProbeSet,
-    queries: Float32,
-    side: Float32,
-    metric: str,
-    alone: bool,
-    transformed: Bools | None = None,
-    calibration: Calibration | None = None,
-) -> _Within:
-    """By exact search. For ranks the labelled images compete alone where these stand for the gallery, else all do.
+@dataclass(frozen=True, slots=True)
+class _Gallery:
+    """The probe images as a gallery: (Q, d) float32, and which rows are transformed and have their keys mapped."""
 
-    The calibration maps the keys of the rows of `side` that are `transformed`.
-    """
-    own = np.arange(len(probe.ids))
-    kinds = np.zeros(len(own), np.bool_) if transformed is None else transformed
-    found = nearest_by_kind(queries, side, min(TOP_K, len(own) - 1), own, metric, kinds, calibration)[1]
+    vectors: Float32
+    metric: str
+    transformed: Bools | None = None
+    calibration: Calibration | None = None
+
+    def nearest(self, queries: Float32, rows: Int64) -> Int64:
+        """The nearest of some `rows`, best first, (Q, k) int64; a query is no neighbour of itself."""
+        places = np.full(len(self.vectors), -1)
+        places[rows] = np.arange(len(rows))
+        kinds = np.zeros(len(rows), np.bool_) if self.transformed is None else self.transformed[rows]
+        k = min(TOP_K, len(rows) - 1)
+        found = nearest_by_kind(queries, self.vectors[rows], k, places, self.metric, kinds, self.calibration)[1]
+        return rows[found]
+
+
+def _within(probe: ProbeSet, queries: Float32, gallery: _Gallery, alone: bool) -> _Within:
+    """Exact search among the probe images. With `alone` ranks are among the labelled ones."""
+    everyone = np.arange(len(probe.ids))
+    found = gallery.nearest(queries, everyone)
     labelled = np.flatnonzero(probe.labels >= 0)
     matched = _matched(probe.labels, np.bincount(probe.labels[labelled], minlength=len(probe.label_names)))
-    if not alone or len(labelled) == len(own):
+    if not alone or len(labelled) == len(everyone):
         return _Within(found, _ranks(probe.labels[found], probe.labels, matched))
     if len(labelled) < 2:
-        return _Within(found, (-1,) * len(own))
-    places = np.full(len(own), -1)
-    places[labelled] = np.arange(len(labelled))
-    slots = min(TOP_K, len(labelled) - 1)
-    few = nearest_by_kind(queries, side[labelled], slots, places, metric, kinds[labelled], calibration)[1]
-    return _Within(found, _ranks(probe.labels[labelled[few]], probe.labels, matched))
+        return _Within(found, (-1,) * len(everyone))
+    return _Within(found, _ranks(probe.labels[gallery.nearest(queries, labelled)], probe.labels, matched))
 
 
 def _in_old(metric: Metric, run: Run, plan: Plan, probe: ProbeSet, log: VectorLog) -> tuple[int, ...]:
-    """The ranks of the old model in the whole gallery."""
     found, counts = in_old_gallery(metric, run, plan, probe, log)
     return _ranks(found.without(probe.ids).labels, probe.labels, _matched(probe.labels, counts))
 
 
 def _matched(labels: Int64, counts: Int64) -> Bools:
-    """Which labels (Q,) another image has too, from how many images have each of them."""
-    matched: Bools = np.append(counts, 0)[labels] > 1  # -1, for none, is the last
+    """Whether another image has the label, for labels (Q,); `counts` is the number of images per label."""
+    matched: Bools = np.append(counts, 0)[labels] > 1  # label -1 (none) takes the last
     return matched
 
 
@@ -217,14 +208,14 @@ def _ranks(neighbours: Int64, labels: Int64, matched: Bools) -> tuple[int, ...]:
 
 
 def _recalled(found: Int64, exact: Int64) -> tuple[int, ...]:
-    """How many of each row of `exact` (Q, k) are in that of `found` (Q, k)."""
+    """The number of rows of `exact` (Q, k) that are in `found` (Q, k), per query."""
     return tuple((exact[:, :, None] == found[:, None, :]).any(axis=2).sum(axis=1).tolist())
 
 
 def _own(probe: ProbeSet, embedded: Bools, stored: Float32, kept: Float32) -> tuple[tuple[int, int, int], ...]:
-    """See `Quality.own`: by what is stored under the id, not by what a search finds.
+    """`Quality.own`: compares the vector stored under the id, so it holds for any metric and for duplicates.
 
-    So it holds for any metric, and for an image with many duplicates; and the error of a codec is in both sides.
+    The codec's error is in both sides.
     """
     spread = float(np.linalg.norm(kept - kept.mean(axis=0), axis=1).mean())
     hit = np.linalg.norm(stored - kept, axis=1) <= _OWN * spread

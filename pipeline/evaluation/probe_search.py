@@ -1,11 +1,8 @@
-"""The nearest images of each probe image: among the old embeddings of the whole gallery, and in a snapshot.
+"""Search for each probe image's nearest: among the old embeddings of the whole gallery, and in a snapshot.
 
-Of a snapshot also what it stores under the probe images' own ids.
-
-Guarantee: a snapshot's are those that its readers are given, found wave by wave: one wave differs between a
-commit and the next, so only that wave is searched, and what was found in each is kept beside the probe set. The
-search runs where the segments lie, with the labels of what it finds; the driver holds Q x NEIGHBOURS numbers per
-wave, and Q vectors in all, whatever the gallery's size. It does not know what is measured with them.
+A snapshot gives the hits that its readers get, and the vectors stored under the probe images' own ids. It is searched
+wave by wave, in tasks. One wave differs between a commit and the next, so only that wave is searched; its hits are
+kept beside the probe set. The driver holds Q x NEIGHBOURS numbers per wave and Q vectors in all.
 """
 
 from __future__ import annotations
@@ -25,8 +22,8 @@ from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
 from pipeline.config.tree import Metric
 from pipeline.embedding.precompute import read_embeddings
 from pipeline.embedding.vector_log import VectorLog
-from pipeline.evaluation.curve_points import TOP_K
 from pipeline.evaluation.probe_set import ProbeSet
+from pipeline.evaluation.ranks import TOP_K
 from pipeline.index import segment as index
 from pipeline.index.codebook import Codebook
 from pipeline.index.commits import Commit
@@ -39,32 +36,23 @@ from pipeline.planning.plan import Plan
 from pipeline.run import PROBE_SET, Run
 from pipeline.storage import objects, parquet
 
-NEIGHBOURS = TOP_K + 1  # one of them may be the image itself
+NEIGHBOURS = TOP_K + 1  # one may be the image itself
 
-_FORMAT = 2  # of what is kept of a wave; 1 had no vectors
-_BYTES_AT_ONCE = 2**30  # of segments that one task searches
+_FORMAT = 2  # of the file of a wave; 1 had no vectors
+_BYTES_AT_ONCE = 2**30  # segment bytes per task
 
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """The k nearest of each of Q images, best first.
+    """The k nearest of each of Q images, best first."""
 
-    Attributes:
-        ids: (Q, k) int64; -1 where there are fewer.
-        keys: (Q, k) float32, the smaller the nearer, not calibrated; inf where there are fewer.
-        labels: (Q, k) int64, an index into the probe set's `label_names`, -1 for any other label and for none; that of
-            a probe image is the probe set's, of any other the gallery's.
-        transformed: (Q, k) bool, whether what was found is a transformed vector.
-    """
-
-    ids: Int64
-    keys: Float32
-    labels: Int64
-    transformed: NDArray[np.bool_]
+    ids: Int64  # (Q, k) int64; -1 if there are fewer
+    keys: Float32  # (Q, k) float32, the smaller the nearer, not calibrated; inf if there are fewer
+    labels: Int64  # (Q, k) int64 into the probe set's `label_names`; -1 for any other label and for none
+    transformed: NDArray[np.bool_]  # (Q, k) bool, whether the hit is a transformed vector
 
     @classmethod
     def none(cls, num_queries: int, k: int = NEIGHBOURS) -> Neighbours:
-        """Where there is nothing to be found."""
         shape = (num_queries, k)
         return cls(
             np.full(shape, -1, np.int64),
@@ -74,7 +62,7 @@ class Neighbours:
         )
 
     def merge(self, other: Neighbours, calibration: Calibration | None = None) -> Neighbours:
-        """The nearest of both, as many as either has; equal ones in the order of `index.search_by_kind`."""
+        """The k nearest of both; equal ones in the order of `index.segment.search_by_kind`."""
         both = [np.concatenate([getattr(self, item.name), getattr(other, item.name)], axis=1) for item in fields(self)]
         ids, keys, transformed = both[0], both[1], both[3]
         by = [ids, keys]
@@ -84,7 +72,7 @@ class Neighbours:
         return Neighbours(*(np.take_along_axis(values, order, axis=1) for values in both))
 
     def without(self, own: Int64) -> Neighbours:
-        """(Q, k - 1): without each image's own id (Q,), or without the last where it was not found."""
+        """(Q, k - 1): without each image's own id (Q,), or without the last if that is not found."""
         k = self.ids.shape[1]
         mine = self.ids == own[:, None]
         mine[~mine.any(axis=1), -1] = True
@@ -94,24 +82,16 @@ class Neighbours:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a wave, or a whole snapshot, gives.
+    """The result of searching a wave or a whole snapshot."""
 
-    Attributes:
-        nearest: of its vectors.
-        embedded: (Q,) bool, the probe images whose embedded vector is among them.
-        rows: (n,) int64, the probe images of which it holds a vector, embedded or transformed.
-        stored: (n, d) float32, that vector, decoded.
-        kept: (n, d) float32, what the codec makes of the image's new embedding.
-    """
-
-    nearest: Neighbours
-    embedded: NDArray[np.bool_]
-    rows: Int64
-    stored: Float32
-    kept: Float32
+    nearest: Neighbours  # the hits
+    embedded: NDArray[np.bool_]  # (Q,) bool, the probe images whose embedded vector it holds
+    rows: Int64  # (n,) int64, the probe images of which it holds a vector of either kind
+    stored: Float32  # (n, d) float32, that vector, decoded
+    kept: Float32  # (n, d) float32, the image's new embedding after the codec
 
     def merge(self, other: Found, calibration: Calibration | None = None) -> Found:
-        """What both give together; the calibration is that of the commit."""
+        """Both together; the calibration is that of the commit."""
         both = ((getattr(self, name), getattr(other, name)) for name in ("rows", "stored", "kept"))
         return Found(
             self.nearest.merge(other.nearest, calibration),
@@ -124,10 +104,6 @@ def in_old_gallery(metric: Metric, run: Run, plan: Plan, probe: ProbeSet, log: V
     """Exact search with the probe's old embeddings in those of the whole gallery, part by part.
 
     Args:
-        metric: the gallery's.
-        run: the run.
-        plan: its plan.
-        probe: its probe set.
         log: old embeddings of the gallery that did not come with its manifest.
 
     Returns:
@@ -141,10 +117,11 @@ def in_old_gallery(metric: Metric, run: Run, plan: Plan, probe: ProbeSet, log: V
 
 
 def in_snapshot(run: Run, plan: Plan, probe: ProbeSet, commit: Commit, known: dict[str, Found]) -> Found:
-    """What a search with the probe's new embeddings finds in a commit; only waves not searched before are.
+    """Search a commit with the probe's new embeddings; waves that were searched before are not searched again.
 
     Args:
-        known: what this process found in waves so far, for the next commit; those of this one are all that is left.
+        commit: it may be a draft.
+        known: the waves that this process has searched, by file; afterwards it holds those of this commit.
 
     Raises:
         DataError: a segment is missing or damaged.
@@ -182,7 +159,6 @@ def _in_old_part(run: Run, log: VectorLog, probe: ProbeSet, metric: Metric, part
 
 
 def _in_segments(run: Run, plan: Plan, probe: ProbeSet, commit: Commit, refs: Sequence[SegmentRef]) -> Found:
-    """Search some segments of one wave, and say what was found."""
     codebook = Codebook.open(run, commit.codebook_path, commit.codebook_sha256)
     segments = [Segment.open(run, codebook, ref) for ref in refs]
     kinds = {kind: [item for item, ref in zip(segments, refs, strict=True) if ref.kind == kind] for kind in KINDS}
@@ -209,7 +185,7 @@ def _in_segments(run: Run, plan: Plan, probe: ProbeSet, commit: Commit, refs: Se
 
 
 def _codes(images: pa.Table, probe: ProbeSet) -> Int64:
-    """(N,) labels of images as indices into the probe set's names, -1 for others; its own images have its labels."""
+    """(N,) labels as indices into the probe set's names, -1 for others; probe images have the probe set's labels."""
     found = pa.compute.index_in(images["label"], value_set=pa.array(probe.label_names, pa.string()), skip_nulls=True)
     codes: Int64 = found.fill_null(-1).to_numpy().astype(np.int64)
     ids: Int64 = images["id"].to_numpy()
@@ -218,7 +194,7 @@ def _codes(images: pa.Table, probe: ProbeSet) -> Int64:
 
 
 def _look_up(ids: Int64, known: Int64, values: Int64) -> Int64:
-    """The value of each id, of the shape of `ids`; -1 for an id that is not known."""
+    """The value of each id, in the shape of `ids`; -1 for an unknown id."""
     if not len(known):
         return np.full(ids.shape, -1, np.int64)
     order = np.argsort(known)
@@ -227,14 +203,14 @@ def _look_up(ids: Int64, known: Int64, values: Int64) -> Int64:
 
 
 def _portions(refs: list[SegmentRef]) -> list[list[SegmentRef]]:
-    """A wave's segments by shard, as many to a task as make a good piece of work."""
+    """A wave's segments by shard, one list per task."""
     refs = sorted(refs, key=lambda ref: ref.shard)
     step = max(1, len(refs) * _BYTES_AT_ONCE // max(1, sum(ref.bytes for ref in refs)))
     return [refs[first : first + step] for first in range(0, len(refs), step)]
 
 
 def _uri(run: Run, commit: Commit, refs: list[SegmentRef]) -> str:
-    """Where what is found in a wave is kept: by the content of its segments, and by how they are searched."""
+    """The file of a wave's hits, named by the content of its segments and the settings of the search."""
     content: list[object] = [_FORMAT, commit.codebook_sha256, commit.nprobe]
     content.append(sorted((ref.shard, ref.sha256) for ref in refs))
     content += [] if commit.calibration is None else [commit.calibration]
@@ -243,7 +219,7 @@ def _uri(run: Run, commit: Commit, refs: list[SegmentRef]) -> str:
 
 
 def _to_parquet(found: Found) -> bytes:
-    """One row per probe image; the vectors are null where the wave holds none of the image."""
+    """One row per probe image; its vectors are null if the wave does not hold it."""
     k, count = found.nearest.ids.shape[1], len(found.embedded)
     places = np.full(count, -1)
     places[found.rows] = np.arange(len(found.rows))

@@ -1,11 +1,10 @@
 """The probe set: a sample of the gallery's own images, on which every snapshot is measured before `prod` moves.
 
-    gallery/part-* (and probe.manifest) -> draw -> probe-set/part-00000 -> the embedding stream -> probe-set/old, new
-    -> gather, with what the plan knows of these images -> probe-set/set.parquet
+    gallery/part-* (and probe.manifest) -> sampling.probe_draw -> probe-set/part-00000 -> the embedding stream
+    -> probe-set/old, new -> gather, with the plan's rows of these images -> probe-set/set.parquet
 
-Guarantee: which images it holds is a function of their ids and their number alone, or of the user's sample, so a
-run that is started again, anywhere, has the same ones. Each is embedded in its wave like any other image. It knows
-no metric.
+Its images depend on their ids and the wanted number alone, or on the user's sample. Each is also embedded in its wave
+like any other image.
 """
 
 from __future__ import annotations
@@ -26,50 +25,37 @@ from pipeline.planning.plan import Plan
 from pipeline.run import PROBE_SET, Run
 from pipeline.storage import objects, parquet
 
-_FEWEST = 2  # images: one alone has no neighbours
+_FEWEST = 2  # one image alone has no neighbours
 _PLANNED = ["id", "wave", "uncertainty", "vector"]
 _GATHERED = ["id", "wave", "uncertainty", "label", "group", "vector", "new", "old"]
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeSet:
-    """Q images of the gallery, sorted by id: those that both encoders could read.
+    """Q images of the gallery, sorted by id: those that both encoders could read."""
 
-    Attributes:
-        ids: (Q,) int64.
-        old: (Q, d_old) float32.
-        new: (Q, d_new) float32, the new encoder on the images.
-        transformed: (Q, d_new) float32, h of the old embeddings.
-        uncertainty: (Q,) float32.
-        wave: (Q,) int64, from 1, in which the backfill embeds the image.
-        labels: (Q,) int64, an index into `label_names`, or -1 for none.
-        groups: (Q,) int64, an index into `group_names`, or -1 for none.
-        label_names: sorted.
-        group_names: sorted.
-    """
-
-    ids: Int64
-    old: Float32
-    new: Float32
-    transformed: Float32
-    uncertainty: Float32
-    wave: Int64
-    labels: Int64
-    groups: Int64
-    label_names: tuple[str, ...]
-    group_names: tuple[str, ...]
+    ids: Int64  # (Q,) int64
+    old: Float32  # (Q, d_old) float32
+    new: Float32  # (Q, d_new) float32, the new encoder on the images
+    transformed: Float32  # (Q, d_new) float32, h of the old embeddings
+    uncertainty: Float32  # (Q,) float32
+    wave: Int64  # (Q,) int64, from 1, in which the backfill embeds the image
+    labels: Int64  # (Q,) int64, an index into `label_names`, or -1 for none
+    groups: Int64  # (Q,) int64, an index into `group_names`, or -1 for none
+    label_names: tuple[str, ...]  # sorted
+    group_names: tuple[str, ...]  # sorted
 
     def targets(self, metric: str) -> Float32:
-        """What a transformation is to give of them, (Q, d_new): `new`, of length 1 where the metric is cosine."""
+        """The targets of a transformation, (Q, d_new): `new`, scaled to length 1 for cosine."""
         return self.new / np.linalg.norm(self.new, axis=1, keepdims=True) if metric == "cosine" else self.new
 
 
 def embedded(probe: ProbeSettings, encoders: EncodersSettings, run: Run) -> pa.Table | None:
-    """The drawn images that both encoders could read, as they are before there is a plan.
+    """The drawn images that both encoders could read; it needs no plan.
 
     Returns:
-        sorted by id: id, label and group (strings, null for none), old and new, and `side` where the gallery has it;
-        None where no set is wanted or was drawn, or fewer than two of its images have both embeddings.
+        sorted by id: id, label and group (strings, null for none), old and new, and `side` if the gallery has it.
+        None if there is no probe set, or fewer than two of its images have both embeddings.
     """
     if not probe.images or normalised.read_manifest(run, PROBE_SET) is None:
         return None
@@ -78,10 +64,10 @@ def embedded(probe: ProbeSettings, encoders: EncodersSettings, run: Run) -> pa.T
 
 
 def gather(probe: ProbeSettings, encoders: EncodersSettings, run: Run, plan: Plan) -> ProbeSet | None:
-    """The probe set with all that is known of its images once the plan is made and they are embedded; kept.
+    """The probe set with its embeddings and the plan's rows of its images; stored on the first call.
 
     Returns:
-        None where none is wanted or was drawn, or fewer than two of its images have all their embeddings.
+        None if there is no probe set, or fewer than two of its images have both embeddings.
     """
     if not probe.images or normalised.read_manifest(run, PROBE_SET) is None:
         return None
@@ -101,10 +87,9 @@ def gather(probe: ProbeSettings, encoders: EncodersSettings, run: Run, plan: Pla
 
 
 def stands_alone(run: Run, plan: Plan, probe: ProbeSet) -> bool:
-    """Whether quality by labels is told among the labelled probe images alone, which then stand for the gallery.
+    """Whether quality is measured among the labelled probe images alone.
 
-    So it is where they are the user's sample, and with its labels not all images of the plan have one: an answer
-    without a label is neither right nor wrong.
+    True if they are the user's sample and other images have no label: a hit without a label is neither right nor wrong.
     """
     drawn = normalised.read_manifest(run, PROBE_SET)
     if drawn is None or not drawn.sample:
@@ -114,7 +99,7 @@ def stands_alone(run: Run, plan: Plan, probe: ProbeSet) -> bool:
 
 
 def load(run: Run) -> ProbeSet | None:
-    """The probe set as `gather` kept it; None where it is not there, or has fewer than two images."""
+    """The probe set as `gather` stored it; None if it is not stored or has fewer than two images."""
     if not is_gathered(run):
         return None
     table = parquet.read_parquet(_gathered(run))
@@ -137,14 +122,14 @@ def load(run: Run) -> ProbeSet | None:
 
 
 def is_used(run: Run) -> bool:
-    """Whether commits of this run are measured: a set was drawn, and is not known to be too small."""
+    """Whether commits of this run are measured: a probe set was drawn and is not too small."""
     if is_gathered(run):
         return len(parquet.read_parquet(_gathered(run), ["id"])) >= _FEWEST
     return normalised.read_manifest(run, PROBE_SET) is not None
 
 
 def is_gathered(run: Run) -> bool:
-    """Whether `gather` has kept all that is known of the images: then nothing of them is embedded any more."""
+    """Whether `gather` has stored the set; then its images are not embedded for it any more."""
     return objects.exists(_gathered(run))
 
 
@@ -153,7 +138,6 @@ def _gathered(run: Run) -> str:
 
 
 def _embedded(encoders: EncodersSettings, run: Run) -> pa.Table:
-    """As `embedded`, however few they are."""
     (rows, old), (others, new) = (
         read_embeddings(run, PROBE_SET, 0, f"{role}_embedding", embedding_log(encoders, run, PROBE_SET, role))
         for role in ("old", "new")
@@ -167,7 +151,7 @@ def _embedded(encoders: EncodersSettings, run: Run) -> pa.Table:
 
 
 def _planned(run: Run, ids: Int64, part: int) -> pa.Table:
-    """What the plan knows of those images of a part that are among `ids`, sorted."""
+    """The plan's rows of the images of a part that are among `ids` (sorted)."""
     uri = run.transformed_part(part)
     there = np.flatnonzero(np.isin(parquet.read_parquet(uri, ["id"])["id"].to_numpy(), ids))
     return parquet.read_parquet(uri, _PLANNED).take(pa.array(there))

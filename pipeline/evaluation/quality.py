@@ -1,8 +1,11 @@
-"""What a snapshot is worth, on the probe set: its figures, and the answers per query that they are made of.
+"""The quality of a snapshot on the probe set, as it is stored: figures, and the answer to each query.
 
-What `assess` measures and the gate looks at. `probe-set/reference.json`, made once, is what every snapshot is compared
-with; `reports/probe-set/<commit>.json` is written once a commit is measured, whole or not at all; `reports/best.json`
-names the best of those that `prod` has served.
+`evaluation.probe_metrics` measures it, `evaluation.gate` judges it. Files of a run:
+
+    probe-set/reference.json          the baseline that every snapshot is compared with; written once
+    reports/probe-set/<commit>.json   the quality of a commit; written once
+    reports/best.json                 the best commit that `prod` has served
+    reports/standing.json             the result of the gate for the last commit
 """
 
 from __future__ import annotations
@@ -19,91 +22,69 @@ from pipeline.storage import documents, objects
 from pipeline.storage.documents import from_json, to_json
 
 ProbeFigures = dict[str, float]
-
-"""Where the probe set lies, and its figures below `reports`. A run's `probe` is a store's own, and gc empties it."""
+"""Figures by name. `recall10` is full_model_recall10: of the full new model's 10 nearest, the per cent found."""
 
 MIN_QUERIES = 10
-"""Of a group, or of the whole probe set: with fewer, top-1 moves by more than ten points with one query."""
+"""Of a group or of the whole probe set; with fewer, one query moves top-1 by more than ten points."""
 
 
 @dataclass(frozen=True, slots=True)
 class QualityBaseline:
-    """What does not change from one snapshot to the next. A rank is that of the first image of the query's label.
+    """The figures that all snapshots of a run are compared with.
 
-    Ranks count from 1; 0 is beyond SLOTS, and -1 stands for a query without a match. One per probe image.
-
-    Attributes:
-        old: ranks of the old model, queries and gallery, by exact search over the whole gallery, or as `alone` says.
-        old_recalled: of the nearest probe images under the new model, how many are among the nearest under the old.
-        num_neighbours: the nearest that `recall10` looks at: 10, or fewer in a tiny probe set.
-        within_old: ranks among the probe images alone, old model.
-        within_transformed: the same, new queries and transformed gallery.
-        within_new: the same, new model.
-        alone: whether all ranks, also those of snapshots, are among the labelled images of the user's sample alone, by
-            exact search in what is stored of them: the gallery has no labels, or not all of it.
+    A rank is that of the first image with the query's label, from 1; 0 is beyond the 10 nearest, -1 is a query without
+    a match. There is one per probe image.
     """
 
-    old: tuple[int, ...]
-    old_recalled: tuple[int, ...]
-    num_neighbours: int
-    within_old: tuple[int, ...]
-    within_transformed: tuple[int, ...]
-    within_new: tuple[int, ...]
-    alone: bool = False
+    old: tuple[int, ...]  # of the old model by exact search, in the whole gallery or as `alone` says
+    old_recalled: tuple[int, ...]  # of the new model's nearest probe images, how many the old model finds
+    num_neighbours: int  # of `full_model_recall10`: 10, or fewer in a tiny probe set
+    within_old: tuple[int, ...]  # of the old model among the probe images alone
+    within_transformed: tuple[int, ...]  # the same, new queries and transformed gallery
+    within_new: tuple[int, ...]  # the same, new model
+    alone: bool = False  # all ranks are among the labelled images of the user's sample: the gallery lacks labels
 
     @property
     def labelled(self) -> bool:
-        """Whether quality is measured by labels: enough queries have a match."""
+        """Whether enough queries have a match to measure quality by labels."""
         return sum(rank >= 0 for rank in self.old) >= MIN_QUERIES
 
     @property
     def figures(self) -> ProbeFigures:
-        """Of the old model."""
-        return top(self.old) | mean_recall(self.old_recalled, self.num_neighbours)
+        return top(self.old) | full_model_recall10(self.old_recalled, self.num_neighbours)
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """A commit on the probe set.
+    """The quality of a commit.
 
-    Attributes:
-        commit: its number.
-        attempt_id: of the commit file that was measured.
-        figures: in per cent `top1`, `top5` (with labels), `recall10`, `negative_flips` (of the queries that the old
-            model answers right, those that this does not), `group_gap` (top-1 of the best group less that of the
-            worst), `own` (of the embedded probe images, those whose own vector is stored under their id); and
-            `slot_share`, the transformed vectors' share in the nearest 10 over that in the index. One that cannot
-            be told is not there.
-        ranks: as in `QualityBaseline`, one per probe image.
-        recalled: of the nearest probe images under the new model, as the index's codec keeps them, how many are among
-            the nearest of what the snapshot stores of them: all of them once every image is embedded.
-        own: per embedded wave, how many of its probe images have their own vector stored under their id, as near as
-            another run of the encoder would give it, and how many there are.
-        groups: per group of enough queries, how many of them are answered at rank 1, and how many there are.
+    `figures` has those that can be measured, in per cent: `top1`, `top5`, `recall10`; `negative_flips`, the queries
+    that the old model answers right and this commit does not; `group_gap`, top-1 of the best group less that of the
+    worst; `own`, the embedded probe images whose own vector is stored under their id. `slot_share` is a ratio: the
+    share of transformed vectors in the 10 nearest over their share of the index.
     """
 
     commit: int
-    attempt_id: str
+    attempt_id: str  # of the commit file that was measured
     figures: ProbeFigures
-    ranks: tuple[int, ...]
-    recalled: tuple[int, ...]
-    own: tuple[tuple[int, int, int], ...]
-    groups: tuple[tuple[str, int, int], ...]
+    ranks: tuple[int, ...]  # as in `QualityBaseline`, one per probe image
+    recalled: tuple[int, ...]  # of the new model's nearest probe images, in the index's codec, how many it finds
+    own: tuple[tuple[int, int, int], ...]  # (wave, intact, images) of the probe images of each embedded wave
+    groups: tuple[tuple[str, int, int], ...]  # (group, answered at rank 1, queries) of each large enough group
 
 
 def full_estimate(known: QualityBaseline, start: Quality, left: float = 1.0) -> ProbeFigures:
-    """What the full new model is expected to reach on the probe set, in per cent; only what can be told.
+    """The expected figures of the full new model, in per cent; those that can be estimated.
 
-    `top1_error` and `top5_error` are their standard errors in points, of the sum, whose parts share their queries;
-    `recall10` is 100 by definition.
+        full = commit 0 in the whole gallery + left * (new model - transformed), the last two among probe images alone
 
-    Among the probe images alone labels are rarer than in the gallery. So what the new model gains there over the
-    transformed vectors is added to what snapshot 0 reaches in the whole gallery, as `expected` does.
+    `top1_error` and `top5_error` are standard errors in percentage points. The terms are correlated (same queries),
+    which is accounted for. `recall10` is 100 by definition.
 
     Args:
-        known: the run's reference.
+        known: the baseline of the run.
         start: the quality of commit 0.
-        left: the share of the gallery that is transformed in it, which is what gains.
+        left: the share of the gallery that is transformed in commit 0.
     """
     new, transformed = top(known.within_new), top(known.within_transformed)
     sums = {
@@ -115,7 +96,7 @@ def full_estimate(known: QualityBaseline, start: Quality, left: float = 1.0) -> 
 
 
 def _error(known: QualityBaseline, start: Quality, left: float, k: int) -> float:
-    """Of `top{k}` in `full_estimate`, over the queries with a match in the gallery and among the probe images."""
+    """The standard error of `top{k}`, over the queries with a match in the gallery and among the probe images."""
     ranks = np.array([start.ranks, known.within_new, known.within_transformed])
     ranks = ranks[:, (ranks >= 0).all(axis=0)]
     answers = 100.0 * ((ranks > 0) & (ranks <= k))
@@ -123,25 +104,22 @@ def _error(known: QualityBaseline, start: Quality, left: float, k: int) -> float
 
 
 def read_baseline(run: Run) -> QualityBaseline | None:
-    """As `assess.reference` stored it, or None."""
     found = objects.read_versioned(_reference_uri(run))
     return from_json(QualityBaseline, found[0], _reference_uri(run)) if found else None
 
 
 def read_quality(run: Run, commit: int) -> Quality | None:
-    """As `assess.measure` stored it, or None where the commit is not measured."""
+    """The stored quality of a commit; None if it is not measured."""
     uri = _quality_uri(run, commit)
     found = objects.read_versioned(uri)
     return from_json(Quality, found[0], uri) if found else None
 
 
 def read_all_quality(run: Run) -> list[Quality]:
-    """Of all commits that are measured, ascending."""
     return [read_file(uri) for uri in files(run)]
 
 
 def files(run: Run) -> list[str]:
-    """The files of all commits that are measured, sorted."""
     return objects.list_files(run.path("reports", PROBE_SET), ".json")
 
 
@@ -155,11 +133,10 @@ def read_file(uri: str) -> Quality:
 
 
 def read_best(run: Run, served: int | None) -> int | None:
-    """The best commit that `prod` has served, up to the one that it serves; None where that is not known.
+    """The best commit that `prod` has served, none later than `served`; None if it is not known.
 
     Args:
-        run: the run.
-        served: the commit that `prod` points to. After a rollback what was served later is no measure any more.
+        served: the commit that `prod` points to. After a rollback later commits do not count.
     """
     found = objects.read_versioned(_best_uri(run))
     if found is None or served is None:
@@ -169,20 +146,18 @@ def read_best(run: Run, served: int | None) -> int | None:
 
 
 def keep_best(run: Run, commit: int, before: int | None, anew: bool = False, check: Check = fenced.anyone) -> None:
-    """Keep that `prod` serves a commit now, where that is the best one so far.
+    """Record the commit that `prod` serves now as the best one, if it is.
 
     Args:
-        run: the run.
-        commit: its number.
-        before: what `prod` served before.
-        anew: whatever was served before, this is what later commits are compared with: somebody has insisted on it.
-        check: whether the caller may still write.
+        before: the commit that `prod` served before.
+        anew: later commits are compared with this one even if an earlier one was better: a person has forced it.
+        check: raises if the caller may not write any more.
 
     Raises:
         SnapshotConflict: another driver owns the run.
     """
     kept, measured = read_best(run, before), read_quality(run, commit)
-    best = before if kept is None else kept  # none is kept after a rollback
+    best = before if kept is None else kept  # after a rollback none is kept
     known = read_quality(run, best) if best is not None and not anew else None
     if known is None or (measured is not None and _value(measured) >= _value(known)):
         best = commit
@@ -191,17 +166,15 @@ def keep_best(run: Run, commit: int, before: int | None, anew: bool = False, che
 
 
 def write_baseline(run: Run, made: QualityBaseline) -> None:
-    """Keep what snapshots are compared with."""
     objects.put(_reference_uri(run), to_json(made))
 
 
 def write_quality(run: Run, made: Quality) -> None:
-    """Keep the quality of a commit."""
     objects.put(_quality_uri(run, made.commit), to_json(made))
 
 
 def top(ranks: Sequence[int]) -> ProbeFigures:
-    """`top1` and `top5` in per cent over the queries with a match; nothing where these are too few."""
+    """`top1` and `top5` in per cent over the queries with a match; empty if these are too few."""
     measured = np.array([rank for rank in ranks if rank >= 0])
     if len(measured) < MIN_QUERIES:
         return {}
@@ -209,20 +182,17 @@ def top(ranks: Sequence[int]) -> ProbeFigures:
     return {f"top{k}": 100 * float((right & (measured <= k)).mean()) for k in (1, 5)}
 
 
-def mean_recall(recalled: Sequence[int], num_neighbours: int) -> ProbeFigures:
-    """`recall10` in per cent, from how many of so many neighbours are recalled."""
+def full_model_recall10(recalled: Sequence[int], num_neighbours: int) -> ProbeFigures:
+    """The share of the full model's neighbours that are found, in per cent, under its stored name `recall10`."""
     return {"recall10": 100 * float(np.mean(recalled)) / num_neighbours}
 
 
 @dataclass(frozen=True, slots=True)
 class _Best:
-    """`reports/best.json`: the best commit that `prod` has served."""
-
     commit: int
 
 
 def _value(measured: Quality) -> float:
-    """What the gate compares by."""
     return measured.figures.get("top1", measured.figures["recall10"])
 
 
@@ -240,26 +210,20 @@ def _quality_uri(run: Run, commit: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PromotionStatus:
-    """`reports/standing.json`.
+    """`reports/standing.json`."""
 
-    Attributes:
-        commit: the number of the last commit that was judged.
-        refused: why it is not promoted.
-        stopped: which condition of `--stop-when` ended the backfill here.
-    """
-
-    commit: int
-    refused: tuple[str, ...] = ()
-    stopped: str | None = None
+    commit: int  # the number of the last commit that was judged
+    refused: tuple[str, ...] = ()  # why it is not promoted
+    stopped: str | None = None  # the condition of `--stop-when` that ended the backfill here
 
 
-def write_promotion_status(run: Run, standing: PromotionStatus, check: Check) -> None:
-    """Keep what became of the last commit; raises as `fenced.replace`."""
-    fenced.replace(_uri(run), documents.encode(standing), check)
+def write_promotion_status(run: Run, status: PromotionStatus, check: Check) -> None:
+    """Store the result for the last commit; raises as `fenced.replace`."""
+    fenced.replace(_uri(run), documents.encode(status), check)
 
 
 def read_promotion_status(run: Run) -> PromotionStatus | None:
-    """What became of the last commit that was judged, or None.
+    """The result for the last commit that was judged, or None.
 
     Raises:
         DataError: the file is damaged or of another format.

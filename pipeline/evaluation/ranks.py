@@ -1,11 +1,8 @@
-"""Exact ranks of the relevant images of each query, by counting; the arithmetic below evaluate.py.
+"""Exact ranks of the relevant images of each query, by counting.
 
-No ranking is ever sorted: an average precision needs only, for each relevant image, how many
-irrelevant ones are as near. So the relevant distances of a query are sorted, and every other distance
-is counted between two of them. Ties are pessimistic, hence deterministic: at equal distance an
-irrelevant image comes before a relevant one. Memory is some blocks of distances, whatever the gallery.
-
-It knows nothing about curves and orders, and nothing about files.
+Average precision needs, for each relevant image, the number of irrelevant ones that are as near. So only the relevant
+distances of a query are sorted, and all others are counted between them. Ties are pessimistic, hence deterministic: at
+equal distance an irrelevant image comes first. Memory is a few blocks of distances for any gallery.
 """
 
 from __future__ import annotations
@@ -26,28 +23,24 @@ from pipeline.models.calibration import Calibration
 OnProgress = Callable[[int, int], None]
 Score = Callable[[Int64, Int64, list[Float32]], None]
 
+TOP_K = 10  # the nearest that recall, slot share and ranks of the probe set look at
 _BLOCK = 2**23  # distances of one thread to one gallery: 32 MB
-_BATCH = 2**17  # distances counted at a time: what stays in the cache
+_BATCH = 2**17  # distances counted at a time: they fit in the cache
 _THREADS = min(8, os.cpu_count() or 1)
-_GEMM = Lock()  # BLAS brings its own threads: two products at once took 3 times as long as one after the other (m)
+_GEMM = Lock()  # BLAS has its own threads: two products at once took 3 times as long (measured)
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Who asks and what is relevant; galleries are given to `run`.
+    """Queries and their relevant rows; galleries are given to `run`."""
 
-    `queries` is (Q, d) float32; `labels` (Q,) int64 indexes `columns`, the gallery rows of each label;
-    `own` (Q,) int64 is the gallery row that does not count for a query, or -1; `num_matches` (Q,)
-    int64 is the number of relevant rows that do count. `calibration` maps the keys of transformed rows.
-    """
-
-    metric: str
-    queries: Float32
-    labels: Int64
-    columns: list[Int64]
-    own: Int64
-    num_matches: Int64
-    calibration: Calibration | None = None
+    metric: str  # l2, ip or cosine
+    queries: Float32  # (Q, d) float32
+    labels: Int64  # (Q,) int64, an index into `columns`
+    columns: list[Int64]  # the gallery rows of each label
+    own: Int64  # (Q,) int64, the gallery row that does not count for a query, or -1
+    num_matches: Int64  # (Q,) int64, the relevant rows that count
+    calibration: Calibration | None = None  # maps the keys of transformed rows
 
     def run(
         self,
@@ -58,18 +51,16 @@ class Task:
     ) -> None:
         """Call `score(rows, columns, distances)` for every query that has a match, from several threads.
 
-        `rows` (B,) are queries of one label, `columns` (R,) the gallery rows of that label, `distances`
-        holds a (B, N) float32 per gallery, in whose place `score` may write. Blocks and the order of
-        sums depend on Q, N and the labels only, so the same input gives the same bits.
+        `rows` (B,) are queries of one label, `columns` (R,) the gallery rows of that label, and `distances` has a
+        (B, N) float32 per gallery, which `score` may overwrite. The same input gives the same bits.
 
         Args:
             galleries: each (N, d) float32.
-            score: what to call.
-            progress: called with (queries done, queries).
-            transformed: of each gallery the rows that are transformed vectors, (N,) bool, or None for none of them.
+            score: the function to call.
+            transformed: per gallery the rows that are transformed vectors, (N,) bool; None for no row.
 
         Raises:
-            DataError: a gallery has another shape than labels and queries ask for, or is not finite.
+            DataError: a gallery does not fit labels and queries, or is not finite.
         """
         expected = sum(map(len, self.columns)), self.queries.shape[1]
         for gallery in galleries:
@@ -114,7 +105,7 @@ class Task:
         return calibrate(distances, self.queries[rows], side.transformed, self.metric, self.calibration)
 
     def _distances(self, rows: Int64, side: _Side) -> Float32:
-        """(B, N) float32, infinite at each query's own row; any monotone function of the distance does."""
+        """(B, N) float32, a monotone function of the distance; infinite at each query's own row."""
         with _GEMM:
             distances = self.queries[rows] @ side.vectors.T
         if side.offset is not None:
@@ -135,13 +126,12 @@ class _Side:
 def calibrate(
     distances: Float32, queries: Float32, transformed: Bools, metric: str, calibration: Calibration
 ) -> Float32:
-    """Distances with those of transformed rows mapped, in place.
+    """Map the distances of transformed rows, in place.
 
     Args:
-        distances: (B, N) float32: for ip and cosine the keys, for l2 half of them without the query's squared length.
+        distances: (B, N) float32: keys for ip and cosine; for l2 (key - |query|^2) / 2.
         queries: (B, d) float32, or their negatives.
         transformed: (N,) bool.
-        metric: l2, ip or cosine.
         calibration: the map.
     """
     keys = distances[:, transformed].astype(np.float64)
@@ -161,7 +151,7 @@ def prepare(
     metric: str,
     calibration: Calibration | None = None,
 ) -> Task:
-    """Check the queries and find the relevant rows of each; arguments as in `evaluate.evaluate`.
+    """Check the queries and find the relevant rows of each; arguments as in `metrics.evaluate`.
 
     Raises:
         DataError: shapes do not fit, a value is not finite, the metric is unknown, or no query has a match.
@@ -183,10 +173,10 @@ def prepare(
 def own_rows(
     num_queries: int, num_gallery: int, self_match: bool, query_ids: Int64 | None, gallery_ids: Int64 | None
 ) -> Int64:
-    """(Q,) int64: the gallery row that is the query itself, -1 where there is none.
+    """(Q,) int64: the gallery row that is the query itself, or -1.
 
     Raises:
-        DataError: `self_match` with another number of queries than gallery rows, or one kind of ids alone.
+        DataError: `self_match`, and not as many queries as gallery rows; or ids of one side only.
     """
     if self_match:
         if num_queries != num_gallery:
@@ -202,10 +192,9 @@ def own_rows(
 
 
 def take_relevant(distances: list[Float32], columns: Int64) -> tuple[Float32, Int64]:
-    """The relevant distances of all sides, ascending, (B, K) float32, and where each is from, (B, K) int64.
+    """The relevant distances of all sides, ascending, (B, K) float32, and the source of each, (B, K) int64.
 
-    Source side * R + r is row columns[r] of that side. In `distances` they become infinite, so that
-    what is counted later is irrelevant.
+    Source `side * R + r` is row columns[r] of that side. In `distances` they become infinite.
     """
     values = np.concatenate([side[:, columns] for side in distances], axis=1)
     source = np.argsort(values, axis=1, kind="stable")
@@ -215,11 +204,11 @@ def take_relevant(distances: list[Float32], columns: Int64) -> tuple[Float32, In
 
 
 def count_below(distances: Float32, thresholds: Float32) -> Int32:
-    """(B, N) int32: how many of its row's `thresholds` (B, K), ascending, are below each distance; exact.
+    """(B, N) int32: how many of its row's ascending `thresholds` (B, K) are below each distance; exact.
 
-    Each distance falls into a cell of a fine grid over the thresholds, which tells the count, except in
-    cells that hold a threshold: those distances are searched. Rounding is monotone and the same for
-    both, so that it moves no distance across a threshold. (m: 4 times as fast as searching for all.)
+    Each distance falls into a cell of a fine grid over the thresholds, which gives the count. Distances in cells with
+    a threshold are searched. Rounding is monotone and the same for both, so no distance crosses a threshold. Measured:
+    4 times as fast as a search for all.
     """
     rows, num = distances.shape
     cells = int(np.clip(num, 2**8, 2**16))
@@ -229,13 +218,13 @@ def count_below(distances: Float32, thresholds: Float32) -> Int32:
     first_cell = np.arange(rows, dtype=np.int32)[:, None] * (cells + 4)
 
     def cell(values: Float32, last: int) -> Int32:
-        with np.errstate(over="ignore"):  # far beyond the last threshold; infinite is as good
+        with np.errstate(over="ignore"):  # far beyond the last threshold: infinite is right
             position = (values - low) * scale
         position += 1
         cells_of: Int32 = np.clip(position, 0, last).astype(np.int32) + first_cell
         return cells_of
 
-    occupied = cell(thresholds, cells + 3)  # infinite ones get a cell of their own, which no distance falls into
+    occupied = cell(thresholds, cells + 3)  # infinite ones get a cell without distances
     held = np.bincount(occupied.ravel(), minlength=rows * (cells + 4)).reshape(rows, -1)
     below = (held.cumsum(axis=1) - held).astype(np.int32).ravel()
     below[occupied] = -1
@@ -249,7 +238,7 @@ def count_below(distances: Float32, thresholds: Float32) -> Int32:
 def histogram(below: Int32, num_thresholds: int, steps: Int64 | None = None, num_steps: int = 1) -> Int64:
     """(B, num_steps, K) int64: the number of rows per step whose distance lies in each gap of the thresholds.
 
-    Its cumulative sum over K is the number of rows as near as each threshold. `steps` is (N,) int64.
+    The cumulative sum over K is the number of rows as near as each threshold. `steps` is (N,) int64.
     """
     width = num_thresholds + 1
     flat = below + np.arange(len(below))[:, None] * (num_steps * width)
@@ -279,7 +268,6 @@ def _side(gallery: Float32, metric: str, transformed: Bools | None) -> _Side:
 
 
 def _checked(vectors: Float32, metric: str) -> Float32:
-    """Finite float32 rows, of length 1 if the metric is cosine."""
     if metric not in ("l2", "ip", "cosine"):
         raise DataError("unknown metric", expected="l2, ip or cosine", found=metric)
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)

@@ -18,25 +18,21 @@ from pipeline.models.calibration import Calibration, nearest_by_kind
 
 @dataclass(frozen=True, slots=True)
 class OrderCurve:
-    """One order: `values` is (P, 3) float64, METRICS in per cent, the mean over its permutations.
+    """The curve of one order, as METRICS in per cent."""
 
-    `area` is the plain mean of the points (as published), `area_trapezoid` the trapezoid rule, and
-    `area_std` the sample deviation of `area` over the permutations (0 for one); each (3,) float64.
-    """
-
-    values: Float64
-    area: Float64
-    area_trapezoid: Float64
-    area_std: Float64
-    num_permutations: int
+    values: Float64  # (P, 3) float64, the mean over its permutations
+    area: Float64  # (3,) float64, the plain mean of the points (as published)
+    area_trapezoid: Float64  # (3,) float64, by the trapezoid rule
+    area_std: Float64  # (3,) float64, the sample deviation of `area` over the permutations; 0 for one
+    num_permutations: int  # how many there are
 
 
 @dataclass(frozen=True, slots=True)
 class ResultDetail:
     """One order per point and query: `first_rank` (P, Q) int32, `average_precision` (P, Q) float64.
 
-    `slot_share` is (P,) float64: the share of transformed vectors in the nearest SLOTS over their share
-    in the gallery; NaN where none is left. At a tie for the last slot the transformed one counts.
+    `slot_share` is (P,) float64: the share of transformed vectors in the TOP_K nearest over their share of the
+    gallery; NaN if none is left. At a tie for the last place the transformed one counts.
     """
 
     first_rank: Int32
@@ -48,8 +44,8 @@ class ResultDetail:
 class Simulation:
     """The curve of each order over `fractions` (P,) float64; `start` and `end` are the states at 0 and 1.
 
-    `queries` has, where it was asked for, of each order the first ranks (M, P, Q) int32 and the average precisions
-    (M, P, Q) float64 of its M permutations, as in `ResultDetail`.
+    With `CurveOptions.per_query`, `queries` has the first ranks (M, P, Q) int32 and the average precisions (M, P, Q)
+    float64 of the M permutations of each order.
     """
 
     fractions: Float64
@@ -60,43 +56,51 @@ class Simulation:
     queries: dict[str, tuple[Int32, Float64]] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class CurveInputs:
+    """A gallery of N images with both vectors of each, and the queries."""
+
+    transformed: Float32  # (N, d) float32, the transformed old embeddings
+    embedded: Float32  # (N, d) float32, the new embeddings of the same images
+    queries: Float32  # (Q, d) float32, new embeddings
+    query_labels: Labels  # (Q,) integers or strings
+    gallery_labels: Labels  # (N,) of the same kind
+    query_ids: Int64 | None = None  # (Q,); the gallery row with a query's own id does not count for it
+    gallery_ids: Int64 | None = None  # (N,)
+    embeddable: Bools | None = None  # (N,) bool; a row where it is False (a reject) stays transformed
+
+
+@dataclass(frozen=True, slots=True)
+class CurveOptions:
+    points: int = 22  # P, at least 2
+    metric: str = "l2"  # l2, ip or cosine
+    self_match: bool = False  # query i is gallery row i, which does not count for it
+    calibration: Calibration | None = None  # maps the keys of transformed vectors; None to rank both kinds as they are
+    detail: str | None = None  # the order whose first permutation is returned per query, with its slot share
+    per_query: bool = False  # whether the scores of all orders are returned per query
+
+
 def simulate_curve(
-    transformed: Float32,
-    embedded: Float32,
-    queries: Float32,
-    query_labels: Labels,
-    gallery_labels: Labels,
+    inputs: CurveInputs,
     orders: Mapping[str, Sequence[Int64]],
-    *,
-    points: int = 22,
-    metric: str = "l2",
-    self_match: bool = False,
-    query_ids: Int64 | None = None,
-    gallery_ids: Int64 | None = None,
-    embeddable: Bools | None = None,
-    calibration: Calibration | None = None,
-    detail: str | None = None,
-    per_query: bool = False,
+    options: CurveOptions | None = None,
     progress: OnProgress | None = None,
 ) -> Simulation:
     """The curve of each order: at point i the first floor(i * N / (points - 1)) images of it are embedded.
 
-    Args as in `evaluate`, and:
-        transformed: (N, d) float32, h of the old embedding.
-        embedded: (N, d) float32, the new encoder on the same images, in the same order.
+    Args:
+        inputs: the gallery and the queries.
         orders: name -> one or more permutations (N,) int64 of the gallery rows, the first to embed first.
-        points: P, at least 2.
-        embeddable: (N,) bool; where it is False (a reject) the vector stays transformed throughout.
-        detail: the order whose first permutation is returned per query, with its slot share.
-        per_query: return the scores of all orders per query.
 
     Raises:
         DataError: as in `evaluate`, or an order is not a permutation of the gallery.
     """
-    num = len(transformed)
-    own = ranks.own_rows(len(queries), num, self_match, query_ids, gallery_ids)
-    task = ranks.prepare(queries, query_labels, gallery_labels, own, metric, calibration)
-    possible, cuts = np.full(num, True) if embeddable is None else embeddable, np.arange(points) * num // (points - 1)
+    how, num = options or CurveOptions(), len(inputs.transformed)
+    points, detail, queries = how.points, how.detail, inputs.queries
+    own = ranks.own_rows(len(queries), num, how.self_match, inputs.query_ids, inputs.gallery_ids)
+    task = ranks.prepare(queries, inputs.query_labels, inputs.gallery_labels, own, how.metric, how.calibration)
+    possible = np.full(num, True) if inputs.embeddable is None else inputs.embeddable
+    cuts = np.arange(points) * num // (points - 1)
     names = [name for name in orders for _ in orders[name]]
     steps = [curve_steps(order, cuts, name) for name in orders for order in orders[name]]
     shown = None if detail is None else np.where(possible, steps[names.index(detail)], points)
@@ -109,13 +113,15 @@ def simulate_curve(
         found = score_points(distances, columns, task.num_matches[rows], steps, points)
         first_rank[..., rows], average_precision[..., rows] = found
 
-    mixed = np.where(possible[:, None], embedded, transformed)
-    task.run([transformed, mixed], score, progress, [possible | True, ~possible])
+    mixed = np.where(possible[:, None], inputs.embedded, inputs.transformed)
+    task.run([inputs.transformed, mixed], score, progress, [possible | True, ~possible])
     start, end = (to_metrics(first_rank[0, point], average_precision[0, point], num) for point in (0, -1))
     means = np.stack([mean_metrics(*scores) for scores in zip(first_rank, average_precision, strict=True)])
     members = {name: [own == name for own in names] for name in orders}
     curves = {name: _order_curve(means[mine], cuts / num) for name, mine in members.items()}
-    kept = {name: (first_rank[mine], average_precision[mine]) for name, mine in members.items()} if per_query else None
+    kept = (
+        {name: (first_rank[mine], average_precision[mine]) for name, mine in members.items()} if how.per_query else None
+    )
     if shown is None:
         return Simulation(cuts / num, curves, start, end, None, kept)
     at, share = names.index(detail or ""), slot_share(slots[:, task.num_matches > 0], shown)
@@ -123,7 +129,7 @@ def simulate_curve(
 
 
 def share_of_gap(area: float, old_old: float, new_new: float) -> float:
-    """How much of the way from the old to the new system an area is: 0 to 1, NaN where there is no way."""
+    """The part of the new model's gain that an area covers: 0 to 1; NaN if there is no gain."""
     return (area - old_old) / (new_new - old_old) if new_new != old_old else float("nan")
 
 
@@ -144,7 +150,7 @@ def oracle_order(transformed: Float32, embedded: Float32) -> Int64:
 
 
 def _order_curve(permutations: Float64, fractions: Float64) -> OrderCurve:
-    """From (M, P, 3) METRICS; the ends are the same for all M, and stay so to the last bit."""
+    """From (M, P, 3) METRICS; the ends are the same for all M, to the last bit."""
     values = permutations.mean(axis=0)
     values[[0, -1]] = permutations[0, [0, -1]]
     areas = permutations.mean(axis=1)
@@ -152,35 +158,29 @@ def _order_curve(permutations: Float64, fractions: Float64) -> OrderCurve:
     return OrderCurve(values, values.mean(axis=0), np.trapezoid(values, fractions, axis=0), std, len(areas))
 
 
-def agreement_curve(
-    transformed: Float32,
-    embedded: Float32,
-    queries: Int64,
-    orders: Mapping[str, Int64],
-    points: int,
-    metric: str,
-    calibration: Calibration | None = None,
+def recall_curve(
+    transformed: Float32, embedded: Float32, queries: Int64, orders: Mapping[str, Int64], options: CurveOptions
 ) -> dict[str, Float64]:
-    """Of each order, the agreement in per cent at each point, (P,) float64; as `evaluate.simulate_curve` cuts it.
+    """The share of the full new model's 10 nearest that each point of each order finds, (P,) float64 in per cent.
 
     Args:
         transformed: (N, d) float32, as served.
         embedded: (N, d) float32, the new encoder on the same images.
         queries: (Q,) rows whose new embeddings are the queries; a row is no neighbour of its own.
         orders: name -> permutation (N,) of the rows, the first to embed first.
-        points: P, at least 2.
-        metric: l2, ip or cosine.
-        calibration: maps the keys of transformed vectors; None to rank both kinds as they are.
+        options: `points`, `metric` and `calibration` count.
     """
-    exact = nearest_rows(embedded[queries], embedded, queries, metric)
-    cuts = np.arange(points) * len(embedded) // (points - 1)
+    exact = nearest_rows(embedded[queries], embedded, queries, options.metric)
+    cuts = np.arange(options.points) * len(embedded) // (options.points - 1)
     curves = {}
     for name, order in orders.items():
         state, left, values = transformed.copy(), np.ones(len(embedded), np.bool_), []
         for start, end in zip(np.concatenate([[0], cuts]), cuts, strict=False):
             rows = order[start:end]
             state[rows], left[rows] = embedded[rows], False
-            found = nearest_by_kind(embedded[queries], state, exact.shape[1], queries, metric, left, calibration)[1]
+            found = nearest_by_kind(
+                embedded[queries], state, exact.shape[1], queries, options.metric, left, options.calibration
+            )[1]
             values.append(recall(found, exact))
         curves[name] = np.array(values)
     return curves

@@ -1,8 +1,7 @@
-"""The quality of a run's own snapshots, measured on the vectors that their segments really hold.
+"""The quality of a run's published snapshots, measured on the vectors of their segments.
 
-After snapshot and index, beside the simulated curve. Guarantee: each stored segment is decoded once,
-for only one wave changes from one commit to the next. Distances are exact over the decoded vectors, so
-the metrics tell what the codec and the rejects cost; what `nprobe` leaves out is told by the recall.
+Distances are exact over the decoded vectors, so the metrics include the loss by codec and rejects; index_recall10
+measures the loss by `nprobe`. One wave changes from a commit to the next, so each segment is decoded once.
 """
 
 from __future__ import annotations
@@ -17,14 +16,16 @@ from pipeline.arrays import Bools, Float32, Int64
 from pipeline.equality import ROUNDING
 from pipeline.errors import DataError, Removed
 from pipeline.evaluation.gallery_arrays import GalleryArrays, check_known, find_rows, load_gallery, query_rows
-from pipeline.evaluation.metrics import evaluate
-from pipeline.evaluation.ranks import calibrate
+from pipeline.evaluation.metrics import EvaluateOptions, evaluate
+from pipeline.evaluation.ranks import TOP_K
 from pipeline.index import retention
 from pipeline.index.codebook import Codebook
 from pipeline.index.commits import Commit, read_commit
 from pipeline.index.segment import Segment, decode_segment
 from pipeline.index.segment_files import SegmentKind, SegmentRef
 from pipeline.index.tags import PROD, list_commits, read_commits, read_tag
+from pipeline.knn import paired_keys
+from pipeline.models.calibration import nearest_by_kind
 from pipeline.run import Run
 from pipeline.serving.searcher import Searcher
 
@@ -32,19 +33,16 @@ SnapshotPoint = dict[str, int | float]
 _Cell = tuple[int, int, SegmentKind]
 
 _RECALL_QUERIES = 1000
-_RECALL_NEIGHBOURS = 10
-_SCORES_AT_ONCE = 2**24  # 64 MB
 
 
 def published_points(
     run: Run, gallery: GalleryArrays | None = None, on_progress: Callable[[int, int], None] | None = None
 ) -> list[SnapshotPoint]:
-    """`{"commit":, "fraction":, "top1":, "top5":, "map":}` of each published commit that is left, ascending.
+    """`{"commit":, "fraction":, "top1":, "top5":, "map":}` of each stored commit, ascending.
 
     Args:
-        run: with a finished vector log: queries are the new embeddings of all images.
-        gallery: the run's, where it is loaded already.
-        on_progress: called with (commits done, commits).
+        run: its vector log is finished: queries are the new embeddings of all images.
+        gallery: the run's, if it is loaded already.
 
     Raises:
         DataError: a segment is missing or damaged, or no image is embedded and labelled.
@@ -62,14 +60,13 @@ def published_points(
 
 
 def published_point(run: Run, commit: int | None = None) -> SnapshotPoint:
-    """The point of one commit; that which `prod` serves, else the last one, where none is given.
+    """The point of one commit; by default of the one that `prod` serves, else of the last one.
 
-    Beside the metrics it has `num_queries`, and `recall10`: of the 10 nearest by exact search over the vectors
-    that the index holds, the per cent that the index finds with its nprobe, over at most 1,000 of the queries.
+    It also has `num_queries`, and under `recall10` the index_recall10: of the 10 nearest by exact search in the stored
+    vectors, the per cent that the index finds with its nprobe, over at most 1,000 queries.
 
     Raises:
-        DataError: there is no such commit, new embeddings of labelled images are not known yet, or as
-            `published_points`.
+        DataError: there is no such commit, labelled images are not embedded yet, or as `published_points`.
     """
     if commit is None:
         tag = read_tag(run, PROD)
@@ -82,7 +79,7 @@ def published_point(run: Run, commit: int | None = None) -> SnapshotPoint:
     snapshots = _Snapshots(run, gallery)
     with retention.hold(run, commit):
         point = _measure(snapshots, gallery, found)
-        return point | {"num_queries": len(query_rows(gallery)), "recall10": _recall(snapshots, gallery, found)}
+        return point | {"num_queries": len(query_rows(gallery)), "recall10": _index_recall10(snapshots, gallery, found)}
 
 
 def _measure(snapshots: _Snapshots, gallery: GalleryArrays, commit: Commit) -> SnapshotPoint:
@@ -93,40 +90,40 @@ def _measure(snapshots: _Snapshots, gallery: GalleryArrays, commit: Commit) -> S
         vectors[held],
         gallery.labels[rows],
         gallery.labels[held],
-        metric=commit.metric,
-        query_ids=gallery.ids[rows],
-        gallery_ids=gallery.ids[held],
-        transformed=snapshots.transformed[held],
-        calibration=commit.calibration,
+        EvaluateOptions(
+            metric=commit.metric,
+            query_ids=gallery.ids[rows],
+            gallery_ids=gallery.ids[held],
+            transformed=snapshots.transformed[held],
+            calibration=commit.calibration,
+        ),
     )
-    counts = commit.counts  # rejects and deleted images are done, as in the simulated orders
+    counts = commit.counts  # rejects and deleted images count as done, as in simulated curves
     fraction = (counts.embedded + counts.rejected + counts.deleted) / counts.gallery
     return {"commit": commit.number, "fraction": fraction, **metrics.as_dict()}
 
 
-def _recall(snapshots: _Snapshots, gallery: GalleryArrays, commit: Commit) -> float:
-    """How many of the nearest stored vectors the index finds, in per cent; one as near as the last counts as it."""
+def _index_recall10(snapshots: _Snapshots, gallery: GalleryArrays, commit: Commit) -> float:
+    """The per cent of the 10 nearest stored vectors that the index finds; one as near as the tenth counts as it."""
     rows = query_rows(gallery)
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, _RECALL_QUERIES).astype(np.int64))]
     vectors, held = snapshots.vectors_of(commit)
-    vectors, k = vectors[held], min(_RECALL_NEIGHBOURS, len(held))
+    k = min(TOP_K, len(held))
     with Searcher(snapshots.run.uri, commit=commit.number) as searcher:
         ids = searcher.search(gallery.embedded[rows], k).ids
-    places = np.searchsorted(gallery.ids[held], ids)
-    offset = np.einsum("nd,nd->n", vectors, vectors) / 2 if commit.metric == "l2" else np.float32(0)
-    transformed, queries = snapshots.transformed[held], gallery.embedded[rows]
-    if commit.metric == "cosine":
+    queries, vectors, transformed = gallery.embedded[rows], vectors[held], snapshots.transformed[held]
+    if commit.metric == "cosine":  # stored vectors have length 1, or what the codec leaves of it
         queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
-    found, size = 0, max(1, _SCORES_AT_ONCE // len(vectors))
-    for start in range(0, len(rows), size):
-        part = slice(start, start + size)
-        scores = queries[part] @ vectors.T - offset
-        if commit.calibration is not None:
-            scores = -calibrate(-scores, queries[part], transformed, commit.metric, commit.calibration)
-        last = np.partition(scores, -k, axis=1)[:, -k] - ROUNDING * np.abs(scores).max(axis=1)
-        there = ids[part] >= 0
-        found += int((there & (np.take_along_axis(scores, places[part] * there, axis=1) >= last[:, None])).sum())
-    return 100 * found / ids.size
+    metric = "l2" if commit.metric == "l2" else "ip"
+    nobody = np.full(len(rows), -1)
+    last = nearest_by_kind(queries, vectors, k, nobody, metric, transformed, commit.calibration)[0][:, -1:]
+    places = np.searchsorted(gallery.ids[held], ids) * (ids >= 0)
+    keys = paired_keys(queries, vectors[places], metric)
+    if commit.calibration is not None:
+        keys = np.where(transformed[places], commit.calibration.apply(keys), keys)
+    lengths = np.linalg.norm(queries, axis=1) + np.linalg.norm(vectors, axis=1).max()
+    found = (ids >= 0) & (keys <= last + ROUNDING * np.square(lengths)[:, None])
+    return 100 * float(found.mean())
 
 
 def _cell(ref: SegmentRef) -> _Cell:
@@ -135,20 +132,14 @@ def _cell(ref: SegmentRef) -> _Cell:
 
 @dataclass(slots=True)
 class _Snapshots:
-    """The vectors of one commit after the other, in the rows of the gallery.
-
-    Attributes:
-        applied: by (shard, wave, kind), the sha256 of the segment whose vectors are in place.
-        rows: by (shard, wave, kind), the rows of these vectors.
-        transformed: (N,) bool, which rows are in a transformed segment.
-    """
+    """The vectors of one commit after another, in the rows of the gallery."""
 
     run: Run
     gallery: GalleryArrays
     vectors: Float32 = field(init=False)
-    transformed: Bools = field(init=False)
-    applied: dict[_Cell, str] = field(default_factory=dict)
-    rows: dict[_Cell, Int64] = field(default_factory=dict)
+    transformed: Bools = field(init=False)  # (N,) bool, in a transformed segment
+    applied: dict[_Cell, str] = field(default_factory=dict)  # the sha256 of the segment whose vectors are loaded
+    rows: dict[_Cell, Int64] = field(default_factory=dict)  # the rows of these vectors
     codebooks: dict[str, Codebook] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -156,10 +147,10 @@ class _Snapshots:
         self.transformed = np.ones(len(self.vectors), np.bool_)
 
     def vectors_of(self, commit: Commit) -> tuple[Float32, Int64]:
-        """(N, d_new) float32 as the commit's segments hold them, overwritten by the next call; and which rows are held.
+        """(N, d_new) float32 from the commit's segments, and the rows that they hold; overwritten by the next call.
 
         Raises:
-            DataError: the commit does not hold exactly the gallery, but for deleted images.
+            DataError: the commit does not hold exactly the gallery without deleted images.
         """
         codebook = self._codebook(commit)
         for gone in self.applied.keys() - {_cell(ref) for ref in commit.segments}:

@@ -1,9 +1,8 @@
-"""Prove that a run is whole, from storage alone: every commit, tag, file, checksum, id and vector.
+"""Prove from storage alone that a run is whole: every commit, tag, file, checksum, id and vector.
 
-The last step; read-only, and safe at any time. Guarantee: a report without problems means that every
-published commit that gc has not removed can be opened whole, holds each id of the gallery exactly once, and
-says truly what the vector log holds. It believes no earlier step; what the gallery is it takes from
-`transformed/`.
+Read-only and safe at any time. A report without problems means that every published commit that gc has not removed can
+be opened, holds each id of the gallery exactly once, and agrees with the vector log. The ids of the gallery are those
+of `transformed/`.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _TAG_FILE = re.compile(r"/([^/]+)\.json$")
 
 @dataclass(frozen=True, slots=True)
 class AuditReport:
-    """What was found: `ok` without problems; `checked` counts what was looked at, by kind."""
+    """The result: `ok` if there are no problems; `checked` counts the checks by kind."""
 
     ok: bool
     problems: list[Problem]
@@ -52,20 +51,20 @@ def audit(run_uri: str) -> AuditReport:
 
     Raises:
         DataError: there is no run there.
-        TransientError: the store kept failing, which says nothing of the run.
-        PermissionError: a file may not be read, which says nothing of it either.
-        IncompatibleRun: the plan is one that this version cannot follow.
+        TransientError: the store kept failing.
+        PermissionError: a file may not be read.
+        IncompatibleRun: this version cannot follow the plan.
     """
     run = Run(run_uri)
     if not objects.exists(run.settings):
-        read_settings(run)  # which says that there is no run
+        read_settings(run)  # raises: there is no run
     notes = Notes()
     for _ in range(_TRIES):
         notes = Notes()
         before = _published(run, notes)
         _check_all(run, notes, _commits(run, notes, *before), before[0])
         if not notes.problems or before == _published(run, Notes()):
-            break  # else commits were published, or removed by gc, while they were looked at
+            break  # else commits were published or removed by gc during the audit
     return AuditReport(not notes.problems, notes.problems, dict(notes.checked))
 
 
@@ -89,7 +88,7 @@ def _published(run: Run, notes: Notes) -> tuple[int | None, set[int]]:
 
 
 def _commits(run: Run, notes: Notes, last: int | None, removed: set[int]) -> dict[int, Commit]:
-    """The published commits that can be read, by number; those that cannot, and are not removed, are problems."""
+    """The published commits by number; one that cannot be read and is not removed is a problem."""
     found = {}
     for number in range(0 if last is None else last + 1):
         if number in removed:
@@ -108,9 +107,9 @@ def _drops_deleted(run: Run) -> bool:
 
 
 def _check_tags(run: Run, notes: Notes, commits: dict[int, Commit]) -> None:
-    """Every tag points to a published commit; and of several commits at least the first one was announced.
+    """Every tag points to a published commit, and there is a candidate if there is more than commit 0.
 
-    A tag is right whose commit is damaged or missing: that commit is the problem, and noted already.
+    A tag whose commit is damaged is no problem: the commit itself is noted already.
     """
     damaged = {item.where for item in notes.problems if item.kind == "commit"}
     if not objects.exists(run.tag(CANDIDATE)):
@@ -131,7 +130,7 @@ def _check_tags(run: Run, notes: Notes, commits: dict[int, Commit]) -> None:
 
 
 def _check_steps(run: Run, notes: Notes, commits: dict[int, Commit]) -> None:
-    """Commit n is the one before with other segments in wave n, or since that one's wave, and nothing else."""
+    """A commit differs from the one before only in the segments of the waves in between."""
     for (earlier, parent), (number, commit) in pairwise(sorted(commits.items())):
         waves = range(earlier + 1, number + 1)
         changed = {ref for ref in parent.segments if ref.wave not in waves}
@@ -142,23 +141,23 @@ def _check_steps(run: Run, notes: Notes, commits: dict[int, Commit]) -> None:
             others.append("counts.gallery")
         if changed or others:
             others += [f"segment (shard {ref.shard}, wave {ref.wave})" for ref in changed]
-            expected = f"commit {earlier} but for wave{'s' if len(waves) > 1 else ''} {', '.join(map(str, waves))}"
+            expected = f"commit {earlier} except wave{'s' if len(waves) > 1 else ''} {', '.join(map(str, waves))}"
             notes.problem("commit", run.commit(number), expected, f"other: {', '.join(others[:5])}")
 
 
 def _check_calibration(run: Run, notes: Notes, commits: dict[int, Commit]) -> None:
-    """The first commit ranks with the calibration of the run's transformation; `_check_steps` compares the others."""
+    """The first commit has the calibration of the transformation; `_check_steps` compares the others."""
     try:
         known = read_calibration(run)
     except DataError:
-        return  # `check_inputs` says so
+        return  # `check_inputs` notes it
     number, commit = min(commits.items())
     if commit.calibration != known:
         notes.problem("commit", run.commit(number), "the calibration of the run's transformation", "another one")
 
 
 def _check_gallery(evidence: Evidence, notes: Notes, files: _Files, commits: list[Commit]) -> None:
-    """Every segment of every commit holds exactly what the plan and the log say."""
+    """Every segment of every commit agrees with the plan and the log."""
     last = commits[-1]
     codebook = files.codebook(last)
     segments = _segments(commits)
@@ -185,7 +184,6 @@ def _check_gallery(evidence: Evidence, notes: Notes, files: _Files, commits: lis
 
 
 def _check_plan(evidence: Evidence, notes: Notes, commit: Commit) -> None:
-    """No image lies outside the waves and shards of the run."""
     lowest, highest = (commit.first_wave, 0), (commit.num_waves, commit.num_shards - 1)
     for part in evidence.plan:
         keys = filled(part)
@@ -195,7 +193,7 @@ def _check_plan(evidence: Evidence, notes: Notes, commit: Commit) -> None:
 
 
 def _check_containers(notes: Notes, etags: dict[str, set[str]]) -> None:
-    """No container was replaced in mid-run: its images may be others at the same places since."""
+    """No container of images was replaced during the run: its images may have moved."""
     for uri, found in sorted(etags.items()):
         notes.checked["containers"] += 1
         if len(found) > 1:
@@ -203,7 +201,7 @@ def _check_containers(notes: Notes, etags: dict[str, set[str]]) -> None:
 
 
 def _check_log(evidence: Evidence, notes: Notes, commits: list[Commit]) -> None:
-    """Each wave was sealed from the parts that the log holds now."""
+    """Each wave was sealed from the parts that are in the log now."""
     for wave, parts in evidence.log.items():
         found = wave_digest({unit_of(part.uri): part.digest for part in parts})
         for commit in commits:
@@ -218,7 +216,6 @@ def _check_log(evidence: Evidence, notes: Notes, commits: list[Commit]) -> None:
 
 
 def _cells(evidence: Evidence, shard: int, commit: Commit) -> list[Cell]:
-    """What each wave of a shard holds."""
     found = []
     for wave in range(commit.first_wave, commit.num_waves + 1):
         rejected = evidence.rejects.get(wave, NO_IDS)
@@ -228,7 +225,7 @@ def _cells(evidence: Evidence, shard: int, commit: Commit) -> list[Cell]:
 
 
 def _check_shard(evidence: Evidence, notes: Notes, shard: int, ids: Int64, num_shards: int) -> None:
-    """The images of a shard belong there, and each is in one wave."""
+    """The images of a shard belong to it, and each is in one wave."""
     where = f"{evidence.run.transformed}, shard {shard}"
     astray = ids[shard_of(ids, num_shards) != shard]
     if len(astray):
@@ -238,7 +235,7 @@ def _check_shard(evidence: Evidence, notes: Notes, shard: int, ids: Int64, num_s
 
 
 def _check_sidecar(notes: Notes, files: _Files, ref: SegmentRef, cell: Cell) -> None:
-    """A sidecar lists the ids of its (shard, wave), and calls embedded those that the log holds."""
+    """A sidecar lists the ids of its (shard, wave), and marks those of the log as embedded."""
     where = files.run.path(ref.sidecar_path)
     if not files.intact("sidecar", ref.sidecar_path, ref.sidecar_sha256):
         return
@@ -256,7 +253,7 @@ def _check_sidecar(notes: Notes, files: _Files, ref: SegmentRef, cell: Cell) -> 
 
 
 def _check_segment(evidence: Evidence, files: _Files, ref: SegmentRef, cell: Cell, codebook: Codebook) -> None:
-    """A segment holds the ids of its (shard, wave), and where the codec is exact their very vectors."""
+    """A segment holds the ids of its (shard, wave), and exactly their vectors if the codec is exact."""
     notes, where = evidence.notes, files.run.path(ref.path)
     if not files.intact("segment", ref.path, ref.sha256):
         return
@@ -269,7 +266,7 @@ def _check_segment(evidence: Evidence, files: _Files, ref: SegmentRef, cell: Cel
     expected = evidence.vectors(cell, ref)
     if expected is None:
         return
-    if len(expected) != len(ids):  # an id is there twice; the check of the plan says which
+    if len(expected) != len(ids):  # an id is repeated; the check of the plan names it
         notes.problem("vector", where, f"one vector for each of {len(ids)} ids", f"{len(expected)} in log and plan")
         return
     wrong = ids[(vectors != expected).any(axis=1)]
@@ -281,19 +278,19 @@ def _check_segment(evidence: Evidence, files: _Files, ref: SegmentRef, cell: Cel
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """Checks the bytes of each file once, however many commits name it."""
+    """Checks the bytes of each file once."""
 
     run: Run
     notes: Notes
     seen: dict[tuple[str, str], bool] = field(default_factory=dict)
 
     def intact(self, kind: str, path: str, sha256: str) -> bool:
-        """Whether a file is there with its sha256; else it is a problem."""
+        """Whether a file has its sha256; else it is a problem."""
         self.look_at([(kind, path, sha256)])
         return self.seen[path, sha256]
 
     def look_at(self, files: Iterable[tuple[str, str, str]]) -> None:
-        """Check those of some files (kind, path, sha256) that are not checked yet, several at once."""
+        """Check files (kind, path, sha256) that are not checked yet, several at a time."""
         new = list(dict.fromkeys(file for file in files if file[1:] not in self.seen))
         for (_, path, sha256), intact in zip(new, self.notes.each(self._check, new), strict=True):
             self.seen[path, sha256] = intact
@@ -305,7 +302,6 @@ class _Files:
         return not notes.problems
 
     def codebook(self, commit: Commit) -> Codebook | None:
-        """The codebook, where it can be opened."""
         path, sha256 = commit.codebook_path, commit.codebook_sha256
         if not self.intact("codebook", path, sha256):
             return None
@@ -313,7 +309,7 @@ class _Files:
 
 
 def _segments(commits: Iterable[Commit]) -> dict[tuple[int, int], list[SegmentRef]]:
-    """The segments that any commit names for each (shard, wave), each once."""
+    """The segments of all commits by (shard, wave), each once."""
     found: dict[tuple[int, int], dict[SegmentRef, None]] = {}
     for commit in commits:
         for ref in commit.segments:

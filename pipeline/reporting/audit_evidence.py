@@ -1,8 +1,7 @@
-"""What the plan and the vector log say, as the audit reads it: by (shard, wave), trusting no earlier step.
+"""Read the plan and the vector log for the audit, by (shard, wave).
 
-Guarantee: what is damaged becomes a problem in the notes and never an exception, so that one bad file does
-not hide the others; a store that fails or refuses is an exception, and never the problem of a file. Row groups
-are found by their statistics, not by where they should be. Does not know commits or segments.
+A damaged file becomes a problem in the notes, not an exception, so that it does not hide others. A store that fails or
+refuses is an exception, not a problem of a file. Row groups are found by their statistics.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ NO_IDS: Int64 = np.empty(0, dtype=np.int64)
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that is not as it has to be."""
+    """A fault: its kind, the file, and the expected and found state."""
 
     kind: str
     where: str
@@ -48,21 +47,20 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """What an audit has found, and how much of what it has looked at."""
+    """The problems of an audit, and the number of checks by kind."""
 
     problems: list[Problem] = field(default_factory=list)
     checked: Counter[str] = field(default_factory=Counter)
 
     def problem(self, kind: str, where: str, expected: object, found: object) -> None:
-        """Note one."""
         self.problems.append(Problem(kind, where, str(expected), str(found)))
 
     def attempt(self, kind: str, where: str, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """What `read` gives, or None and a problem.
+        """The result of `read`; None, with a problem, if it fails.
 
         Raises:
-            TransientError, PermissionError: the store fails or refuses, so nobody knows what is there.
-            IncompatibleRun: the run is one of another version, which says nothing of damage.
+            TransientError, PermissionError: the store fails or refuses.
+            IncompatibleRun: the run is one of another version.
         """
         try:
             return read(*args, **kwargs)
@@ -77,7 +75,7 @@ class Notes:
         return None
 
     def each(self, check: Callable[[Notes, T], U], items: Iterable[T]) -> list[U]:
-        """What `check` gives for each item, some of them at once; what it notes is noted here in their order."""
+        """The results of `check` for each item, several at a time; its notes are added here in order."""
         listed = list(items)
         own = [Notes() for _ in listed]
         found = objects.at_once(lambda pair: check(*pair), zip(own, listed, strict=True))
@@ -87,7 +85,7 @@ class Notes:
         return found
 
     def compare(self, kind: str, where: str, expected: Int64, found: Int64) -> bool:
-        """Whether the ids `found`, in any order, are those `expected`, which are sorted; else a problem."""
+        """Whether the ids `found` (any order) equal `expected` (sorted); else a problem is noted."""
         found = np.sort(found)
         if np.array_equal(expected, found):
             return True
@@ -104,7 +102,7 @@ class Notes:
 
 @dataclass(frozen=True, slots=True)
 class PlannedPart:
-    """A Parquet file, the one value that each key column has in each of its row groups, and the file's digest."""
+    """A Parquet file, the value of each key column in each of its row groups, and the file's digest."""
 
     uri: str
     keys: NDArray[np.int64]  # (row groups, key columns)
@@ -113,24 +111,17 @@ class PlannedPart:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What a (shard, wave) has to hold: all ids are sorted, and no vector is read before it is asked for.
-
-    Attributes:
-        ids: its images, by the plan.
-        embedded: those that the log holds.
-        rejected: those in the rejects.
-        dropped: those of the rejected that are in no segment of an embedded wave: deleted, and to be dropped.
-    """
+    """The expected content of a (shard, wave); all ids are sorted."""
 
     shard: int
     wave: int
-    ids: Int64
-    embedded: Int64
-    rejected: Int64
-    dropped: Int64
+    ids: Int64  # its images, by the plan
+    embedded: Int64  # those in the log
+    rejected: Int64  # those in the rejects
+    dropped: Int64  # those of the rejected that are deleted and in no segment of an embedded wave
 
     def held(self, ref: SegmentRef) -> Int64:
-        """The ids that a segment of this (shard, wave) has to hold, sorted.
+        """The expected ids of a segment of this (shard, wave), sorted.
 
         Earlier versions sealed rejects together with the embedded images of their wave.
         """
@@ -183,9 +174,9 @@ class Evidence:
         )
 
     def vectors(self, cell: Cell, ref: SegmentRef) -> Float32 | None:
-        """The vectors of `cell.held(ref)` in order, (n, d): transformed, or where there are any the embedded ones.
+        """The expected vectors of `cell.held(ref)` in order, (n, d).
 
-        None where a part cannot be read, or where plan and log do not fit together.
+        None if a part cannot be read, or plan and log do not fit together.
         """
         rows = self._rows(self.plan, [cell.wave, cell.shard], ["id", "vector"])
         if rows is None:
@@ -201,7 +192,7 @@ class Evidence:
         return vectors[held]
 
     def container_etags(self, cell: Cell) -> pa.Table:
-        """The etags that the images of containers were read with: each `uri` with each of its `source_etag`s."""
+        """Each container (`uri`) with each `source_etag` that its images were read with."""
         place = ["uri", "offset", "length", "row"]
         rows = self._rows(self.plan, [cell.wave, cell.shard], ["id", *place])
         logged = self._rows(self.log.get(cell.wave, []), [cell.shard], ["id", "source_etag"])
@@ -213,7 +204,7 @@ class Evidence:
         return rows.filter(inside).join(known, "id", join_type="inner").group_by(["uri", "source_etag"]).aggregate([])
 
     def _rows(self, parts: list[PlannedPart], key: list[int], columns: list[str]) -> pa.Table | None:
-        """The rows of all row groups of a key; None where there are none, or one cannot be read."""
+        """The rows of all row groups of a key; None if there are none, or one cannot be read."""
         groups = {part.uri: np.flatnonzero((part.keys == key).all(axis=1)).tolist() for part in parts}
 
         def read(notes: Notes, uri: str) -> pa.Table | None:
@@ -225,11 +216,7 @@ class Evidence:
 
 
 def check_manifest_rows(run: Run, notes: Notes) -> None:
-    """Each image of the manifest is in the plan, or among those that the old encoder could not read; part by part.
-
-    A part of the plan holds images of the manifest's part of the same number. Before there is a plan there is
-    nothing to compare.
-    """
+    """Each image of the manifest is in the plan, or the old encoder could not read it; checked part by part."""
     if not objects.exists(run.plan) or not objects.exists(run.path("gallery", "manifest.json")):
         return
     rejects = reject_files(manifest_log(run, "gallery", "old"))
@@ -253,19 +240,18 @@ def _laid_out(run: Run) -> Run:
 
     Raises:
         DataError: the plan is damaged.
-        IncompatibleRun: it is a plan that only an earlier version can follow.
+        IncompatibleRun: only an earlier version can follow it.
     """
     plan = read_plan(run)
     return run if plan is None else plan.laid_out(run)
 
 
 def _parquet_in(folder: str) -> list[str]:
-    """The Parquet files right in a folder, sorted: a plan that was dropped lies in a folder beside them."""
+    """The Parquet files directly in a folder, sorted; a dropped plan is in a folder below it."""
     return sorted(uri for uri, _ in objects.iter_stats(folder, deep=False) if uri.endswith(".parquet"))
 
 
 def unit_files(folder: str) -> dict[int, list[str]]:
-    """The parts below the folder of a log, by wave."""
     found: dict[int, list[str]] = {}
     for (wave, _), uri in vector_log.part_files(folder).items():
         found.setdefault(wave, []).append(uri)
@@ -273,7 +259,7 @@ def unit_files(folder: str) -> dict[int, list[str]]:
 
 
 def reject_files(log: VectorLog) -> dict[int, list[str]]:
-    """The reject files that count, by wave; without those of parts that cannot be read, which is a problem itself."""
+    """The reject files by wave that parts name; a part that cannot be read is noted elsewhere."""
     found: dict[int, list[str]] = {}
     for (wave, _), uri in vector_log.reject_files(log, skip_unreadable=True).items():
         found.setdefault(wave, []).append(uri)
@@ -281,7 +267,6 @@ def reject_files(log: VectorLog) -> dict[int, list[str]]:
 
 
 def filled(part: PlannedPart) -> NDArray[np.int64]:
-    """The keys of the row groups that have rows."""
     keys: NDArray[np.int64] = part.keys[part.keys[:, 0] != _EMPTY]
     return keys
 
@@ -305,7 +290,6 @@ def _ids(notes: Notes, kind: str, uris: list[str]) -> Int64:
 
 
 def _deleted(uris: list[str]) -> Int64:
-    """The ids of deleted images among rejects that could be read before."""
     found: list[Int64] = [NO_IDS]
     for uri in uris:
         try:
@@ -322,7 +306,7 @@ def _part(uri: str, columns: list[str]) -> PlannedPart:
     """The value of each key column in each row group, from the statistics in the footer.
 
     Raises:
-        ValueError: a row group has more than one, or a column is missing.
+        ValueError: a row group has several values, or a column is missing.
     """
     with parquet.open_parquet(uri) as file:
         metadata = file.metadata
@@ -333,6 +317,6 @@ def _part(uri: str, columns: list[str]) -> PlannedPart:
             for place, column in enumerate(columns if group.num_rows else []):
                 values = group.column(names.index(column)).statistics
                 if values is None or values.null_count or values.min is None or values.min != values.max:
-                    raise ValueError(f"row group {number} is not of one {column}")
+                    raise ValueError(f"row group {number} has more than one value of {column}")
                 keys[number, place] = values.min
         return PlannedPart(uri, keys, file.digest)

@@ -1,7 +1,7 @@
-"""What a resume reads besides the index: settings, manifests, embeddings, the transformation, units, the log.
+"""Audit the files that a resumed run reads besides the index.
 
-The half of the audit that knows nothing of commits. Guarantee: each file that a resume or a reader would read is read
-here as they read it, and compared with what another file says of it. What is damaged becomes a problem with its name.
+These are settings, manifests, embeddings, the transformation, units and the vector log. Each file is read as the run
+would read it, and compared with other files that describe it.
 """
 
 from __future__ import annotations
@@ -27,18 +27,17 @@ from pipeline.storage import documents, objects, parquet
 from pipeline.storage.part_files import list_parts
 
 _FOLDERS = ("gallery", "pairs", GALLERY_PAIRS, PROBE_SET)
-_WHOLE = {"gallery": "old", GALLERY_PAIRS: "new"}  # which embeddings of a folder the plan and its log are made from
+_WHOLE = {"gallery": "old", GALLERY_PAIRS: "new"}  # the embeddings that the plan and its log are made from
 NOTHING = -1
-"""The last published wave where nothing is published: then all waves are looked at."""
-_LATEST = 2**62  # a commit number above all: `read_best` looks at nothing else then
+"""The last published wave if nothing is published; then all waves are checked."""
+_LATEST = 2**62  # a commit number above all others
 
 
 def check_inputs(run: Run, notes: Notes, published: int | None) -> None:
-    """Check what a run was made from, and what is durable of it.
+    """Check the inputs of a run and its vector log.
 
     Args:
-        run: the run.
-        notes: where problems are noted.
+        notes: takes the problems.
         published: the last published commit; None before the first.
     """
     found = notes.attempt("plan", run.plan, read_plan, run)
@@ -66,14 +65,14 @@ def _check_settings(run: Run, notes: Notes) -> None:
         where = run.path(stage.settings)
         found = notes.attempt("settings", where, read_stage_settings, run, name)
         if found is None and not objects.exists(where) and objects.exists(run.path(stage.outcome)):
-            notes.problem("settings", where, f"what {stage.outcome} was made with", "missing")
+            notes.problem("settings", where, f"the settings of {stage.outcome}", "missing")
         notes.checked["settings"] += 1
 
 
 def _check_manifest(run: Run, notes: Notes, folder: str, planned: bool) -> None:
-    """The parts of a manifest are whole, and the embeddings beside them are those of its images.
+    """The parts of a manifest are whole, and so are the embeddings of its images.
 
-    Once there is a plan, the gallery's manifest is there, and the embeddings that were needed for it are whole.
+    If there is a plan, the gallery has a manifest and all embeddings that the plan needs.
     """
     where = run.path(folder, "manifest.json")
     found = notes.attempt("manifest_file", where, normalised.read_manifest, run, folder)
@@ -109,7 +108,7 @@ def _check_whole(log: VectorLog, units: Iterable[Unit], notes: Notes) -> None:
 
 
 def _check_pairs(run: Run, notes: Notes) -> None:
-    """The joined pairs are those that were joined."""
+    """The files of the joined pairs are unchanged."""
     where = run.path("pairs", "pairs.json")
     if not objects.exists(where):
         return
@@ -129,7 +128,6 @@ def _check_pairs(run: Run, notes: Notes) -> None:
 
 
 def _check_probe_set(run: Run, notes: Notes) -> None:
-    """What snapshots are measured by can be read."""
     where = run.path(PROBE_SET, "reference.json")
     notes.attempt("probe_set", where, quality.read_baseline, run)
     folder = run.path(PROBE_SET)
@@ -140,7 +138,6 @@ def _check_probe_set(run: Run, notes: Notes) -> None:
 
 
 def _check_reports(run: Run, notes: Notes) -> None:
-    """What the gate and `status` read again of the reports."""
     notes.attempt("standing", run.path("reports", "standing.json"), read_promotion_status, run)
     notes.attempt("best", run.path("reports", "best.json"), quality.read_best, run, _LATEST)
     for uri in quality.files(run):
@@ -148,7 +145,7 @@ def _check_reports(run: Run, notes: Notes) -> None:
 
 
 def _check_transformation(run: Run, notes: Notes, needed: bool) -> None:
-    """The weights and the other files of a transformation are those that its marker names."""
+    """The files of a transformation are those that its marker names."""
     from pipeline.models.transformation import has_transformation, verify  # here: torch takes seconds
 
     if not has_transformation(run):
@@ -161,7 +158,7 @@ def _check_transformation(run: Run, notes: Notes, needed: bool) -> None:
 
 
 def _check_transformed(run: Run, plan: Plan, notes: Notes) -> None:
-    """Each part of the transformed gallery is there; the rest of the audit looks into those that are."""
+    """No part of the transformed gallery is missing; their content is checked elsewhere."""
     place = plan.laid_out(run)
     there = {uri.rpartition("/")[2] for uri, _ in objects.iter_stats(place.transformed, deep=False)}
     for number in range(plan.num_parts):
@@ -171,9 +168,9 @@ def _check_transformed(run: Run, plan: Plan, notes: Notes) -> None:
 
 
 def _check_units(run: Run, plan: Plan, notes: Notes, quietly: bool) -> None:
-    """The units of each wave hold the images that the plan has in it, each once.
+    """The units of each wave hold its images, each once.
 
-    `quietly`: the parts of `transformed/` are also compared with segments, which notes what is damaged there.
+    `quietly`: damaged parts of `transformed/` are noted elsewhere.
     """
     units: dict[int, list[Unit]] = {}
     for unit in plan.units(run):
@@ -182,7 +179,7 @@ def _check_units(run: Run, plan: Plan, notes: Notes, quietly: bool) -> None:
     def read(notes: Notes, unit: Unit) -> Int64 | None:
         return notes.attempt("units", unit.rows_uri, _ids_of, unit)
 
-    for wave, some in units.items():  # one after the other: a wave is as much as memory may hold
+    for wave, some in units.items():  # one wave at a time, to limit memory
         where = some[0].rows_uri.rpartition("/")[0]
         found = notes.each(read, some)
         whole = [ids for ids in found if ids is not None]
@@ -196,7 +193,7 @@ def _check_units(run: Run, plan: Plan, notes: Notes, quietly: bool) -> None:
 def check_log(
     log: VectorLog, units: list[Unit], notes: Notes, published: int, waves: Collection[int] | None = None
 ) -> None:
-    """Units of a log after wave `published`, or only of some waves, can be read, and hold the images of their unit."""
+    """The parts of a log after wave `published` (or of `waves`) can be read and hold the images of their unit."""
     named = {(unit.wave, unit.unit): unit for unit in units}
     rejects = vector_log.reject_files(log, skip_unreadable=True)
     done = [(wave, unit) for wave, some in vector_log.finished_units(log).items() for unit in some]
@@ -222,14 +219,14 @@ def check_log(
 
 
 def _check_first_wave(run: Run, plan: Plan, notes: Notes) -> None:
-    """Wave 0 of the log holds what was embedded for the fit."""
+    """Wave 0 of the log holds the embeddings of the pairs."""
     if not plan.num_from_pairs:
         return
     from pipeline.sampling import pair_sample  # here: Ray Data takes seconds
 
     def check(notes: Notes, key: tuple[int, int]) -> None:
         where = log.part(*key)
-        rows = Notes().attempt("log_part", where, vector_log.read_unit, log, *key)  # a damaged part is noted already
+        rows = Notes().attempt("log_part", where, vector_log.read_unit, log, *key)  # a damaged part is noted elsewhere
         if rows is None:
             return
         known = notes.attempt("pairs", where, pair_sample.read_new, run, rows["id"].to_numpy())
@@ -238,14 +235,14 @@ def _check_first_wave(run: Run, plan: Plan, notes: Notes) -> None:
         others = int((known[0] != vectors_from_arrow(rows["vector"])).any(axis=1).sum())
         notes.checked["images_from_pairs"] += rows.num_rows
         if others:
-            notes.problem("log_part", where, "the embeddings that the fit was made with", f"{others} others")
+            notes.problem("log_part", where, "the embeddings of the pairs", f"{others} others")
 
     log = plan.log(run)
     notes.each(check, vector_log.part_files(log.parts_uri, FROM_PAIRS))
 
 
 def _attempt_quietly(unit: Unit) -> Int64 | None:
-    """The ids of a unit; None if its file is damaged, which is a problem of its own."""
+    """The ids of a unit; None if its file is damaged, which is noted elsewhere."""
     return Notes().attempt("units", unit.rows_uri, _ids_of, unit)
 
 
@@ -255,12 +252,12 @@ def _ids_of(unit: Unit) -> Int64:
 
 
 def _ids_in(uri: str) -> Int64:
-    """The ids of a file of which every column is read."""
+    """The ids of a file; every column is read."""
     ids: Int64 = parquet.read_parquet(uri)["id"].to_numpy()
     return ids
 
 
 def _rows_of(uri: str) -> int:
-    """The number of rows of a file, every column of which is read, a row group at a time."""
+    """The number of rows of a file; every column is read, a row group at a time."""
     with parquet.open_parquet(uri) as file:
         return sum(file.read_row_group(group).num_rows for group in range(file.num_row_groups))

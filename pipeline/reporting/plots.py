@@ -1,8 +1,6 @@
-"""The report's charts, as SVG text that goes into the page.
+"""The report's charts as SVG text.
 
-After curve, before report. Guarantee: no external resource, no global matplotlib state, the same data
-gives the same bytes; all colours are CSS variables of the page, so a chart follows light and dark. It
-knows the shapes that curve gives out and nothing about files.
+The same data gives the same bytes. Colours are CSS variables of the page, so a chart follows light and dark mode.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from pipeline.arrays import Float64, Int64
 
 Tree = dict[str, Any]  # Any: JSON
 
-# Matplotlib wants colours; these stand for the page's CSS variables.
+# Matplotlib needs colours; these are replaced by the page's CSS variables.
 _COLOURS = {
     "#010101": "ink",
     "#020202": "muted",
@@ -65,7 +63,7 @@ _STYLE: dict[str, Any] = {  # Any: matplotlib's settings are of every kind
 
 
 def curve_plot(curve: Tree, metric: str, chosen: str) -> str:
-    """One metric against the fraction: a line per order, the published points, old/old and new/new."""
+    """One metric against the fraction: a line per order, the published points, the old and the new model."""
 
     def draw(axes: Axes) -> None:
         for name in sorted(curve["orders"], key=lambda name: name == chosen):
@@ -79,12 +77,12 @@ def curve_plot(curve: Tree, metric: str, chosen: str) -> str:
             axes.plot(
                 *_series(published, metric), color=colour_of(chosen, chosen), label="published", zorder=4, **style
             )
-        _level(axes, curve["old_old"][metric], "old/old", above=True)
-        _level(axes, curve["new_new"][metric], "new/new", above=True)
+        _level(axes, curve["old_old"][metric], "old model", above=True)
+        _level(axes, curve["new_new"][metric], "new model", above=True)
         _fractions(axes)
         handles, labels = axes.get_legend_handles_labels()
         axes.legend(
-            handles[::-1], labels[::-1], loc="center right", bbox_to_anchor=(1.0, 0.36), title="area", fontsize=8.5
+            handles[::-1], labels[::-1], loc="center right", bbox_to_anchor=(1.0, 0.36), title="average", fontsize=8.5
         )
         low, high = axes.get_ylim()
         axes.set_ylim(low - 0.02 * (high - low), high + 0.06 * (high - low))
@@ -104,14 +102,14 @@ def gap_plot(groups: Tree, metric: str) -> str:
             axes.annotate(name, (1.0, values[-1]), (0, offset), textcoords="offset points", ha="right", color=CHOSEN)
         axes.margins(y=0.12)
         for side in ("best", "worst"):
-            _level(axes, groups["old_old"][side][metric], f"{side}, old/old", above=side == "best")
+            _level(axes, groups["old_old"][side][metric], f"{side}, old model", above=side == "best")
         _fractions(axes)
 
     return _svg(draw)
 
 
 def share_plot(points: Sequence[Tree], key: str, level: float | None = None) -> str:
-    """One figure against the fraction, with a dashed line at what would be neutral."""
+    """One figure against the fraction, with a dashed line at the neutral value."""
 
     def draw(axes: Axes) -> None:
         known = [point for point in points if point[key] is not None]
@@ -125,7 +123,7 @@ def share_plot(points: Sequence[Tree], key: str, level: float | None = None) -> 
 
 
 def histogram_plot(edges: Float64, counts: Int64, first_wave: int = 1) -> str:
-    """Uncertainties, stacked by wave; `edges` is (B + 1,), `counts` (W, B) of the waves from `first_wave` on."""
+    """Predicted errors, stacked by wave; `edges` is (B + 1,), `counts` (W, B) of the waves from `first_wave` on."""
 
     def draw(axes: Axes) -> None:
         waves = len(counts)
@@ -145,7 +143,7 @@ def histogram_plot(edges: Float64, counts: Int64, first_wave: int = 1) -> str:
             )
         axes.set_ylim(0, 1.05 * max(bottom.max(), 1))
         axes.legend(loc="upper left", fontsize=8.5, handletextpad=0.1)
-        axes.set_xlabel("uncertainty s")
+        axes.set_xlabel("predicted error s")
         axes.set_ylabel("images")
         axes.yaxis.set_major_formatter("{x:,.0f}")
 
@@ -162,7 +160,7 @@ def throughput_plot(edges_seconds: Float64, rates: Float64) -> str:
         axes.stairs(rates, edges, color=CHOSEN, fill=True, alpha=0.13, lw=0)
         axes.set_ylim(0, 1.15 * max(rates.max(), 1e-9))
         axes.set_xlim(0, edges[-1])
-        axes.set_xlabel(f"{name} since the first part")
+        axes.set_xlabel(f"{name} since the first file")
         axes.set_ylabel("images per second")
         axes.yaxis.set_major_formatter("{x:,.0f}" if rates.max() >= 10 else "{x:.3g}")
 
@@ -173,12 +171,11 @@ def throughput_plot(edges_seconds: Float64, rates: Float64) -> str:
 
 
 def colour_of(order: str, chosen: str) -> str:
-    """The colour of an order's line: the chosen one stands out, whatever its name."""
+    """The colour of an order's line; the chosen one stands out."""
     return CHOSEN if order == chosen else {"random": RANDOM, "oracle": ORACLE}.get(order, OTHER)
 
 
 def css_variable(colour: str) -> str:
-    """The name of the CSS variable that a colour stands for."""
     return f"var(--{_COLOURS[colour]})"
 
 
@@ -197,7 +194,7 @@ def _level(axes: Axes, value: float, name: str, above: bool) -> None:
 def _fractions(axes: Axes) -> None:
     axes.set_xlim(-0.015, 1.015)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_xlabel("backfilled")
+    axes.set_xlabel("re-embedded")
     axes.yaxis.set_major_locator(MaxNLocator(6))
 
 

@@ -1,6 +1,6 @@
-"""What is done and what is left: units counted against the plan. Pure but for reading the log's listing.
+"""The progress of a backfill: units that are done, counted against the plan.
 
-The driver counts acknowledgements, `status` counts what storage holds; both come to the same `Progress`.
+The driver counts acknowledgements, `status` counts the files of the vector log; both give the same `Progress`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,9 @@ _LOG_WINDOW_SECONDS = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What reading the images has cost this driver so far; the sums of its acknowledgements.
+    """Sums over the units that were acknowledged to this driver.
 
-    Attributes:
-        retries: of its tasks, and of its own requests, by which it publishes.
-        seconds: since the first unit was asked for, whatever else took its time meanwhile.
+    `retries` includes those of the driver's own requests; `seconds` is the time since the first unit was asked for.
     """
 
     images: int = 0
@@ -39,7 +37,6 @@ class Reading:
     seconds: float = 0.0
 
     def plus(self, ack: UnitAck, seconds: float) -> Reading:
-        """With one more unit."""
         return Reading(
             self.images + ack.embedded + ack.rejected,
             self.requests + ack.requests,
@@ -51,11 +48,9 @@ class Reading:
         )
 
     def with_driver(self, retries: int) -> Reading:
-        """With what the driver itself had to repeat."""
         return replace(self, retries=self.retries + retries)
 
     def __str__(self) -> str:
-        """One line for people."""
         over = self.bytes_fetched / self.bytes_needed if self.bytes_needed else 0.0
         return (
             f"{self.requests / max(1, self.images):.3g} requests per image, {over:.3g} bytes fetched per byte needed, "
@@ -65,31 +60,18 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a backfill stands.
+    """The progress of a backfill, in images."""
 
-    Attributes:
-        gallery: images in the manifest: those in the plan, and those that the old encoder could not read.
-        durable: images whose new embedding is in the vector log.
-        rejected: images that could not be embedded, by the new encoder or before the plan by the old one.
-        published: images whose new embedding is in the latest commit.
-        wave: the last wave that is published, 0 before the first.
-        waves: the last wave of the plan.
-        images_per_second: over the last minute of work, None for less than two units or five seconds of it.
-        reading: what this driver's units took to read.
-        stopped: which condition has stopped the backfill, with the figures; None where none has.
-        from_pairs: images that were embedded for the fit; they count as durable, and with commit 0 as published.
-    """
-
-    gallery: int
-    durable: int
-    rejected: int
-    published: int
-    wave: int
-    waves: int
-    images_per_second: float | None
-    reading: Reading = Reading()
-    stopped: str | None = None
-    from_pairs: int = 0
+    gallery: int  # images of the manifest, also those that the old encoder could not read
+    durable: int  # those whose new embedding is in the vector log
+    rejected: int  # those that one of the encoders could not read
+    published: int  # those whose new embedding is in the latest commit
+    wave: int  # the last published wave; 0 before the first
+    waves: int  # the last wave of the plan
+    images_per_second: float | None  # over the last minute; None for less than two units or five seconds
+    reading: Reading = Reading()  # of this driver's units
+    stopped: str | None = None  # the condition that stopped the backfill, with its figures
+    from_pairs: int = 0  # those that were embedded for the fit; they are durable, and published with commit 0
 
     @property
     def left(self) -> int:
@@ -98,14 +80,14 @@ class Progress:
 
     @property
     def eta_seconds(self) -> float | None:
-        """Seconds until no image is left, at the present rate; None without a rate."""
+        """Seconds until no image is left, at this rate; None without a rate."""
         if self.left == 0:
             return 0.0
         return self.left / self.images_per_second if self.images_per_second else None
 
 
 class Tracker:
-    """Which units are durable, and which waves have become whole."""
+    """Counts the units that are durable, and the waves that are whole."""
 
     def __init__(
         self,
@@ -115,14 +97,12 @@ class Tracker:
         allowance: int = 0,
         parts: Iterable[tuple[int, int]] | None = None,
     ) -> None:
-        """Takes what the log holds as done.
+        """Count the units in the log as done.
 
         Args:
-            plan: the plan.
-            log: the log.
             max_reject_fraction: of a wave.
-            allowance: so many rejects of a wave are borne whatever their fraction.
-            parts: the (wave, unit) of the log's parts, where it has been listed already.
+            allowance: up to this many rejects of a wave never stop the run (unless the fraction is 0).
+            parts: the (wave, unit) of the log's parts, if it is listed already.
         """
         self._plan = plan
         self._max_reject_fraction, self._allowance = max_reject_fraction, allowance
@@ -135,17 +115,17 @@ class Tracker:
         self._rejected = {wave.wave: counts.get(wave.wave, 0) for wave in plan.waves}
         self._next_wave = 1
         self._recent: deque[tuple[float, int]] = deque()
-        self._recent_images = 0  # their sum: adding thousands up again for every unit would hold the driver up
+        self._recent_images = 0  # kept up to date: summing thousands anew for every unit would slow the driver
         self._reading = Reading()
         self._start_seconds = time.monotonic()
 
     def pending(self, run: Run) -> list[Unit]:
-        """The units that are not durable, in plan order; from now on they are asked for."""
+        """The units that are not durable, in plan order; starts the clock of `Reading`."""
         self._start_seconds = time.monotonic()
         return [unit for unit in self._plan.units(run) if unit.unit not in self._done[unit.wave]]
 
     def add(self, ack: UnitAck) -> None:
-        """Count a unit, once however often it is acknowledged.
+        """Count a unit; repeated acknowledgements count once.
 
         Raises:
             DataError: its wave has too many rejects.
@@ -160,7 +140,7 @@ class Tracker:
         self._check_rejects(ack.wave)
 
     def whole_waves(self) -> list[int]:
-        """The waves that have become whole since the last call, in order and without gaps.
+        """The waves that became whole since the last call, in order and without gaps.
 
         Raises:
             DataError: one of them has too many rejects.
@@ -176,11 +156,11 @@ class Tracker:
         return found
 
     def progress(self, published_wave: int, ended: bool = False) -> Progress:
-        """The figures of now.
+        """The progress now.
 
         Args:
             published_wave: the last commit; -1 before the first.
-            ended: with the rate that `status` shows.
+            ended: take the rate that `status` shows.
         """
         rejected = sum(self._rejected.values())
         accounted = sum(self._accounted(wave.wave) for wave in self._plan.waves)
@@ -220,10 +200,9 @@ class Tracker:
 
 
 def recent_rate(plan: Plan, parts: dict[tuple[int, int], float]) -> float | None:
-    """Images per second over the last ten minutes of a log, or all of it if it is shorter.
+    """Images per second over the last ten minutes of a log; None for less than five seconds of work.
 
-    From the times its parts (wave, unit) were written, but for those that were only copied; None for less than five
-    seconds of work.
+    It is measured by the times of the log's parts (wave, unit), without those that were copied from the pairs.
     """
     embedded = ((seconds, plan.unit_size(*unit)) for unit, seconds in parts.items() if unit[0] != FROM_PAIRS)
     found = throughput(embedded, _LOG_WINDOW_SECONDS)

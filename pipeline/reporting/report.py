@@ -1,9 +1,7 @@
 """The report of a run: one self-contained HTML page, and the same figures as JSON.
 
-The last step. Guarantee: it reads what the run has and changes nothing but `reports/`; it can be
-written at any time, and a section without data says why. The page loads nothing from anywhere. `report.json`
-is written last and says which commit the page knows of. It does not measure anything itself: the curve is
-curve.py's.
+It can be written at any time and changes only `reports/`. A section without data says why. `report.json` is written
+last and names the commits that the page shows. The curve is measured by `evaluation.curve`.
 """
 
 from __future__ import annotations
@@ -48,66 +46,48 @@ _PROBE_COLUMNS = [
     ("top1", "top-1"),
     ("top5", "top-5"),
     ("recall10", "recall of the full model's 10"),
-    ("own", "own vector under the id"),
-    ("negative_flips", "negative flips"),
-    ("group_gap", "group gap"),
-    ("slot_share", "slot share"),
+    ("own", "stored vectors intact"),
+    ("negative_flips", "lost queries"),
+    ("group_gap", "gap of groups"),
+    ("slot_share", "transformed images found (1 = as expected)"),
 ]
+_ORDERS = {
+    "learned": "learned order",
+    "uncertainty": "most uncertain first",
+    "random": "random order",
+    "oracle": "best possible order",
+}
 _COLUMNS = [("top1", "top-1"), ("top5", "top-5"), ("map", "mAP")]
 
 
 @dataclass(frozen=True, slots=True)
 class ReportData:
-    """All that the page shows, ready for JSON; None where the run has no such thing yet.
-
-    Attributes:
-        run: its URI.
-        created: when this was collected, UTC.
-        policy: the order of the plan.
-        progress: the fields of `progress.Progress`.
-        prod: the commit that is served.
-        pinned: whether a rollback keeps it there.
-        commits: number, when it was created (UTC), and its counts.
-        curve: as `evaluate --curve --json` prints it.
-        no_curve: why there is none.
-        uncertainty: `edges` (B + 1), `counts` (waves x B), and the number of the first wave.
-        throughput: `edges_seconds` (B + 1), `rates` (B) in images per second, and the mean `images_per_second` with
-            what it is of: see `throughput.Throughput`.
-        estimate: the last `plan`'s `images_per_second`, `seconds` and `made_unix_seconds`.
-        rejects: stage, reason (its kind, the word before the colon), images, and an example; the most frequent first.
-        transformation: its description with the held-out figures.
-        probe: figures on the probe set, of the old model (commit None) and of each measured commit.
-        standing: what became of the last commit: the fields of `standing.Standing`.
-        selection: the metrics that count, the number of folds and of candidates, and the best ones.
-        expected: by metric, as `plan --json` prints it.
-        expected_made: when, UTC.
-        config: the run's settings.
-    """
+    """The data of the page, ready for JSON; None for a part that the run does not have yet."""
 
     run: str
-    created: str
-    policy: str
-    progress: Tree | None
-    prod: int | None
-    commits: list[Tree]
-    curve: Tree | None
-    no_curve: str
-    uncertainty: Tree | None
-    throughput: Tree | None
-    rejects: list[Tree]
-    transformation: Tree | None
+    created: str  # UTC
+    policy: str  # the order of the plan
+    progress: Tree | None  # the fields of `progress.Progress`
+    prod: int | None  # the commit that is served
+    commits: list[Tree]  # number, when it was created (UTC), and its counts
+    curve: Tree | None  # as `evaluate --curve --json` prints it
+    no_curve: str  # why there is none
+    uncertainty: Tree | None  # `edges` (B + 1), `counts` (waves x B), and the first wave
+    throughput: Tree | None  # `edges_seconds` (B + 1), `rates` (B) in images per second, and `throughput.Throughput`
+    rejects: list[Tree]  # stage, reason (up to the colon), images, and an example; the most frequent first
+    transformation: Tree | None  # its description with the held-out figures
     config: Tree
-    probe: list[Tree] = field(default_factory=list)
-    standing: Tree | None = None
-    selection: Tree | None = None
-    expected: Tree | None = None
-    expected_made: str = ""
-    pinned: bool = False
-    estimate: Tree | None = None
+    probe: list[Tree] = field(default_factory=list)  # figures of the old model (commit None) and of each commit
+    standing: Tree | None = None  # the fields of `quality.PromotionStatus`
+    selection: Tree | None = None  # its metrics, folds, number of candidates, and the best ones
+    expected: Tree | None = None  # by metric, as `plan --json` prints it
+    expected_made: str = ""  # UTC
+    pinned: bool = False  # whether a rollback keeps prod there
+    estimate: Tree | None = None  # the last `plan`'s rate, seconds, and when it was made
 
 
 def gather_report(config: Config, run: Run) -> ReportData:
-    """Gather what the run has so far; the curve is computed where it can be and was not yet.
+    """Gather the data of the page; the curve is computed if it can be and is not stored.
 
     Raises:
         DataError: a file of the run is damaged.
@@ -116,7 +96,13 @@ def gather_report(config: Config, run: Run) -> ReportData:
     prod = tags.read_tag(run, tags.PROD)
     commits = [_figures(commit) for commit in tags.read_commits(run)]
     progress = _progress(run, plan, max((commit["commit"] for commit in commits), default=-1))
-    curve, no_curve = _curve(config, run, progress)
+    no_curve = _why_no_curve(config.evaluate.max_images, run, progress)
+    curve = None
+    if not no_curve:
+        try:
+            curve = curves.curve(config, run)
+        except DataError as error:
+            no_curve = f"It cannot be measured: {error.summary}."
     expected = _expected(run)
     where = objects.join(run.transformation, "transformation.json")
     marker = objects.read_versioned(where)
@@ -145,7 +131,6 @@ def gather_report(config: Config, run: Run) -> ReportData:
 
 
 def render(data: ReportData) -> str:
-    """The page as HTML."""
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # fonts are the browser's
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = lambda value: f"{value:,.0f}"
@@ -171,12 +156,11 @@ def write_report(config: Config, run: Run) -> str:
 
 
 def page_uri(run: Run) -> str:
-    """Where the page is, or will be."""
     return run.path("reports", "report.html")
 
 
 def is_current(run: Run) -> bool:
-    """Whether the page is there and knows of the latest commit."""
+    """Whether the page exists and shows the latest commit."""
     figures = objects.read_versioned(_figures_uri(run))
     if figures is None or not objects.exists(page_uri(run)):
         return False
@@ -188,21 +172,21 @@ def is_current(run: Run) -> bool:
 
 
 def headline(data: ReportData) -> list[Tree]:
-    """The rows of the headline table: before, at once, on the way per order, after."""
+    """The rows of the headline table: old model, start, average per order, new model."""
     if data.curve is None:
         return []
     curve, orders = data.curve, data.curve["orders"]
     start = next(iter(orders.values()))["points"][0]
     rows: list[Tree] = [
-        {"title": "old / old", "note": "the gallery before", "figures": curve["old_old"]},
-        {"title": "fraction 0", "note": "transformed, no image touched", "figures": start},
+        {"title": "old model", "note": "before the migration", "figures": curve["old_old"]},
+        {"title": "start", "note": "all vectors transformed, no image re-embedded", "figures": start},
     ]
     for name in sorted(orders, key=lambda name: (name == "oracle", name == data.policy, name != "random")):
-        notes = {"random": "the plain alternative", "oracle": "knows the answer; a bound"}
+        notes = {"random": "for comparison", "oracle": "knows the true error"}
         rows.append(
             {
-                "title": f"area, {name}",
-                "note": "this run's order" if name == data.policy else notes.get(name, ""),
+                "title": f"average over the migration, {_ORDERS.get(name, name)}",
+                "note": "this run" if name == data.policy else notes.get(name, ""),
                 "figures": orders[name]["area"],
                 "spread": orders[name].get("area_std"),
                 "share": curve["share_of_gap"][name],
@@ -210,18 +194,17 @@ def headline(data: ReportData) -> list[Tree]:
                 "colour": plots.css_variable(plots.colour_of(name, data.policy)),
             }
         )
-    return [*rows, {"title": "new / new", "note": "everything re-embedded", "figures": curve["new_new"]}]
+    return [*rows, {"title": "new model", "note": "all images re-embedded", "figures": curve["new_new"]}]
 
 
 def _charts(data: ReportData) -> dict[str, str]:
-    """SVG by name, for what there is data for."""
     charts = {}
     if data.curve is not None:
         for metric, _ in _COLUMNS:
             charts[metric] = plots.curve_plot(data.curve, metric, data.policy)
         flips, slots, groups = (data.curve[name] for name in ("negative_flips", "slot_share", "groups"))
         charts["flips"] = plots.share_plot(flips["points"], "percent")
-        served = [point for point in slots["points"] if point["fraction"] < 1]  # at 1 only rejects are left: noise
+        served = [point for point in slots["points"] if point["fraction"] < 1]  # at 1 only rejects are left
         charts["slots"] = plots.share_plot(served, "share", level=1.0)
         if groups is not None:
             charts |= {f"gap_{metric}": plots.gap_plot(groups, metric) for metric in ("top1", "map")}
@@ -235,7 +218,7 @@ def _charts(data: ReportData) -> dict[str, str]:
 
 
 def _selection(run: Run) -> Tree | None:
-    """The selection without its curves, and of its candidates the first ones and the chosen one."""
+    """The selection without its curves, with its first candidates and the chosen one."""
     found = read_selection(run)
     if found is None:
         return None
@@ -260,22 +243,18 @@ def _figures_uri(run: Run) -> str:
     return run.path("reports", "report.json")
 
 
-def _curve(config: Config, run: Run, progress: Progress | None) -> tuple[Tree | None, str]:
-    """The curve, computed now where it is not stored, or the reason why there is none."""
+def _why_no_curve(max_images: int, run: Run, progress: Progress | None) -> str:
+    """The reason why the curve cannot be computed; empty if it can."""
     if progress is None:
-        return None, "The gallery is not planned yet."
-    limit = config.evaluate.max_images
-    if progress.gallery > limit:
-        return None, f"The gallery has {progress.gallery:,} images, and evaluate.max_images is {limit:,}."
+        return "The gallery is not planned yet."
+    if progress.gallery > max_images:
+        return f"The gallery has {progress.gallery:,} images, and evaluate.max_images is {max_images:,}."
     if progress.left and not new_embeddings_given(run):
         done = 1 - progress.left / progress.gallery
-        return None, f"It needs the new embedding of every image; {100 * done:.1f} per cent are there so far."
+        return f"It needs the new embedding of every image; {100 * done:.1f} % are embedded so far."
     if not gallery_arrays.has_labels(run):
-        return None, "The gallery has no labels to measure it with (gallery.columns.label)."
-    try:
-        return curves.curve(config, run), ""
-    except DataError as error:
-        return None, f"It cannot be measured: {error.summary}."
+        return "The gallery has no labels to measure it with (gallery.columns.label)."
+    return ""
 
 
 def _progress(run: Run, plan: Plan | None, published: int) -> Progress | None:
@@ -290,13 +269,13 @@ def _figures(commit: commits.Commit) -> Tree:
 
 def _probe(run: Run) -> list[Tree]:
     known, measured = quality.read_baseline(run), quality.read_all_quality(run)
-    old = [] if known is None else [{"commit": None, "title": "old / old", "figures": known.figures}]
+    old = [] if known is None else [{"commit": None, "title": "old model", "figures": known.figures}]
     rows = [{"commit": item.commit, "title": f"commit {item.commit}", "figures": item.figures} for item in measured]
     return [*old, *rows] if measured else []
 
 
 def _uncertainty(run: Run, plan: Plan | None) -> Tree | None:
-    """The histogram of s by wave, part by part, so that the gallery need not fit into memory."""
+    """The histogram of s by wave, computed part by part."""
     if plan is None:
         return None
     uris = transformed_parts(run)
@@ -314,9 +293,9 @@ def _uncertainty(run: Run, plan: Plan | None) -> Tree | None:
 
 
 def _throughput(run: Run, plan: Plan | None) -> Tree | None:
-    """Images per second between the times at which parts were written; None for fewer than two parts or five seconds.
+    """Images per second between the times of the log's parts; None for fewer than two parts or five seconds.
 
-    A part's time is all that storage knows of when its images were embedded; those of the pairs were embedded before.
+    Parts of the pairs do not count: their images were embedded before.
     """
     if plan is None:
         return None
@@ -334,7 +313,7 @@ def _throughput(run: Run, plan: Plan | None) -> Tree | None:
 
 
 def _expected(run: Run) -> Tree | None:
-    """Inside 0 to 100 per cent, also as an earlier version kept it."""
+    """The expected curves by metric, also in the format of earlier versions; None if there are none."""
     where = expected_uri(run)
     found = objects.read_versioned(where)
     return {name: item.to_json() for name, item in read_expected(found[0], where).items()} if found else None
@@ -354,7 +333,7 @@ def _estimate(run: Run) -> Tree | None:
 
 
 def _rejects(run: Run, plan: Plan | None) -> list[Tree]:
-    """Rejects by stage and kind of reason, as `status` shows them: what follows the colon differs by image."""
+    """Rejects by stage and kind of reason (up to the colon; what follows differs by image)."""
     rejects = read_rejects(run, plan.log(run) if plan else None)
     kinds = pc.replace_substring_regex(rejects["reason"], "(?s):.*", "")
     groups = rejects.append_column("kind", kinds).group_by(["stage", "kind"], use_threads=False)  # "first" has an order

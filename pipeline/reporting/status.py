@@ -1,4 +1,4 @@
-"""Where a run stands, from storage alone."""
+"""The status of a run, from storage alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Pin(TypedDict):
-    """That prod does not follow later commits, since when (None: not recorded), and the command that ends it."""
+    """prod does not follow later commits: since when (None if not recorded), and the command that ends it."""
 
     by: str
     since_unix_seconds: float | None
@@ -21,8 +21,8 @@ class Pin(TypedDict):
 class Status(TypedDict):
     """The figures of `status --json` (an interface; CHANGELOG before it changes).
 
-    `from_pairs` are the images that were embedded for the fit: of the durable ones, and of the published ones.
-    `quality` is that of `quality_commit`, the latest commit; `prod_quality` that of the commit that prod serves.
+    `from_pairs` counts images that were embedded for the fit; they are also in `durable` and `published`. `quality` is
+    that of the latest commit, `quality_commit`; `prod_quality` is that of the commit that prod serves.
     """
 
     run: str
@@ -48,7 +48,7 @@ class Status(TypedDict):
 
 
 def read_status(run_uri: str) -> Status:
-    """The figures of a run; before its plan is made there is no gallery to count against."""
+    """The figures of a run; before it has a plan, `gallery` and `waves` are None."""
     from pipeline.embedding import vector_log
     from pipeline.evaluation import quality
     from pipeline.evaluation.quality import read_promotion_status
@@ -121,12 +121,12 @@ def is_complete(config: Config) -> bool:
 
 
 def from_pairs_text(count: int, gallery: int) -> str:
-    """What is embedded of a gallery before its backfill begins."""
+    """How many images are embedded before the backfill begins."""
     return f"{count:,} of {gallery:,} images are embedded already: the pairs of the fit."
 
 
 def damage_of_served(run: Run, served: int | None) -> str | None:
-    """What is wrong with the commit that prod serves, as far as it shows without reading its files."""
+    """The damage of the commit that prod serves, found by the names and sizes of its files; None if there is none."""
     from pipeline.errors import DataError, Removed
     from pipeline.index.commits import check_files
 

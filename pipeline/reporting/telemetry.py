@@ -1,10 +1,8 @@
-"""Every Prometheus metric of the driver, declared once, and the endpoint that shows them.
+"""Every Prometheus metric of the driver, and the endpoint that serves them.
 
-Three stages everywhere: an image is embedded, then durable (its unit's part is in the log), then
-published (a commit holds its wave). The driver learns of the first two together, from a unit's
-acknowledgement. What a node or a process does is in `worker_metrics`; the progress of a run comes from
-storage alone through `fastfill status`. Labels are of fixed sets: stages, causes, measures, and the waves
-of the plan.
+An image is embedded, then durable (its unit's part is in the vector log), then published (a commit holds its wave).
+The driver learns of the first two together, when a unit is acknowledged. Metrics of nodes and processes are in
+`embedding.worker_metrics`. Labels are of fixed sets: stages, causes, measures, and the waves of the plan.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from pipeline.config.tree import Config, TelemetrySettings
+from pipeline.config.tree import TelemetrySettings
 from pipeline.embedding.rejects import REJECT_REASONS
 from pipeline.reporting.progress import Progress
 from pipeline.schema import UnitAck
@@ -65,22 +63,20 @@ WAVE_PUBLISHED = Gauge("fastfill_wave_published", "The last wave that is publish
 PUBLISHED_AT = Gauge(
     "fastfill_snapshot_published_timestamp_seconds", "When the latest commit was published.", registry=REGISTRY
 )
-GATE_REFUSED = Gauge(
-    "fastfill_gate_refused", "1 where the gate kept prod from the latest commit, else 0.", registry=REGISTRY
-)
+GATE_REFUSED = Gauge("fastfill_gate_refused", "1 if the gate refused the latest commit, else 0.", registry=REGISTRY)
 INDEX_VECTORS = Gauge("fastfill_index_vectors", "Vectors of the latest commit.", ["kind"], registry=REGISTRY)
 INDEX_SEGMENTS = Gauge("fastfill_index_segments", "Segments of the latest commit.", registry=REGISTRY)
 INDEX_BYTES = Gauge("fastfill_index_bytes", "Bytes of the segments of the latest commit.", registry=REGISTRY)
 WAVE_QUALITY = Gauge(
     "fastfill_wave_quality_ratio",
-    "Retrieval quality of the snapshot of a wave, 0 to 1, where it was measured.",
+    "Retrieval quality of the snapshot of a wave, 0 to 1, if it was measured.",
     ["wave", "measure"],
     registry=REGISTRY,
 )
 PROBE_QUALITY = Gauge(
     "fastfill_probe_quality_ratio",
-    "Quality of the latest commit on the probe set, as ratios: top1, top5, recall10, own, slot_share, negative_flips, "
-    "group_gap.",
+    "Quality of the latest commit on the probe set, as ratios: top1, top5, recall10 (of the full model's 10), own, "
+    "slot_share, negative_flips, group_gap.",
     ["measure"],
     registry=REGISTRY,
 )
@@ -116,12 +112,11 @@ DRIVER_BYTES = Counter(
     registry=REGISTRY,
 )
 IMAGES_CHANGED = Counter(
-    "fastfill_images_changed", "Images that are others than when the manifest was made.", registry=REGISTRY
+    "fastfill_images_changed", "Images that have changed since the manifest was made.", registry=REGISTRY
 )
 STAGE_SECONDS = Histogram(
     "fastfill_stage_seconds",
-    "Seconds a unit or a wave spends in a stage: load (which is fetch and decode), embed, write, seal, publish, "
-    "measure.",
+    "Seconds per unit (load, which is fetch and decode; embed; write) or per wave (seal, publish, measure).",
     ["stage"],
     buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
     registry=REGISTRY,
@@ -139,7 +134,7 @@ NODE_SECONDS = Counter("fastfill_node_seconds", "Seconds of nodes, since this dr
 GPU_SECONDS = Counter("fastfill_gpu_seconds", "Seconds of GPUs, since this driver began.", registry=REGISTRY)
 COST = Counter(
     "fastfill_cost",
-    "What these seconds cost by telemetry.node_hour_price and gpu_hour_price, in their currency.",
+    "Cost of these seconds by telemetry.node_hour_price and gpu_hour_price, in their currency.",
     registry=REGISTRY,
 )
 
@@ -152,20 +147,18 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def serving(config: Config) -> Iterator[str]:
-    """Serve the endpoint while a run's steps go on; gives its URL.
+def serving(settings: TelemetrySettings, run_uri: str) -> Iterator[str]:
+    """Serve the endpoint during a run; gives its URL.
 
-    With `telemetry.discovery_file` Prometheus finds it there; after a good end the file is taken away. At the end
-    the endpoint stays for `telemetry.linger_seconds`, so that the last figures are seen. Nodes and GPUs are counted
-    from a thread while Ray is connected.
+    Prometheus finds it through `telemetry.discovery_file`, which is removed after a good end. The endpoint stays for
+    `telemetry.linger_seconds`, so that the last figures are scraped. A thread counts nodes and GPUs.
     """
-    settings = config.telemetry
     url = serve(settings)
     stop = threading.Event()
     meter = threading.Thread(target=_count_machines, args=(settings, stop), name="machines", daemon=True)
     meter.start()
     if settings.discovery_file is not None:
-        objects.put(settings.discovery_file, json.dumps([_target(url, config.run)], indent=1).encode())
+        objects.put(settings.discovery_file, json.dumps([_target(url, run_uri)], indent=1).encode())
     try:
         yield url
         time.sleep(settings.linger_seconds)
@@ -177,17 +170,16 @@ def serving(config: Config) -> Iterator[str]:
 
 
 def serve(settings: TelemetrySettings) -> str:
-    """Start the endpoint and return its URL; a port that is taken is replaced by a free one, with a warning."""
+    """Start the endpoint and return its URL; if the port is taken, use a free one and log a warning."""
     try:
         server, _ = start_http_server(settings.port, settings.host, REGISTRY)
     except OSError as error:
-        logger.warning("telemetry: port %d cannot be had (%s), using a free one", settings.port, error.strerror)
+        logger.warning("telemetry: port %d is not available (%s); a free one is used", settings.port, error.strerror)
         server, _ = start_http_server(0, settings.host, REGISTRY)
     return f"http://{_address(settings.host)}:{server.server_port}/metrics"
 
 
 def observe_unit(ack: UnitAck) -> None:
-    """Count one acknowledged unit."""
     UNITS.inc()
     IMAGES_EMBEDDED.inc(ack.embedded)
     LOG_BYTES.inc(ack.part_bytes)
@@ -207,7 +199,7 @@ def observe_unit(ack: UnitAck) -> None:
 
 
 def observe_driver(asked: Counts[str]) -> None:
-    """Count what the driver itself, which publishes, asked of stores: the difference of two `storage.counts()`."""
+    """Count the driver's own requests to stores: the difference of two `objects.counts()`."""
     _count_retries(count_retries(asked))
     for name, count in asked.items():
         kind, _, what = name.partition(":")
@@ -235,7 +227,6 @@ def observe_progress(progress: Progress, waiting_waves: int = 0) -> None:
 
 
 def observe_commit(commit: Commit) -> None:
-    """Set the figures of the latest commit, whoever published it."""
     PUBLISHED_AT.set(commit.created_unix_seconds)
     INDEX_VECTORS.labels("transformed").set(commit.counts.transformed)
     INDEX_VECTORS.labels("embedded").set(commit.counts.embedded)
@@ -244,32 +235,32 @@ def observe_commit(commit: Commit) -> None:
 
 
 def observe_quality(wave: int, figures: Mapping[str, float]) -> None:
-    """Set the quality of the snapshot of a wave, of figures in per cent; others than measures are left out."""
+    """Set the quality of the snapshot of a wave, from figures in per cent; unknown names are ignored."""
     for measure in _MEASURES:
         if measure in figures:
             WAVE_QUALITY.labels(str(wave), measure).set(figures[measure] / 100)
 
 
 def observe_probe(figures: Mapping[str, float]) -> None:
-    """Set the quality of the latest commit on the probe set, of `quality.Quality.figures`; of no earlier one."""
+    """Set the quality of the latest commit from `Quality.figures`, and drop that of earlier ones."""
     PROBE_QUALITY.clear()
     for measure, value in figures.items():
         PROBE_QUALITY.labels(measure).set(value if measure == "slot_share" else value / 100)
 
 
 def spent() -> float:
-    """What the machines of this driver have cost so far, by the prices of the config."""
+    """The cost of this driver's machines so far, by the prices of the config."""
     return REGISTRY.get_sample_value("fastfill_cost_total") or 0.0
 
 
 def observe_curve(curve: Mapping[str, Any]) -> None:  # Any: the document of `evaluate --curve --json`
-    """Set the quality of every snapshot that the run's curve measured."""
+    """Set the quality of every snapshot of the run's curve."""
     for point in curve["published"]["points"]:
         observe_quality(point["commit"], point)
 
 
 def observe_held_out(held_out: Mapping[str, float | Mapping[str, float]]) -> None:
-    """Set the quality on held-out pairs, of `TransformationInfo.held_out`."""
+    """Set the quality on held-out pairs from `TransformationInfo.held_out`."""
     for gallery in ("old_old", "transformed", "new_new"):
         figures = held_out.get(gallery)
         if isinstance(figures, Mapping):
@@ -278,7 +269,6 @@ def observe_held_out(held_out: Mapping[str, float | Mapping[str, float]]) -> Non
 
 
 def observe_epoch(figures: Mapping[str, float]) -> None:
-    """Set the figures of one epoch of the fit, as `training.fit.fit` tells them."""
     FIT_EPOCH.set(figures["epoch"] + 1)
     FIT_EPOCHS.set(figures["epochs"])
     FIT_LOSS.set(figures["loss"])
@@ -288,7 +278,7 @@ def observe_epoch(figures: Mapping[str, float]) -> None:
 
 
 def observe_machines(settings: TelemetrySettings, nodes: int, gpus: float, seconds: float) -> None:
-    """Count that so many nodes and GPUs were there for so many seconds."""
+    """Count the seconds of nodes and GPUs, and their cost."""
     NODES.set(nodes)
     GPUS.set(gpus)
     NODE_SECONDS.inc(nodes * seconds)
@@ -297,13 +287,13 @@ def observe_machines(settings: TelemetrySettings, nodes: int, gpus: float, secon
 
 
 class _Actors:
-    """Which actors gave a unit lately, and how many there ever were; in memory is one entry per actor."""
+    """Counts the actors that gave a unit in the last minutes and in all."""
 
     def __init__(self) -> None:
         self._last_seconds: dict[str, float] = {}
 
     def see(self, actor: str, now_seconds: float) -> None:
-        """An actor gave a unit; one without a name is none."""
+        """Count an actor that gave a unit; an empty name is ignored."""
         if actor and actor not in self._last_seconds:
             ACTORS_SEEN.inc()
         if actor:
@@ -320,7 +310,7 @@ def _count_retries(counts: Sequence[int]) -> None:
 
 
 def _count_machines(settings: TelemetrySettings, stop: threading.Event) -> None:
-    """Every ten seconds, and at the end; nothing while Ray is not connected."""
+    """Count nodes every ten seconds and at the end; there are none while Ray is not connected."""
     last = time.monotonic()
     while True:
         stopped = stop.wait(_MACHINE_SECONDS)
@@ -334,18 +324,17 @@ def _count_machines(settings: TelemetrySettings, stop: threading.Event) -> None:
 
 
 def _alive_nodes() -> list[dict[str, float]]:
-    """The resources of each node that is alive."""
-    import ray  # here: it takes a second, and readers of a run's figures do without it
+    import ray  # here: it takes a second, and `status` does not need it
 
     try:
         return [node["Resources"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
-    except ray.exceptions.RayError as error:  # the cluster is going, and the run will say so
-        logger.warning("telemetry: the nodes cannot be counted (%s)", error)
+    except ray.exceptions.RayError as error:  # the cluster is going down; the run reports that itself
+        logger.warning("telemetry: cannot count the nodes (%s)", error)
         return []
 
 
 def _address(host: str) -> str:
-    """Where others reach this machine; where the endpoint listens everywhere that is Ray's address of the node."""
+    """The address of this machine for others: Ray's address of the node if the endpoint listens everywhere."""
     if host not in _EVERYWHERE:
         return host
     import ray.util
@@ -354,6 +343,6 @@ def _address(host: str) -> str:
 
 
 def _target(url: str, run: str) -> dict[str, object]:
-    """One entry of a file for Prometheus's file_sd_configs; the label `run` is the last word of the run's URI."""
+    """One entry for Prometheus's file_sd_configs; the label `run` is the last part of the run's URI."""
     name = run.rstrip("/").rpartition("/")[2]
     return {"targets": [url.removeprefix("http://").removesuffix("/metrics")], "labels": {"run": name}}

@@ -1,8 +1,7 @@
-"""What a rate is, once for all that show one: images made durable per second of embedding.
+"""The one definition of throughput: images made durable per second of embedding. Pure.
 
-The first moment only starts the clock, because nobody knows when its images were begun. A pause far longer than is
-usual in the run is an interruption, and no embedding. Less than `SHORTEST_SECONDS` of work has no rate: of so few
-units the figure says nothing. Pure.
+The first moment starts the clock: the start of its images is unknown. Pauses far longer than usual are interruptions
+and do not count. Less than `SHORTEST_SECONDS` of work has no rate.
 """
 
 from __future__ import annotations
@@ -13,36 +12,29 @@ from dataclasses import dataclass
 import numpy as np
 
 SHORTEST_SECONDS = 5.0
-_IDLE_SECONDS = 30.0  # a pause between two moments that is longer, and far longer than is usual in the run,
-_IDLE_FACTOR = 20  # is a run that was interrupted, not one that is slow
+_IDLE_SECONDS = 30.0  # a longer pause is an interruption,
+_IDLE_FACTOR = 20  # if it is also this many times the median pause
 
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """What was made durable in a stretch of a run.
+    """Images made durable in a stretch of a run."""
 
-    Attributes:
-        images: made durable after its first moment; those of the first moment itself do not count.
-        seconds: from its first moment to its last.
-        idle_seconds: of these, in which the run was interrupted.
-    """
-
-    images: int
-    seconds: float
-    idle_seconds: float = 0.0
+    images: int  # without those of the first moment
+    seconds: float  # from the first moment to the last
+    idle_seconds: float = 0.0  # the part of `seconds` in which the run was interrupted
 
     @property
     def per_second(self) -> float:
-        """Images per second of embedding."""
         return self.images / max(self.seconds - self.idle_seconds, 1e-6)
 
 
 def throughput(moments: Iterable[tuple[float, int]], recent_seconds: float | None = None) -> Throughput | None:
-    """Of a run or its last stretch; None while there are no two moments, or too few seconds of work between them.
+    """The throughput of a run or its last stretch; None for fewer than two moments or too few seconds of work.
 
     Args:
-        moments: seconds at which so many images became durable, in any order and by any clock.
-        recent_seconds: how long the stretch is, back from the last moment; None for all of it.
+        moments: (seconds, images that became durable then), in any order and by any clock.
+        recent_seconds: the length of the stretch, back from the last moment; None for the whole run.
     """
     known = sorted(moments)
     if recent_seconds is not None and known:

@@ -194,7 +194,7 @@ def test_a_wave_with_swapped_ids_is_not_published_and_is_mended_by_embedding_it_
         result = fastfill("backfill", "--config", path)
         assert result.exit_code == 3, result.output
         assert "wave 3 is not published" in said(result)
-        assert "probe images of wave 3 have their own vector" in said(result)
+        assert "probe images return their own embedding" in said(result)
         found = status(path)
         assert (found["prod"], found["commit"]) == (2, 2)
         assert "of wave 3" in found["refused"][0]

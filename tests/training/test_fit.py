@@ -18,7 +18,7 @@ from pipeline.config.method import LossMode
 from pipeline.config.tree import Config
 from pipeline.errors import ConfigError, DataError, TransientError
 from pipeline.evaluation.metrics import METRICS
-from pipeline.evaluation.simulated_curve import order_by_priority, simulate_curve
+from pipeline.evaluation.simulated_curve import CurveInputs, CurveOptions, order_by_priority, simulate_curve
 from pipeline.models.networks import Transformation
 from pipeline.models.transformation import TransformationInfo, apply, load_transformation
 from pipeline.planning.policy_inputs import load_policy_inputs
@@ -301,7 +301,9 @@ def _areas(network: Transformation, pairs: PairArrays) -> dict[str, float]:
     assert pairs.labels is not None
     order = order_by_priority(uncertainty, np.arange(len(pairs.old)), seed=0)
     simulation = simulate_curve(
-        transformed, pairs.new, pairs.new, pairs.labels, pairs.labels, {"uncertainty": [order]}, self_match=True
+        CurveInputs(transformed, pairs.new, pairs.new, pairs.labels, pairs.labels),
+        {"uncertainty": [order]},
+        CurveOptions(self_match=True),
     )
     start, end = simulation.start.as_dict(), simulation.end.as_dict()
     area = dict(zip(METRICS, simulation.orders["uncertainty"].area.tolist(), strict=True))

@@ -16,7 +16,7 @@ from pipeline.arrays import Float32, Float64, Int64
 from pipeline.config.tree import Config
 from pipeline.evaluation import probe_metrics, quality
 from pipeline.evaluation.gallery_arrays import labelled_sample
-from pipeline.evaluation.metrics import evaluate
+from pipeline.evaluation.metrics import EvaluateOptions, evaluate
 from pipeline.evaluation.probe_set import gather, load
 from pipeline.planning.selection import Selection, TrialResult
 from pipeline.sampling.probe_draw import draw
@@ -68,7 +68,7 @@ def test_ends_of_a_probe_set_that_is_the_whole_gallery_are_exact() -> None:
     labels, ids = np.array([int(name.split()[1]) for name in images.labels or []]), np.arange(300)
     every = Labelled(ids, images.embedded, labels)
     found = ends_of(every, images.transformed, Labelled(ids, images.transformed, labels), "l2")
-    exact = evaluate(images.embedded, images.embedded, labels, labels, self_match=True).as_dict()
+    exact = evaluate(images.embedded, images.embedded, labels, labels, EvaluateOptions(self_match=True)).as_dict()
     assert {name: ends.end for name, ends in found.items()} == pytest.approx(exact)
 
 
@@ -90,7 +90,7 @@ def test_curves_by_fold_equal_embedding_each_fold_piece_by_piece(
         for point in (0, 4, 11, 21):
             some = order[: point * len(rows) // 21]
             state[some] = new[some]
-            exact = evaluate(new, state, labels, labels, self_match=True)
+            exact = evaluate(new, state, labels, labels, EvaluateOptions(self_match=True))
             assert curves[fold, point].tolist() == pytest.approx([exact.top1, exact.top5, exact.map])
 
 
@@ -102,7 +102,7 @@ def test_curves_by_fold_with_pairs_from_the_gallery_begin_with_a_random_share(tm
     new, state, labels = pairs.fold.pairs.new, pairs.served.copy(), pairs.fold.pairs.labels
     known = by_chance(400, round(share * 400))
     state[known] = new[known]
-    exact = evaluate(new, state, labels, labels, self_match=True)
+    exact = evaluate(new, state, labels, labels, EvaluateOptions(self_match=True))
     assert curves[0, 6].tolist() == pytest.approx([exact.top1, exact.top5, exact.map])
     assert curves[0, [0, -1]].tolist() == plain[0, [0, -1]].tolist()
     assert not np.allclose(curves[0, 3:9], plain[0, 3:9])
@@ -225,7 +225,7 @@ def test_forecast_with_a_sample_of_a_partly_labelled_gallery_searches_the_sample
     found = expected_curve(config, run, plan)
     assert represented(found) == f"{labelled} of its images (the labelled ones of probe.manifest)"
     z, new, truth = images.transformed[:labelled], images.embedded[:labelled], np.array(names[:labelled])
-    start, end = (evaluate(new, side, truth, truth, self_match=True).as_dict() for side in (z, new))
+    start, end = (evaluate(new, side, truth, truth, EvaluateOptions(self_match=True)).as_dict() for side in (z, new))
     for name, curve in found.curves.items():
         assert curve.values[[0, -1]] == pytest.approx([start[name], end[name]])
     probe = load(run)
@@ -296,7 +296,7 @@ def test_probe_set_backfill_equals_embedding_it_piece_by_piece(tmp_path: Path) -
         state = probe.transformed[rows].copy()
         some = order[: point * len(rows) // 21]
         state[some] = probe.new[rows][some]
-        exact = evaluate(probe.new[rows], state, labels, labels, self_match=True)
+        exact = evaluate(probe.new[rows], state, labels, labels, EvaluateOptions(self_match=True))
         assert [found[name][:, point].mean() for name in ("top1", "top5", "map")] == pytest.approx(
             [exact.top1, exact.top5, exact.map]
         )

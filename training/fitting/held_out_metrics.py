@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.arrays import Float32, Int64
 from pipeline.config.tree import Config
-from pipeline.evaluation.metrics import evaluate, nearest_rows, recall
+from pipeline.evaluation.metrics import EvaluateOptions, evaluate, nearest_rows, recall
 from pipeline.models.device import resolve_device
 from pipeline.models.networks import Transformation
 from pipeline.models.transformation import HeldOutFigures, TransformationInfo, apply
@@ -146,7 +146,7 @@ def retrieval(
     """
     if labels is not None:
         return {
-            name: evaluate(*sides, labels, labels, metric=metric, self_match=True).as_dict()
+            name: evaluate(*sides, labels, labels, EvaluateOptions(metric=metric, self_match=True)).as_dict()
             for name, sides in kinds.items()
         }
     found = {name: nearest_rows(*sides, np.arange(len(sides[0])), metric) for name, sides in kinds.items()}

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.arrays import Float32, Int64
 from pipeline.config.tree import Config
-from pipeline.evaluation.metrics import evaluate
+from pipeline.evaluation.metrics import EvaluateOptions, evaluate
 from pipeline.models.offset import LinearClassifier
 from pipeline.planning.policy_inputs import PolicyInputs, build_policy_inputs
 from pipeline.planning.signals import Scored
@@ -89,9 +89,7 @@ def group_needs(
             side,
             labels[queries],
             labels,
-            metric=metric,
-            query_ids=queries,
-            gallery_ids=np.arange(len(new)),
+            EvaluateOptions(metric=metric, query_ids=queries, gallery_ids=np.arange(len(new))),
         ).average_precision
         for side in (new, served)
     ]

@@ -15,7 +15,14 @@ import numpy as np
 from pipeline.arrays import Float32, Float64, Int64
 from pipeline.config.tree import Config
 from pipeline.evaluation.metrics import METRICS
-from pipeline.evaluation.simulated_curve import agreement_curve, order_by_priority, random_order, simulate_curve
+from pipeline.evaluation.simulated_curve import (
+    CurveInputs,
+    CurveOptions,
+    order_by_priority,
+    random_order,
+    recall_curve,
+    simulate_curve,
+)
 from pipeline.models import offset as offsets
 from pipeline.models.calibration import Calibration, fit_calibration
 from pipeline.planning.policies import load_policy
@@ -99,16 +106,9 @@ def queries_of(
         calibration: maps the keys of transformed vectors.
     """
     rows, ids = _some(np.flatnonzero(labels != NO_LABEL), detail.queries), np.arange(len(served))
-    sides = (served, new, new[rows], labels[rows], labels, {"": [order]})
-    found = simulate_curve(
-        *sides,
-        points=detail.points,
-        metric=metric,
-        query_ids=rows,
-        gallery_ids=ids,
-        calibration=calibration,
-        per_query=True,
-    ).queries
+    inputs = CurveInputs(served, new, new[rows], labels[rows], labels, query_ids=rows, gallery_ids=ids)
+    options = CurveOptions(points=detail.points, metric=metric, calibration=calibration, per_query=True)
+    found = simulate_curve(inputs, {"": [order]}, options).queries
     assert found is not None, "asked per query"
     ranks, precision = (values[0] for values in found[""])  # (P, Q) of the one order
     matched = ranks[0] > 0
@@ -144,21 +144,21 @@ def curves_of(
     if labels is None:
         flat = {name: some[0] for name, some in orders.items()}
         rows = _some(ids, detail.queries)
-        curves = agreement_curve(served, fold.pairs.new, rows, flat, detail.points, metric, calibration)
+        curves = recall_curve(
+            served,
+            fold.pairs.new,
+            rows,
+            flat,
+            CurveOptions(points=detail.points, metric=metric, calibration=calibration),
+        )
         return ("recall10",), {name: curve[:, None] for name, curve in curves.items()}
     queries = _some(np.flatnonzero(labels != NO_LABEL), detail.queries)
     simulation = simulate_curve(
-        served,
-        fold.pairs.new,
-        fold.pairs.new[queries],
-        labels[queries],
-        labels,
+        CurveInputs(
+            served, fold.pairs.new, fold.pairs.new[queries], labels[queries], labels, query_ids=queries, gallery_ids=ids
+        ),
         orders,
-        points=detail.points,
-        metric=metric,
-        query_ids=queries,
-        gallery_ids=ids,
-        calibration=calibration,
+        CurveOptions(points=detail.points, metric=metric, calibration=calibration),
     )
     return METRICS, {name: curve.values for name, curve in simulation.orders.items()}
 

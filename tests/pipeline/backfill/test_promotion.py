@@ -206,7 +206,9 @@ def test_a_wave_with_swapped_ids_is_stopped_and_the_wave_before_it_served_on(
     if not labelled:
         images = replace(images, labels=None, groups=None)
     config, run = probed(tmp_path, images, swapped_wave=wave, metric=metric)
-    with pytest.raises(GateRefused, match=rf"probe images of wave {wave} have their own .* gate.min_own is 90"):
+    with pytest.raises(
+        GateRefused, match=rf"wave {wave}: only .* return their own embedding; gate.min_own asks for 90 %"
+    ):
         settle(config, run)
     assert prod(run) == wave - 1
 
@@ -235,7 +237,7 @@ def test_own_vector_check_allows_a_lossy_codec_and_finds_swapped_vectors(
     assert settle(limited(config, max_fall=100), run)[-1] == []
     assert quality.read_all_quality(run)[-1].figures["recall10"] > 90
     config, run = probed(tmp_path / "swapped", images, metric=metric, factory=factory, swapped_wave=3)
-    with pytest.raises(GateRefused, match="probe images of wave 3 have their own"):
+    with pytest.raises(GateRefused, match=r"wave 3: only .* return their own embedding"):
         settle(limited(config, max_fall=100), run)
 
 
@@ -259,7 +261,9 @@ def test_a_wave_with_swapped_ids_is_refused_before_it_is_committed(tmp_path: Pat
     gate = promotion(config, run)
     for number in range(1, wave):
         gate.inspect(commits.read_commit(run, number))
-    with pytest.raises(GateRefused, match=rf"wave {wave} is not published:\n  - only \d of \d+ probe images") as caught:
+    with pytest.raises(
+        GateRefused, match=rf"wave {wave} is not published:\n  - wave {wave}: only \d of \d+ probe images"
+    ) as caught:
         gate.inspect(commits.read_commit(run, wave))
     assert caught.value.exit_code == 3
     assert f"embedded/wave-{wave:03d}" in str(caught.value)
@@ -287,8 +291,8 @@ def test_a_refused_commit_is_judged_anew_by_the_limits_of_the_next_start(tmp_pat
 @pytest.mark.parametrize(
     ("limit", "sentence"),
     [
-        ({"max_slot_share": 0.01}, r"transformed vectors have \S+ times their share .* gate.max_slot_share is 0.01"),
-        ({"min_slot_share": 50}, r"transformed vectors have \S+ times their share .* gate.min_slot_share is 50"),
+        ({"max_slot_share": 0.01}, r"transformed images take \S+ times their share .* gate.max_slot_share allows 0.01"),
+        ({"min_slot_share": 50}, r"transformed images take \S+ times their share .* gate.min_slot_share asks for 50"),
     ],
 )
 def test_a_slot_share_out_of_bounds_keeps_prod_back_until_nothing_is_transformed(
@@ -306,7 +310,7 @@ def test_a_slot_share_out_of_bounds_keeps_prod_back_until_nothing_is_transformed
 
 def test_lost_answers_beyond_the_limit_stop_the_backfill(tmp_path: Path) -> None:
     config, run = probed(tmp_path, known(num=600))
-    with pytest.raises(GateRefused, match=r"\S+ per cent of the \d+ queries .* gate.max_negative_flips is 0"):
+    with pytest.raises(GateRefused, match=r"\S+ % of the \d+ queries .* gate.max_negative_flips allows 0 %"):
         settle(limited(config, max_negative_flips=0), run)
 
 
@@ -316,7 +320,9 @@ def test_a_group_that_is_left_behind_is_named(tmp_path: Path) -> None:
     left = np.array(images.groups) == "group 1"
     noise = 5 * np.random.default_rng(0).normal(size=images.embedded.shape).astype(np.float32)
     config, run = probed(tmp_path, replace(images, embedded=np.where(left[:, None], noise, images.embedded)))
-    with pytest.raises(GateRefused, match=r"groups differ by .* for 'group 1' .* gate.max_group_gap is 10"):
+    with pytest.raises(
+        GateRefused, match=r"top-1 of groups differs by .* for 'group 1' .* gate.max_group_gap allows 10"
+    ):
         settle(limited(config, max_group_gap=10), run)
 
 
@@ -355,7 +361,7 @@ def test_prod_stays_at_the_best_commit_if_each_wave_is_a_little_worse(tmp_path: 
         figures = before.figures | {"top1": 100 * sum(ranks) / len(ranks)}
         quality.write_quality(run, replace(before, ranks=ranks, figures=figures))
     objects.delete_files([run.tag("prod"), run.path("reports", "best.json")])
-    with pytest.raises(GateRefused, match="is worse than commit 0, the best that prod has served: top-1"):
+    with pytest.raises(GateRefused, match=r"top-1 fell from \S+ \(commit 0, the best that prod has served\)"):
         settle(limited(config, max_fall=2), run)
     assert quality.read_best(run, prod(run)) == 0
 

@@ -49,6 +49,12 @@ def test_parse_of_an_invalid_condition_is_refused_with_the_allowed_ones(text: st
     assert caught.value.exit_code == 2
 
 
+def check_conditions(texts: list[str], **changes: Any) -> None:
+    """Check some conditions against a config."""
+    found = config(**changes)
+    check([parse(text) for text in texts], found.probe, found.gallery.columns, found.telemetry)
+
+
 @pytest.mark.parametrize(
     ("text", "changes", "where"),
     [
@@ -61,13 +67,13 @@ def test_check_of_a_condition_that_the_config_can_never_meet_is_refused(
     text: str, changes: dict[str, Any], where: str
 ) -> None:
     with pytest.raises(ConfigError, match=where):
-        check([parse(text)], config(**changes))
+        check_conditions([text], **changes)
 
 
 def test_check_of_conditions_that_can_be_met_passes() -> None:
-    check([parse("top1>=48"), parse("top5>=0.9*full")], config(probe={"manifest": "sample.parquet"}))
-    check([parse("recall10>=90"), parse("fraction>=0.3"), parse("hours>=1")], config())
-    check([parse("money>=3")], config(telemetry={"gpu_hour_price": 2}))
+    check_conditions(["top1>=48", "top5>=0.9*full"], probe={"manifest": "sample.parquet"})
+    check_conditions(["recall10>=90", "fraction>=0.3", "hours>=1"])
+    check_conditions(["money>=3"], telemetry={"gpu_hour_price": 2})
 
 
 def test_stop_on_the_first_condition_that_is_met_names_its_figures() -> None:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from pipeline.arrays import Bools, Float32, Int64
-from pipeline.evaluation.metrics import NEIGHBOURS, nearest_rows
-from pipeline.evaluation.simulated_curve import agreement_curve
+from pipeline.evaluation.metrics import nearest_rows
+from pipeline.evaluation.ranks import TOP_K
+from pipeline.evaluation.simulated_curve import CurveOptions, recall_curve
 from pipeline.models.calibration import Calibration
 
 NUM, DIM, POINTS = 60, 5, 4
@@ -34,7 +35,7 @@ def by_sorting(
     if calibration is not None and left is not None:
         keys[:, left] = calibration.apply(keys[:, left])
     keys[np.arange(len(own)), own] = np.inf
-    return [set(row) for row in np.argsort(keys, axis=1)[:, :NEIGHBOURS].tolist()]
+    return [set(row) for row in np.argsort(keys, axis=1)[:, :TOP_K].tolist()]
 
 
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
@@ -55,13 +56,15 @@ def test_each_point_is_the_share_of_the_new_models_neighbours_in_that_mixture(
         np.random.default_rng(2).permutation(NUM),
         np.arange(NUM),
     )
-    found = agreement_curve(transformed, embedded, own, {"some": order}, POINTS, metric, calibration)["some"]
+    found = recall_curve(
+        transformed, embedded, own, {"some": order}, CurveOptions(points=POINTS, metric=metric, calibration=calibration)
+    )["some"]
     exact = by_sorting(embedded, embedded, own, metric)
     for point in range(POINTS):
         state, left, done = transformed.copy(), np.ones(NUM, np.bool_), order[: point * NUM // (POINTS - 1)]
         state[done], left[done] = embedded[done], False
         mixed = by_sorting(embedded, state, own, metric, left, calibration)
-        shares = [len(a & b) / NEIGHBOURS for a, b in zip(mixed, exact, strict=True)]
+        shares = [len(a & b) / TOP_K for a, b in zip(mixed, exact, strict=True)]
         assert found[point] == pytest.approx(100 * np.mean(shares))
     assert found[-1] == 100
 

@@ -13,10 +13,11 @@ from pipeline.arrays import Float32
 from pipeline.errors import DataError
 from pipeline.evaluation import curve as curves
 from pipeline.evaluation import snapshot_metrics
-from pipeline.evaluation.curve import curve, published_point, published_points, read_curve
+from pipeline.evaluation.curve import curve, read_curve
 from pipeline.evaluation.gallery_arrays import has_labels, load_gallery
-from pipeline.evaluation.metrics import evaluate
-from pipeline.evaluation.simulated_curve import order_by_priority, simulate_curve
+from pipeline.evaluation.metrics import EvaluateOptions, evaluate
+from pipeline.evaluation.simulated_curve import CurveInputs, CurveOptions, order_by_priority, simulate_curve
+from pipeline.evaluation.snapshot_metrics import published_point, published_points
 from pipeline.index.codebook import Codebook
 from pipeline.index.commits import read_commit
 from pipeline.index.segment import Segment, decode_segment
@@ -93,7 +94,7 @@ def test_a_published_point_is_the_evaluation_of_its_gallery_and_the_default_is_w
     _, run = make_run(tmp_path, images)
     gallery = load_gallery(run)
     mixed = np.where((gallery.wave <= 2)[:, None], gallery.embedded, gallery.transformed)
-    expected = evaluate(gallery.embedded, mixed, gallery.labels, gallery.labels, self_match=True)
+    expected = evaluate(gallery.embedded, mixed, gallery.labels, gallery.labels, EvaluateOptions(self_match=True))
     found = published_point(run, 2)
     assert found == {"commit": 2, "fraction": 0.3, **expected.as_dict(), "num_queries": 300, "recall10": 100.0}
     assert published_point(run)["commit"] == 4
@@ -111,10 +112,9 @@ def test_published_points_of_a_calibrated_run_are_the_simulated_ones(
     gallery = load_gallery(run)
     order = order_by_priority(gallery.priority, gallery.ids, config.seed)
     done = np.cumsum([0, *wave_sizes(4, len(images.ids))])
-    sides = (gallery.transformed, gallery.embedded, gallery.embedded, gallery.labels, gallery.labels)
-    simulated = simulate_curve(
-        *sides, {"own": [order]}, points=301, metric=metric, self_match=True, calibration=map_
-    ).orders["own"]
+    inputs = CurveInputs(gallery.transformed, gallery.embedded, gallery.embedded, gallery.labels, gallery.labels)
+    options = CurveOptions(points=301, metric=metric, self_match=True, calibration=map_)
+    simulated = simulate_curve(inputs, {"own": [order]}, options).orders["own"]
     found, plain = published_points(run), []
     for number, point in enumerate(found):
         values = dict(zip(("top1", "top5", "map"), simulated.values[done[number]].tolist(), strict=True))
@@ -122,9 +122,11 @@ def test_published_points_of_a_calibrated_run_are_the_simulated_ones(
         left = gallery.wave > number
         mixed = np.where(left[:, None], gallery.transformed, gallery.embedded)
         sides_of = (gallery.embedded, mixed, gallery.labels, gallery.labels)
-        by_map = evaluate(*sides_of, metric=metric, self_match=True, transformed=left, calibration=map_)
+        by_map = evaluate(
+            *sides_of, EvaluateOptions(metric=metric, self_match=True, transformed=left, calibration=map_)
+        )
         assert point["map"] == pytest.approx(by_map.map)
-        plain.append(evaluate(*sides_of, metric=metric, self_match=True).map)
+        plain.append(evaluate(*sides_of, EvaluateOptions(metric=metric, self_match=True)).map)
     assert plain[2] != pytest.approx(found[2]["map"])
     assert published_point(run, 2)["recall10"] == 100
     result = curve(config, run)
@@ -165,7 +167,7 @@ def test_one_snapshot_of_an_unfinished_run_is_not_measured_with_the_most_uncerta
     tmp_path: Path, images: Known
 ) -> None:
     _, run = make_run(tmp_path, images, Options(embedded_waves=2))
-    with pytest.raises(DataError, match=r"every labelled image[\s\S]*30\.0 per cent"):
+    with pytest.raises(DataError, match=r"every labelled image[\s\S]*30\.0 %"):
         published_point(run, 1)
 
 
@@ -199,7 +201,8 @@ def test_an_image_that_is_rejected_stays_transformed_though_its_new_embedding_is
 def test_the_random_policys_own_permutation_is_the_first_of_the_random_orders(tmp_path: Path, images: Known) -> None:
     config, run = make_run(tmp_path, images, Options(policy="random", commits=False))
     gallery = load_gallery(run)
-    orders = curves._orders(config, gallery)
+    settings = curves._Settings(config.evaluate, config.plan.policy, config.gallery.metric, config.seed)
+    orders = curves._orders(settings, gallery)
     np.testing.assert_array_equal(orders["random"][0], order_by_priority(gallery.priority, gallery.ids, config.seed))
     assert np.all(np.diff(gallery.wave[orders["random"][0]]) >= 0), "the run's own waves, in order"
     assert len(orders["random"]) == config.evaluate.random_seeds
@@ -236,7 +239,9 @@ def test_the_result_has_the_shape_of_the_command_line_and_its_ends_agree(tmp_pat
         )
         assert result["share_of_gap"][name]["map"] == pytest.approx(share)
     assert [point["commit"] for point in result["published"]["points"]] == [0, 1, 2, 3, 4]
-    old = evaluate(images.old, images.old, np.array(images.labels), np.array(images.labels), self_match=True)
+    old = evaluate(
+        images.old, images.old, np.array(images.labels), np.array(images.labels), EvaluateOptions(self_match=True)
+    )
     assert result["old_old"] == pytest.approx(old.as_dict())
     assert result["negative_flips"]["points"][0]["percent"] > 0
     assert result["slot_share"]["points"][0]["share"] == 1
@@ -266,7 +271,7 @@ def test_a_runs_own_policy_is_an_order_of_its_own(tmp_path: Path, images: Known)
 
 def test_an_unfinished_run_is_refused_with_what_is_there_and_what_to_do(tmp_path: Path, images: Known) -> None:
     config, run = make_run(tmp_path, images, Options(embedded_waves=2))
-    with pytest.raises(DataError, match=r"30\.0 per cent[\s\S]*fastfill backfill"):
+    with pytest.raises(DataError, match=r"30\.0 %[\s\S]*fastfill backfill"):
         curve(config, run)
     assert read_curve(run) is None
 

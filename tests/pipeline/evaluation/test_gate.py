@@ -63,9 +63,8 @@ def test_fall_is_refused_if_larger_than_the_limit_plus_its_noise(right: int, ref
     found = judge(known, measured(answers(right, 1000)), Earlier(2, (served,)), 100, GateSettings())
     assert [refusal.check for refusal in found] == (["fall"] if refused else [])
     if refused:
-        assert f"top-1 is {right / 10:.1f}, against 50.0" in found[0].sentence
-        assert "commit 2, which prod serves" in found[0].sentence
-        assert "gate.max_fall is 1" in found[0].sentence
+        assert f"top-1 fell from 50.0 (commit 2, served by prod) to {right / 10:.1f}" in found[0].sentence
+        assert "gate.max_fall allows 1" in found[0].sentence
 
 
 def test_small_falls_in_each_wave_are_compared_with_the_best_commit() -> None:
@@ -79,9 +78,9 @@ def test_small_falls_in_each_wave_are_compared_with_the_best_commit() -> None:
     (refusal,) = judge(known, now, Earlier(2, (served, best)), 100, GateSettings())
     assert (refusal.check, refusal.mends) == ("fall", True)
     assert [item.mends for item in judge(known, now, Earlier(2, (served, best)), 0, GateSettings())] == [False]
-    assert "worse than commit 1, the best that prod has served: top-1 is 48.4, against 52.0" in refusal.sentence
+    assert "top-1 fell from 52.0 (commit 1, the best that prod has served) to 48.4: 3.6 points" in refusal.sentence
     (only,) = judge(known, measured(answers(2000, 5000)), Earlier(2, (served, best)), 100, GateSettings())
-    assert "commit 2, which prod serves" in only.sentence
+    assert "commit 2, served by prod" in only.sentence
     assert not only.mends
 
 
@@ -92,7 +91,7 @@ def test_wave_is_compared_with_the_one_before_if_prod_is_behind() -> None:
         measured(answers(2450, 5000), 2),
     )
     (refusal,) = judge(known, measured(answers(2420, 5000)), Earlier(1, (served, before)), 100, GateSettings())
-    assert "commit 1, which prod serves" in refusal.sentence
+    assert "commit 1, served by prod" in refusal.sentence
     assert refusal.mends
     (refusal,) = judge(known, measured(answers(2000, 5000)), Earlier(1, (served, before)), 100, GateSettings())
     assert "commit 2, the one before" in refusal.sentence

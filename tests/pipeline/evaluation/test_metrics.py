@@ -19,8 +19,10 @@ from PIL import Image
 from pipeline.arrays import Bools, Float32, Int64
 from pipeline.errors import DataError
 from pipeline.evaluation import ranks as ranking
-from pipeline.evaluation.metrics import by_group, evaluate, negative_flips, recall
+from pipeline.evaluation.metrics import EvaluateOptions, by_group, evaluate, negative_flips, recall
 from pipeline.evaluation.simulated_curve import (
+    CurveInputs,
+    CurveOptions,
     Simulation,
     oracle_order,
     order_by_priority,
@@ -90,17 +92,16 @@ def test_evaluate_equals_a_naive_ranking_with_ties_and_unmatched_queries(
     first_rank, precision = naive(queries, gallery, asked, labels, own, metric, transformed)
     if not any(first_rank):
         with pytest.raises(DataError, match="no query has a match"):
-            evaluate(queries, gallery, asked, labels, metric=metric, self_match=self_match)
+            evaluate(queries, gallery, asked, labels, EvaluateOptions(metric=metric, self_match=self_match))
         return
     found = evaluate(
         queries,
         gallery,
         asked,
         labels,
-        metric=metric,
-        self_match=self_match,
-        transformed=transformed,
-        calibration=MAP if calibrated else None,
+        EvaluateOptions(
+            metric=metric, self_match=self_match, transformed=transformed, calibration=MAP if calibrated else None
+        ),
     )
     assert found.first_rank.tolist() == first_rank
     np.testing.assert_allclose(found.average_precision, precision, rtol=1e-12)
@@ -126,23 +127,31 @@ def test_evaluate_with_cosine_ignores_lengths() -> None:
     gallery, labels = rng.normal(size=(200, 8)).astype(np.float32), labels_of(200, 5, 0)
     unit = gallery / np.linalg.norm(gallery, axis=1, keepdims=True)
     scaled = gallery * rng.uniform(0.1, 10, (200, 1)).astype(np.float32)
-    expected = evaluate(unit, unit, labels, labels, self_match=True)
-    found = evaluate(scaled, scaled, labels, labels, metric="cosine", self_match=True)
+    expected = evaluate(unit, unit, labels, labels, EvaluateOptions(self_match=True))
+    found = evaluate(scaled, scaled, labels, labels, EvaluateOptions(metric="cosine", self_match=True))
     np.testing.assert_allclose(found.average_precision, expected.average_precision, rtol=1e-6)
 
 
 def test_evaluate_does_not_depend_on_blocks_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     gallery, labels = integers(500, 8, 5), labels_of(500, 6, 5)
     orders = {"random": [random_order(np.arange(500), 1)]}
-    whole = evaluate(gallery, gallery, labels, labels, self_match=True)
-    curve = simulate_curve(gallery[::-1], gallery, gallery, labels, labels, orders, self_match=True, detail="random")
+    whole = evaluate(gallery, gallery, labels, labels, EvaluateOptions(self_match=True))
+    curve = simulate_curve(
+        CurveInputs(gallery[::-1], gallery, gallery, labels, labels),
+        orders,
+        CurveOptions(self_match=True, detail="random"),
+    )
     monkeypatch.setattr(ranking, "_BLOCK", 500 * 7)
     monkeypatch.setattr(ranking, "_BATCH", 500 * 3)
     monkeypatch.setattr(ranking, "_THREADS", 5)
-    small = evaluate(gallery, gallery, labels, labels, self_match=True)
+    small = evaluate(gallery, gallery, labels, labels, EvaluateOptions(self_match=True))
     assert np.array_equal(whole.average_precision, small.average_precision)
     assert np.array_equal(whole.first_rank, small.first_rank)
-    again = simulate_curve(gallery[::-1], gallery, gallery, labels, labels, orders, self_match=True, detail="random")
+    again = simulate_curve(
+        CurveInputs(gallery[::-1], gallery, gallery, labels, labels),
+        orders,
+        CurveOptions(self_match=True, detail="random"),
+    )
     assert np.array_equal(curve.orders["random"].values, again.orders["random"].values)
     assert curve.detail is not None
     assert again.detail is not None
@@ -152,7 +161,7 @@ def test_evaluate_does_not_depend_on_blocks_and_threads(monkeypatch: pytest.Monk
 def test_a_query_never_finds_itself_but_finds_its_duplicate() -> None:
     gallery = np.array([[0, 0], [0, 0], [5, 5], [9, 9]], np.float32)
     labels = np.array(["a", "a", "b", "c"])
-    found = evaluate(gallery, gallery, labels, labels, self_match=True)
+    found = evaluate(gallery, gallery, labels, labels, EvaluateOptions(self_match=True))
     assert found.first_rank.tolist() == [1, 1, 0, 0]
     assert found.num_unmatched == 2
 
@@ -161,10 +170,14 @@ def test_evaluate_with_ids_removes_the_self_match_as_with_row_numbers() -> None:
     gallery, labels = integers(100, 5, 6), labels_of(100, 5, 6)
     ids = np.random.default_rng(0).permutation(10_000)[:100]
     some = np.array([90, 3, 17])
-    expected = evaluate(gallery, gallery, labels, labels, self_match=True)
-    found = evaluate(gallery[some], gallery, labels[some], labels, query_ids=ids[some], gallery_ids=ids)
+    expected = evaluate(gallery, gallery, labels, labels, EvaluateOptions(self_match=True))
+    found = evaluate(
+        gallery[some], gallery, labels[some], labels, EvaluateOptions(query_ids=ids[some], gallery_ids=ids)
+    )
     assert np.array_equal(found.average_precision, expected.average_precision[some])
-    strangers = evaluate(gallery[some], gallery, labels[some], labels, query_ids=some + 10_000, gallery_ids=ids)
+    strangers = evaluate(
+        gallery[some], gallery, labels[some], labels, EvaluateOptions(query_ids=some + 10_000, gallery_ids=ids)
+    )
     plain = evaluate(gallery[some], gallery, labels[some], labels)
     assert np.array_equal(strangers.average_precision, plain.average_precision)
 
@@ -174,11 +187,11 @@ def test_evaluate_of_bad_input_is_refused_with_a_reason() -> None:
     with pytest.raises(DataError, match="not finite"):
         evaluate(np.full((10, 3), np.nan, np.float32), gallery, labels, labels)
     with pytest.raises(DataError, match="unknown metric"):
-        evaluate(gallery, gallery, labels, labels, metric="hamming")
+        evaluate(gallery, gallery, labels, labels, EvaluateOptions(metric="hamming"))
     with pytest.raises(DataError, match="self_match"):
-        evaluate(gallery[:5], gallery, labels[:5], labels, self_match=True)
+        evaluate(gallery[:5], gallery, labels[:5], labels, EvaluateOptions(self_match=True))
     with pytest.raises(DataError, match="give an id"):
-        evaluate(gallery, gallery, labels, labels, query_ids=np.arange(10))
+        evaluate(gallery, gallery, labels, labels, EvaluateOptions(query_ids=np.arange(10)))
     with pytest.raises(DataError, match="labels differ in number"):
         evaluate(gallery, gallery, labels[:9], labels)
     with pytest.raises(DataError, match="does not fit labels and queries"):
@@ -186,7 +199,7 @@ def test_evaluate_of_bad_input_is_refused_with_a_reason() -> None:
     with pytest.raises(DataError, match="does not fit labels and queries"):
         evaluate(gallery, gallery[:, :2], labels, labels)
     with pytest.raises(DataError, match="not a permutation"):
-        simulate_curve(gallery, gallery, gallery, labels, labels, {"bad": [np.zeros(10, np.int64)]})
+        simulate_curve(CurveInputs(gallery, gallery, gallery, labels, labels), {"bad": [np.zeros(10, np.int64)]})
 
 
 NUM = 400
@@ -216,17 +229,16 @@ def simulation(space: tuple[Float32, Float32, Int64], orders: dict[str, list[Int
 def simulated(space: tuple[Float32, Float32, Int64], orders: dict[str, list[Int64]], **options: Any) -> Simulation:
     """The curves of a space whose images are gallery and queries at once."""
     transformed, embedded, labels = space
-    return simulate_curve(
-        transformed, embedded, embedded, labels, labels, orders, self_match=True, points=POINTS, **options
-    )
+    inputs = CurveInputs(transformed, embedded, embedded, labels, labels)
+    return simulate_curve(inputs, orders, CurveOptions(points=POINTS, self_match=True, **options))
 
 
 def test_every_order_ends_at_new_new_and_starts_at_the_transformed_gallery_to_the_last_bit(
     space: tuple[Float32, Float32, Int64], simulation: Simulation
 ) -> None:
     transformed, embedded, labels = space
-    start = evaluate(embedded, transformed, labels, labels, self_match=True)
-    end = evaluate(embedded, embedded, labels, labels, self_match=True)
+    start = evaluate(embedded, transformed, labels, labels, EvaluateOptions(self_match=True))
+    end = evaluate(embedded, embedded, labels, labels, EvaluateOptions(self_match=True))
     assert np.array_equal(simulation.start.average_precision, start.average_precision)
     assert np.array_equal(simulation.end.average_precision, end.average_precision)
     for curve in simulation.orders.values():
@@ -259,7 +271,7 @@ def test_every_point_is_the_evaluation_of_the_mixed_gallery(
         gallery = transformed.copy()
         done = orders["oracle"][0][: point * NUM // (POINTS - 1)]
         gallery[done] = embedded[done]
-        state = evaluate(embedded, gallery, labels, labels, self_match=True)
+        state = evaluate(embedded, gallery, labels, labels, EvaluateOptions(self_match=True))
         assert simulation.fractions[point] == len(done) / NUM
         assert np.array_equal(simulation.detail.first_rank[point], state.first_rank)
         assert np.array_equal(simulation.detail.average_precision[point], state.average_precision)
@@ -274,18 +286,9 @@ def test_every_point_of_a_calibrated_curve_is_the_calibrated_evaluation_of_the_m
     good = np.random.default_rng(1).random(NUM) < 0.9
     map_ = Calibration((-1.0, 0.0, 2.0, 10.0), (-1.0, 0.3, 2.2, 9.0))
     result = simulate_curve(
-        transformed,
-        embedded,
-        embedded,
-        labels,
-        labels,
+        CurveInputs(transformed, embedded, embedded, labels, labels, embeddable=good),
         {"oracle": orders["oracle"]},
-        points=7,
-        metric=metric,
-        self_match=True,
-        embeddable=good,
-        calibration=map_,
-        detail="oracle",
+        CurveOptions(points=7, metric=metric, self_match=True, calibration=map_, detail="oracle"),
     )
     assert result.detail is not None
     plain = []
@@ -294,11 +297,15 @@ def test_every_point_of_a_calibrated_curve_is_the_calibrated_evaluation_of_the_m
         left = ~np.isin(np.arange(NUM), done) | ~good
         gallery = np.where(left[:, None], transformed, embedded)
         state = evaluate(
-            embedded, gallery, labels, labels, metric=metric, self_match=True, transformed=left, calibration=map_
+            embedded,
+            gallery,
+            labels,
+            labels,
+            EvaluateOptions(metric=metric, self_match=True, transformed=left, calibration=map_),
         )
         assert np.array_equal(result.detail.first_rank[point], state.first_rank)
         assert np.array_equal(result.detail.average_precision[point], state.average_precision)
-        plain.append(evaluate(embedded, gallery, labels, labels, metric=metric, self_match=True).map)
+        plain.append(evaluate(embedded, gallery, labels, labels, EvaluateOptions(metric=metric, self_match=True)).map)
     assert result.orders["oracle"].values[0, 2] == pytest.approx(plain[0])  # one kind alone keeps its ranks
     assert abs(result.orders["oracle"].values[3, 2] - plain[3]) > 0.01
 
@@ -316,7 +323,11 @@ def test_areas_are_the_plain_mean_and_the_trapezoid_and_random_has_a_spread(
 ) -> None:
     transformed, embedded, labels = space
     alone = [
-        simulate_curve(transformed, embedded, embedded, labels, labels, {"one": [order]}, self_match=True).orders["one"]
+        simulate_curve(
+            CurveInputs(transformed, embedded, embedded, labels, labels),
+            {"one": [order]},
+            CurveOptions(self_match=True),
+        ).orders["one"]
         for order in orders["random"]
     ]
     areas = np.stack([curve.values.mean(axis=0) for curve in alone])
@@ -335,19 +346,23 @@ def test_rejected_images_stay_transformed(
     good = np.random.default_rng(1).random(NUM) < 0.9
     rows = np.flatnonzero(good)
     result = simulate_curve(
-        transformed,
-        embedded,
-        embedded[rows],
-        labels[rows],
-        labels,
+        CurveInputs(
+            transformed,
+            embedded,
+            embedded[rows],
+            labels[rows],
+            labels,
+            query_ids=rows,
+            gallery_ids=np.arange(NUM),
+            embeddable=good,
+        ),
         orders,
-        query_ids=rows,
-        gallery_ids=np.arange(NUM),
-        embeddable=good,
-        detail="random",
+        CurveOptions(detail="random"),
     )
     mixed = np.where(good[:, None], embedded, transformed)
-    end = evaluate(embedded[rows], mixed, labels[rows], labels, query_ids=rows, gallery_ids=np.arange(NUM))
+    end = evaluate(
+        embedded[rows], mixed, labels[rows], labels, EvaluateOptions(query_ids=rows, gallery_ids=np.arange(NUM))
+    )
     assert np.array_equal(result.end.average_precision, end.average_precision)
     assert result.detail is not None
     assert 0.2 < result.detail.slot_share[-1] < 3
@@ -373,7 +388,9 @@ def test_slot_share_counts_transformed_vectors_among_the_nearest(
 def test_identical_spaces_give_a_flat_curve() -> None:
     gallery, labels = integers(90, 6, 8, high=50), labels_of(90, 9, 8)
     curve = simulate_curve(
-        gallery, gallery, gallery, labels, labels, {"r": [random_order(np.arange(90), 0)]}, self_match=True
+        CurveInputs(gallery, gallery, gallery, labels, labels),
+        {"r": [random_order(np.arange(90), 0)]},
+        CurveOptions(self_match=True),
     ).orders["r"]
     assert (curve.values == curve.values[0]).all()
     np.testing.assert_allclose(curve.area_trapezoid, curve.area)
@@ -382,7 +399,9 @@ def test_identical_spaces_give_a_flat_curve() -> None:
 def test_a_curve_of_fewer_images_than_points_has_every_point() -> None:
     gallery, labels = integers(8, 3, 9), np.arange(8) % 2
     result = simulate_curve(
-        gallery[::-1], gallery, gallery, labels, labels, {"r": [np.arange(8)]}, self_match=True, detail="r"
+        CurveInputs(gallery[::-1], gallery, gallery, labels, labels),
+        {"r": [np.arange(8)]},
+        CurveOptions(self_match=True, detail="r"),
     )
     assert result.orders["r"].values.shape == (22, 3)
     assert np.isfinite(result.orders["r"].values).all()
@@ -430,7 +449,14 @@ def test_random_order_is_pinned_by_its_seed() -> None:
 def test_progress_ends_at_all_measured_queries() -> None:
     seen: list[tuple[int, int]] = []
     gallery, labels = integers(50, 4, 2), labels_of(50, 3, 2)
-    evaluate(gallery, gallery, labels, labels, self_match=True, progress=lambda done, total: seen.append((done, total)))
+    evaluate(
+        gallery,
+        gallery,
+        labels,
+        labels,
+        EvaluateOptions(self_match=True),
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert seen[-1] == (50, 50)
 
 
@@ -451,23 +477,24 @@ def test_the_reference_figures_of_cifar100_are_hit_to_the_printed_decimal(cifar1
     images, labels = table["image"].to_pylist(), table["label"].to_numpy()
     for encoder, expected in (("old.pt2", [28.1, 56.5, 12.7]), ("new.pt2", [52.0, 76.4, 30.4])):
         embeddings = embed(cifar100 / encoder, images)
-        found = evaluate(embeddings, embeddings, labels, labels, self_match=True)
+        found = evaluate(embeddings, embeddings, labels, labels, EvaluateOptions(self_match=True))
         assert [round(value, 1) for value in found.as_dict().values()] == expected
 
 
 _MEASURE_MEMORY = """
 import pathlib, sys
 import numpy as np
-from pipeline.evaluation.metrics import evaluate
-from pipeline.evaluation.simulated_curve import random_order, simulate_curve
+from pipeline.evaluation.metrics import EvaluateOptions, evaluate
+from pipeline.evaluation.simulated_curve import CurveInputs, CurveOptions, random_order, simulate_curve
 
 rng = np.random.default_rng(0)
 gallery, labels = rng.normal(size=(50_000, 128)).astype(np.float32), rng.integers(0, 1000, 50_000)
 if sys.argv[1] == "evaluate":
-    evaluate(gallery, gallery, labels, labels, self_match=True)
+    evaluate(gallery, gallery, labels, labels, EvaluateOptions(self_match=True))
 else:
     orders = {"random": [random_order(np.arange(50_000), 0)]}
-    simulate_curve(gallery[::-1].copy(), gallery, gallery, labels, labels, orders, self_match=True)
+    inputs = CurveInputs(gallery[::-1].copy(), gallery, gallery, labels, labels)
+    simulate_curve(inputs, orders, CurveOptions(self_match=True))
 status = dict(line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines())
 print(int(status["VmHWM"].removesuffix("kB")))
 """

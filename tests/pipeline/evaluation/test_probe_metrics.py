@@ -16,7 +16,7 @@ from pipeline.backfill.promotion import Promotion
 from pipeline.backfill.stop import Stop, parse
 from pipeline.config.tree import Config
 from pipeline.evaluation import probe_metrics, quality
-from pipeline.evaluation.metrics import evaluate
+from pipeline.evaluation.metrics import EvaluateOptions, evaluate
 from pipeline.evaluation.probe_set import ProbeSet, gather, stands_alone
 from pipeline.evaluation.quality import QualityBaseline
 from pipeline.index import commits
@@ -80,14 +80,14 @@ def test_a_labelled_sample_stands_for_a_gallery_without_labels(tmp_path: Path, l
     rows, truth = rows[:labelled], np.array(labels[:labelled])
     for item in quality.read_all_quality(run):
         new, served = sides(images, rows, item.commit, run)
-        exact = evaluate(new, served, truth, truth, metric=metric, self_match=True)
+        exact = evaluate(new, served, truth, truth, EvaluateOptions(metric=metric, self_match=True))
         assert item.figures["top1"] == pytest.approx(exact.top1)
         assert item.figures["top5"] == pytest.approx(exact.top5)
         assert len(item.ranks) == 200
         assert sum(rank >= 0 for rank in item.ranks) == exact.num_queries
     reference = quality.read_baseline(run)
     assert reference is not None
-    old = evaluate(images.old[rows], images.old[rows], truth, truth, metric=metric, self_match=True)
+    old = evaluate(images.old[rows], images.old[rows], truth, truth, EvaluateOptions(metric=metric, self_match=True))
     assert quality.top(reference.old)["top1"] == pytest.approx(old.top1)
     assert reference.old == reference.within_old
     estimate = quality.full_estimate(reference, quality.read_all_quality(run)[0])
@@ -118,7 +118,12 @@ def test_quality_of_a_calibrated_run_is_the_evaluation_with_its_map(tmp_path: Pa
         own = (ids[rows], ids[everything])
         of_kind = left[everything]
         exact, uncalibrated = (
-            evaluate(*sides, metric=metric, query_ids=own[0], gallery_ids=own[1], transformed=of_kind, calibration=by)
+            evaluate(
+                *sides,
+                EvaluateOptions(
+                    metric=metric, query_ids=own[0], gallery_ids=own[1], transformed=of_kind, calibration=by
+                ),
+            )
             for by in (map_, None)
         )
         assert item.figures["top1"] == pytest.approx(exact.top1)
@@ -162,15 +167,20 @@ def test_a_sample_of_a_labelled_gallery_is_searched_in_all_of_it_with_the_sample
             served,
             truth[rows],
             truth,
-            query_ids=images.ids[rows],
-            gallery_ids=images.ids,
+            EvaluateOptions(query_ids=images.ids[rows], gallery_ids=images.ids),
         )
         assert item.figures["top1"] == pytest.approx(exact.top1)
         assert item.figures["top5"] == pytest.approx(exact.top5)
     reference = quality.read_baseline(run)
     assert reference is not None
     assert not reference.alone
-    old = evaluate(images.old[rows], images.old, truth[rows], truth, query_ids=images.ids[rows], gallery_ids=images.ids)
+    old = evaluate(
+        images.old[rows],
+        images.old,
+        truth[rows],
+        truth,
+        EvaluateOptions(query_ids=images.ids[rows], gallery_ids=images.ids),
+    )
     assert quality.top(reference.old)["top1"] == pytest.approx(old.top1)
 
 

@@ -145,7 +145,7 @@ def test_probe_set_finds_its_new_embeddings_without_a_plan(tmp_path: Path) -> No
     assert images.labels is not None
     assert found["label"].to_pylist() == [images.labels[row] for row in rows]
     off = config.model_copy(update={"probe": config.probe.model_copy(update={"images": 0})})
-    assert embedded(off, run) is None
+    assert embedded(off.probe, off.encoders, run) is None
 
 
 def test_side_information_of_the_gallery_comes_with_it(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.arrays import Float32
 from pipeline.errors import ConfigError
-from pipeline.evaluation.metrics import evaluate
+from pipeline.evaluation.metrics import EvaluateOptions, evaluate
 from pipeline.models.offset import LinearClassifier, Offset, OffsetKind, fit_offset, least_varying
 
 NUM, DIM, CLASSES = 600, 12, 6
@@ -91,7 +91,7 @@ def test_offset_improves_answers_at_half_of_the_backfill(kind: OffsetKind, metri
     found = []
     for vectors in (z, offset.apply(z, s)):
         gallery = np.where(half[:, None], new, vectors)
-        found.append(evaluate(new, gallery, labels, labels, metric=metric, self_match=True))
+        found.append(evaluate(new, gallery, labels, labels, EvaluateOptions(metric=metric, self_match=True)))
     assert found[1].top1 > found[0].top1
 
 

@@ -470,7 +470,7 @@ def test_audit_finds_rows_outside_the_waves_and_mixed_row_groups(tmp_path: Path)
     rewrite(whole.run.part("transformed", 0), outside)
     rewrite(whole.run.part("transformed", 1), mixed)
     assert_found(whole, "plan", whole.run.part("transformed", 0), "[[9, 0]]")
-    assert_found(whole, "plan_part", whole.run.part("transformed", 1), "not of one wave")
+    assert_found(whole, "plan_part", whole.run.part("transformed", 1), "more than one value of wave")
 
 
 def test_audit_finds_damaged_commits_and_tags_without_a_commit(tmp_path: Path) -> None:

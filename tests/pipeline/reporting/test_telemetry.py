@@ -205,7 +205,7 @@ def test_telemetry_of_cost_uses_the_prices_of_the_settings(endpoint: str) -> Non
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_machines_of_the_cluster_are_counted_while_the_endpoint_is_served(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path), ("telemetry.node_hour_price=3600",))
-    with telemetry.serving(config) as url:
+    with telemetry.serving(config.telemetry, config.run) as url:
         before = scrape(url)
     found = scrape(url)
     grown = found["fastfill_node_seconds_total"] - before["fastfill_node_seconds_total"]
@@ -216,12 +216,12 @@ def test_the_machines_of_the_cluster_are_counted_while_the_endpoint_is_served(tm
 def test_discovery_file_names_the_endpoint_until_a_good_end(tmp_path: Path) -> None:
     discovery = tmp_path / "targets" / "driver.json"
     config = load_config(write_config(tmp_path), (f"telemetry.discovery_file={discovery}",))
-    with telemetry.serving(config) as url:
+    with telemetry.serving(config.telemetry, config.run) as url:
         (target,) = json.loads(discovery.read_text())
     assert target["labels"] == {"run": "run"}
     assert [f"http://{address}/metrics" for address in target["targets"]] == [url]
     assert not discovery.exists()
-    with pytest.raises(RuntimeError, match="a driver dies"), telemetry.serving(config):
+    with pytest.raises(RuntimeError, match="a driver dies"), telemetry.serving(config.telemetry, config.run):
         raise RuntimeError("a driver dies")
     assert discovery.exists()
 
@@ -263,7 +263,7 @@ def test_a_port_that_is_taken_is_replaced_by_a_free_one_with_a_warning(caplog: p
         url = telemetry.serve(TelemetrySettings(port=port))
         assert f":{port}/" not in url
         assert "fastfill_gallery_images" in scrape(url)
-    assert f"port {port} cannot be had" in caplog.text
+    assert f"port {port} is not available" in caplog.text
 
 
 def test_every_metric_has_our_prefix_a_base_unit_and_is_declared_once() -> None:

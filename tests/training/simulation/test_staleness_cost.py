@@ -8,8 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.arrays import Float32, Int64
-from pipeline.evaluation.metrics import evaluate
-from pipeline.evaluation.simulated_curve import order_by_priority, random_order, simulate_curve
+from pipeline.evaluation.metrics import EvaluateOptions, evaluate
+from pipeline.evaluation.simulated_curve import (
+    CurveInputs,
+    CurveOptions,
+    order_by_priority,
+    random_order,
+    simulate_curve,
+)
 from pipeline.planning.policies import load_policy
 from pipeline.planning.policy_inputs import PolicyInputs, build_policy_inputs
 from pipeline.planning.signals import Scored
@@ -65,7 +71,7 @@ def test_staleness_cost_is_the_loss_in_reciprocal_rank_and_average_precision() -
     _, z, new, labels, _ = gallery(60)
     served = new.copy()
     served[7] = z[7] + 1
-    found = [evaluate(new, side, labels, labels, self_match=True) for side in (new, served)]
+    found = [evaluate(new, side, labels, labels, EvaluateOptions(self_match=True)) for side in (new, served)]
     precision = np.nansum(found[0].average_precision - found[1].average_precision)
     reciprocal = (1 / found[0].first_rank - 1 / found[1].first_rank).sum()
     cost = staleness_cost(served, new, labels, "l2", 0)
@@ -123,5 +129,7 @@ def test_a_learned_order_is_better_than_chance_on_images_it_has_not_seen() -> No
         "learned": [order_by_priority(priority, ids, 0)],
         "random": [random_order(ids, seed) for seed in range(5)],
     }
-    found = simulate_curve(z, new, new, labels, labels, orders, points=12, self_match=True).orders
+    found = simulate_curve(
+        CurveInputs(z, new, new, labels, labels), orders, CurveOptions(points=12, self_match=True)
+    ).orders
     assert found["learned"].area[[0, 2]].sum() > found["random"].area[[0, 2]].sum()
