@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,7 @@ from pipeline.storage import objects as storage
 from pipeline.storage import parquet
 from pipeline.storage.retry import RETRY_CAUSES
 from tests.support.galleries import NEW_DIM, digits, write_config
-from tests.support.seaweed import s3_client
+from tests.support.seaweed import SeaweedFS, s3_client
 
 IMAGES = 40
 
@@ -67,8 +70,26 @@ def config(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Confi
     return load_config(write_config(tmp_path_factory.mktemp("stream")))
 
 
-def test_tars_and_objects_on_s3_give_the_vectors_of_local_files(config: Config, bucket: str, tmp_path: Path) -> None:
-    images = digits(IMAGES)[0]
+@dataclass(frozen=True)
+class Streamed:
+    """The same images as local files and, in two units, as a tar and as objects on S3."""
+
+    needed: int
+    local: UnitAck
+    in_tar: UnitAck
+    objects: UnitAck
+    vectors: dict[str, list[Float32]]
+
+    @property
+    def acks(self) -> list[UnitAck]:
+        return [self.local, self.in_tar, self.objects]
+
+
+@pytest.fixture(scope="module")
+def streamed(config: Config, seaweed: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Streamed]:
+    images, folder, name = digits(IMAGES)[0], tmp_path_factory.mktemp("files"), f"test-{uuid.uuid4().hex}"
+    seaweed.make_bucket(name)
+    bucket = f"s3://{name}"
 
     def embed(folder: str, tables: list[pa.Table], **changes: int) -> tuple[dict[int, UnitAck], list[Float32]]:
         settings = config.model_copy(update={"fetch": config.fetch.model_copy(update=changes)})
@@ -76,23 +97,46 @@ def test_tars_and_objects_on_s3_give_the_vectors_of_local_files(config: Config, 
         vectors = [parquet.read_parquet(log.part(1, unit)).sort_by("id")["vector"] for unit in sorted(acks)]
         return acks, [np.stack(vector.to_numpy()) for vector in vectors]
 
-    files = rows([put(f"{tmp_path}/{number}.png", data) for number, data in enumerate(images)])
+    files = rows([put(f"{folder}/{number}.png", data) for number, data in enumerate(images)])
     objects = rows([put(f"{bucket}/images/{number}.png", data) for number, data in enumerate(images)])
-    local, (expected,) = embed(str(tmp_path), [files])
+    local, expected = embed(str(folder), [files])
     acks, found = embed(f"{bucket}/a", [packed(bucket, images), objects])
     _, singly = embed(f"{bucket}/b", [packed(bucket, images), objects], max_gap_bytes=0, concurrency=1)
-    for vectors in found + singly:
+    vectors = {"local": expected, "on S3": found, "one request at a time": singly}
+    yield Streamed(sum(map(len, images)), local[0], acks[0], acks[1], vectors)
+    seaweed.remove_bucket(name)
+
+
+@pytest.mark.parametrize("kind", ["on S3", "one request at a time"])
+def test_embed_stream_of_tars_and_objects_on_s3_gives_the_vectors_of_local_files(streamed: Streamed, kind: str) -> None:
+    (expected,) = streamed.vectors["local"]
+    for vectors in streamed.vectors[kind]:
         np.testing.assert_array_equal(vectors, expected)
-    needed = sum(map(len, images))
-    assert [local[0].requests, acks[0].requests, acks[1].requests] == [IMAGES, 1, IMAGES]
-    assert [local[0].bytes_fetched, acks[1].bytes_fetched] == [needed, needed]
-    assert acks[0].bytes_fetched == needed + 512 * (IMAGES - 1)
-    everything = [*local.values(), *acks.values()]
-    assert all(ack.bytes_needed == needed and ack.retries == 0 for ack in everything)
-    assert all(0 <= ack.fetch_seconds < ack.load_seconds and len(ack.actor) == 16 for ack in everything)
-    assert all(ack.fetch_seconds > 0 for ack in acks.values())  # a store takes its time
-    assert len({ack.actor for ack in acks.values()}) == 1  # one actor has done both
-    assert all(len(ack.retry_counts) == len(RETRY_CAUSES) and not any(ack.reject_counts) for ack in everything)
+
+
+def test_embed_stream_of_a_tar_takes_one_request_for_all_images(streamed: Streamed) -> None:
+    assert [ack.requests for ack in streamed.acks] == [IMAGES, 1, IMAGES]
+
+
+def test_embed_stream_counts_the_bytes_that_it_needed_and_fetched(streamed: Streamed) -> None:
+    gaps = [0, 512 * (IMAGES - 1), 0]
+    assert [ack.bytes_fetched for ack in streamed.acks] == [streamed.needed + gap for gap in gaps]
+    assert {ack.bytes_needed for ack in streamed.acks} == {streamed.needed}
+
+
+def test_embed_stream_times_the_fetch_within_the_load(streamed: Streamed) -> None:
+    assert all(0 <= ack.fetch_seconds < ack.load_seconds for ack in streamed.acks)
+    assert all(ack.fetch_seconds > 0 for ack in (streamed.in_tar, streamed.objects))  # a store takes its time
+
+
+def test_embed_stream_names_the_one_actor_of_all_units(streamed: Streamed) -> None:
+    assert all(len(ack.actor) == 16 for ack in streamed.acks)
+    assert streamed.in_tar.actor == streamed.objects.actor
+
+
+def test_embed_stream_without_faults_counts_no_retry_and_no_reject(streamed: Streamed) -> None:
+    assert {ack.retries for ack in streamed.acks} == {0}
+    assert all(len(ack.retry_counts) == len(RETRY_CAUSES) and not any(ack.reject_counts) for ack in streamed.acks)
 
 
 def test_images_that_changed_or_went_since_the_manifest_was_made_are_told_apart(config: Config, bucket: str) -> None:
