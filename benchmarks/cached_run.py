@@ -97,7 +97,7 @@ def prepare(config: Config) -> tuple[Run, FitData]:
     """Everything that `fastfill fit` does before the fit."""
     with Bars(console()) as bars:
         run = open_run(config, bars)
-        return run, fit_data(config, run, build_pairs(config, run, bars.images))
+        return run, fit_data(config.fit, run, build_pairs(config, run, bars.images))
 
 
 def _embed(config: Config, source: ManifestSettings) -> Embedded:

@@ -1,4 +1,4 @@
-"""`fastfill backfill`: everything that is not done yet, up to the last wave and the report."""
+"""`fastfill backfill`: run every step that is not done yet, up to the last wave and the report."""
 
 from __future__ import annotations
 
@@ -7,24 +7,18 @@ import click
 from jobs.shell.command import command, console
 from jobs.shell.open_run import load
 from jobs.shell.ray_session import start_ray
-from jobs.steps.run_all import (
-    check_served,
-    finish,
-    promote_last,
-    restore_report,
-    run_all,
-    say_what_older_commits_lack,
-    say_what_stays,
-)
+from jobs.steps.finished_run import check_finished_run
+from jobs.steps.run_all import print_result, run_all
 
-_STOP_WHEN = """Stop once this is so, and keep all; may be given more than once, and any suffices. top1, top5 or
-recall10 on the probe set, in per cent or as a share of the full new model's (top1>=0.99*full); fraction>=0.3 of the
-gallery; hours>=2 or money>=150 since the command began. The same command without it goes on."""
+_STOP_WHEN = """Stop as soon as the condition holds; finished work is kept. Conditions: top1, top5 or recall10 on the
+probe set, in per cent (top1>=80) or as a share of the full new model's (top1>=0.99*full); fraction>=0.3 of the
+gallery; hours>=2 or money>=150 since the start of this command. Repeat the option for several conditions: the first
+one met stops the run. To continue, run the command without it."""
 
 
 @command("backfill")
-@click.option("--retry-rejects", is_flag=True, help="Embed again what was rejected in waves not yet published.")
-@click.option("--new-run", is_flag=True, help="Start a run beside the one that is there, under RUN-2, RUN-3, ...")
+@click.option("--retry-rejects", is_flag=True, help="Retry rejected images of waves not yet published.")
+@click.option("--new-run", is_flag=True, help="Start a new run, named RUN-2, RUN-3, ..., and keep the old one.")
 @click.option("--stop-when", multiple=True, metavar="EXPRESSION", help=_STOP_WHEN)
 def main(
     config_path: str,
@@ -34,11 +28,14 @@ def main(
     new_run: bool,
     stop_when: tuple[str, ...],
 ) -> None:
-    """Do everything that is not done yet: fit, plan, embed and publish wave by wave, write the report.
+    """Run every step that is not done yet, wave by wave.
 
-    Safe to run again at any time, after any failure, with the same config. Each snapshot is measured on the probe set
-    before prod moves; one that the gate refuses ends the backfill with exit code 3, and prod stays where it is. So does
-    one that later waves may mend, where it is the last one or --stop-when ends the backfill there.
+    The steps are: fit, plan, embed and publish each wave, write the report. It is safe to run the same command again
+    at any time, also after a failure.
+
+    Each snapshot is measured on the probe set before it is promoted to prod. If the gate refuses a snapshot, the
+    backfill stops with exit code 3 and prod does not move. The exit code is also 3 if the last snapshot of this
+    command was not promoted.
     """
     from jobs.shell.progress_bars import Bars
     from pipeline.backfill import stop
@@ -48,22 +45,17 @@ def main(
     conditions = [stop.parse(text) for text in stop_when]
     stop.check(conditions, config.probe, config.gallery.columns, config.telemetry)
     if new_run:
-        console().print(f"A new run; every other command finds it with --set run={config.run}", soft_wrap=True)
+        console().print(f"New run: pass --set run={config.run} to the other commands.", soft_wrap=True)
     if complete := is_complete(config):
-        check_served(config)
-        console().print(f"Nothing to do: every wave of {config.run} is published.", soft_wrap=True)
-        say_what_older_commits_lack(config)
-        if retry_rejects:
-            say_what_stays(config)
-        restore_report(config)
-        promote_last(config)
+        check_finished_run(config, retry_rejects)
     else:
         start_ray()
         with Bars(console()) as bars:
             run_all(config, bars, retry_rejects, stop.Stop(conditions))
-    finish(config, as_json)
+    print_result(config.run, as_json)
     if complete:
-        console().print("The sizes of the served files are right; `fastfill audit` proves the files.", soft_wrap=True)
+        text = "The served files have the right sizes; `fastfill audit` also checks their contents."
+        console().print(text, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""`fastfill demo`: a whole backfill on real images, on this machine, in minutes.
+"""`fastfill demo`: a whole backfill of real images on this machine, in minutes.
 
-scikit-learn ships 1,797 handwritten digits. An old encoder learns the digits 0-4, a new one all ten,
-both here and now; the rest is the ordinary run that `jobs/demo.yaml` below would give.
+The images are the 1,797 handwritten digits of scikit-learn. The demo trains an old encoder on the digits 0-4 and a new
+one on all ten, writes a config (`_CONFIG`), and runs an ordinary backfill.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _SEED = 0
 _TRAINING_IMAGES = 900
 _WRITTEN_BY = "# Written by `fastfill demo`"
-_MARKER = ".fastfill-demo"  # deleting a folder removes it last: of names in reverse order
+_MARKER = ".fastfill-demo"  # its name sorts first, and deletion goes in reverse order: it is removed last
 _SAYS = b"Written by `fastfill demo`. The next demo here deletes `run` and writes `data` anew.\n"
 _DATA = ("training.parquet", "gallery.parquet", "old.pt2", "new.pt2")
 _CONFIG = """\
@@ -52,22 +52,22 @@ index: {{factory: Flat, shards: 2}}
 
 
 @click.command("demo", Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--folder", default="runs/demo", show_default=True, help="Where the demo's data and run are put.")
+@click.option("--folder", default="runs/demo", show_default=True, help="Folder for the demo's data and run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the curve as one JSON document on stdout.")
 @with_errors
 def main(folder: str, as_json: bool) -> None:
-    """Backfill 897 real images on this machine, from images to the report, in a few minutes.
+    """Backfill 897 real images on this machine, in a few minutes.
 
-    A demo that is there already is started from scratch. Files that no demo wrote are never deleted.
+    An earlier demo in the same folder is deleted first. Files that no demo wrote are never deleted.
     """
     from jobs.shell.open_run import load
     from jobs.shell.progress_bars import Bars
     from jobs.shell.ray_session import start_ray
-    from jobs.steps.run_all import finish, run_all
+    from jobs.steps.run_all import print_result, run_all
     from pipeline.storage import objects
 
     if "://" in folder:
-        raise click.UsageError("--folder is a folder on this machine")
+        raise click.UsageError("--folder must be a folder on this machine, not a URI")
     root = Path(absolute(folder))
     check_ours(root)
     objects.delete(str(root / "run"))
@@ -82,16 +82,16 @@ def main(folder: str, as_json: bool) -> None:
         with bars.step("start Ray"):
             start_ray()
         run_all(config, bars)
-    finish(config, as_json)
+    print_result(config.run, as_json)
     if not as_json:
-        out.print(f"Look around: fastfill status --config {root / 'demo.yaml'}", soft_wrap=True)
+        out.print(f"Next, try: fastfill status --config {root / 'demo.yaml'}", soft_wrap=True)
 
 
 def check_ours(root: Path) -> None:
-    """Refuse a folder in which the demo would delete or overwrite what no demo wrote, or would follow a link.
+    """Refuse a folder with files that no demo wrote, or with symbolic links.
 
     Raises:
-        ConfigError: with what is in the way.
+        ConfigError: names these files.
     """
     from pipeline.errors import ConfigError
 
@@ -101,18 +101,18 @@ def check_ours(root: Path) -> None:
     ]
     strangers = [] if links else _strangers(root)
     if links or strangers:
-        found = [f"{path} is a symbolic link" for path in links] + [f"{path} is not of a demo" for path in strangers]
+        found = [f"{path} is a symbolic link" for path in links] + [f"no demo wrote {path}" for path in strangers]
         raise ConfigError(
             "the demo would delete or overwrite files that no demo wrote",
             expected="a new or empty folder, or the folder of an earlier demo, unchanged",
             found="; ".join(found),
             where=root,
-            remedy="give another --folder, or move these away",
+            remedy="name another --folder, or move these files away",
         )
 
 
 def _strangers(root: Path) -> list[Path]:
-    """What is in the demo's way and is not of a demo: folders tell by their marker, the config by its text."""
+    """Files and folders in the demo's way that no demo wrote: folders without the marker, another config."""
     from pipeline.storage import objects
 
     if root.exists() and not root.is_dir():
@@ -125,7 +125,7 @@ def _strangers(root: Path) -> list[Path]:
     config = root / "demo.yaml"
     written = _config(root).encode()
     if config.exists() and not (config.is_file() and written.startswith(objects.read_bytes(str(config)))):
-        found.append(config)  # a demo that was killed may have left the beginning
+        found.append(config)  # an interrupted demo may have written only the beginning
     return found
 
 

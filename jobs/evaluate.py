@@ -1,4 +1,4 @@
-"""`fastfill evaluate`: the quality of a run's snapshots, and its backfilling curve."""
+"""`fastfill evaluate`: measure a run's snapshots, or its whole backfilling curve."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from jobs.shell.tables import show_curve
 
 
 @command("evaluate")
-@click.option("--curve", "whole_curve", is_flag=True, help="The whole curve, per order, and every published snapshot.")
-@click.option("--commit", type=int, help="One snapshot; the one that prod serves where neither is given.")
+@click.option(
+    "--curve",
+    "whole_curve",
+    is_flag=True,
+    help="Measure the whole curve for several orders, and every published snapshot.",
+)
+@click.option("--commit", type=int, help="Measure this snapshot; the default is the one that prod serves.")
 def main(config_path: str, overrides: tuple[str, ...], as_json: bool, whole_curve: bool, commit: int | None) -> None:
-    """Measure a snapshot, or the whole backfilling curve, with the gallery as queries (self-match removed).
+    """Measure the quality of a snapshot, or the whole curve.
 
-    Needs labels in the gallery, and the new model's embeddings of all labelled images, for these are the
-    queries: a finished backfill, or gallery.columns.new_embedding, which give the curve of a plan before it is run.
+    The gallery's images are the queries; a query's own image is removed from its results. The gallery needs labels, and
+    new embeddings of all labelled images. So run it after the backfill has finished, or name a column of existing new
+    embeddings (`gallery.columns.new_embedding`) to preview the curve.
     """
     from pipeline.evaluation.curve import curve
     from pipeline.evaluation.snapshot_metrics import published_point

@@ -1,4 +1,4 @@
-"""`fastfill export`: a snapshot as plain FAISS indexes or as Parquet, for those who serve from something else."""
+"""`fastfill export`: write a snapshot as FAISS indexes or Parquet files, for other serving systems."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 @command("export")
 @click.argument("out")
-@click.option("--format", "form", required=True, type=click.Choice(["faiss", "parquet"]), help="Of the files.")
-@click.option("--tag", default="prod", show_default=True, help="The tag whose snapshot is written.")
+@click.option("--format", "form", required=True, type=click.Choice(["faiss", "parquet"]), help="Format of the files.")
+@click.option("--tag", default="prod", show_default=True, help="Write the snapshot of this tag.")
 @click.option("--commit", type=int, help="Write this commit instead of a tag's.")
 def main(
     config_path: str,
@@ -28,15 +28,18 @@ def main(
     tag: str,
     commit: int | None,
 ) -> None:
-    """Write a snapshot to OUT, a local folder or s3://, one file per shard.
+    """Write a snapshot to OUT as FAISS or Parquet files.
 
-    faiss: each file is one index that faiss.read_index opens, with the gallery's ids. If your ids are strings,
-    FAISS has row numbers instead, and shard-*.ids.parquet beside each file has the columns id and key (your own
-    id). parquet: the columns id, key (your own id, if that is a string), vector and kind (transformed or
-    embedded); where the index is lossy the vectors are the decoded ones, which the file's metadata says.
+    OUT is a local folder or an s3:// prefix; it gets one file per shard.
 
-    export.json is written last, with the checksum of every file. An export that was stopped goes on when the
-    same command is given again; OUT must not hold anything else (exit code 3).
+    faiss: each file is an index for faiss.read_index, with the gallery's ids. If your ids are strings, the index has
+    row numbers instead, and shard-*.ids.parquet beside it maps `id` (row number) to `key` (your id).
+
+    parquet: the columns are `id`, `key` (your id, if it is a string), `vector` and `kind` (transformed or embedded).
+    If the index is lossy, the vectors are decoded from it; the file's metadata says so.
+
+    export.json is written last, with the checksum of every file. Run the same command again to continue an interrupted
+    export. OUT must have no other files (exit code 3).
     """
     from pipeline.config.identity import read_settings
     from pipeline.run import Run

@@ -1,4 +1,4 @@
-"""`fastfill fit`: training pairs, the transformation, and its figures on held-out pairs."""
+"""`fastfill fit`: fit the transformation on training pairs and measure it on held-out pairs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ if TYPE_CHECKING:
 
 @command("fit")
 def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Fit the transformation from old to new embeddings, and measure it on held-out pairs.
+    """Fit the transformation from old to new embeddings.
 
-    Where the pairs are given as images, both embeddings are computed first, once. With `fit.transformation: auto`, the
-    default, the simplest transformation is fitted first; others are tried while there is time (`select.minutes`), and
-    one is taken only if it is better by more than a standard error. So is the order of the backfill (`plan.policy`).
+    It is measured on held-out pairs. If the pairs are images, both embeddings are computed first, once.
+
+    With `fit.transformation: auto`, the default, the simplest transformation is tried first, and others while time is
+    left (`select.minutes`). A less simple one is chosen only if it is better by more than one standard error. The
+    order of the backfill (`plan.policy: auto`) is chosen in the same way.
     """
     from dataclasses import asdict
 
     from jobs.shell.progress_bars import Bars
-    from jobs.steps.prepare import ensure_fit, ensure_probe, open_run
+    from jobs.steps.prepare import RunSteps, open_run
     from pipeline.models.transformation import has_transformation
     from pipeline.planning.selection import read_selection
 
@@ -34,9 +36,10 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     start_ray()
     with Bars(console()) as bars:
         run = open_run(config, bars)
+        steps = RunSteps(config, run, bars)
         if config.fit.transformation == "auto" and not has_transformation(run):
-            ensure_probe(config, run, bars)
-        info = ensure_fit(config, run, bars)
+            steps.embed_for_fit()
+        info = steps.fit()
     selection = read_selection(run)
     if as_json:
         print_json(asdict(info) | ({} if selection is None else {"selection": asdict(selection)}))
@@ -48,7 +51,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 def first_share(run: Run) -> float:
-    """The share of the gallery that is embedded as pairs of the fit."""
+    """The share of the gallery whose new embeddings were computed as pairs of the fit."""
     from pipeline.manifest import normalised
     from pipeline.run import GALLERY_PAIRS
 
@@ -57,7 +60,7 @@ def first_share(run: Run) -> float:
 
 
 def show_selection(selection: Selection, most: int = 8) -> None:
-    """Print the best candidate of each recipe, the chosen one marked, in at most 80 columns; then what was chosen."""
+    """Print the best trial of each recipe in at most 80 columns, the chosen one marked; then the choice in words."""
     from rich.table import Table
 
     from pipeline.planning.selection import describe, recipe_name
@@ -66,13 +69,13 @@ def show_selection(selection: Selection, most: int = 8) -> None:
     what = "the probe set" if selection.measured_on == "probe" else "held-out pairs"
     metrics = list(selection.chosen.area)
     shown_metrics = [name for name in ("top1", "map", "recall10") if name in metrics]
-    table = Table(title=f"area by {counts} on {what}, {selection.folds} folds, per cent")
+    table = Table(title=f"average over the migration, by {counts} on {what}, {selection.folds} folds, %")
     table.add_column("")
     for name in ("fit", "order"):
         table.add_column(name, overflow="fold")
     for name in (*shown_metrics, "start", "lowest", "behind"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in _best_of_each(selection)[:most]:
+    for row in selection.best_of_each_recipe()[:most]:
         first = selection.metrics[0]
         table.add_row(
             "*" if row == selection.chosen else "",
@@ -88,16 +91,8 @@ def show_selection(selection: Selection, most: int = 8) -> None:
     show_distribution_shift(selection.likeness, selection.measured_on == "probe")
 
 
-def _best_of_each(selection: Selection) -> list[TrialResult]:
-    """The chosen candidate, and the best one of each recipe; the best score first."""
-    found: dict[tuple[object, ...], TrialResult] = {}
-    for row in (selection.chosen, *selection.candidates):
-        found.setdefault((row.transformation, row.loss, row.lambda_disc, row.inner_width, row.epochs), row)
-    return sorted(found.values(), key=lambda row: row.behind)
-
-
 def ranked(candidate: TrialResult) -> list[str]:
-    """How transformed vectors are ranked beside embedded ones, where it is not as always: calibrated, no offset."""
+    """How transformed vectors are ranked, if not in the usual way (calibrated, no offset)."""
     words = [] if candidate.calibrate else ["not calibrated"]
     return words + ([] if candidate.offset == "none" else [f"offset by {offset_of(candidate)}"])
 

@@ -1,4 +1,4 @@
-"""`fastfill manifest`: a gallery manifest from prefixes, tars, Parquet and CSV, once."""
+"""`fastfill manifest`: make a gallery manifest from folders, tars, Parquet and CSV files."""
 
 from __future__ import annotations
 
@@ -21,16 +21,28 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", 
 
 @click.command("manifest", Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("sources", nargs=-1, required=True)
-@click.option("--to", "folder", required=True, metavar="FOLDER", help="Where the manifest is put; may be s3://.")
-@click.option("--suffix", "suffixes", multiple=True, metavar=".EXT", help="Image suffixes, instead of the usual ones.")
-@click.option("--uri-column", default="uri", show_default=True, help="The column that says where an image is.")
-@click.option("--key-column", metavar="NAME", help="The column of ids. [default: key if there is one, or the uri]")
-@click.option("--stat", is_flag=True, help="Look up size and etag of what Parquet and CSV files name.")
-@click.option("--hash", "hashed", is_flag=True, help="Read and hash every image of prefixes and tars.")
-@click.option("--replace", is_flag=True, help="Make anew a manifest that is there from other sources.")
-@click.option("--no-ray", is_flag=True, help="Do everything in this process, however much there is.")
-@click.option("--config", "config_path", metavar="FILE", help="A run's YAML file, for its storage settings.")
-@click.option("--print-config", is_flag=True, help="Print the config section that uses the manifest, on stdout.")
+@click.option("--to", "folder", required=True, metavar="FOLDER", help="Folder of the manifest; may be s3://.")
+@click.option(
+    "--suffix",
+    "suffixes",
+    multiple=True,
+    metavar=".EXT",
+    help="Suffix of image files, instead of the usual ones; may be repeated.",
+)
+@click.option("--uri-column", default="uri", show_default=True, help="Column with the image's path or URI.")
+@click.option(
+    "--key-column", metavar="NAME", help="Column with the image's id. [default: `key` if there is one, else the URI]"
+)
+@click.option(
+    "--stat", is_flag=True, help="For Parquet and CSV files: fetch size and ETag of each image (one request each)."
+)
+@click.option(
+    "--hash", "hashed", is_flag=True, help="Read and hash every image in folders and tars, to find duplicates."
+)
+@click.option("--replace", is_flag=True, help="Replace an existing manifest, whatever it was made from.")
+@click.option("--no-ray", is_flag=True, help="Do all work in this process, without Ray.")
+@click.option("--config", "config_path", metavar="FILE", help="A run's YAML config file, for its storage settings.")
+@click.option("--print-config", is_flag=True, help="Print the config section for this manifest on stdout.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document on stdout.")
 @with_errors
 def main(
@@ -44,11 +56,16 @@ def main(
     as_json: bool,
     **columns: str | bool | None,
 ) -> None:
-    """Make a gallery manifest of SOURCES: where each image lies, its key, size, etag and label.
+    """Make a gallery manifest: list the images in SOURCES.
 
-    SOURCES are folders or s3:// prefixes of images (and of tars with images); tars, WebDataset shards or
-    globs of them; Parquet or CSV files that name images in a column, whose other columns are kept. The
-    same command goes on where it was stopped, and brings a manifest up to date.
+    The manifest has the location, key, size, ETag and label of each image. SOURCES are:
+
+    \b
+    - folders or s3:// prefixes of images, and of tars with images
+    - tars or WebDataset shards, or globs of them
+    - Parquet or CSV files with a column of image paths; other columns are kept
+
+    Run the same command again to continue after an interruption, or to update the manifest.
     """
     from jobs.shell.progress_bars import Bars
     from pipeline.errors import ConfigError
@@ -58,7 +75,8 @@ def main(
 
     if print_config and as_json:
         raise ConfigError(
-            "stdout is for one of --json and --print-config", remedy="--json has the section as `gallery`"
+            "--json and --print-config both print on stdout",
+            remedy="use --json alone: it has the config section as `gallery`",
         )
     if config_path is not None:
         load(config_path, ())
@@ -85,14 +103,14 @@ def main(
 
 
 def document(catalog: Catalog, pieces: Counter[str]) -> dict[str, object]:
-    """The result as `--json` has it: what is in the manifest, and how many pieces were `made` and `kept`."""
+    """The result of `--json`: the catalog, and how many splits were listed again (`made`) or reused (`kept`)."""
     from dataclasses import asdict
 
     return asdict(catalog) | {"pieces": {"made": pieces["made"], "kept": pieces["kept"]}}
 
 
 def section(catalog: Catalog) -> str:
-    """The `gallery:` section of a run's config that uses the manifest, as YAML."""
+    """The `gallery:` section of a config that uses the manifest, as YAML."""
     import yaml
 
     text: str = yaml.safe_dump({"gallery": catalog.gallery}, sort_keys=False, default_flow_style=None, width=110)
@@ -108,14 +126,14 @@ def _show(catalog: Catalog, pieces: Counter[str]) -> None:
     out = console()
     out.print(table)
     out.print(f"{catalog.images:,} images, {catalog.bytes:,} bytes, in {catalog.parts:,} parts")
-    out.print(f"{pieces['made']:,} pieces indexed, {pieces['kept']:,} kept from before")
+    out.print(f"{pieces['made']:,} pieces listed, {pieces['kept']:,} reused from before")
     if catalog.unknown_sizes:
-        out.print(f"{catalog.unknown_sizes:,} images of unknown size (`--stat --replace` looks it up)")
+        out.print(f"{catalog.unknown_sizes:,} images of unknown size (--stat --replace fetches it)")
     for name, count in catalog.notes.items():
         out.print(f"{count:,} {name.replace('_', ' ')}")
     identical = catalog.identical
     if identical["images"]:
-        out.print(f"{identical['images']:,} images have the content of another, such as {identical['examples']}")
+        out.print(f"{identical['images']:,} images are duplicates of another, such as {identical['examples']}")
 
 
 if __name__ == "__main__":

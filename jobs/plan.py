@@ -1,4 +1,4 @@
-"""`fastfill plan`: transform and score the gallery, cut the waves, estimate what the backfill takes."""
+"""`fastfill plan`: transform and score the gallery, cut it into waves, and estimate time, cost and quality."""
 
 from __future__ import annotations
 
@@ -25,19 +25,22 @@ if TYPE_CHECKING:
     show_default=True,
     type=Seconds(min=0),
     metavar="SECONDS",
-    help="Embed a sample for so long, to estimate time and money; 0: do not.",
+    help="Embed a sample for this long to estimate time and cost; 0 skips it.",
 )
 def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: float) -> None:
-    """Transform and score the gallery, and cut it into waves; fits the transformation first where needed.
+    """Plan the waves; estimate time, cost and quality of the backfill.
 
-    Then measure how fast a sample of its images is read, decoded and embedded here, and estimate the whole:
-    images, bytes, time, machine hours, money, and the settings that suit. Nothing of what is embedded is kept.
-    With a probe set, also the quality that is to be expected on the way, and what most of it costs.
+    The transformation is fitted first if it is not yet. Then the gallery is transformed, scored and cut into waves.
+
+    A sample of the images is read, decoded and embedded here, to estimate images, bytes, time, machine hours and
+    money, and to recommend settings. The sample embedded for the estimate is thrown away; nothing is published.
+
+    With a probe set, the expected quality during the backfill is estimated too.
     """
     from dataclasses import asdict
 
     from jobs.shell.progress_bars import Bars
-    from jobs.steps.prepare import ensure_embeddings, ensure_fit, ensure_plan, open_run
+    from jobs.steps.prepare import RunSteps, open_run
     from pipeline.backfill.profile import profile
     from pipeline.planning.selection import read_selection
     from training.forecast import distribution_shift_of, expected_curve
@@ -47,9 +50,9 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
     found = None
     with Bars(console()) as bars:
         run = open_run(config, bars)
-        ensure_embeddings(config, run, bars)
-        info = ensure_fit(config, run, bars)
-        plan = ensure_plan(config, run, bars)
+        steps = RunSteps(config, run, bars)
+        steps.embed()
+        info, plan = steps.fit(), steps.plan()
         with bars.step("expect"):
             outlook, alike = expected_curve(config, run, plan), distribution_shift_of(config, run, plan)
         if seconds:
@@ -105,12 +108,13 @@ def show(plan: Plan) -> None:
         console().print(from_pairs_text(plan.num_from_pairs, plan.num_gallery), soft_wrap=True)
     if plan.num_rejected:
         console().print(
-            f"{plan.num_rejected:,} images are not in the plan: the old encoder cannot read them; see `fastfill status`"
+            f"{plan.num_rejected:,} images are not in the plan, because they could not be read for the old encoder; "
+            "`fastfill status` lists the reasons"
         )
 
 
 def show_estimate(found: Estimate) -> None:
-    """Print what the backfill will take, what was measured, and what to set."""
+    """Print the estimated time and cost, the measured rates, and the recommended settings."""
     from rich.table import Table
 
     from pipeline.readable import duration, moment
@@ -142,9 +146,10 @@ def show_estimate(found: Estimate) -> None:
 
 
 def show_expected(outlook: Outlook, estimate: Estimate | None, start: float = 0.0) -> None:
-    """Print what the gallery is expected to be worth at both ends, and how much of it 95 and 99 per cent take.
+    """Print the expected quality at both ends, and the fraction and cost at 95 and 99 % of the final quality.
 
-    `start` is the fraction that is embedded in the first snapshot.
+    Args:
+        start: the fraction that is embedded in the first snapshot.
     """
     import numpy as np
     from rich.table import Table
@@ -153,8 +158,8 @@ def show_expected(outlook: Outlook, estimate: Estimate | None, start: float = 0.
     from pipeline.readable import duration, moment
 
     made = "" if outlook.made_unix_seconds is None else f", estimated on {moment(outlook.made_unix_seconds)}"
-    table = Table(title=f"expected quality in per cent, {BAND_SAYS}{made}")
-    for name in ("metric", "at first", "in the end", "95 % of that", "99 % of that"):
+    table = Table(title=f"expected quality in %, {BAND_SAYS}{made}")
+    for name in ("metric", "translated now", "fully re-embedded", "95 % of the final", "99 % of the final"):
         table.add_column(name, justify="left" if name == "metric" else "right")
     for name, curve in outlook.curves.items():
         sides = [
@@ -167,7 +172,7 @@ def show_expected(outlook: Outlook, estimate: Estimate | None, start: float = 0.
             fraction, low, high = (max(start, item) for item in (reached.fraction, reached.low, reached.high))
             cost = f"after {fraction:.0%} ({low:.0%} - {high:.0%})"
             if estimate is not None:
-                share = (fraction - start) / (1 - start)  # of what is to be embedded
+                share = (fraction - start) / (1 - start)  # of the images still to embed
                 cost += f", {duration(estimate.seconds * share)}"
                 cost += "" if estimate.money is None else f", {estimate.money * share:,.2f} in money"
             costs.append(cost)

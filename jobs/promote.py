@@ -1,4 +1,4 @@
-"""`fastfill promote`: move `prod` to a snapshot."""
+"""`fastfill promote`: make `prod` serve another snapshot."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from jobs.shell.open_run import load
 
 
 @command("promote")
-@click.option("--commit", type=int, help="The snapshot to serve; the latest one where none is given.")
-@click.option("--force", is_flag=True, help="Serve it although its quality gate fails.")
+@click.option("--commit", type=int, help="Snapshot to serve; the default is the latest one.")
+@click.option("--force", is_flag=True, help="Serve it even if the gate refuses it.")
 def main(config_path: str, overrides: tuple[str, ...], as_json: bool, commit: int | None, force: bool) -> None:
-    """Move prod to a snapshot, and let later ones follow again after a rollback.
+    """Make prod serve a snapshot, and unpin it.
 
-    Refused (exit code 3) where the transformed gallery is worse than the old one on held-out pairs and
-    the snapshot still serves transformed vectors, where the gate refuses it by its figures on the probe set, and where
-    it is not measured on that yet.
+    A rollback pins prod. After `promote`, a running backfill promotes its next snapshots again.
+
+    \b
+    It is refused with exit code 3 if
+    - the gate refuses the snapshot by its figures on the probe set,
+    - the snapshot has not been measured on the probe set yet, or
+    - it still serves transformed vectors, and these are worse than the old
+      model on held-out pairs.
     """
     from pipeline.config.identity import read_settings
     from pipeline.evaluation import quality
@@ -41,7 +46,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, commit: in
     if as_json:
         print_json({"prod": tag.commit, "previous": tag.previous})
     elif before is not None and before.commit == tag.commit:
-        console().print(f"prod serves commit {tag.commit} already")
+        console().print(f"prod already serves commit {tag.commit}")
     else:
         previous = "none" if tag.previous is None else tag.previous
         console().print(f"prod now serves commit {tag.commit} (before: {previous})")

@@ -1,4 +1,4 @@
-"""`fastfill rollback`: move `prod` back."""
+"""`fastfill rollback`: move `prod` back to an earlier snapshot."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from jobs.shell.open_run import load
 
 
 @command("rollback")
-@click.option("--to", type=int, help="The commit to go back to; the one that prod served before where none is given.")
+@click.option("--to", type=int, help="Commit to go back to; the default is the one that prod served before.")
 def main(config_path: str, overrides: tuple[str, ...], as_json: bool, to: int | None) -> None:
-    """Move prod back to an earlier snapshot, and keep it there until the next `promote`.
+    """Move prod back to an earlier snapshot and pin it there.
 
-    A running backfill goes on publishing; prod just does not follow.
+    A running backfill continues to publish snapshots, but none is promoted until `fastfill promote`.
     """
     from pipeline.config.identity import read_settings
     from pipeline.index import tags
@@ -23,7 +23,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, to: int | 
     read_settings(run)
     tag = tags.rollback(run, to)
     print_json({"prod": tag.commit, "pinned": tag.pinned}) if as_json else console().print(
-        f"prod now serves commit {tag.commit}, and is pinned to it until `fastfill promote`"
+        f"prod now serves commit {tag.commit} and is pinned to it until `fastfill promote`"
     )
 
 

@@ -1,7 +1,9 @@
-"""`fastfill search`: queries, as embeddings or as images, against a tag or a commit."""
+"""`fastfill search`: search a snapshot with embeddings or images as queries."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -15,22 +17,24 @@ if TYPE_CHECKING:
     from pipeline.arrays import Float32
     from pipeline.config.tree import Config
 
+    Embed = Callable[[list[bytes], list[str]], Float32]
+
 _TABLES = (".npy", ".parquet")
 
 
 @command("search")
 @click.argument("queries", nargs=-1, required=True)
-@click.option("--column", metavar="NAME", help="The column of a Parquet file: embeddings, or images as bytes.")
+@click.option("--column", metavar="NAME", help="Column of a Parquet file with the queries: embeddings, or image bytes.")
 @click.option(
     "-k",
     default=10,
     show_default=True,
     type=click.IntRange(min=1),
-    help="Neighbours per query; of all, if there are fewer.",
+    help="Neighbours per query; fewer if the gallery is smaller.",
 )
-@click.option("--tag", default="prod", show_default=True, help="The tag to answer from.")
-@click.option("--commit", type=int, help="Answer from this commit instead of a tag.")
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first queries of the file.")
+@click.option("--tag", default="prod", show_default=True, help="Search the snapshot of this tag.")
+@click.option("--commit", type=int, help="Search this commit instead of a tag's.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use only this many queries, from the start of the file.")
 def main(
     config_path: str,
     overrides: tuple[str, ...],
@@ -44,17 +48,17 @@ def main(
 ) -> None:
     """Search for the nearest gallery images of QUERIES.
 
-    QUERIES are image files; or one Parquet file (with --column) or .npy file of new-model embeddings
-    (float32), or one Parquet file of images. Images are embedded by the new encoder, here.
+    QUERIES are image files, or one file: a .npy file of new-model embeddings, or a Parquet file with a --column of
+    embeddings or of image bytes. Images are embedded on this machine by the new encoder.
     """
     from pipeline.serving.searcher import Searcher
 
     config = load(config_path, overrides)
     if len(queries) > 1 and any(path.endswith(_TABLES) for path in queries):
-        raise click.UsageError(f"give image files, or one file of queries; these are {len(queries)} files")
+        raise click.UsageError(f"give image files, or a single .npy or Parquet file; these are {len(queries)} files")
     open_run_of(config)
-    vectors = _read_queries(config, queries, column, limit)
-    with Searcher(config.run, tag=tag, commit=commit, in_memory=False) as searcher:  # for a single call
+    vectors = _read_queries(partial(_embed, config), queries, column, limit)
+    with Searcher(config.run, tag=tag, commit=commit, in_memory=False) as searcher:  # one search: do not load it all
         result = searcher.search(vectors, k)
     there = result.ids >= 0  # fewer than k may be found
     names = result.keys.tolist()
@@ -85,11 +89,11 @@ def _show(
     console().print(table)
 
 
-def _read_queries(config: Config, paths: tuple[str, ...], column: str | None, limit: int | None) -> Float32:
+def _read_queries(embed: Embed, paths: tuple[str, ...], column: str | None, limit: int | None) -> Float32:
     """(Q, d_new) float32 embeddings of the queries.
 
     Raises:
-        DataError: a file is missing or not what it should be, or an image cannot be embedded.
+        DataError: a file is missing or has the wrong contents, or an image cannot be embedded.
     """
     from zipfile import BadZipFile
 
@@ -105,20 +109,22 @@ def _read_queries(config: Config, paths: tuple[str, ...], column: str | None, li
                 array = np.load(file, allow_pickle=False)
             return _checked(array, paths[0])[:limit]
         if not paths[0].endswith(".parquet"):
-            return _embed(config, [objects.read_bytes(absolute(path)) for path in paths[:limit]], list(paths))
+            return embed([objects.read_bytes(absolute(path)) for path in paths[:limit]], list(paths))
     except (OSError, ValueError, EOFError, OverflowError, MemoryError, BadZipFile) as error:
         raise DataError("cannot read a query", found=error, where=paths) from error
     table = parquet.read_parquet(absolute(paths[0]))
     if column is None or table.schema.names.count(column) != 1:
-        raise DataError("say which column holds the queries", expected=table.schema.names, found=column, where=paths[0])
+        raise DataError(
+            "--column must name the column of the queries", expected=table.schema.names, found=column, where=paths[0]
+        )
     values = table[column] if limit is None else table[column].slice(0, min(limit, table.num_rows))
     if _is_binary(values.type):
-        return _embed(config, values.to_pylist(), [f"{paths[0]}: row {row}" for row in range(len(values))])
+        return embed(values.to_pylist(), [f"{paths[0]}: row {row}" for row in range(len(values))])
     try:
         return vectors_from_arrow(values)
     except (AttributeError, ValueError) as error:
         raise DataError(
-            "the column holds neither images nor embeddings",
+            "the column has neither image bytes nor embeddings",
             expected="binary, or fixed-size lists of floats",
             found=values.type,
             where=f"{paths[0]}: column {column}",
@@ -129,7 +135,7 @@ def _checked(array: object, where: str) -> Float32:
     """(Q, d) float32 embeddings of a .npy file.
 
     Raises:
-        DataError: the file holds something else.
+        DataError: the file has something else.
     """
     import numpy as np
 
@@ -139,7 +145,7 @@ def _checked(array: object, where: str) -> Float32:
         vectors: Float32 = array.astype(np.float32)
         return vectors
     found = f"{array.dtype}, shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-    raise DataError("the file holds no embeddings", expected="numbers of shape (Q, d)", found=found, where=where)
+    raise DataError("the file has no embeddings", expected="numbers of shape (Q, d)", found=found, where=where)
 
 
 def _embed(config: Config, images: list[bytes], names: list[str]) -> Float32:

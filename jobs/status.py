@@ -1,4 +1,4 @@
-"""`fastfill status`: where a run stands, from storage alone."""
+"""`fastfill status`: the progress of a run, read from storage alone."""
 
 from __future__ import annotations
 
@@ -14,20 +14,34 @@ if TYPE_CHECKING:
     from pipeline.run import Run
 
 
+_TITLES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "recall10": "recall of the 10 nearest",
+    "negative_flips": "newly wrong answers",
+    "group_gap": "gap between groups",
+    "own": "stored vectors intact",
+    "slot_share": "share of translated images in results (1 = even)",
+}
+
+
 @command("status")
 def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Show progress, rate, time left, snapshots and rejects of a run; reads storage alone."""
+    """Show progress, rate, time left, quality and rejects of a run.
+
+    It reads storage alone, and so works from any machine, also while a backfill runs.
+    """
     from pipeline.config.identity import read_settings
     from pipeline.run import Run
 
     config = load(config_path, overrides)
-    read_settings(Run(config.run))  # a run that is not there is an error
+    read_settings(Run(config.run))  # raises if there is no run
     status = read_status(config.run)
     print_json(status) if as_json else show(status, Run(config.run))
 
 
 def show(status: Status, run: Run) -> None:
-    """Print the figures for people."""
+    """Print the status as a table."""
     from rich.table import Table
     from rich.text import Text
 
@@ -38,7 +52,7 @@ def show(status: Status, run: Run) -> None:
     table.add_column(style="bold")
     table.add_column()
     if status["gallery"] is None:
-        table.add_row("plan", "not made yet: `fastfill backfill` goes on")
+        table.add_row("plan", "not made yet: run `fastfill backfill`")
     else:
         table.add_row("gallery", f"{status['gallery']:,} images")
         table.add_row("published", f"{status['published']:,} ({status['fraction']:.1%})")
@@ -59,7 +73,7 @@ def show(status: Status, run: Run) -> None:
     if status["refused"]:
         table.add_row("not promoted", "\n".join(status["refused"]))
     if status["stopped"] is not None:
-        table.add_row("stopped, as asked", status["stopped"])
+        table.add_row("stopped by --stop-when", status["stopped"])
     console().print(table)
     if status["gallery"] is not None and status["from_pairs"]:
         console().print(from_pairs_text(status["from_pairs"], status["gallery"]), soft_wrap=True)
@@ -71,16 +85,17 @@ def _pinned(pin: Pin | None) -> str:
         return ""
     since = pin["since_unix_seconds"]
     when = "" if since is None else f" since {moment(since)}"
-    return f", pinned by {pin['by']}{when}: later commits do not reach it until `{pin['unpin']}`"
+    return f", pinned by {pin['by']}{when}: later commits are not promoted until `{pin['unpin']}`"
 
 
 def _figures(quality: dict[str, float]) -> str:
-    """On the probe set, in per cent but for the ratio `slot_share`."""
-    return ", ".join(f"{name} {value:.3g}" for name, value in quality.items())
+    """Figures on the probe set, in per cent except the ratio `slot_share`."""
+    units = {name: f"{value:.2f}" if name == "slot_share" else f"{value:.1f} %" for name, value in quality.items()}
+    return ", ".join(f"{_TITLES.get(name, name)} {value}" for name, value in units.items())
 
 
 def _rejected(count: int, before_plan: int) -> str:
-    lost = f", {before_plan:,} of them by the old encoder: they have no vector, and are not served"
+    lost = f", {before_plan:,} of them for the old encoder: these have no vector and are not served"
     return f"{count:,}{lost if before_plan else ''}"
 
 
@@ -112,13 +127,13 @@ def _rate(images_per_second: float | None) -> str:
     if images_per_second is None:
         from pipeline.reporting.throughput import SHORTEST_SECONDS
 
-        return f"none: fewer than {SHORTEST_SECONDS:g} seconds of work"
-    return _number(images_per_second, "images/s over the last stretch of work, at most ten minutes")
+        return f"none: less than {SHORTEST_SECONDS:g} seconds of work"
+    return _number(images_per_second, "images/s over the last ten minutes of work")
 
 
 def _left(seconds: float | None) -> str:
     if seconds is None:
-        return "unknown until there is a rate"
+        return "unknown without a rate"
     return duration(seconds) if seconds else "none: no image is left"
 
 

@@ -1,7 +1,8 @@
-"""The expected curve of a planned gallery, from its held-out pairs and its probe set; kept as `reports/expected.json`.
+"""The expected curve of a planned gallery, from its held-out pairs and its probe set: `reports/expected.json`.
 
-After the plan, before the first image. Guarantee: it reads what the run has, and asks for no image. The arithmetic is
-`pipeline.planning.expected_curve`'s.
+It is computed after the plan and before the first image, from stored embeddings alone. The end points come from the
+probe set, searched in the transformed gallery; the shape comes from simulated backfills of held-out pairs and of the
+probe set. `planning.expected_curve` has the formula.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import pyarrow as pa
 
 from pipeline import parallel
 from pipeline.arrays import Float32, Float64, Int64, vectors_from_arrow
-from pipeline.config.tree import Config
+from pipeline.config.method import PlanSettings
+from pipeline.config.tree import Config, GallerySettings
 from pipeline.evaluation import probe_set
 from pipeline.evaluation.gallery_arrays import codes_of, labelled_sample
 from pipeline.evaluation.metrics import METRICS, EvaluateOptions, Metrics, evaluate, nearest_rows, recall
@@ -28,20 +30,26 @@ from pipeline.run import Run
 from pipeline.storage import documents, objects, parquet
 from training.simulation.folds import by_chance
 from training.simulation.held_out import FOLDS, HeldOut, fold_places, held_out, priorities
-from training.simulation.simulate import FINAL, SimulationDetail, curves_of, order_by, queries_of
+from training.simulation.simulate import FINAL, SimulatedGallery, SimulationDetail, curves_of, order_by, queries_of
 
-_LEAST_FOLDED = 1000  # pairs; with fewer, what a fold says of the band is noise, and some labels are there once
+_LEAST_FOLDED = 1000  # pairs; with fewer, a fold's curve is mostly noise, and many labels occur once
 _LEAST_LABELLED = 100
-_MOST_OWN = 10_000  # images of the probe set that are backfilled by themselves, which is quadratic
+_MOST_OWN = 10_000  # images of the probe set whose backfill is simulated: the time is quadratic
 _LIMITED = "evaluate.max_images"
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
-    """The expected curves by metric, top1, top5 and map or recall10; none where `notes` says why.
+class SimulatedOrder:
+    """A policy with its `group_boost`; `first` is the share of the pairs before it, like a gallery's pairs."""
 
-    `notes` are sentences on what the curves do not tell; `made_unix_seconds` is when the curves were computed.
-    """
+    policy: str
+    group_boost: float = 0.0
+    first: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """The expected curves by metric (top1, top5 and map, or recall10); notes on their limits, or why there is none."""
 
     curves: dict[str, Expected]
     notes: tuple[str, ...]
@@ -49,52 +57,53 @@ class Outlook:
 
 
 def expected_curve(config: Config, run: Run, plan: Plan) -> Outlook:
-    """What is expected of the plan's order: by labels where the probe set has some, else by recall10; kept.
+    """The expected curve of the plan's order, computed once: by labels if the probe set has any, else by recall10.
 
-    Where the pairs have none, the bend is that of the probe set's own backfill alone.
-
-    A gallery above `evaluate.max_images` is represented by a sample of so many images, and one of which some have no
-    label by the others, or by the user's own sample; the figures are those of a gallery of that size. Nothing of the
-    rest comes here.
+    If only the probe set has labels, the shape comes from it alone. A gallery above `evaluate.max_images` is
+    represented by a sample of that many images, and a partly labelled gallery by its labelled images or by the user's
+    own sample. The figures are those of a gallery of that size.
     """
     uri = expected_uri(run)
     stored = objects.read_versioned(uri)
     if stored is not None:
-        return _outlook(config, read_expected(stored[0], uri), objects.stat(uri).modified_seconds)
+        return _outlook(config.plan, read_expected(stored[0], uri), objects.stat(uri).modified_seconds)
     probe = probe_set.gather(config.probe, config.encoders, run, plan)
     if probe is None:
-        why = "no two of its images have all embeddings" if config.probe.images else "probe.images is 0"
-        return Outlook({}, (f"No quality is expected: the run has no probe set to measure the gallery by ({why}).",))
+        why = "fewer than two of its images have all embeddings" if config.probe.images else "probe.images is 0"
+        return Outlook({}, (f"No estimate of the quality: it needs a probe set, and the run has none ({why}).",))
     rows = _queries(probe)
     first = plan.num_from_pairs / plan.num_gallery
     names, curves = _shapes(config, run, rows is not None, first)
     sample, own = (0, ""), dict[str, Float64]()
     if rows is None:
-        ends = _ends_by_agreement(config, probe)
+        ends = _ends_by_agreement(probe, config.gallery.metric)
     else:
-        ends, sample = _ends_by_labels(config, run, plan, probe, rows)
-        own = _own(config, run, plan, probe, rows)
+        labelled = Labelled(probe.ids[rows], probe.new[rows], probe.labels[rows])
+        transformed, metric = probe.transformed[rows], config.gallery.metric
+        gallery, sample = _gallery_of(run, plan, probe, rows, config.evaluate.max_images)
+        ends = ends_of(labelled, transformed, gallery, metric)
+        own = _own(run, plan, labelled, transformed, metric)
     held = {name: curves[:, :, column] for column, name in enumerate(names)}
     fractions = np.linspace(0, 1, FINAL.points)
     found = {name: expect(held.get(name), fractions, end, *sample, own.get(name)) for name, end in ends.items()}
     objects.put(uri, documents.encode({name: item.to_json() for name, item in found.items()}))
-    return _outlook(config, found, objects.stat(uri).modified_seconds)
+    return _outlook(config.plan, found, objects.stat(uri).modified_seconds)
 
 
-def _outlook(config: Config, curves: dict[str, Expected], made_unix_seconds: float) -> Outlook:
+def _outlook(plan: PlanSettings, curves: dict[str, Expected], made_unix_seconds: float) -> Outlook:
     notes, largest = [], max(curves.values(), key=lambda curve: curve.sample)
     if largest.sample:
         notes.append(
-            f"The gallery is represented by {largest.sample:,} of its images ({largest.sampled or _LIMITED}): the "
-            "figures are those of a gallery of that size, and lower in the whole, where more images compete."
+            f"The estimate uses {largest.sample:,} of the gallery's images ({largest.sampled or _LIMITED}). The whole "
+            "gallery scores lower, because more images compete."
         )
-    if config.plan.traffic:
-        notes.append("The order goes by traffic too, which pairs do not have: their part of the curve is without it.")
+    if plan.traffic:
+        notes.append("The estimate ignores `plan.traffic` for the held-out pairs: these have no traffic.")
     return Outlook(curves, tuple(notes), made_unix_seconds)
 
 
 def distribution_shift_of(config: Config, run: Run, plan: Plan) -> DistributionShift | None:
-    """Whether the held-out pairs look like the probe set, and are served as near; None without a probe set."""
+    """The shift between held-out pairs and probe set, in old embeddings and in errors; None without a probe set."""
     probe = probe_set.gather(config.probe, config.encoders, run, plan)
     if probe is None:
         return None
@@ -107,10 +116,7 @@ def distribution_shift_of(config: Config, run: Run, plan: Plan) -> DistributionS
 def _shapes(config: Config, run: Run, labelled: bool, first: float) -> tuple[tuple[str, ...], Float64]:
     """The metrics, and per fold of held-out pairs their curves under the run's order, (F, P, M).
 
-    `first` is the share of the gallery that was embedded for the fit.
-
-    A selection's curves are of pairs that its policy knows nothing of, but of the policy alone. Those that it measured
-    on the probe set are left aside: the probe set has its say by `_own`.
+    The selection's curves are reused if it simulated this very order; `first` is the share embedded for the fit.
     """
     policy = resolve_policy(run, config.plan.policy)
     boost, selection = config.plan.group_boost, read_selection(run)
@@ -119,23 +125,15 @@ def _shapes(config: Config, run: Run, labelled: bool, first: float) -> tuple[tup
     if selection is not None and as_selected and plain and (labelled or "recall10" in selection.curves):
         names = tuple(selection.curves)
         return names, np.stack([np.array(selection.curves[name]) for name in names], axis=2)
-    return curves_by_fold(config, held_out(config, run), policy, boost, labelled, first)
+    order = SimulatedOrder(policy, boost, first)
+    return curves_by_fold(held_out(config, run), order, config.gallery, config.seed, labelled)
 
 
 def curves_by_fold(
-    config: Config, pairs: HeldOut, policy: str, boost: float = 0.0, labelled: bool = True, first: float = 0.0
+    pairs: HeldOut, order: SimulatedOrder, gallery: GallerySettings, seed: int, labelled: bool = True
 ) -> tuple[tuple[str, ...], Float64]:
-    """The metrics, and per fold of the pairs their curves under a policy, (F, P, M) float64 in per cent.
-
-    Args:
-        config: `gallery` and `seed` count.
-        pairs: with what the policy knows; `learned` is learnt again without the pairs that it ranks.
-        policy: by its name.
-        boost: `group_boost`.
-        labelled: whether to measure by labels, where each fold has some that can be.
-        first: the share that comes before all others, whatever the policy says.
-    """
-    priority = priorities(config, pairs, policy, boost)
+    """The metrics, and per fold of the pairs their curves, (F, P, M) float64 in per cent; by labels if it can be."""
+    priority = priorities(pairs, order.policy, gallery, seed, order.group_boost)
     num_folds = FOLDS if len(priority) >= _LEAST_FOLDED else 1
     places = fold_places(len(priority), num_folds)
     some = [np.flatnonzero(places == number) for number in range(num_folds)]
@@ -145,70 +143,71 @@ def curves_by_fold(
     curves: list[Float64] = []
     names: tuple[str, ...] = ()
     for rows, fold in zip(some, folds, strict=True):
-        orders = {policy: [_after_pairs(order_by(priority[rows], config.seed), first)]}
-        names, found = curves_of(config, pairs.served[rows], fold, orders, FINAL, pairs.calibration)
-        curves.append(found[policy])
+        orders = {order.policy: [_after_pairs(order_by(priority[rows], seed), order.first)]}
+        simulated = SimulatedGallery(
+            pairs.served[rows], fold.pairs.new, fold.labels(), gallery.metric, pairs.calibration
+        )
+        names, found = curves_of(simulated, orders, FINAL)
+        curves.append(found[order.policy])
     return names, np.stack(curves)
 
 
 def _after_pairs(order: Int64, share: float) -> Int64:
-    """An order of all rows in which a share of them, drawn by chance, comes first, as the pairs of the gallery do."""
+    """The order with a share of its rows, drawn by a hash, moved to the front: like a gallery's pairs of the fit."""
     known = np.isin(order, by_chance(len(order), round(share * len(order))))
     return np.concatenate([order[known], order[~known]])
 
 
 def _queries(probe: ProbeSet) -> Int64 | None:
-    """The probe images with a label, (Q,) int64; None where quality cannot be measured by these."""
+    """Rows of the probe images with a label, (Q,) int64; None if quality cannot be measured by these."""
     rows = np.flatnonzero(probe.labels >= 0)
     return None if len(rows) < _LEAST_LABELLED or len(np.unique(probe.labels[rows])) == len(rows) else rows
 
 
-def _ends_by_agreement(config: Config, probe: ProbeSet) -> dict[str, CurveEnds]:
-    """Among the probe images alone; in the end each query finds what it finds."""
-    rows, metric = np.arange(len(probe.ids)), config.gallery.metric
+def _ends_by_agreement(probe: ProbeSet, metric: str) -> dict[str, CurveEnds]:
+    """recall10 among the probe images: of the transformed vectors, and 100 % of the new embeddings."""
+    rows = np.arange(len(probe.ids))
     exact = nearest_rows(probe.new, probe.new, rows, metric)
     first = recall(nearest_rows(probe.new, probe.transformed, rows, metric), exact)
     error = 100 * np.sqrt(first / 100 * (1 - first / 100) / len(rows))
     return {"recall10": CurveEnds(first, 100.0, float(error), 0.0, start_queries=len(rows))}
 
 
-def _ends_by_labels(
-    config: Config, run: Run, plan: Plan, probe: ProbeSet, rows: Int64
-) -> tuple[dict[str, CurveEnds], tuple[int, str]]:
-    """What the queries say of the gallery before and after; and how large a sample of it was searched and why, or 0."""
-    queries = Labelled(probe.ids[rows], probe.new[rows], probe.labels[rows])
+def _gallery_of(
+    run: Run, plan: Plan, probe: ProbeSet, rows: Int64, max_images: int
+) -> tuple[Labelled, tuple[int, str]]:
+    """The transformed gallery, or a sample of it; then the size of the sample and its reason, or 0 and ""."""
     alone = probe_set.stands_alone(run, plan, probe)  # as snapshots are measured
-    room = 0 if alone else max(0, config.evaluate.max_images - len(rows))
+    room = 0 if alone else max(0, max_images - len(rows))
     table, total = labelled_sample(plan.laid_out(run), plan.num_parts, plan.num_gallery, room, probe.ids)
     codes, names = codes_of(table["label"])
     known = {name: code for code, name in enumerate(probe.label_names)}
-    labels = np.array([known.get(name, -1) for name in names], np.int64)[codes]  # -1: no query's, whichever it is
+    labels = np.array([known.get(name, -1) for name in names], np.int64)[codes]  # -1: a label of no query
     gallery = Labelled(
-        np.concatenate([queries.ids, table["id"].to_numpy()]),
+        np.concatenate([probe.ids[rows], table["id"].to_numpy()]),
         np.concatenate([probe.transformed[rows], vectors_from_arrow(table["vector"])]),
-        np.concatenate([queries.labels, labels]),
+        np.concatenate([probe.labels[rows], labels]),
     )
     limited, labelled = table.num_rows < total, len(rows) + total
     why = _LIMITED if limited else ""
     if alone:
-        why = "the labelled ones of probe.manifest"
+        why = "the labelled images of probe.manifest"
     elif labelled < plan.num_gallery:
         why = f"{_LIMITED}, of the {labelled:,} that have labels" if limited else "only these have labels"
-    ends = ends_of(queries, probe.transformed[rows], gallery, config.gallery.metric)
-    return ends, (len(gallery.ids) if why else 0, why)
+    return gallery, (len(gallery.ids) if why else 0, why)
 
 
-def _own(config: Config, run: Run, plan: Plan, probe: ProbeSet, rows: Int64) -> dict[str, Float64]:
-    """`queries_of` of the labelled probe images, in the plan's order."""
-    rows = rows[by_chance(len(rows), _MOST_OWN)]
+def _own(run: Run, plan: Plan, probe: Labelled, transformed: Float32, metric: str) -> dict[str, Float64]:
+    """The simulated backfill of the labelled probe images in the plan's order, query by query; see `queries_of`."""
+    rows = by_chance(len(probe.ids), _MOST_OWN)
     ids, parts = probe.ids[rows], range(plan.num_parts)
-    table = pa.concat_tables(parallel.each(_priorities, (plan.laid_out(run), ids), parts, plan.num_gallery)).sort_by(
-        "id"
-    )
+    tables = parallel.each(_priorities, (plan.laid_out(run), ids), parts, plan.num_gallery)
+    table = pa.concat_tables(tables).sort_by("id")
     order = order_by_priority(table["priority"].to_numpy(), ids, plan.seed)
     order = _after_pairs(order, plan.num_from_pairs / plan.num_gallery)
-    sides, metric = (probe.transformed[rows], probe.new[rows], probe.labels[rows]), config.gallery.metric
-    return queries_of(*sides, order, metric, SimulationDetail(FINAL.points, len(rows)), read_calibration(run))
+    sides = (transformed[rows], probe.vectors[rows], probe.labels[rows])
+    gallery = SimulatedGallery(*sides, metric, read_calibration(run))
+    return queries_of(gallery, order, SimulationDetail(FINAL.points, len(rows)))
 
 
 def _priorities(run: Run, ids: Int64, part: int) -> pa.Table:
@@ -226,13 +225,9 @@ class Labelled:
 
 
 def ends_of(probe: Labelled, transformed: Float32, gallery: Labelled, metric: str) -> dict[str, CurveEnds]:
-    """By top1, top5 and map: the gallery as it is served at first, and as it is expected to be in the end.
+    """The quality at both ends, by top1, top5 and map: of the transformed gallery, and after the whole backfill.
 
-    Args:
-        probe: images of the gallery by their new embeddings.
-        transformed: (Q, d) float32, the same images as they are served.
-        gallery: as it is served.
-        metric: l2, ip or cosine.
+    `probe` are Q of its images with their new embeddings, `transformed` (Q, d) float32 the same as they are served.
     """
     whole = evaluate(
         probe.vectors,
@@ -249,7 +244,7 @@ def ends_of(probe: Labelled, transformed: Float32, gallery: Labelled, metric: st
 
 
 def _end(name: str, whole: Metrics, before: Metrics, after: Metrics) -> CurveEnds:
-    """Standard errors over the probe's queries; of the end that of the sum, whose parts share their queries."""
+    """Means and standard errors over the queries. The end is start + rise; their correlation is accounted for."""
     start, rise = _per_query(name, whole), _per_query(name, after) - _per_query(name, before)
     total = start + rise
 
@@ -265,7 +260,7 @@ def _end(name: str, whole: Metrics, before: Metrics, after: Metrics) -> CurveEnd
 
 
 def _per_query(name: str, found: Metrics) -> Float64:
-    """A metric of each query in per cent, (Q,); NaN where it has no match."""
+    """A metric of each query in per cent, (Q,); NaN if it has no match."""
     if name == "map":
         return 100 * found.average_precision
     limit = {"top1": 1, "top5": 5}[name]

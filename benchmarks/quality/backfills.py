@@ -36,7 +36,7 @@ from pipeline.planning.policies import POLICIES, load_policy, missing
 from pipeline.planning.policy_inputs import PolicyInputs
 from pipeline.storage import parquet
 from training.fitting.learner import FitData, Job, PairArrays, can_classify, make_arrays
-from training.simulation.build_policy_inputs import policy_inputs_of
+from training.simulation.build_policy_inputs import groups_of, policy_inputs_of
 from training.simulation.folds import Fold, fit_alone
 from training.simulation.simulate import SimulationDetail, order_by
 
@@ -74,7 +74,7 @@ class Fitted:
 def images_of(config: Config, data: FitData, gallery: Embedded) -> Images:
     """The pairs of a run in memory, beside the gallery."""
     tables = [pa.concat_tables(map(parquet.read_parquet, parts)) for parts in (data.train_parts, data.held_out_parts)]
-    job = Job(config.fit, data, config.seed, False, 0, 0)
+    job = Job(config.fit, data, config.seed, "l2", 0, 0)
     return Images(data, make_arrays(tables[0], job), make_arrays(tables[1], job), tables[1], gallery)
 
 
@@ -87,7 +87,7 @@ def fit_once(config: Config, images: Images, seed: int, folder: Path) -> tuple[F
     file = folder / f"fit-{digest(decides)}.npz"
     if not file.exists():
         old, new = (np.concatenate(pair) for pair in ((held_out.old, gallery.old), (held_out.new, gallery.new)))
-        job = Job(fit, images.data, seed, False, 0, 0, can_classify(images.data))
+        job = Job(fit, images.data, seed, "l2", 0, 0, can_classify(images.data))
         found = fit_alone(job, images.train, PairArrays(old, new, None, None), seed, torch.device("cpu"))
         known = found.classifier
         parts = {"z": found.z, "s": found.s} | ({} if known is None else {"weight": known.weight})
@@ -108,7 +108,7 @@ def fitted(config: Config, images: Images, seed: int, folder: Path) -> Fitted:
         kind, strength = config.fit.offset, config.fit.offset_strength
         offset = offsets.fit_offset(kind, strength, known.z, known.s, known.pairs.new, known.classifier, "l2")
         served, transformed = offset.apply(known.z, known.s), offset.apply(mine.z, mine.s)
-    reference = policy_inputs_of(config, images.table, known.pairs, known.z, known.s, served, known.classifier, None)
+    reference = policy_inputs_of(known, served, groups_of(images.table), None, "l2", config.seed)
     calibration = fit_calibration(served, known.pairs.new, "l2", config.seed) if config.fit.calibrate else None
     return Fitted(known, mine, served, transformed, reference, calibration)
 

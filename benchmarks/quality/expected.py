@@ -37,9 +37,9 @@ from pipeline.evaluation.metrics import METRICS
 from pipeline.evaluation.simulated_curve import CurveInputs, CurveOptions, order_by_priority, simulate_curve
 from pipeline.planning.expected_curve import expect, fraction_for
 from pipeline.planning.policies import load_policy
-from training.forecast import Labelled, curves_by_fold, ends_of
+from training.forecast import Labelled, SimulatedOrder, curves_by_fold, ends_of
 from training.simulation.held_out import HeldOut
-from training.simulation.simulate import order_by, queries_of
+from training.simulation.simulate import SimulatedGallery, order_by, queries_of
 
 ORDERS = ("uncertainty", "learned")
 SIZES = (1000, 2000, 5000)
@@ -105,7 +105,7 @@ def guesses(
     for name in ORDERS:
         curves, priority = _bends(config, found, name), load_policy(name, config.seed, found.reference)(scored)
         order = order_by_priority(priority[rows], rows, config.seed)
-        own = queries_of(found.transformed[rows], probe.vectors, probe.labels, order, "l2", OFFICIAL)
+        own = queries_of(SimulatedGallery(found.transformed[rows], probe.vectors, probe.labels, "l2"), order, OFFICIAL)
         columns = [
             expect(curves[:, :, index], fractions, ends[metric], own=own[metric]).values
             for index, metric in enumerate(METRICS)
@@ -121,7 +121,8 @@ def _bends(config: Config, found: Fitted, policy: str) -> Float64:
     """The curves of held-out pairs; the same for every probe set."""
     if policy not in _KNOWN:
         none = np.full(len(found.served), None, dtype=object)
-        _KNOWN[policy] = curves_by_fold(config, HeldOut(found.held_out, found.served, none, found.reference), policy)[1]
+        pairs = HeldOut(found.held_out, found.served, none, found.reference)
+        _KNOWN[policy] = curves_by_fold(pairs, SimulatedOrder(policy), config.gallery, config.seed)[1]
     return _KNOWN[policy]
 
 

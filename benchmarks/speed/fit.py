@@ -50,7 +50,7 @@ from pipeline.evaluation.simulated_curve import (
 )
 from pipeline.models.encoder_backends import load_tensors
 from pipeline.models.networks import Transformation, TransformationNetwork
-from pipeline.models.transformation import apply, load_transformation
+from pipeline.models.transformation import APPLY_BATCH, apply, load_transformation
 from pipeline.run import Run
 from pipeline.storage import objects, parquet
 from training.fit import fit
@@ -63,7 +63,6 @@ TIMED_EPOCHS, RATE_EPOCHS = 2, 6
 PARTS = ("reference", "fit", "workers", "report")
 WORKERS = {"1 worker, 2 threads": (1, 2), "2 workers, 1 thread each": (2, 2), "1 worker, 1 thread": (1, 1)}
 
-_APPLY_BATCH = 8192
 _RANDOM_ORDERS = 5
 
 Areas = dict[str, dict[str, float]]
@@ -210,7 +209,7 @@ def start_reference(config: Config, state: Path) -> Reference:
 def simulate(network: Transformation, gallery: Embedded, seed: int) -> Simulation:
     """The curves by uncertainty and at random by the official protocol: all images are gallery and queries."""
     cpu = torch.device("cpu")
-    transformed, uncertainty = apply(network.eval(), gallery.old, None, cpu, _APPLY_BATCH)
+    transformed, uncertainty = apply(network.eval(), gallery.old, None, cpu, APPLY_BATCH)
     rows = np.arange(len(gallery.ids))
     orders = {
         "uncertainty": [order_by_priority(uncertainty, rows, seed)],

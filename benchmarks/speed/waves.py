@@ -69,16 +69,17 @@ def prepare(chosen: tree.Config, like: tree.Config | None) -> tuple[Run, Plan]:
     """A run that has everything but its backfill; files that do not depend on the waves are copied."""
     from jobs.shell.command import console
     from jobs.shell.progress_bars import Bars
-    from jobs.steps.prepare import ensure_embeddings, ensure_fit, ensure_plan, open_run
+    from jobs.steps.prepare import RunSteps, open_run
 
     if like is not None:
         for name in ("pairs", "transformation", "gallery"):
             shutil.copytree(Path(like.run) / name, Path(chosen.run) / name)
     with Bars(console()) as bars:
         run = open_run(chosen, bars)
-        ensure_embeddings(chosen, run, bars)
-        ensure_fit(chosen, run, bars)
-        return run, ensure_plan(chosen, run, bars)
+        steps = RunSteps(chosen, run, bars)
+        steps.embed()
+        steps.fit()
+        return run, steps.plan()
 
 
 def measure_run(chosen: tree.Config, run: Run, plan: Plan) -> Result:

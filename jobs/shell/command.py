@@ -1,7 +1,7 @@
-"""What every command shares: its options, its errors and exit codes, and where it prints.
+"""The options, exit codes and output streams that all commands share.
 
-People read stderr; with `--json` a program reads one JSON document from stdout. Exit codes: 0 done,
-1 failed, 2 bad config or input, 3 refused. Nothing heavy is imported before a command runs.
+Text for people goes to stderr; with `--json`, one JSON document goes to stdout. Exit codes: 0 done, 1 failed, 2 bad
+config or input, 3 refused. Nothing heavy is imported before a command runs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _STDOUT = "jobs.stdout"
 
 
 class Seconds(click.FloatRange):
-    """Seconds from 0 on, without NaN and infinity."""
+    """A finite number of seconds."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # Any: click's own
         """The number, or a usage error."""
@@ -44,8 +44,10 @@ class Seconds(click.FloatRange):
 def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
     """A click command with `--config`, `--set` and `--json`; its docstring is its help."""
     options = [
-        click.option("--config", "config_path", required=True, metavar="FILE", help="The run's YAML file."),
-        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting: a.b=value."),
+        click.option("--config", "config_path", required=True, metavar="FILE", help="The run's YAML config file."),
+        click.option(
+            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a config key: a.b=value."
+        ),
         click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document on stdout."),
     ]
 
@@ -59,7 +61,7 @@ def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
 
 
 def with_errors(function: Callable[..., None]) -> Callable[..., None]:
-    """Turn every error into a clear message and an exit code, wherever it was raised."""
+    """End a command with a message and an exit code on any error, and keep stdout for its result."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:  # Any: click decides what a command is called with
@@ -69,32 +71,32 @@ def with_errors(function: Callable[..., None]) -> Callable[..., None]:
                 click.get_current_context().meta[_STDOUT] = stdout
                 function(*args, **kwargs)
         except KeyboardInterrupt:
-            click.secho("stopped; what is durable is kept, the same command goes on from there", err=True)
+            click.secho("stopped; finished work is kept: run the same command again to continue", err=True)
             if ray := sys.modules.get("ray"):
-                ray.shutdown()  # what other threads wait for ends, and so do they
+                ray.shutdown()  # ends threads that wait for Ray
             sys.exit(130)
 
     return run
 
 
 def console() -> Console:
-    """Where people read: stderr. Strings are data, in which `[a]` and `:b:` mean nothing; style comes as Text."""
+    """The console for people, on stderr. Strings are printed as they are: `[a]` and `:b:` are no markup."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def print_json(document: object) -> None:
-    """Where programs read: one JSON document on stdout.
+    """Print the result for programs: one JSON document on stdout.
 
     Raises:
-        ValueError: a number is not finite, which JSON cannot say; a result says null there.
+        ValueError: a number is not finite; JSON has no such numbers.
     """
     print_text(json.dumps(document, indent=1, allow_nan=False))
 
 
 def print_text(text: str) -> None:
-    """To stdout, which belongs to what was asked for; silent if its reader has gone.
+    """Print to stdout; if its reader has closed it, exit without a message.
 
     Raises:
         FastfillError: stdout is closed or full.
@@ -113,25 +115,25 @@ def print_text(text: str) -> None:
             "the result cannot be written",
             found=error.strerror,
             where="stdout",
-            remedy="the work itself is done: run the same command again with stdout where it can be written",
+            remedy="the work itself is done: run the same command again with a stdout that can be written",
         ) from error
 
 
 def _open_missing_streams() -> None:
-    """Take the places of stdin, stdout and stderr if the caller closed them.
+    """Open /dev/null in place of stdin, stdout and stderr that the caller closed.
 
-    Else the next file that is opened gets the place, and what is printed is written into it.
+    Otherwise the next file to be opened would take the number, and printed text would be written into it.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # it gets the lowest free place
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 
 @contextmanager
 def _results_alone() -> Iterator[IO[str] | None]:
-    """stdout for results; whatever else is written there meanwhile, by native code as well, goes to stderr."""
+    """Keep stdout for results: everything else that is written to it, also by native code, goes to stderr."""
     _open_missing_streams()
     stdout = sys.stdout
     try:
@@ -147,6 +149,6 @@ def _results_alone() -> Iterator[IO[str] | None]:
         with redirect_stdout(sys.stderr), os.fdopen(os.dup(kept), "w", encoding="utf-8") as results:
             yield results
     finally:
-        ctypes.CDLL(None).fflush(None)  # what native code has in its own buffer
+        ctypes.CDLL(None).fflush(None)  # the buffer of native code
         os.dup2(kept, number)
         os.close(kept)

@@ -1,8 +1,7 @@
-"""Every error that a command can end with, as one message and an exit code.
+"""Every error ends a command with one message and an exit code.
 
-Our own errors say what to do. Errors of the machine (a full disk, a closed pipe, no memory) and of libraries are
-turned into ours here, in one place. Guarantee: no command ends in a traceback, unless FASTFILL_TRACEBACK=1 asks for
-it. This module does not know the commands.
+Errors of the machine (full disk, closed pipe, no memory) and of libraries become FastfillErrors here. No command ends
+in a traceback unless FASTFILL_TRACEBACK=1 is set.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import click
 from pipeline.errors import DataError, FastfillError, TransientError
 
 TRACEBACK = "FASTFILL_TRACEBACK"
-CLOSED_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
+CLOSED_PIPE = 141  # a shell's exit code for a program that was ended by SIGPIPE
 _MOST_CHARACTERS = 2000  # per line
 _AGAIN = "run the same command again: finished work is kept"
 _CLICKS_OWN = (click.ClickException, click.exceptions.Exit, click.Abort)
@@ -30,12 +29,12 @@ _Answer = tuple[type[FastfillError], str, str]
 _FULL: _Answer = (
     FastfillError,
     "the disk is full",
-    f"free space there (`fastfill gc` removes files that no snapshot uses), then {_AGAIN}",
+    f"free disk space (`fastfill gc` removes files that no snapshot uses), then {_AGAIN}",
 )
 _NO_MEMORY: _Answer = (
     FastfillError,
     "memory ran out",
-    f"use a machine with more memory, or smaller backfill.batch_size and plan.unit_images; then {_AGAIN}",
+    f"use a machine with more memory, or lower backfill.batch_size and plan.unit_images; then {_AGAIN}",
 )
 _REFUSED: _Answer = (
     DataError,
@@ -51,19 +50,19 @@ _ANSWERS: dict[int | None, _Answer] = {
     errno.EPERM: _REFUSED,
     errno.EMFILE: _TOO_MANY,
     errno.ENFILE: _TOO_MANY,
-    errno.EROFS: (DataError, "the file system is read-only", "give a place that can be written"),
+    errno.EROFS: (DataError, "the file system is read-only", "name a folder that can be written"),
     errno.ENOENT: (DataError, "a file or folder is missing", "check the path"),
-    errno.EISDIR: (DataError, "a folder is where a file is expected", "give the path of a file"),
-    errno.ENOTDIR: (DataError, "a file is where a folder is expected", "give the path of a folder"),
-    errno.EEXIST: (DataError, "a file is where a folder is expected", "give the path of a folder"),
+    errno.EISDIR: (DataError, "a file is expected, and the path is a folder", "give the path of a file"),
+    errno.ENOTDIR: (DataError, "a folder is expected, and the path is a file", "give the path of a folder"),
+    errno.EEXIST: (DataError, "a folder is expected, and the path is a file", "give the path of a folder"),
     errno.ENAMETOOLONG: (DataError, "a path is too long", "give a shorter path"),
-    errno.ELOOP: (DataError, "symbolic links lead in a circle", "mend the links"),
+    errno.ELOOP: (DataError, "symbolic links form a circle", "correct the links"),
     errno.EIO: (FastfillError, "the disk failed", f"check the disk (`dmesg`), then {_AGAIN}"),
 }
 
 
 class Command(click.Command):
-    """A click command whose help and usage errors, too, never end in a traceback."""
+    """A click command that never ends in a traceback, not even from its help or a usage error."""
 
     def main(self, *args: Any, **extra: Any) -> Any:  # Any: as click has it
         """Run the command line."""
@@ -72,12 +71,30 @@ class Command(click.Command):
 
 
 class Group(Command, click.Group):
-    """The same for a group of commands."""
+    """A group of such commands, whose help lists them in sections."""
+
+    def __init__(self, *args: Any, **extra: Any) -> None:  # Any: as click has it
+        super().__init__(*args, **extra)
+        self.sections: dict[str, list[click.Command]] = {}
+
+    def add_section(self, title: str, *commands: click.Command) -> None:
+        """Add commands under a title."""
+        self.sections[title] = list(commands)
+        for command in commands:
+            self.add_command(command)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write each section with its commands in the order in which they were added."""
+        names = [command.name or "" for commands in self.sections.values() for command in commands]
+        limit = formatter.width - 6 - max(map(len, names))
+        for title, commands in self.sections.items():
+            with formatter.section(title):
+                formatter.write_dl([(item.name or "", item.get_short_help_str(limit)) for item in commands])
 
 
 @contextmanager
 def in_one_message() -> Iterator[None]:
-    """End with a message and an exit code if anything fails; click's own errors pass."""
+    """End the process with a message and an exit code on any error, except click's own."""
     try:
         yield
     except _CLICKS_OWN:
@@ -91,7 +108,7 @@ def fail(error: Exception) -> NoReturn:
     ours = as_ours(error)
     discard_unwritten(sys.stdout)
     summary, *details = str(ours).splitlines() or [""]
-    with suppress(OSError, ValueError):  # stderr may be closed or full: the exit code still tells
+    with suppress(OSError, ValueError):  # stderr may be closed or full: the exit code remains
         if os.environ.get(TRACEBACK, "0") not in ("", "0"):
             click.echo("".join(traceback.format_exception(error)), err=True)
         click.secho(_shown(f"error: {summary}"), fg="red", bold=True, err=True)
@@ -101,7 +118,7 @@ def fail(error: Exception) -> NoReturn:
 
 
 def discard_unwritten(stream: IO[str] | None) -> None:
-    """Drop what a stream could not write: else Python tries again at its end, and complains with a code of its own."""
+    """Drop output that a stream could not write; Python would try again at exit and end with another exit code."""
     if stream is None:
         return
     try:
@@ -113,7 +130,7 @@ def discard_unwritten(stream: IO[str] | None) -> None:
 
 
 def as_ours(error: BaseException) -> FastfillError:
-    """The error of ours that an error contains, or that says the same; for anything unknown, that it is a bug."""
+    """The FastfillError behind an error, or one that says the same; an unknown error is reported as a bug."""
     ours = find_cause(error)
     if ours is not None:
         return ours
@@ -123,7 +140,7 @@ def as_ours(error: BaseException) -> FastfillError:
 
 
 def find_cause(error: BaseException | None) -> FastfillError | None:
-    """The error of ours behind what Ray wrapped it in, or None."""
+    """The FastfillError that another error (such as Ray's) wraps, or None."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:
@@ -138,7 +155,7 @@ def find_cause(error: BaseException | None) -> FastfillError | None:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it was raised from; `cause` is where Ray keeps the error of a task."""
+    """An error and its causes; Ray keeps the error of a task in `cause`."""
     seen: set[int] = set()
     item: object = error
     while isinstance(item, BaseException) and id(item) not in seen:
@@ -148,21 +165,23 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _has_no_number(error: BaseException) -> bool:
-    """Ray's copy of a task's OSError has lost its number; the original, behind it, tells more."""
+    """True for Ray's copy of a task's OSError, which lacks the number; the original follows in the chain."""
     return isinstance(error, OSError) and error.errno is None
 
 
 def _of_known(error: BaseException) -> FastfillError | None:
-    """What an error of the machine, of a text or of its nesting says; None for all others."""
+    """The FastfillError for an error of the machine or of an input's text; None for other errors."""
     if isinstance(error, OSError):
         return _of_machine(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter: of torch, of Ray
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's and Ray's class
         kind, summary, remedy = _NO_MEMORY
         return kind(summary, found=_first_line(error), remedy=remedy)
     if isinstance(error, UnicodeError):
         return DataError("a text is not UTF-8", found=_first_line(error), remedy="save the file as UTF-8")
     if isinstance(error, RecursionError):
-        return DataError("an input is nested too deeply", found=_first_line(error), remedy="write it flatter")
+        return DataError(
+            "an input is nested too deeply", found=_first_line(error), remedy="use fewer levels of nesting"
+        )
     return None
 
 
@@ -173,12 +192,12 @@ def _of_machine(error: OSError) -> FastfillError:
     if error.errno == errno.ENOENT and where is None and _is_nowhere():
         return DataError("the working directory was deleted", remedy="change to a folder that exists (`cd`)")
     if isinstance(error, BrokenPipeError):
-        return TransientError("the reader of the output closed it, or a connection was closed", found=found)
+        return TransientError("the output or a connection was closed by its reader", found=found)
     if isinstance(error, ConnectionError | TimeoutError):
         return TransientError(
             "a connection failed", found=found, where=where, remedy=f"check the network, then {_AGAIN}"
         )
-    unknown: _Answer = (FastfillError, "the operating system reported an error", f"see what was found, then {_AGAIN}")
+    unknown: _Answer = (FastfillError, "the operating system reported an error", f"correct the cause, then {_AGAIN}")
     kind, summary, remedy = _ANSWERS.get(error.errno, unknown)
     return kind(summary, found=found, where=where, remedy=remedy)
 
@@ -189,7 +208,7 @@ def _of_ray(error: BaseException) -> FastfillError | None:
     return FastfillError(
         "Ray could not finish a task",
         found=f"{type(error).__name__}: {_first_line(error)}",
-        remedy=f"{_AGAIN}; {TRACEBACK}=1 shows Ray's own account, and Ray's log files have all of it",
+        remedy=f"{_AGAIN}; {TRACEBACK}=1 prints Ray's traceback, and Ray's log files have the details",
     )
 
 
@@ -198,7 +217,7 @@ def _bug(error: BaseException) -> FastfillError:
     return FastfillError(
         f"internal error: {type(error).__name__}: {_first_line(error)}",
         where=f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else None,
-        remedy=f"this is a bug: run the same command with {TRACEBACK}=1, and report what it prints",
+        remedy=f"this is a bug: run the same command with {TRACEBACK}=1, and report its output",
     )
 
 
@@ -215,6 +234,6 @@ def _first_line(error: BaseException) -> str:
 
 
 def _shown(line: str) -> str:
-    """A line for a terminal: what is not printable is escaped, and what is too long is cut."""
+    """A line for a terminal: unprintable characters are escaped, and a long line is cut."""
     line = line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]}..."
     return "".join(item if item.isprintable() or item == "\t" else repr(item)[1:-1] for item in line)

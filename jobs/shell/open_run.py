@@ -1,4 +1,4 @@
-"""Read a command's config and find the run that it names."""
+"""Read a command's config, and open the run that it names."""
 
 from __future__ import annotations
 
@@ -14,12 +14,9 @@ if TYPE_CHECKING:
 
 
 def load(config_path: str, overrides: tuple[str, ...], *, new_run: bool = False) -> Config:
-    """The config, with the overrides; object storage is used by its settings from now on.
+    """The config with its overrides (of `--set`); object storage is configured with its `storage` section.
 
-    Args:
-        config_path: the YAML file.
-        overrides: of `--set`.
-        new_run: take the first free place beside the run that is there.
+    With `new_run`, the run gets the first free name RUN-2, RUN-3, ...
     """
     from pipeline.config.identity import free_uri
     from pipeline.config.load import load_config
@@ -34,36 +31,32 @@ def load(config_path: str, overrides: tuple[str, ...], *, new_run: bool = False)
 
 
 def absolute(place: str) -> str:
-    """A file or folder as the user means it: a URI as it is, a path from where the command was given.
+    """A URI unchanged, or a path made absolute from the working directory.
 
     Raises:
-        ConfigError: the URI holds a user or password, which messages and files would show.
+        ConfigError: the URI holds a user or password, which would be shown in messages and files.
     """
     if holds_user(place):
         raise ConfigError(
             "a URL must not hold a user or password",
             where=place.rpartition("@")[2],
-            remedy="give credentials through the environment, such as AWS_PROFILE",
+            remedy="pass credentials in the environment, such as AWS_PROFILE",
         )
     return place.rstrip("/") if "://" in place else os.path.abspath(place)
 
 
 def open_run_of(config: Config, *, to_embed: bool = False) -> Run:
-    """The run that is there, of which this config must be the config; the manifests are not read for that.
-
-    Args:
-        config: what the user gave.
-        to_embed: compare the new encoder's file as well, for its embeddings are to be searched with.
+    """The existing run of this config; with `to_embed`, the new encoder's file is checked too.
 
     Raises:
         DataError: there is no run, or the encoder's file is missing.
-        IncompatibleRun: it was started with other settings, or with other weights.
+        IncompatibleRun: the run was started with other settings or other weights.
     """
     from pipeline.config.identity import check_resumable, encoder_fingerprint, read_settings
     from pipeline.run import Run
 
     run = Run(config.run)
-    read_settings(run)  # a run that is not there is an error
+    read_settings(run)  # raises if there is no run
     fingerprints = encoder_fingerprint("encoders.new", config.encoders.new) if to_embed else {}
     check_resumable(config, fingerprints, all_inputs=False)
     return run

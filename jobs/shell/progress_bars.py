@@ -1,4 +1,4 @@
-"""Progress on stderr: bars on a terminal, a line every ten seconds elsewhere (logs, CI, `ray job logs`)."""
+"""Progress on stderr: bars on a terminal, else a line every ten seconds (log files, CI, `ray job logs`)."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from rich.table import Column
 from rich.text import Text
 
 _LINE_SECONDS = 10.0
-_WIDE = 110  # characters, from which there is room for a long bar beside the longest status
+_WIDE = 110  # characters: a terminal this wide has room for a long bar beside the longest status
 
 
 class _Status(ProgressColumn):
-    """What a row is doing, cut off where the terminal ends: the only column that gives way."""
+    """The status of a row; the only column that is cut if the terminal is too narrow."""
 
     def render(self, task: Task) -> Text:
         return Text(task.fields["status"], style="dim", no_wrap=True, overflow="ellipsis")
@@ -39,7 +39,7 @@ class _Status(ProgressColumn):
 
 @dataclass(slots=True)
 class Step:
-    """A step without a length."""
+    """A step whose length is not known."""
 
     bars: Bars
     name: str
@@ -86,7 +86,7 @@ class Bars:
         self.progress.stop()
 
     def images(self, name: str, done: int, total: int, status: str = "") -> None:
-        """Show `done` of `total` under a name, with a word on the state."""
+        """Show `done` of `total` under a name, with a status."""
         if name not in self._tasks:
             self._tasks[name] = self.progress.add_task(name, total=total, completed=done, status=status)
         self.progress.update(self._tasks[name], completed=done, total=total, status=status)
@@ -94,7 +94,7 @@ class Bars:
 
     @contextmanager
     def step(self, name: str) -> Iterator[Step]:
-        """Show a step as running, and how long it took."""
+        """Show a step while it runs, and then its duration."""
         start = time.monotonic()
         task = self.progress.add_task(name, total=None, status="")
         yield Step(self, name, task)

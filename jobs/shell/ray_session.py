@@ -1,4 +1,4 @@
-"""Start Ray for a command, quietly, and end it when the command is interrupted."""
+"""Start Ray for a command without its start-up messages, and stop it when the command is interrupted."""
 
 from __future__ import annotations
 
@@ -11,30 +11,28 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
+RAY_NOISE = "worker processes have been started on node"  # a warning; fractional CPUs and idle workers are intended
+_STOP_SECONDS = 20.0
 _stopping = threading.Event()
 
 
-_STOP_SECONDS = 20.0
-RAY_NOISE = "worker processes have been started on node"  # fractional CPUs and kept idle workers are meant here
-
-
 def start_ray() -> None:
-    """Connect to the cluster that RAY_ADDRESS names (a submitted job has it), or start Ray on this machine."""
+    """Connect to the cluster in RAY_ADDRESS (set for a submitted job), or start Ray on this machine."""
     import logging
 
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the other processes
-    os.environ.setdefault("RAY_num_workers_soft_limit", "8")  # else few cores end idle workers, which import anew
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ log repeats what is handled (ray#53727)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow down other processes
+    os.environ.setdefault("RAY_num_workers_soft_limit", "8")  # keeps idle workers: a new one imports everything again
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ log repeats handled errors (ray#53727)
     import ray
     import ray.data
 
     from pipeline.storage import objects
 
-    # Ray Data's own wrapper loses the error of ours that it wraps, once it is pickled on its way here.
+    # Ray Data's own exception loses the FastfillError that it wraps when it is pickled.
     ray.data.DataContext.get_current().raise_original_map_exception = True
     for handler in logging.getLogger("ray.data").handlers:
-        if type(handler).__name__ == "PlainRayHandler":  # to stderr; the session's log file keeps everything
-            handler.setLevel(logging.CRITICAL)  # an error comes to the user as an exception, once
+        if type(handler).__name__ == "PlainRayHandler":  # stderr; the session's log file is complete
+            handler.setLevel(logging.CRITICAL)  # errors are raised as exceptions anyway
     if ray.is_initialized():
         return
     for name in ("ray", "ray._private.authentication"):
@@ -45,15 +43,15 @@ def start_ray() -> None:
             init(runtime_env={"env_vars": objects.environment()})
         else:
             init(address="local", num_cpus=max(2, os.cpu_count() or 2), include_dashboard=False)
-    for number in (signal.SIGINT, signal.SIGTERM):  # after Ray's own, which would end the driver without a word
+    for number in (signal.SIGINT, signal.SIGTERM):  # replaces Ray's handlers, which end the driver silently
         signal.signal(number, _interrupt)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """End: Ctrl-C, `ray job stop`, a pod that is deleted, a machine that shuts down.
+    """Stop on Ctrl-C, `ray job stop`, the deletion of a pod or the shutdown of a machine.
 
-    Whoever sends SIGTERM waits half a minute and kills, and an interrupt may be lost in a library's callback; so what
-    has not ended by then is not waited for, nor is anything the second time: nothing that is durable depends on it.
+    SIGTERM is usually followed by SIGKILL after 30 s, and a library's callback may swallow the KeyboardInterrupt. So
+    the process exits after 20 s, or at once on a second signal. Finished work is on storage already.
     """
     if _stopping.is_set():
         os._exit(130)
@@ -61,14 +59,14 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     timer = threading.Timer(_STOP_SECONDS, os._exit, [130])
     timer.daemon = True
     timer.start()
-    with suppress(OSError):  # not through sys.stderr, which may be in the middle of a write
-        os.write(2, f"stopping: {signal.Signals(number).name}; once more ends it at once\n".encode())
+    with suppress(OSError):  # not sys.stderr: it may be in the middle of a write
+        os.write(2, f"stopping: {signal.Signals(number).name}; send it again to stop at once\n".encode())
     raise KeyboardInterrupt
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep native code's start-up chatter off the user's terminal; errors come as exceptions all the same."""
+    """Hide the start-up messages of native code; errors are still raised as exceptions."""
     kept = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from pipeline.planning.selection import Selection
 
 
-def show_curve(result: dict[str, Any]) -> None:  # Any: the JSON shape of DESIGN section 5
-    """Print the areas of each order as a table."""
+def show_curve(result: dict[str, Any]) -> None:  # Any: JSON, see `evaluation.curve`
+    """Print the average quality over the migration, per order, and both ends."""
     from rich.table import Table
 
     table = Table(title=f"{result['num_queries']:,} queries, {result['num_gallery']:,} images, {result['distance']}")
@@ -27,38 +27,32 @@ def show_curve(result: dict[str, Any]) -> None:  # Any: the JSON shape of DESIGN
 
     row("old / old", result["old_old"])
     orders = result["orders"]
-    row("fraction 0: all transformed", next(iter(orders.values()))["points"][0])
+    row("start: all transformed", next(iter(orders.values()))["points"][0])
     for name, order in orders.items():
-        row(f"area, {name} order", order["area"], order.get("area_std"))
+        row(f"average, {name} order", order["area"], order.get("area_std"))
     row("new / new", result["new_new"])
     console().print(table)
 
 
 def say_outlook(info: TransformationInfo, selection: Selection | None, first: float = 0.0) -> None:
-    """Say what will happen if the transformed gallery is worse than the old one, and what would help.
+    """If the transformed gallery is worse than the old one, print when that changes and what would help.
 
-    Args:
-        info: of the transformation.
-        selection: None where nothing was selected.
-        first: the share of the gallery that the first snapshot has embedded, as pairs of the fit.
+    `first` is the share of the gallery that the first snapshot has embedded, as pairs of the fit.
     """
     if info.better_than_old:
         return
     fraction = None if selection is None else selection.passes_old()
     if fraction is not None and fraction <= first:
-        text = "The first snapshot is expected to answer about as well as the old system."
+        text = "The first snapshot is expected to be about as good as the old system."
         console().print(text, soft_wrap=True, highlight=False)
         return
     if fraction is None:
-        when = (
-            "no snapshot is expected to pass it" if selection is not None else "nothing says when a snapshot passes it"
-        )
+        when = "no snapshot is expected to be better" if selection is not None else "the time of that is not known"
     else:
-        when = (
-            f"a snapshot is expected to pass it with about {fraction:.0%} of the gallery embedded, and is then promoted"
-        )
+        when = f"that is expected at about {fraction:.0%} of the gallery"
     text = (
-        f"The first snapshot is expected to answer worse than the old system. `prod` stays with the old system; {when}."
+        "The first snapshot is expected to be worse than the old system. `prod` keeps serving the old system until a "
+        f"snapshot is better; {when}."
     )
     console().print(text, style="bold yellow", soft_wrap=True, highlight=False)
     if info.kind != "fastfill":
@@ -67,14 +61,14 @@ def say_outlook(info: TransformationInfo, selection: Selection | None, first: fl
 
 def _more_pairs(info: TransformationInfo) -> str:
     if info.pairs_to_pass_old is None:
-        return "More pairs alone are not expected to change that."
+        return "More training pairs alone are not expected to change that."
     return (
-        f"With about {info.pairs_to_pass_old:,} training pairs instead of {info.num_train:,} the linear map is "
-        "expected to be as good as the old model from the start."
+        f"With about {info.pairs_to_pass_old:,} training pairs instead of {info.num_train:,}, the first snapshot is "
+        "expected to be as good as the old system."
     )
 
 
 def show_distribution_shift(found: DistributionShift | None, known: bool = False) -> None:
-    """Warn where the pairs do not look like the gallery; `known` as in `DistributionShift.warnings`."""
+    """Warn if the pairs do not look like the gallery; `known` as in `DistributionShift.warnings`."""
     for sentence in () if found is None else found.warnings(known):
         console().print(sentence, style="bold red", soft_wrap=True, highlight=False)

@@ -1,6 +1,6 @@
-"""What is tried out before any work, so that a run fails in its first seconds or not for its settings.
+"""Check the settings and a few images before any work, so that a wrong config fails within seconds.
 
-Guarantee: nothing is written. What can only be known later (how many images are damaged) is not looked at.
+Nothing is written. Problems that only show during the work (the number of damaged images, say) are not checked.
 """
 
 from __future__ import annotations
@@ -8,18 +8,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.config.tree import Config
+    from pipeline.config.method import FitSettings, ProbeSettings
+    from pipeline.config.tree import Config, GallerySettings, IndexSettings, ManifestSettings, PairsSettings
     from pipeline.manifest.normalised import Manifest
     from pipeline.run import Run
     from pipeline.sampling.probe_labels import Sample
 
 
 def check_settings(config: Config, dims: dict[str, int]) -> None:
-    """Try out what a run will need, on nothing: columns, widths, waves, batch, index, policy, encoders.
+    """Check columns, widths, waves, training pairs, index, policy and encoders against each other.
 
-    Args:
-        config: the run's config.
-        dims: embedding column -> the width of its encoder, where there is one.
+    `dims` has the width of each embedding column that has an encoder.
 
     Raises:
         ConfigError, DataError: one of them cannot be used.
@@ -29,15 +28,17 @@ def check_settings(config: Config, dims: dict[str, int]) -> None:
     from pipeline.models.device import resolve_device
     from pipeline.models.encoder import load_encoder
     from pipeline.planning.plan import wave_sizes
+    from training.fitting.pairs import num_training
 
     _check_sources(config)
     given = sources(config)
     rows = {name: sum(part.num_rows for part in normalised.scan(item, dims)) for name, item in given.items()}
-    images, sample = rows["gallery"], _check_sample(config)
-    check_widths(config, {name: normalised.widths(item) for name, item in given.items()})
+    images, sample = rows["gallery"], _check_sample(config.probe, config.gallery)
+    check_widths(given, {name: normalised.widths(item) for name, item in given.items()})
     sampled = _check_from_gallery(config, images, rows.get("pairs", 0), sample)
     wave_sizes(config.plan.waves, images - sampled)
-    _check_training(config, images, rows.get("pairs", 0) + sampled)
+    training = num_training(rows.get("pairs", 0) + sampled, config.pairs.held_out_fraction)
+    _check_training(config.fit, config.index, images, training, config.encoders.new.dim)
     _check_policy(config)
     _check_selected(config, images, sample)
     resolve_device(config.device)
@@ -46,32 +47,30 @@ def check_settings(config: Config, dims: dict[str, int]) -> None:
             load_encoder(encoder, resolve_device("cpu"), key)
 
 
-def check_widths(config: Config, dims: dict[str, dict[str, int]]) -> None:
-    """The gallery's old embeddings and side information are of the pairs' width, as far as both are known.
+def check_widths(given: dict[str, ManifestSettings], dims: dict[str, dict[str, int]]) -> None:
+    """Check that old embeddings and side information have the same width in gallery and pairs, if both are known.
 
-    Args:
-        config: the run's config.
-        dims: of each manifest that is given, embedding column -> width.
+    `dims` has the widths of each manifest's embedding columns.
 
     Raises:
-        DataError: they are not.
+        DataError: the widths differ.
     """
     from pipeline.errors import DataError
 
     for role in ("old_embedding", "side"):
         widths = dims["gallery"].get(role), dims.get("pairs", {}).get(role)
         if None not in widths and widths[0] != widths[1]:
-            names = [getattr(item.columns, role) for item in (config.gallery, config.pairs)]
+            names = [getattr(given[name].columns, role) for name in ("gallery", "pairs")]
             raise DataError(
-                f"the gallery's {role} has another width than the pairs'",
-                expected="one width: the transformation is fitted on the pairs and applied to the gallery",
+                f"{role} has another width in the gallery than in the pairs",
+                expected="the same width: the transformation is fitted on the pairs and applied to the gallery",
                 found=f"{widths[0]} in the gallery (column {names[0]}), {widths[1]} in the pairs (column {names[1]})",
                 where=f"gallery.columns.{role}, pairs.columns.{role}",
             )
 
 
 def check_images(config: Config, run: Run, folder: str, rows: Manifest) -> None:
-    """Of a few images, spread over a normalised manifest, one at least can be read.
+    """Check that at least one of a few images, spread over a normalised manifest, can be read.
 
     Raises:
         ConfigError: none can.
@@ -87,7 +86,7 @@ def check_images(config: Config, run: Run, folder: str, rows: Manifest) -> None:
     if encoder is None or (columns.uri is None and columns.image is None):
         return
     if folder == "pairs" and {"old_embedding", "new_embedding"} <= rows.dims.keys():
-        return  # nothing will be read
+        return  # no image will be read
     tried, bad = ray.get(ray.remote(num_cpus=0.5)(check_readable).remote(config, run, folder, rows, encoder.preprocess))
     if len(bad) < tried:
         return
@@ -95,16 +94,16 @@ def check_images(config: Config, run: Run, folder: str, rows: Manifest) -> None:
         f"none of {tried} images, spread over the {folder}, can be read",
         found="".join(f"\n    {line}" for line in bad),
         where=f"{folder}.columns, data_root",
-        remedy=f"check the uris (relative ones start at {config.data_root}) and the encoder's preprocess",
+        remedy=f"check the uris (relative ones are below {config.data_root}) and the encoder's preprocess section",
     )
 
 
 def _check_from_gallery(config: Config, images: int, given: int, sample: Sample | None) -> int:
-    """How many pairs will come from the gallery itself: it has so many, and with those of the manifest they are enough.
+    """The number of pairs that will be drawn from the gallery.
 
     Raises:
-        ConfigError: it does not have so many.
-        DataError: they are too few.
+        ConfigError: the gallery has too few images for that.
+        DataError: they are too few for a fit, together with the pairs of the manifest.
     """
     from pipeline.config.tree import num_from_gallery
     from pipeline.errors import ConfigError
@@ -114,7 +113,7 @@ def _check_from_gallery(config: Config, images: int, given: int, sample: Sample 
     wanted, most = num_from_gallery(config, images, probed), min(images // 2, images - probed)
     if wanted > most:
         raise ConfigError(
-            "more pairs are to come from the gallery than it can give",
+            "pairs.from_gallery is larger than the gallery allows",
             expected=f"at most {most}: half of its {images} images, and none of the probe set's sample",
             found=wanted,
             where="pairs.from_gallery",
@@ -127,49 +126,43 @@ def _check_from_gallery(config: Config, images: int, given: int, sample: Sample 
     return wanted
 
 
-def _check_training(config: Config, images: int, pairs: int) -> None:
-    """The workers and the index fit the number of pairs that will train, if none of them is rejected."""
+def _check_training(fit: FitSettings, index: IndexSettings, images: int, training: int, dim: int) -> None:
+    """Check workers and index against the number of training pairs, if none of these is rejected."""
     from pipeline.errors import ConfigError
     from pipeline.index.train import check_trainable
-    from training.fitting.pairs import NUM_STRIPES, num_training
+    from training.fitting.pairs import NUM_STRIPES
 
-    if config.fit.num_workers > NUM_STRIPES:
+    if fit.num_workers > NUM_STRIPES:
         raise ConfigError(
-            "there are more workers than parts of training pairs",
+            "fit.num_workers is larger than the number of parts of training pairs",
             expected=f"at most {NUM_STRIPES}",
-            found=config.fit.num_workers,
+            found=fit.num_workers,
             where="fit.num_workers",
         )
-    training = num_training(pairs, config.pairs.held_out_fraction)
-    vectors = min(training, config.index.train_vectors)
-    check_trainable(config.index.factory, images, vectors, config.encoders.new.dim)
+    check_trainable(index.factory, images, min(training, index.train_vectors), dim)
 
 
-def _check_sample(config: Config) -> Sample | None:
-    """The probe set's sample, where one is given: it can be read, and names images as the gallery does.
-
-    Whether they are there, `draw` sees.
-    """
+def _check_sample(probe: ProbeSettings, gallery: GallerySettings) -> Sample | None:
+    """The images of `probe.manifest`: it can be read, and its ids are of the gallery's kind; None without one."""
     from pipeline.manifest import normalised
     from pipeline.sampling.probe_labels import check_kind, read_sample
 
-    if config.probe.manifest is None or not config.probe.images:
+    if probe.manifest is None or not probe.images:
         return None
-    name, sample = config.gallery.columns.id, read_sample(config.probe)
-    check_kind(sample, name, name is not None and normalised.ids_are_integers(config.gallery))
+    name, sample = gallery.columns.id, read_sample(probe)
+    check_kind(sample, name, name is not None and normalised.ids_are_integers(gallery))
     return sample
 
 
 def _check_policy(config: Config) -> None:
-    """A function of the user's own can be found; what one of ours needs will be there. What `selected` stands for is
-    known once the transformation is fitted, of policies that had what they need."""
+    """Check that the policy exists and that its inputs will; what `selected` means is known after the fit."""
     from pipeline.config.tree import pair_roles
     from pipeline.errors import ConfigError
     from pipeline.planning.policies import POLICIES, load_policy
     from training.fitting.losses import needs_classifier
 
     plan, gallery, pairs = config.plan, config.gallery.columns, pair_roles(config)
-    columns = _columns_of_pairs(config)
+    columns = _columns_of_pairs(config.pairs)
     boosted = plan.group_boost > 0
     needs = POLICIES[plan.policy].needs if plan.policy in POLICIES else frozenset[str]()
     if ":" in plan.policy:
@@ -187,16 +180,18 @@ def _check_policy(config: Config) -> None:
     ):
         if wanted and not there:
             found = f"plan.policy {plan.policy}, traffic {plan.traffic}, group_boost {plan.group_boost:g}"
-            raise ConfigError("the plan's order needs what is not given", expected=where, found=found, where="plan")
+            raise ConfigError(
+                "the order in `plan` needs an input that is missing", expected=where, found=found, where="plan"
+            )
 
 
-def _columns_of_pairs(config: Config) -> str:
-    """Where the columns of pairs are named."""
-    return "gallery.columns" if config.pairs.manifest is None else "pairs.columns"
+def _columns_of_pairs(pairs: PairsSettings) -> str:
+    """The config section with the columns of the pairs."""
+    return "gallery.columns" if pairs.manifest is None else "pairs.columns"
 
 
 def _check_selected(config: Config, images: int, sample: Sample | None) -> None:
-    """What is to be `selected` was, or will be; and what the selection is to measure will be there."""
+    """Check that `plan.policy: selected` refers to a selection, and that it has enough images to measure."""
     from pipeline.errors import ConfigError
     from pipeline.models.transformation import has_transformation
     from pipeline.planning.selection import resolve_policy
@@ -211,11 +206,11 @@ def _check_selected(config: Config, images: int, sample: Sample | None) -> None:
     selects = config.fit.transformation == "auto"
     if config.plan.policy == "selected" and not selects:
         raise ConfigError(
-            "nothing is selected in this run",
+            "plan.policy is `selected`, and this run makes no selection",
             expected="fit.transformation: auto",
             found=config.fit.transformation,
             where="plan.policy: selected",
-            remedy="set plan.policy to auto or to a name, or fit.transformation to auto",
+            remedy="set plan.policy to auto or to a policy, or set fit.transformation=auto",
         )
     if not selects or config.select.measured_on == "pairs":
         return
@@ -229,18 +224,24 @@ def _check_selected(config: Config, images: int, sample: Sample | None) -> None:
 
 
 def _check_sources(config: Config) -> None:
+    """Check that images, embeddings, side information and labels are given as the settings need them."""
     from pipeline.config.tree import pair_roles, sources
     from pipeline.errors import ConfigError
     from training.fitting.losses import needs_labels
 
     gallery, pairs, roles = config.gallery.columns, config.pairs.columns, pair_roles(config)
     if gallery.image is None and gallery.uri is None:
-        raise ConfigError("the gallery does not say where its images are", where="gallery.columns.image or .uri")
+        raise ConfigError(
+            "the gallery has no column of images",
+            expected="image (bytes) or uri",
+            where="gallery.columns",
+        )
     for name, source in sources(config).items():
         if source.columns.old_embedding is None and config.encoders.old is None:
             raise ConfigError(
-                f"the {name}'s old embeddings are not given, and there is no old encoder to compute them",
+                f"the {name} has no old embeddings, and there is no old encoder to compute them",
                 where=f"{name}.columns.old_embedding, encoders.old",
+                remedy="give one of the two",
             )
     has_manifest = config.pairs.manifest is not None
     embedded = {"old_embedding", "new_embedding"} <= pairs.model_dump(exclude_none=True).keys()
@@ -259,20 +260,21 @@ def _check_sources(config: Config) -> None:
         )
     if config.fit.offset != "none" and config.gallery.metric == "ip":
         raise ConfigError(
-            "an inner product does not see an offset",
+            "fit.offset has no effect with gallery.metric ip",
             expected="none",
             found=config.fit.offset,
             where="fit.offset, gallery.metric",
+            remedy="set fit.offset=none, or gallery.metric to l2 or cosine",
         )
     if config.fit.offset == "confidence" and "label" not in roles and config.fit.classifier is None:
         raise ConfigError(
-            "an offset by confidence needs a classifier, or labels to fit one on",
-            where=f"fit.classifier, {_columns_of_pairs(config)}.label",
-            remedy="set fit.offset to uncertainty, which needs neither",
+            "fit.offset=confidence needs a classifier, or labels to fit one on",
+            where=f"fit.classifier, {_columns_of_pairs(config.pairs)}.label",
+            remedy="set one of these, or fit.offset=uncertainty, which needs neither",
         )
     if config.fit.loss != "auto" and needs_labels(config.fit.loss) and "label" not in roles:
         raise ConfigError(
             f"the loss {config.fit.loss!r} needs labels",
-            where=f"{_columns_of_pairs(config)}.label",
-            remedy="name the label column, or take fit.loss=alignment+uncertainty, which needs none",
+            where=f"{_columns_of_pairs(config.pairs)}.label",
+            remedy="name a label column, or set fit.loss=alignment+uncertainty, which needs no labels",
         )

@@ -1,4 +1,4 @@
-"""`fastfill audit`: prove that a run is whole."""
+"""`fastfill audit`: check that a run is complete and undamaged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from jobs.shell.open_run import load
 
 @command("audit")
 def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Check every id, checksum, segment, commit and tag of a run; exit code 1 where something is wrong."""
+    """Check every file and image of a run for damage and loss.
+
+    It reads all ids, checksums, segments, commits and tags. Exit code 0 if the run is whole, 1 if it is not.
+    """
     from dataclasses import asdict
 
     from rich.text import Text
@@ -30,9 +33,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
         verdict = ("whole", "green") if report.ok else ("not whole", "bold red")
         out.print(Text.assemble(verdict, f": checked {checked}"))
         if not report.ok:
-            remedy = (
-                "`fastfill repair` makes again what is damaged, as far as what is left allows; stop the backfill first"
-            )
+            remedy = "Stop the backfill, then run `fastfill repair`: it rebuilds damaged files from the remaining ones."
             out.print(remedy, soft_wrap=True)
     sys.exit(0 if report.ok else 1)
 

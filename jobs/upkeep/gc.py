@@ -1,4 +1,4 @@
-"""`fastfill gc`: remove the snapshots and files that nobody needs."""
+"""`fastfill gc`: remove snapshots and files that are no longer needed."""
 
 from __future__ import annotations
 
@@ -10,27 +10,33 @@ from pipeline.readable import counted
 
 
 @command("gc")
-@click.option("--keep", default=3, show_default=True, type=click.IntRange(min=1), help="The last snapshots to keep.")
+@click.option(
+    "--keep", default=3, show_default=True, type=click.IntRange(min=1), help="Keep this many of the newest snapshots."
+)
 @click.option(
     "--grace",
     default=3600.0,
     show_default=True,
     type=Seconds(min=0),
     metavar="SECONDS",
-    help="How long what nobody needs stays: snapshots that were the latest, files without a snapshot, temporary files.",
+    help="Keep unreferenced snapshots and files for at least this many seconds.",
 )
-@click.option("--dry-run", is_flag=True, help="Change nothing; print what would be removed now.")
+@click.option("--dry-run", is_flag=True, help="Remove nothing; print what would be removed.")
 def main(config_path: str, overrides: tuple[str, ...], as_json: bool, keep: int, grace: float, dry_run: bool) -> None:
-    """Remove snapshots that no tag, no reader and no rule keeps, and the files that only they name.
+    """Remove snapshots and files that are no longer needed.
 
-    Kept are: what every tag points to, and what prod pointed to before (for `rollback`); the last --keep
-    snapshots; those that a live reader has a lease on; and, while nothing is promoted, all of them. The vector
-    log, the run's plan and its transformed gallery are never touched. Files that no snapshot ever named are left
-    alone until the last wave is published: the backfill may be about to use them.
+    \b
+    These snapshots are kept:
+    - every snapshot that a tag points to, and the one before prod's (rollback)
+    - the newest snapshots (--keep)
+    - snapshots that a reader has a lease on
+    - all snapshots, as long as none is promoted
 
-    Safe beside a running backfill, promote, rollback and readers, and safe to run again. `rollback` and
-    `search` refuse a snapshot that is gone, and `evaluate --curve` measures only those that are left; a curve
-    that is in the report already stays there.
+    The vector log, the plan and the transformed gallery are never removed. Index files without a snapshot are kept
+    until the last wave is published: a running backfill may be about to use them.
+
+    It is safe to run during a backfill, a promotion or a rollback, and while the index is being searched. Afterwards,
+    `rollback` and `search` refuse removed snapshots, and `evaluate --curve` leaves them out. Curves in the report stay.
     """
     from dataclasses import asdict
 
@@ -46,7 +52,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, keep: int,
         return
     out = console()
     for number, reasons in found.kept.items():
-        out.print(f"commit {number} stays: {', '.join(reasons)}")
+        out.print(f"commit {number} kept: {', '.join(reasons)}")
     commits = f"commits {', '.join(map(str, found.commits))}" if found.commits else "no commit"
     out.print(
         f"{'would remove' if dry_run else 'removed'} {commits}; {counted(found.files, 'index file')}, "

@@ -1,4 +1,4 @@
-"""`fastfill repair`: make again what `audit` finds damaged or missing."""
+"""`fastfill repair`: rebuild files that `audit` finds damaged or missing."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 @command("repair")
 def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Make again what `audit` finds damaged or missing, from what is left. Stop the backfill first.
+    """Rebuild files that `audit` finds damaged or missing.
 
-    Segments, sidecars and the codebook are made again and compared with what their commit names. Damaged parts of the
-    vector log are moved to `damaged/` below the run, and the images of published waves are embedded again; those of
-    later waves are embedded by the next `fastfill backfill`. What cannot be made again is named with what to do.
+    Stop the backfill first. Segments, sidecars and the codebook are rebuilt and compared with their commit's
+    checksums. Damaged parts of the vector log are moved to `damaged/` in the run, and images of published waves are
+    embedded again. Images of later waves are embedded by the next `fastfill backfill`. If a file cannot be rebuilt,
+    a message says what to do.
 
     Exit code 0 if the run is whole, 1 if something is still damaged.
     """
@@ -39,7 +40,9 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     if not report.ok:
         plan = None if any(item.where == run.plan for item in report.problems) else read_plan(run)
         if plan is not None:
-            check_resumable(config, weight_fingerprints(config), all_inputs=False)  # images are embedded as before
+            check_resumable(
+                config, weight_fingerprints(config), all_inputs=False
+            )  # images are embedded by the same weights
             done = repair(config, run, plan, report.problems)
             _embed(config, run, plan, done)
             report = audit(config.run)
@@ -51,7 +54,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 def _embed(config: Config, run: Run, plan: Plan, done: Repair) -> None:
-    """Embed again what was moved aside: units of published waves, and images of manifests."""
+    """Embed images of moved parts again: units of published waves, and images of manifests."""
     from jobs.shell.progress_bars import Bars
     from pipeline.backfill.repair import units_of
     from pipeline.embedding.precompute import embed_missing
@@ -78,8 +81,8 @@ def _embed(config: Config, run: Run, plan: Plan, done: Repair) -> None:
 def _show(done: Repair, problems: list[str]) -> None:
     out = console()
     for title, lines in (
-        ("made again", done.rebuilt),
-        ("moved aside", done.moved),
+        ("rebuilt", done.rebuilt),
+        ("moved to damaged/", done.moved),
         ("embedded again, or by the next backfill", [_unit(*unit) for unit in done.embed_again]),
         ("not repaired", [f"{item.where}: {item.why}" for item in done.left]),
         ("still damaged", problems),

@@ -29,6 +29,7 @@ from pipeline.storage import documents, objects
 
 _WEIGHTS = "model-{}.safetensors"  # by the sha256: of two fits at once, neither replaces what the other's marker names
 _MARKER = "transformation.json"
+APPLY_BATCH = 8192  # rows per forward pass; `apply` gives the same bits for the same number
 
 HeldOutFigures = dict[str, float | dict[str, float]]
 

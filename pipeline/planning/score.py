@@ -27,7 +27,7 @@ from pipeline.errors import DataError
 from pipeline.manifest import normalised
 from pipeline.models.device import resolve_device
 from pipeline.models.offset import PART, Offset
-from pipeline.models.transformation import apply, load_transformation, read_part
+from pipeline.models.transformation import APPLY_BATCH, apply, load_transformation, read_part
 from pipeline.planning import policies
 from pipeline.planning.policies import Policy
 from pipeline.planning.policy_inputs import load_policy_inputs
@@ -37,8 +37,6 @@ from pipeline.run import Run
 from pipeline.sampling.pair_sample import embedded_ids
 from pipeline.schema import transformed_schema
 from pipeline.storage import objects, parquet
-
-_APPLY_BATCH = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +137,7 @@ class Scorer:
                 found=f"width {old.shape[1]}",
                 where=self._run.part("gallery", part),
             )
-        transformed, uncertainty = apply(self._network, old, _side(rows), self._device, _APPLY_BATCH)
+        transformed, uncertainty = apply(self._network, old, _side(rows), self._device, APPLY_BATCH)
         columns = {name: rows[name].to_numpy() for name in ("id", "label", "group")}
         traffic = rows["traffic"].to_numpy() if "traffic" in rows.schema.names else None
         scored = Scored(columns["id"], uncertainty, transformed, old, columns["label"], columns["group"], traffic)

@@ -20,6 +20,7 @@ from pipeline.run import Run
 from pipeline.storage import documents
 
 PART = "selection.json"
+_TUPLES = ("metrics", "fractions", "left_out", "failed")  # fields that JSON has as lists
 CurveFigures = dict[str, float]
 
 
@@ -74,7 +75,8 @@ class Selection:
         curves: of the chosen one, per metric and fold its value at each point.
         measured_on: `pairs` that were held out, or images of the `probe` set.
         likeness: of these pairs and the probe set; None without one.
-        left_out: recipes that there was no time to try, in words.
+        left_out: names of recipes that there was no time to try.
+        failed: names of recipes whose fit failed.
     """
 
     metrics: tuple[str, ...]
@@ -89,6 +91,14 @@ class Selection:
     measured_on: Literal["pairs", "probe"] = "pairs"
     likeness: DistributionShift | None = None
     left_out: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+
+    def best_of_each_recipe(self) -> list[TrialResult]:
+        """The chosen trial, and the best one of each other recipe; the best score first."""
+        found: dict[tuple[object, ...], TrialResult] = {}
+        for row in (self.chosen, *self.candidates):
+            found.setdefault((row.transformation, row.loss, row.lambda_disc, row.inner_width, row.epochs), row)
+        return sorted(found.values(), key=lambda row: row.behind)
 
     def passes_old(self) -> float | None:
         """The fraction from which on the chosen curve reaches the old model, in each metric that counts.
@@ -135,7 +145,7 @@ class Selection:
         if tree.get("likeness") is not None:
             tree["likeness"] = DistributionShift(**tree["likeness"])
         tree |= {name: tuple(TrialResult(**item) for item in tree.get(name, ())) for name in ("candidates", "screened")}
-        return cls(**tree | {name: tuple(tree.get(name, ())) for name in ("metrics", "fractions", "left_out")})
+        return cls(**tree | {name: tuple(tree.get(name, ())) for name in _TUPLES})
 
 
 def recipe_name(transformation: TransformationKind, loss: LossMode, lambda_disc: float) -> str:
@@ -147,12 +157,12 @@ def recipe_name(transformation: TransformationKind, loss: LossMode, lambda_disc:
 
 
 def describe(selection: Selection) -> str:
-    """What was chosen, what it beat, and what there was no time for: for people, in one or two sentences."""
+    """For people: what was chosen, how far the others are behind, and what was not tried."""
     chosen = selection.chosen
     mine = recipe_name(chosen.transformation, chosen.loss, chosen.lambda_disc)
     first = selection.metrics[0]
     others: dict[str, TrialResult] = {}
-    for row in selection.candidates:
+    for row in selection.best_of_each_recipe():
         name = recipe_name(row.transformation, row.loss, row.lambda_disc)
         if name != mine:
             others.setdefault(name, row)
@@ -162,7 +172,9 @@ def describe(selection: Selection) -> str:
         text += f" ({', '.join(compared)})"
     text += "."
     if selection.left_out:
-        text += f" Not tried, for want of time: {', '.join(selection.left_out)}; select.minutes gives more."
+        text += f" Not tried for lack of time: {', '.join(selection.left_out)}; raise select.minutes to try more."
+    if selection.failed:
+        text += f" Could not be fitted: {', '.join(selection.failed)}."
     return text
 
 

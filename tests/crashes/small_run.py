@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 
 from jobs.shell.progress_bars import Bars
-from jobs.steps.prepare import ensure_embeddings, ensure_fit, ensure_plan, open_run
+from jobs.steps.prepare import RunSteps, open_run
 from pipeline.arrays import vectors_to_arrow
 from pipeline.backfill.driver import backfill
 from pipeline.config.identity import fix_settings, stage_settings
@@ -69,9 +69,10 @@ def drive(config: Config, on_start: Callable[[], None] = lambda: None) -> Progre
     """
     with Bars(Console(file=io.StringIO())) as bars:
         run = open_run(config, bars)
-        ensure_embeddings(config, run, bars)
-        ensure_fit(config, run, bars)
-        plan = ensure_plan(config, run, bars)
+        steps = RunSteps(config, run, bars)
+        steps.embed()
+        steps.fit()
+        plan = steps.plan()
         on_start()
         return backfill(config, run, plan, lambda _: None)
 

@@ -47,6 +47,6 @@ def test_plan_estimates_the_backfill_prints_it_and_keeps_nothing_else_of_it(
     assert found["money"] == pytest.approx(2.0 * found["node_hours"])
     assert found["bytes"] == round(300 * rates["bytes_fetched_per_image"])
     text = fastfill("plan", "--config", path, "--measure", "1").stderr
-    assert ("expected quality" in text) != ("No quality is expected" in text), "a curve, or why there is none"
+    assert ("expected quality" in text) != ("No estimate of the quality" in text), "a curve, or why there is none"
     for word in ("to embed", "300 images", "node hours", "bottleneck", "backfill.batch_size="):
         assert word in text, text

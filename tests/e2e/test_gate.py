@@ -289,7 +289,7 @@ def test_a_gallery_without_labels_is_gated_and_stopped_by_the_labels_of_a_sample
     pq.write_table(gallery.take(pa.array(rows)), tmp_path / "data" / "sample.parquet")
     planned = json.loads(fastfill("plan", "--config", path, "--measure", "0", "--json").stdout)
     assert list(planned["expected"]) == ["top1", "top5", "map"]
-    assert "150 of its images (the labelled ones of probe.manifest)" in planned["expected_notes"][0]
+    assert "150 of the gallery's images (the labelled images of probe.manifest)" in planned["expected_notes"][0]
     result = fastfill("backfill", "--config", path, "--stop-when", "top1>=0.95*full")
     assert result.exit_code == 0, result.output
     found = status(path)

@@ -63,7 +63,7 @@ def test_backfill_of_a_finished_run_names_an_older_commit_that_lacks_a_file_and_
     result = fastfill("backfill", "--config", path)
     assert result.exit_code == 0, "prod does not serve the file"
     assert f"lack files: {', '.join(map(str, naming))};" in result.stderr
-    assert "`fastfill repair` mends what it can" in result.stderr
+    assert "`fastfill repair` rebuilds what it can" in result.stderr
     assert result.stderr.splitlines()[-1].endswith("`fastfill audit` proves the files.")
 
 

@@ -105,7 +105,7 @@ def test_unreadable_images_are_counted_and_shown_and_the_others_are_served(galle
     again = fastfill("backfill", "--config", path, "--retry-rejects")
     assert again.exit_code == 0
     assert "Nothing to do" in again.stderr
-    assert "The 10 rejects stay: their waves are published" in again.stderr
+    assert "The 10 rejects are not retried: their waves are published" in again.stderr
 
 
 @pytest.mark.slow  # after the one before

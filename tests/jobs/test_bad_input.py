@@ -198,11 +198,11 @@ def test_command_with_an_invalid_option_exits_with_its_code_and_shows_no_secret(
     assert "SECRET" not in result.stderr
 
 
-def test_promote_of_the_commit_that_prod_serves_says_that_it_serves_it_already(at_run: Path) -> None:
+def test_promote_of_the_commit_that_prod_serves_says_so(at_run: Path) -> None:
     assert call("promote", "--config", "run.yaml", "--force").exit_code == 0
     result = call("promote", "--config", "run.yaml", "--force")
     assert result.exit_code == 0
-    assert re.search(r"prod serves commit \d+ already", result.stderr)
+    assert re.search(r"prod already serves commit \d+", result.stderr)
 
 
 def array(value: Any, **options: Any) -> bytes:
@@ -306,7 +306,7 @@ def test_manifest_of_a_source_that_cannot_be_used_exits_2(case: str, tmp_path: P
         (["n" * 300], "n{300}"),
         ([".", "--to", "file"], "file"),
         ([".", "--to", "file/below"], "file"),
-        ([".", "--json", "--print-config"], "stdout is for one"),
+        ([".", "--json", "--print-config"], "both print on stdout"),
         ([".", "--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: names, options, help and errors."""
+"""The command line: names, options, help and errors."""
 
 from __future__ import annotations
 
@@ -65,7 +65,16 @@ def test_each_command_has_help_and_is_a_script_of_its_own(name: str) -> None:
     assert importlib.import_module(module).main is main.commands[name]  # type: ignore[attr-defined]
 
 
-def test_each_script_runs_as_a_file_from_any_folder(tmp_path: Path) -> None:
+def test_help_has_each_command_in_one_section_with_a_whole_sentence_at_80_columns() -> None:
+    text = CliRunner().invoke(main, ["--help"], terminal_width=80).stdout
+    commands = text[text.index("Start:") :].split("\n\n")
+    assert [section.splitlines()[0] for section in commands] == ["Start:", "Run:", "Look:", "Serve:", "Keep house:"]
+    listed = [line.split(maxsplit=1) for section in commands for line in section.splitlines()[1:]]
+    assert sorted(name for name, _ in listed) == sorted(COMMANDS)
+    assert [sentence for _, sentence in listed if not sentence.endswith(".") or sentence.endswith("...")] == []
+
+
+def test_each_command_file_runs_as_a_script_from_any_folder(tmp_path: Path) -> None:
     scripts = {name: script_of(name) for name in COMMANDS}
     running = {
         name: subprocess.Popen([sys.executable, path, "--help"], cwd=tmp_path, stdout=PIPE, stderr=PIPE, text=True)

@@ -1,4 +1,4 @@
-"""`fastfill export` as a user meets it."""
+"""The command `fastfill export`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `fastfill fit` says of its outcome."""
+"""The output of `fastfill fit`: the outlook, the choice and its table."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
-def test_a_fit_that_is_worse_than_the_old_model_says_when_it_passes_and_with_how_many_pairs(
+def test_outlook_of_a_worse_fit_says_when_a_snapshot_is_better_and_with_how_many_pairs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     say_outlook(INFO, SELECTION)
@@ -48,15 +48,15 @@ def test_a_fit_that_is_worse_than_the_old_model_says_when_it_passes_and_with_how
 
 def test_fit_whose_first_snapshot_is_as_good_as_the_old_model_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     say_outlook(INFO, SELECTION, first=0.5)
-    assert said(capsys) == "The first snapshot is expected to answer about as well as the old system."
+    assert said(capsys) == "The first snapshot is expected to be about as good as the old system."
 
 
 def test_fit_that_more_pairs_cannot_improve_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     say_outlook(replace(INFO, pairs_to_pass_old=None), None)
-    assert "More pairs alone are not expected to change that." in said(capsys)
+    assert "More training pairs alone are not expected to change that." in said(capsys)
 
 
-def test_a_fit_that_is_as_good_as_the_old_model_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_outlook_of_a_fit_as_good_as_the_old_model_is_empty(capsys: pytest.CaptureFixture[str]) -> None:
     say_outlook(replace(INFO, better_than_old=True), SELECTION)
     assert said(capsys) == ""
 
@@ -64,7 +64,7 @@ def test_a_fit_that_is_as_good_as_the_old_model_says_nothing(capsys: pytest.Capt
 def test_describe_a_selection_is_one_line_with_the_runner_up_and_the_untried_recipes() -> None:
     assert describe(SELECTION) == (
         "Chosen: linear, in the order uncertainty: area 40.0 % top1 (residual +0.1). "
-        "Not tried, for want of time: fastfill 0.1; select.minutes gives more."
+        "Not tried for lack of time: fastfill 0.1; raise select.minutes to try more."
     )
 
 

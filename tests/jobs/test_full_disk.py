@@ -1,4 +1,4 @@
-"""Commands on a disk without a free byte: readers read, gc frees, others say in one message where and what to do."""
+"""Commands on a full disk: readers work, gc frees space, others end with one message."""
 
 from __future__ import annotations
 
@@ -120,9 +120,7 @@ def test_searcher_io_error_while_it_objects_to_a_removal_opens_without_a_lease(t
     assert objects.list_files(whole.run.path("index", "leases")) == []
 
 
-def test_gc_full_disk_frees_what_is_confirmed_or_left_over_and_then_removes_commits(
-    disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gc_full_disk_removes_leftovers_first_and_then_commits(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = published_run(disk)
     old = whole.run.path("index", ".tmp-of-a-driver-that-died")
     Path(old).write_bytes(bytes(100_000))

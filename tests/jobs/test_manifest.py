@@ -1,4 +1,4 @@
-"""`fastfill manifest` as a user meets it, and a run on what it made."""
+"""The command `fastfill manifest`, and a run on its manifest."""
 
 from __future__ import annotations
 

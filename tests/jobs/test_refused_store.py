@@ -1,4 +1,4 @@
-"""A store that a run cannot live in is refused in one line, with exit code 2, before an input is looked at."""
+"""A store that cannot be used is refused with one message and exit code 2, before any input is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`backfill --retry-rejects`: what it forgets, and what it must not touch."""
+"""`backfill --retry-rejects` forgets rejects of open waves and nothing else."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_retry_rejects_keeps_the_log_of_an_unannounced_commit(tmp_path: Path, or
 
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("plan", [False, True])
-def test_rejects_before_the_plan_are_forgotten_until_pairs_and_plan_are_made(
+def test_rejects_of_pairs_and_gallery_are_forgotten_only_before_fit_and_plan(
     tmp_path: Path, pairs: bool, plan: bool
 ) -> None:
     run = Run(str(tmp_path))

@@ -1,4 +1,4 @@
-"""`status`: what storage holds, listed once."""
+"""`fastfill status`: figures from storage, and how they are shown."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def screen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return shown
 
 
-def test_status_after_a_rollback_has_the_quality_of_what_prod_serves_and_says_that_it_is_pinned(
+def test_status_after_a_rollback_has_the_quality_of_prod_and_the_pin(
     tmp_path: Path, screen: Callable[[Run], str]
 ) -> None:
     run = published(tmp_path)
@@ -82,11 +82,11 @@ def test_status_after_a_rollback_has_the_quality_of_what_prod_serves_and_says_th
     assert before <= since <= time.time()
     said = screen(run)
     assert re.search(r"prod +│ 1, pinned by rollback since .* UTC: .* `fastfill promote`", said)
-    assert re.search(r"quality of commit 1 \(prod\) +│ top1 91 ", said)
-    assert re.search(r"quality of commit 2 \(latest\) +│ top1 92 ", said)
+    assert re.search(r"quality of commit 1 \(prod\) +│ top-1 91\.0 % ", said)
+    assert re.search(r"quality of commit 2 \(latest\) +│ top-1 92\.0 % ", said)
 
 
-def test_status_of_a_prod_that_follows_says_nothing_of_a_pin(tmp_path: Path, screen: Callable[[Run], str]) -> None:
+def test_status_of_a_prod_without_a_pin_shows_no_pin(tmp_path: Path, screen: Callable[[Run], str]) -> None:
     run = published(tmp_path)
     tags.rollback(run)
     tags.promote(run, None, blockers=[])
@@ -98,9 +98,7 @@ def test_status_of_a_prod_that_follows_says_nothing_of_a_pin(tmp_path: Path, scr
     assert "latest)" not in said
 
 
-def test_status_of_a_pin_by_an_earlier_version_says_that_and_not_since_when(
-    tmp_path: Path, screen: Callable[[Run], str]
-) -> None:
+def test_status_of_a_pin_by_an_earlier_version_has_no_time(tmp_path: Path, screen: Callable[[Run], str]) -> None:
     run = published(tmp_path)
     tree = json.loads(tags.to_json(tags.rollback(run)))
     del tree["pinned_unix_seconds"], tree["sha256"]
@@ -136,7 +134,7 @@ def test_status_of_a_run_whose_work_took_no_time_has_no_rate(tmp_path: Path, scr
     status = read_status(run.uri)
     assert status["images_per_second"] is None
     assert status["eta_seconds"] is None
-    assert re.search(r"rate +│ none: fewer than 5 seconds of work", screen(run))
+    assert re.search(r"rate +│ none: less than 5 seconds of work", screen(run))
 
 
 @pytest.mark.parametrize("name", ["img [/2019] x.png", "img [a] :smile: [bold].png"])

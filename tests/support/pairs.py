@@ -14,6 +14,7 @@ from pipeline.config.load import validate
 from pipeline.config.tree import Config
 from pipeline.models.networks import Transformation
 from pipeline.storage import objects, parquet
+from training.fit import make_job
 from training.fitting.learner import FitData, Job, Learner, PairArrays, make_arrays
 
 CPU = torch.device("cpu")
@@ -73,6 +74,10 @@ def synthetic_fit_data(folder: Path, num: int = 640, labelled: bool = True, hard
     num_train = num * PARTS // (PARTS + 1)
     num_classes = int(labels.max()) + 1
     return FitData(parts[:-1], parts[-1:], num_train, num_classes if labelled else None, D_OLD, D_NEW)
+
+
+def fit_job(config: Config, data: FitData) -> Job:
+    return make_job(config.fit, data, config.gallery.metric, config.seed)
 
 
 def read_pairs(parts: list[str], job: Job) -> PairArrays:

@@ -1,4 +1,4 @@
-"""What is expected of a plan: each number against another way to it."""
+"""The expected curve of a plan, each number computed in a second way."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipeline.storage import documents, objects
 from tests.support.planned_run import HELD_OUT, config_of, labels_of, pairs_of, planned, write_pairs
 from tests.support.sample import put_sample
 from tests.support.synthetic_run import known
-from training.forecast import Labelled, Outlook, _own, curves_by_fold, ends_of, expected_curve
+from training.forecast import Labelled, Outlook, SimulatedOrder, _own, curves_by_fold, ends_of, expected_curve
 from training.simulation.folds import by_chance
 from training.simulation.held_out import FOLDS, fold_places, priorities
 
@@ -78,10 +78,10 @@ def test_curves_by_fold_equal_embedding_each_fold_piece_by_piece(
     tmp_path: Path, num: int, folds: int, boost: float
 ) -> None:
     pairs, config = pairs_of(num), config_of(tmp_path)
-    names, curves = curves_by_fold(config, pairs, "uncertainty", boost)
+    names, curves = curves_by_fold(pairs, SimulatedOrder("uncertainty", boost), config.gallery, config.seed)
     assert names == ("top1", "top5", "map")
     assert curves.shape == (folds, 22, 3)
-    priority = priorities(config, pairs, "uncertainty", boost)
+    priority = priorities(pairs, "uncertainty", config.gallery, config.seed, boost)
     assert pairs.fold.pairs.labels is not None
     for fold in range(folds):
         rows = np.flatnonzero(fold_places(num, folds) == fold)
@@ -96,8 +96,8 @@ def test_curves_by_fold_equal_embedding_each_fold_piece_by_piece(
 
 def test_curves_by_fold_with_pairs_from_the_gallery_begin_with_a_random_share(tmp_path: Path) -> None:
     pairs, config, share = pairs_of(400), config_of(tmp_path), 6 / 21
-    _, plain = curves_by_fold(config, pairs, "uncertainty")
-    _, curves = curves_by_fold(config, pairs, "uncertainty", first=share)
+    _, plain = curves_by_fold(pairs, SimulatedOrder("uncertainty"), config.gallery, config.seed)
+    _, curves = curves_by_fold(pairs, SimulatedOrder("uncertainty", first=share), config.gallery, config.seed)
     assert pairs.fold.pairs.labels is not None
     new, state, labels = pairs.fold.pairs.new, pairs.served.copy(), pairs.fold.pairs.labels
     known = by_chance(400, round(share * 400))
@@ -110,7 +110,8 @@ def test_curves_by_fold_with_pairs_from_the_gallery_begin_with_a_random_share(tm
 
 def test_expected_recall_without_labels_ends_at_100(tmp_path: Path) -> None:
     pairs = pairs_of()
-    names, curves = curves_by_fold(config_of(tmp_path), pairs, "uncertainty", labelled=False)
+    gallery = config_of(tmp_path).gallery
+    names, curves = curves_by_fold(pairs, SimulatedOrder("uncertainty"), gallery, 0, labelled=False)
     assert names == ("recall10",)
     assert curves[0, -1, 0] == 100
     assert curves[0, 0, 0] == pytest.approx(recall10(pairs.fold.pairs.new, pairs.served))
@@ -138,7 +139,7 @@ def test_labelled_pairs_and_a_gallery_without_labels_are_compared_by_recall(tmp_
     assert again.curves["recall10"].to_json() == found.curves["recall10"].to_json()
 
 
-def test_pairs_without_labels_leave_the_bend_to_the_labelled_probe_set(tmp_path: Path) -> None:
+def test_expected_curve_of_pairs_without_labels_takes_its_shape_from_the_probe_set(tmp_path: Path) -> None:
     config, run, plan = planned(tmp_path, known(1500), labelled_pairs=False)
     found = expected_curve(config, run, plan).curves
     assert list(found) == ["top1", "top5", "map"]
@@ -152,11 +153,11 @@ def test_pairs_without_labels_leave_the_bend_to_the_labelled_probe_set(tmp_path:
         assert curve.values == pytest.approx(line + bend)
 
 
-def test_without_a_probe_set_it_says_why_there_is_no_curve(tmp_path: Path) -> None:
+def test_expected_curve_without_a_probe_set_is_a_note_that_says_why(tmp_path: Path) -> None:
     found = expected_curve(*planned(tmp_path, known(), probe=0))
     assert not found.curves
     assert found.notes == (
-        "No quality is expected: the run has no probe set to measure the gallery by (probe.images is 0).",
+        "No estimate of the quality: it needs a probe set, and the run has none (probe.images is 0).",
     )
 
 
@@ -169,7 +170,7 @@ def test_forecast_of_a_large_gallery_uses_a_sample_with_the_probe_set_and_says_s
     found = expected_curve(limited(config, 400), run, plan)
     sample = found.curves["top1"].sample
     assert 300 < sample <= 400
-    assert found.notes[0].startswith(f"The gallery is represented by {sample} of its images")
+    assert found.notes[0].startswith(f"The estimate uses {sample} of the gallery's images")
     assert expected_curve(config, run, plan).notes == found.notes, "stored with the curve"
     objects.delete(run.path("reports", "expected.json"))
     whole = expected_curve(config, run, plan)
@@ -180,7 +181,7 @@ def test_forecast_of_a_large_gallery_uses_a_sample_with_the_probe_set_and_says_s
 def represented(found: Outlook) -> str:
     """What the only note says of the images that were searched."""
     (note,) = found.notes
-    (said,) = re.findall(r"represented by (\S+ of its images \(.*?\)):", note)
+    (said,) = re.findall(r"The estimate uses (\S+ of the gallery's images \(.*?\))\.", note)
     return str(said)
 
 
@@ -223,7 +224,7 @@ def test_forecast_with_a_sample_of_a_partly_labelled_gallery_searches_the_sample
     write_pairs(run, images, labelled=True)
     assert draw(config, run) is not None
     found = expected_curve(config, run, plan)
-    assert represented(found) == f"{labelled} of its images (the labelled ones of probe.manifest)"
+    assert represented(found) == f"{labelled} of the gallery's images (the labelled images of probe.manifest)"
     z, new, truth = images.transformed[:labelled], images.embedded[:labelled], np.array(names[:labelled])
     start, end = (evaluate(new, side, truth, truth, EvaluateOptions(self_match=True)).as_dict() for side in (z, new))
     for name, curve in found.curves.items():
@@ -268,7 +269,7 @@ def selected() -> Selection:
 
 
 @pytest.mark.parametrize("changes", [{}, {"traffic": True}, {"group_boost": 2.0}])
-def test_a_selection_s_curves_are_taken_for_its_plain_order_alone(
+def test_expected_curve_reuses_the_selection_s_curves_only_for_the_same_order(
     tmp_path: Path, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, run, plan = planned(tmp_path, known(1500), selected=selected())

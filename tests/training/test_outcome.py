@@ -1,4 +1,4 @@
-"""What is kept with a fitted transformation beside its weights."""
+"""Calibration and figures that are stored with a fitted transformation."""
 
 from __future__ import annotations
 

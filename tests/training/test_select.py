@@ -1,4 +1,4 @@
-"""The selection: measured on pairs that nothing of it was fitted on, the same each time, and kept until it is made."""
+"""The selection: measured on pairs that were not fitted on, deterministic, and stored."""
 
 from __future__ import annotations
 
@@ -30,7 +30,15 @@ from training.fitting.learner import FitData, PairArrays
 from training.select import select
 from training.simulation import folds
 from training.simulation.folds import FOLDER, Fold
-from training.simulation.simulate import FINAL, SimulationDetail, curves_of, measure_fold, order_by
+from training.simulation.simulate import (
+    FINAL,
+    FoldPair,
+    SimulatedGallery,
+    SimulationDetail,
+    curves_of,
+    measure_fold,
+    order_by,
+)
 from training.simulation.trials import Recipe, Serving
 
 RECIPE = Recipe("fastfill", 0.1, 16, 4)
@@ -64,14 +72,16 @@ def config_of(folder: Path, **select_settings: object) -> Config:
     return validate(tree, where="test")
 
 
+def settings_of(config: Config, data: FitData) -> folds.FoldSettings:
+    return folds.FoldSettings(config.fit, config.select, data, config.gallery.metric, config.seed, config.device)
+
+
 def silent(what: str, done: int, total: int) -> None:
     """Say nothing."""
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_two_selections_are_the_same_and_a_kept_fit_is_not_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_select_twice_is_the_same_and_reuses_stored_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, config = synthetic_fit_data(tmp_path, hard=True), config_of(tmp_path)
     run, told = Run(config.run), []
     first = select(config, run, data, lambda *words: told.append(words))
@@ -95,7 +105,7 @@ def test_two_selections_are_the_same_and_a_kept_fit_is_not_made_again(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_fit_takes_what_was_selected_and_the_plan_its_policy(tmp_path: Path) -> None:
+def test_fit_and_plan_use_the_selected_settings(tmp_path: Path) -> None:
     config, run = (
         config_of(tmp_path, policies=["uncertainty"], losses=["alignment+uncertainty"]),
         Run(str(tmp_path / "run")),
@@ -137,7 +147,7 @@ def probed(monkeypatch: pytest.MonkeyPatch, table: pa.Table) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_probe_set_is_measured_in_place_of_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_select_measured_on_probe_measures_the_probe_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = synthetic_fit_data(tmp_path, hard=True)
     sample = sample_of(data, 201)
     probed(monkeypatch, sample)
@@ -150,24 +160,24 @@ def test_the_probe_set_is_measured_in_place_of_pairs(tmp_path: Path, monkeypatch
     assert found.likeness.error_ratio is not None
     assert Selection.from_json(found.to_json()) == found
     recipe = Recipe("alignment+uncertainty", 1.0, config.fit.inner_width, config.fit.epochs)
-    measured = selecting._sample(config, run, data)
-    parts = folds.split(config, data, config.select, measured)
+    given = settings_of(config, data)
+    measured = selecting._sample(given, sample)
+    parts = folds.split(given, measured)
     assert measured is not None
-    assert not {row.tobytes() for row in parts.train(0, folds.job_of(config, data, RECIPE)).old} & {
+    assert not {row.tobytes() for row in parts.train(0, given.job(RECIPE)).old} & {
         row.tobytes() for row in measured.old
     }, "pairs that are images of the sample are left out"
-    fits = folds.fit_folds(config, run, data, recipe, parts, silent)
+    fits = folds.fit_folds(given, run, recipe, parts, silent)
     assert fits.sample[0].pairs.new.tobytes() == vectors_from_arrow(sample["new"]).tobytes()
-    config_select = config.select
     shares = [
-        np.flatnonzero(np.isin(mine.pairs.new[:, 0], share.pairs.new[:, 0]))
-        for mine, (share, _) in zip(fits.sample, selecting._sides(fits, config_select), strict=True)
+        np.flatnonzero(np.isin(mine.pairs.new[:, 0], pair.measured.pairs.new[:, 0]))
+        for mine, pair in zip(fits.sample, selecting._fold_pairs(fits, config.select), strict=True)
     ]
     assert np.sort(np.concatenate(shares)).tolist() == list(range(201))
     for number, (held, mine) in enumerate(zip(fits.held, fits.sample, strict=True)):
         share = mine.take(shares[number])
         serving = Serving("none", 0, found.chosen.calibrate)
-        curve = measure_fold(config, share, held, serving, ["uncertainty"], FINAL)["uncertainty"]
+        curve = measure_fold(FoldPair(share, held), serving, ["uncertainty"], FINAL, "l2", config.seed)["uncertainty"]
         np.testing.assert_allclose(np.array([found.curves[name][number] for name in found.curves]).T, curve)
 
 
@@ -178,7 +188,7 @@ def test_a_probe_set_that_is_too_small_to_choose_by_is_refused(
     data, config = synthetic_fit_data(tmp_path), config_of(tmp_path, measured_on="probe")
     if count:
         probed(monkeypatch, sample_of(data, count))
-    with pytest.raises(ConfigError, match="too small to choose by") as error:
+    with pytest.raises(ConfigError, match="the probe set is too small for") as error:
         select(config, Run(config.run), data, silent)
     assert error.value.details["found"] == found
 
@@ -191,7 +201,7 @@ def test_select_of_metrics_that_the_probe_set_rules_out_is_refused(
         config_of(tmp_path, measured_on="probe", metrics=["recall10"]),
     )
     probed(monkeypatch, sample_of(synthetic_fit_data(tmp_path / "labelled"), 300))
-    with pytest.raises(ConfigError, match="measured by them"):
+    with pytest.raises(ConfigError, match="recall10, which is for"):
         select(config, Run(config.run), data, silent)
 
 
@@ -202,7 +212,7 @@ def test_select_on_a_partly_labelled_probe_set_measures_the_labelled_images(
     table = sample_of(data, 400)
     names = [name if row % 3 else None for row, name in enumerate(table["label"].to_pylist())]
     probed(monkeypatch, table.set_column(1, "label", pa.array(names)))
-    sample = selecting._sample(config, Run(config.run), data)
+    sample = selecting._sample(settings_of(config, data), selecting.probe_set.embedded(config, Run(config.run)))
     found = selecting._measured(sample, config.select)
     assert len(found.old) == sum(name is not None for name in names)
     few = [name if row % 8 == 0 else None for row, name in enumerate(table["label"].to_pylist())]
@@ -217,15 +227,13 @@ def test_select_with_too_few_labelled_queries_measures_without_labels(tmp_path: 
     vectors, s = rng.normal(size=(80, D_NEW)).astype(np.float32), np.zeros(80, np.float32)
     some, each = np.arange(80) % 4, np.where(np.arange(80) < 49, 0, np.arange(80))
     sides = [Fold(PairArrays(vectors, vectors, None, labels), vectors, s, None) for labels in (some, each)]
-    found = selecting._comparable([(fold, fold) for fold in sides])
-    assert [fold.labels() for fold, _ in found] == [None, None]
-    assert selecting._comparable([(sides[0], sides[1])])[0][0] is sides[0]
+    found = selecting._comparable([FoldPair(fold, fold) for fold in sides])
+    assert [pair.measured.labels() for pair in found] == [None, None]
+    assert selecting._comparable([FoldPair(sides[0], sides[1])])[0].measured is sides[0]
 
 
 @pytest.mark.parametrize("width", [64, 512])
-def test_a_pair_that_is_an_image_of_the_sample_is_left_out_though_its_embedding_is_rounded(
-    tmp_path: Path, width: int
-) -> None:
+def test_split_leaves_out_pairs_of_sample_images_even_if_rounded(tmp_path: Path, width: int) -> None:
     rng = np.random.default_rng(0)
     old = np.maximum(rng.normal(size=(900, width)), 0).astype(np.float32)
     rounded = torch.from_numpy(old[:300]).bfloat16().float().numpy()
@@ -233,19 +241,19 @@ def test_a_pair_that_is_an_image_of_the_sample_is_left_out_though_its_embedding_
     objects.put(str(tmp_path / "pairs.parquet"), parquet.parquet_bytes(table.schema, [table]))
     data = FitData([str(tmp_path / "pairs.parquet")], [], 900, None, width, D_NEW)
     config = config_of(tmp_path, measured_on="probe")
-    settings = config.select
+    given = settings_of(config, data)
     sample = PairArrays(rounded, np.zeros((300, D_NEW), np.float32), None, None)
-    parts = folds.split(config, data, settings, sample)
+    parts = folds.split(given, sample)
     assert parts.table["index"].to_pylist() == list(range(300, 900))
-    others = settings.model_copy(update={"measured_on": "pairs"})
-    whole = folds.split(config, data, others, sample)
+    others = given.select.model_copy(update={"measured_on": "pairs"})
+    whole = folds.split(replace(given, select=others), sample)
     assert whole.table.num_rows == 900
     assert whole.digest() != parts.digest(), "a fit of other pairs is another one"
-    elsewhere = folds.split(config, data, settings, replace(sample, new=sample.new + np.float32(1e-7)))
+    elsewhere = folds.split(given, replace(sample, new=sample.new + np.float32(1e-7)))
     assert elsewhere.digest() == parts.digest(), "a fit that was kept on another processor is used"
     every = PairArrays(old[:850], np.zeros((850, D_NEW), np.float32), None, None)
     with pytest.raises(ConfigError, match=r"nearly all pairs are images of the probe set(.|\n)*found: 50 of 900"):
-        folds.split(config, data, settings, every)
+        folds.split(given, every)
 
 
 def test_resolve_policy_selected_without_a_selection_is_refused(
@@ -283,7 +291,10 @@ def test_the_fit_keeps_the_classifier_of_a_selected_order(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("settings", "says"),
-    [({"policies": ["class_mean"]}, "every order to choose from needs"), ({"metrics": ["recall10"]}, "measured by")],
+    [
+        ({"policies": ["class_mean"]}, "every policy in select.policies needs"),
+        ({"metrics": ["recall10"]}, "recall10, which is for images without labels"),
+    ],
 )
 def test_select_of_impossible_policies_or_metrics_is_refused_before_any_fit(
     tmp_path: Path, settings: dict[str, object], says: str
@@ -299,7 +310,7 @@ def test_settings_with_nothing_to_choose_from_are_refused(tmp_path: Path, settin
         config_of(tmp_path, **settings)
 
 
-def test_a_fold_is_scored_with_the_classifier_that_has_not_seen_it(tmp_path: Path) -> None:
+def test_measure_fold_ranks_by_the_classifier_of_the_measured_fold(tmp_path: Path) -> None:
     """A policy and an offset by confidence, with a classifier of `other` that would give another order."""
     rng = np.random.default_rng(0)
     z = rng.normal(size=(120, D_NEW)).astype(np.float32)
@@ -313,13 +324,15 @@ def test_a_fold_is_scored_with_the_classifier_that_has_not_seen_it(tmp_path: Pat
     def curve(classifier: LinearClassifier) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
         other = Fold(pairs, z, s, mine)
         scored = replace(fold, classifier=classifier)
-        return measure_fold(config, scored, other, serving, ["entropy"], detail)["entropy"]
+        return measure_fold(FoldPair(scored, other), serving, ["entropy"], detail, "l2", config.seed)["entropy"]
 
     fitted = fit_offset("confidence", 0.5, z, s, pairs.new, mine, "l2")
     served = replace(fitted, classifier=foreign).apply(z, s)
     shares = foreign.probabilities(z)
     order = order_by(-(shares * np.log(shares)).sum(axis=1), config.seed)
-    by_hand = curves_of(config, served, fold, {"entropy": [order]}, detail)[1]["entropy"]
+    by_hand = curves_of(SimulatedGallery(served, pairs.new, fold.labels(), "l2"), {"entropy": [order]}, detail)[1][
+        "entropy"
+    ]
     np.testing.assert_allclose(curve(foreign), by_hand)
     assert not np.allclose(curve(mine), by_hand)
 
@@ -345,7 +358,7 @@ def test_select_measures_no_pair_that_the_fit_was_trained_on(tmp_path: Path, mon
     config, data, parts = config_of(tmp_path), synthetic_fit_data(tmp_path), _parts(synthetic_fit_data(tmp_path))
     for fold in range(2):
         with pytest.raises(Stop):
-            folds._fit_fold(config, data, parts, RECIPE, fold, str(tmp_path / "none"))
+            folds._fit_fold(settings_of(config, data), parts, RECIPE, fold, str(tmp_path / "none"))
     (train0, held0), (train1, held1) = seen
     assert not train0 & held0
     assert not train1 & held1
@@ -359,7 +372,7 @@ def test_select_of_a_large_fold_measures_a_random_sample(tmp_path: Path) -> None
     table = _parts(data).table.sort_by("label")
     table = table.set_column(0, "index", pa.array(np.arange(table.num_rows)))
     parts = folds.Split(table, np.zeros(table.num_rows, np.int64), None)
-    held = parts.held(0, folds.job_of(config, data, RECIPE), 100)
+    held = parts.held(0, settings_of(config, data).job(RECIPE), 100)
     assert len(held.old) == 100
     assert held.labels is not None
     assert set(held.labels.tolist()) == set(table["label"].to_pylist())
@@ -372,14 +385,14 @@ def _parts(data: FitData) -> folds.Split:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_select_with_no_time_left_takes_the_simplest_and_names_what_it_left_out(tmp_path: Path) -> None:
+def test_select_without_time_takes_the_simplest_recipe_and_names_the_others(tmp_path: Path) -> None:
     data = synthetic_fit_data(tmp_path)
     settings = {"transformations": ["linear", "residual", "fastfill"], "losses": ["fastfill"], "offsets": ["none"]}
     config = config_of(tmp_path, **settings, policies=["random"], minutes=1e-9)
     found = select(config, Run(config.run), data, silent)
     assert found.chosen.transformation == "linear"
     assert found.left_out == ("residual", "fastfill 0.1")
-    assert "Not tried, for want of time: residual, fastfill 0.1" in selection.describe(found)
+    assert "Not tried for lack of time: residual, fastfill 0.1;" in selection.describe(found)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -408,14 +421,15 @@ def linear_data(folder: Path, num: int = 600) -> FitData:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_fits_that_take_longer_than_they_are_given_are_stopped(tmp_path: Path) -> None:
+def test_fit_folds_beyond_its_time_is_stopped(tmp_path: Path) -> None:
     data = synthetic_fit_data(tmp_path)
     config = config_of(tmp_path)
     config = config.model_copy(update={"fit": config.fit.model_copy(update={"epochs": 10**6})})
     recipe = Recipe("fastfill", 0.1, 16, 10**6)
-    parts = folds.split(config, data, config.select, None)
+    given = settings_of(config, data)
+    parts = folds.split(given, None)
     with pytest.raises(folds.OutOfTime):
-        folds.fit_folds(config, Run(config.run), data, recipe, parts, silent, seconds=1.0)
+        folds.fit_folds(given, Run(config.run), recipe, parts, silent, seconds=1.0)
     assert not objects.list_files(Run(config.run).path(FOLDER))
 
 
@@ -445,7 +459,7 @@ def test_passes_old_of_a_selection_that_measured_no_old_model_is_none() -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_select_leaves_out_a_recipe_whose_fit_fails_and_takes_another(
+def test_select_names_a_recipe_whose_fit_failed_and_takes_another(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = linear_data(tmp_path)
@@ -454,8 +468,9 @@ def test_select_leaves_out_a_recipe_whose_fit_fails_and_takes_another(
     config = config.model_copy(update={"fit": config.fit.model_copy(update={"lr": 1e30})})
     found = select(config, Run(config.run), data, silent)
     assert found.chosen.transformation == "linear"
-    assert found.left_out == ("fastfill, alignment",)
-    assert "cannot be fitted on these pairs, and is not tried" in caplog.text
+    assert (found.left_out, found.failed) == ((), ("fastfill, alignment",))
+    assert selection.describe(found).endswith("Could not be fitted: fastfill, alignment.")
+    assert "could not be fitted on these pairs and is left out" in caplog.text
 
 
 def test_a_classifier_that_does_not_fit_is_refused_before_anything_is_tried(
@@ -463,5 +478,5 @@ def test_a_classifier_that_does_not_fit_is_refused_before_anything_is_tried(
 ) -> None:
     monkeypatch.setattr("training.fit.select", None)
     data = replace(synthetic_fit_data(tmp_path), classifier=(np.zeros((1, D_NEW), np.float32), None))
-    with pytest.raises(FastfillError, match="the classifier does not fit the pairs"):
+    with pytest.raises(FastfillError, match="does not match the training pairs"):
         fit(config_of(tmp_path), Run(str(tmp_path / "run")), data)

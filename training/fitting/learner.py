@@ -1,7 +1,6 @@
-"""One rank's fit of the transformation: its pairs, its network, and what an epoch does to it. No Ray.
+"""One worker's fit of the transformation: its pairs, its network, and the steps of an epoch. No Ray.
 
-Guarantee: the weights after an epoch are a function of the job, the rank's pairs and the state before.
-It does not know where the pairs come from, nor who else fits at the same time but for what `wrap` does.
+The weights after an epoch are a function of the job, the worker's pairs and the state before it.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,8 +22,8 @@ from pipeline.arrays import Float32, Int64, vectors_from_arrow
 from pipeline.config.method import FitSettings
 from pipeline.errors import DataError
 from pipeline.models import offset
-from pipeline.models.networks import Transformation, TransformationNetwork, make
-from training.fitting.linear_fit import LinearFit
+from pipeline.models.networks import LinearTransformation, Transformation, TransformationNetwork, make
+from training.fitting.linear_fit import LinearFit, OnePass, fit_linear
 from training.fitting.losses import (
     NO_LABEL,
     FittedClassifier,
@@ -38,7 +37,7 @@ from training.fitting.losses import (
 from training.fitting.stopping import Stopping, num_stopping, stopping_rows
 
 _LEAST_STEPS = 8
-"""Batches in a pass over the pairs: with fewer pairs the batch is smaller than `fit.batch_size`."""
+"""Batches in a pass over the pairs: with few pairs the batch is made smaller than `fit.batch_size`."""
 
 _WATCHED_BATCH = 8192
 
@@ -50,16 +49,15 @@ Wrap = Callable[[nn.Module], nn.Module]
 class FitData:
     """Training and held-out pairs, as Parquet parts.
 
-    Columns: `index` int64 (unique), `label` int32 (null where there is none), `old`, `new` and
-    optionally `side`, fixed-size lists of float32.
+    Columns: `index` int64 (unique), `label` int32 (null for none), `old`, `new` and optionally `side`, fixed-size
+    lists of float32.
 
     Attributes:
-        train_parts: URIs; at least as many as there are workers.
-        held_out_parts: URIs of pairs that are only measured on.
+        train_parts, held_out_parts: URIs; at least as many train parts as there are workers.
         num_train: rows of all train parts.
-        num_classes: labels are in [0, num_classes); None where no pair has a label.
+        num_classes: labels are in [0, num_classes); None if no pair has a label.
         classifier: the new encoder's own, weight (C, d_new) and bias (C,) or None, float32.
-        label_names: the label of each class number, where that is not the number itself.
+        label_names: the label of each class number; None if the numbers are the labels.
     """
 
     train_parts: list[str]
@@ -74,7 +72,7 @@ class FitData:
 
 
 def can_classify(data: FitData) -> bool:
-    """Whether there is a classifier, or what one can be fitted on."""
+    """True if there is a classifier, or labels to fit one on."""
     return data.classifier is not None or data.num_classes is not None
 
 
@@ -93,28 +91,47 @@ class PairArrays:
     side: Float32 | None
     labels: Int64 | None
 
+    def take(self, rows: Int64) -> PairArrays:
+        """Some of the pairs."""
+        side = None if self.side is None else self.side[rows]
+        labels = None if self.labels is None else self.labels[rows]
+        return PairArrays(self.old[rows], self.new[rows], side, labels)
+
+    def measurable_labels(self) -> Int64 | None:
+        """The labels, or None if no two images share one: retrieval cannot be measured by these."""
+        if self.labels is None:
+            return None
+        labelled = self.labels[self.labels != NO_LABEL]
+        return self.labels if len(np.unique(labelled)) < len(labelled) else None
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """All that a worker needs to know.
+    """One fit: its settings, its pairs, and how the work is cut.
 
     Attributes:
+        metric: the gallery's; with `cosine` the network's output and its targets have length 1.
         steps: batches of `rank_batch` pairs in which every rank goes over its pairs once.
-        classify: take or fit a classifier even if neither loss nor offset needs one: for orders by it.
-        linear: what `linear` is, and what `residual` starts from; None for other kinds.
+        classify: take or fit a classifier even if neither loss nor offset needs one: policies may rank by it.
+        linear: the map that `linear` is, and that `residual` starts from; None for other kinds.
     """
 
     fit: FitSettings
     data: FitData
     seed: int
-    normalize: bool
+    metric: str
     steps: int
     rank_batch: int
     classify: bool = False
     linear: LinearFit | None = None
 
+    @property
+    def normalize(self) -> bool:
+        """True if vectors are served with length 1."""
+        return self.metric == "cosine"
+
     def network(self) -> Transformation:
-        """The network with its first weights, a function of the seed, and of the linear fit if there is one."""
+        """The network with its first weights: a function of the seed, and of the linear fit if there is one."""
         torch.manual_seed(self.seed)
         data, fit = self.data, self.fit
         network = make(fit.kind, data.d_old, data.d_new, fit.inner_width, data.d_side, self.normalize)
@@ -125,7 +142,7 @@ class Job:
         return network
 
     def lr(self, epoch: int) -> float:
-        """The learning rate of an epoch: METHOD's warm-up, then a cosine that reaches 0 at the last epoch's end."""
+        """The learning rate of an epoch: a linear warm-up, then a cosine that falls to 0 (docs/method.md)."""
         warmup = self.fit.warmup_epochs
         if epoch < warmup:
             return self.fit.lr * (epoch + 1) / warmup
@@ -141,15 +158,24 @@ class Job:
 
 
 def cut(fit: FitSettings, count: int, workers: int) -> tuple[int, int]:
-    """Steps per pass over `count` pairs of a rank, and the rank's batch: at most an eighth of them, at least two."""
+    """Steps per pass over a rank's `count` pairs, and the rank's batch size: at least 2, at most an eighth of them."""
     if fit.kind == "residual":
         count -= num_stopping(count)
     batch = max(2, min(fit.batch_size // workers, count // _LEAST_STEPS))
     return max(1, count // batch), batch
 
 
+def with_linear(job: Job, make_pass: Callable[[], OnePass]) -> Job:
+    """The job with its linear fit, if it needs one; else `make_pass` is not called."""
+    if job.fit.kind == "fastfill":
+        return job
+    data = job.data
+    network = LinearTransformation(data.d_old, data.d_new, data.d_side, job.normalize)
+    return replace(job, linear=fit_linear(make_pass(), network))
+
+
 def make_arrays(table: pa.Table, job: Job) -> PairArrays:
-    """Rows of parts as arrays, sorted by index, the targets normalised where the metric asks for it.
+    """Rows of parts as arrays, sorted by index; the targets have length 1 if the job's metric is `cosine`.
 
     Raises:
         DataError: a vector is null, a label is out of range, or a width is wrong.
@@ -180,7 +206,7 @@ def unsorted_arrays(table: pa.Table, job: Job) -> PairArrays:
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware: elsewhere it is emulated, and slower than float32."""
+    """True if the device multiplies bfloat16 in hardware; emulated, it is slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     known = torch.cpu.get_capabilities()
@@ -220,7 +246,7 @@ class Learner:
 
     @property
     def done(self) -> bool:
-        """Whether the last epoch is over, or another one would gain nothing."""
+        """True if the last epoch is over, or early stopping has ended the fit."""
         return self.epoch >= self._job.fit.num_epochs or (self._stopping is not None and self._stopping.over)
 
     def fitted(self) -> Transformation:
@@ -231,7 +257,7 @@ class Learner:
 
     @property
     def classifier(self) -> offset.LinearClassifier | None:
-        """The classifier that `prepare` took or fitted, as arrays; None where none was needed."""
+        """The classifier that `prepare` took or fitted, as arrays; None if none was needed."""
         if self._classifier is None:
             return None
         bias = self._classifier.bias_c
@@ -251,7 +277,7 @@ class Learner:
             self._classifier = FittedClassifier(*state["classifier"])
 
     def prepare(self) -> None:
-        """Make ready for the first epoch what `restore` did not bring: the classifier, and the first weights' error."""
+        """Find the classifier and measure the first weights, unless `restore` brought them."""
         self._find_classifier()
         if self._stopping is not None and not self._stopping.weights:
             self._stopping.observe(self._watched_error(), self.network.state_dict())
@@ -273,7 +299,7 @@ class Learner:
         )
 
     def run_epoch(self) -> Epoch:
-        """Fit one epoch; every rank gets the same figures.
+        """Fit one epoch; every rank returns the same figures.
 
         Raises:
             DataError: the loss is not finite.
@@ -309,14 +335,14 @@ class Learner:
         }
 
     def _batches(self, epoch: int) -> Iterator[Tensor]:
-        """Row numbers of each batch of an epoch, (rank_batch,); the next pass begins where one is over."""
+        """Row numbers of each batch of an epoch, (rank_batch,); an epoch may span several passes over the pairs."""
         steps = self._job.steps_of(epoch)
         for number, in_pass in itertools.groupby(steps, lambda step: step // self._job.steps):
             shuffled = self._shuffled(number, stream=0)
             yield from (shuffled[step % self._job.steps] for step in in_pass)
 
     def _shuffled(self, number: int, stream: int) -> Tensor:
-        """Row numbers of each batch of a pass, (steps, rank_batch): a shuffle that (seed, pass, rank) decides alone."""
+        """Row numbers of each batch of a pass, (steps, rank_batch): shuffled by (seed, pass, rank) alone."""
         job = self._job
         shuffle = np.random.default_rng((job.seed, number, self._rank, stream)).permutation(len(self._rows))
         rows = self._rows[shuffle[: job.steps * job.rank_batch]]
@@ -326,7 +352,7 @@ class Learner:
         return {name: column[rows].to(self._device, non_blocking=True) for name, column in self._columns.items()}
 
     def _watched_error(self) -> float:
-        """The mean loss of the pairs that are watched, over all ranks, whatever s is."""
+        """The mean loss of the watched pairs over all ranks, without its weight by s."""
         loss, sums = self._loss(), torch.zeros(2, dtype=torch.float64, device=self._device)
         self.network.eval()
         with torch.no_grad():
@@ -344,7 +370,7 @@ class Learner:
         return Loss(fit.mode, fit.lambda_disc, fit.label_smoothing, self._classifier)
 
     def _set_modes(self, frozen: bool) -> None:
-        """Train mode; with `frozen`, BatchNorm normalises by its running statistics and leaves them alone."""
+        """Train mode; with `frozen`, BatchNorm uses its running statistics and does not update them."""
         self.network.train()
         for module in self.network.modules():
             if frozen and isinstance(module, nn.BatchNorm1d):
@@ -361,7 +387,7 @@ class Learner:
 
 
 def _optimizer(fit: FitSettings, network: nn.Module) -> torch.optim.Optimizer:
-    """Adam as in the paper; AdamW for `residual`, whose weights decay apart from the gradient."""
+    """Adam as in the paper; AdamW (decoupled weight decay) for `residual`."""
     kind = torch.optim.AdamW if fit.kind == "residual" else torch.optim.Adam
     return kind(
         network.parameters(),

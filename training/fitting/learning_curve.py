@@ -1,9 +1,9 @@
-"""How good the linear map gets with more pairs, from what it reaches with a part of them. Pure.
+"""Extrapolate the linear map's quality to more training pairs. Pure.
 
-    quality on held-out pairs of the maps that 1, 2, 3 and all folds give -> a - b n^-c through these -> n for a target
+    held-out quality of the maps fitted on 1, 2, 3 and all folds -> q = a - b n^-c through them -> n for a target q
 
-Source: learning curves of statistical learners fall as an inverse power law of the number of examples; Hestness et
-al., "Deep Learning Scaling is Predictable, Empirically" (2017).
+Source: the error falls as a power law of the number of examples; Hestness et al., "Deep Learning Scaling is
+Predictable, Empirically" (2017).
 """
 
 from __future__ import annotations
@@ -15,27 +15,18 @@ import numpy as np
 
 _EXPONENTS = (0.25, 0.5, 1.0)
 _MOST = 100.0
-"""A prediction of more than so many times the pairs there are is none."""
+"""A predicted number above this many times the present pairs is not trusted."""
 
 
 @dataclass(frozen=True, slots=True)
 class LearningCurve:
-    """Quality against the number of pairs.
-
-    Attributes:
-        pairs: numbers of pairs, ascending.
-        quality: in per cent, of each.
-    """
+    """Quality in per cent, for ascending numbers of pairs."""
 
     pairs: tuple[int, ...]
     quality: tuple[float, ...]
 
     def pairs_for(self, target: float) -> int | None:
-        """The number of pairs with which the quality is to be expected to reach `target`.
-
-        Returns:
-            None where no number up to 100 times the present one does, or the quality does not rise with the pairs.
-        """
+        """The number of pairs at which `target` is expected; None if over 100 times the present number, or never."""
         if self.quality[-1] >= target:
             return self.pairs[-1]
         fitted = _power_law(self.pairs, self.quality)
@@ -49,7 +40,7 @@ class LearningCurve:
 
 
 def _power_law(pairs: Sequence[int], quality: Sequence[float]) -> tuple[float, float, float] | None:
-    """a, b and c of a - b n^-c by least squares, c of _EXPONENTS; None where the quality does not rise."""
+    """a, b and c of a - b n^-c by least squares, with c from _EXPONENTS; None if the quality does not rise."""
     found: list[tuple[float, float, float, float]] = []
     for exponent in _EXPONENTS:
         design = np.stack([np.ones(len(pairs)), -(np.asarray(pairs, np.float64) ** -exponent)], axis=1)

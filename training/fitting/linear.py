@@ -1,14 +1,10 @@
-"""The affine map from old to new embeddings that sums over the pairs decide, and the error that it makes. Pure.
+"""The affine map from old to new embeddings, fitted from sums over the pairs, and its error. Pure.
 
-    pairs -> Sums per fold (added up over any blocks, in any partition) -> lambda, or Procrustes, by cross-validation
-          -> the map of all folds, and for each fold that of the others
+    pairs -> Sums per fold (added up over blocks) -> lambda, or Procrustes, by cross-validation
+          -> the map of all folds, and for each fold the map of the others
 
-Guarantee: the map is a function of the pairs and their folds; how they are cut into blocks changes it by rounding of
-float64 alone. Shape suffixes: n = pairs, i = inputs (old, with side), o = outputs (new), g = lambdas. This module
-does not know where the pairs come from.
-
-Sources: ridge regression, Hoerl and Kennard (Technometrics 12, 1970); orthogonal Procrustes, Schonemann (Psychometrika
-31, 1966).
+Shape suffixes: n = pairs, i = inputs (old, with side), o = outputs (new), g = lambdas. Sources: ridge regression, Hoerl
+and Kennard (Technometrics 12, 1970); orthogonal Procrustes, Schonemann (Psychometrika 31, 1966).
 """
 
 from __future__ import annotations
@@ -29,19 +25,12 @@ LAMBDAS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _SALT = 0x11EA
 _BLOCK = 4096
 _FEW = 10
-"""Pairs per input: with more, Procrustes does not win, and its decompositions take longer than all others."""
+"""Pairs per input up to which Procrustes is tried: with more it does not win, and it is the slowest step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """All that a least-squares fit needs to know of some pairs, float64.
-
-    Attributes:
-        count: how many.
-        x_i, y_o: sums of the inputs and of the outputs.
-        xx_ii, xy_io: sums of x x' and x y'.
-        yy: sum of |y|^2.
-    """
+    """Sums over some pairs, float64: of x, y, x x', x y' and |y|^2. A least-squares fit needs no more."""
 
     count: int
     x_i: Float64
@@ -52,7 +41,7 @@ class Sums:
 
     @classmethod
     def of(cls, x_ni: NDArray[np.floating], y_no: NDArray[np.floating]) -> Self:
-        """Of pairs in memory; their products are taken in float64, block by block."""
+        """The sums of pairs in memory, in float64, block by block."""
         d_in, d_out = x_ni.shape[1], y_no.shape[1]
         xx_ii, xy_io, yy = np.zeros((d_in, d_in)), np.zeros((d_in, d_out)), 0.0
         x_i, y_o = np.zeros(d_in), np.zeros(d_out)
@@ -66,12 +55,12 @@ class Sums:
         return cls(len(x_ni), x_i, y_o, xx_ii, xy_io, yy)
 
     def copy(self) -> Self:
-        """With arrays of its own."""
+        """The same sums in arrays of their own."""
         arrays = (self.x_i.copy(), self.y_o.copy(), self.xx_ii.copy(), self.xy_io.copy())
         return type(self)(self.count, *arrays, self.yy)
 
     def absorb(self, other: Self, sign: int = 1) -> Self:
-        """The sums of both (of the first without the second with sign -1), in the arrays of the first."""
+        """Add the sums of `other`, or subtract them with sign -1, in place."""
         arrays = (self.x_i, self.y_o, self.xx_ii, self.xy_io)
         for mine, more in zip(arrays, (other.x_i, other.y_o, other.xx_ii, other.xy_io), strict=True):
             (np.add if sign > 0 else np.subtract)(mine, more, out=mine)
@@ -82,7 +71,7 @@ class Sums:
         return self.copy().absorb(other, sign=-1)
 
     def about(self, mean_i: Float64, mean_o: Float64) -> tuple[Float64, Float64, float]:
-        """The sums of products of x - mean_i and y - mean_o: xx (I, I), xy (I, O) and yy."""
+        """The sums xx (I, I), xy (I, O) and yy of x - mean_i and y - mean_o."""
         n = self.count
         shift_i, shift_o = self.x_i - n * mean_i, self.y_o - n * mean_o
         xx_ii = self.xx_ii - np.outer(mean_i, self.x_i) - np.outer(shift_i, mean_i)
@@ -111,14 +100,14 @@ class Affine:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A map, and what cross-validation found.
+    """A map and its cross-validation.
 
     Attributes:
         map: fitted on all pairs.
-        without: for each fold, fitted on the others.
-        lam: the weight of the ridge penalty, in units of the mean variance of the inputs; None: Procrustes.
+        without: for each fold, the map fitted on the others.
+        lam: the weight of the ridge penalty, in units of the mean variance of the inputs; None for Procrustes.
         error: the cross-validated squared error, as the mean over pairs and dimensions.
-        deviation_i: standard deviations of the inputs; 1 for those that are constant.
+        deviation_i: standard deviations of the inputs; 1 for constant inputs.
     """
 
     map: Affine
@@ -129,7 +118,7 @@ class Fitted:
 
 
 def folds_of(indices: Int64) -> Int64:
-    """The fold of each pair, (N,) int64: by a hash of its index alone."""
+    """The fold of each pair, (N,) int64, by a hash of its index."""
     found: Int64 = (splitmix64(indices, _SALT) % np.uint64(NUM_FOLDS)).astype(np.int64)
     return found
 
@@ -141,7 +130,7 @@ def sums_of(x_ni: Float32, y_no: Float32, folds_n: Int64) -> Folds:
 
 
 def added(first: Folds | None, second: Folds | None) -> Folds | None:
-    """The sums of both, fold by fold, in the arrays of the first; of a side that is None the other."""
+    """The sums of both, fold by fold, in the arrays of the first; None stands for no pairs."""
     if first is None or second is None:
         return first or second
     return [one.absorb(other) for one, other in zip(first, second, strict=True)]
@@ -158,8 +147,7 @@ def total(folds: Folds) -> Sums:
 def fit(folds: Folds) -> Fitted:
     """The map with the least cross-validated error: ridge with a lambda of LAMBDAS, or Procrustes if pairs are few.
 
-    Args:
-        folds: their sums; two of them at least have pairs.
+    At least two of the folds must have pairs.
     """
     everything = total(folds)
     few = everything.count < _FEW * len(everything.x_i)
@@ -195,7 +183,7 @@ def ridge(sums: Sums, lam: float) -> Affine:
 
 
 def procrustes(sums: Sums) -> Affine:
-    """A rotation with one scale: R = UV' of X'Y = USV', c = tr(S) / tr(R'X'XR); semi-orthogonal if widths differ."""
+    """A rotation R = UV' from X'Y = USV', scaled by c = tr(S) / tr(R'X'XR); semi-orthogonal if the widths differ."""
     mean_i, mean_o = _means(sums)
     xx_ii, xy_io, _ = sums.about(mean_i, mean_o)
     u_ik, s_k, v_ko = np.linalg.svd(xy_io, full_matrices=False)
@@ -205,7 +193,7 @@ def procrustes(sums: Sums) -> Affine:
 
 
 def deviations(variance: Float64) -> Float64:
-    """Square roots; 1 where there is next to no variance, so that a division by it changes nothing."""
+    """Square roots of variances; 1 for a variance near zero, so that dividing by it changes nothing."""
     usable = variance > 1e-12 * max(float(variance.max(initial=0.0)), 1e-300)
     found: Float64 = np.sqrt(np.where(usable, variance, 1.0))
     return found
@@ -223,11 +211,11 @@ def _error(map_: Affine, fold: Sums) -> float:
 
 
 def _ridge_errors(part: Sums, fold: Sums) -> Float64:
-    """As `_error`, of the ridge that a part gives with each of LAMBDAS, (G,).
+    """The squared error on a fold of the ridge map fitted on `part`, for each of LAMBDAS, (G,).
 
-    In the eigenbasis Q of the part's X'X, W = Q D G with D = 1 / (eigenvalues + penalty) and G = Q'X'Y. So the error is
-    yy - 2 D'v + D'P D, with v = rows of (G * Q'B) summed and P = Q'AQ * GG', where A, B, yy are the fold's sums about
-    the part's means.
+    In the eigenbasis Q of the part's X'X, W = Q D G with D = 1 / (eigenvalues + penalty) and G = Q'X'Y. With A, B, yy
+    the fold's sums about the part's means, the error is yy - 2 D'v + D'P D, where v = rows of (G * Q'B) summed and
+    P = Q'AQ * GG'.
     """
     mean_i, mean_o = _means(part)
     xx_ii, xy_io, _ = part.about(mean_i, mean_o)

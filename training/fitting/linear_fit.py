@@ -1,13 +1,13 @@
 """A linear transformation with its error estimate, in two passes over the pairs.
 
-    pass 1: sums over all pairs          -> the map, and for each fold the map that has not seen it
-    pass 2: sums over a sample of them   -> s: a ridge regression of the log squared error on x and z, both out of fold
+    pass 1: sums over all pairs   -> the map, and for each fold the map fitted without it
+    pass 2: sums over a sample    -> s: a ridge regression of the log squared error on x and z, both out of fold
 
-Guarantee: a function of the pairs and their indices; the partition of a pass changes it by rounding alone, within
-1e-5. It does not know how a pass goes over the pairs: `training.fitting.linear_parts` does it on many machines.
+Another partition of the pairs changes the result by rounding alone, within 1e-5. A pass runs over arrays in memory
+(`over_arrays`) or over Parquet parts on many machines (`fitting.linear_parts`).
 
-The errors of the nearest pairs would tell more about s, but a transformation would have to keep the pairs for that; an
-order by them is the policy `neighbour_residual`.
+The errors of the nearest pairs would predict s better, but the transformation would then have to store the pairs. The
+policy `neighbour_residual` ranks by these.
 """
 
 from __future__ import annotations
@@ -28,33 +28,31 @@ from training.fitting import linear
 from training.fitting.linear import Affine, Float64, Folds, folds_of
 
 ERROR_PAIRS = 100_000
-"""About so many pairs, by a hash of their indices, are enough for s."""
+"""About this many pairs, drawn by a hash of their indices, are enough to fit s."""
 
 _SALT = 0x5EE5
 _LEAST = 1e-10
-"""Of the variance of a new embedding: the squared error counts as no less, so that its logarithm is finite."""
+"""Floor of the squared error as a share of the new embeddings' variance: its logarithm must be finite."""
 
 _SPAN = 4.0
-"""Standard deviations of the log errors around their mean: s is kept within."""
+"""s is clipped to this many standard deviations of the log errors around their mean."""
 
 BlockSums = Callable[[Int64, Float32, Float32], Folds]
-"""The sums of some pairs, of their indices (N,), inputs (N, I) and new embeddings (N, O)."""
+"""Sums over pairs, given their indices (N,), inputs (N, I) and new embeddings (N, O)."""
 
 OnePass = Callable[[BlockSums, float], Folds]
-"""The sums of the pairs that `sampled` takes: the function is called on blocks, and the sums are added up in order."""
+"""Calls a BlockSums on blocks of the `sampled` share of the pairs, and adds up the sums in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinearFit:
-    """What was fitted.
+    """A fitted linear transformation.
 
     Attributes:
         network: the transformation.
-        without: for each fold the map that was fitted on the others.
-        lam: the weight of the ridge penalty; None: Procrustes.
-        error: the cross-validated squared error, as the mean over pairs and dimensions.
+        without, lam, error: as in `linear.Fitted`.
         deviation: standard deviations of the inputs, (I,) float64.
-        growing: numbers of pairs, ascending, and the map that the first so many give; the last has all.
+        growing: ascending numbers of pairs, each with the map fitted on that many; the last one has all pairs.
     """
 
     network: LinearTransformation
@@ -65,7 +63,7 @@ class LinearFit:
     growing: tuple[tuple[int, Affine], ...] = ()
 
     def start(self, network: Transformation) -> None:
-        """Write into a transformation of the same widths what it is, if it is linear, or what it starts from."""
+        """Copy the linear fit into a `linear` transformation, or into a `residual` one as its start."""
         if isinstance(network, ResidualTransformation):
             network.deviation.copy_(torch.tensor(self.deviation))
             network.scale.fill_(float(np.sqrt(self.error)))
@@ -74,11 +72,7 @@ class LinearFit:
 
 
 def fit_linear(one_pass: OnePass, network: LinearTransformation) -> LinearFit:
-    """Fit a linear transformation.
-
-    Args:
-        one_pass: over the pairs that it is fitted on; called twice.
-        network: of the widths of the pairs; it is filled.
+    """Fit a linear transformation by calling `one_pass` twice; the weights of `network` are overwritten.
 
     Raises:
         DataError: an embedding is not finite.
@@ -103,7 +97,7 @@ def fit_linear(one_pass: OnePass, network: LinearTransformation) -> LinearFit:
 
 
 def over_arrays(indices: Int64, old: Float32, new: Float32, side: Float32 | None, normalize: bool) -> OnePass:
-    """A pass over pairs in memory; `new` has unit length already with `normalize`."""
+    """A pass over pairs in memory; with `normalize`, `new` must have length 1 already."""
     x_ni = inputs_of(old, side, normalize)
 
     def one_pass(function: BlockSums, share: float) -> Folds:
@@ -114,19 +108,19 @@ def over_arrays(indices: Int64, old: Float32, new: Float32, side: Float32 | None
 
 
 def sampled(indices: Int64, share: float) -> NDArray[np.bool_]:
-    """About this share of the pairs, below 1: by a hash of their indices."""
+    """(N,) bool: about this share (below 1) of the pairs, by a hash of their indices."""
     found: NDArray[np.bool_] = splitmix64(indices, _SALT) < np.uint64(share * 2.0**64)
     return found
 
 
 def inputs_of(old: Float32, side: Float32 | None, normalize: bool) -> Float32:
-    """The inputs (N, I) float32 of a linear map."""
+    """The inputs (N, I) float32 of a linear map: old embeddings with side information."""
     found: Float32 = inputs(torch.tensor(old), None if side is None else torch.tensor(side), normalize).numpy()
     return found
 
 
 def out_of_fold(without: tuple[Affine, ...], folds_n: Int64, x_ni: Float32) -> Float32:
-    """z (N, O) float32 of each pair, by the map that has not seen it."""
+    """z (N, O) float32 of each pair, by the map fitted without its fold."""
     z_no = np.empty((len(x_ni), len(without[0].mean_o)), dtype=np.float32)
     for fold, of_others in enumerate(without):
         mine = folds_n == fold
@@ -135,7 +129,7 @@ def out_of_fold(without: tuple[Affine, ...], folds_n: Int64, x_ni: Float32) -> F
 
 
 def _growing(folds: Folds, fitted: linear.Fitted) -> tuple[tuple[int, Affine], ...]:
-    """See `LinearFit.growing`: of one fold, of two and three, and of all."""
+    """`LinearFit.growing`: the maps of 1, 2, 3 and all folds."""
     parts = [linear.total(folds[:count]) for count in (1, 2, 3)]
     lam = fitted.lam
     maps = [
@@ -152,13 +146,11 @@ def _pair_sums(indices: Int64, x_ni: Float32, y_no: Float32) -> Folds:
 
 @dataclass(frozen=True, slots=True)
 class ErrorSums:
-    """Sums of standardised [x, z] and of r, the log of the mean squared error of z.
+    """Sums of standardised [x, z] and of r, the log of the mean squared error of z as it is served.
 
     Attributes:
-        without: for each fold the map of the others.
-        about: means and deviations of x, means and deviations of z.
-        normalize: z is served with unit length, and its error is taken so.
-        least: the error counts as no less.
+        about: means and deviations of x, then of z.
+        least: floor of the error.
     """
 
     without: tuple[Affine, ...]
@@ -167,7 +159,7 @@ class ErrorSums:
     least: float
 
     def __call__(self, indices: Int64, x_ni: Float32, y_no: Float32) -> Folds:
-        """As `BlockSums`."""
+        """See `BlockSums`."""
         folds_n = folds_of(indices)
         z_no = out_of_fold(self.without, folds_n, x_ni)
         served = functional.normalize(torch.from_numpy(z_no), dim=1).numpy() if self.normalize else z_no
@@ -180,8 +172,8 @@ class ErrorSums:
 def _fill(network: LinearTransformation, of_map: Affine, errors: ErrorSums, found: Folds) -> None:
     """Write the map and s into the network.
 
-    s is the log of an expected error: half the variance that is left of the log error is added to what is expected of
-    it, as for a lognormal distribution.
+    s is the log of the expected error. As for a lognormal distribution, that is the expected log error plus half of
+    its residual variance.
     """
     fitted, total = linear.fit(found), linear.total(found)
     mean_i, deviation_i, mean_o, deviation_o = errors.about

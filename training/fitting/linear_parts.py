@@ -1,7 +1,7 @@
-"""A pass over the parts of the training pairs for a linear fit: one task of Ray per part, row group by row group.
+"""A pass over the training pairs' parts for a linear fit: one Ray task per part, row group by row group.
 
-Guarantee: what the tasks give is added up in the order of the parts, so the number of workers changes nothing. A task
-holds one row group and the sums; the driver holds the sums of a few parts. It does not know what is summed.
+Sums are added up in the order of the parts, so the number of workers changes nothing. A task holds one row group and
+its sums; the driver holds the sums of a few parts.
 """
 
 from __future__ import annotations
@@ -21,16 +21,11 @@ from training.fitting.linear import Folds
 from training.fitting.linear_fit import BlockSums, LinearFit, OnePass, inputs_of, out_of_fold, sampled
 
 ROWS = 8192
-"""Rows that are in memory at a time, beside the row group that they come from."""
+"""Rows of a block; a task holds one block beside its row group."""
 
 
 def over_parts(job: Job, on_part: Callable[[], None]) -> OnePass:
-    """A pass over `job.data.train_parts`.
-
-    Args:
-        job: whose `data` and `normalize` count.
-        on_part: called after each part.
-    """
+    """A pass over `job.data.train_parts`; `on_part` is called after each part."""
 
     def one_pass(function: BlockSums, share: float) -> Folds:
         stored = ray.put((job, function, share))
@@ -39,7 +34,7 @@ def over_parts(job: Job, on_part: Callable[[], None]) -> OnePass:
         running = deque(task.remote(stored, uri) for uri in job.data.train_parts[:at_once])
         found: Folds | None = None
         for number in range(len(job.data.train_parts)):
-            part: Folds | None = ray.get(running.popleft())  # in shared memory: not to be added to
+            part: Folds | None = ray.get(running.popleft())  # in shared memory, so read-only
             found = linear.added(found, part) if found else part and [fold.copy() for fold in part]
             running.extend(task.remote(stored, uri) for uri in job.data.train_parts[number + at_once :][:1])
             on_part()
@@ -50,15 +45,10 @@ def over_parts(job: Job, on_part: Callable[[], None]) -> OnePass:
 
 
 def out_of_fold_pairs(job: Job, fit: LinearFit, most: int) -> tuple[Float32, Float32]:
-    """Some training pairs as a map transforms them that has not seen them.
-
-    Args:
-        job: whose `data` and `normalize` count.
-        fit: the linear fit on these pairs.
-        most: how many pairs at most; the first ones of the parts, which are stripes of all.
+    """The first `most` training pairs, each transformed by the map of `fit` that was fitted without its fold.
 
     Returns:
-        z (N, d_new), of length 1 with `normalize`, and new (N, d_new), both float32.
+        z (N, d_new), of length 1 with `job.normalize`, and new (N, d_new), both float32.
     """
     found: list[tuple[Float32, Float32]] = []
     for table in _blocks(job, most):
@@ -72,7 +62,6 @@ def out_of_fold_pairs(job: Job, fit: LinearFit, most: int) -> tuple[Float32, Flo
 
 
 def _blocks(job: Job, most: int) -> Iterator[pa.Table]:
-    """The first rows of the training parts, as many as `most`, in blocks."""
     left = most
     for uri in job.data.train_parts:
         with parquet.open_parquet(uri) as file:
@@ -86,7 +75,6 @@ def _blocks(job: Job, most: int) -> Iterator[pa.Table]:
 
 
 def _part_sums(stored: tuple[Job, BlockSums, float], uri: str) -> Folds | None:
-    """The sums of a part's pairs; None if there are none in it."""
     job, function, share = stored
     found: Folds | None = None
     with parquet.open_parquet(uri) as file:

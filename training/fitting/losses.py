@@ -1,7 +1,6 @@
-"""FastFill's losses (arXiv 2303.04766, section 3) as pure functions, and the classifier they may need.
+"""FastFill's losses (arXiv 2303.04766, section 3) as pure functions, and the classifier that some of them need.
 
-Shape suffixes: n = rows, b = batch, d = d_new, c = classes. Every loss is per image until `combined`
-takes the mean. This module does not know the transformation, or where the pairs come from.
+Shape suffixes: n = rows, b = batch, d = d_new, c = classes. Losses are per image; `combined` takes the mean.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class FittedClassifier:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Which terms the loss has, and their weights; a mode with the discriminative term needs a classifier."""
+    """The terms of the loss and their weights; a mode with the discriminative term needs a classifier."""
 
     mode: LossMode
     lambda_disc: float = 1.0
@@ -40,17 +39,17 @@ class Loss:
 
 
 def needs_labels(mode: LossMode) -> bool:
-    """Whether the mode has the discriminative term."""
+    """True if the mode has the discriminative term."""
     return mode in ("alignment+discriminative", "fastfill")
 
 
 def needs_classifier(fit: FitSettings) -> bool:
-    """Whether a fit takes the given classifier, or fits one: for its loss, or for its offset."""
+    """True if the loss or the offset of a fit needs a classifier."""
     return needs_labels(fit.mode) or fit.offset == "confidence"
 
 
 def uses_uncertainty(mode: LossMode) -> bool:
-    """Whether s divides the loss and shapes z; in the other modes it only watches."""
+    """True if s weighs the loss and so shapes z; in the other modes s is fitted without influence on z."""
     return mode in ("alignment+uncertainty", "fastfill")
 
 
@@ -60,7 +59,7 @@ def alignment(z_bd: Tensor, new_bd: Tensor) -> Tensor:
 
 
 def discriminative(z_bd: Tensor, label_b: Tensor, classifier: FittedClassifier, label_smoothing: float) -> Tensor:
-    """Cross-entropy of W z + b against the label, (B,); `label_b` is int64, and 0 is the loss of label -1 (none)."""
+    """Cross-entropy of W z + b against the label, (B,); `label_b` is int64, and label -1 (none) has loss 0."""
     logits_bc = functional.linear(z_bd, classifier.weight_cd, classifier.bias_c)
     return functional.cross_entropy(
         logits_bc, label_b, reduction="none", label_smoothing=label_smoothing, ignore_index=NO_LABEL
@@ -68,19 +67,15 @@ def discriminative(z_bd: Tensor, label_b: Tensor, classifier: FittedClassifier, 
 
 
 def uncertainty_weighted(loss_b: Tensor, s_b: Tensor) -> Tensor:
-    """0.5 * exp(-s) * L + 0.5 * s, (B,): equation 4 of the paper, least at s = log L.
+    """0.5 * exp(-s) * L + 0.5 * s, (B,): equation 4 of the paper, with its minimum at s = log L.
 
-    s is not detached, so its gradient also shapes what it was computed from.
+    s is not detached: its gradient also reaches the layers that it is computed from.
     """
     return 0.5 * torch.exp(-s_b) * loss_b + 0.5 * s_b
 
 
 def errors(loss: Loss, z_bd: Tensor, new_bd: Tensor, label_b: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the uncertainty weighs, and the alignment error in it, both (B,).
-
-    Raises:
-        ValueError: the mode needs labels and a classifier, and one is missing.
-    """
+    """The loss that s weighs, and its alignment term, both (B,); a ValueError if labels or classifier are missing."""
     align_b = alignment(z_bd, new_bd)
     if not needs_labels(loss.mode):
         return align_b, align_b
@@ -93,21 +88,11 @@ def errors(loss: Loss, z_bd: Tensor, new_bd: Tensor, label_b: Tensor | None) -> 
 def combined(
     loss: Loss, z_bd: Tensor, s_b: Tensor, new_bd: Tensor, label_b: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The loss of a batch in one of the four modes.
+    """The loss of a batch in one of the four modes, and the mean alignment error (detached), both scalars.
 
-    In the modes without uncertainty, z is fitted by the plain mean and s by the same formula with the
-    loss detached: s learns to predict log L without a say in z, and the policy `uncertainty` keeps its
-    meaning. For that the network must compute s from a detached z.
-
-    Args:
-        loss: the mode and its weights.
-        z_bd: transformed embeddings.
-        s_b: their uncertainties, log sigma^2.
-        new_bd: the new encoder's embeddings.
-        label_b: int64 class labels, -1 for none; needed by the modes with the discriminative term.
-
-    Returns:
-        what to minimise, and the mean alignment error (detached), both scalars.
+    In the modes without uncertainty, z is fitted by the plain mean and s by the same formula with the loss detached.
+    So s learns to predict log L without influence on z, and the policy `uncertainty` keeps its meaning. The network
+    must then compute s from a detached z.
 
     Raises:
         ValueError: the mode needs labels and a classifier, and one is missing.
@@ -127,17 +112,14 @@ def fit_classifier(
     batches: Callable[[int], Iterable[Tensor]],
     wrap: Callable[[nn.Module], nn.Module],
 ) -> FittedClassifier:
-    """A softmax classifier on the new embeddings, for encoders that come without their own (DINO, CLIP).
+    """Fit a softmax classifier on new embeddings, for encoders that have none (DINO, CLIP).
 
-    Adam on standardised embeddings; mean and deviation are folded into weight and bias afterwards.
-    Every worker of a process group calls it with its own rows, and gets the same classifier.
+    Adam on standardised embeddings; mean and deviation are folded into weight and bias afterwards. Every worker of a
+    process group calls it with its own rows and returns the same classifier.
 
     Args:
-        new_nd: (N, d) float32, this worker's rows, on the device to compute on.
-        label_n: (N,) int64; rows with label -1 (none) do not count.
-        num_classes: labels are in [0, num_classes).
+        label_n: (N,) int64 in [0, num_classes); rows with label -1 (none) are ignored.
         batches: the row numbers of each batch of an epoch.
-        wrap: makes a module data-parallel.
     """
     mean_d, deviation_d = _moments(new_nd)
     linear = nn.Linear(new_nd.shape[1], num_classes, device=new_nd.device)

@@ -1,12 +1,11 @@
-"""Training pairs: old and new embeddings of the same images, cached as Parquet and split once.
+"""Training pairs: old and new embeddings of the same images, split into training and held-out pairs once.
 
-    pairs/part-* (normalised manifest) -> pairs/old, pairs/new (the embedding stream, where images are
-    given) -> pairs/train/part-*, pairs/held_out/part-*
+    pairs/part-* (normalised manifest) -> pairs/old, pairs/new (embedded, if images are given)
+    -> pairs/train/part-*, pairs/held_out/part-*
 
-Pairs of the gallery itself come from gallery-pairs/ in the same way, alone or beside those of a manifest.
-
-Guarantee: a held-out pair never trains; the split is stratified by label and a function of ids, labels
-and seed alone. Training parts are stripes, so any of them is a sample. `pairs/pairs.json` is last.
+Pairs of the gallery come from gallery-pairs/ in the same way, alone or in addition to those of a manifest. The split
+is stratified by label, and a function of ids, labels and seed. Training parts are stripes, so each is a random sample.
+`pairs/pairs.json` is written last.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
-from pipeline.config.method import ClassifierSettings
+from pipeline.config.method import ClassifierSettings, FitSettings
 from pipeline.config.tree import Config
 from pipeline.embedding import rejects
 from pipeline.embedding.precompute import OnUnits, embed_missing, embedding_log, read_embeddings
@@ -45,14 +44,13 @@ _GROUP_ROWS = 16_384  # of a row group: a linear fit holds one at a time
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """What is there to train on.
+    """The pairs of a run, as in pairs.json.
 
     Attributes:
-        num_train, num_held_out: pairs of either part.
-        d_old, d_new: widths; d_side is None without side information.
-        num_classes: of the labels, None without labels.
+        d_side: width of the side information; None without it.
+        num_classes: None without labels.
         rejected: images that could not be embedded by both encoders.
-        label_names: the label of each class number, where that is not the number itself.
+        label_names: the label of each class number; None if the numbers are the labels.
         parts: sha256 of each file of the pairs, by its path below `pairs`; empty if an earlier version wrote this.
     """
 
@@ -68,11 +66,11 @@ class Pairs:
 
 
 def build_pairs(config: Config, run: Run, on_units: OnUnits = lambda what, done, total: None) -> Pairs:
-    """Embed what is missing, join, split and cache the training pairs; nothing where it is done.
+    """The training pairs: embedded, joined, split and stored, unless that is done already.
 
     Raises:
         ConfigError: old embeddings must be computed and there is no old encoder.
-        DataError: too few pairs, or too many images among them that cannot be read.
+        DataError: there are too few pairs, or too many of their images cannot be read.
     """
     done = objects.read_versioned(_marker(run))
     if done is not None:
@@ -110,11 +108,7 @@ def build_pairs(config: Config, run: Run, on_units: OnUnits = lambda what, done,
 
 
 def pair_folders(config: Config, run: Run) -> list[str]:
-    """The normalised manifests that the pairs come from; the gallery's pairs are drawn if they are not yet.
-
-    Raises:
-        DataError, IncompatibleRun: as `pair_sample.draw`.
-    """
+    """The folders of the pairs' manifests; the gallery's pairs are drawn if they are not yet (`pair_sample.draw`)."""
     given = [] if config.pairs.manifest is None else ["pairs"]
     if not config.pairs.uses_gallery:
         return given
@@ -122,23 +116,19 @@ def pair_folders(config: Config, run: Run) -> list[str]:
 
 
 def check_enough(num_pairs: int, where: str) -> None:
-    """Check that there are enough pairs to fit on, and some to hold out.
-
-    Raises:
-        DataError: there are fewer than MIN_PAIRS.
-    """
+    """Raise a DataError if there are fewer than MIN_PAIRS pairs."""
     if num_pairs < MIN_PAIRS:
         raise DataError(
             "too few training pairs",
             expected=f"at least {MIN_PAIRS}",
             found=num_pairs,
             where=where,
-            remedy="give more in pairs.manifest, or let more images of the gallery be pairs (pairs.from_gallery)",
+            remedy="name more pairs in pairs.manifest, or raise pairs.from_gallery",
         )
 
 
 def _put(run: Run, folder: str, number: int, rows: pa.Table) -> dict[str, str]:
-    """Write a part, and give the sha256 of its file by its path below `pairs`."""
+    """Write a part; returns the sha256 of its file by its path below `pairs`."""
     groups = [rows.slice(start, _GROUP_ROWS) for start in range(0, max(1, rows.num_rows), _GROUP_ROWS)]
     data, uri = parquet.parquet_bytes(rows.schema, groups), run.part(f"pairs/{folder}", number)
     objects.put(uri, data)
@@ -146,12 +136,12 @@ def _put(run: Run, folder: str, number: int, rows: pa.Table) -> dict[str, str]:
 
 
 def has_pairs(run: Run) -> bool:
-    """Whether the pairs of the run are there, whole and split."""
+    """True if the run's pairs are complete."""
     return objects.exists(_marker(run))
 
 
-def fit_data(config: Config, run: Run, pairs: Pairs) -> FitData:
-    """What the fit reads: the cached parts, and the new encoder's classifier where the config names one.
+def fit_data(fit: FitSettings, run: Run, pairs: Pairs) -> FitData:
+    """The input of a fit: the stored parts, and the classifier that `fit.classifier` names.
 
     Raises:
         DataError: the classifier's file is missing, or has no weight of the new encoder's width.
@@ -164,16 +154,16 @@ def fit_data(config: Config, run: Run, pairs: Pairs) -> FitData:
         d_old=pairs.d_old,
         d_new=pairs.d_new,
         d_side=pairs.d_side,
-        classifier=_classifier(config.fit.classifier, pairs.d_new),
+        classifier=_classifier(fit.classifier, pairs.d_new),
         label_names=pairs.label_names,
     )
 
 
 def split(ids: Int64, labels: NDArray[np.int32], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which pairs are held out, (N,) bool: every (1 / fraction)-th by label, and by hash within a label.
+    """Which pairs are held out, (N,) bool: every (1 / fraction)-th in the order of label, then hash.
 
-    So the fraction holds over all pairs, and within each label to one pair, however few it has. At least
-    two pairs are held out: one alone has no neighbour to be measured by.
+    So the fraction holds over all pairs, and within each label up to one pair. At least two are held out: retrieval
+    needs a neighbour.
     """
     fraction = max(fraction, MIN_HELD_OUT / len(ids))
     order = np.lexsort((splitmix64(ids, seed + 1), labels))
@@ -184,16 +174,12 @@ def split(ids: Int64, labels: NDArray[np.int32], fraction: float, seed: int) -> 
 
 
 def num_training(num_pairs: int, held_out_fraction: float) -> int:
-    """How many of so many pairs will train, where none of them is rejected."""
+    """How many of `num_pairs` pairs are for training, if none is rejected."""
     return num_pairs - max(MIN_HELD_OUT, math.floor(num_pairs * held_out_fraction + 0.5))
 
 
 def _join_folder(config: Config, run: Run, folder: str) -> tuple[pa.Table, int]:
-    """The pairs of a normalised manifest, and how many of its images cannot be read.
-
-    Raises:
-        DataError: these are too many.
-    """
+    """The pairs of a manifest, and how many of its images cannot be read; a DataError if these are too many."""
     rows = normalised.read_manifest(run, folder)
     assert rows is not None, f"the {folder} manifest is normalised before its images are embedded"
     logs = {role: embedding_log(config.encoders, run, folder, role) for role in ("old", "new")}
@@ -204,7 +190,7 @@ def _join_folder(config: Config, run: Run, folder: str) -> tuple[pa.Table, int]:
 
 
 def _together(tables: list[pa.Table]) -> pa.Table:
-    """All pairs. An id of a manifest may be one of the gallery, too: the gallery's pairs get free numbers then."""
+    """All pairs. The gallery's pairs get new ids that the manifest's pairs do not use: ids of both may collide."""
     table, *others = tables
     for other in others:
         order = pa.array(np.argsort(other["index"].to_numpy(), kind="stable"))
@@ -216,7 +202,7 @@ def _together(tables: list[pa.Table]) -> pa.Table:
 
 
 def _join(run: Run, folder: str, part: int, logs: dict[str, VectorLog]) -> pa.Table:
-    """One part's pairs: index, label, group, old, new, and side where it is given; rows without both are left out."""
+    """One part's pairs: index, label, group, old, new, and side if given; rows without both embeddings are left out."""
     rows, old = read_embeddings(run, folder, part, "old_embedding", logs["old"])
     other, new = read_embeddings(run, folder, part, "new_embedding", logs["new"])
     both = np.intersect1d(rows["id"].to_numpy(), other["id"].to_numpy())
@@ -240,12 +226,10 @@ def _places(rows: pa.Table, ids: Int64) -> Int64:
 
 
 def _codes(labels: pa.ChunkedArray) -> tuple[NDArray[np.int32], int | None, tuple[str, ...] | None]:
-    """Labels as class numbers, -1 where there is none: a classifier's rows as they are, else in sorted order.
+    """Labels as class numbers, -1 for none; the number of classes; and their names if they were numbered here.
 
-    Integers from _MOST_ROWS on are names (of products, say) and no classifier's rows.
-
-    Returns:
-        the numbers, how many classes there are, and the classes' names where they are not the numbers.
+    Integer labels are kept, as they may be rows of a classifier. Other labels, and integers of _MOST_ROWS or more
+    (product numbers, say), are numbered in sorted order.
     """
     names = [name for name in pc.unique(labels).to_pylist() if name is not None]
     if not names:

@@ -1,8 +1,7 @@
-"""The attempts of a fit: Ray Train is started again after a failure, and goes on from its last checkpoint.
+"""Retry a fit: start Ray Train again after a failure; it continues from its last checkpoint.
 
-Guarantee: only what failed on nodes that live counts for `fit.max_failures`. Ray Train makes that difference for a node
-that was announced to go, but charges one that went without a word; so it is let bear no failure by itself. This module
-does not know what is fitted.
+Only failures on nodes that are still alive count against `fit.max_failures`. Ray Train itself excuses a node whose
+loss was announced, but counts one that vanished. So Ray Train is allowed no failure, and the retries are counted here.
 """
 
 from __future__ import annotations
@@ -18,25 +17,21 @@ from ray.train.torch import TorchTrainer
 
 from pipeline.errors import FastfillError, TransientError
 
-_LOG = logging.getLogger(__name__)
-_NODE_DIED = "its node has died"  # in Ray's words: the error has no field for it unless the node was announced to go
+_logger = logging.getLogger(__name__)
+_NODE_DIED = "its node has died"  # Ray's text; the error has a field for it only if the loss was announced
 
 
 def no_failure_but_announced_ones() -> FailureConfig:
-    """What a trainer bears by itself: nodes that were announced to go, without end."""
+    """Ray Train retries by itself only after the announced loss of a node, any number of times."""
     return FailureConfig(max_failures=0, max_preemption_failures=-1)  # type: ignore[call-arg]  # mypy sees Ray Train v1
 
 
 def fit_to_the_end(make_trainer: Callable[[], TorchTrainer], max_failures: int) -> Checkpoint:
-    """The last checkpoint of a trainer that is made again after each failure.
-
-    Args:
-        make_trainer: gives one that goes on from the last checkpoint.
-        max_failures: that are borne; -1 for any number.
+    """Run a trainer, again after each failure, and return its last checkpoint; `max_failures` -1 is any number.
 
     Raises:
-        TransientError: workers failed more often than that.
-        FastfillError: a worker raised it; only a TransientError is tried again.
+        TransientError: workers failed more often than `max_failures`.
+        FastfillError: a worker raised it; only a TransientError is retried.
     """
     failures = 0
     while True:
@@ -49,11 +44,11 @@ def fit_to_the_end(make_trainer: Callable[[], TorchTrainer], max_failures: int) 
             if not again or 0 <= max_failures < failures:
                 raise cause from error
             what = "a worker of the fit was lost with its node" if lost else f"a worker of the fit failed ({failures})"
-            _LOG.warning("%s: going on after the last whole epoch", what)
+            _logger.warning("%s: continuing after the last complete epoch", what)
 
 
 def lost_with_its_node(error: TrainingFailedError) -> bool:
-    """Whether one of the workers went because its node did; the others then fail in its wake."""
+    """True if a worker was lost together with its node; the other workers then fail as a consequence."""
     failures: dict[int, object] = getattr(error, "worker_failures", {})
     return any(_is_loss(getattr(failure, "health_check_failure", failure)) for failure in failures.values())
 
@@ -61,11 +56,11 @@ def lost_with_its_node(error: TrainingFailedError) -> bool:
 def _is_loss(failure: object) -> bool:
     if isinstance(failure, ActorDiedError):
         return failure.preempted or _NODE_DIED in str(failure)
-    return isinstance(failure, ActorUnavailableError)  # out of reach, and its node does not say that it died
+    return isinstance(failure, ActorUnavailableError)  # unreachable: a node that is alive would report a death
 
 
 def _fit(trainer: TorchTrainer) -> Checkpoint:
-    """Run it; Ctrl-C raises KeyboardInterrupt as anywhere else, and still does so afterwards."""
+    """Run a trainer; Ctrl-C raises KeyboardInterrupt, during the fit and after it."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         checkpoint: Checkpoint | None = trainer.fit().checkpoint
@@ -79,11 +74,11 @@ def _fit(trainer: TorchTrainer) -> Checkpoint:
 
 
 def _cause(error: TrainingFailedError) -> FastfillError:
-    """The worker's own error where it is one of ours."""
+    """The worker's own error if it is a FastfillError, else a TransientError."""
     failures: dict[int, object] = getattr(error, "worker_failures", {})
     for failure in failures.values():
         inner = getattr(failure, "_base_exc", failure)
         if isinstance(inner, FastfillError):
             return inner
-    remedy = "run the same command again: it goes on after the last whole epoch"
+    remedy = "run the same command again: the fit continues after the last complete epoch"
     return TransientError("the fit failed", found=error, where="Ray Train", remedy=remedy)

@@ -1,7 +1,4 @@
-"""Early stopping: which weights count, and when a fit has gone on for long enough. Pure.
-
-Guarantee: the weights that count are no worse than the first ones that were seen, by the error that is told.
-"""
+"""Early stopping: keep the weights with the least error on watched pairs, and say when to stop. Pure."""
 
 from __future__ import annotations
 
@@ -24,35 +21,30 @@ Weights = dict[str, Tensor]
 
 
 def num_stopping(count: int) -> int:
-    """How many of so many pairs are watched instead of fitted on: a tenth, and one at least."""
+    """How many of `count` pairs are watched instead of fitted on: a tenth, at least one."""
     return max(1, count // _SHARE)
 
 
 def stopping_rows(count: int) -> tuple[Int64, Int64]:
-    """The rows to fit on and the rows to watch, both ascending: drawn by a hash of the row's number."""
+    """The rows to fit on and the rows to watch, both ascending, drawn by a hash of the row number."""
     order = np.argsort(splitmix64(np.arange(count), _SALT), kind="stable")
     watched = num_stopping(count)
     return np.sort(order[watched:]), np.sort(order[:watched])
 
 
 class Stopping:
-    """The best weights so far, and how many epochs ago they were."""
+    """The best weights so far, and how many epochs ago they were seen."""
 
     def __init__(self) -> None:
         self.error, self.weights, self._since = math.inf, Weights(), 0
 
     @property
     def over(self) -> bool:
-        """Whether the fit should end."""
+        """True if the fit should end."""
         return self._since >= PATIENCE
 
     def observe(self, error: float, weights: Weights) -> None:
-        """Take the weights of an epoch if their error is the least so far.
-
-        Args:
-            error: on the watched pairs.
-            weights: copied if they are the best.
-        """
+        """Copy the weights of an epoch if their error on the watched pairs is the least so far."""
         if error < self.error or not self.weights:
             copied = {name: tensor.detach().clone() for name, tensor in weights.items()}
             self.error, self.weights, self._since = error, copied, 0

@@ -1,4 +1,4 @@
-"""The Ray Train job of a fit: data-parallel, checkpointed every epoch, started again after a failure."""
+"""The Ray Train job of a fit: data-parallel, with a checkpoint every epoch, and retried after a failure."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.config.tree import Config
 from pipeline.embedding.actor_pool import may_grow
 from pipeline.errors import ConfigError
 from pipeline.models.networks import Transformation
@@ -43,7 +42,7 @@ from training.fitting.losses import needs_classifier
 from training.fitting.retries import fit_to_the_end, no_failure_but_announced_ones
 
 Fitted = tuple[Transformation, LinearClassifier | None]
-"""The network, and the classifier where the job needed one."""
+"""The network, and the classifier if the job needed one."""
 
 _logger = logging.getLogger(__name__)
 _STATE = "state.pt"
@@ -52,17 +51,17 @@ _POLL_SECONDS = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 _START_SECONDS = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 
-def train(config: Config, run: Run, job: Job, on_epoch: Callable[[Epoch], None] | None) -> Fitted:
-    """Run Ray Train to the last epoch, and load the last checkpoint; a linear fit needs it for a classifier alone."""
+def train(run: Run, job: Job, device: str, on_epoch: Callable[[Epoch], None] | None) -> Fitted:
+    """Run Ray Train to the last epoch and load the last checkpoint; a linear fit runs it only for a classifier."""
     if job.fit.num_epochs == 0:
         if not (job.classify or needs_classifier(job.fit)):
             return job.network(), None
         on_epoch = None
     folder = training_folder(run)
     _drop_broken_snapshot(objects.join(folder, _fingerprint(job)))
-    os.environ.setdefault(_POLL_SECONDS, "0.2")  # each epoch waits for the controller's next look, 2 s by default
-    os.environ.setdefault(_START_SECONDS, "1800")  # workers may wait for nodes; a withdrawn request brings none
-    scaling = _scaling(config)  # of all attempts: GPUs that are lost are waited for, and not done without
+    os.environ.setdefault(_POLL_SECONDS, "0.2")  # an epoch ends at the controller's next poll; default 2 s
+    os.environ.setdefault(_START_SECONDS, "1800")  # an autoscaler may be adding nodes
+    scaling = _scaling(job.fit.num_workers, device)  # for all retries: a retry waits for lost GPUs to come back
     with _quiet_data(), _reporting(on_epoch) as callbacks:
 
         def make_trainer() -> TorchTrainer:
@@ -86,7 +85,6 @@ def train(config: Config, run: Run, job: Job, on_epoch: Callable[[Epoch], None] 
 
 
 def _worker(config: dict[str, Job]) -> None:
-    """The loop of one Ray Train worker."""
     job, context, device = config["job"], ray.train.get_context(), get_device()
     rank = context.get_world_rank()
     torch.set_num_threads(max(1, _node_cpus() // context.get_local_world_size()))
@@ -104,7 +102,7 @@ def _worker(config: dict[str, Job]) -> None:
 
 
 def _report(learner: Learner, rank: int, figures: Epoch) -> None:
-    """Tell the driver; rank 0 keeps the state."""
+    """Report an epoch to the driver; rank 0 adds the checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         if rank == 0:
             torch.save(learner.state(), Path(folder, _STATE))
@@ -114,7 +112,7 @@ def _report(learner: Learner, rank: int, figures: Epoch) -> None:
 
 @contextmanager
 def _quiet_data() -> Iterator[None]:
-    """Ray Data without progress bars and log lines in the user's terminal."""
+    """Keep Ray Data's progress bars and log lines out of the user's terminal."""
     context, logger = DataContext.get_current().copy(), logging.getLogger("ray.data")
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -140,14 +138,13 @@ class _EpochCallback(UserCallback):
 
 @contextmanager
 def _reporting(on_epoch: Callable[[Epoch], None] | None) -> Iterator[list[UserCallback]]:
-    """Ray Train callbacks that have `on_epoch` called in this process, from a thread."""
+    """Ray Train callbacks that make a thread of this process call `on_epoch`."""
     if on_epoch is None:
         yield []
         return
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    queue = Queue(
-        actor_options={"num_cpus": 0, "scheduling_strategy": here}
-    )  # elsewhere its node might go, and the fit
+    # The queue lives on this node: the loss of another node must not end the fit.
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
 
     def listen() -> None:
         while (figures := queue.get()) is not None:
@@ -164,7 +161,7 @@ def _reporting(on_epoch: Callable[[Epoch], None] | None) -> Iterator[list[UserCa
 
 
 def _run_config(job: Job, folder: str, callbacks: list[UserCallback]) -> RunConfig:
-    """A fixed name and folder: Ray Train goes on from the last checkpoint that it finds there."""
+    """Settings with a fixed name and folder, so that Ray Train continues from the last checkpoint there."""
     filesystem, path = objects.arrow_filesystem(folder)
     return RunConfig(  # type: ignore[call-arg]  # mypy sees the class of Ray Train v1
         name=_fingerprint(job),
@@ -179,7 +176,6 @@ def _run_config(job: Job, folder: str, callbacks: list[UserCallback]) -> RunConf
 
 
 def _share(job: Job, rank: int) -> ray.data.Dataset:
-    """The pairs of one rank: each n-th part."""
     columns = columns_of(job.data)
     parts = job.data.train_parts[rank :: job.fit.num_workers]
     filesystem, _ = objects.arrow_filesystem(parts[0])
@@ -187,25 +183,29 @@ def _share(job: Job, rank: int) -> ray.data.Dataset:
     return ray.data.read_parquet(paths, filesystem=filesystem, columns=columns, partitioning=None, num_cpus=_READ_CPUS)
 
 
-def _scaling(config: Config) -> ScalingConfig:
-    """Workers that leave CPUs for Ray Data: with all of them taken, the first read would wait for ever.
+def _scaling(workers: int, device: str) -> ScalingConfig:
+    """Workers that leave CPUs for Ray Data: if they took all, the first read would wait forever.
 
-    A fit that has to have GPUs waits for those that an autoscaler brings; else it takes what is there.
+    With `device: cuda` the fit waits for GPUs that an autoscaler adds; with `auto` it uses the present ones.
     """
     resources: dict[str, float] = ray.cluster_resources()
-    gpus, workers = resources.get("GPU", 0), config.fit.num_workers
-    wants_gpu = config.device.startswith("cuda")
+    gpus = resources.get("GPU", 0)
+    wants_gpu = device.startswith("cuda")
     if wants_gpu and gpus < workers and not may_grow():
         raise ConfigError(
-            "there are fewer GPUs than workers", expected=f"{workers} GPUs", found=gpus, where="device, fit.num_workers"
+            "the cluster has fewer GPUs than fit.num_workers",
+            expected=f"{workers} GPUs",
+            found=gpus,
+            where="device, fit.num_workers",
+            remedy=f"set fit.num_workers={max(1, int(gpus))}, or device=auto",
         )
     cpus = min(1.0, resources.get("CPU", 0) / 2 / workers) or 1.0
-    use_gpu = wants_gpu or (config.device == "auto" and gpus >= workers)
+    use_gpu = wants_gpu or (device == "auto" and gpus >= workers)
     return ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus})
 
 
 def _node_cpus() -> int:
-    """Cores of this node, or fewer where Ray was started with fewer."""
+    """Cores of this node, or the number that Ray was started with if that is lower."""
     here = ray.get_runtime_context().get_node_id()
     nodes: list[dict[str, Any]] = ray.nodes()
     resources = next(node["Resources"] for node in nodes if node["NodeID"] == here)
@@ -213,7 +213,7 @@ def _node_cpus() -> int:
 
 
 def _fingerprint(job: Job) -> str:
-    """Names the training folder, so that another job starts afresh and not from a foreign checkpoint."""
+    """The name of the training folder: another job must not continue from this one's checkpoint."""
     data = job.data
     settings = job.fit.model_dump(mode="json", exclude={"classifier", "max_failures"})
     shape = [job.seed, job.normalize, data.num_train, data.num_classes, data.d_old, data.d_new, data.d_side]
@@ -225,18 +225,18 @@ def _fingerprint(job: Job) -> str:
 
 
 def training_folder(run: Run) -> str:
-    """Where a fit keeps its checkpoints until it is done."""
+    """The folder of a fit's checkpoints; deleted when the fit is done."""
     return objects.join(run.transformation, "training")
 
 
 def _drop_broken_snapshot(folder: str) -> None:
-    """Start afresh where a driver died while Ray Train wrote its snapshot, which it does in place."""
+    """Delete the folder of a fit if its driver died while Ray Train overwrote its record of checkpoints."""
     try:
         json.loads(objects.read_bytes(objects.join(folder, "checkpoint_manager_snapshot.json")))
     except FileNotFoundError:
         return
     except ValueError:
-        _logger.warning("the record of the interrupted fit in %s is damaged: fitting from the first epoch", folder)
+        _logger.warning("the record of the interrupted fit in %s is damaged: starting again at the first epoch", folder)
         objects.delete(folder)
 
 

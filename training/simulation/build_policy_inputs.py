@@ -1,8 +1,4 @@
-"""What the policies of a transformation will know: made of its held-out pairs, when it is fitted.
-
-The glue between the fit and `planning.policy_inputs`; guarantee: only held-out pairs go in. It does not know what the
-policies do with it.
-"""
+"""Build the policy inputs of a fitted transformation from its held-out pairs."""
 
 from __future__ import annotations
 
@@ -13,74 +9,62 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.arrays import Float32, Int64
-from pipeline.config.tree import Config
 from pipeline.evaluation.metrics import EvaluateOptions, evaluate
-from pipeline.models.offset import LinearClassifier
 from pipeline.planning.policy_inputs import PolicyInputs, build_policy_inputs
-from pipeline.planning.signals import Scored
-from training.fitting.learner import PairArrays
 from training.fitting.losses import NO_LABEL
+from training.simulation.folds import Fold
 from training.simulation.staleness_cost import fit_learned, staleness_cost
 
-_MEASURED = 16_384
+_MEASURED = 16_384  # pairs
 
 
 def policy_inputs_of(
-    config: Config,
-    table: pa.Table,
-    pairs: PairArrays,
-    z: Float32,
-    s: Float32,
+    fold: Fold,
     served: Float32,
-    classifier: LinearClassifier | None,
+    groups: NDArray[np.object_],
     label_names: tuple[str, ...] | None,
+    metric: str,
+    seed: int,
 ) -> PolicyInputs:
-    """The reference of a fitted network, with the learned policy's model, and the need of each group.
+    """The policy inputs of N held-out pairs by ascending index, with the model of `learned` and the group needs.
 
-    Args:
-        config: `gallery.metric` and `seed` count.
-        table: the held-out pairs as they are stored: `index`, and maybe `group`.
-        pairs: the same by ascending index.
-        z: (N, d) float32, as h gives them.
-        s: (N,) float32.
-        served: (N, d) float32, the transformed vectors as they are served.
-        classifier: on new embeddings.
-        label_names: the label of each class number, where that is not the number itself.
+    served is (N, d) float32, the transformed vectors as they are served; groups is (N,) str or None.
     """
-    weights = None if classifier is None else (classifier.weight, classifier.bias)
-    metric, seed, labels = config.gallery.metric, config.seed, measurable(pairs.labels)
-    known = build_policy_inputs(pairs.old, z, s, pairs.new, pairs.labels, weights, metric, seed, label_names)
-    rows = np.sort(np.random.default_rng(seed).permutation(len(z))[:_MEASURED])
-    none = np.full(len(rows), None, dtype=object)
-    scored = Scored(rows, s[rows], z[rows], pairs.old[rows], none, none)
+    known = policy_inputs_of_fold(fold, metric, seed, label_names)
+    pairs, labels = fold.pairs, fold.labels()
+    rows = np.sort(np.random.default_rng(seed).permutation(len(served))[:_MEASURED])
     some = None if labels is None else labels[rows]
-    known = fit_learned(scored, known, staleness_cost(served[rows], pairs.new[rows], some, metric, seed), seed)
-    if labels is None or "group" not in table.schema.names or not table["group"].drop_null():
+    costs = staleness_cost(served[rows], pairs.new[rows], some, metric, seed)
+    known = fit_learned(replace(fold.take(rows).scored(), ids=rows), known, costs, seed)
+    if labels is None or all(group is None for group in groups.tolist()):
         return known
-    groups = table.sort_by("index")["group"].to_numpy()
     names, need = group_needs(served[rows], pairs.new[rows], labels[rows], groups[rows], metric)
     return replace(known, group_names=names, group_need=need)
 
 
-def measurable(labels: Int64 | None) -> Int64 | None:
-    """The labels, or None where no two images have the same."""
-    if labels is None:
-        return None
-    there = labels[labels != NO_LABEL]
-    return labels if len(np.unique(there)) < len(there) else None
+def policy_inputs_of_fold(
+    fold: Fold, metric: str, seed: int, label_names: tuple[str, ...] | None = None
+) -> PolicyInputs:
+    """The policy inputs without the model of the policy `learned`."""
+    pairs, known = fold.pairs, fold.classifier
+    weights = None if known is None else (known.weight, known.bias)
+    return build_policy_inputs(pairs.old, fold.z, fold.s, pairs.new, pairs.labels, weights, metric, seed, label_names)
+
+
+def groups_of(table: pa.Table) -> NDArray[np.object_]:
+    """The groups of stored pairs by ascending index, (N,) str or None."""
+    if "group" not in table.schema.names:
+        return np.full(table.num_rows, None, dtype=object)
+    groups: NDArray[np.object_] = table.sort_by("index")["group"].to_numpy()
+    return groups
 
 
 def group_needs(
     served: Float32, new: Float32, labels: Int64, groups: NDArray[np.object_], metric: str
 ) -> tuple[tuple[str, ...], Float32]:
-    """The groups, and (G,) float32 in [0, 1]: how much average precision their queries lack with nothing embedded.
+    """The groups, and their needs, (G,) float32: the loss in average precision while nothing is embedded, in [0, 1].
 
-    Args:
-        served: (N, d) float32.
-        new: (N, d) float32.
-        labels: (N,) int64, -1 for none.
-        groups: (N,) str or None.
-        metric: the gallery's.
+    served and new are (N, d) float32, labels (N,) int64 with -1 for none, groups (N,) str or None.
     """
     queries = np.flatnonzero(labels != NO_LABEL)
     precision = [

@@ -1,9 +1,9 @@
-"""Simulate the backfill of pairs that a fit has not seen: how they are served, the order, the curve.
+"""Simulate the backfill of a fold's pairs, as gallery and queries at once.
 
-    a fold's z, s -> offset, calibration and what policies know, of another fold -> served vectors, orders -> curves
+    another fold -> offset, calibration, policy inputs
+    the fold's z, s -> served vectors, orders -> curves
 
-Guarantee: offset, calibration and policies are fitted on other pairs than are measured; the same arrays and seed give
-the same curve. It does not know how the transformation was fitted.
+Offset, calibration and policy inputs are fitted on other pairs than the measured ones.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pipeline.arrays import Float32, Float64, Int64
-from pipeline.config.tree import Config
 from pipeline.evaluation.metrics import METRICS
 from pipeline.evaluation.simulated_curve import (
     CurveInputs,
@@ -26,8 +25,9 @@ from pipeline.evaluation.simulated_curve import (
 from pipeline.models import offset as offsets
 from pipeline.models.calibration import Calibration, fit_calibration
 from pipeline.planning.policies import load_policy
-from pipeline.planning.policy_inputs import PolicyInputs, build_policy_inputs
+from pipeline.planning.policy_inputs import PolicyInputs
 from training.fitting.losses import NO_LABEL
+from training.simulation.build_policy_inputs import policy_inputs_of_fold
 from training.simulation.folds import Fold
 from training.simulation.staleness_cost import fit_learned, staleness_cost
 from training.simulation.trials import Serving
@@ -37,7 +37,7 @@ _RANDOM_SEEDS = 3
 
 @dataclass(frozen=True, slots=True)
 class SimulationDetail:
-    """How finely a backfill is simulated: points of the curve, and queries at most."""
+    """How finely a backfill is simulated: the number of points of the curve, and at most this many queries."""
 
     points: int
     queries: int
@@ -46,68 +46,70 @@ class SimulationDetail:
 SCREENING, FINAL = SimulationDetail(8, 2500), SimulationDetail(22, 5000)
 
 
-def measure_fold(
-    config: Config, fold: Fold, other: Fold, serving: Serving, policies: list[str], detail: SimulationDetail
-) -> dict[str, Float64]:
-    """The curve of each order on one fold, (P, M) float64 in per cent.
+@dataclass(frozen=True, slots=True)
+class FoldPair:
+    """The fold that is measured, and the one that offset, calibration and policy inputs are fitted on."""
 
-    Args:
-        config: `gallery.metric` and `seed` count.
-        fold: gallery and queries at once.
-        other: pairs that offset, calibration and policies are fitted on.
-        serving: how vectors are served and ranked.
-        policies: their names.
-        detail: P points, and how many queries at most.
+    measured: Fold
+    fitted_on: Fold
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedGallery:
+    """N images that are gallery and queries at once.
+
+    Attributes:
+        served: (N, d) float32, the transformed vectors as they are served.
+        new: (N, d) float32, the new embeddings.
+        labels: (N,) int64, -1 for none: neither a query nor a match; None to measure without labels.
+        metric: l2, ip or cosine.
+        calibration: of the distances to transformed vectors.
     """
-    served, others = _serve(config, fold, other, serving)
-    reference = _reference(config, fold, other, others, "learned" in policies)
+
+    served: Float32
+    new: Float32
+    labels: Int64 | None
+    metric: str
+    calibration: Calibration | None = None
+
+
+def measure_fold(
+    pair: FoldPair, serving: Serving, policies: list[str], detail: SimulationDetail, metric: str, seed: int
+) -> dict[str, Float64]:
+    """The curve of each policy on one fold, (P, M) float64 in per cent."""
+    fold, other = pair.measured, pair.fitted_on
+    served, others = _serve(pair, serving, metric)
+    reference = _reference(pair, others, "learned" in policies, metric, seed)
     ids, scored = np.arange(len(served)), fold.scored()
     orders = {}
     for name in policies:
         if name == "random":
-            orders[name] = [random_order(ids, config.seed + seed) for seed in range(_RANDOM_SEEDS)]
+            orders[name] = [random_order(ids, seed + draw) for draw in range(_RANDOM_SEEDS)]
         else:
-            orders[name] = [order_by(load_policy(name, config.seed, reference)(scored), config.seed)]
-    calibration = None
-    if serving.calibrate:
-        calibration = fit_calibration(others, other.pairs.new, config.gallery.metric, config.seed)
-    return curves_of(config, served, fold, orders, detail, calibration)[1]
+            orders[name] = [order_by(load_policy(name, seed, reference)(scored), seed)]
+    calibration = fit_calibration(others, other.pairs.new, metric, seed) if serving.calibrate else None
+    gallery = SimulatedGallery(served, fold.pairs.new, fold.labels(), metric, calibration)
+    return curves_of(gallery, orders, detail)[1]
 
 
-def _serve(config: Config, fold: Fold, other: Fold, serving: Serving) -> tuple[Float32, Float32]:
-    """A fold and the pairs `other` as they are served, (N, d_new) and (M, d_new), by an offset fitted on `other`."""
+def _serve(pair: FoldPair, serving: Serving, metric: str) -> tuple[Float32, Float32]:
+    """Both folds as they are served, (N, d_new) and (M, d_new)."""
+    fold, other = pair.measured, pair.fitted_on
     if serving.offset == "none":
         return fold.z, other.z
     fitted = offsets.fit_offset(
-        serving.offset, serving.strength, other.z, other.s, other.pairs.new, other.classifier, config.gallery.metric
+        serving.offset, serving.strength, other.z, other.s, other.pairs.new, other.classifier, metric
     )
     return replace(fitted, classifier=fold.classifier).apply(fold.z, fold.s), fitted.apply(other.z, other.s)
 
 
-def queries_of(
-    served: Float32,
-    new: Float32,
-    labels: Int64,
-    order: Int64,
-    metric: str,
-    detail: SimulationDetail,
-    calibration: Calibration | None = None,
-) -> dict[str, Float64]:
-    """The backfill of images that are gallery and queries at once, query by query: per metric of METRICS (Q, P), in per
-    cent, of the queries that have a match.
-
-    Args:
-        served: (N, d) float32.
-        new: (N, d) float32.
-        labels: (N,) int64, -1 for none: no query, and never a match.
-        order: (N,) int64, the rows as they are embedded.
-        metric: l2, ip or cosine.
-        detail: P points, and how many queries at most.
-        calibration: maps the keys of transformed vectors.
-    """
+def queries_of(gallery: SimulatedGallery, order: Int64, detail: SimulationDetail) -> dict[str, Float64]:
+    """The curve of each query that has a match, (Q, P) per metric of METRICS, in per cent."""
+    served, new, labels = gallery.served, gallery.new, gallery.labels
+    assert labels is not None, "queries are measured by labels"
     rows, ids = _some(np.flatnonzero(labels != NO_LABEL), detail.queries), np.arange(len(served))
     inputs = CurveInputs(served, new, new[rows], labels[rows], labels, query_ids=rows, gallery_ids=ids)
-    options = CurveOptions(points=detail.points, metric=metric, calibration=calibration, per_query=True)
+    options = CurveOptions(points=detail.points, metric=gallery.metric, calibration=gallery.calibration, per_query=True)
     found = simulate_curve(inputs, {"": [order]}, options).queries
     assert found is not None, "asked per query"
     ranks, precision = (values[0] for values in found[""])  # (P, Q) of the one order
@@ -119,7 +121,7 @@ def queries_of(
 
 
 def _some(rows: Int64, most: int) -> Int64:
-    """Of these, spread over them, as many or fewer."""
+    """At most `most` of the rows, evenly spread."""
     return rows[:: -(-len(rows) // most)]
 
 
@@ -129,56 +131,33 @@ def order_by(priority: Float32, seed: int) -> Int64:
 
 
 def curves_of(
-    config: Config,
-    served: Float32,
-    fold: Fold,
-    orders: dict[str, list[Int64]],
-    detail: SimulationDetail,
-    calibration: Calibration | None = None,
+    gallery: SimulatedGallery, orders: dict[str, list[Int64]], detail: SimulationDetail
 ) -> tuple[tuple[str, ...], dict[str, Float64]]:
-    """The metrics, and the curve of each order, (P, M) float64 in per cent; the fold is gallery and queries at once.
-
-    The calibration maps the keys of transformed vectors.
-    """
-    labels, metric, ids = fold.labels(), config.gallery.metric, np.arange(len(served))
+    """The metrics, and the curve of each order, (P, M) float64 in per cent."""
+    served, new, labels, metric = gallery.served, gallery.new, gallery.labels, gallery.metric
+    ids, calibration = np.arange(len(served)), gallery.calibration
     if labels is None:
         flat = {name: some[0] for name, some in orders.items()}
         rows = _some(ids, detail.queries)
-        curves = recall_curve(
-            served,
-            fold.pairs.new,
-            rows,
-            flat,
-            CurveOptions(points=detail.points, metric=metric, calibration=calibration),
-        )
+        options = CurveOptions(points=detail.points, metric=metric, calibration=calibration)
+        curves = recall_curve(served, new, rows, flat, options)
         return ("recall10",), {name: curve[:, None] for name, curve in curves.items()}
     queries = _some(np.flatnonzero(labels != NO_LABEL), detail.queries)
     simulation = simulate_curve(
-        CurveInputs(
-            served, fold.pairs.new, fold.pairs.new[queries], labels[queries], labels, query_ids=queries, gallery_ids=ids
-        ),
+        CurveInputs(served, new, new[queries], labels[queries], labels, query_ids=queries, gallery_ids=ids),
         orders,
         CurveOptions(points=detail.points, metric=metric, calibration=calibration),
     )
     return METRICS, {name: curve.values for name, curve in simulation.orders.items()}
 
 
-def _reference(config: Config, fold: Fold, other: Fold, served: Float32, learned: bool) -> PolicyInputs:
-    """What policies know of the pairs `other`, with the fold's own classifier.
-
-    Args:
-        config: `gallery.metric` and `seed` count.
-        fold: what is ranked.
-        other: pairs.
-        served: (M, d_new) float32, as these are served.
-        learned: whether the policy `learned` is to know its model.
-    """
-    pairs, metric = other.pairs, config.gallery.metric
-    known = None if other.classifier is None else (other.classifier.weight, other.classifier.bias)
-    reference = build_policy_inputs(pairs.old, other.z, other.s, pairs.new, pairs.labels, known, metric, config.seed)
+def _reference(pair: FoldPair, served: Float32, learned: bool, metric: str, seed: int) -> PolicyInputs:
+    """The policy inputs from `pair.fitted_on`, whose vectors are `served`, with the classifier of the measured fold."""
+    fold, other = pair.measured, pair.fitted_on
+    reference = policy_inputs_of_fold(other, metric, seed)
     if learned:
-        costs = staleness_cost(served, pairs.new, other.labels(), metric, config.seed)
-        reference = fit_learned(other.scored(), reference, costs, config.seed)
+        costs = staleness_cost(served, other.pairs.new, other.labels(), metric, seed)
+        reference = fit_learned(other.scored(), reference, costs, seed)
     if fold.classifier is None:
         return reference
     return replace(reference, classifier_weight=fold.classifier.weight, classifier_bias=fold.classifier.bias)

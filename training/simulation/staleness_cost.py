@@ -1,9 +1,8 @@
-"""What leaving an image transformed costs, measured on held-out pairs, and a model that predicts it.
+"""The staleness cost of an image, measured on held-out pairs, and the model that predicts it. Pure.
 
-    held-out pairs as served -> cost of each -> signals of each (`signals`) -> two-layer networks in PolicyInputs
+    held-out pairs as served -> cost of each -> its signals (`planning.signals`) -> two-layer networks in PolicyInputs
 
-Guarantee: the same pairs and seed give the same cost and the same model, bit for bit, on one machine. This module does
-not know files, or how the transformation was fitted.
+The same pairs and seed give the same cost and model, bit for bit, on one machine.
 """
 
 from __future__ import annotations
@@ -26,31 +25,25 @@ _KEYS_AT_ONCE = 2**22
 
 _NETWORKS = 4
 _WIDTH = 32
-_STEPS, _EPOCHS = 400, (20, 60)  # as many steps, within these epochs (m): with more it learns the noise
+_STEPS, _EPOCHS = 400, (20, 60)  # this many steps, within these epochs (m): more of them overfit
 _BATCH = 256
 _LR = 2e-3
 _DECAY = 1e-2
-_CLIP = 4.0  # standard deviations: a few images cost a hundred times the mean, and would be all that is learnt
+_CLIP = 4.0  # standard deviations: a few images cost a hundred times the mean, and would dominate the fit
 
 
 def staleness_cost(served: Float32, new: Float32, labels: Int64 | None, metric: str, seed: int) -> Float32:
-    """What leaving image i transformed costs the other images' queries, (N,) float32; negative where it helps.
+    """Staleness cost of image i, (N,) float32; negative if its transformed vector does better than its embedding.
 
-    Each image is a query by its new embedding against a gallery in which a random half of the images is embedded
-    (another half for each query). Of this query's average precision, and of the reciprocal rank of its first relevant
-    image, the cost of i is what they would gain if i alone were embedded instead of transformed, or were transformed
-    instead of embedded with the sign turned. An image that intrudes before relevant ones costs, and so does a relevant
-    one that comes late; and where the embedded vector would do worse than the transformed one it is a gain. The two
-    costs are summed over the queries, divided by their standard deviation over the images, and added.
-
-    Relevant are the images of the query's label; without labels its 10 nearest by new embeddings.
+    It is the drop in other queries' average precision and reciprocal rank if i keeps its transformed vector rather
+    than its new embedding, with a random half of the gallery embedded (another half for each query). Both drops are
+    summed over the queries, divided by their standard deviation over the images, and added. Relevant are the images
+    of the query's label; without labels, its 10 nearest by new embeddings.
 
     Args:
         served: (N, d) float32, the transformed vectors as they are served, with their offset.
-        new: (N, d) float32, the embedded ones.
-        labels: (N,) int64, -1 for none; None where quality is not measured by them.
-        metric: l2, ip or cosine; with cosine all vectors have length 1.
-        seed: of the halves, and of the queries where there are many images.
+        new: (N, d) float32; with the metric `cosine` all vectors have length 1.
+        labels: (N,) int64, -1 for none; None to measure without labels.
     """
     costs = np.zeros((2, len(new)))
     rng = np.random.default_rng(seed)
@@ -70,17 +63,10 @@ def staleness_cost(served: Float32, new: Float32, labels: Int64 | None, metric: 
 
 
 def fit_learned(scored: Scored, reference: PolicyInputs, costs: Float32, seed: int) -> PolicyInputs:
-    """The reference with a model of the cost, for the policy `learned`.
+    """The policy inputs with a model of the staleness cost, for the policy `learned`.
 
-    A mean over some small networks on standardised signals, by Adam on the squared error; a cost beyond four standard
-    deviations counts as that. Where an image is one of the reference's own pairs its signals are those of an image
-    that is not.
-
-    Args:
-        scored: N held-out images, which may be the reference's own pairs.
-        reference: what the signals need.
-        costs: (N,) float32, of each pair.
-        seed: of the first weights and the shuffles.
+    The model is the mean of small networks on standardised signals, fitted by AdamW on the squared error. Costs are
+    clipped to four standard deviations. A pair of `reference` in `scored` is excluded from its own neighbours.
     """
     known = signals(scored, reference)
     columns = np.stack(list(known.values()), axis=1)
@@ -99,7 +85,7 @@ def fit_learned(scored: Scored, reference: PolicyInputs, costs: Float32, seed: i
 
 
 def _fit_networks(x_ns: torch.Tensor, y_n: torch.Tensor, seed: int) -> list[torch.Tensor]:
-    """weight (E, S, H), bias (E, H), out (E, H), shift (E,): E networks side by side, each with its own shuffle."""
+    """weight (E, S, H), bias (E, H), out (E, H), shift (E,) of E networks, each with its own shuffle."""
     random = torch.Generator().manual_seed(seed)
     num, width = x_ns.shape
     weight_esh = (torch.rand((_NETWORKS, width, _WIDTH), generator=random) * 2 - 1) / width**0.5
@@ -124,7 +110,7 @@ def _fit_networks(x_ns: torch.Tensor, y_n: torch.Tensor, seed: int) -> list[torc
 def _queries(
     served: Float32, new: Float32, labels: Int64 | None, metric: str, queries: Int64
 ) -> Iterator[tuple[int, Float32, Float32, NDArray[np.bool_]]]:
-    """Per query that has a match: its row, the keys to all transformed and embedded vectors, and what is relevant."""
+    """For each query that has a match: its row, its keys to all transformed and embedded vectors, the relevant rows."""
     size = max(1, _KEYS_AT_ONCE // len(new))
     for start in range(0, len(queries), size):
         rows = queries[start : start + size]
@@ -144,7 +130,7 @@ def _queries(
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """Some images for one query: both keys, and which one counts in its half-embedded gallery."""
+    """Some images for one query: both keys, and which of them are embedded in its half-embedded gallery."""
 
     transformed: Float32
     embedded: Float32
@@ -152,15 +138,15 @@ class _Side:
 
     @property
     def current(self) -> Float32:
-        """The keys that count."""
+        """The keys in the half-embedded gallery."""
         return np.where(self.halves, self.embedded, self.transformed)
 
 
 class _Ranking:
-    """A query's ranking, and what it is worth with one image elsewhere and all others left where they are.
+    """A query's ranking, and its quality if one image alone gets another key. Ties count against the query.
 
-    Ties are pessimistic. Worth is (2, n) float64 of n images that are tried out one by one: the average precision (but
-    for a constant), and the reciprocal rank of the first relevant image.
+    Quality is (2, n) float64 for n images moved one at a time: average precision (up to a constant), and the
+    reciprocal rank of the first relevant image.
     """
 
     def __init__(self, relevant: _Side, others: _Side) -> None:
@@ -171,7 +157,7 @@ class _Ranking:
         self._precision = self._place / (self._place + self._before)
 
     def of_other(self, at: Float32) -> Float64:
-        """With an irrelevant image at `at` (I,), which are in the order of their side."""
+        """Quality with irrelevant image i moved to the key `at[i]`, for each of them, (2, I)."""
         now, then = (np.searchsorted(self._relevant, keys) for keys in (self._sides[1], at))
         nearer = self._change(self._place, self._before + 1)
         farther = self._change(self._place, np.maximum(self._before - 1, 0))
@@ -180,7 +166,7 @@ class _Ranking:
         return np.stack([change / len(self._place), 1 / (1 + first)])
 
     def of_relevant(self, at: Float32) -> Float64:
-        """With a relevant image at `at` (R,), which are in the order of their side."""
+        """Quality with relevant image i moved to the key `at[i]`, for each of them, (2, R)."""
         now = np.empty(len(at), np.int64)
         now[np.argsort(self._sides[0], kind="stable")] = np.arange(len(at))
         then = np.searchsorted(self._relevant, at)
@@ -196,5 +182,5 @@ class _Ranking:
         return np.stack([(own - self._precision[now] + change) / len(at), 1 / (1 + first)])
 
     def _change(self, place: Int64, before: Int64) -> Float64:
-        """(R + 1,): how much precision changes over the first 0, 1, ... relevant images at these places."""
+        """(R + 1,) float64: the change of summed precision over the first 0, 1, ... relevant images at these places."""
         return np.concatenate([[0.0], np.cumsum(place / np.maximum(place + before, 1) - self._precision)])

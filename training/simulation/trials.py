@@ -1,6 +1,6 @@
-"""What a selection chooses between, what was measured of it, and the rule by which one is chosen. Pure.
+"""The trials of a selection, their measurements, and the rule that chooses one. Pure.
 
-Guarantee: the same measurements give the same choice, in whatever order they come.
+The choice does not depend on the order of the measurements.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from pipeline.arrays import Float64
 from pipeline.config.method import FitSettings, LossMode, OffsetKind, TransformationKind
 from pipeline.planning.expected_curve import REACHED, fraction_for
 from pipeline.planning.policies import POLICIES
-from pipeline.planning.selection import CurveFigures, Selection, recipe_name
-from pipeline.planning.selection import TrialResult as Described
+from pipeline.planning.selection import CurveFigures, Selection, TrialResult, recipe_name
 
 _KINDS = get_args(TransformationKind)
 _LOSSES = get_args(LossMode)
@@ -26,7 +25,7 @@ TrialEnds = dict[str, CurveFigures]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a transformation is fitted: the settings of `fit` by these names."""
+    """How a transformation is fitted: settings of `fit` with these names."""
 
     loss: LossMode
     lambda_disc: float
@@ -39,13 +38,12 @@ class Recipe:
         return fit.model_copy(update=asdict(self))
 
     def __str__(self) -> str:
-        """Its name in a table."""
         return recipe_name(self.transformation, self.loss, self.lambda_disc)
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """How its vectors are served: the settings of `fit` by the names `offset`, `offset_strength` and `calibrate`."""
+    """How transformed vectors are served: `fit.offset`, `fit.offset_strength` and `fit.calibrate`."""
 
     offset: OffsetKind
     strength: float
@@ -54,17 +52,14 @@ class Serving:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A recipe, how it is served, and the order in which images are embedded."""
+    """A recipe, how its vectors are served, and the policy."""
 
     recipe: Recipe
     serving: Serving
     policy: str
 
     def simplicity(self) -> tuple[float, ...]:
-        """Sorts the simpler one first.
-
-        By its kind, no offset, calibrated as always, a simple order, few terms in the loss, a small network.
-        """
+        """Sort key: simpler kind, no offset, calibrated, simpler policy, fewer terms in the loss, smaller network."""
         recipe, serving = self.recipe, self.serving
         sizes = (recipe.inner_width, recipe.epochs or 0, recipe.lambda_disc)
         served = (_OFFSETS.index(serving.offset), not serving.calibrate)
@@ -74,32 +69,24 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class TrialRow:
-    """What was measured of one candidate.
+    """The measured curves of a trial, per fold, point and metric, (F, P, M) float64 in per cent."""
 
-    Attributes:
-        candidate: of what.
-        curves: per fold and metric the values at each point, in per cent, (F, P, M) float64.
-    """
-
-    candidate: Trial
+    trial: Trial
     curves: Float64
 
     def areas(self) -> Float64:
-        """Per fold and metric the plain mean of the points, (F, M)."""
+        """The mean over the points, per fold and metric, (F, M)."""
         areas: Float64 = self.curves.mean(axis=1)
         return areas
 
     def scores(self, columns: Sequence[int]) -> Float64:
-        """Per fold the mean over some metrics, (F,)."""
+        """The mean area over some metrics, per fold, (F,)."""
         scores: Float64 = self.areas()[:, list(columns)].mean(axis=1)
         return scores
 
 
 def choose(rows: Iterable[TrialRow], columns: Sequence[int]) -> TrialRow:
-    """The simplest candidate that is within one standard error of the best.
-
-    The error is that of the difference to the best, paired by fold.
-    """
+    """The simplest trial within one standard error of the best: of the difference, paired by fold."""
     ranked = _ranked(rows, columns)
     best = ranked[0].scores(columns)
 
@@ -107,24 +94,24 @@ def choose(rows: Iterable[TrialRow], columns: Sequence[int]) -> TrialRow:
         behind = best - row.scores(columns)
         return bool(behind.mean() <= behind.std(ddof=1) / np.sqrt(len(behind)))
 
-    return min((row for row in ranked if as_good(row)), key=lambda row: row.candidate.simplicity())
+    return min((row for row in ranked if as_good(row)), key=lambda row: row.trial.simplicity())
 
 
 def finalists(rows: Iterable[TrialRow], columns: Sequence[int], most: int) -> list[tuple[Recipe, Serving]]:
-    """Of what was screened the best, and whatever they are the best without an offset and what `choose` would take."""
+    """The `most` best recipes and servings, the best one without an offset, and the one that `choose` takes."""
     ranked = _ranked(rows, columns)
-    found = list(dict.fromkeys((row.candidate.recipe, row.candidate.serving) for row in ranked))
+    found = list(dict.fromkeys((row.trial.recipe, row.trial.serving) for row in ranked))
     plain = [item for item in found if item[1].offset == "none"]
-    simple = choose(ranked, columns).candidate
+    simple = choose(ranked, columns).trial
     return list(dict.fromkeys([*found[:most], *plain[:1], (simple.recipe, simple.serving)]))
 
 
 def _ranked(rows: Iterable[TrialRow], columns: Sequence[int]) -> list[TrialRow]:
-    return sorted(rows, key=lambda row: (-row.scores(columns).mean(), row.candidate.simplicity()))
+    return sorted(rows, key=lambda row: (-row.scores(columns).mean(), row.trial.simplicity()))
 
 
 def settings_of(selection: Selection, fit: FitSettings) -> FitSettings:
-    """`fit` with the settings of the chosen candidate."""
+    """`fit` with the chosen settings."""
     chosen = selection.chosen
     update: dict[str, object] = {name: getattr(chosen, name) for name in Recipe.__slots__}
     update |= {"offset": chosen.offset, "calibrate": chosen.calibrate}
@@ -140,18 +127,12 @@ def selection_of(
     num_measured: int,
     ends: TrialEnds,
 ) -> Selection:
-    """The choice, and the outcome as it is stored and shown.
+    """Choose among `rows`, and describe the outcome as it is stored and shown.
 
-    Args:
-        rows: all that were measured in full; one of them is chosen.
-        screened: all that were measured at first, with fewer points and queries.
-        names: of the metrics.
-        columns: which of them count.
-        num_measured: pairs of a fold that were measured.
-        ends: old/old and new/new.
+    `screened` are the trials of the first round, `names` the metrics, and `columns` those that count.
     """
 
-    def described(some: Sequence[TrialRow]) -> tuple[Described, ...]:
+    def described(some: Sequence[TrialRow]) -> tuple[TrialResult, ...]:
         ranked = _ranked(some, columns)
         return tuple(_described(row, names, columns, ranked[0].scores(columns)) for row in ranked)
 
@@ -170,19 +151,19 @@ def selection_of(
     )
 
 
-def _described(row: TrialRow, names: Sequence[str], columns: Sequence[int], best: Float64) -> Described:
+def _described(row: TrialRow, names: Sequence[str], columns: Sequence[int], best: Float64) -> TrialResult:
     areas, behind = row.areas(), best - row.scores(columns)
     mean, points = row.curves.mean(axis=0), np.linspace(0, 1, row.curves.shape[1])
     reached = {
         percent: {name: fraction_for(mean[:, column], points, percent) for column, name in enumerate(names)}
         for percent in REACHED
     }
-    return Described(
-        **asdict(row.candidate.recipe),
-        offset=row.candidate.serving.offset,
-        offset_strength=row.candidate.serving.strength,
-        calibrate=row.candidate.serving.calibrate,
-        policy=row.candidate.policy,
+    return TrialResult(
+        **asdict(row.trial.recipe),
+        offset=row.trial.serving.offset,
+        offset_strength=row.trial.serving.strength,
+        calibrate=row.trial.serving.calibrate,
+        policy=row.trial.policy,
         area=dict(zip(names, areas.mean(axis=0).tolist(), strict=True)),
         area_std=dict(zip(names, areas.std(axis=0, ddof=1).tolist(), strict=True)),
         start=dict(zip(names, mean[0].tolist(), strict=True)),

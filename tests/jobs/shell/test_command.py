@@ -43,7 +43,7 @@ command()
 """
 
 
-def test_command_leaves_out_what_ray_says_of_its_worker_processes_and_nothing_else() -> None:
+def test_command_hides_ray_s_warning_about_worker_processes_and_no_other_line() -> None:
     found = subprocess.run([sys.executable, "-c", _COMMAND], capture_output=True, text=True, check=True)
     assert "worker processes" not in found.stdout + found.stderr
     assert "a node has died" in found.stderr

@@ -1,4 +1,4 @@
-"""Every error as one message: what it says, its exit code, and when the traceback is shown."""
+"""Every error becomes one message with an exit code; a traceback is shown only on request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is refused before any work: settings and manifests that do not fit each other."""
+"""Settings and manifests that contradict each other are refused before any work."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 
 from jobs.steps.preflight import check_settings, check_widths
 from pipeline.config.load import load_config
+from pipeline.config.tree import sources
 from pipeline.errors import ConfigError, DataError, FastfillError
 from tests.support.galleries import NEW_DIM, OLD_DIM, write_config
 
@@ -69,8 +70,8 @@ def test_preflight_of_a_policy_whose_inputs_the_fit_will_make_passes(check: Chec
         (
             {"encoders__old": None, "gallery__columns__old_embedding": "old", "pairs__columns__old_embedding": "wide"},
             DataError,
-            r"old_embedding has another width than the pairs'(.|\n)*found: 12 in the gallery \(column old\), 13 in the "
-            r"pairs \(column wide\)",
+            r"old_embedding has another width in the gallery than in the pairs(.|\n)*"
+            r"found: 12 in the gallery \(column old\), 13 in the pairs \(column wide\)",
         ),
         ({"gallery__columns__old_embedding": "wide"}, DataError, "expected: 12, the encoder's dim\n  found: 13"),
         ({"pairs__columns__new_embedding": "wide"}, DataError, "expected: 20, the encoder's dim\n  found: 13"),
@@ -79,9 +80,9 @@ def test_preflight_of_a_policy_whose_inputs_the_fit_will_make_passes(check: Chec
         (
             {"gallery__columns__side": "side", "pairs__columns__side": "wide"},
             DataError,
-            "side has another width than the pairs'(.|\n)*found: 3 in the gallery",
+            "side has another width in the gallery than in the pairs(.|\n)*found: 3 in the gallery",
         ),
-        ({"fit__num_workers": 17}, ConfigError, "more workers than parts"),
+        ({"fit__num_workers": 17}, ConfigError, "larger than the number of parts"),
         ({"index__factory": "IVF256,Flat"}, ConfigError, "expected: at least 256\n  found: 180"),
         ({"index__factory": "IVF8,Flat", "index__train_vectors": 7}, ConfigError, "expected: at least 8\n  found: 7"),
         ({"plan__waves": 200}, ConfigError, "a wave has no image"),
@@ -96,14 +97,18 @@ def test_preflight_of_a_policy_whose_inputs_the_fit_will_make_passes(check: Chec
         (
             {"plan__policy": "selected", "fit__transformation": "linear"},
             ConfigError,
-            "nothing is selected(.|\n)*where: plan.policy: selected",
+            "this run makes no selection(.|\n)*where: plan.policy: selected",
         ),
         (
             {"fit": {}, "select": {"measured_on": "probe"}, "probe__images": 0},
             ConfigError,
             "at least 300 images(.|\n)*found: 0",
         ),
-        ({"fit": {}, "select": {"measured_on": "probe"}}, ConfigError, "too small to choose by(.|\n)*found: 200"),
+        (
+            {"fit": {}, "select": {"measured_on": "probe"}},
+            ConfigError,
+            "too small for select.measured_on=probe(.|\n)*found: 200",
+        ),
         ({"plan__policy": "no_such_module:order"}, ConfigError, "the policy's function cannot be found"),
     ],
 )
@@ -154,13 +159,13 @@ def test_too_few_pairs_are_refused(check: Check, data: Path, tmp_path: Path) -> 
 
 
 def test_check_widths_compares_the_columns_whose_width_is_known_in_both_manifests(tmp_path: Path) -> None:
-    config = load_config(write_config(tmp_path))
-    check_widths(config, {"gallery": {"old_embedding": 4}, "pairs": {}})
-    check_widths(config, {"gallery": {"old_embedding": 4, "side": 3}})
-    check_widths(config, {"gallery": {}, "pairs": {"old_embedding": 4, "side": 3}})
-    check_widths(config, {"gallery": {"old_embedding": 4, "side": 3}, "pairs": {"old_embedding": 4, "side": 3}})
+    given = sources(load_config(write_config(tmp_path)))
+    check_widths(given, {"gallery": {"old_embedding": 4}, "pairs": {}})
+    check_widths(given, {"gallery": {"old_embedding": 4, "side": 3}})
+    check_widths(given, {"gallery": {}, "pairs": {"old_embedding": 4, "side": 3}})
+    check_widths(given, {"gallery": {"old_embedding": 4, "side": 3}, "pairs": {"old_embedding": 4, "side": 3}})
     with pytest.raises(DataError, match="side has another width"):
-        check_widths(config, {"gallery": {"old_embedding": 4, "side": 3}, "pairs": {"old_embedding": 4, "side": 5}})
+        check_widths(given, {"gallery": {"old_embedding": 4, "side": 3}, "pairs": {"old_embedding": 4, "side": 5}})
 
 
 NO_LABELS = {"id": "name", "image": "image"}
@@ -191,7 +196,11 @@ def test_a_gallery_without_a_manifest_of_pairs_passes(check: Check, changes: dic
             "where: gallery.columns.label",
         ),
         ({"plan__policy": "class_mean", "gallery__columns": NO_LABELS}, ConfigError, "expected: gallery.columns.label"),
-        ({"gallery__columns__old_embedding": None, "encoders__old": None}, ConfigError, "the gallery's old embeddings"),
+        (
+            {"gallery__columns__old_embedding": None, "encoders__old": None},
+            ConfigError,
+            "the gallery has no old embeddings",
+        ),
     ],
 )
 def test_preflight_of_pairs_from_the_gallery_with_contradicting_settings_is_refused(

@@ -1,4 +1,4 @@
-"""`fastfill gc` as a user meets it."""
+"""The command `fastfill gc`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_gc_dry_run_prints_what_gc_then_removes(run_uri: str) -> None:
 def test_gc_prints_why_each_commit_is_kept(run_uri: str) -> None:
     result = CliRunner().invoke(main, ["gc", "--config", "run.yaml"])
     assert result.exit_code == 0
-    assert "commit 1 stays: before prod" in result.stderr
+    assert "commit 1 kept: before prod" in result.stderr
     assert "removed no commit" in result.stderr
     assert "; 0 index files, 0 left-over files, " in result.stderr
 
@@ -72,9 +72,14 @@ def test_gc_with_keep_0_or_a_negative_grace_is_refused(run_uri: str, bad: list[s
     assert CliRunner().invoke(main, ["gc", "--config", "run.yaml", *bad]).exit_code == 2
 
 
-def test_the_help_says_what_stays() -> None:
+def test_the_help_lists_the_snapshots_that_are_kept() -> None:
     text = " ".join(CliRunner().invoke(main, ["gc", "--help"]).stdout.split())
-    for words in ("what every tag points to", "the last --keep snapshots", "evaluate --curve", "never touched"):
+    for words in (
+        "every snapshot that a tag points to",
+        "the newest snapshots (--keep)",
+        "evaluate --curve",
+        "never removed",
+    ):
         assert words in text
 
 

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from jobs.shell.progress_bars import Bars
-from jobs.steps.prepare import ensure_embeddings
+from jobs.steps.prepare import RunSteps
 from pipeline import parallel
 from pipeline.arrays import Int64, vectors_from_arrow, vectors_to_arrow
 from pipeline.config.tree import Config
@@ -171,13 +171,13 @@ def test_probe_set_of_a_planned_run_embeds_no_known_image_again(tmp_path: Path) 
     bars, unable = Bars(Console(quiet=True)), config.encoders.model_copy(update={"old": None})
     without = config.model_copy(update={"encoders": unable})
     with pytest.raises(ConfigError, match="the probe-set's old embeddings are not given"):
-        ensure_embeddings(without, run, bars)
+        RunSteps(without, run, bars).embed()
     log(run, images, parquet.read_parquet(run.part("probe-set", 0), ["id"])["id"].to_numpy())
     plan = read_plan(run)
     assert plan is not None
     assert gather(config.probe, config.encoders, run, plan) is not None
     objects.delete(run.path("probe-set", "old"))  # as it was before the set had old embeddings of its own
-    ensure_embeddings(without, run, bars)
+    RunSteps(without, run, bars).embed()
 
 
 def test_probe_set_once_drawn_ignores_later_settings(tmp_path: Path) -> None:

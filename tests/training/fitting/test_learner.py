@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,25 +9,21 @@ import pytest
 import torch
 
 from pipeline.config.method import TransformationKind
-from pipeline.config.tree import Config
-from pipeline.models.networks import LinearTransformation
 from tests.support.pairs import (
     CPU,
-    D_NEW,
-    D_OLD,
     assert_same_weights,
     fit_config,
+    fit_job,
     make_learner,
     read_pairs,
     same_network,
     synthetic_fit_data,
 )
-from training.fit import make_job
 from training.fitting.held_out_metrics import transform
-from training.fitting.learner import Job, Learner
-from training.fitting.linear_fit import fit_linear, over_arrays
+from training.fitting.learner import Job, Learner, PairArrays, with_linear
+from training.fitting.linear_fit import over_arrays
 from training.fitting.stopping import PATIENCE
-from training.simulation.folds import fit_alone, job_of
+from training.simulation.folds import FoldSettings, fit_alone
 from training.simulation.trials import Recipe
 
 
@@ -47,41 +42,39 @@ from training.simulation.trials import Recipe
 def test_a_batch_is_an_eighth_of_the_pairs_at_most_and_two_at_least(
     tmp_path: Path, settings: dict[str, object], num: int, batch: int
 ) -> None:
-    job = make_job(fit_config(tmp_path, **settings), synthetic_fit_data(tmp_path, num))
+    job = fit_job(fit_config(tmp_path, **settings), synthetic_fit_data(tmp_path, num))
     assert job.rank_batch == batch
     assert job.steps >= 6
 
 
 def test_without_epochs_few_pairs_get_all_steps_in_eighty_epochs(tmp_path: Path) -> None:
-    job = make_job(
-        fit_config(tmp_path, epochs=None, steps=1000, batch_size=1024), synthetic_fit_data(tmp_path, num=100)
-    )
+    job = fit_job(fit_config(tmp_path, epochs=None, steps=1000, batch_size=1024), synthetic_fit_data(tmp_path, num=100))
     assert job.fit.num_epochs == 80
     assert [step for epoch in range(80) for step in job.steps_of(epoch)] == list(range(1000))
-    assert make_job(fit_config(tmp_path, epochs=None), synthetic_fit_data(tmp_path)).fit.steps == 4000
+    assert fit_job(fit_config(tmp_path, epochs=None), synthetic_fit_data(tmp_path)).fit.steps == 4000
 
 
 def test_learner_with_epochs_passes_over_the_pairs_once_an_epoch(tmp_path: Path) -> None:
-    job = make_job(fit_config(tmp_path, epochs=3, steps=1000), synthetic_fit_data(tmp_path))
+    job = fit_job(fit_config(tmp_path, epochs=3, steps=1000), synthetic_fit_data(tmp_path))
     assert [list(job.steps_of(epoch)) for epoch in range(job.fit.num_epochs)] == [
         list(range(start, start + 8)) for start in (0, 8, 16)
     ]
 
 
 def test_learner_with_fewer_steps_than_epochs_takes_one_step_an_epoch(tmp_path: Path) -> None:
-    job = make_job(fit_config(tmp_path, epochs=None, steps=3), synthetic_fit_data(tmp_path))
+    job = fit_job(fit_config(tmp_path, epochs=None, steps=3), synthetic_fit_data(tmp_path))
     assert [list(job.steps_of(epoch)) for epoch in range(job.fit.num_epochs)] == [[0], [1], [2]]
 
 
 def test_learner_with_steps_has_the_papers_learning_rate(tmp_path: Path) -> None:
     data = synthetic_fit_data(tmp_path)
-    by_steps = make_job(fit_config(tmp_path, epochs=None, warmup_epochs=5), data)
-    by_epochs = make_job(fit_config(tmp_path, epochs=80, warmup_epochs=5), data)
+    by_steps = fit_job(fit_config(tmp_path, epochs=None, warmup_epochs=5), data)
+    by_epochs = fit_job(fit_config(tmp_path, epochs=80, warmup_epochs=5), data)
     assert [by_steps.lr(epoch) for epoch in range(80)] == [by_epochs.lr(epoch) for epoch in range(80)]
 
 
 def test_an_epoch_of_several_passes_shuffles_each(tmp_path: Path) -> None:
-    job = make_job(fit_config(tmp_path, epochs=None, steps=80 * 12), synthetic_fit_data(tmp_path))
+    job = fit_job(fit_config(tmp_path, epochs=None, steps=80 * 12), synthetic_fit_data(tmp_path))
     rows = torch.cat(list(make_learner(job)._batches(0)))
     assert len(rows) == 12 * 64
     assert rows[:512].sort().values.tolist() == list(range(512))
@@ -91,28 +84,27 @@ def test_an_epoch_of_several_passes_shuffles_each(tmp_path: Path) -> None:
     assert second.sort().values.tolist() == list(range(512)), "an epoch goes on with the pass that the last one began"
 
 
-def _residual(tmp_path: Path, **settings: object) -> tuple[Config, Job]:
+def _residual(tmp_path: Path, **settings: object) -> Job:
     config = fit_config(tmp_path, **{"transformation": "residual", "epochs": 20} | settings)
-    job = make_job(config, synthetic_fit_data(tmp_path, hard=True))
+    job = fit_job(config, synthetic_fit_data(tmp_path, hard=True))
     pairs = read_pairs(job.data.train_parts, job)
-    one_pass = over_arrays(np.arange(len(pairs.old)), pairs.old, pairs.new, None, job.normalize)
-    return config, replace(job, linear=fit_linear(one_pass, LinearTransformation(D_OLD, D_NEW, None, job.normalize)))
+    return with_linear(job, lambda: over_arrays(np.arange(len(pairs.old)), pairs.old, pairs.new, None, job.normalize))
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_residual_without_a_step_equals_linear(tmp_path: Path, metric: str) -> None:
-    config, job = _residual(tmp_path, metric=metric)
+    job = _residual(tmp_path, metric=metric)
     pairs = read_pairs(job.data.held_out_parts, job)
     assert job.linear is not None
     for found, expected in zip(
-        transform(config, make_learner(job).fitted(), pairs), transform(config, job.linear.network, pairs), strict=True
+        transform(make_learner(job).fitted(), pairs, "cpu"), transform(job.linear.network, pairs, "cpu"), strict=True
     ):
         np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("loss", ["alignment", "alignment+discriminative"])
 def test_residual_is_better_than_linear_on_the_pairs_it_watches(tmp_path: Path, loss: str) -> None:
-    _, job = _residual(tmp_path, lr=5e-3, loss=loss)
+    job = _residual(tmp_path, lr=5e-3, loss=loss)
     learner = make_learner(job)
     first = learner._watched_error()
     while not learner.done:
@@ -122,7 +114,7 @@ def test_residual_is_better_than_linear_on_the_pairs_it_watches(tmp_path: Path, 
 
 
 def test_residual_that_gets_worse_is_linear_and_ends_soon(tmp_path: Path) -> None:
-    _, job = _residual(tmp_path, lr=10.0, warmup_epochs=0)
+    job = _residual(tmp_path, lr=10.0, warmup_epochs=0)
     learner = make_learner(job)
     first = learner._watched_error()
     while not learner.done:
@@ -132,8 +124,8 @@ def test_residual_that_gets_worse_is_linear_and_ends_soon(tmp_path: Path) -> Non
     assert learner._watched_error() == first
 
 
-def test_residual_that_goes_on_from_a_state_equals_never_stopping(tmp_path: Path) -> None:
-    _, job = _residual(tmp_path, epochs=8, lr=5e-3)
+def test_residual_restored_from_a_state_equals_an_uninterrupted_fit(tmp_path: Path) -> None:
+    job = _residual(tmp_path, epochs=8, lr=5e-3)
     whole, learner = make_learner(job), make_learner(job)
     while not whole.done:
         whole.run_epoch()
@@ -151,10 +143,19 @@ def test_residual_that_goes_on_from_a_state_equals_never_stopping(tmp_path: Path
 @pytest.mark.parametrize("kind", ["linear", "residual", "fastfill"])
 def test_a_fold_is_fitted_by_each_kind(tmp_path: Path, kind: TransformationKind) -> None:
     data = synthetic_fit_data(tmp_path)
-    job = job_of(fit_config(tmp_path), data, Recipe("alignment", 0.0, 32, 12, kind))
+    config = fit_config(tmp_path)
+    given = FoldSettings(config.fit, config.select, data, "l2", config.seed, config.device)
+    job = given.job(Recipe("alignment", 0.0, 32, 12, kind))
     train, held = read_pairs(data.train_parts, job), read_pairs(data.held_out_parts, job)
     found = fit_alone(job, train, held, 0, CPU)
     assert found.z.shape == held.new.shape
     assert np.isfinite(found.s).all()
     assert found.classifier is not None, "orders by it are tried for each kind"
     assert np.square(found.z - held.new).mean() < 0.9 * held.new.var(axis=0).mean()
+
+
+@pytest.mark.parametrize(("labels", "found"), [(None, False), ([3, -1, -1, 5], False), ([3, -1, 3], True)])
+def test_measurable_labels_are_none_if_no_two_images_share_one(labels: list[int] | None, found: bool) -> None:
+    codes = None if labels is None else np.array(labels)
+    none = np.empty((0, 1), np.float32)
+    assert (PairArrays(none, none, None, codes).measurable_labels() is not None) == found

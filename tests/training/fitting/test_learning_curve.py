@@ -1,4 +1,4 @@
-"""How many pairs a linear map is to be expected to need."""
+"""The number of pairs that a linear map is expected to need."""
 
 from __future__ import annotations
 

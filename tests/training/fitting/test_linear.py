@@ -1,4 +1,4 @@
-"""Least squares from sums: exact over any partition, cross-validated as by brute force, right if one knows it."""
+"""Least squares from sums: exact over any partition, cross-validation equal to brute force, known answers."""
 
 from __future__ import annotations
 

@@ -17,9 +17,10 @@ from pipeline.models.transformation import load_transformation
 from pipeline.planning.policy_inputs import load_policy_inputs
 from pipeline.run import Run
 from pipeline.storage import objects, parquet
-from tests.support.pairs import CPU, D_NEW, D_OLD, PARTS, fit_config, read_pairs, synthetic_fit_data
+from tests.support.pairs import CPU, D_NEW, D_OLD, PARTS, fit_config, fit_job, read_pairs, synthetic_fit_data
 from training import fit as fitting
-from training.fit import fit, make_job
+from training.fit import fit
+from training.fitting import trainer
 from training.fitting.learner import Epoch, Job
 from training.fitting.linear_fit import LinearFit, fit_linear, over_arrays
 
@@ -44,7 +45,7 @@ def assert_same(found: LinearFit, expected: LinearFit) -> None:
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_linear_fit_over_parts_equals_the_fit_over_all_rows(tmp_path: Path, metric: str) -> None:
     data = synthetic_fit_data(tmp_path)
-    job = make_job(fit_config(tmp_path, metric=metric, transformation="linear"), data)
+    job = fit_job(fit_config(tmp_path, metric=metric, transformation="linear"), data)
     told: list[tuple[int, int]] = []
     found = fitting._with_linear(job, lambda what, done, total: told.append((done, total))).linear
     assert found is not None
@@ -71,28 +72,27 @@ def test_another_partition_into_parts_row_groups_and_float16_is_the_same_fit(tmp
             groups = [rows.slice(at, 100) for at in range(0, max(1, rows.num_rows), 100)]
             parts.append(str(tmp_path / f"{len(cuts)}-{number}.parquet"))
             objects.put(parts[-1], parquet.parquet_bytes(rows.schema, groups))
-        job = make_job(fit_config(tmp_path, transformation="linear"), replace(data, train_parts=data.train_parts))
+        job = fit_job(fit_config(tmp_path, transformation="linear"), replace(data, train_parts=data.train_parts))
         found.append(over_parts(replace(job, data=replace(data, train_parts=parts))))
     assert_same(*found)
 
 
 def test_a_width_that_is_not_the_pairs_is_refused(tmp_path: Path) -> None:
     data = synthetic_fit_data(tmp_path)
-    job = make_job(fit_config(tmp_path, transformation="linear"), replace(data, d_old=D_OLD + 1))
+    job = fit_job(fit_config(tmp_path, transformation="linear"), replace(data, d_old=D_OLD + 1))
     with pytest.raises(DataError, match="width"):
         over_parts(job)
 
 
 def test_a_linear_fit_is_measured_saved_and_loaded_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # nothing is learnt by steps, so Ray Train is not started
-    monkeypatch.setattr("training.fitting.trainer.TorchTrainer", None)
+    monkeypatch.setattr(trainer, "TorchTrainer", None)  # no epochs, so Ray Train is not started
     config, data = fit_config(tmp_path, transformation="linear"), synthetic_fit_data(tmp_path, labelled=False)
     run = Run(str(tmp_path / "run"))
     info = fit(config, run, data, on_epoch=lambda figures: pytest.fail("there are no epochs"))
     network, stored = load_transformation(run, CPU)
     assert stored == info
     assert (info.kind, info.epochs, info.loss) == ("linear", 0, "alignment")
-    again = over_parts(make_job(config, data)).network.state_dict()
+    again = over_parts(fit_job(config, data)).network.state_dict()
     for name, tensor in network.state_dict().items():
         torch.testing.assert_close(tensor, again[name], rtol=0, atol=0, msg=name)
 

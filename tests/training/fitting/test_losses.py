@@ -1,4 +1,4 @@
-"""The losses against answers that can be worked out by hand (METHOD, "Checks with a known answer")."""
+"""The losses against answers that can be worked out by hand (docs/method.md, checks with a known answer)."""
 
 from __future__ import annotations
 

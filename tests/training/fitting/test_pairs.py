@@ -106,11 +106,11 @@ def codes(labels: list[str | None]) -> tuple[list[int], int | None]:
     return found.tolist(), count
 
 
-def test_integer_labels_are_rows_of_a_classifier_and_stay_as_they_are() -> None:
+def test_integer_labels_are_kept_as_rows_of_a_classifier() -> None:
     assert codes(["7", "0", None, "99", "7"]) == ([7, 0, -1, 99, 7], 100)
 
 
-def test_other_labels_are_numbered_in_sorted_order_whatever_order_they_come_in() -> None:
+def test_other_labels_are_numbered_in_sorted_order() -> None:
     assert codes(["dog", "cat", None, "ant", "dog"]) == ([2, 1, -1, 0, 2], 3)
     assert codes(["3", "cat"]) == ([0, 1], 2)
     assert codes(["-1", "1"]) == ([0, 1], 2)
@@ -171,11 +171,11 @@ def test_each_pair_trains_or_is_held_out_and_none_does_both(tmp_path: Path) -> N
         assert part["label"].to_pylist() == [row % 3 for row in rows]
         assert part["group"].to_pylist() == [f"{row % 2}" for row in rows]
     assert build_pairs(config, run) == pairs
-    before = fit_data(config, run, pairs)
+    before = fit_data(config.fit, run, pairs)
     for folder in ("train", "held_out"):  # as a file manager names a copy
         copied = objects.read_bytes(run.part(f"pairs/{folder}", 0))
         objects.put(run.path("pairs", folder, "part-00000 (copy).parquet"), copied)
-    assert fit_data(config, run, pairs) == before, "a copy beside a part is not read"
+    assert fit_data(config.fit, run, pairs) == before, "a copy beside a part is not read"
 
 
 def test_pairs_of_a_manifest_and_of_the_gallery_are_one_set_though_ids_are_the_same(tmp_path: Path) -> None:

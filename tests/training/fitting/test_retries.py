@@ -1,4 +1,4 @@
-"""Which failures of a fit count, decided without a cluster; `tests/cluster/test_job.py` takes real nodes away."""
+"""Which failures of a fit count, tested without a cluster; `tests/cluster/test_job.py` removes real nodes."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_fit_failure_of_a_worker_on_a_lost_node_does_not_count(loss: Exception) 
 
 
 @pytest.mark.parametrize("failure", [RESET, KILLED], ids=["raised", "killed"])
-def test_a_failure_on_a_node_that_lives_counts(failure: Exception) -> None:
+def test_a_failure_on_a_node_that_is_alive_counts(failure: Exception) -> None:
     assert not lost_with_its_node(group(failure))
     assert fit_to_the_end(Trainers(*[group(failure)] * 2), max_failures=2) == "the last one"
     assert fit_to_the_end(Trainers(*[group(failure)] * 9), max_failures=-1) == "the last one"

@@ -1,4 +1,4 @@
-"""Early stopping: the best weights count, the first ones included, and a fit that gains nothing ends."""
+"""Early stopping: the best weights are kept, also the first ones, and a fit without gain ends."""
 
 from __future__ import annotations
 

@@ -1,17 +1,16 @@
-"""What a fit leaves to the policies: a reference of its held-out pairs, and which group suffers most."""
+"""The policy inputs of a fit, and the need of each group."""
 
 from __future__ import annotations
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
-from pipeline.config.load import validate
 from pipeline.models.offset import LinearClassifier
 from pipeline.planning.policies import POLICIES, load_policy, missing, prioritise
 from pipeline.planning.signals import Scored
 from training.fitting.learner import PairArrays
-from training.simulation.build_policy_inputs import group_needs, measurable, policy_inputs_of
+from training.simulation.build_policy_inputs import group_needs, policy_inputs_of
+from training.simulation.folds import Fold
 
 NUM, D_OLD, D_NEW = 90, 6, 4
 
@@ -26,18 +25,11 @@ def pairs(labelled: bool) -> PairArrays:
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
 def test_policy_inputs_of_a_fit_cover_all_policies(labelled: bool, metric: str) -> None:
-    tree = {
-        "run": "run",
-        "device": "cpu",
-        "encoders": {"new": {"export": "new.pt2", "dim": D_NEW, "preprocess": {"size": 4}}},
-        "gallery": {"manifest": "gallery", "columns": {}, "metric": metric},
-        "pairs": {"manifest": "pairs", "columns": {}},
-    }
     found, names = pairs(labelled), tuple("abcdef") if labelled else None
-    table = pa.table({"index": np.arange(NUM), "group": [f"group {row % 3}" for row in range(NUM)]})
+    groups = np.array([f"group {row % 3}" for row in range(NUM)], object)
     z = found.new + np.random.default_rng(1).normal(size=found.new.shape).astype(np.float32)
     classifier = LinearClassifier(np.ones((6, D_NEW), np.float32), None) if labelled else None
-    known = policy_inputs_of(validate(tree, "test"), table, found, z, z[:, 0], z + 1, classifier, names)
+    known = policy_inputs_of(Fold(found, z, z[:, 0], classifier), z + 1, groups, names, metric, 0)
     wanted = {name for name in POLICIES if not missing(name, known)}
     without = {"entropy", "least_confidence", "margin", "class_mean", "neighbour_purity"}
     assert wanted == set(POLICIES) - (set() if labelled else without)
@@ -58,9 +50,3 @@ def test_group_needs_is_highest_for_the_group_with_the_largest_errors() -> None:
     assert names == ("bad", "better", "good")
     assert need[0] == 1
     assert need.min() == 0
-
-
-def test_measurable_labels_need_two_images_that_share_one() -> None:
-    assert measurable(None) is None
-    assert measurable(np.array([3, -1, -1, 5])) is None
-    assert measurable(np.array([3, -1, 3])) is not None

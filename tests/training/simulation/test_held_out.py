@@ -1,4 +1,4 @@
-"""Held-out pairs: as the network gives them, and ranked as the run ranks, by what none of them has taught."""
+"""Held-out pairs: their served vectors, and their priorities under the run's policy."""
 
 from __future__ import annotations
 
@@ -46,7 +46,11 @@ def test_the_learned_order_of_a_pair_is_by_a_model_of_the_other_folds_alone(tmp_
     reference, fold = pairs.reference, pairs.fold
     assert reference is not None
     assert fold.pairs.labels is not None
-    found, places, scored = priorities(config, pairs, "learned"), fold_places(400, FOLDS), fold.scored()
+    found, places, scored = (
+        priorities(pairs, "learned", config.gallery, config.seed),
+        fold_places(400, FOLDS),
+        fold.scored(),
+    )
     for number in range(FOLDS):
         rows, rest = np.flatnonzero(places == number), np.flatnonzero(places != number)
         taken = fold.take(rest)
@@ -63,10 +67,10 @@ def test_held_out_class_mean_uses_the_pairs_labels_if_the_gallery_has_labels(tmp
     labels, new = pairs.fold.pairs.labels, pairs.fold.pairs.new
     assert labels is not None
     means = np.stack([new[labels == label].mean(axis=0) for label in range(labels.max() + 1)])
-    found = priorities(config_of(tmp_path, label="label"), pairs, "class_mean")
+    found = priorities(pairs, "class_mean", config_of(tmp_path, label="label").gallery, 0)
     assert found == pytest.approx(np.square(pairs.fold.z - means[labels]).sum(axis=1), rel=1e-4)
     nearest = np.square(pairs.fold.z[:, None] - means).sum(axis=2).min(axis=1)
-    assert priorities(config_of(tmp_path), pairs, "class_mean") == pytest.approx(nearest, rel=1e-3, abs=1e-3)
+    assert priorities(pairs, "class_mean", config_of(tmp_path).gallery, 0) == pytest.approx(nearest, rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize("policy", ["uncertainty", "learned"])
@@ -76,7 +80,7 @@ def test_a_boost_raises_the_groups_that_need_it(tmp_path: Path, policy: str) -> 
     assert pairs.reference.group_need is not None
     needs = dict(zip(pairs.reference.group_names, pairs.reference.group_need.tolist(), strict=True))
     need = np.array([needs[group] for group in pairs.groups.tolist()])
-    plain, boosted = (priorities(config, pairs, policy, boost) for boost in (0.0, 4.0))
+    plain, boosted = (priorities(pairs, policy, config.gallery, config.seed, boost) for boost in (0.0, 4.0))
     cost = np.exp(plain) if policy == "uncertainty" else plain
     assert boosted == pytest.approx(cost * (1 + 4 * need), rel=1e-4, abs=1e-5)
 
@@ -84,7 +88,7 @@ def test_a_boost_raises_the_groups_that_need_it(tmp_path: Path, policy: str) -> 
 def test_held_out_of_two_pairs_is_enough_to_rank(tmp_path: Path) -> None:
     pairs = pairs_of(40)
     few = HeldOut(pairs.fold.take(np.arange(2)), pairs.served[:2], pairs.groups[:2], pairs.reference)
-    assert np.isfinite(priorities(config_of(tmp_path), few, "learned")).all()
+    assert np.isfinite(priorities(few, "learned", config_of(tmp_path).gallery, 0)).all()
 
 
 def test_a_policy_of_the_users_own_sees_all_pairs_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,4 +97,6 @@ def test_a_policy_of_the_users_own_sees_all_pairs_at_once(tmp_path: Path, monkey
     monkeypatch.syspath_prepend(str(tmp_path))
     pairs = replace(pairs_of(60), reference=None)
     assert isinstance(pairs.fold.scored(), Scored)
-    assert priorities(config_of(tmp_path), pairs, "own_order_of_pairs:order") == pytest.approx(pairs.fold.s + 60)
+    assert priorities(pairs, "own_order_of_pairs:order", config_of(tmp_path).gallery, 0) == pytest.approx(
+        pairs.fold.s + 60
+    )

@@ -1,4 +1,4 @@
-"""Harm: exactly what moving one image changes in rankings; and the model that predicts it."""
+"""The staleness cost: exactly the change of rankings if one image moves; and the model that predicts it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rule of selection: the simplest candidate that is as good as the best, as far as the folds can tell."""
+"""The rule of selection: the simplest trial within one standard error of the best."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_simplest_of_the_good_and_the_best_without_an_offset_are_always_fina
     assert finalists(rows, [0], 2) == [(RECIPE, strong), (RECIPE, stronger), (RECIPE, NONE), (small, strong)]
 
 
-def test_the_table_says_how_far_each_is_behind_and_the_settings_are_those_of_the_chosen() -> None:
+def test_selection_of_has_each_trial_s_distance_to_the_best_and_the_chosen_settings() -> None:
     rows = [row([50, 51, 52], "entropy", CONFIDENCE), row([48, 49, 50])]
     found = selection_of(rows, rows[1:], ("top1",), [0], 100, {})
     assert [item.behind for item in found.candidates] == pytest.approx([0, 2])
