@@ -42,7 +42,7 @@ def test_outlook_of_a_worse_fit_says_when_a_snapshot_is_better_and_with_how_many
 ) -> None:
     say_outlook(INFO, SELECTION)
     text = said(capsys)
-    assert "`prod` stays with the old system; a snapshot is expected to pass it with about 50% of the gallery" in text
+    assert "`prod` keeps serving the old system until a snapshot is better; that is expected at about 50% of" in text
     assert "With about 3,000 training pairs instead of 900" in text
 
 
