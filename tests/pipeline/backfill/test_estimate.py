@@ -66,7 +66,7 @@ def test_the_cores_that_feed_an_actor_are_its_rate_over_that_of_a_core() -> None
     assert estimate(replace(ON_GPU, decode=1_000.0), 1, 0, 4, TelemetrySettings()).loading_cpus_per_actor == 3.4
 
 
-def test_where_the_actor_decodes_it_is_slower_and_the_cores_only_read() -> None:
+def test_estimate_of_an_actor_that_decodes_is_slower_and_its_cores_only_read() -> None:
     there = replace(ON_GPU, decode=6_000.0, decodes_on_device=True)
     assert there.actor(256) == pytest.approx(2_000.0)  # 1 / (1/3,000 + 1/6,000)
     assert estimate(replace(there, fetch=1_000.0), 1, 0, 4, TelemetrySettings()).loading_cpus_per_actor == 2.0

@@ -109,7 +109,7 @@ def test_reach_of_a_query_is_the_distance_to_its_tenth_other_pair(metric: str) -
     assert np.allclose(made.reach, np.sort(far, axis=1)[:, 9], atol=1e-4)
 
 
-def test_of_many_pairs_some_are_kept_and_their_rows_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_policy_inputs_of_many_pairs_keep_a_sample_of_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy_inputs, "_MOST_PAIRS", 20)
     monkeypatch.setattr(policy_inputs, "_MOST_QUERIES", 7)
     old, z, s, new, labels = pairs()
