@@ -1,13 +1,13 @@
-"""One function over many pieces of a gallery: in this process where it is small, else as Ray tasks.
+"""Call one function for many pieces of work: in this process, in threads, or as Ray tasks.
 
-For what is measured beside the backfill: a gallery of a few thousand images is not worth a task per piece, and
-its tests need no Ray. Guarantee: the results come in the order of the pieces, whoever made them.
+`each` stays in this process for a small gallery and keeps the order of the pieces. `on_ray` always uses Ray. `spread`
+begins with threads and adds Ray if the work takes long.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
@@ -16,28 +16,33 @@ Result = TypeVar("Result")
 T = TypeVar("T")
 
 _THREADS = 4
-_PATIENCE_SECONDS = 15.0  # a start of Ray takes four
-_ENOUGH = 8  # items left for which it pays
+_PATIENCE_SECONDS = 15.0  # starting Ray takes four
+_ENOUGH = 8  # items left for which Ray pays off
 _TASK_CPUS = 0.5
-_MAX_TASKS = 256  # under way at once
+_MAX_TASKS = 256  # in flight
 
 SMALL_IMAGES = 250_000
 """Up to here a pass over the gallery takes seconds in one process."""
 
 
 def each(function: Callable[..., T], shared: tuple[object, ...], pieces: Sequence[object], images: int) -> Iterator[T]:
-    """What the function gives for each piece, in order.
+    """The results for each piece, in order; in this process if the pieces hold few images.
 
     Args:
-        function: of a module, so that a task can import it; called with what is shared, then the piece.
+        function: importable by a task; called with the shared arguments, then the piece.
         shared: arguments that are the same for all pieces; sent to the cluster once.
-        pieces: the last argument.
+        pieces: the last argument of each call.
         images: how many the pieces hold together.
     """
     if images <= SMALL_IMAGES:
         yield from (function(*shared, piece) for piece in pieces)
-        return
-    import ray  # here: readers of what is measured do without it
+    else:
+        yield from on_ray(function, shared, pieces)
+
+
+def on_ray(function: Callable[..., T], shared: tuple[object, ...], pieces: Iterable[object]) -> Iterator[T]:
+    """As `each`, always as Ray tasks."""
+    import ray  # here: small galleries do without it
 
     task = ray.remote(num_cpus=_TASK_CPUS)(function)
     stored = [ray.put(item) for item in shared]
@@ -48,12 +53,12 @@ def each(function: Callable[..., T], shared: tuple[object, ...], pieces: Sequenc
 def spread(
     function: Callable[[Item], Result], items: Sequence[Item], start_ray: Callable[[], None] | None
 ) -> Iterator[tuple[Item, Result]]:
-    """Each item with its result, in the order in which they get done.
+    """Each item with its result, in the order of completion.
 
     Args:
-        function: of one item; picklable, as its items and results are.
+        function: of one item; function, items and results are picklable.
         items: the work.
-        start_ray: called before Ray is used; None to do everything in this process.
+        start_ray: called before Ray is used; None to stay in this process.
     """
     begin = time.monotonic()
     with ThreadPoolExecutor(_THREADS) as pool:

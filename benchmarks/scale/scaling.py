@@ -330,7 +330,7 @@ def ray_costs() -> Figures:
 
     from jobs.shell.ray_session import start_ray
     from pipeline.config.load import load_config
-    from pipeline.embedding.stream import Work, embed_stream
+    from pipeline.embedding.stream import StreamSettings, Work, embed_stream
     from tests.support.galleries import NEW_DIM, digits, write_config
 
     start_ray()
@@ -347,7 +347,7 @@ def ray_costs() -> Figures:
             log = VectorLog(f"{folder}/log-{turn}", f"{folder}/rejects", NEW_DIM, 2)
             work = Work(config.encoders.new, log, [Unit(1, number, uri, number, 1) for number in range(count)])
             start, used = time.perf_counter(), time.process_time()
-            assert sum(1 for _ in embed_stream([work], config)) == count
+            assert sum(1 for _ in embed_stream([work], StreamSettings.of(config))) == count
             wall.append(time.perf_counter() - start)
             cpu.append(time.process_time() - used)
     sizes, setup, memory = (200, 2_000, 8_000), [], []

@@ -84,7 +84,7 @@ def make_run(folder: str, images: Path, job: Job) -> tuple[Config, Run, Plan]:
         old_dim, dim, None, 8, False, config.fit.loss, config.seed, 0, 0, 0, better_than_old=False
     )
     save_transformation(run, info.network(), info)  # untrained: it is there, and nothing is transformed by it
-    waves, _ = build.arrange(config, run, SCORED, [job.images])
+    waves, _ = build.arrange(run, SCORED, [job.images], build.LayoutSettings.of(config))
     plan = Plan(
         config.plan.policy, config.seed, job.images, 1, job.shards, dim, job.unit_images, tuple(waves), "benchmark"
     )

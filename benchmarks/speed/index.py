@@ -117,7 +117,7 @@ def make_plan(config: Config, run: Run, gallery: Gallery) -> Plan:
         rows = pa.table({**nothing, **columns}).select(schema.names)
         objects.put(run.part("scored", part), parquet.parquet_bytes(schema, [rows]))
         counts.append(len(ids))
-    waves, _ = build.arrange(config, run, "scored", counts)
+    waves, _ = build.arrange(run, "scored", counts, build.LayoutSettings.of(config))
     pairs = pa.table({"new": vectors_to_arrow(gallery.embedded[: config.index.train_vectors])})
     objects.put(run.path("pairs", "train", "part-00000.parquet"), parquet.parquet_bytes(pairs.schema, [pairs]))
     info = TransformationInfo(dim, dim, None, 8, False, "alignment", 0, 1, len(pairs), 0, better_than_old=True)

@@ -117,7 +117,8 @@ def make_vectors(random: np.random.Generator, count: int, dim: int, vectors: str
 def plan(config: Config, run: Run, counts: list[int], steps: dict[str, list[float]]) -> None:
     """The plan from its scored parts; the seconds of each step are added to `steps`."""
     marks: list[tuple[str, float]] = []
-    build.arrange(config, run, SCORED, counts, lambda step: marks.append((step, time.perf_counter())))
+    settings = build.LayoutSettings.of(config)
+    build.arrange(run, SCORED, counts, settings, lambda step: marks.append((step, time.perf_counter())))
     ends = [*(mark for _, mark in marks[1:]), time.perf_counter()]
     for (step, start), end in zip(marks, ends, strict=True):
         steps.setdefault(f"plan: {step}", []).append(end - start)

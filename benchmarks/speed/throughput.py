@@ -193,7 +193,7 @@ def bare_loop(case: Case) -> Rate:
 
 def ours(case: Case) -> Rate:
     """Through Ray, into a vector log."""
-    from pipeline.embedding.stream import Work, embed_stream
+    from pipeline.embedding.stream import StreamSettings, Work, embed_stream
     from pipeline.embedding.vector_log import VectorLog
 
     shutil.rmtree(case.folder / "run", ignore_errors=True)
@@ -201,7 +201,8 @@ def ours(case: Case) -> Rate:
     log = VectorLog(f"{run}/embedded", f"{run}/rejects", case.config.encoders.new.dim, 8)
     units = case.units()
     start, moments, count, actors = time.perf_counter(), [], 0, set()
-    for _, ack in embed_stream([Work(case.config.encoders.new, log, units)], case.config):
+    work, settings = Work(case.config.encoders.new, log, units), StreamSettings.of(case.config)
+    for _, ack in embed_stream([work], settings):
         assert not ack.rejected, "an image was rejected"
         count += ack.embedded
         actors.add(ack.actor)

@@ -79,6 +79,7 @@ def check_images(config: Config, run: Run, folder: str, rows: Manifest) -> None:
     import ray
 
     from pipeline.embedding.precompute import check_readable
+    from pipeline.embedding.stream import StreamSettings
     from pipeline.errors import ConfigError
 
     encoder = config.encoders.old if folder == "pairs" and "new_embedding" in rows.dims else config.encoders.new
@@ -87,7 +88,8 @@ def check_images(config: Config, run: Run, folder: str, rows: Manifest) -> None:
         return
     if folder == "pairs" and {"old_embedding", "new_embedding"} <= rows.dims.keys():
         return  # no image will be read
-    tried, bad = ray.get(ray.remote(num_cpus=0.5)(check_readable).remote(config, run, folder, rows, encoder.preprocess))
+    arguments = run, folder, rows, encoder.preprocess, StreamSettings.of(config)
+    tried, bad = ray.get(ray.remote(num_cpus=0.5)(check_readable).remote(*arguments))
     if len(bad) < tried:
         return
     raise ConfigError(
@@ -110,7 +112,7 @@ def _check_from_gallery(config: Config, images: int, given: int, sample: Sample 
     from training.fitting.pairs import check_enough
 
     probed = 0 if sample is None else len(sample.rows)
-    wanted, most = num_from_gallery(config, images, probed), min(images // 2, images - probed)
+    wanted, most = num_from_gallery(config.pairs, images, probed), min(images // 2, images - probed)
     if wanted > most:
         raise ConfigError(
             "pairs.from_gallery is larger than the gallery allows",

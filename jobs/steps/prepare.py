@@ -73,20 +73,22 @@ class RunSteps:
         If the run is planned already, only the probe set can lack some.
         """
         from pipeline.embedding.precompute import embed_missing
+        from pipeline.embedding.stream import StreamSettings
         from pipeline.planning.plan import read_plan
         from training.fitting.pairs import pair_folders
 
         probe, pairs = self._probe(), pair_folders(self.config, self.run)
         folders = probe if read_plan(self.run) is not None else [*pairs, "gallery", *probe]
-        embed_missing(self.config, self.run, folders, self.bars.images)
+        embed_missing(self.run, folders, self.config.encoders, StreamSettings.of(self.config), self.bars.images)
 
     def embed_for_fit(self) -> None:
         """Compute the embeddings of the pairs and the probe set, which a fit needs."""
         from pipeline.embedding.precompute import embed_missing
+        from pipeline.embedding.stream import StreamSettings
         from training.fitting.pairs import pair_folders
 
         folders = [*self._probe(), *pair_folders(self.config, self.run)]
-        embed_missing(self.config, self.run, folders, self.bars.images)
+        embed_missing(self.run, folders, self.config.encoders, StreamSettings.of(self.config), self.bars.images)
 
     def _probe(self) -> list[str]:
         """The probe set's folder if its embeddings are still needed; the probe set is drawn if it is not yet."""
@@ -148,12 +150,14 @@ class RunSteps:
     def plan(self) -> Plan:
         """Compute the gallery's old embeddings, score the gallery and cut it into waves."""
         from pipeline.embedding.precompute import embed_missing
+        from pipeline.embedding.stream import StreamSettings
         from pipeline.planning.build import make_plan
         from pipeline.planning.plan import read_plan
 
         done = read_plan(self.run)
         if done is not None:
             return done
-        embed_missing(self.config, self.run, ["gallery"], self.bars.images)
+        settings = StreamSettings.of(self.config)
+        embed_missing(self.run, ["gallery"], self.config.encoders, settings, self.bars.images)
         with self.bars.step("plan") as step:
             return make_plan(self.config, self.run, on_step=step.say)

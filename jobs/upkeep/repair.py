@@ -58,7 +58,7 @@ def _embed(config: Config, run: Run, plan: Plan, done: Repair) -> None:
     from jobs.shell.progress_bars import Bars
     from pipeline.backfill.repair import units_of
     from pipeline.embedding.precompute import embed_missing
-    from pipeline.embedding.stream import Work, embed_stream
+    from pipeline.embedding.stream import StreamSettings, Work, embed_stream
     from pipeline.index.tags import list_commits
     from pipeline.planning import first_wave
     from pipeline.planning.plan import FROM_PAIRS
@@ -69,12 +69,13 @@ def _embed(config: Config, run: Run, plan: Plan, done: Repair) -> None:
     if not units and not done.folders and not copied:
         return
     start_ray()
+    settings = StreamSettings.of(config)
     with Bars(console()) as bars:
         total, count = sum(unit.images for unit in units), 0
-        for _, ack in embed_stream([Work(config.encoders.new, plan.log(run), units)], config):
+        for _, ack in embed_stream([Work(config.encoders.new, plan.log(run), units)], settings):
             count += ack.embedded + ack.rejected
             bars.images("embed again", count, total)
-        embed_missing(config, run, done.folders, bars.images)
+        embed_missing(run, done.folders, config.encoders, settings, bars.images)
     first_wave.write(run, plan)
 
 

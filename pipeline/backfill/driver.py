@@ -13,13 +13,12 @@ from dataclasses import replace
 from pipeline.backfill.promotion import Promotion
 from pipeline.backfill.publisher import Publisher
 from pipeline.backfill.stop import Stop
-from pipeline.config.identity import fix_settings, stage_settings
 from pipeline.config.tree import Config
-from pipeline.embedding.stream import Work, embed_stream
+from pipeline.embedding.stream import StreamSettings, Work, embed_stream
 from pipeline.index import commits, disk_reserve
 from pipeline.index.commits import Commit, SegmentCounts
 from pipeline.index.seal import Sealer
-from pipeline.index.train import train_for_run, write_codebook
+from pipeline.index.train import make_codebook
 from pipeline.index.writer import Writer
 from pipeline.models.calibration import read_calibration
 from pipeline.planning import first_wave
@@ -97,7 +96,7 @@ def open_publisher(config: Config, run: Run, plan: Plan, stop: Stop | None = Non
     disk_reserve.keep(run)
     last = None if writer.latest is None else commits.read_commit(run, writer.latest)
     if last is None:
-        codebook = _train_codebook(config, run, plan)
+        codebook = make_codebook(config, run, plan)
         calibration = read_calibration(run)
     else:
         telemetry.observe_commit(last)
@@ -121,15 +120,8 @@ def open_publisher(config: Config, run: Run, plan: Plan, stop: Stop | None = Non
     return Publisher(writer, Sealer(run, plan, *codebook), promotion, empty, last)
 
 
-def _train_codebook(config: Config, run: Run, plan: Plan) -> tuple[str, str]:
-    settings = stage_settings(config, "index")
-    data = train_for_run(config, run, plan)
-    fix_settings(run, "index", settings)
-    return write_codebook(run, data)
-
-
 def _embed(config: Config, work: Work) -> Iterator[UnitAck]:
     with telemetry.RUNNING.track_inprogress():
-        for _, ack in embed_stream([work], config):
+        for _, ack in embed_stream([work], StreamSettings.of(config)):
             telemetry.observe_unit(ack)
             yield ack

@@ -23,7 +23,7 @@ from pipeline.config import tree as settings
 from pipeline.embedding.actor_pool import Pool, actor_pool
 from pipeline.embedding.decode import Limits, Pixels, decoder, image_limits
 from pipeline.embedding.fetch import Place, Reject
-from pipeline.embedding.stream import Work, embed_stream
+from pipeline.embedding.stream import StreamSettings, Work, embed_stream
 from pipeline.embedding.vector_log import VectorLog
 from pipeline.errors import DataError
 from pipeline.planning.plan import Plan
@@ -94,7 +94,7 @@ def _measure_alone(config: settings.Config, rows: list[pa.Table], seconds: float
     from pipeline.embedding.fetch import fetch
 
     encoder, backfill = config.encoders.new, config.backfill
-    limits = image_limits(config)
+    limits = image_limits(backfill, config.data_root, config.allow_outside)
     embedder = Embedder(encoder, config.device, backfill.batch_size, backfill.threads_per_actor)
     spent = {"fetch": 0.0, "decode": 0.0}
     count, good = 0, list[Pixels]()
@@ -219,4 +219,4 @@ def _rate(acks: list[tuple[float, UnitAck]], actors: int) -> float:
 
 
 def _stream(work: Work, config: settings.Config) -> Generator[UnitAck, None, None]:
-    yield from (ack for _, ack in embed_stream([work], config))
+    yield from (ack for _, ack in embed_stream([work], StreamSettings.of(config)))

@@ -100,7 +100,7 @@ def _cut_units_again(run: Run, plan: Plan, done: Repair, problems: list[Problem]
             done.left.append(Left(files[0], f"the units cannot be cut again: {error}"))
             continue
         done.moved += [_move_aside(run, uri) for uri in files if objects.exists(uri)]
-        build.cut_wave(place, plan.num_parts, plan.wave(wave), plan.row_groups(wave), plan.unit_images)
+        build.cut_wave(place, plan.num_parts, plan.unit_images, (plan.wave(wave), plan.row_groups(wave)))
         done.rebuilt += files
 
 
@@ -150,7 +150,8 @@ def _train_again(config: Config, run: Run, plan: Plan, done: Repair, problems: l
         return
     where = problems[0].where
     try:
-        path, _ = write_codebook(run, train_for_run(config, run, plan))
+        metric, device, seed = config.gallery.metric, config.device, config.seed
+        path, _ = write_codebook(run, train_for_run(run, plan, config.index, metric, device=device, seed=seed))
     except DataError as error:
         done.left.append(Left(where, f"the codebook cannot be trained again: {error}"))
         return

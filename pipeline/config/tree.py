@@ -309,12 +309,12 @@ def unit_images(config: Config) -> int:
     return min(_MAX_UNIT_IMAGES, 1 << max(0, fitting.bit_length() - 1))
 
 
-def num_from_gallery(config: Config, num_gallery: int, num_probe: int = 0) -> int:
+def num_from_gallery(pairs: PairsSettings, num_gallery: int, num_probe: int = 0) -> int:
     """How many pairs come from the gallery itself: as configured, or by its size, and none of the probe set."""
-    wanted = config.pairs.from_gallery
+    wanted = pairs.from_gallery
     if wanted != "auto":
         return wanted
-    if not config.pairs.uses_gallery:
+    if not pairs.uses_gallery:
         return 0
     share = max(num_gallery // _SHARE_OF_GALLERY, min(_LEAST_FROM_GALLERY, num_gallery // 2))
     return max(0, min(_MOST_FROM_GALLERY, share, num_gallery - num_probe))

@@ -1,8 +1,4 @@
-"""How many embedding actors there are, and what each task of the stream reserves in Ray.
-
-A cluster that RAY_ADDRESS names may grow: where it is too small for the smallest pool, its autoscaler is asked
-for nodes and waited for. Ray tells nobody how large an autoscaler may make a cluster, so only time tells.
-"""
+"""Size the pool of embedding actors; if the cluster is too small, ask its autoscaler for nodes and wait for them."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from pipeline.config.tree import BackfillSettings
 from pipeline.errors import ConfigError, TransientError
 
-LOAD_CPUS = 1.0  # as reading the numbers of the units, so that Ray makes one task of the two
+LOAD_CPUS = 1.0  # the same as for reading unit numbers, so that Ray fuses both into one task
 WRITE_CPUS = 0.25
 
 _LOG = logging.getLogger(__name__)
@@ -26,7 +22,7 @@ _SAY_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """How many embedding actors there are at least, at first and at most, and what Ray reserves for each."""
+    """The number of embedding actors at least, at first and at most, and what Ray reserves for each."""
 
     smallest: int
     first: int
@@ -36,16 +32,16 @@ class Pool:
 
 
 def actor_pool(backfill: BackfillSettings, device: str) -> Pool:
-    """The embedding actors that suit the settings and the cluster, once that holds the smallest pool.
+    """Size the pool by the settings and the cluster; waits until the cluster has room for the smallest pool.
 
     Raises:
-        ConfigError: this machine, without a cluster, cannot hold the smallest pool and a task beside it.
-        TransientError: the cluster cannot, and no node came in `backfill.wait_seconds`.
+        ConfigError: this machine, without a cluster, is too small for the smallest pool and one task beside it.
+        TransientError: the cluster is too small, and no node came within `backfill.wait_seconds`.
     """
     threads, gpus = backfill.threads_per_actor, _gpus_per_actor(backfill, device)
     reserved = 0.0 if gpus else threads / 4 if backfill.cpus_per_actor is None else backfill.cpus_per_actor
     if reserved == LOAD_CPUS:
-        reserved += 0.01  # of equal requests Ray makes one operator: an actor would load its units itself, in turns
+        reserved += 0.01  # Ray fuses operators with equal requests: the actor would then load its own units
     actor = {"CPU": reserved, "GPU": gpus}
     _wait_for_room([*[actor] * backfill.min_actors, {"CPU": LOAD_CPUS}, {"CPU": WRITE_CPUS}], backfill.wait_seconds)
     cluster = ray.cluster_resources()
@@ -59,12 +55,12 @@ def actor_pool(backfill: BackfillSettings, device: str) -> Pool:
 
 
 def may_grow() -> bool:
-    """Whether nodes may come to the cluster: one that was started for this command alone stays as it is."""
+    """Whether nodes may join the cluster; one that was started for this command alone cannot grow."""
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def _gpus_per_actor(backfill: BackfillSettings, device: str) -> float:
-    """As configured; else a whole one where the device asks for it, or where the cluster has any."""
+    """As configured; else one GPU if the device asks for it or the cluster has any."""
     if backfill.gpus_per_actor is not None:
         return backfill.gpus_per_actor
     if device == "auto":
@@ -73,10 +69,7 @@ def _gpus_per_actor(backfill: BackfillSettings, device: str) -> float:
 
 
 def _wait_for_room(bundles: list[dict[str, float]], seconds: float) -> None:
-    """Return when the cluster has these resources; a placement group is how an autoscaler is told what is wanted.
-
-    Actors that hold every CPU would leave none for the tasks that feed them, and the stream would hang.
-    """
+    """Return once the cluster has these resources; without free CPUs the tasks that feed the actors never start."""
     needed = {name: sum(bundle.get(name, 0.0) for bundle in bundles) for name in ("CPU", "GPU")}
     if _has(needed):
         return
@@ -86,7 +79,7 @@ def _wait_for_room(bundles: list[dict[str, float]], seconds: float) -> None:
         "where": "backfill.min_actors, backfill.cpus_per_actor, backfill.gpus_per_actor",
     }
     if not may_grow():
-        remedy = "start fewer actors, give each less, or add nodes"
+        remedy = "start fewer actors, reserve less for each, or add nodes"
         raise ConfigError("the cluster is too small for the embedding stream", **details, remedy=remedy)
     wanted = [{name: count for name, count in bundle.items() if count} for bundle in bundles]
     group = placement_group([bundle for bundle in wanted if bundle])
@@ -94,15 +87,15 @@ def _wait_for_room(bundles: list[dict[str, float]], seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             there = _say(ray.cluster_resources())
-            _LOG.warning("waiting for nodes: %s needed, %s there; for %.0f s at most", _say(needed), there, left)
+            _LOG.warning("waiting for nodes: need %s, have %s; waiting up to %.0f s more", _say(needed), there, left)
             if group.wait(min(left, _SAY_SECONDS)):
                 return
     finally:
         remove_placement_group(group)
     raise TransientError(
-        f"no nodes have come in {seconds:g} s, and the cluster is too small for the embedding stream",
+        f"the cluster is too small for the embedding stream, and no nodes came within {seconds:g} s",
         **details,
-        remedy="look at `ray status`; raise backfill.wait_seconds, ask for less, or add nodes",
+        remedy="see `ray status`; raise backfill.wait_seconds, ask for less, or add nodes",
     )
 
 

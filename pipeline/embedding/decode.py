@@ -1,8 +1,4 @@
-"""Decode and preprocess the images of one unit, as `fetch` brings them.
-
-Guarantee: a bad image becomes a reject with a stage and a reason, never an exception; rows keep the
-order of the units file. It does not know which encoder the pixels are for, only their shape.
-"""
+"""Decode and preprocess the images of a unit; a bad image becomes a reject with a stage and a reason."""
 
 from __future__ import annotations
 
@@ -18,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.arrays import Int64
-from pipeline.config.tree import Config, PreprocessSettings
+from pipeline.config.tree import BackfillSettings, PreprocessSettings
 from pipeline.embedding.fetch import WAITED, Place, Reject, fetch
 from pipeline.embedding.orientation import read_turn
 from pipeline.schema import UNITS, Unit
@@ -28,67 +24,49 @@ from pipeline.storage.settings import FetchSettings
 Pixels = NDArray[np.uint8]
 Picture = Pixels | Image.Image
 
-# Others are rare, and some of their readers start programs (EPS: Ghostscript).
+# Other formats are rare, and some of their readers start programs (EPS: Ghostscript).
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 _JPEG_COLOURS = {"RGB": "RGB", "L": "GRAY"}
 _BAND_PIXELS = 2**20  # converted at once: 4 MB
-_BYTES_PER_PIXEL = 12  # that decoding an image takes at most, as measured: 7 of PNG, 9 of a progressive JPEG
-_HEAVY = {"WEBP": 16, "AVIF": 16}  # these take more, so they may have fewer pixels
+_BYTES_PER_PIXEL = 12  # peak of decoding; measured: PNG 7, progressive JPEG 9
+_HEAVY = {"WEBP": 16, "AVIF": 16}  # bytes per pixel of formats that take more; they may have fewer pixels
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an image may be at most, before it is decoded; guards against decompression bombs.
+    """Limits that are checked before an image is decoded; they guard against decompression bombs."""
 
-    Attributes:
-        max_pixels: height times width.
-        max_bytes: of the encoded image.
-        root: a local folder whose links must not lead out of it; None: links are followed anywhere.
-    """
-
-    max_pixels: int
-    max_bytes: int
+    max_pixels: int  # height times width
+    max_bytes: int  # of the encoded image
+    # A local folder; links must not lead out of it. None: links may lead anywhere.
     root: str | None = None
-
-
-def image_limits(config: Config) -> Limits:
-    """What the images of a run may be at most."""
-    scheme, name = objects.split(config.data_root)
-    root = name if scheme == "file" and not config.allow_outside else None
-    return Limits(config.backfill.max_image_pixels, config.backfill.max_image_bytes, root)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedUnit:
-    """The images of a unit, in the order of its units file.
+    """The images of a unit, in the order of its units file."""
 
-    Attributes:
-        ids: (B,) int64.
-        pixels: (B, C, H, W) uint8; zeros for rejects. None where the embedding actor decodes.
-        encoded: the images as they came, empty for rejects; None where they are decoded.
-        etags: the etag of each image's object at the time it was read.
-        rejects: row -> why that image is rejected.
-        changed: images whose object is another one than when the manifest was made; those in containers are rejects.
-        requests: what reading the images took of a store, or reads of files.
-        bytes_fetched: what those requests brought.
-        bytes_needed: the encoded images themselves.
-        fetch_seconds: in which decoding waited for them.
-    """
+    ids: Int64  # (B,)
+    pixels: Pixels | None  # (B, C, H, W) uint8, zeros for rejects; None if the embedding actor decodes
+    encoded: list[bytes] | None  # the encoded images, empty for rejects; None if they are decoded here
+    etags: list[str | None]  # of each image's object when it was read
+    rejects: dict[int, Reject]  # row -> reject
+    changed: int  # images whose object changed after the manifest was made; those in containers are rejects
+    requests: int  # to a store, or reads of files
+    bytes_fetched: int  # by these requests
+    bytes_needed: int  # size of the encoded images
+    fetch_seconds: float  # in which decoding waited for images
 
-    ids: Int64
-    pixels: Pixels | None
-    encoded: list[bytes] | None
-    etags: list[str | None]
-    rejects: dict[int, Reject]
-    changed: int
-    requests: int
-    bytes_fetched: int
-    bytes_needed: int
-    fetch_seconds: float
+
+def image_limits(backfill: BackfillSettings, data_root: str, allow_outside: bool) -> Limits:
+    """The limits for the images of a run."""
+    scheme, name = objects.split(data_root)
+    root = name if scheme == "file" and not allow_outside else None
+    return Limits(backfill.max_image_pixels, backfill.max_image_bytes, root)
 
 
 def load_unit(unit: Unit, preprocess: PreprocessSettings, limits: Limits, settings: FetchSettings) -> LoadedUnit:
-    """Read, decode and preprocess a unit's images; or only read them, where the embedding actor decodes.
+    """Read, decode and preprocess the images of a unit; with `decoder: device` only read them.
 
     Raises:
         DataError: the units file is missing or damaged, a store refuses the credentials, or a bucket is missing.
@@ -131,7 +109,7 @@ def load_unit(unit: Unit, preprocess: PreprocessSettings, limits: Limits, settin
 
 
 def decode_image(data: bytes, preprocess: PreprocessSettings, limits: Limits) -> Pixels:
-    """One encoded image as (C, H, W) uint8.
+    """Decode one image to (C, H, W) uint8.
 
     Raises:
         Reject: it is empty, not an image, truncated, too large, or of another shape than the encoder's.
@@ -140,22 +118,22 @@ def decode_image(data: bytes, preprocess: PreprocessSettings, limits: Limits) ->
 
 
 def decoder(preprocess: PreprocessSettings, limits: Limits) -> Callable[[bytes], Pixels]:
-    """`decode_image` for many images: what depends on the settings alone is done once."""
+    """Make `decode_image` for many images; work that depends on the settings alone is done once."""
     mode = "RGB" if preprocess.channels == 3 else "L"
     fit = _fit(preprocess)
     by_pillow = fit is not None and (preprocess.resample == "pillow" or preprocess.interpolation == "nearest")
 
     def upright(data: bytes) -> tuple[Picture, tuple[int, int] | None]:
-        """A picture in full and what to resize it to; what Pillow holds besides is freed on return."""
+        """A decoded upright picture, and the size to resize it to; Pillow's own copy is freed on return."""
         image = open_image(data, limits)
         check_resized(image.size, preprocess, limits)
         if image.format != "JPEG":
-            _load(image)  # a PNG may say only at its end how it is turned
+            _load(image)  # a PNG may carry its orientation at its end
         turn = read_turn(image, preprocess.exif)
         resized = resized_size(turn.size(image.height, image.width), preprocess)
         if preprocess.reducing_gap is not None and resized is not None:
             height, width = turn.size(*(math.ceil(side * preprocess.reducing_gap) for side in resized))
-            image.draft(None, (width, height))  # of formats other than JPEG it changes nothing
+            image.draft(None, (width, height))  # affects JPEG alone
         if by_pillow:
             return turn.image(_converted(_eight_bits(image), mode)), resized
         return turn.array(_array(data, image, mode)), resized
@@ -172,33 +150,85 @@ def decoder(preprocess: PreprocessSettings, limits: Limits) -> Callable[[bytes],
 
 @contextmanager
 def rejecting() -> Iterator[None]:
-    """Whatever one image's decoding raises is a reject of that image."""
+    """Turn any exception of decoding one image into a reject of that image."""
     try:
         yield
     except Reject:
         raise
     except MemoryError:
         raise Reject("decode", "too large: there is not enough memory to decode it") from None
-    # Damaged and hostile images make decoders raise anything (TypeError, struct.error, KeyError ...), and whatever it
-    # is, the other images of the unit are good. An interrupt is no Exception, so it still ends the task.
+    # Damaged and hostile images make decoders raise anything (TypeError, struct.error, KeyError ...), but the other
+    # images of the unit are good. An interrupt is not an Exception, so it still ends the task.
     except Exception as error:  # noqa: BLE001
         raise Reject("decode", _reason(error)) from None
 
 
+def open_image(data: bytes, limits: Limits) -> Image.Image:
+    """Open an image and read its header alone. Call it inside `rejecting`: damage makes Pillow raise anything.
+
+    Raises:
+        Reject: it is empty, not an image, or has more pixels than the limits allow.
+    """
+    if not data:
+        raise Reject("decode", "empty")
+    most = limits.max_pixels
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Image.DecompressionBombError:
+        most = min(most, 2 * (Image.MAX_IMAGE_PIXELS or most))
+        raise Reject("decode", f"too large: more than {most} pixels") from None
+    except UnidentifiedImageError:
+        raise Reject("decode", "not an image") from None
+    if (heavy := _HEAVY.get(image.format or "")) is not None:
+        most = most * _BYTES_PER_PIXEL // heavy
+    if image.width * image.height > most:
+        kind = "" if heavy is None else f" of {image.format}"
+        raise Reject("decode", f"too large: {image.width}x{image.height}, at most {most} pixels{kind}")
+    return image
+
+
+def check_resized(size: tuple[int, int], preprocess: PreprocessSettings, limits: Limits) -> None:
+    """Refuse a picture, (width, height), that is so long and thin that resizing makes it too large.
+
+    Raises:
+        Reject: it is.
+    """
+    longer, shorter = max(size), max(1, min(size))
+    if isinstance(preprocess.resize, int) and preprocess.resize**2 * longer // shorter > limits.max_pixels:
+        raise Reject("preprocess", f"too large when resized: {size[0]}x{size[1]}")
+
+
+def resized_size(size: tuple[int, int], preprocess: PreprocessSettings) -> tuple[int, int] | None:
+    """(height, width) of a picture after `resize`, as torchvision computes it; None without resizing."""
+    if not isinstance(preprocess.resize, int):
+        return preprocess.resize
+    side = int(preprocess.resize * max(size) / max(1, min(size)))
+    return (preprocess.resize, side) if size[0] <= size[1] else (side, preprocess.resize)
+
+
+def check_shape(shape: Sequence[int], preprocess: PreprocessSettings) -> None:
+    """Refuse a resized and cropped picture that is not the encoder's (height, width).
+
+    Raises:
+        Reject: it has another shape.
+    """
+    if tuple(shape) != preprocess.image_size:
+        raise Reject("preprocess", f"wrong shape: {shape[0]}x{shape[1]}, expected {_text(preprocess.image_size)}")
+
+
 def _reason(error: Exception) -> str:
-    """What a decoder says, in one line that can be stored as UTF-8."""
     text = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()[:200]
     said = f"{type(error).__name__} {text}" if isinstance(error, LookupError | TypeError) or not text else text
     return f"{'truncated' if 'truncated' in said else 'damaged'}: {said}"
 
 
 def _array(data: bytes, image: Image.Image, mode: str) -> Pixels:
-    """(H, W) or (H, W, C): what Pillow gives, which has read a JPEG's header; of most JPEGs without its overhead."""
+    """(H, W) or (H, W, C) of an image whose header is read; most JPEGs are decoded without Pillow's overhead."""
     if image.format == "JPEG" and image.mode == mode:
-        # Ours, so that no header which Pillow reads otherwise makes it larger than the limits allow.
+        # Our own buffer: if the two libraries read a header differently, the limits still hold.
         pixels = np.empty((image.height, image.width, len(mode)), dtype=np.uint8)
-        least = {"min_height": image.height, "min_width": image.width}  # less than all of it after draft()
-        with suppress(ValueError):  # damaged, perhaps only a little: Pillow decides, and says why
+        least = {"min_height": image.height, "min_width": image.width}  # smaller than the file's after draft()
+        with suppress(ValueError):  # damaged, perhaps only a little: Pillow decides, and gives the reason
             found: Pixels = simplejpeg.decode_jpeg(data, _JPEG_COLOURS[mode], buffer=pixels, **least)
             if found.shape == pixels.shape:
                 return found
@@ -206,7 +236,7 @@ def _array(data: bytes, image: Image.Image, mode: str) -> Pixels:
 
 
 def _in_bands(image: Image.Image, mode: str) -> Pixels:
-    """(H, W) or (H, W, C), converted some rows at a time: no second whole picture is in memory."""
+    """(H, W) or (H, W, C), converted a band of rows at a time, so that memory holds no second whole picture."""
     image.load()
     width, height = image.size
     rows = max(1, _BAND_PIXELS // max(1, width))
@@ -220,13 +250,11 @@ def _in_bands(image: Image.Image, mode: str) -> Pixels:
 
 
 def _load(image: Image.Image) -> None:
-    """Decode it, the first picture alone if there are several."""
     _check_depth(image)
     image.load()
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
-    """A picture in the colours that the encoder takes; transparency is dropped, as `convert` does it."""
     image.load()
     return image if image.mode == mode else image.convert(mode)
 
@@ -237,41 +265,22 @@ def _check_depth(image: Image.Image) -> None:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A picture of 8 bits a channel: of 16-bit grey the upper half, as Pillow reads 16-bit colours."""
+    """A picture of 8 bits a channel; 16-bit grey keeps its upper byte, as Pillow does with 16-bit colours."""
     _check_depth(image)
-    if image.mode.startswith("I;16"):  # convert() would clip it, and nearly all of it would be white
+    if image.mode.startswith("I;16"):  # convert() would clip it to nearly all white
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image
 
 
-def check_resized(size: tuple[int, int], preprocess: PreprocessSettings, limits: Limits) -> None:
-    """Refuse a picture, (width, height), so long and thin that resizing would make it too large.
-
-    Raises:
-        Reject: it is.
-    """
-    longer, shorter = max(size), max(1, min(size))
-    if isinstance(preprocess.resize, int) and preprocess.resize**2 * longer // shorter > limits.max_pixels:
-        raise Reject("preprocess", f"too large when resized: {size[0]}x{size[1]}")
-
-
-def resized_size(size: tuple[int, int], preprocess: PreprocessSettings) -> tuple[int, int] | None:
-    """(height, width) of a picture after `resize`, as torchvision computes it; None where there is no resizing."""
-    if not isinstance(preprocess.resize, int):
-        return preprocess.resize
-    side = int(preprocess.resize * max(size) / max(1, min(size)))
-    return (preprocess.resize, side) if size[0] <= size[1] else (side, preprocess.resize)
-
-
 def _fit(preprocess: PreprocessSettings) -> Callable[[Picture, tuple[int, int] | None], Picture] | None:
-    """Resize and crop a picture in the arithmetic of what it is: Pillow's or torch's.
+    """Resize and crop with Pillow's arithmetic or torch's, by the type of the picture.
 
-    torch resizes bytes in whole numbers: the same pixels on every processor. torchvision does it in floats on a
-    processor without AVX2: other pixels, and 12 bytes more per pixel.
+    torch resizes bytes in whole numbers: the same pixels on every processor. On a processor without AVX2, torchvision
+    resizes in floats: other pixels, and 12 more bytes per pixel.
     """
     if preprocess.resize is None and preprocess.center_crop is None:
         return None
-    import torch  # here: they take seconds, and not everybody resizes
+    import torch  # here: it takes seconds to import, and some settings do not resize
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional
 
@@ -301,40 +310,6 @@ def _fit(preprocess: PreprocessSettings) -> Callable[[Picture, tuple[int, int] |
         return item if isinstance(item, Image.Image) else item.permute(1, 2, 0).numpy()
 
     return fit
-
-
-def open_image(data: bytes, limits: Limits) -> Image.Image:
-    """An image of which only the header is read; inside `rejecting`, for damage makes Pillow raise anything.
-
-    Raises:
-        Reject: it is empty, not an image, or has more pixels than the limits allow.
-    """
-    if not data:
-        raise Reject("decode", "empty")
-    most = limits.max_pixels
-    try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    except Image.DecompressionBombError:
-        most = min(most, 2 * (Image.MAX_IMAGE_PIXELS or most))
-        raise Reject("decode", f"too large: more than {most} pixels") from None
-    except UnidentifiedImageError:
-        raise Reject("decode", "not an image") from None
-    if (heavy := _HEAVY.get(image.format or "")) is not None:
-        most = most * _BYTES_PER_PIXEL // heavy
-    if image.width * image.height > most:
-        kind = "" if heavy is None else f" of {image.format}"
-        raise Reject("decode", f"too large: {image.width}x{image.height}, at most {most} pixels{kind}")
-    return image
-
-
-def check_shape(shape: Sequence[int], preprocess: PreprocessSettings) -> None:
-    """Refuse a picture that is not (height, width) as the encoder takes it, once it is resized and cropped.
-
-    Raises:
-        Reject: it is of another shape.
-    """
-    if tuple(shape) != preprocess.image_size:
-        raise Reject("preprocess", f"wrong shape: {shape[0]}x{shape[1]}, expected {_text(preprocess.image_size)}")
 
 
 def _text(shape: tuple[int, int] | None) -> str:

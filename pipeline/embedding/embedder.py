@@ -1,8 +1,6 @@
-"""The embedding actor: pixels in, vectors out. The only part of the stream that needs torch.
+"""The embedding actor: pixels in, vectors out; the only part of the stream that needs torch.
 
-Guarantee: for given weights and preprocess, the same images in the same batches give the same vectors;
-what is not finite becomes a reject. It does not know where the images came from, or what becomes of
-the vectors.
+Equal weights, preprocess, images and batches give equal vectors. Vectors that are not finite become rejects.
 """
 
 from __future__ import annotations
@@ -35,11 +33,10 @@ _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": 
 
 
 class Embedder:
-    """An encoder on its device; also used in-process, where a few images are embedded without Ray.
+    """An encoder on its device; also used in-process to embed a few images without Ray.
 
-    On a GPU one batch computes while the next is copied: pinned memory, one copy each way, a stream of their own for
-    those to the device, and nothing waits for a batch before the following one is on its way. That is within one call
-    of `embed`, so a unit is cut into two batches at least; but for a compiled network, whose batches have one size.
+    On a GPU one batch computes while the next is copied, within one call of `embed`. So a unit is cut into at least
+    two batches, unless the network is compiled: then its batches have one size.
     """
 
     def __init__(self, encoder: settings.EncoderSettings, device: str, batch_size: int, threads: int) -> None:
@@ -55,10 +52,7 @@ class Embedder:
             self._network = torch.compile(self._model, dynamic=False)
 
     def embed(self, pixels: Pixels | torch.Tensor) -> Float32:
-        """(N, C, H, W) uint8, in the host's memory or on the device, to (N, d) float32, in order.
-
-        In batches of at most the configured size.
-        """
+        """Embed (N, C, H, W) uint8, on the host or the device, to (N, d) float32, in order."""
         vectors = np.zeros((len(pixels), self._model.dim), dtype=np.float32)
         waiting: deque[tuple[int, _Batch]] = deque()
         size = min(self._batch_size, self.largest_batch(len(pixels)))
@@ -71,24 +65,21 @@ class Embedder:
         return vectors
 
     def largest_batch(self, num_images: int) -> int:
-        """Images of the largest batch that `embed` makes of so many, whatever size is configured."""
+        """The largest batch that `embed` makes of so many images, whatever size is configured."""
         if self._copies is None or self._padded:
             return max(1, num_images)
         return max(1, math.ceil(num_images / _IN_FLIGHT))
 
     def rates(self, pixels: Pixels, sizes: Iterable[int], seconds: float) -> dict[int, float]:
-        """Images per second by batch size, from the smallest up to the first that memory does not hold.
+        """Images per second by batch size, from the smallest up to the first that does not fit into memory.
 
         Args:
-            pixels: (N, C, H, W) uint8, repeated where a batch is larger.
-            sizes: batch sizes, ascending.
-            seconds: about how long to measure, compilation not counted; sizes that would take longer are left out.
-
-        Returns:
-            at least the rate of the smallest size.
+            pixels: (N, C, H, W) uint8, repeated to fill larger batches.
+            sizes: batch sizes, ascending; at least the first is measured.
+            seconds: roughly how long to measure, without compilation; sizes that would take longer are left out.
 
         Raises:
-            ConfigError: memory does not hold the smallest size.
+            ConfigError: the smallest size does not fit into memory.
         """
         configured, found, left = self._batch_size, dict[int, float](), seconds
         try:
@@ -96,7 +87,7 @@ class Embedder:
                 self._batch_size = size
                 batches = np.resize(pixels, (_IN_FLIGHT * size, *pixels.shape[1:]))
                 try:
-                    self.embed(batches)  # kernels are chosen, memory is taken
+                    self.embed(batches)  # warm-up: chooses kernels, allocates memory
                     start = time.perf_counter()
                     self.embed(batches)
                 except torch.OutOfMemoryError as error:
@@ -106,7 +97,7 @@ class Embedder:
                     break
                 spent = time.perf_counter() - start
                 found[size] = len(batches) / spent
-                left -= 2 * spent  # with the warm-up, but for what is done once
+                left -= 2 * spent  # with the warm-up, without one-off work
                 if 4 * spent > left:  # the next has twice as many
                     break
         finally:
@@ -115,20 +106,20 @@ class Embedder:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The encoder's device."""
         return self._device
 
     def _too_small(self, batch: Pixels) -> ConfigError:
         return ConfigError(
-            "the device's memory does not hold a batch",
+            "a batch does not fit into the device's memory",
             expected=f"room for {len(batch)} images of {batch.shape[1:]} and the encoder",
             found=f"out of memory on {self._device}",
             where="device",
-            remedy="let fewer actors share the GPU (backfill.gpus_per_actor), or take a device with more memory",
+            remedy="let fewer actors share the GPU (backfill.gpus_per_actor), or use a device with more memory",
         )
 
     def _copied(self, pixels: Pixels, num_rows: int) -> torch.Tensor:
-        """On the device, zeros after the pixels; a copy in any case, for blocks of the object store are read-only."""
+        """The pixels on the device, then zeros. It always copies: blocks of the object store are read-only."""
         host = torch.empty((num_rows, *pixels.shape[1:]), dtype=torch.uint8, pin_memory=self._copies is not None)
         host.numpy()[: len(pixels)], host.numpy()[len(pixels) :] = pixels, 0
         if self._copies is None:
@@ -137,12 +128,12 @@ class Embedder:
             batch = host.to(self._device, non_blocking=True)
         computing = torch.cuda.current_stream(self._device)
         computing.wait_stream(self._copies)
-        batch.record_stream(computing)  # or its memory would be given to the next copy while it is read
+        batch.record_stream(computing)  # otherwise the next copy could reuse its memory while it is read
         return batch
 
     @torch.inference_mode()
     def _launch(self, pixels: Pixels | torch.Tensor) -> _Batch:
-        """Start a batch; on a GPU this returns before it is done."""
+        """Start a batch; on a GPU it returns before the batch is done."""
         num_rows = self._batch_size if self._padded else len(pixels)
         if not isinstance(pixels, torch.Tensor):
             batch = self._copied(pixels, num_rows)
@@ -161,22 +152,8 @@ class Embedder:
         return _Batch(host, done)
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """Embeddings in the host's memory, (B, d) float32, there once `done` has come."""
-
-    embeddings: torch.Tensor
-    done: torch.cuda.Event | None
-
-
-def _land(start: int, batch: _Batch, vectors: Float32) -> None:
-    if batch.done is not None:
-        batch.done.synchronize()
-    vectors[start : start + len(batch.embeddings)] = batch.embeddings.numpy()
-
-
 class EmbedStage:
-    """The actor: pixels in, vectors out, one unit a call; each encoder is loaded when its first unit comes."""
+    """The actor: one unit per call; each encoder is loaded when its first unit arrives."""
 
     def __init__(
         self, encoders: list[settings.EncoderSettings], backfill: settings.BackfillSettings, device: str
@@ -184,7 +161,7 @@ class EmbedStage:
         self._encoders, self._backfill, self._device = encoders, backfill, device
         self._embedders: dict[int, Embedder] = {}
         self._decoders: dict[int, DeviceDecoder] = {}
-        self._name = uuid.uuid4().hex[:16]  # tells it from others where its units are counted
+        self._name = uuid.uuid4().hex[:16]  # identifies this actor in the acknowledgements
 
     def _embedder(self, work: int) -> Embedder:
         if work not in self._embedders:
@@ -194,7 +171,7 @@ class EmbedStage:
         return self._embedders[work]
 
     def _decoder(self, work: int) -> DeviceDecoder:
-        from pipeline.embedding.gpu_decode import DeviceDecoder  # here: it takes seconds, and few want it
+        from pipeline.embedding.gpu_decode import DeviceDecoder  # here: it takes seconds, and few runs need it
 
         if work not in self._decoders:
             limits = Limits(self._backfill.max_image_pixels, self._backfill.max_image_bytes)
@@ -235,3 +212,17 @@ class EmbedStage:
                 "vector": vectors_to_arrow(vectors),
             }
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Embeddings in the host's memory, (B, d) float32, valid once `done` has happened."""
+
+    embeddings: torch.Tensor
+    done: torch.cuda.Event | None
+
+
+def _land(start: int, batch: _Batch, vectors: Float32) -> None:
+    if batch.done is not None:
+        batch.done.synchronize()
+    vectors[start : start + len(batch.embeddings)] = batch.embeddings.numpy()

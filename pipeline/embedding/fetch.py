@@ -1,10 +1,7 @@
-"""Fetch the encoded images of a unit, in few requests.
+"""Fetch the encoded images of a unit in few requests.
 
-Between `images`, which decodes, and `storage`. Guarantee: the bytes come in the order of the places and are
-those that one read per image would have given, however the requests were cut; an image that cannot be had
-is a reject, and only trouble that is not the image's is raised, `TransientError` when the store keeps
-failing. In memory are at most a unit's encoded images and the requests in flight. It does not know what
-is in the bytes.
+An image that cannot be read becomes a reject; only faults of the store or the machine are raised. Memory holds at most
+a unit's encoded images and the requests in flight.
 """
 
 from __future__ import annotations
@@ -30,13 +27,13 @@ from pipeline.storage.retry import COUNTS
 from pipeline.storage.settings import FetchSettings
 
 WAITED = "microseconds:image"
-"""In `storage.counts`: for how long decoding had to wait for images' bytes."""
+"""In `objects.counts`: how long decoding waited for images' bytes."""
 
 _MOST = 0.5
-"""The share of a container from which on it is read whole: what is not wanted costs less than more requests."""
+"""Read the whole container if at least this share of it is wanted: unused bytes are cheaper than more requests."""
 
 _DECODED_BYTES = 2**26
-"""Of a Parquet file's image column that are decoded at once."""
+"""Bytes of a Parquet file's image column that are decoded at once."""
 
 _DECODED_ROWS = 256
 
@@ -47,7 +44,7 @@ _NO_PLACE = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
 class Place:
     """Where one image lies: an object, a byte range of one, or a row of a Parquet file's image column.
 
-    `etag` is the object's when the manifest was made, where that is known; after a space its sha256, as far as known.
+    `etag` is the object's when the manifest was made, if known; a space and the object's sha256 may follow.
     """
 
     uri: str
@@ -58,20 +55,19 @@ class Place:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is a whole object, and no part of a container."""
+        """Whether the image is a whole object, not part of a container."""
         return self.row is None and self.length is None and not self.offset
 
     def is_changed(self, etag: str | None) -> bool:
-        """Whether the object was another one when the manifest was made; False where that is not known."""
+        """Whether the object has changed since the manifest was made; False if that is not known."""
         if self.etag is None or etag is None:
             return False
-        return self.etag.partition(" ")[0].strip('"') != etag.strip(
-            '"'
-        )  # a manifest of the user's may have it without the quotes
+        planned = self.etag.partition(" ")[0]
+        return planned.strip('"') != etag.strip('"')  # a user's manifest may have etags without quotes
 
 
 class Reject(Exception):
-    """One image that cannot be embedded; `reason` is a short word, maybe followed by `: detail`."""
+    """One image that cannot be embedded; `reason` is a few words, optionally followed by `: detail`."""
 
     def __init__(self, stage: str, reason: str) -> None:
         super().__init__(f"{stage}: {reason}")
@@ -80,7 +76,7 @@ class Reject(Exception):
 
 
 Fetched = tuple[bytes | Reject, str | None]
-"""An encoded image or why there is none, and the etag of its object at the time it was read."""
+"""An encoded image or its reject, and the etag of its object when it was read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +87,10 @@ class ByteRange:
     rows: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """What one thread does in one go: a whole object, or pieces of one."""
-
-    uri: str
-    rows: list[int]
-    pieces: list[ByteRange] | None
-
-
 def fetch(places: list[Place], max_bytes: int, settings: FetchSettings, root: str | None = None) -> Iterator[Fetched]:
-    """The encoded bytes of each place, in order; the requests, bytes and retries go to `storage.counts`.
+    """The encoded bytes of each place, in order; requests, bytes and retries are counted in `objects.counts`.
 
-    Args:
-        places: of the images.
-        max_bytes: of an image; a larger one is a reject.
-        settings: how they are read.
-        root: a local folder whose links must not lead out of it; None: links are followed anywhere.
+    Links may lead anywhere, or with `root`, a local folder, nowhere out of it. An image above `max_bytes` is a reject.
 
     Raises:
         TransientError: a store kept failing.
@@ -120,11 +103,10 @@ def fetch(places: list[Place], max_bytes: int, settings: FetchSettings, root: st
 
 
 def coalesce(ranges: Iterable[tuple[int, Span]], settings: FetchSettings) -> list[ByteRange]:
-    """Requests that cover the ranges, each given as (row, span), of one container.
+    """Requests that cover the ranges of one container, each given as (row, span).
 
-    Ranges whose gap is at most `max_gap_bytes` share a request of up to `max_request_bytes`; where most of what lies
-    between the first and the last is wanted, whatever their gap is. No range is cut, so one that is longer is a request
-    of its own.
+    Ranges at most `max_gap_bytes` apart share a request of up to `max_request_bytes`. If most bytes between the first
+    and the last range are wanted, the gap does not matter. No range is cut; a longer one is a request of its own.
     """
     pieces: list[ByteRange] = []
     ordered = sorted(ranges, key=lambda item: item[1])
@@ -142,16 +124,26 @@ def coalesce(ranges: Iterable[tuple[int, Span]], settings: FetchSettings) -> lis
     return pieces
 
 
-class _Unit:
-    """The images of one unit while they arrive."""
+_MISSING = Reject("fetch", "missing")
 
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """The work of one thread in one go: a whole object, or byte ranges of one."""
+
+    uri: str
+    rows: list[int]
+    pieces: list[ByteRange] | None
+
+
+class _Unit:
     def __init__(self, places: list[Place], max_bytes: int, settings: FetchSettings, root: str | None) -> None:
         self._places, self._max_bytes, self._settings, self._root = places, max_bytes, settings, root
         self._found: list[Fetched | None] = [None] * len(places)
         self._readers: dict[str, Reader] = {}
 
     def fetched(self) -> Iterator[Fetched]:
-        """Each image in order; what has been given is forgotten."""
+        """Each image in order; an image is dropped from memory once it is yielded."""
         reads = self._plan()
         with ThreadPoolExecutor(self._settings.concurrency) as pool:
             try:
@@ -167,10 +159,10 @@ class _Unit:
                     assert found is not None, f"row {row} was not fetched"
                     yield found
             finally:
-                pool.shutdown(cancel_futures=True)  # after an error the rest is not wanted
+                pool.shutdown(cancel_futures=True)  # after an error the rest is not needed
 
     def _plan(self) -> list[_Read]:
-        """What to read, in the order in which the images are wanted; rejects what is no place at all."""
+        """What to read, in the order in which images are needed; places that cannot be read become rejects."""
         whole: dict[str, list[int]] = {}
         ranges: dict[str, list[tuple[int, Span]]] = {}
         for row, place in enumerate(self._places):
@@ -190,8 +182,8 @@ class _Unit:
         return sorted(reads, key=lambda read: min(read.rows))
 
     def _refused(self, place: Place) -> bytes | Reject | None:
-        """What is known of a place without a request."""
-        if (scheme := objects.split(place.uri)[0]) not in objects.SCHEMES:  # of a manifest that was not checked
+        """The image or reject of a place that needs no request; else None."""
+        if (scheme := objects.split(place.uri)[0]) not in objects.SCHEMES:  # from a manifest that was not checked
             return Reject("fetch", f"missing: {scheme}:// cannot be read, only local paths and s3://")
         if min(place.offset or 0, place.length or 0) < 0:
             return Reject("fetch", "missing: offset and length must not be negative")
@@ -203,7 +195,6 @@ class _Unit:
         return Reject("fetch", f"too large: {size} bytes, at most {self._max_bytes}")
 
     def _run(self, read: _Read) -> None:
-        """Read, and leave each image of it, or its reject, at its row."""
         try:
             reader, name = self._reader(read.uri)
             if read.pieces is None:
@@ -217,13 +208,13 @@ class _Unit:
             self._leave(read.rows, (self._too_large(error.size_bytes), error.etag))
         except (OSError, ValueError) as error:
             if _is_unreadable(error, read.uri) and read.pieces is not None and len(read.rows) > 1:
-                for row in read.rows:  # of a container, which others may be read from
+                for row in read.rows:  # other images of the container may be readable
                     self._run(_Read(read.uri, [row], [ByteRange(self._span(self._places[row]), [row])]))
                 return
             self._leave(read.rows, (_reject(error, read.uri), None))
 
     def _reader(self, uri: str) -> tuple[Reader, str]:
-        """Looked up once per unit: to look at the environment for each image costs as much as the rest of our work."""
+        """The reader of a URI's scheme, made once per unit: one per image would double the cost of our own work."""
         scheme, name = objects.split(uri)
         if scheme not in self._readers:
             self._readers[scheme] = objects.image_reader(scheme, self._settings, self._root)
@@ -238,7 +229,7 @@ class _Unit:
             self._found[row] = fetched
 
     def _cut(self, place: Place, first: int, data: bytes) -> bytes | Reject:
-        """A copy of an image's bytes: the request's own, with the gaps in it, are not kept."""
+        """A copy of an image's bytes, so that the request's other bytes can be freed."""
         start = (place.offset or 0) - first
         if place.length is None:
             found = data[start:]
@@ -249,7 +240,7 @@ class _Unit:
         return found
 
     def _read_columns(self) -> None:
-        """The rows of Parquet files, whose bytes are read while the requests are under way."""
+        """The rows of Parquet files, read while the requests are in flight."""
         columns: dict[str, list[int]] = {}
         for row, place in enumerate(self._places):
             if place.row is not None:
@@ -267,7 +258,7 @@ class _Unit:
                 self._found[row] = data, etag
 
     def _ask(self, path: str, reject: Reject) -> Reject:
-        """What the store itself says of a file that was not had: the answer to a HEAD does not name its cause.
+        """Ask the store why a file could not be read: the answer to a HEAD does not name the cause.
 
         Raises:
             DataError: the bucket is missing, or the credentials are refused.
@@ -284,7 +275,7 @@ class _Unit:
 
 @contextmanager
 def _waiting() -> Iterator[None]:
-    """Count the time until the end as waited for images' bytes, in whole microseconds."""
+    """Count the time until the end as waiting for images' bytes, in whole microseconds."""
     start = time.perf_counter()
     try:
         yield
@@ -293,7 +284,6 @@ def _waiting() -> Iterator[None]:
 
 
 def _wait(future: Future[None]) -> None:
-    """For what a thread has not brought yet; what is there costs no look at a clock."""
     if future.done():
         future.result()
     else:
@@ -301,16 +291,13 @@ def _wait(future: Future[None]) -> None:
             future.result()
 
 
-_MISSING = Reject("fetch", "missing")
-
-
 def _is_unreadable(error: OSError | ValueError, uri: str) -> bool:
-    """Whether these bytes cannot be read from where they lie: a bad sector."""
+    """Whether these bytes cannot be read from the local disk (EIO): a bad sector."""
     return isinstance(error, OSError) and error.errno == errno.EIO and objects.is_local(uri)
 
 
 def _reject(error: OSError | ValueError, uri: str) -> Reject:
-    """What is wrong with an image; raises what is wrong with the machine."""
+    """The reject of an image; faults of the machine are raised."""
     if isinstance(error, objects.Outside):
         return Reject("fetch", f"outside data_root: {error.found} (allow_outside: true reads it)")
     if isinstance(error, objects.Unreadable):
@@ -329,16 +316,16 @@ def _reject(error: OSError | ValueError, uri: str) -> Reject:
 
 
 def _since_manifest(data: bytes | Reject, etag: str | None, place: Place) -> bytes | Reject:
-    """What came, unless its object has gone since the manifest was made, or is a container that was made anew."""
-    if not place.is_whole and place.is_changed(etag):  # at the old place may lie another image
-        return Reject("fetch", "container changed: make the manifest again, start beside with --new-run")
+    """The image, unless its object was deleted or its container replaced since the manifest was made."""
+    if not place.is_whole and place.is_changed(etag):  # another image may lie at the old place
+        return Reject("fetch", "container changed: make the manifest again, and start a new run with --new-run")
     if data is _MISSING and place.etag is not None:
         return Reject("fetch", f"{DELETED}: was there when the manifest was made")
     return data
 
 
 def _same_content(path: str, etag: str | None, planned: str | None) -> str | None:
-    """A file's etag; the planned one if the file was only touched or copied since, and holds the same bytes."""
+    """A file's etag; the planned one if the file was only touched or copied and its bytes are the same."""
     known, _, sha256 = (planned or "").partition(" ")
     if etag in (None, known) or not sha256 or not objects.is_local(path):
         return etag
@@ -347,7 +334,6 @@ def _same_content(path: str, etag: str | None, planned: str | None) -> str | Non
 
 @functools.lru_cache(maxsize=1024)
 def _sha256(path: str, etag: str) -> str:
-    """Once per process for each state of a file."""
     return objects.sha256(path)
 
 
@@ -365,41 +351,36 @@ def _column(uri: str, wanted: set[int], tries: int = 3) -> tuple[dict[int, bytes
         return _reject(error, path), None
     except DataError as error:
         cause = error.__cause__
-        if not isinstance(cause, OSError) or cause.errno is None:  # Arrow's own OSErrors have no number
+        if not isinstance(cause, OSError) or cause.errno is None:  # Arrow's own OSErrors have no errno
             return Reject("fetch", f"damaged: {error}".splitlines()[0]), etag
         if cause.errno != errno.ESTALE:
             return _reject(cause, path), etag
         replaced = error
-    if tries > 1:  # replaced while it was read: what is there now is wanted
+    if tries > 1:  # replaced while it was read: read the new file
         return _column(uri, wanted, tries - 1)
     raise TransientError("a Parquet file keeps changing while it is read", where=path) from replaced
 
 
 def _column_rows(path: str, column: str, wanted: Int64) -> Iterator[tuple[int, bytes]]:
-    """Only of the row groups that hold some."""
+    """Reads only row groups that hold a wanted row."""
     with parquet.open_parquet(path) as file:
         if column not in file.schema_arrow.names:
-            raise DataError("a Parquet file has no such column", expected=column, where=path)
+            raise DataError("a Parquet file lacks a column", expected=column, where=path)
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         starts = np.concatenate([[0], np.cumsum(sizes)])
         for group in range(file.num_row_groups):
             rows = wanted[(wanted >= starts[group]) & (wanted < starts[group + 1])]
             if len(rows):
-                if objects.is_local(path):  # a store's own reads count there
+                if objects.is_local(path):  # reads of a store are counted there
                     COUNTS.add("requests:image")
                     COUNTS.add("bytes:image", _column_bytes(file, group, column))
                 yield from _images(file, group, column, rows, int(starts[group]))
 
 
 def _images(file: pq.ParquetFile, group: int, column: str, rows: Int64, first: int) -> Iterator[tuple[int, bytes]]:
-    """Some rows of a row group, some megabytes at a time: as a whole it may hold more than Arrow's 2 GiB of a column.
+    """Some rows of a row group, a few megabytes at a time: a whole column may exceed Arrow's limit of 2 GiB.
 
-    Args:
-        file: the file.
-        group: the row group.
-        column: of the images.
-        rows: the rows of the file that are wanted, ascending; all are in the row group.
-        first: the first row of the row group.
+    `rows` are rows of the file, ascending; all are in the row group, which begins at row `first`.
     """
     size, num_rows = _column_bytes(file, group, column, compressed=False), file.metadata.row_group(group).num_rows
     at_once = min(max(1, _DECODED_BYTES * num_rows // max(1, size)), _DECODED_ROWS)  # equal images count once in `size`

@@ -1,9 +1,7 @@
-"""Decode and resize JPEGs where the encoder runs: nvJPEG on a GPU, through torchvision.
+"""Decode and resize JPEGs on the encoder's device: nvJPEG on a GPU, through torchvision. Never run on a GPU yet.
 
-Guarantee: a bad image becomes a reject, as in `images`; what is no JPEG of the wanted colours, or what the device's
-decoder refuses, is decoded there. A device that cannot even decode a good JPEG is not asked for others, and the log
-says so; one that fails (out of memory, an error of CUDA) ends the task. No GPU was at hand when this was written: tests
-hold the same calls on the CPU to `images`.
+The CPU decodes other formats and colours, and JPEGs that the device refuses. A device that cannot decode even a good
+JPEG is given none. A device that fails (out of memory, a CUDA error) ends the task.
 """
 
 from __future__ import annotations
@@ -31,24 +29,15 @@ from pipeline.embedding.decode import (
 from pipeline.embedding.fetch import Reject
 from pipeline.embedding.orientation import Turn, read_turn
 
-_AT_ONCE = 64  # JPEGs in one call of the decoder, at most,
-_PIXELS_AT_ONCE = 2**26  # and of so many pixels in all, or one: 200 MB of colours on the device
+_AT_ONCE = 64  # most JPEGs in one call of the decoder
+_PIXELS_AT_ONCE = 2**26  # most pixels in one call, unless it is one image: 200 MB of colours on the device
 _DEVICE_FAILS = (torch.OutOfMemoryError, torch.AcceleratorError)  # whatever the image; both are RuntimeErrors
 
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class _Header:
-    """Height and width of a JPEG as it lies in the file, what turns it upright, and what it is resized to, if it is."""
-
-    size: tuple[int, int]
-    turn: Turn
-    resized: tuple[int, int] | None
-
-
 class DeviceDecoder:
-    """Encoded images to pixels on a device; one is made per actor, and tries the device once."""
+    """Decodes images to pixels on a device; an actor makes one, which tests the device once."""
 
     def __init__(self, preprocess: PreprocessSettings, limits: Limits, device: torch.device) -> None:
         from torchvision.io import ImageReadMode, decode_jpeg
@@ -59,7 +48,7 @@ class DeviceDecoder:
         self._takes_jpegs, self._refused = self._probe(), False
 
     def decode(self, encoded: Sequence[bytes]) -> tuple[torch.Tensor, dict[int, Reject]]:
-        """(B, C, H, W) uint8 on the device, zeros for rejects; and row -> why that image is rejected.
+        """(B, C, H, W) uint8 on the device, zeros for rejects; and row -> reject.
 
         Raises:
             torch.OutOfMemoryError, torch.AcceleratorError: the device fails, whatever the image.
@@ -68,7 +57,7 @@ class DeviceDecoder:
         pixels = torch.zeros(shape, dtype=torch.uint8, device=self._device)
         rejects: dict[int, Reject] = {}
         headers: dict[int, _Header] = {}
-        others, refused = list[int](), list[int]()  # what the CPU decodes; because the device does not
+        others, refused = list[int](), list[int]()  # rows for the CPU; those among them that the device refused
         for row, data in enumerate(encoded):
             try:
                 header = self._header(data)
@@ -91,13 +80,13 @@ class DeviceDecoder:
         on_cpu = self._on_cpu(encoded, others, rejects)
         if len(on_cpu):
             pixels[[row for row in others if row not in rejects]] = on_cpu.to(self._device, non_blocking=True)
-        if not self._refused and not rejects.keys() >= set(refused):  # else it was the images, not the device
-            _LOG.warning("%s refused a JPEG that the CPU decodes; such ones are decoded there", self._device)
+        if not self._refused and not rejects.keys() >= set(refused):  # else the images are bad, not the device
+            _LOG.warning("%s refused a JPEG that the CPU decodes; the CPU will decode such images", self._device)
             self._refused = True
         return pixels, rejects
 
     def _probe(self) -> bool:
-        """Whether the device decodes a good JPEG: torchvision may lack nvJPEG, or the GPU what that needs."""
+        """Whether the device decodes a good JPEG: torchvision may lack nvJPEG, or the GPU may not support it."""
         sink = io.BytesIO()
         Image.new(self._colours, (16, 16)).save(sink, "jpeg")
         try:
@@ -105,12 +94,12 @@ class DeviceDecoder:
         except _DEVICE_FAILS:
             raise
         except RuntimeError as error:
-            _LOG.warning("%s decodes no JPEGs, the CPU does it all: %s", self._device, str(error).partition("\n")[0])
+            _LOG.warning("%s cannot decode JPEGs, the CPU will: %s", self._device, str(error).partition("\n")[0])
             return False
         return True
 
     def _header(self, data: bytes) -> _Header | None:
-        """None where the image is not for the device's decoder."""
+        """None if the device's decoder does not take the image."""
         with rejecting():
             image = open_image(data, self._limits)
             if not self._takes_jpegs or image.format != "JPEG" or image.mode != self._colours:
@@ -120,13 +109,13 @@ class DeviceDecoder:
             return _Header(size, turn, resized_size(turn.size(*size), self._preprocess))
 
     def _pictures(self, encoded: Sequence[bytes], rows: list[int]) -> dict[int, torch.Tensor | None]:
-        """(C, H, W) uint8 of each row, all in one call; None for what the decoder refuses."""
+        """(C, H, W) uint8 of each row, all in one call; None for those that the decoder refuses."""
         data = [_tensor(encoded[row]) for row in rows]
         try:
             return dict(zip(rows, self._decode_jpeg(data), strict=True))
         except _DEVICE_FAILS:
             raise
-        except RuntimeError:  # of one that is damaged; which one it does not say
+        except RuntimeError:  # one of them is damaged; the error does not say which
             return {row: self._picture(item) for row, item in zip(rows, data, strict=True)}
 
     def _picture(self, data: torch.Tensor) -> torch.Tensor | None:
@@ -150,7 +139,7 @@ class DeviceDecoder:
         return picture
 
     def _on_cpu(self, encoded: Sequence[bytes], rows: list[int], rejects: dict[int, Reject]) -> torch.Tensor:
-        """(M, C, H, W) uint8 of those rows that are no rejects, for one copy to the device; adds the rejects."""
+        """(M, C, H, W) uint8 of the rows that are not rejects, for one copy to the device; adds the rejects."""
         shape = (len(rows), self._preprocess.channels, *cast(tuple[int, int], self._preprocess.image_size))
         host, count = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda"), 0
         for row in rows:
@@ -162,8 +151,16 @@ class DeviceDecoder:
         return host[:count]
 
 
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """Height and width of a JPEG as stored, its turn, and its size after resizing, if it is resized."""
+
+    size: tuple[int, int]
+    turn: Turn
+    resized: tuple[int, int] | None
+
+
 def _together(headers: Mapping[int, _Header]) -> Iterator[list[int]]:
-    """The rows of one call each: all pictures of a call are in memory at once, in full."""
     rows, total = list[int](), 0
     for row, header in headers.items():
         height, width = header.size

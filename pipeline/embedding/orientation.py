@@ -1,8 +1,6 @@
-"""Reads the EXIF orientation of a picture, and turns the picture upright.
+"""Read the EXIF orientation of a picture, and turn the picture upright as Pillow's `ImageOps.exif_transpose` does.
 
-Below `images` and `device_decode`, which decode. Guarantee: a picture is turned as Pillow's `ImageOps.exif_transpose`
-turns it, whether it is Pillow's, an array or a tensor. An orientation that cannot be read counts as upright: damage to
-the EXIF data is no damage to the pixels.
+An orientation that cannot be read counts as upright: damaged EXIF data does not mean damaged pixels.
 """
 
 from __future__ import annotations
@@ -20,22 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What turns a picture upright: first rows and columns change places, then their order is reversed.
+    """Turns a picture upright: first swap rows and columns, then reverse their order."""
 
-    Attributes:
-        method: all of it in Pillow's words; None if nothing is to be done.
-        swaps: rows become columns.
-        rows: the order of the rows is reversed.
-        columns: the order of the columns is reversed.
-    """
-
-    method: Image.Transpose | None
-    swaps: bool = False
-    rows: bool = False
-    columns: bool = False
+    method: Image.Transpose | None  # the whole turn as Pillow names it; None if the picture is upright
+    swaps: bool = False  # rows become columns
+    rows: bool = False  # reverse the order of the rows
+    columns: bool = False  # reverse the order of the columns
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of the upright picture; of an upright one as it lies in the file."""
+        """(height, width) of the upright picture, from the size as stored."""
         return (width, height) if self.swaps else (height, width)
 
     def image(self, picture: Image.Image) -> Image.Image:
@@ -69,12 +60,7 @@ _SAYS = {"exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp"}
 
 
 def read_turn(image: Image.Image, exif: Literal["apply", "ignore"]) -> Turn:
-    """What turns an image upright: nothing if its EXIF data is ignored, is not there or cannot be read.
-
-    Args:
-        image: of a JPEG the header is enough; any other must be loaded.
-        exif: `preprocess.exif`.
-    """
+    """The turn of an image; none if EXIF is ignored, missing or cannot be read. Only of a JPEG the header suffices."""
     if exif == "ignore" or (image.format != "TIFF" and _SAYS.isdisjoint(image.info)):
         return _UPRIGHT
     try:

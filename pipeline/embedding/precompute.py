@@ -1,7 +1,7 @@
-"""The embeddings of a normalised manifest: those that came with it, or else embedded from its images.
+"""The embeddings of a normalised manifest: given by the manifest, or computed from its images by the embedding stream.
 
-The embedding stream of the backfill makes what is missing, once, into a vector log beside the parts
-(the part's number stands for the wave). It does not know what the embeddings are used for.
+Computed embeddings go into a vector log beside the parts, in which a part's number takes the place of the wave. Also
+checks, before a run, that a sample of the images can be read.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.arrays import Float32, vectors_from_arrow
-from pipeline.config.tree import Config, EncoderSettings, EncodersSettings, PreprocessSettings
+from pipeline.config.tree import BackfillSettings, EncoderSettings, EncodersSettings, PreprocessSettings
 from pipeline.embedding import rejects, vector_log
-from pipeline.embedding.decode import decode_image, image_limits
+from pipeline.embedding.decode import decode_image
 from pipeline.embedding.fetch import Place, Reject, fetch
-from pipeline.embedding.stream import Work, embed_stream
+from pipeline.embedding.stream import StreamSettings, Work, embed_stream
 from pipeline.embedding.vector_log import VectorLog
 from pipeline.errors import ConfigError
 from pipeline.manifest import normalised
@@ -37,27 +37,23 @@ _LOST = {
     "gallery": "they have no vector, so they are not served",
     "pairs": "they are left out of the fit",
     GALLERY_PAIRS: "they are left out of the fit",
-    PROBE_SET: "they are left out of what snapshots are measured on",
+    PROBE_SET: "snapshots are not measured on them",
 }
 
 OnUnits = Callable[[str, int, int], None]
-"""Told (what, images done, images in all) as images are embedded."""
+"""Called with (what, images done, images in all) as images are embedded."""
 
 
-def embed_missing(config: Config, run: Run, folders: Sequence[str], on_units: OnUnits) -> None:
-    """Embed the images of normalised manifests where their embeddings did not come with them, in one stream.
+def embed_missing(
+    run: Run, folders: Sequence[str], encoders: EncodersSettings, settings: StreamSettings, on_units: OnUnits
+) -> None:
+    """Embed the images of normalised manifests whose embeddings were not given, all in one stream.
 
-    The gallery needs its old embeddings; the pairs, wherever they come from, and the probe set need both. An image that
-    cannot be read has none; how many these are, and where their reasons are, is logged as a warning.
-
-    Args:
-        config: the run's config.
-        run: the run, with these manifests normalised.
-        folders: of `gallery`, `pairs`, `gallery-pairs` and `probe-set`.
-        on_units: told of progress.
+    The gallery needs old embeddings; pairs and the probe set need both. A warning says how many images cannot be read,
+    and where the reasons are. `folders` are among `gallery`, `pairs`, `gallery-pairs` and `probe-set`.
 
     Raises:
-        ConfigError: there is no encoder for what is missing.
+        ConfigError: there is no encoder for missing embeddings.
         DataError: more images than `max_reject_fraction` cannot be read.
     """
     names, work, done, total, rejected = [], [], [], [], []
@@ -65,81 +61,38 @@ def embed_missing(config: Config, run: Run, folders: Sequence[str], on_units: On
         rows = normalised.read_manifest(run, folder)
         assert rows is not None, f"the {folder} manifest is normalised before its images are embedded"
         for role in _missing(folder, rows):
-            log = embedding_log(config.encoders, run, folder, role)
+            log = embedding_log(encoders, run, folder, role)
             units = _pending(run, folder, rows, log)
             names.append((folder, role))
-            work.append(Work(_encoder(config, folder, role), log, units))
+            work.append(Work(_encoder(encoders, folder, role), log, units))
             total.append(rows.num_rows)
             done.append(rows.num_rows - sum(unit.images for unit in units))
             rejected.append(sum(vector_log.count_log_rejects(log).values()))
-            _check_rejects(config, folder, rejected[-1], total[-1], log)
+            _check_rejects(settings.backfill, folder, rejected[-1], total[-1], log)
             if units:
                 on_units(f"{folder}: {role} embeddings", done[-1], total[-1])
-    for index, ack in embed_stream(work, config):
+    for index, ack in embed_stream(work, settings):
         (folder, role), log = names[index], work[index].log
         done[index] += ack.embedded + ack.rejected
         rejected[index] += ack.rejected
-        _check_rejects(config, folder, rejected[index], total[index], log)
+        _check_rejects(settings.backfill, folder, rejected[index], total[index], log)
         on_units(f"{folder}: {role} embeddings", done[index], total[index])
     for (folder, role), item, bad, images in zip(names, work, rejected, total, strict=True):
         if bad:
             _warn(folder, role, bad, images, item.log)
 
 
-def _check_rejects(config: Config, folder: str, rejected: int, images: int, log: VectorLog) -> None:
-    """Too many rejects stop the work, but for the probe set: the wave of an image is what its reject counts in."""
-    if folder != PROBE_SET:
-        rejects.check_manifest(rejected, images, config.backfill, folder, log.rejects_uri)
-
-
-@cache
-def _warn(folder: str, role: str, rejected: int, images: int, log: VectorLog) -> None:
-    """Once in a process: the backfill comes here for all manifests first, and then for each."""
-    logger.warning(
-        "%d of %d images of the %s cannot be read by the %s encoder: %s. The reasons are in %s; `fastfill status` "
-        "shows them.",
-        *(rejected, images, folder, role, _LOST[folder], log.rejects_uri),
-    )
-
-
 def embedding_log(encoders: EncodersSettings, run: Run, folder: str, role: str) -> VectorLog:
-    """Where embeddings are kept that had to be computed from a manifest's images; `role` is old or new."""
+    """The vector log of embeddings that were computed from a manifest's images; `role` is old or new."""
     encoder = getattr(encoders, role)
     dim = encoder.dim if encoder is not None else 1
     return rejects.manifest_log(run, folder, role, dim)
 
 
-def _missing(folder: str, rows: Manifest) -> list[str]:
-    return [role for role in _NEEDED[folder] if f"{role}_embedding" not in rows.dims]
-
-
-def _encoder(config: Config, folder: str, role: str) -> EncoderSettings:
-    encoder: EncoderSettings | None = getattr(config.encoders, role)
-    if encoder is None:
-        raise ConfigError(
-            f"the {folder}'s {role} embeddings are not given, and neither is the encoder to compute them",
-            where=f"{'pairs' if folder == 'pairs' else 'gallery'}.columns.{role}_embedding, encoders.{role}",
-        )
-    return encoder
-
-
-def _pending(run: Run, folder: str, rows: Manifest, log: VectorLog) -> list[Unit]:
-    finished = {(wave, unit) for wave, units in vector_log.finished_units(log).items() for unit in units}
-    return [unit for unit in normalised.units(run, folder, rows) if (unit.wave, unit.unit) not in finished]
-
-
 def read_embeddings(run: Run, folder: str, part: int, role: str, log: VectorLog) -> tuple[pa.Table, Float32]:
-    """The rows of a normalised part that have an embedding, and these embeddings.
+    """The rows (n) of a normalised part that have an embedding, and these embeddings, (n, d) float32 in their order.
 
-    Args:
-        run: the run.
-        folder: the normalised manifest's folder.
-        part: the part's number.
-        role: the embedding's column, where it came with the manifest.
-        log: where it is otherwise.
-
-    Returns:
-        the part's rows (n), and (n, d) float32; row i belongs to row i.
+    `role` is the embedding's column; without such a column the embeddings are in `log`.
     """
     rows = parquet.read_parquet(run.part(folder, part))
     if role in rows.schema.names:
@@ -154,21 +107,20 @@ def read_embeddings(run: Run, folder: str, part: int, role: str, log: VectorLog)
 
 
 def check_readable(
-    config: Config, run: Run, folder: str, rows: Manifest, preprocess: PreprocessSettings
+    run: Run, folder: str, rows: Manifest, preprocess: PreprocessSettings, settings: StreamSettings
 ) -> tuple[int, list[str]]:
-    """Read and decode some images that are spread over a manifest.
+    """Read and decode a few images spread over a manifest.
 
     Returns:
-        how many were tried, and of those that cannot be read the place and the reason.
+        how many were tried; and for each that cannot be read, its place and the reason.
 
     Raises:
         DataError: a store refuses the credentials.
         TransientError: a store kept failing.
     """
-    limits = image_limits(config)
-    places = _places(run, folder, rows)
+    limits, places = settings.limits, _places(run, folder, rows)
     bad = []
-    for place, (data, _) in zip(places, fetch(places, limits.max_bytes, config.fetch, limits.root), strict=True):
+    for place, (data, _) in zip(places, fetch(places, limits.max_bytes, settings.fetch, limits.root), strict=True):
         try:
             if isinstance(data, Reject):
                 raise data
@@ -176,6 +128,41 @@ def check_readable(
         except Reject as reject:
             bad.append(f"{place.uri}{'' if place.row is None else f' row {place.row}'}: {reject}")
     return len(places), bad
+
+
+def _check_rejects(backfill: BackfillSettings, folder: str, rejected: int, images: int, log: VectorLog) -> None:
+    """Stop on too many rejects. The probe set is exempt: its images count in their own waves."""
+    if folder != PROBE_SET:
+        rejects.check_manifest(rejected, images, backfill, folder, log.rejects_uri)
+
+
+@cache
+def _warn(folder: str, role: str, rejected: int, images: int, log: VectorLog) -> None:
+    """Once per process: the backfill comes here for all manifests, and then for each."""
+    logger.warning(
+        "%d of %d images of the %s cannot be read by the %s encoder: %s. The reasons are in %s; `fastfill status` "
+        "shows them.",
+        *(rejected, images, folder, role, _LOST[folder], log.rejects_uri),
+    )
+
+
+def _missing(folder: str, rows: Manifest) -> list[str]:
+    return [role for role in _NEEDED[folder] if f"{role}_embedding" not in rows.dims]
+
+
+def _encoder(encoders: EncodersSettings, folder: str, role: str) -> EncoderSettings:
+    encoder: EncoderSettings | None = getattr(encoders, role)
+    if encoder is None:
+        raise ConfigError(
+            f"the {folder} has no {role} embeddings, and there is no {role} encoder to compute them",
+            where=f"{'pairs' if folder == 'pairs' else 'gallery'}.columns.{role}_embedding, encoders.{role}",
+        )
+    return encoder
+
+
+def _pending(run: Run, folder: str, rows: Manifest, log: VectorLog) -> list[Unit]:
+    finished = {(wave, unit) for wave, units in vector_log.finished_units(log).items() for unit in units}
+    return [unit for unit in normalised.units(run, folder, rows) if (unit.wave, unit.unit) not in finished]
 
 
 def _places(run: Run, folder: str, rows: Manifest) -> list[Place]:

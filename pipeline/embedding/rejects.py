@@ -1,8 +1,7 @@
-"""Images that cannot be embedded: how many are too many, and which there are in a run, whatever the stage.
+"""Rejects: the reasons for them, how many stop a run, and all those of a run.
 
-An image that the new encoder cannot read stays served as transformed. One of the gallery that the old encoder
-cannot read, where its old embedding was to be computed, has no vector of any kind: it is not in the plan, and
-is counted beside it. Knows the places of the rejects, not what is done with the other images.
+An image that the new encoder cannot read stays served as transformed. An image of the gallery that the old encoder
+cannot read has no vector: it is not in the plan, and is counted apart.
 """
 
 from __future__ import annotations
@@ -41,28 +40,28 @@ REJECT_REASONS = (
     ("embed", "not finite"),
     (OTHER, OTHER),
 )
-"""(stage, reason): what `Reject.reason` says before its first colon."""
+"""(stage, reason); the reason is the text of `Reject.reason` before its first colon."""
 
 REMEDY = (
-    "read the reasons with `fastfill status`; mend the images and run `fastfill backfill "
+    "see the reasons with `fastfill status`; mend the images and run `fastfill backfill "
     "--retry-rejects`, or raise backfill.max_reject_fraction"
 )
 
 
 def limit(images: int, fraction: float, allowance: int) -> float:
-    """How many rejects among so many images are borne: as `config.Backfill` says."""
+    """The most rejects that do not stop the run, as `config.tree.BackfillSettings` defines it."""
     return max(fraction * images, allowance) if fraction else 0.0
 
 
 def check(rejected: int, images: int, fraction: float, allowance: int, summary: str, where: str) -> None:
-    """Stop where too many of `images` are rejected.
+    """Raise if too many of `images` are rejected.
 
     Raises:
         DataError: with the summary, the counts, and where the reasons are.
     """
     if rejected <= limit(images, fraction, allowance):
         return
-    anyway = f", and {allowance} in any case" if fraction and allowance else ""
+    anyway = f" (or {allowance}, if that is more)" if fraction and allowance else ""
     raise DataError(
         summary,
         expected=f"at most {fraction:.2%} of {images} images{anyway}",
@@ -73,53 +72,44 @@ def check(rejected: int, images: int, fraction: float, allowance: int, summary: 
 
 
 def check_manifest(rejected: int, images: int, settings: BackfillSettings, folder: str, where: str) -> None:
-    """Stop before the fit and the plan where too many images of the gallery or of the pairs are rejected.
+    """Raise, before the fit and the plan, if too many images of the gallery or of the pairs are rejected.
 
     Raises:
         DataError: as `check`.
     """
-    summary = f"too many images of the {folder} cannot be embedded; nothing is fitted or planned without them"
+    summary = f"too many images of the {folder} cannot be embedded, so the run stops before the fit and the plan"
     check(rejected, images, settings.max_reject_fraction, settings.reject_allowance, summary, where)
 
 
 def manifest_log(run: Run, folder: str, role: str, dim: int = 1) -> VectorLog:
-    """Where the embeddings of a manifest's images are kept; without the width it serves for the rejects alone."""
+    """The vector log of a manifest's embeddings; to read rejects alone the width does not matter."""
     return VectorLog(run.path(folder, role), run.path(folder, f"{role}-rejects"), dim, num_shards=1)
 
 
 def gallery_log(run: Run) -> VectorLog:
-    """Where the new embeddings of the gallery are kept, for whoever has no plan and wants the rejects alone."""
+    """The vector log of the gallery's new embeddings, to read rejects without a plan."""
     return VectorLog(run.path("embedded"), run.path("rejects"), dim=1, num_shards=1)
 
 
 def count_before_plan(run: Run) -> int:
-    """The images of the gallery that the old encoder could not read."""
+    """The number of images of the gallery that the old encoder could not read."""
     return sum(vector_log.count_log_rejects(manifest_log(run, "gallery", "old")).values())
 
 
 def read_all(run: Run, log: VectorLog | None) -> pa.Table:
-    """The rejects of the gallery as REJECTS rows, those of the old encoder first; their stage says so.
-
-    `log` is the plan's; None where there is no plan yet.
-    """
+    """The rejects of the gallery as REJECTS rows, the old encoder's first; `log` is the plan's, None without a plan."""
     before = _of_manifest(run, "gallery", "old", "old encoder")
     return before if log is None else pa.concat_tables([before, vector_log.read_rejects(log)])
 
 
 def read_of_pairs(run: Run) -> pa.Table:
-    """The rejects of the training pairs as REJECTS rows, an image once per encoder that could not read it."""
+    """The rejects of the training pairs as REJECTS rows; an image once per encoder that could not read it."""
     folders = [(folder, role) for folder in ("pairs", "gallery-pairs") for role in ("old", "new")]
     return pa.concat_tables(_of_manifest(run, folder, role, f"pairs, {role} encoder") for folder, role in folders)
 
 
-def _of_manifest(run: Run, folder: str, role: str, title: str) -> pa.Table:
-    rows = vector_log.read_rejects(manifest_log(run, folder, role))
-    stage = pc.binary_join_element_wise(pa.scalar(title), rows["stage"], ": ")
-    return rows.set_column(REJECTS.get_field_index("stage"), "stage", stage)
-
-
 def count_rejects(stages: pa.Array, reasons: pa.Array) -> list[int]:
-    """How many images were rejected, by REJECT_REASONS; a stage is empty where the image is embedded."""
+    """Count rejected images by REJECT_REASONS; the stage of an embedded image is empty."""
     is_reject = pc.not_equal(stages, "")
     words = pc.list_element(pc.split_pattern(pc.filter(reasons, is_reject), ":", max_splits=1), 0)
     pairs = pc.binary_join_element_wise(pc.filter(stages, is_reject), words, ":")
@@ -128,3 +118,9 @@ def count_rejects(stages: pa.Array, reasons: pa.Array) -> list[int]:
         stage, _, reason = pair["values"].partition(":")
         found[(stage, reason) if (stage, reason) in REJECT_REASONS else (OTHER, OTHER)] += pair["counts"]
     return [found[name] for name in REJECT_REASONS]
+
+
+def _of_manifest(run: Run, folder: str, role: str, title: str) -> pa.Table:
+    rows = vector_log.read_rejects(manifest_log(run, folder, role))
+    stage = pc.binary_join_element_wise(pa.scalar(title), rows["stage"], ": ")
+    return rows.set_column(REJECTS.get_field_index("stage"), "stage", stage)

@@ -1,11 +1,10 @@
-"""The embedding stream: units in, durable parts out, one Ray Data execution for all of them.
+"""The embedding stream: units in, durable parts out, in one Ray Data execution.
 
     units -> load (tasks: fetch, decode, preprocess) -> embed (actors) -> write (tasks) -> UnitAck
 
-Guarantee: a unit is acknowledged once its part is durable. Batches are cut inside a unit, so the same
-unit gives the same vectors whatever Ray does around it. Acknowledgements come in any order. It does
-not know waves, plans or snapshots; the backfill, the training pairs and missing old embeddings all
-come through here.
+A unit is acknowledged once its part is durable; acknowledgements come in any order. Batches are cut inside a unit, so
+a unit gives the same vectors whatever Ray does. Does not know waves, plans or snapshots: the backfill, the pairs and
+missing old embeddings all use it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +22,7 @@ import ray.data
 from ray.data import ActorPoolStrategy
 
 from pipeline.arrays import vectors_from_arrow
-from pipeline.config import tree as settings
+from pipeline.config.tree import BackfillSettings, Config, EncoderSettings
 from pipeline.embedding import decode, vector_log, worker_metrics
 from pipeline.embedding.actor_pool import LOAD_CPUS, WRITE_CPUS, actor_pool
 from pipeline.embedding.decode import Limits, LoadedUnit
@@ -34,58 +33,56 @@ from pipeline.storage import objects
 from pipeline.storage.retry import count_retries
 from pipeline.storage.settings import FetchSettings
 
-_UNITS_PER_ACTOR = 4  # that wait for it or are in its hands
-_RETRIES = 20  # of a task; a machine that is gone counts as one, and Ray's 3 are soon used up where many go
+_UNITS_PER_ACTOR = 4  # queued or in work
+_RETRIES = 20  # of a task; a lost machine counts as one retry, so Ray's default of 3 is too few for spot machines
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Units that go through one encoder into one log."""
+    """Units to embed with one encoder into one log."""
 
-    encoder: settings.EncoderSettings
+    encoder: EncoderSettings
     log: VectorLog
     units: list[Unit]
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    """What the tasks of a stream need to know; `units` says for each number which work and unit it is."""
+class StreamSettings:
+    """How images are read and embedded, whatever the encoder."""
 
-    targets: list[tuple[settings.EncoderSettings, VectorLog]]
-    limits: Limits
+    backfill: BackfillSettings
     fetch: FetchSettings
-    units: ray.ObjectRef[pa.Table]
+    limits: Limits
+    device: str
 
-    def unit(self, number: int) -> tuple[int, Unit]:
-        row = ray.get(self.units).slice(number, 1).to_pylist()[0]
-        return row.pop("work"), Unit(**row)
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """The settings of a run."""
+        limits = decode.image_limits(config.backfill, config.data_root, config.allow_outside)
+        return cls(config.backfill, config.fetch, limits, config.device)
 
 
-def embed_stream(work: list[Work], config: settings.Config) -> Iterator[tuple[int, UnitAck]]:
-    """Embed units in about their order, all in one stream.
-
-    Args:
-        work: what to embed, one after the other.
-        config: its resources and limits (`backfill`, `fetch`), and where the encoders run.
+def embed_stream(work: list[Work], settings: StreamSettings) -> Iterator[tuple[int, UnitAck]]:
+    """Embed units roughly in their order, all in one stream.
 
     Yields:
-        the index into `work`, and a unit's acknowledgement, once the unit is durable.
+        the index into `work`, and a unit's acknowledgement once the unit is durable.
 
     Raises:
-        ConfigError, TransientError: there is no room for the smallest actor pool and a task beside it.
+        ConfigError, TransientError: the cluster is too small for the smallest actor pool and one task beside it.
     """
     count = sum(len(item.units) for item in work)
     if not count:
         return
     from pipeline.embedding.embedder import EmbedStage  # here: the tasks of this module must not wait for torch
 
-    backfill = config.backfill
-    pool = actor_pool(backfill, config.device)
+    pool = actor_pool(settings.backfill, settings.device)
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = None  # a block is a unit: never split, never merged
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    job = _job(work, config)
+    targets = [(item.encoder, item.log) for item in work]
+    job = _Job(targets, settings.limits, settings.fetch, ray.put(_units_table(work)))
     acks = (
         ray.data.range(count, override_num_blocks=count)
         .map_batches_internal(
@@ -95,9 +92,9 @@ def embed_stream(work: list[Work], config: settings.Config) -> Iterator[tuple[in
             num_cpus=LOAD_CPUS,
             max_retries=_RETRIES,
         )
-        .map_batches_internal(  # the public one refuses whole blocks on GPUs: it cannot know that ours are cut to size
+        .map_batches_internal(  # the public one refuses whole blocks on GPUs; ours are cut to size
             EmbedStage,
-            fn_constructor_args=([item.encoder for item in work], backfill, config.device),
+            fn_constructor_args=([item.encoder for item in work], settings.backfill, settings.device),
             batch_size=None,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(
@@ -123,9 +120,18 @@ def embed_stream(work: list[Work], config: settings.Config) -> Iterator[tuple[in
             yield row.pop("work"), UnitAck(**row)
 
 
-def _job(work: list[Work], config: settings.Config) -> _Job:
-    targets = [(item.encoder, item.log) for item in work]
-    return _Job(targets, decode.image_limits(config), config.fetch, ray.put(_units_table(work)))
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What the tasks of a stream need; `units` maps each number to its work and unit."""
+
+    targets: list[tuple[EncoderSettings, VectorLog]]
+    limits: Limits
+    fetch: FetchSettings
+    units: ray.ObjectRef[pa.Table]
+
+    def unit(self, number: int) -> tuple[int, Unit]:
+        row = ray.get(self.units).slice(number, 1).to_pylist()[0]
+        return row.pop("work"), Unit(**row)
 
 
 def _load(batch: Any, job: _Job) -> pa.Table:  # Any: Ray's batch of numpy columns
@@ -146,7 +152,7 @@ def _load(batch: Any, job: _Job) -> pa.Table:  # Any: Ray's batch of numpy colum
             "etag": pa.array(loaded.etags, pa.string()),
             "stage": pa.array(_texts(loaded, "stage"), pa.string()),
             "reason": pa.array(_texts(loaded, "reason"), pa.string()),
-            "load": pa.repeat(pa.scalar(spent), count),  # what becomes of it: see _write
+            "load": pa.repeat(pa.scalar(spent), count),  # read again in _write
             **_content(loaded),
         }
     )
@@ -185,7 +191,7 @@ def _write(block: Any, job: _Job) -> pa.Table:  # Any: Ray's batch as an Arrow t
 
 
 def _content(loaded: LoadedUnit) -> dict[str, pa.Array]:
-    """The column that the embedding actor takes: `pixels`, or `encoded` images."""
+    """The column for the embedding actor: `pixels`, or `encoded` images."""
     if loaded.pixels is None:
         return {"encoded": pa.array(loaded.encoded, pa.large_binary())}
     width = int(np.prod(loaded.pixels.shape[1:]))

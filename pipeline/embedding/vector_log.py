@@ -1,11 +1,9 @@
-"""The vector log: one immutable Parquet part per unit, and what it says about progress.
+"""The vector log: one immutable Parquet part per unit; the parts that exist are the progress.
 
-Guarantee: a unit is done when its part exists, and then all its images are in the part or in its
-rejects, whoever else writes the unit at the same time: the rejects are written first, into a file that is
-named by its content, and the part, which is created once, names that file. Other reject files of the unit
-are of writers that lost or died, and do not count. Writing a unit again leaves the first part as it is.
-Segments are read from here by (wave, shard): each part has one row group per shard, rows sorted by id. It
-does not know which encoder made the vectors.
+A unit is done once its part exists; then each of its images is in the part or in its rejects file. Two writers may
+race on a unit. Each first writes its rejects file (named by its hash), then tries to create the part, which names that
+file. The first part wins; rejects files that no part names are ignored. A part has one row group per shard, sorted by
+id, so that segments read it by (wave, shard).
 """
 
 from __future__ import annotations
@@ -34,62 +32,47 @@ logger = logging.getLogger(__name__)
 
 _PART = re.compile(r"wave-(\d+)/unit-(\d+)\.parquet$")
 _REJECTS = re.compile(r"wave-(\d+)/unit-(\d+)-([0-9a-f]{16})\.parquet$")
-_NAMED = b"rejects"  # the part's metadata of this key is the digest in the name of its reject file
+_NAMED = b"rejects"  # metadata key of a part: the digest in the name of its rejects file
 _DIGITS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class VectorLog:
-    """Where a stream of embeddings is kept.
+    """Where a stream of embeddings is kept."""
 
-    Attributes:
-        parts_uri: folder of the parts, `wave-WWW/unit-UUUUU.parquet` below it.
-        rejects_uri: folder of the rejects, `wave-WWW/unit-UUUUU-<digest>.parquet` below it.
-        dim: width of the vectors.
-        num_shards: row groups per part.
-    """
-
-    parts_uri: str
-    rejects_uri: str
-    dim: int
-    num_shards: int
+    parts_uri: str  # folder of `wave-WWW/unit-UUUUU.parquet`
+    rejects_uri: str  # folder of `wave-WWW/unit-UUUUU-<digest>.parquet`
+    dim: int  # width of the vectors
+    num_shards: int  # row groups per part
 
     def part(self, wave: int, unit: int) -> str:
-        """The URI of a unit's vectors."""
+        """The URI of a unit's part."""
         return objects.join(self.parts_uri, _name(wave, unit))
 
     def rejects(self, wave: int, unit: int, digest: str) -> str:
-        """The URI of rejects of a unit; they are the unit's where its part names this digest."""
+        """The URI of a rejects file of a unit; it is valid if the unit's part names this digest."""
         return objects.join(self.rejects_uri, _name(wave, unit, f"-{digest}"))
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedUnit:
-    """What a unit's embedding came to.
+    """The outcome of embedding a unit."""
 
-    Attributes:
-        ids: (B,) int64, in the order of the units file.
-        vectors: (B, d) float32; anything for rejects.
-        etags: per image, the etag of the object it was read from.
-        reject_stages: per image, empty where it is embedded.
-        reject_reasons: per image, empty where it is embedded.
-    """
-
-    ids: Int64
-    vectors: Float32
-    etags: pa.Array
-    reject_stages: pa.Array
-    reject_reasons: pa.Array
+    ids: Int64  # (B,), in the order of the units file
+    vectors: Float32  # (B, d); undefined for rejects
+    etags: pa.Array  # (B,) of the objects that were read
+    reject_stages: pa.Array  # (B,) strings, empty if embedded
+    reject_reasons: pa.Array  # (B,) strings, empty if embedded
 
 
 def write_unit(log: VectorLog, unit: Unit, embedded: EmbeddedUnit) -> tuple[int, int, str]:
-    """Make a unit durable; where it is, nothing is written.
+    """Make a unit durable; if it is already, nothing is written.
 
     Returns:
         the size of its part in bytes, the number of its rejects, and the part's digest.
     """
     part = log.part(unit.wave, unit.unit)
-    if objects.exists(part):  # done before, by this driver or another one: the first part stays, with its rejects
+    if objects.exists(part):  # done before, by this driver or another: the first part and its rejects are kept
         return _as_it_is(log, unit)
     good = np.array([not stage for stage in embedded.reject_stages.to_pylist()], dtype=bool)
     schema = embedded_schema(log.dim)
@@ -115,15 +98,15 @@ def write_unit(log: VectorLog, unit: Unit, embedded: EmbeddedUnit) -> tuple[int,
     data = parquet.parquet_bytes(schema, row_groups)
     try:
         objects.put_if_absent(part, data)
-    except objects.AlreadyExists:  # another driver was faster; its part stays, and names its rejects
+    except objects.AlreadyExists:  # another driver was faster; its part and its rejects are kept
         return _as_it_is(log, unit)
-    if rejects and not objects.exists(rejects_uri):  # whoever forgot the unit meanwhile took them for a loser's
+    if rejects and not objects.exists(rejects_uri):  # a concurrent `forget_rejects` took the file for unnamed
         objects.put(rejects_uri, rejects)
     return len(data), int((~good).sum()), digest_of(data)
 
 
 def finished_units(log: VectorLog) -> dict[int, list[int]]:
-    """The units that are durable, by wave, sorted; found by listing, without opening a file."""
+    """The durable units by wave, sorted; found by listing alone."""
     found: dict[int, list[int]] = {}
     for (wave, unit), _, _ in _list_parts(log):
         found.setdefault(wave, []).append(unit)
@@ -131,23 +114,23 @@ def finished_units(log: VectorLog) -> dict[int, list[int]]:
 
 
 def part_times(log: VectorLog) -> dict[tuple[int, int], float]:
-    """When each unit (wave, unit) became durable, in seconds since the epoch."""
+    """When each (wave, unit) became durable, in seconds since the epoch."""
     return {unit: stat.modified_seconds for unit, _, stat in _list_parts(log)}
 
 
 def part_files(parts_uri: str, wave: int | None = None) -> dict[tuple[int, int], str]:
-    """The URIs of the parts below a log's folder, or of one wave, by (wave, unit), sorted; no other files."""
+    """The URIs of the parts in a log's folder, or of one wave, by (wave, unit), sorted."""
     folder = parts_uri if wave is None else objects.join(parts_uri, f"wave-{wave:03d}")
     return {unit: uri for unit, uri, _ in _parts_among(objects.list_stats(folder, ".parquet"))}
 
 
 def read_wave(log: VectorLog, wave: int, shards: range | None = None) -> tuple[Int64, Float32]:
-    """The embedded images of a wave, or of some of its shards: ids (n,), sorted, and vectors (n, d)."""
+    """The embedded images of a wave, or of some shards: ids (n,), sorted, and vectors (n, d)."""
     return read_parts(log, wave, shards)[:2]
 
 
 def read_parts(log: VectorLog, wave: int, shards: range | None = None) -> tuple[Int64, Float32, dict[int, str]]:
-    """As `read_wave`, and the digest of the part of each unit; empty for parts of versions that made none."""
+    """As `read_wave`, and the digest of each unit's part; empty for parts of versions that made none."""
 
     def read(uri: str) -> tuple[pa.Table, str]:
         with _open_part(uri) as file:
@@ -182,36 +165,31 @@ def read_unit(log: VectorLog, wave: int, unit: int) -> pa.Table:
         raise DataError(
             "a part of the vector log is missing",
             where=log.part(wave, unit),
-            remedy="run `fastfill repair`, which embeds its images again; then run the same command again",
+            remedy="run `fastfill repair`, which embeds its images again; then repeat this command",
         ) from error
 
 
 def unit_of(part: str) -> int:
-    """The unit of a part, by its name."""
+    """The unit number in a part's name."""
     match = _PART.search(part)
     assert match is not None, part
     return int(match[2])
 
 
 def wave_digest(digests: dict[int, str]) -> str:
-    """One digest of the parts of a wave, by their units; empty if a part has none."""
+    """One digest of a wave's parts in the order of their units; empty if a part has none."""
     whole = all(digests.values())
     return together([f"{unit} {digest}" for unit, digest in sorted(digests.items())]) if whole else ""
 
 
 def reject_files(log: VectorLog, wave: int | None = None, skip_unreadable: bool = False) -> dict[tuple[int, int], str]:
-    """The reject files of a wave, or of all waves, that count: URIs by (wave, unit), sorted.
+    """The valid rejects files of a wave, or of all waves: URIs by (wave, unit), sorted.
 
-    A file counts if the part of its unit is there and names it. Only parts of units that have a reject file are
-    opened.
-
-    Args:
-        log: the log.
-        wave: None for all waves.
-        skip_unreadable: leave out the rejects of parts that cannot be read, for who reports these elsewhere.
+    A file is valid if its unit's part exists and names it. With `skip_unreadable` parts that cannot be read are left
+    out.
 
     Raises:
-        DataError: such a part cannot be read.
+        DataError: a part of a unit with a rejects file cannot be read.
     """
     found = _all_reject_files(log, wave)
 
@@ -233,14 +211,14 @@ def read_rejects(log: VectorLog, wave: int | None = None) -> pa.Table:
 
 
 def read_deleted(log: VectorLog, wave: int) -> Int64:
-    """The ids of a wave whose images were deleted since the manifest was made, (n,) int64."""
+    """The ids of a wave whose images were deleted after the manifest was made, (n,) int64."""
     rejects = read_rejects(log, wave)
     ids: Int64 = rejects.filter(pc.starts_with(rejects["reason"], DELETED))["id"].to_numpy()
     return ids
 
 
 def count_log_rejects(log: VectorLog) -> dict[int, int]:
-    """The number of rejects of finished units by wave, from the footers of the few files there are."""
+    """The number of rejects of finished units by wave, read from file footers."""
     files = reject_files(log)
     counts: dict[int, int] = {}
     for (wave, _), rows in zip(files, objects.at_once(_num_rows, files.values()), strict=True):
@@ -249,37 +227,31 @@ def count_log_rejects(log: VectorLog) -> dict[int, int]:
 
 
 def forget_rejects(log: VectorLog, after_wave: int) -> int:
-    """Undo the units that have rejects in waves above `after_wave`, so that they are embedded again.
+    """Undo the units above `after_wave` that have rejects, so that they are embedded again; returns their number.
 
-    What losers and the dead have left there goes too.
-
-    Returns:
-        the number of units that will be done again.
+    Rejects files that no part names are removed as well.
     """
     there = {unit: files for unit, files in _all_reject_files(log).items() if unit[0] > after_wave}
     undone = [unit for unit in reject_files(log) if unit in there]
     for unit in undone:
-        objects.delete_files([log.part(*unit)])  # the parts first: without its part a unit is not done
+        objects.delete_files([log.part(*unit)])  # parts first: a unit without a part is not done
     for files in there.values():
         objects.delete_files(list(files.values()))
     return len(undone)
 
 
 def content_digest(rejects: bytes) -> str:
-    """What a reject file with these bytes has in its name."""
+    """The digest in the name of a rejects file with these bytes."""
     return hashlib.sha256(rejects).hexdigest()[:_DIGITS]
 
 
 def naming(schema: pa.Schema, digest: str) -> pa.Schema:
-    """The schema of a part whose rejects are in the file of this digest."""
+    """The schema of a part that names the rejects file of this digest."""
     return schema.with_metadata({_NAMED: digest.encode()})
 
 
 def _list_parts(log: VectorLog) -> list[tuple[tuple[int, int], str, objects.Stat]]:
-    """The (wave, unit), URI and stat of all parts, sorted.
-
-    The folders of several waves are listed at once, a page of names after the other in each.
-    """
+    """(wave, unit), URI and stat of all parts, sorted; the folders of several waves are listed at once."""
     try:
         waves = objects.folders(log.parts_uri)
     except FileNotFoundError:
@@ -289,7 +261,7 @@ def _list_parts(log: VectorLog) -> list[tuple[tuple[int, int], str, objects.Stat
 
 
 def _parts_among(files: list[tuple[str, objects.Stat]]) -> list[tuple[tuple[int, int], str, objects.Stat]]:
-    """Those of some files that have the name of a part; a copy that somebody made beside one is no part."""
+    """The files that are named like a part. A copy beside a part is not one."""
     found = []
     for uri, stat in files:
         match = _PART.search(uri)
@@ -303,8 +275,8 @@ def _parts_among(files: list[tuple[str, objects.Stat]]) -> list[tuple[tuple[int,
 
 @functools.cache
 def _warn(uri: str) -> None:
-    """Once in a process: the log is listed often."""
-    logger.warning("%s is not a part of the vector log: it is ignored. Move it out of the run.", uri)
+    """Once per process: the log is listed often."""
+    logger.warning("%s is not a part of the vector log and is ignored. Move it out of the run.", uri)
 
 
 def _name(wave: int, unit: int, end: str = "") -> str:
@@ -312,7 +284,7 @@ def _name(wave: int, unit: int, end: str = "") -> str:
 
 
 def _all_reject_files(log: VectorLog, wave: int | None = None) -> dict[tuple[int, int], dict[str | None, str]]:
-    """Every reject file, by (wave, unit) and digest, whether it counts or not."""
+    """Every rejects file, valid or not, by (wave, unit) and digest."""
     folder = log.rejects_uri if wave is None else objects.join(log.rejects_uri, f"wave-{wave:03d}")
     found: dict[tuple[int, int], dict[str | None, str]] = {}
     for uri in objects.list_files(folder, ".parquet"):
@@ -323,11 +295,7 @@ def _all_reject_files(log: VectorLog, wave: int | None = None) -> dict[tuple[int
 
 @contextmanager
 def _open_part(uri: str) -> Iterator[Content]:
-    """A part for reading.
-
-    Raises:
-        DataError: it is missing or damaged.
-    """
+    """Raises DataError if the part is missing or damaged."""
     try:
         with parquet.open_parquet(uri) as file:
             yield file
@@ -338,13 +306,13 @@ def _open_part(uri: str) -> Iterator[Content]:
             "a part of the vector log is damaged",
             found=f"{error.summary}: {error.details['found']}",
             where=uri,
-            remedy="if its wave is not published yet, move this file out of the run, and run the same command again: "
-            "the unit is embedded again. `fastfill audit` lists all damaged files",
+            remedy="`fastfill audit` lists all damaged files. If the wave is not published yet, move this file out of "
+            "the run and repeat this command: the unit is embedded again",
         ) from error
 
 
 def _named(part: str) -> str | None:
-    """The digest of the rejects that a part names; None where there is no part, or it has no rejects."""
+    """The digest of the rejects file that a part names; None without a part or without rejects."""
     try:
         with _open_part(part) as file:
             digest = (file.schema_arrow.metadata or {}).get(_NAMED)
@@ -356,7 +324,6 @@ def _named(part: str) -> str | None:
 
 
 def _as_it_is(log: VectorLog, unit: Unit) -> tuple[int, int, str]:
-    """What `write_unit` gives of a unit whose part is there."""
     part = log.part(unit.wave, unit.unit)
     with _open_part(part) as file:
         named, digest = (file.schema_arrow.metadata or {}).get(_NAMED), file.digest

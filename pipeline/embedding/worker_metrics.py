@@ -1,8 +1,7 @@
-"""What the stream's tasks and actors tell Ray's metrics agent of their node: one call per unit, none per image.
+"""Metrics that the stream's tasks and actors report to Ray's metrics agent on their node, once per unit.
 
-Prometheus finds each node's agent (`ray_` is put before the names there, `_total` behind those of counters).
-The figures are of a process: a sum over them needs `sum without (WorkerId)`, and a process that has ended stays
-in it. Beside `telemetry`, which has the figures of the run; nothing here knows a run, a wave or an id.
+Prometheus scrapes each node's agent, which adds the prefix `ray_`, and `_total` to counters. Values belong to a
+process: to add them up, use `sum without (WorkerId)`. Run totals are in `reporting.telemetry`.
 """
 
 from __future__ import annotations
@@ -24,39 +23,17 @@ COUNTERS = {
     "bytes": ("fastfill_storage_bytes", "Bytes that a process read from and wrote to object stores.", "direction"),
     "retries": ("fastfill_storage_retries", "Requests that a process repeated, by cause.", "cause"),
 }
-"""Name in Ray's terms, what it is, and its label."""
+"""Ray's name of each metric, its description, and its label."""
 
 UNIT_SECONDS = ("fastfill_stage_unit_seconds", "Seconds a unit spends in a stage of the stream.", "stage")
 
 _REQUESTS, _BYTES = "requests:", {"get": ("bytes:get", "bytes:image"), "put": ("bytes:put",)}
 
 
-@dataclass(frozen=True, slots=True)
-class _Metrics:
-    counters: dict[str, Counter]
-    unit_seconds: Histogram
-
-    def add(self, name: str, label: str, value: float) -> None:
-        if value > 0:  # Ray refuses 0
-            self.counters[name].inc(value, {COUNTERS[name][2]: label})
-
-
-@functools.cache
-def _metrics() -> _Metrics:
-    """One of each in a process, made when the first unit comes."""
-    counters = {key: Counter(name, text, (label,)) for key, (name, text, label) in COUNTERS.items()}
-    name, text, label = UNIT_SECONDS
-    return _Metrics(counters, Histogram(name, text, SECONDS, (label,)))
-
-
 def observe(stage: str, images: int, seconds: float, asked: Counts[str] | None = None) -> None:
-    """Count one unit's way through a stage.
+    """Count one unit's pass through a stage: `load`, `embed` or `write`.
 
-    Args:
-        stage: `load`, `embed` or `write`.
-        images: of the unit.
-        seconds: that the process was busy with it.
-        asked: the difference of two `storage.counts()`, where the stage talks to a store.
+    `asked` is the difference of two `objects.counts()`, if the stage uses a store.
     """
     metrics = _metrics()
     metrics.add("images", stage, images)
@@ -71,3 +48,20 @@ def observe(stage: str, images: int, seconds: float, asked: Counts[str] | None =
         metrics.add("bytes", direction, sum(asked[name] for name in names))
     for cause, count in zip(RETRY_CAUSES, count_retries(asked), strict=True):
         metrics.add("retries", cause, count)
+
+
+@dataclass(frozen=True, slots=True)
+class _Metrics:
+    counters: dict[str, Counter]
+    unit_seconds: Histogram
+
+    def add(self, name: str, label: str, value: float) -> None:
+        if value > 0:  # Ray refuses 0
+            self.counters[name].inc(value, {COUNTERS[name][2]: label})
+
+
+@functools.cache
+def _metrics() -> _Metrics:
+    counters = {key: Counter(name, text, (label,)) for key, (name, text, label) in COUNTERS.items()}
+    name, text, label = UNIT_SECONDS
+    return _Metrics(counters, Histogram(name, text, SECONDS, (label,)))

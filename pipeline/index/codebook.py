@@ -1,8 +1,7 @@
 """The codebook: the frozen coarse quantizer and codec that all segments of a run share.
 
-Before the segments (`index`); with that module the only importer of faiss for the index. Guarantee: the same vectors,
-seed and number of threads give the same bytes on equal processors (`equality`), and a codebook never changes once it
-is made. Knows nothing of segments on disk, commits or plans.
+A codebook never changes once it is made (`index.train`). With `segment` and `train` the only importer of faiss for the
+index.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ FACTORIES = (
     "auto, Flat, or IVF<lists>[_HNSW<m>], then Flat, SQ<bits> or PQ<bytes>, maybe after OPQ<m>_<d>, PCA<d> or RR<d>"
 )
 
-READ_FLAGS = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE  # one such table per segment would not fit into memory
+READ_FLAGS = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE  # a table per segment would not fit into memory
 _CODECS = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)
 _TRANSFORMS = (faiss.OPQMatrix, faiss.PCAMatrix, faiss.RandomRotationMatrix)
 
@@ -35,18 +34,15 @@ def set_threads(num_threads: int) -> None:
 
 
 class Codebook:
-    """The coarse quantizer and codec that all segments of a run share; it does not change.
+    """The coarse quantizer and codec that all segments of a run share; never changed.
 
     Attributes:
         dim: width of vectors and queries.
-        num_lists: inverted lists.
-        metric: what distances mean.
-        exact: whether `decode` gives back the very numbers that were stored.
+        exact: `restore` returns exactly the stored numbers.
         ivf: the empty FAISS index.
     """
 
     def __init__(self, data: bytes) -> None:
-        """Take what `train_codebook` made."""
         self._index = faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8), READ_FLAGS)
         self.ivf, self._transforms = parts(self._index)
         self._quantizer = self.ivf.quantizer
@@ -63,7 +59,7 @@ class Codebook:
         """Read a codebook by its path inside the run.
 
         Raises:
-            DataError: it is missing, or its bytes are not those that were written.
+            DataError: it is missing, or its bytes have changed.
         """
         if verify:
             check_digest(run.path(path), sha256)
@@ -85,7 +81,7 @@ class Codebook:
         return prepared.reshape(len(prepared), self.ivf.d)
 
     def restore(self, prepared: Float32) -> Float32:
-        """The inverse of `prepare` as far as there is one: a norm or a dropped dimension does not come back."""
+        """The inverse of `prepare`, except for norms and dropped dimensions."""
         for transform in reversed(self._transforms):
             prepared = transform.reverse_transform(prepared)
         return prepared
@@ -96,8 +92,8 @@ class Codebook:
         return lists, distances
 
     def borrow(self, ivf: faiss.IndexIVF) -> faiss.IndexIVF:
-        """Let an index that was written by `serialize` use this codebook's quantizer, which it does not own."""
-        # Frees the placeholder when it goes. Setting `thisown` instead corrupts SWIG's type table (m: 1.15.1).
+        """Let an index that was written by `serialize` use this codebook's quantizer, without owning it."""
+        # The owner frees the placeholder. Setting `thisown` instead corrupts SWIG's type table (measured on 1.15.1).
         owner = faiss.IndexPreTransform(ivf.quantizer)
         owner.own_fields = True
         ivf.own_fields = False
@@ -109,12 +105,12 @@ class Codebook:
         return self.borrow(parts(faiss.deserialize_index(self._empty_segment, READ_FLAGS))[0])
 
     def new_index(self) -> faiss.Index:
-        """An empty index that needs nothing else: with the transforms, and a quantizer of its own."""
+        """An empty stand-alone index, with the transforms and its own quantizer."""
         return faiss.deserialize_index(faiss.serialize_index(self._index), READ_FLAGS)
 
     @property
     def codec(self) -> str:
-        """What FAISS calls what is done to a vector, in order."""
+        """FAISS's names of the steps applied to a vector, in order."""
         return ", ".join(type(step).__name__ for step in (*self._transforms, self.ivf))
 
     def serialize(self, ivf: faiss.IndexIVF) -> NDArray[np.uint8]:
@@ -144,19 +140,19 @@ def make_index(
                 raise TypeError(f"it uses a {type(transform).__name__}, which cannot be undone")
     except (RuntimeError, TypeError) as error:
         raise ConfigError(
-            "this index cannot be cut into segments",
+            f"index.factory {factory} is not supported",
             expected=FACTORIES,
             found=f"for {dim} dimensions: {str(error).rsplit('Error: ', 1)[-1]}",
-            where=f"index.factory: {factory}",
+            where="index.factory",
         ) from error
     return index, ivf, transforms
 
 
 def parts(index: faiss.Index) -> tuple[faiss.IndexIVF, list[faiss.VectorTransform]]:
-    """The inverted file inside an index, and what is done to vectors before it.
+    """The inverted file inside an index, and the transforms before it.
 
     Raises:
-        TypeError: it is no index that can be cut into segments.
+        TypeError: its type is not supported.
     """
     transforms = []
     if isinstance(index, faiss.IndexPreTransform):
@@ -169,7 +165,7 @@ def parts(index: faiss.Index) -> tuple[faiss.IndexIVF, list[faiss.VectorTransfor
 
 
 def check_vectors(vectors: Float32, dim: int | None) -> None:
-    """Refuse what is not (n, dim) and finite; any width where `dim` is None.
+    """Refuse vectors that are not (n, dim) and finite; any width if `dim` is None.
 
     Raises:
         DataError: with the first bad row.

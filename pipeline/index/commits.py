@@ -1,10 +1,8 @@
-"""What a snapshot of the index consists of: the commit file, its content, its checks, its JSON.
+"""The commit: the file that names all segments of a snapshot; its content, checks and JSON.
 
-Commit n names every segment of the snapshot in which the waves up to n are embedded and the others transformed. A
-segment holds one kind: images of an embedded wave that were rejected are in a transformed segment of their own.
-Segments of earlier versions hold these images beside the embedded ones, and are read.
-Guarantee: what is written and what is read back names exactly one segment per (shard, wave), and one more for rejects,
-and its counts add up. Knows nothing of tags and writers (`snapshot`), nor of what is inside a segment (`index`).
+In commit n the waves up to n are embedded and the others transformed. It names one segment per (shard, wave), and one
+more for rejects: a segment holds one kind, so rejected images of an embedded wave have a transformed segment. Segments
+of earlier versions hold these images beside the embedded ones; they are still read.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Self, TypeVar
+from typing import Self
 
 from pipeline.config.tree import Metric
 from pipeline.errors import DataError
@@ -23,14 +21,12 @@ from pipeline.run import Run
 from pipeline.storage import objects
 from pipeline.storage.documents import from_json
 
-T = TypeVar("T")
-
 _WHO_PUBLISHED = {"attempt_id", "epoch", "created_unix_seconds"}
 
 
 @dataclass(frozen=True, slots=True)
 class SegmentCounts:
-    """Images of a snapshot: transformed + embedded + deleted = gallery; the rejected are among the transformed."""
+    """Images of a snapshot: transformed + embedded + deleted = gallery; rejected images are among the transformed."""
 
     gallery: int
     transformed: int
@@ -40,12 +36,12 @@ class SegmentCounts:
 
     @property
     def vectors(self) -> int:
-        """What the index holds."""
+        """The number of vectors in the index."""
         return self.transformed + self.embedded
 
     @classmethod
     def of(cls, segments: Sequence[SegmentRef]) -> Self:
-        """The counts that a snapshot of these segments has."""
+        """The counts of a snapshot of these segments."""
         vectors = sum(segment.vectors for segment in segments)
         deleted = sum(segment.deleted for segment in segments)
         rejected = sum(segment.rejected for segment in segments)
@@ -57,21 +53,11 @@ class SegmentCounts:
 class Commit:
     """One snapshot: the waves up to `number` are embedded, the others transformed.
 
-    The last three fields say who published it and when; `Writer.publish` fills them in.
-
-    Attributes:
-        parent: number - 1, or None for commit 0.
-        metric: what the index measures; with `nprobe`, `dim` and the codebook all a query needs to know.
-        segments: one per (shard, wave), and another one where images of an embedded wave were rejected.
-        log_digests: of the waves up to `number`, the digest of the parts in the vector log that each was sealed from;
-            empty where it is not known, as of waves that older versions sealed.
-        first_wave: 0 if commit 0 holds a wave that was embedded for the fit, else 1.
-        calibration: maps the keys of transformed hits; None if the run's transformation has none. It is the same in
-            all commits of a run.
+    `Writer.publish` fills in the last three fields.
     """
 
     number: int
-    parent: int | None
+    parent: int | None  # number - 1, or None for commit 0
     codebook_path: str
     codebook_sha256: str
     metric: Metric
@@ -79,24 +65,26 @@ class Commit:
     dim: int
     num_waves: int
     num_shards: int
-    segments: tuple[SegmentRef, ...]
+    segments: tuple[SegmentRef, ...]  # one per (shard, wave), and one more for rejected images of an embedded wave
     counts: SegmentCounts
+    # For each embedded wave, the digest of the vector log's parts that it was sealed from; empty if not known (waves
+    # sealed by older versions)
     log_digests: tuple[str, ...] = ()
-    first_wave: int = 1
-    calibration: Calibration | None = None
+    first_wave: int = 1  # 0 if commit 0 holds a wave that was embedded for the fit, else 1
+    calibration: Calibration | None = None  # maps the keys of transformed hits; the same in all commits of a run
     attempt_id: str = ""
     epoch: int = 0
     created_unix_seconds: float = 0.0
 
     def content(self) -> dict[str, object]:
-        """Everything but who published it and when: equal for two attempts on equal processors."""
+        """Everything except who published it and when: equal for two attempts on equal processors."""
         return {key: value for key, value in asdict(self).items() if key not in _WHO_PUBLISHED}
 
     def held(self) -> dict[str, object]:
         """`content` without the names of files that hold vectors: equal for two attempts on any processors.
 
-        On another processor a segment may get other bytes, hence another name (see `equality`); so may a codebook,
-        which is trained before commit 0. Which image is of which kind is in the sidecars, whose bytes are equal.
+        On another processor a segment may have other bytes, hence another name (`equality`); so may the codebook,
+        which is trained before commit 0. The kind of each image is in the sidecars, whose bytes are equal.
         """
         content = self.content()
         if self.number == 0:
@@ -107,11 +95,11 @@ class Commit:
 
 
 def read_commit(run: Run, number: int) -> Commit:
-    """A commit, checked to name a whole snapshot.
+    """Read a commit, and check that it names a whole snapshot.
 
     Raises:
         DataError: it is missing, damaged, of another format, or its segments or counts do not add up.
-        Removed: it is missing because gc has removed it.
+        Removed: gc has removed it.
     """
     where = run.commit(number)
     try:
@@ -132,12 +120,9 @@ def file_sizes(run: Run) -> dict[str, int]:
 
 
 def check_files(run: Run, number: int, sizes: dict[str, int] | None = None) -> None:
-    """Check that the files that a commit names are there with their sizes: by few requests, without reading them.
+    """Check that a commit's files exist with their sizes, by few requests and without reading them.
 
-    Args:
-        run: the run.
-        number: of the commit.
-        sizes: `file_sizes`, where they are known already.
+    `sizes` is the result of `file_sizes`, if already known.
 
     Raises:
         DataError: the commit cannot be read, or a file is missing or has another size.
@@ -155,22 +140,18 @@ def check_files(run: Run, number: int, sizes: dict[str, int] | None = None) -> N
                 expected="a file" if num_bytes is None else f"{num_bytes} bytes",
                 found="none" if found is None else f"{found} bytes",
                 where=run.path(path),
-                remedy="`fastfill repair` makes it again; `fastfill audit` names all that is damaged",
+                remedy="`fastfill repair` makes it again; `fastfill audit` lists all damaged files",
             )
 
 
 def check_commit(commit: Commit, where: str) -> None:
-    """Check that a commit names a whole snapshot.
-
-    Raises:
-        DataError: it does not, naming `where`.
-    """
+    """Check that a commit names a whole snapshot; raises DataError, naming `where`, if it does not."""
     parent = commit.number - 1 if commit.number else None
     if commit.first_wave not in (0, 1):
         raise DataError("a commit begins with an unknown wave", expected="0 or 1", found=commit.first_wave, where=where)
     if not 0 <= commit.number <= commit.num_waves or commit.parent != parent:
         raise DataError(
-            "the number of a commit does not fit its parent or its waves",
+            "a commit's number does not match its parent or its waves",
             expected=f"0..{commit.num_waves}, with parent {parent}",
             found=f"{commit.number}, with parent {commit.parent}",
             where=where,
@@ -201,7 +182,7 @@ def check_commit(commit: Commit, where: str) -> None:
     embedded = commit.number - commit.first_wave + 1
     if len(commit.log_digests) not in (0, embedded):
         raise DataError(
-            "a commit does not name one digest of the vector log per embedded wave",
+            "a commit does not name exactly one digest of the vector log per embedded wave",
             expected=embedded,
             found=len(commit.log_digests),
             where=where,
@@ -209,7 +190,7 @@ def check_commit(commit: Commit, where: str) -> None:
 
 
 def _is_of_rejects(segment: SegmentRef, number: int) -> bool:
-    """Whether a segment of commit `number` holds the rejects of an embedded wave."""
+    """Whether a segment of commit `number` holds rejects of an embedded wave."""
     return segment.kind == "transformed" and segment.wave <= number
 
 
@@ -223,7 +204,7 @@ def _check_segment(segment: SegmentRef, commit: Commit, where: str) -> None:
     deleted = segment.deleted < 0 or (segment.deleted > 0 and kind == "transformed")
     if segment.kind != kind or segment.vectors < 0 or deleted or not least <= segment.rejected <= most:
         raise DataError(
-            f"segment (shard {segment.shard}, wave {segment.wave}) does not belong into commit {commit.number}",
+            f"segment (shard {segment.shard}, wave {segment.wave}) does not belong in commit {commit.number}",
             expected=f"{kind}, of which {least}..{most} rejected",
             found=f"{segment.kind}, {segment.rejected} of {segment.vectors} rejected, {segment.deleted} deleted",
             where=where,

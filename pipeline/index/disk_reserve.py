@@ -1,9 +1,8 @@
-"""Room for gc on a full disk: a file without use, which gc deletes if its own small writes do not fit.
+"""A reserve file, `index/reserve`, that gc deletes to make room for its own small writes on a full disk.
 
-gc has to announce what it removes before it may remove it, so it cannot free the first byte without a write.
-Beside the commits; the driver writes the file, `index/reserve`, when it takes the run over, and each gc writes it
-again. An object store is never full and has none. Guarantee: nothing reads the file. A run without it, such as one of
-an earlier version, only lacks the room. Does not know what gc writes.
+gc has to announce removals before it removes anything, so it cannot free the first byte without a write. The driver
+writes the file when it takes the run over, and each gc writes it again. Nothing reads it. Object stores are never full
+and have none.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ SIZE_BYTES = 2**18  # gc lists the files to delete, about 90 bytes for each
 
 
 def keep(run: Run) -> None:
-    """Write the reserve where there is none; a disk that is full now goes without."""
+    """Write the reserve if it is missing; a disk that is full now goes without it."""
     where = _path(run)
     if not objects.is_local(where) or objects.exists(where):
         return
@@ -35,14 +34,14 @@ def keep(run: Run) -> None:
     except OSError as error:
         if not is_full(error):
             raise
-        logger.info("the disk is full: there is no reserve for gc in %s", where)
+        logger.info("the disk is full: cannot write gc's reserve %s", where)
 
 
 def with_room(run: Run, write: Callable[[], T]) -> T:
-    """What `write` returns; if the disk is full, it is called once more after the reserve is deleted.
+    """The result of `write`; if the disk is full, the reserve is deleted and `write` is called once more.
 
     Raises:
-        FastfillError: that is not enough; the reserve is there again.
+        FastfillError: the disk is still full; the reserve is restored.
     """
     try:
         return write()
@@ -58,10 +57,10 @@ def with_room(run: Run, write: Callable[[], T]) -> T:
         keep(run)
         raise FastfillError(
             "the disk is full",
-            expected="a little room: gc notes what it removes before it removes it",
+            expected="a little room: gc writes a list of removals before it removes anything",
             found=error.strerror,
             where=error.filename,
-            remedy="free space there by hand, 1 MB is enough (a file that is not the run's), then run gc again",
+            remedy="delete a file there that is not the run's (1 MB is enough), then run gc again",
         ) from error
 
 

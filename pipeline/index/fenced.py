@@ -1,7 +1,4 @@
-"""Small files that only the run's one writer may replace, such as what became of its last commit.
-
-Guarantee: a driver that was taken over replaces nothing that its successor has written. Does not know the files.
-"""
+"""Small files that only the run's current writer may replace."""
 
 from __future__ import annotations
 
@@ -10,25 +7,25 @@ from collections.abc import Callable
 from pipeline.errors import SnapshotConflict
 from pipeline.storage import objects
 
-_TRIES = 16
+TRIES = 16  # of a compare-and-swap that fails because others change the object
 
 Check = Callable[[], None]
 """Raises SnapshotConflict if another driver owns the run."""
 
 
 def anyone() -> None:
-    """The check of a command that a person gives: it need not own the run."""
+    """The check of a command that a person runs: it need not own the run."""
 
 
 def replace(uri: str, data: bytes, check: Check) -> None:
     """Replace an object if the caller still owns the run.
 
-    The version is read before the check: what a successor writes after the check makes the replacement fail.
+    The version is read before the check, so a successor's write after the check makes the replacement fail.
 
     Raises:
         SnapshotConflict: another driver owns the run, or others kept replacing the object.
     """
-    for _ in range(_TRIES):
+    for _ in range(TRIES):
         found = objects.read_versioned(uri)
         check()
         try:

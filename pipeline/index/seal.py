@@ -1,9 +1,8 @@
-"""Seal a wave: its vectors, from the plan or from the vector log, become segments, one per shard and kind.
+"""Seal a wave: its vectors, from the plan or the vector log, become segments, one per shard and kind.
 
-Guarantee: a segment is a function of the plan, the log and the codebook alone, so it can be sealed again
-anywhere: to the same bytes on equal processors, else to vectors that are equal within rounding (`equality`).
-Images that were rejected keep their transformed vectors, in a transformed segment of their own. The functions here run
-as Ray tasks; they give back references, never vectors.
+A segment is a function of the plan, the log and the codebook, so it can be sealed again anywhere: to the same bytes on
+equal processors, else to vectors equal within rounding (`equality`). Rejected images keep their transformed vectors,
+in a transformed segment. Sealing runs as Ray tasks, which return references, never vectors.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ T = TypeVar("T")
 _TASK_CPUS = 0.25
 _RETRIES = 20  # of a task whose worker or node dies: sealing again is harmless
 _MAX_PAUSE_SECONDS = 10.0
-_BYTES_AT_ONCE = 2**27  # of vectors that one task seals: shards of a wave together, as far as they are small
-_KILLED = (  # what Ray says then, or where what the task gave back died with its node
+_BYTES_AT_ONCE = 2**27  # of vectors that one task seals: several small shards of a wave together
+_KILLED = (  # Ray's errors if a worker or node dies, or the node that held the result
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.OutOfMemoryError,
     ray.exceptions.NodeDiedError,
@@ -49,7 +48,7 @@ _KILLED = (  # what Ray says then, or where what the task gave back died with it
 
 @dataclass(frozen=True, slots=True)
 class Sealer:
-    """What a sealing task needs to know."""
+    """The arguments of a sealing task."""
 
     run: Run
     plan: Plan
@@ -57,29 +56,25 @@ class Sealer:
     codebook_sha256: str
 
     def transformed(self, waves: list[int]) -> list[SegmentRef]:
-        """Seal waves before any of their images is embedded, sorted by wave and shard.
+        """Seal waves before any of their images is embedded; sorted by wave and shard.
 
         Raises:
-            TransientError: one of the tasks is killed every time.
+            TransientError: a task is killed every time.
         """
         return [ref for refs in _run(_seal_transformed, self._tasks(waves)) for ref in refs]
 
     def embedded(self, wave: int, acknowledged: dict[int, str] | None = None) -> tuple[list[SegmentRef], str]:
-        """Seal a wave whose units are all in the log.
-
-        Args:
-            wave: which.
-            acknowledged: the digest of each unit's part, as far as this driver was told it.
+        """Seal a wave whose units are all in the log; `acknowledged` has the parts' digests, if this driver has them.
 
         Returns:
-            an embedded segment per shard, and a transformed one where images were rejected, sorted by shard; and the
+            an embedded segment per shard, and a transformed one if images were rejected, sorted by shard; and the
             digest of the wave's parts, empty if parts of older versions have none.
 
         Raises:
-            DataError: an image of the wave is neither in the log nor rejected, or a part is not what was acknowledged.
-            TransientError: one of the tasks is killed every time.
+            DataError: an image of the wave is neither in the log nor rejected, or a part is not the acknowledged one.
+            TransientError: a task is killed every time.
         """
-        first, *others = self._tasks([wave])  # one that looks is enough: all have to find the same parts
+        first, *others = self._tasks([wave])  # one task checks: all have to find the same parts
         tasks = [(first[0], (*first[1], acknowledged)), *others]
         found = _run(_seal_embedded, tasks)
         digests = sorted({digest for _, digest in found})
@@ -89,34 +84,56 @@ class Sealer:
                 expected="the same parts for all shards",
                 found=f"digests {', '.join(digests)}",
                 where=f"{self.plan.log(self.run).parts_uri}, wave {wave}",
-                remedy="let nothing else write to the run, and run the same command again",
+                remedy="make sure that nothing else writes to the run, then repeat this command",
             )
         refs = [ref for refs, _ in found for ref in refs]
         return sorted(refs, key=lambda ref: (ref.shard, ref.kind)), digests[0]
 
     def _tasks(self, waves: list[int]) -> list[tuple[str, tuple[object, ...]]]:
-        """One for each of a wave's shards, or for several of them where these are small."""
+        """One task per shard of each wave, or per several small shards."""
         return [
             (f"wave {wave}, {_text(shards)}", (self, wave, shards)) for wave in waves for shards in self.together(wave)
         ]
 
     def together(self, wave: int) -> list[range]:
-        """Which shards of a wave one task seals, so that it opens each part once for all of them."""
+        """The shards of a wave that one task seals together, so that it opens each part once."""
         num_shards = self.plan.num_shards
         wave_bytes = self.plan.wave(wave).images * self.plan.dim * 4
         step = max(1, num_shards * _BYTES_AT_ONCE // wave_bytes)
         return [range(first, min(first + step, num_shards)) for first in range(0, num_shards, step)]
 
     def codebook(self) -> Codebook:
-        """The run's frozen codebook, for a task that has one thread."""
+        """The run's codebook, for a task with one thread."""
         set_threads(1)
         return Codebook.open(self.run, self.codebook_path, self.codebook_sha256)
 
 
-def _run(function: Callable[..., T], tasks: Sequence[tuple[str, tuple[object, ...]]]) -> list[T]:
-    """What the function gives for the arguments of each task, in order.
+def seal_again(sealer: Sealer, ref: SegmentRef) -> SegmentRef:
+    """Seal one segment again in this process: to the bytes that its commit names, on equal processors.
 
-    Ray is not asked to repeat a task: it repeats one that runs out of memory for ever, whatever number it is given.
+    Raises:
+        DataError: the plan or the log is damaged.
+    """
+    shards = range(ref.shard, ref.shard + 1)
+    if ref.kind == "transformed" and not ref.rejected:
+        return _seal_transformed(sealer, ref.wave, shards)[0]
+    mixed = ref.kind == "embedded" and ref.rejected > 0
+    found = _seal_embedded(sealer, ref.wave, shards, mixed=mixed)[0]
+    again = next((some for some in found if some.kind == ref.kind), None)
+    if again is None:
+        raise DataError(
+            "the vector log has no rejects of this wave, but its commit names some",
+            expected=f"{ref.rejected} rejects",
+            found=0,
+            where=f"{sealer.plan.log(sealer.run).rejects_uri}, wave {ref.wave}, {_text(shards)}",
+        )
+    return again
+
+
+def _run(function: Callable[..., T], tasks: Sequence[tuple[str, tuple[object, ...]]]) -> list[T]:
+    """The results for the arguments of each task, in order; killed tasks are repeated here.
+
+    Ray's own retries are off: Ray repeats a task that runs out of memory forever, whatever its limit.
     """
     task = ray.remote(num_cpus=_TASK_CPUS, max_retries=0)(function)
     found: dict[int, T] = {}
@@ -144,8 +161,8 @@ def _killed(where: str, error: Exception) -> TransientError:
         expected="a segment",
         found=f"{_RETRIES + 1} attempts, the last of which ended with {type(error).__name__}: {error}",
         where=where,
-        remedy="give the nodes more memory, or see in Ray's logs (`ray logs`) why the worker dies; then run the same "
-        "command again: it goes on from this wave. A shard that does not fit needs a new run with more index.shards",
+        remedy="give the nodes more memory, or find the cause in Ray's logs (`ray logs`); then repeat this command: it "
+        "continues with this wave. If a shard does not fit into memory, start a new run with more index.shards",
     )
 
 
@@ -160,7 +177,7 @@ def _seal_transformed(sealer: Sealer, wave: int, shards: range) -> list[SegmentR
 def _seal_embedded(
     sealer: Sealer, wave: int, shards: range, acknowledged: dict[int, str] | None = None, mixed: bool = False
 ) -> tuple[list[SegmentRef], str]:
-    """Seal an embedded wave; `mixed`: with the rejects in the embedded segments, as earlier versions did."""
+    """Seal an embedded wave; `mixed` puts rejects into the embedded segments, as earlier versions did."""
     rows, shard_of_row = _planned(sealer, wave, shards)
     log = sealer.plan.log(sealer.run)
     embedded_ids, embedded_vectors, digests = vector_log.read_parts(log, wave, shards)
@@ -171,12 +188,13 @@ def _seal_embedded(
     others = len(embedded_ids) - int(is_embedded.sum())
     if len(lost) or others:
         raise DataError(
-            "the vector log does not hold exactly this wave",
+            f"wave {wave} of the vector log is not exactly the planned wave",
             expected=f"{len(rows.ids)} images, each embedded once or rejected",
-            found=f"{len(lost)} neither{_units_of(sealer, wave, lost)}, {others} of other waves or twice",
+            found=f"{len(lost)} images with neither an embedding nor a reject{_units_of(sealer, wave, lost)}, and "
+            f"{others} embeddings that belong to another wave or are duplicates",
             where=f"{log.parts_uri}, wave {wave}, {_text(shards)}",
-            remedy="`fastfill audit` names the files that are damaged; move the part of the unit that does not "
-            "fit out of the run, and run the same command again: the unit is embedded again",
+            remedy="`fastfill audit` lists damaged files. Move the part of the wrong unit out of the run and repeat "
+            "this command: the unit is embedded again",
         )
     vectors = rows.vectors.copy()
     vectors[is_embedded] = embedded_vectors  # both sides are sorted by id
@@ -195,38 +213,15 @@ def _seal_embedded(
 
 
 def _check_acknowledged(log: VectorLog, wave: int, found: dict[int, str], acknowledged: dict[int, str]) -> None:
-    """Check that each part is the one that was acknowledged when it was written."""
     for unit, digest in found.items():
         if acknowledged.get(unit, digest) != digest:
             raise DataError(
-                "a part of the vector log is not the one that was written",
+                "a part of the vector log has changed since it was written",
                 expected=f"digest {acknowledged[unit]}",
                 found=digest or "a file without digests",
                 where=log.part(wave, unit),
-                remedy="delete this file, and run the same command again: its unit is embedded again",
+                remedy="delete this file, then repeat this command: its unit is embedded again",
             )
-
-
-def seal_again(sealer: Sealer, ref: SegmentRef) -> SegmentRef:
-    """Seal one segment in this process: on equal processors to the bytes that its commit names.
-
-    Raises:
-        DataError: the plan or the log is damaged.
-    """
-    shards = range(ref.shard, ref.shard + 1)
-    if ref.kind == "transformed" and not ref.rejected:
-        return _seal_transformed(sealer, ref.wave, shards)[0]
-    mixed = ref.kind == "embedded" and ref.rejected > 0
-    found = _seal_embedded(sealer, ref.wave, shards, mixed=mixed)[0]
-    again = next((some for some in found if some.kind == ref.kind), None)
-    if again is None:
-        raise DataError(
-            "the vector log has no rejects of a wave whose commit names some",
-            expected=f"{ref.rejected} rejects",
-            found=0,
-            where=f"{sealer.plan.log(sealer.run).rejects_uri}, wave {ref.wave}, {_text(shards)}",
-        )
-    return again
 
 
 def _write(
@@ -238,7 +233,6 @@ def _write(
 
 
 def _units_of(sealer: Sealer, wave: int, ids: Int64) -> str:
-    """Which units some images belong to, in words."""
     units = [unit for unit in sealer.plan.units(sealer.run) if len(ids) and unit.wave == wave]
     found = [unit for unit in units if np.isin(_ids_of(unit), ids).any()]
     return f" (of unit {', '.join(str(unit.unit) for unit in found[:5])})" if found else ""
@@ -250,7 +244,7 @@ def _ids_of(unit: Unit) -> Int64:
 
 
 def _planned(sealer: Sealer, wave: int, shards: range) -> tuple[Rows, NDArray[np.int32]]:
-    """The rows of some shards of a wave as the plan has them, sorted by id, and the shard of each, (n,)."""
+    """The rows of some shards of a wave from the plan, sorted by id, and the shard of each, (n,)."""
     columns = ["id", "shard", "uncertainty", "group", "vector"]
     table = plans.read_transformed(sealer.run, sealer.plan, wave, columns, shards).sort_by("id")
     rows = Rows(

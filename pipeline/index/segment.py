@@ -1,11 +1,9 @@
-"""Segments: the FAISS index in pieces, one per (shard, wave, kind).
+"""Segments: the FAISS index in pieces, one per (shard, wave, kind); build, search, decode and merge them.
 
-After the codebook, before the snapshot; with the codebook the importer of faiss for the index. A segment is
-inverted lists with explicit ids, and borrows the codebook's quantizer. If the run has a calibration, a search takes the
-k nearest of each kind and merges them by calibrated keys (`search_by_kind`).
-Guarantee: on equal processors the same rows give the same segment bytes in any order (across processors: see
-`equality`), and searching segments gives what one index of all their vectors would give. Knows nothing of
-commits, plans or images.
+A segment is inverted lists with explicit ids, and borrows the codebook's quantizer. Searching segments gives the
+answer of one index of all their vectors. With a calibration, a search takes the k nearest of each kind and merges them
+by calibrated keys (`search_by_kind`). On equal processors the same rows give the same bytes (across processors:
+`equality`).
 """
 
 from __future__ import annotations
@@ -37,36 +35,13 @@ Bools = NDArray[np.bool_]
 _QUERIES_AT_ONCE = 1024
 _RESULTS_AT_ONCE = 2**22  # over the queries of one group: bounds the memory beside the answer
 _COLUMNS_AT_ONCE = 8192
-_COLUMNS_TO_SORT = 64  # up to which sorting them all is the fastest
-
-
-def build_segment(codebook: Codebook, ids: Int64, vectors: Float32) -> bytes:
-    """A segment as FAISS writes it: the same for the same rows, whatever their order.
-
-    Args:
-        codebook: the run's.
-        ids: (n,) int64, unique, not negative.
-        vectors: (n, d) float32, row i belongs to ids[i]; n may be 0.
-
-    Raises:
-        DataError: an id comes twice or is negative, the shape is wrong, or a number is not finite.
-    """
-    order = np.argsort(ids, kind="stable")
-    ids = np.ascontiguousarray(ids[order], dtype=np.int64)
-    _check_ids(ids, len(vectors))
-    return codebook.serialize(_filled(codebook, ids, vectors[order])).tobytes()
+_COLUMNS_TO_SORT = 64  # up to here sorting them all is fastest
 
 
 class Segment:
-    """One segment, or several gathered into one; never changed.
-
-    Attributes:
-        ivf: the FAISS index.
-        num_vectors: vectors in it.
-    """
+    """One segment, or several gathered into one; never changed."""
 
     def __init__(self, codebook: Codebook, ivf: faiss.IndexIVF) -> None:
-        """Take an index that uses the codebook's quantizer."""
         self.ivf = ivf
         self.num_vectors: int = ivf.ntotal
         self._codebook = codebook  # owns the quantizer that the index points to
@@ -92,8 +67,7 @@ class Segment:
         """Open a segment of a commit after checking its bytes against the commit.
 
         Raises:
-            DataError: it is missing, its bytes are not those that were committed, or it does not hold
-                as many vectors.
+            DataError: it is missing, its bytes have changed, or its number of vectors is wrong.
         """
         where = run.path(ref.path)
         with local_segment(where) as path:
@@ -105,11 +79,36 @@ class Segment:
         return segment
 
 
-def gather_segments(codebook: Codebook, segments: Sequence[Segment]) -> Segment:
-    """Segments as one, copied into memory: it answers as they do, at the price of one.
+@dataclass(frozen=True, slots=True)
+class Hits:
+    """The k nearest vectors of Q queries, best first; all fields are (Q, k)."""
 
-    A query visits each list once instead of once per segment, where a list of a segment often holds no more than a
-    vector or two.
+    # As a user sees them: squared Euclidean ascending for l2, similarity descending for ip and cosine; inf or -inf if
+    # fewer than k were found. Those of transformed vectors are calibrated.
+    distances: Float32
+    ids: Int64  # -1 if fewer than k were found
+    transformed: Bools  # whether the vector is in a transformed segment
+    raw: Float32  # the distances before calibration
+
+
+def build_segment(codebook: Codebook, ids: Int64, vectors: Float32) -> bytes:
+    """A segment's bytes: the same for the same rows in any order.
+
+    `ids` is (n,) int64, unique and not negative; `vectors` is (n, d) float32. n may be 0.
+
+    Raises:
+        DataError: an id is repeated or negative, the shape is wrong, or a number is not finite.
+    """
+    order = np.argsort(ids, kind="stable")
+    ids = np.ascontiguousarray(ids[order], dtype=np.int64)
+    _check_ids(ids, len(vectors))
+    return codebook.serialize(_filled(codebook, ids, vectors[order])).tobytes()
+
+
+def gather_segments(codebook: Codebook, segments: Sequence[Segment]) -> Segment:
+    """Copy segments into one in memory, with the same answers at the cost of one.
+
+    A query then visits each list once instead of once per segment, where a list often has only a vector or two.
     """
     pointers = faiss.InvertedListsPtrVector()  # type: ignore[attr-defined]  # not in the stubs
     for segment in segments:
@@ -132,42 +131,18 @@ def use_one_thread() -> None:
 def search(
     codebook: Codebook, segments: Sequence[Segment], queries: Float32, k: int, nprobe: int
 ) -> tuple[Float32, Int64]:
-    """The k nearest vectors of all segments: as one index of them would answer, equal distances by smaller id.
-
-    Args:
-        codebook: the one that the segments were built with.
-        segments: any number of them.
-        queries: (Q, d) float32.
-        k: neighbours per query.
-        nprobe: inverted lists to visit per query.
+    """The k nearest vectors of all segments, as one index of them would answer; equal distances by smaller id.
 
     Returns:
-        distances (Q, k) float32 and ids (Q, k) int64, best first: squared Euclidean ascending for l2,
-        similarity descending for ip and cosine. Where fewer than k were found: id -1, distance inf or -inf.
+        distances (Q, k) float32 and ids (Q, k) int64, best first: squared Euclidean ascending for l2, similarity
+        descending
+        for ip and cosine. If fewer than k were found: id -1, distance inf or -inf.
 
     Raises:
-        DataError: the queries have another width, or are not finite.
+        DataError: the queries (Q, d) have another width, or are not finite.
     """
     found = search_by_kind(codebook, {"embedded": segments}, queries, k, nprobe, None)
     return found.distances, found.ids
-
-
-@dataclass(frozen=True, slots=True)
-class Hits:
-    """The k nearest vectors of Q queries, best first; all are (Q, k).
-
-    Attributes:
-        distances: float32, as a user sees them: squared Euclidean ascending for l2, similarity descending for ip and
-            cosine; inf or -inf where fewer than k were found. Those of transformed vectors are calibrated.
-        ids: int64; -1 where fewer than k were found.
-        transformed: bool, whether the vector is in a transformed segment.
-        raw: float32, the distances without the calibration.
-    """
-
-    distances: Float32
-    ids: Int64
-    transformed: Bools
-    raw: Float32
 
 
 def search_by_kind(
@@ -181,20 +156,12 @@ def search_by_kind(
     """The k nearest vectors of all segments by calibrated key, exactly.
 
     A key is the squared distance for l2, and minus the similarity for ip and cosine. The calibration maps the keys of
-    transformed vectors. It is monotone, so that the k nearest of each kind hold the k nearest of both. Equal calibrated
+    transformed vectors. It is monotone, so the k nearest of each kind contain the k nearest of both. Equal calibrated
     keys are ordered: embedded before transformed, then by the key before calibration, then by id. Without a
-    calibration equal keys are ordered by id, whatever their kind.
-
-    Args:
-        codebook: the one that the segments were built with.
-        segments: by kind, any number of each.
-        queries: (Q, d) float32.
-        k: neighbours per query.
-        nprobe: inverted lists to visit per query and kind.
-        calibration: the run's; None to merge both kinds as they are.
+    calibration equal keys are ordered by id alone.
 
     Raises:
-        DataError: the queries have another width, or are not finite.
+        DataError: the queries (Q, d) have another width, or are not finite.
     """
     prepared = codebook.prepare(queries)
     found = []
@@ -210,14 +177,10 @@ def search_by_kind(
 
 
 def decode_segment(codebook: Codebook, segment: Segment, wanted: Int64 | None = None) -> tuple[Int64, Float32]:
-    """What a segment stores: ids (n,) int64, sorted, and the decoded vectors (n, d) float32.
+    """The content of a segment: ids (n,) int64, sorted, and decoded vectors (n, d) float32.
 
-    The vectors are those that were added where `codebook.exact`, else what the codec made of them.
-
-    Args:
-        codebook: the one that the segment was built with.
-        segment: is only read.
-        wanted: decode these ids alone, as far as they are there.
+    The vectors are the added ones if `codebook.exact`, else as the codec rounds them. `wanted` decodes these ids
+    alone, as far as they are there.
     """
     lists = segment.ivf.invlists
     assert lists is not None
@@ -240,9 +203,9 @@ def decode_segment(codebook: Codebook, segment: Segment, wanted: Int64 | None = 
 
 
 def as_stored(codebook: Codebook, vectors: Float32) -> Float32:
-    """What `decode_segment` would give of these vectors (n, d), in their order, if they were stored: (n, d) float32.
+    """The vectors (n, d) as `decode_segment` would return them after storing, in their order: (n, d) float32.
 
-    Within rounding, see `equality`: after PCA or OPQ the last bits depend on how many vectors are decoded together.
+    Equal within rounding (`equality`): after PCA or OPQ the last bits depend on how many vectors are decoded together.
     """
     if codebook.exact:
         return vectors
@@ -250,17 +213,11 @@ def as_stored(codebook: Codebook, vectors: Float32) -> Float32:
 
 
 def merge(codebook: Codebook, segments: Iterable[Segment], nprobe: int) -> bytes:
-    """Segments as one index that needs no codebook, as FAISS writes it: `faiss.read_index` opens it.
-
-    Args:
-        codebook: the one that the segments were built with.
-        segments: read one after the other; no id is in two of them.
-        nprobe: what a search of the index is to visit unless it is told otherwise.
-    """
+    """Segments as one stand-alone FAISS index, for `faiss.read_index`; no id may be in two of them."""
     whole = codebook.new_index()
     ivf, _ = parts(whole)
     ivf.nprobe = nprobe
-    for segment in segments:  # copied: what is opened with mmap must not be emptied, as `merge_from` does
+    for segment in segments:  # copied: `merge_from` would empty the mapped segments
         everything = faiss.InvertedLists.SUBSET_TYPE_INVLIST  # type: ignore[attr-defined]  # not in the stubs
         segment.ivf.copy_subset_to(ivf, everything, 0, codebook.num_lists)
     whole.ntotal = ivf.ntotal
@@ -268,15 +225,9 @@ def merge(codebook: Codebook, segments: Iterable[Segment], nprobe: int) -> bytes
 
 
 def write_segment(run: Run, codebook: Codebook, rows: Rows, shard: int, wave: int, kind: SegmentKind) -> SegmentRef:
-    """Build and store the segment of a (shard, wave); doing it again writes nothing new.
+    """Build and store the segment of a (shard, wave); a repeated call writes nothing new.
 
-    Args:
-        run: where to.
-        codebook: the run's.
-        rows: all that belongs to the (shard, wave).
-        shard: from 0.
-        wave: from 1.
-        kind: of all rows; in an embedded segment of an earlier version the rejected rows are still transformed.
+    In an embedded segment of an earlier version rejected rows are still transformed.
 
     Raises:
         DataError: as `build_segment`; or an embedded row in a transformed segment.
@@ -307,8 +258,8 @@ class _ListScan:
 def _candidates(segments: Sequence[Segment], probe: _ListScan, k: int, width: int) -> tuple[Float32, Int64]:
     """At least the k smallest (key, id) of each query, in any order, from the `width` > k best of each segment.
 
-    FAISS picks among equal distances by its own order, so a segment's last result may have equals that it
-    left out. Where such a one ties with the k-th of all, the query is asked again for more.
+    FAISS breaks ties in its own order, so a segment may leave out equals of its last result. If such a one ties with
+    the k-th of all, the query is searched again for more.
     """
     rows = len(probe.queries)
     best: list[tuple[Float32, Int64]] = []
@@ -336,7 +287,7 @@ def _candidates(segments: Sequence[Segment], probe: _ListScan, k: int, width: in
 
 
 def _scan(ivf: faiss.IndexIVF, probe: _ListScan, k: int) -> tuple[Float32, Int64]:
-    """The k nearest of one segment as keys (smaller is better, inf where there is none) and ids."""
+    """The k nearest of one segment: keys (smaller is better, inf if there is none) and ids."""
     rows = len(probe.queries)
     distances = np.empty((rows, k), dtype=np.float32)
     ids = np.empty((rows, k), dtype=np.int64)
@@ -361,7 +312,7 @@ def _scan(ivf: faiss.IndexIVF, probe: _ListScan, k: int) -> tuple[Float32, Int64
 
 
 def _merge(parts: list[tuple[Float32, Int64]], k: int) -> tuple[Float32, Int64]:
-    """The k smallest (key, id) of each row of all parts, sorted; all equals of the k-th are looked at."""
+    """The k smallest (key, id) of each row of all parts, sorted; all equals of the k-th take part."""
     keys, ids = parts[0]
     if len(parts) > 1:
         keys = np.concatenate([part[0] for part in parts], axis=1)
@@ -380,13 +331,13 @@ def _merge(parts: list[tuple[Float32, Int64]], k: int) -> tuple[Float32, Int64]:
 def _nearest_by_kind(
     segments: Mapping[SegmentKind, Sequence[Segment]], probe: _ListScan, k: int, calibration: Calibration | None
 ) -> tuple[Float32, Int64, Bools, Float32]:
-    """The k nearest of both kinds: calibrated keys, ids, whether transformed, and keys as they are; all (q, k)."""
+    """The k nearest of both kinds: calibrated keys, ids, whether transformed, and raw keys; all (q, k)."""
     parts = [_candidates(segments[kind], probe, k, width=k + 1) for kind in KINDS if segments.get(kind)]
     parts = parts or [_candidates((), probe, k, width=k + 1)]
     raw = np.concatenate([keys for keys, _ in parts], axis=1)
     ids = np.concatenate([ids for _, ids in parts], axis=1)
     only_transformed = len(parts) == 1 and segments.get("transformed")
-    first = 0 if only_transformed else parts[0][0].shape[1]  # the column from which on all are transformed
+    first = 0 if only_transformed else parts[0][0].shape[1]  # this column and all after it are transformed
     keys = raw
     by: list[NDArray[np.generic]] = [ids, raw]
     if calibration is not None and first < raw.shape[1]:
@@ -402,7 +353,6 @@ def _nearest_by_kind(
 
 
 def _filled(codebook: Codebook, ids: Int64, vectors: Float32) -> faiss.IndexIVF:
-    """An index of these rows."""
     prepared = codebook.prepare(vectors)
     segment = codebook.new_segment()
     if len(ids):
@@ -418,8 +368,8 @@ def _sign(ivf: faiss.IndexIVF) -> np.float32:
 def _check_ids(ids: Int64, num_vectors: int) -> None:
     """`ids` are sorted."""
     if ids.shape != (num_vectors,):
-        raise DataError("a segment has one id per vector", expected=(num_vectors,), found=ids.shape)
+        raise DataError("a segment needs one id per vector", expected=(num_vectors,), found=ids.shape)
     repeated = ids[1:][ids[1:] == ids[:-1]]
     if len(repeated) or (len(ids) and ids[0] < 0):
         found = f"{len(repeated)} repeated, such as {repeated[:3].tolist()}; the smallest is {ids[0]}"
-        raise DataError("ids of a segment are unique and not negative", expected="each id once", found=found)
+        raise DataError("ids of a segment are repeated or negative", expected="each id once, from 0", found=found)

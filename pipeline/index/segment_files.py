@@ -1,7 +1,6 @@
-"""What is stored of a segment: its file and its sidecar, both named by their content.
+"""The stored files of a segment: the FAISS file and its sidecar, both named by their content.
 
-Between the index, which makes the bytes, and the commit, which names them. Guarantee: storing the same rows
-again, from anywhere, writes nothing new; two segments never share a name. Does not look into a segment.
+Storing the same rows again, from anywhere, writes nothing new.
 """
 
 from __future__ import annotations
@@ -25,32 +24,44 @@ from pipeline.storage import objects, parquet
 
 SegmentKind = Literal["transformed", "embedded"]
 KINDS: tuple[SegmentKind, SegmentKind] = ("embedded", "transformed")
+_REMEDY = "`fastfill repair` makes it again if its sources are whole; `fastfill audit` lists all damaged files"
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of one segment, in any order.
+    """The rows of one segment, in any order."""
 
-    Attributes:
-        ids: (n,) int64, unique.
-        vectors: (n, d) float32.
-        kinds: (n,) of `transformed` or `embedded`.
-        uncertainties: (n,) float32.
-        groups: (n,) strings or nulls.
-    """
-
-    ids: Int64
-    vectors: Float32
-    kinds: NDArray[np.str_]
-    uncertainties: Float32
-    groups: pa.Array[pa.StringScalar] | pa.ChunkedArray[pa.StringScalar]
+    ids: Int64  # (n,), unique
+    vectors: Float32  # (n, d)
+    kinds: NDArray[np.str_]  # (n,) `transformed` or `embedded`
+    uncertainties: Float32  # (n,)
+    groups: pa.Array[pa.StringScalar] | pa.ChunkedArray[pa.StringScalar]  # (n,) strings or nulls
 
     def take(self, mask: NDArray[np.bool_]) -> Rows:
-        """The rows where `mask` (n,) is True."""
+        """The rows for which `mask` (n,) is True."""
         chosen = pa.array(mask)
         return Rows(
             self.ids[mask], self.vectors[mask], self.kinds[mask], self.uncertainties[mask], self.groups.filter(chosen)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRef:
+    """One segment as a commit names it; paths are relative to the run."""
+
+    shard: int
+    wave: int
+    # Of all vectors; in an embedded segment of an earlier version, `rejected` of them are still transformed
+    kind: SegmentKind
+    path: str
+    sha256: str
+    bytes: int  # size of the file
+    vectors: int
+    sidecar_path: str
+    sidecar_sha256: str
+    # Images of an embedded wave that are still transformed: all of a transformed segment of that wave
+    rejected: int = 0
+    deleted: int = 0  # images of the (shard, wave) that are in no segment, because deleted images are dropped
 
 
 def sidecar_bytes(
@@ -59,20 +70,20 @@ def sidecar_bytes(
     uncertainties: Float32,
     groups: pa.Array[pa.StringScalar] | pa.ChunkedArray[pa.StringScalar],
 ) -> bytes:
-    """What the vectors of a segment are, as a SIDECAR Parquet file sorted by id; all arguments are (n,)."""
+    """Id, kind, uncertainty and group of each vector as a SIDECAR Parquet file sorted by id; all arguments are (n,)."""
     columns = [pa.array(ids), pa.array(kinds, pa.string()), pa.array(uncertainties, pa.float32()), groups]
     return parquet.parquet_bytes(SIDECAR, [pa.table(columns, names=SIDECAR.names).sort_by("id")])
 
 
 def store_segment(run: Run, data: bytes, rows: Rows, shard: int, wave: int, kind: SegmentKind) -> SegmentRef:
-    """Store what `index.build_segment` made of `rows`, and its sidecar.
+    """Store the bytes that `build_segment` made of `rows`, and the sidecar.
 
     Raises:
         DataError: a row is embedded in a transformed segment, or of no known kind.
     """
     if not np.isin(rows.kinds, ["transformed", kind]).all():
         raise DataError(
-            "a row does not belong into this segment",
+            "a row does not belong in this segment",
             expected=f"transformed or {kind}",
             found=sorted(set(rows.kinds.tolist())),
             where=f"shard {shard}, wave {wave}",
@@ -106,24 +117,9 @@ def put_by_content(run: Run, pattern: str, data: bytes) -> tuple[str, str]:
     return path, sha256
 
 
-def _holds(uri: str, num_bytes: int, sha256: str) -> bool:
-    """Whether an object has this size and digest."""
-    try:
-        return objects.stat(uri).size_bytes == num_bytes and objects.sha256(uri) == sha256
-    except FileNotFoundError:  # removed meanwhile
-        return False
-
-
-_REMEDY = "`fastfill repair` makes it again, if what it was made from is whole; `fastfill audit` lists all damage"
-
-
 @contextlib.contextmanager
 def local_segment(uri: str) -> Iterator[Path]:
-    """A segment's file on this machine, for the length of a `with`.
-
-    Raises:
-        DataError: it is missing.
-    """
+    """A segment's file on this machine, for the length of a `with`; raises DataError if it is missing."""
     with contextlib.ExitStack() as stack:
         try:
             path = stack.enter_context(objects.local_file(uri))
@@ -133,12 +129,7 @@ def local_segment(uri: str) -> Iterator[Path]:
 
 
 def check_digest(uri: str, sha256: str, where: str | None = None) -> None:
-    """Check an object's bytes against what was committed.
-
-    Args:
-        uri: the object, or a copy of it.
-        sha256: what was committed.
-        where: the object's name in messages, where `uri` is a copy.
+    """Check an object's bytes against the committed sha256; `where` names the object if `uri` is a copy.
 
     Raises:
         DataError: they differ, or the object is missing.
@@ -149,7 +140,7 @@ def check_digest(uri: str, sha256: str, where: str | None = None) -> None:
         raise DataError("a file of the index is missing", where=where or uri, remedy=_REMEDY) from None
     if found != sha256:
         raise DataError(
-            "a file of the index is not what was committed",
+            "a file of the index has changed since it was committed",
             expected=f"sha256 {sha256}",
             found=f"sha256 {found}",
             where=where or uri,
@@ -157,26 +148,8 @@ def check_digest(uri: str, sha256: str, where: str | None = None) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class SegmentRef:
-    """One segment as a commit names it; paths are relative to the run.
-
-    Attributes:
-        kind: of all its vectors; in an embedded segment of an earlier version, `rejected` of the `vectors` are still
-            transformed.
-        rejected: images of an embedded wave that are still transformed: all of a transformed segment of that wave.
-        deleted: images of the (shard, wave) that are in no segment any more: they are gone, and were to be dropped.
-        bytes: size of the file.
-    """
-
-    shard: int
-    wave: int
-    kind: SegmentKind
-    path: str
-    sha256: str
-    bytes: int
-    vectors: int
-    sidecar_path: str
-    sidecar_sha256: str
-    rejected: int = 0
-    deleted: int = 0
+def _holds(uri: str, num_bytes: int, sha256: str) -> bool:
+    try:
+        return objects.stat(uri).size_bytes == num_bytes and objects.sha256(uri) == sha256
+    except FileNotFoundError:  # removed meanwhile
+        return False

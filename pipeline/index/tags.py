@@ -1,14 +1,11 @@
-"""Snapshots of the index: immutable numbered commits, and tags that point to them.
+"""Tags: names that point to commits, and the rules by which `prod` moves.
 
-After the segments, before search. Commit n names every segment of the snapshot in which waves 1..n are
-embedded. Guarantee: a commit is created whole or not at all, once; one writer at a time publishes, in
-order; `prod` only ever points to a commit that was published, and goes back by `rollback` alone. The
-`candidate` tag is the writer's: it holds the last published commit and the epoch of whoever may publish
-the next. Knows nothing of what is inside a segment.
+`prod` only points to published commits, and goes back by `rollback` alone. The `candidate` tag is the writer's: it
+holds the last published commit, and the epoch of the driver that may publish the next one.
 
-An object store settles a write whose answer was lost by reading back, and takes equal bytes for its own
-(`object_store`). So no two writes of a tag or a commit are ever equal: each has an `attempt_id`. That also
-keeps the version of a tag, which may be a digest of its content, from ever coming back.
+No two writes of a tag or a commit are equal: each has an `attempt_id`. An object store settles a write whose answer
+was lost by reading back, and takes equal bytes for its own; and the version of a tag, which may be a digest of its
+content, must never come back.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pipeline.errors import DataError, GateRefused, Refused, Removed, SnapshotConflict
 from pipeline.index import retention
 from pipeline.index.commits import Commit, read_commit
-from pipeline.index.fenced import Check, anyone
+from pipeline.index.fenced import TRIES, Check, anyone
 from pipeline.index.retention import read_removals
 from pipeline.run import Run
 from pipeline.storage import objects
@@ -31,39 +28,30 @@ from pipeline.storage.documents import from_json, to_json
 
 CANDIDATE = "candidate"
 PROD = "prod"
-_TRIES = 16
-_TAG_FILE = re.compile(r"/([^/]+)\.json$")
-_COMMIT_FILE = re.compile(r"/(\d{20})\.json$")
+_TAG_FILE = re.compile(r"/([\w-]+)\.json$")
+COMMIT_FILE = re.compile(r"/(\d{20})\.json$")
 
 
 @dataclass(frozen=True, slots=True)
 class Tag:
-    """Where a tag points.
+    """Where a tag points."""
 
-    Attributes:
-        commit: the commit's number; None in a candidate tag before the first commit.
-        epoch: of the writer that owns the run; only in the candidate tag.
-        previous: the commit that the tag pointed to before, which `rollback` goes back to.
-        pinned: set by `rollback`: `auto_promote` leaves the tag alone until the next `promote`.
-        pinned_unix_seconds: when; None also in a tag that an earlier version pinned.
-        attempt_id: of the one write that put the tag there; two tags that say the same are equal without it.
-    """
-
-    commit: int | None
-    epoch: int | None = None
-    previous: int | None = None
-    pinned: bool = False
+    commit: int | None  # the commit's number; None in a candidate tag before the first commit
+    epoch: int | None = None  # of the writer that owns the run; only in the candidate tag
+    previous: int | None = None  # the commit before, to which `rollback` goes back
+    pinned: bool = False  # set by `rollback`: `auto_promote` leaves the tag alone until the next `promote`
+    # When; None in tags that earlier versions pinned
     pinned_unix_seconds: float | None = field(default=None, compare=False)
-    attempt_id: str = field(default="", compare=False)
+    attempt_id: str = field(default="", compare=False)  # of the write of the tag; not compared
 
 
 def list_commits(run: Run) -> list[int]:
-    """The numbers of the published commits that are stored and that gc has not removed, ascending."""
+    """The numbers of the published commits that gc has not removed, ascending."""
     tag = read_tag(run, CANDIDATE)
     if tag is None or tag.commit is None:
         return []
-    names = list(map(_COMMIT_FILE.search, objects.list_files(run.path("index", "commits"), ".json")))
-    gone = set(read_removals(run).confirmed)  # after the listing: what is removed meanwhile is in here
+    names = list(map(COMMIT_FILE.search, objects.list_files(run.path("index", "commits"), ".json")))
+    gone = set(read_removals(run).confirmed)  # after the listing, so that it has all removals until then
     return sorted(number for name in names if name and (number := int(name[1])) <= tag.commit and number not in gone)
 
 
@@ -81,46 +69,48 @@ def read_commits(run: Run) -> list[Commit]:
 
 
 def read_tag(run: Run, name: str) -> Tag | None:
-    """Where a tag points; None where there is no such tag.
+    """Where a tag points; None if there is no such tag.
 
     Raises:
         DataError: the tag's file is damaged or of another format.
     """
-    found = _read_versioned(run, name)
+    found = read_tag_versioned(run, name)
     return found[0] if found else None
+
+
+def list_tags(run: Run) -> list[str]:
+    """The names of all tags, sorted."""
+    found = map(_TAG_FILE.search, objects.list_files(run.path("index", "tags"), ".json"))
+    return sorted(match[1] for match in found if match)
 
 
 def tagged(run: Run, name: str) -> int:
     """The number of the commit that a tag points to.
 
     Raises:
-        DataError: there is no such tag, or it is damaged or points to no commit yet; the message lists what there is.
+        DataError: there is no such tag, or it is damaged or points to no commit yet; the message lists existing tags.
     """
     tag = read_tag(run, name)
     if tag is not None and tag.commit is not None:
         return tag.commit
-    found = map(_TAG_FILE.search, objects.list_files(run.path("index", "tags"), ".json"))
     numbers = ", ".join(map(str, list_commits(run))) or "none yet"
     raise DataError(
         f"there is no tag {name!r}" if tag is None else f"tag {name!r} points to no commit yet",
         expected="a tag that points to a commit",
-        found=", ".join(sorted(item[1] for item in found if item)) or "no tag yet",
+        found=", ".join(list_tags(run)) or "no tag yet",
         where=run.tag(name),
-        remedy=f"wait for the first commit, promote one, or name one of the commits that are there: {numbers}",
+        remedy=f"wait for the first commit, promote one, or name an existing commit: {numbers}",
     )
 
 
 def fence(run: Run, name: str) -> Tag | None:
-    """Write a tag again as it is, so that whoever read it before can no longer move it, and has to look again.
-
-    Returns:
-        where it points at that moment; None where there is no such tag.
+    """Rewrite a tag unchanged and return it: a process that read it before cannot move it and has to look again.
 
     Raises:
         SnapshotConflict: others kept moving the tag at the same time.
     """
-    for _ in range(_TRIES):
-        found = _read_versioned(run, name)
+    for _ in range(TRIES):
+        found = read_tag_versioned(run, name)
         if found is None:
             return None
         tag = replace(found[0], attempt_id=uuid.uuid4().hex)
@@ -133,11 +123,11 @@ def fence(run: Run, name: str) -> Tag | None:
 
 
 def promote(run: Run, number: int | None, *, blockers: Sequence[str], force: bool = False) -> Tag:
-    """Let `prod` point to a commit (None: the candidate's), and let later commits follow again.
+    """Point `prod` to a commit (None: the candidate's), and let later commits follow again.
 
     Raises:
-        GateRefused: there are blockers, and no force.
-        Refused: `prod` points to a later commit; that way leads only `rollback`, which also stays there.
+        GateRefused: there are blockers, and `force` is False.
+        Refused: `prod` points to a later commit; only `rollback` goes back, and it pins the tag there.
         DataError: there is no such commit, or it is not whole.
         SnapshotConflict: others kept moving the tag at the same time.
     """
@@ -146,7 +136,7 @@ def promote(run: Run, number: int | None, *, blockers: Sequence[str], force: boo
         raise GateRefused(
             f"commit {wanted} is not promoted:\n" + "\n".join(f"  - {line}" for line in blockers),
             where=run.commit(wanted),
-            remedy="see the report, or promote with force",
+            remedy="see the report; to serve it anyway: `fastfill promote --force`",
         )
 
     def forward(now: Tag | None) -> Tag:
@@ -160,20 +150,13 @@ def promote(run: Run, number: int | None, *, blockers: Sequence[str], force: boo
             )
         return Tag(wanted, previous=_before(now, wanted))
 
-    return _change_tag(run, PROD, forward)
+    return change_tag(run, PROD, forward)
 
 
 def auto_promote(run: Run, number: int, blockers: Sequence[str] = (), check: Check = anyone) -> bool:
-    """Move `prod` forward to a commit, unless it is pinned, blocked, or that far already.
+    """Move `prod` forward to a commit, unless it is pinned, blocked, or already there; True if it points there now.
 
-    Args:
-        run: the run.
-        number: of the commit.
-        blockers: what is against it.
-        check: whether the caller may still move the tag; asked after the tag was read.
-
-    Returns:
-        whether `prod` points to the commit now.
+    `check` raises if the caller may no longer move the tag; it is called after the tag was read.
 
     Raises:
         DataError: there is no such commit, or it is not whole.
@@ -189,36 +172,36 @@ def auto_promote(run: Run, number: int, blockers: Sequence[str] = (), check: Che
             return now
         return Tag(number, previous=_before(now, number))
 
-    return _change_tag(run, PROD, forward).commit == number
+    return change_tag(run, PROD, forward).commit == number
 
 
 def rollback(run: Run, to: int | None = None) -> Tag:
-    """Point `prod` back to the commit before (or to `to`), and pin it there until the next `promote`.
+    """Point `prod` back to the previous commit (or to `to`), and pin it there until the next `promote`.
 
     Raises:
         Refused: there is no commit to go back to, `to` is not an earlier one, or gc has removed it.
-        DataError: the commit is not there any more, or it is not whole.
+        DataError: the commit is missing or not whole.
         SnapshotConflict: others kept moving the tag at the same time.
     """
 
-    def back(now: Tag | None) -> Tag:  # by the tag that it replaces: others may have moved it meanwhile
+    def back(now: Tag | None) -> Tag:  # decides by the tag that it replaces: others may have moved it meanwhile
         number = to if to is not None or now is None else now.previous
         if now is None or now.commit is None or number is None or number >= now.commit:
             before = [item for item in list_commits(run) if now and now.commit and item < now.commit]
             raise Refused(
-                "there is nothing to roll back to",
-                expected=f"a commit before {now.commit if now else None}",
+                "there is no earlier commit to roll back to" if number is None else f"cannot roll back to {number}",
+                expected=f"one of the commits {', '.join(map(str, before))}" if before else "a commit before prod's",
                 found=number,
                 where=run.tag(PROD),
-                remedy=(f"name one of the commits {before}; " if before else "") + "`promote` goes forward",
+                remedy=("name one of them with --to; " if before else "") + "`fastfill promote` goes forward",
             )
         return Tag(_published(run, number), pinned=True, pinned_unix_seconds=time.time())
 
-    return _change_tag(run, PROD, back)
+    return change_tag(run, PROD, back)
 
 
 def _published(run: Run, number: int | None) -> int:
-    """The number of a published commit that can be read; None stands for the candidate's."""
+    """The number of a published commit that can be read; None means the candidate's."""
     candidate = read_tag(run, CANDIDATE)
     last = candidate.commit if candidate else None
     if last is None or (number is not None and not 0 <= number <= last):
@@ -233,18 +216,17 @@ def _before(now: Tag | None, number: int) -> int | None:
     return now.previous if now.commit == number else now.commit
 
 
-def _change_tag(run: Run, name: str, decide: Callable[[Tag | None], Tag]) -> Tag:
-    """Replace a tag by what `decide` makes of it, again where others moved it meanwhile.
+def change_tag(run: Run, name: str, decide: Callable[[Tag | None], Tag]) -> Tag:
+    """Replace a tag by the result of `decide`, which is called again if others moved the tag meanwhile.
 
-    Two that want the same at the same time (the next epoch) are told apart by their attempt ids: one of them
-    loses, and decides again by what the other one wrote.
+    If two processes want the same change (the next epoch), their attempt ids differ: one loses, and decides again.
 
     Raises:
         Removed: gc has removed the commit that it would point to.
         SnapshotConflict: others kept moving it.
     """
-    for _ in range(_TRIES):
-        now, version = _read_versioned(run, name) or (None, None)
+    for _ in range(TRIES):
+        now, version = read_tag_versioned(run, name) or (None, None)
         wanted = decide(now)
         if wanted == now:
             return wanted
@@ -259,7 +241,8 @@ def _change_tag(run: Run, name: str, decide: Callable[[Tag | None], Tag]) -> Tag
     raise SnapshotConflict("others keep moving this tag", where=run.tag(name), remedy="try again")
 
 
-def _read_versioned(run: Run, name: str) -> tuple[Tag, str] | None:
+def read_tag_versioned(run: Run, name: str) -> tuple[Tag, str] | None:
+    """As `read_tag`, with the version of its file."""
     where = run.tag(name)
     found = objects.read_versioned(where)
     if found is None:

@@ -1,4 +1,7 @@
-"""The one writer of a run: it publishes commits in order, until another one takes over."""
+"""The one writer of a run: it publishes commits in order, until another writer takes over.
+
+A commit is created whole or not at all, and once.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Self
 
 from pipeline.errors import SnapshotConflict
 from pipeline.index.commits import Commit, check_commit, read_commit
-from pipeline.index.tags import CANDIDATE, Tag, _change_tag, _read_versioned, read_tag
+from pipeline.index.tags import CANDIDATE, Tag, change_tag, read_tag, read_tag_versioned
 from pipeline.run import Run
 from pipeline.storage import objects
 from pipeline.storage.documents import to_json
@@ -17,21 +20,17 @@ from pipeline.storage.documents import to_json
 
 @dataclass(slots=True)
 class Writer:
-    """The run's one publisher, until another one acquires the run.
-
-    Attributes:
-        latest: the last published commit, or None.
-    """
+    """The run's publisher, until another one acquires the run."""
 
     run: Run
     epoch: int
-    latest: int | None
+    latest: int | None  # the last published commit, or None
 
     @classmethod
     def acquire(cls, run: Run) -> Self:
-        """Take the run over: from now on whoever wrote to it before is refused.
+        """Take the run over: earlier writers are refused from now on.
 
-        A commit that a predecessor created but did not announce before it died becomes the latest.
+        If a predecessor died after it created a commit and before it announced it, that commit becomes the latest.
 
         Raises:
             SnapshotConflict: other writers kept taking the run at the same time.
@@ -41,30 +40,27 @@ class Writer:
             latest = _after_orphans(run, tag.commit if tag else None)
             return Tag(latest, (tag.epoch or 0) + 1 if tag else 1)
 
-        tag = _change_tag(run, CANDIDATE, take)
+        tag = change_tag(run, CANDIDATE, take)
         return cls(run, tag.epoch or 0, tag.commit)
 
     def publish(self, draft: Commit) -> Commit:
-        """Create the next commit, then announce it as the candidate.
+        """Create the next commit, then announce it as the candidate; after any failure it may be called again.
 
-        Safe to call again with the same content after any failure.
-
-        A writer that was taken over is stopped by the first step, which reads the tag, or by the last one,
-        which replaces the very tag that was read. Between them it may be suspended for any time, and then
-        create a commit file that is no longer its to create. That is harmless, whenever it happens: it has
-        the number after a commit that is announced, so the new writer either created that file before (and
-        this one's create fails), or finds it when it acquires the run or creates its own. It adopts the
-        file if it holds the same images (its segments may have other names if the other driver ran on
-        another processor). Else it stops with a conflict and, started again, goes on from that file: a
-        whole commit of the same plan and log. No reader sees the file until it is announced.
+        If another writer takes over, this one is stopped by the first step, which reads the tag, or by the last one,
+        which replaces the very tag that was read. Suspended between them, it may still create a commit file. That is
+        harmless: the file has the number after an announced commit. The new writer either created that file before,
+        and this create fails; or it finds the file when it acquires the run or creates its own. It adopts the file if
+        it holds the same images (segment names may differ by processor). Else it stops with a conflict, and the next
+        start continues from that file, a whole commit of the same plan and log. Readers do not see the file before it
+        is announced.
 
         Returns:
-            the commit as it is stored; that of an earlier attempt where there was one.
+            the commit as stored; an earlier attempt's, if there was one.
 
         Raises:
             DataError: the segments or counts do not make a whole snapshot.
-            SnapshotConflict: another writer took the run over, or published something else, or the
-                number is not the next one. Nothing has moved.
+            SnapshotConflict: another writer took the run over or published something else, or the number is not the
+                next one; nothing has moved.
         """
         where = self.run.commit(draft.number)
         commit = replace(
@@ -85,7 +81,7 @@ class Writer:
         return commit
 
     def check(self) -> None:
-        """Notice early that another writer took the run over; `publish` would do so in any case.
+        """Notice early if another writer took the run over; `publish` would notice in any case.
 
         Raises:
             SnapshotConflict: another one did.
@@ -95,7 +91,7 @@ class Writer:
             raise self._taken_over(found)
 
     def _version_while_ours(self, number: int) -> str:
-        found = _read_versioned(self.run, CANDIDATE)
+        found = read_tag_versioned(self.run, CANDIDATE)
         if found is None or found[0].epoch != self.epoch or found[0].commit not in (self.latest, number):
             raise self._taken_over(found[0] if found else None)
         return found[1]
@@ -106,7 +102,7 @@ class Writer:
             objects.compare_and_swap(self.run.tag(CANDIDATE), to_json(tag), version)
         except objects.Changed:
             now = read_tag(self.run, CANDIDATE)
-            if now != tag:  # what says the same is ours: an answer was lost, or an earlier try came late
+            if now != tag:  # an equal tag is ours: the answer was lost, or an earlier try arrived late
                 raise self._taken_over(now) from None
 
     def _taken_over(self, found: Tag | None) -> SnapshotConflict:
@@ -115,12 +111,12 @@ class Writer:
             expected=f"epoch {self.epoch} at commit {self.latest}",
             found="no tag" if found is None else f"epoch {found.epoch} at commit {found.commit}",
             where=self.run.tag(CANDIDATE),
-            remedy="let the other driver go on, or stop it and start this one again",
+            remedy="let the other driver continue, or stop it and start this one again",
         )
 
 
 def _create(run: Run, commit: Commit) -> Commit:
-    """Create the commit file; where it exists, it has to be ours or to hold the same snapshot."""
+    """Create the commit file; an existing one must be ours or hold the same snapshot."""
     where = run.commit(commit.number)
     try:
         objects.put_if_absent(where, to_json(commit))
@@ -134,7 +130,7 @@ def _create(run: Run, commit: Commit) -> Commit:
             expected=f"attempt {commit.attempt_id}",
             found=f"attempt {existing.attempt_id}, which differs in {', '.join(differs)}",
             where=where,
-            remedy="start again: the commit that is there becomes the latest, and the run goes on from it",
+            remedy="repeat this command: the existing commit becomes the latest, and the run continues from it",
         )
     return existing
 

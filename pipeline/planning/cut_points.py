@@ -1,9 +1,9 @@
-"""Exact cut points of a ranking by histograms of its bits; pure, nothing is ever sorted as a whole.
+"""Exact cut points of a ranking from histograms of its bits; nothing is sorted as a whole.
 
-An image's place in the order is its rank: (priority descending, stable hash of the id ascending). As
-one 96-bit key of six 16-bit digits, smallest first, the rank-r key is found digit by digit: each pass
-counts one digit among the keys that still agree with some cut, part by part, and adds the counts up.
-Priorities without ties need two passes; the hash is a bijection of the id, so six always suffice.
+An image's rank is its place in (priority descending, stable hash of the id ascending). Both form one 96-bit key of six
+16-bit digits, smallest first. The key of rank r is found digit by digit: each pass counts one digit among the keys
+that still agree with a cut, part by part, and sums the counts. Priorities without ties need two passes. The hash is a
+bijection of the id, so six passes always suffice.
 
 Legend: N images of a part, C cuts.
 """
@@ -27,39 +27,15 @@ Digits = NDArray[np.uint32]
 Codes = NDArray[np.int64]
 
 
-def digits(priority: Float32, ids: Int64, seed: int) -> Digits:
-    """The keys of N images as (6, N) uint32 digits, most significant first."""
-    return np.concatenate([_priority_digits(priority), _hash_digits(ids, seed)])
-
-
-def _priority_digits(priority: Float32) -> Digits:
-    """The first two digits, (2, N)."""
-    bits = (np.asarray(priority, dtype=np.float32) + np.float32(0.0)).view(np.uint32)  # -0.0 becomes 0.0
-    ascending = np.where(bits >> np.uint32(31), ~bits, bits | np.uint32(1 << 31))
-    first = ~ascending  # descending priority
-    return np.stack([first >> np.uint32(_DIGIT_BITS), first & np.uint32(_RADIX - 1)])
-
-
-def _hash_digits(ids: Int64, seed: int) -> Digits:
-    """The other four, (4, N)."""
-    hashes, mask = splitmix64(ids, seed), np.uint64(_RADIX - 1)
-    return np.stack([((hashes >> np.uint64(shift)) & mask).astype(np.uint32) for shift in (48, 32, 16, 0)])
-
-
 @dataclass(slots=True)
 class CutSearch:
-    """The state of the search between passes.
+    """The state of the search between passes."""
 
-    Attributes:
-        ranks: (C,) int64, ascending: how many images lie before each cut.
-        levels: per pass done, the sorted codes of the prefixes that still hold a cut; a code is
-            (index of the prefix in the level before) * 65536 + digit.
-        cuts: (6, C) digits; a cut is the last key before it, digits not yet known are 65535.
-    """
-
-    ranks: Int64
+    ranks: Int64  # (C,), ascending: how many images precede each cut
+    # Per pass, the sorted codes of the prefixes that still hold a cut; a code is (index of the prefix in the level
+    # before) * 65536 + digit
     levels: list[Codes] = field(default_factory=list)
-    cuts: Digits = field(init=False)
+    cuts: Digits = field(init=False)  # (6, C) digits of the last key before each cut; unknown digits are 65535
     _remaining: Int64 = field(init=False)
     _parents: Int64 = field(init=False)
     _open: NDArray[np.bool_] = field(init=False)
@@ -76,7 +52,7 @@ class CutSearch:
         return not self._open.any()
 
     def advance(self, codes: Codes, counts: Int64) -> None:
-        """Take one pass's counts over all parts: unique `codes`, ascending, and how often each occurs."""
+        """Apply the counts of one pass over all parts: unique `codes`, ascending, and how often each occurs."""
         depth = len(self.levels)
         before = np.cumsum(counts) - counts
         kept: dict[int, list[int]] = {}
@@ -89,7 +65,7 @@ class CutSearch:
             self.cuts[depth, cut] = codes[place] % _RADIX
             self._remaining[cut] -= before[place] - start
             if self._remaining[cut] == counts[place]:
-                self._open[cut] = False  # the cut falls between two prefixes: the digits that follow do not matter
+                self._open[cut] = False  # the cut falls between two prefixes: further digits do not matter
             else:
                 kept.setdefault(int(codes[place]), []).append(int(cut))
         self.levels.append(np.array(sorted(kept), dtype=np.int64))
@@ -97,51 +73,14 @@ class CutSearch:
             self._parents[kept[code]] = index
 
 
-def needs_ids(levels: list[Codes]) -> bool:
-    """Whether the next pass looks at the ids; the first two look at the priorities alone."""
-    return len(levels) >= _PRIORITY_DIGITS
-
-
-def count_digit(priority: Float32, ids: Int64 | None, seed: int, levels: list[Codes]) -> tuple[Codes, Int64]:
-    """One part's share of a pass: unique codes, ascending, among its keys that agree with `levels`, and their counts.
-
-    Args:
-        priority: (N,) float32.
-        ids: (N,) int64; None where `needs_ids` says so.
-        seed: of the hash.
-        levels: of the search so far.
-    """
-    codes, kept = _agreeing(np.zeros(len(priority), dtype=np.int64), keys := _priority_digits(priority), levels[:2])
-    if not needs_ids(levels):
-        digit = keys[len(levels)][kept]
-    else:
-        assert ids is not None, "needs_ids"
-        keys = _hash_digits(ids[kept], seed)  # of those alone that share their priority with a cut
-        codes, kept = _agreeing(codes, keys, levels[2:])
-        digit = keys[len(levels) - _PRIORITY_DIGITS][kept]
-    return np.unique(codes * _RADIX + digit, return_counts=True)
-
-
-def _agreeing(codes: Codes, keys: Digits, levels: list[Codes]) -> tuple[Codes, NDArray[np.intp]]:
-    """Follow keys down some levels: their codes in the last one, and which of them got there."""
-    kept = np.arange(len(codes))
-    for digit, level in zip(keys, levels, strict=False):
-        codes = codes * _RADIX + digit[kept]
-        index = np.minimum(np.searchsorted(level, codes), max(len(level) - 1, 0))
-        agrees = level[index] == codes if len(level) else np.zeros(len(codes), dtype=bool)
-        codes, kept = index[agrees], kept[agrees]
-    return codes, kept
-
-
 class Tally:
     """The counts of a pass over all parts; 0.5 MiB per prefix that still holds a cut."""
 
     def __init__(self, levels: list[Codes]) -> None:
-        """Of the pass that follows `levels`."""
         self._counts = np.zeros((len(levels[-1]) if levels else 1) * _RADIX, dtype=np.int64)
 
     def add(self, codes: Codes, counts: Int64) -> None:
-        """Add one part's share; its codes are unique."""
+        """Add one part's counts; its codes are unique."""
         self._counts[codes] += counts
 
     def result(self) -> tuple[Codes, Int64]:
@@ -150,13 +89,64 @@ class Tally:
         return codes, self._counts[codes]
 
 
+def digits(priority: Float32, ids: Int64, seed: int) -> Digits:
+    """The keys of N images as (6, N) uint32 digits, most significant first."""
+    return np.concatenate([_priority_digits(priority), _hash_digits(ids, seed)])
+
+
+def needs_ids(levels: list[Codes]) -> bool:
+    """Whether the next pass reads ids; the first two passes read priorities alone."""
+    return len(levels) >= _PRIORITY_DIGITS
+
+
+def count_digit(priority: Float32, ids: Int64 | None, seed: int, levels: list[Codes]) -> tuple[Codes, Int64]:
+    """One part's counts of a pass: the unique codes, ascending, of its keys that agree with `levels`, and their counts.
+
+    `priority` is (N,) float32; `ids` is (N,) int64, or None unless `needs_ids`.
+    """
+    codes, kept = _agreeing(np.zeros(len(priority), dtype=np.int64), keys := _priority_digits(priority), levels[:2])
+    if not needs_ids(levels):
+        digit = keys[len(levels)][kept]
+    else:
+        assert ids is not None, "needs_ids"
+        keys = _hash_digits(ids[kept], seed)  # only of images that share their priority with a cut
+        codes, kept = _agreeing(codes, keys, levels[2:])
+        digit = keys[len(levels) - _PRIORITY_DIGITS][kept]
+    return np.unique(codes * _RADIX + digit, return_counts=True)
+
+
 def bucket(keys: Digits, cuts: Digits) -> NDArray[np.int32]:
-    """How many cuts lie before each key, (N,) int32 in [0, C]: the wave of each image, counted from 0."""
+    """The wave of each image, counted from 0: how many cuts precede its key; (N,) int32 in [0, C]."""
     words = _words(keys)
     found = np.zeros(keys.shape[1], dtype=np.int32)
     for cut in _words(cuts).T:
         found += (words[0] > cut[0]) | ((words[0] == cut[0]) & (words[1] > cut[1]))
     return found
+
+
+def _priority_digits(priority: Float32) -> Digits:
+    """The first two digits, (2, N)."""
+    bits = (np.asarray(priority, dtype=np.float32) + np.float32(0.0)).view(np.uint32)  # -0.0 becomes 0.0
+    ascending = np.where(bits >> np.uint32(31), ~bits, bits | np.uint32(1 << 31))
+    first = ~ascending  # descending priority
+    return np.stack([first >> np.uint32(_DIGIT_BITS), first & np.uint32(_RADIX - 1)])
+
+
+def _hash_digits(ids: Int64, seed: int) -> Digits:
+    """The other four digits, (4, N)."""
+    hashes, mask = splitmix64(ids, seed), np.uint64(_RADIX - 1)
+    return np.stack([((hashes >> np.uint64(shift)) & mask).astype(np.uint32) for shift in (48, 32, 16, 0)])
+
+
+def _agreeing(codes: Codes, keys: Digits, levels: list[Codes]) -> tuple[Codes, NDArray[np.intp]]:
+    """Follow keys down some levels: their codes in the last level, and the indices of those that reach it."""
+    kept = np.arange(len(codes))
+    for digit, level in zip(keys, levels, strict=False):
+        codes = codes * _RADIX + digit[kept]
+        index = np.minimum(np.searchsorted(level, codes), max(len(level) - 1, 0))
+        agrees = level[index] == codes if len(level) else np.zeros(len(codes), dtype=bool)
+        codes, kept = index[agrees], kept[agrees]
+    return codes, kept
 
 
 def _words(keys: Digits) -> NDArray[np.uint64]:

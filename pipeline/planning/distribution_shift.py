@@ -1,9 +1,8 @@
-"""Whether the pairs look like the gallery: what was measured on held-out pairs tells little where they do not.
+"""Distribution shift: do the pairs look like the gallery? If not, held-out pairs say little about it.
 
-Two questions. Do their old embeddings look alike? By the nearest-neighbour two-sample test (Schilling, JASA 1986;
-Henze, Annals of Statistics 1988): of a pooled sample, the share of neighbours that come from the same side, beside
-what it is when the sides are drawn by lot. And once there is a transformation: is it as near to the new encoder on
-images of the gallery as on held-out pairs? Pure.
+Two tests. Old embeddings: the nearest-neighbour two-sample test (Schilling, JASA 1986; Henze, Annals of Statistics
+1988), the share of neighbours from the same side in a pooled sample, against random sides. And with a transformation:
+its error on images of the gallery against its error on held-out pairs.
 """
 
 from __future__ import annotations
@@ -20,35 +19,29 @@ _NEIGHBOURS = 10
 _MOST = 2000
 _LOTS = 200
 _FAR = 4.0
-"""Standard deviations beyond which a share of neighbours is no chance: images that are near-copies cling together."""
+"""Standard deviations above which the share is not chance; near-copies of images raise it a little."""
 
 _LARGER = 1.1
-"""An error that is larger by so much says that pairs of this kind are missing."""
+"""Ratio of errors above which pairs of the gallery's kind are missing."""
 
 _SURE = 3.0  # standard errors of the ratio
 
 
 @dataclass(frozen=True, slots=True)
 class DistributionShift:
-    """How much held-out pairs look like images of the gallery.
+    """How much held-out pairs look like images of the gallery."""
 
-    Attributes:
-        same_side: of the old embeddings, the share of nearest neighbours from their own side: 0.5 where both look
-            alike, 1 where they are apart.
-        noise: the standard deviation of that share where sides are drawn by lot.
-        error_ratio: the mean squared distance of transformed vectors from the new embeddings, of the gallery's images
-            over that of held-out pairs; None where there is no transformation yet.
-        error_noise: its standard error.
-    """
-
+    # The share of nearest old embeddings from the same side: 0.5 if both look alike, 1 if they are apart
     same_side: float
-    noise: float
+    noise: float  # standard deviation of that share for random sides
+    # Mean squared error of the transformation on the gallery's images over that on held-out pairs; None without a
+    # transformation
     error_ratio: float | None = None
-    error_noise: float = 0.0
+    error_noise: float = 0.0  # its standard error
 
     @property
     def apart(self) -> bool:
-        """Whether the old embeddings differ by more than chance has it."""
+        """Whether the old embeddings differ by more than chance."""
         return self.same_side - 0.5 > _FAR * self.noise
 
     @property
@@ -57,16 +50,12 @@ class DistributionShift:
         return self.error_ratio is not None and self.error_ratio - _SURE * self.error_noise > _LARGER
 
     def warnings(self, known: bool = False) -> Sequence[str]:
-        """A sentence for each of the two that is so, and what to do; nothing where pairs look like the gallery.
-
-        Args:
-            known: whether it was chosen by images of the gallery already, so that there is nothing to do.
-        """
+        """A sentence per shift that was found, and advice unless the recipe was chosen on the gallery (`known`)."""
         found = []
         if self.apart:
             found.append(
                 f"The pairs do not look like the gallery: {self.same_side:.1%} of the nearest old embeddings are from "
-                f"their own side, where 50 % (± {100 * self.noise:.1f}) would be alike."
+                f"their own side; 50 % (± {100 * self.noise:.1f}) would mean alike."
             )
         if self.further:
             found.append(
@@ -75,8 +64,8 @@ class DistributionShift:
             )
         if found and not known:
             found.append(
-                "What held-out pairs promise may not hold here. Take pairs of the gallery's kind; or, in a new run, "
-                "name some of its images with their labels in probe.manifest and choose by them "
+                "Figures from held-out pairs may not hold for this gallery. Use pairs of the gallery's kind. Or, in a "
+                "new run, name some of its images with labels in probe.manifest and select on them "
                 "(select.measured_on: probe)."
             )
         return found
@@ -85,16 +74,15 @@ class DistributionShift:
 def distribution_shift(
     pairs: Float32, gallery: Float32, seed: int, errors: tuple[Float64, Float64] | None = None
 ) -> DistributionShift:
-    """Compare images of both sides.
+    """Compare images of both sides; up to 2,000 of each are drawn, equally many.
 
     Args:
         pairs: (M, d) float32, old embeddings of pairs.
-        gallery: (N, d) float32, those of images of the gallery; of both at most 2,000 are taken, equally many, by
-            chance.
-        seed: of that chance.
+        gallery: (N, d) float32, of the gallery.
+        seed: of the draw.
         errors: |new - z|^2 of held-out pairs and of images of the gallery, each (n,) float64.
     """
-    from pipeline.knn import nearest  # here: what only shows a likeness must not wait for faiss
+    from pipeline.knn import nearest  # here: commands that only show a shift must not wait for faiss
 
     rng, count = np.random.default_rng(seed), min(len(pairs), len(gallery), _MOST)
     pool = np.concatenate([side[rng.permutation(len(side))[:count]] for side in (pairs, gallery)])
@@ -110,7 +98,7 @@ def distribution_shift(
 
 
 def _ratio(errors: tuple[Float64, Float64] | None) -> tuple[float | None, float]:
-    """That of the second mean to the first, and its standard error, by the delta method."""
+    """The second mean over the first, and its standard error by the delta method."""
     if errors is None:
         return None, 0.0
     means = [float(side.mean()) for side in errors]

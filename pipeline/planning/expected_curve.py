@@ -1,19 +1,16 @@
-"""What a backfill is expected to give: the curve of this gallery with a band, before it is paid for.
+"""The expected curve of a backfill with its band: how quality grows with the re-embedded fraction.
 
-Two things are known. Pairs that were held out give the bend of the way from the first state to the last: by how much
-the curve of their own backfill, simulated with the run's order, is off the straight line. The probe set gives the two
-ends for this gallery: its queries are searched in the whole transformed gallery, which is the first state itself; and
-the last is
+We estimate the curve from its two ends and its bend. The bend comes from held-out pairs: how far the curve of their
+own simulated backfill is from the straight line. The ends come from the probe set, searched in the whole transformed
+gallery: M(new, h(old)) is the start, and the end is
 
     M(new, new) at the gallery's size = M(new, h(old)) of the gallery + (M(new, new) - M(new, h(old))) of the probe set
 
-because a metric falls with the number of images that compete, much alike for both. Without labels the last state is
-100 by definition. With labels the probe set, backfilled by itself, gives a bend as well: of the gallery's own images,
-and in their real order, but few. It has a share in the whole that grows with their number. The band is what sampling
-leaves open: the standard error of the ends, and of the probe set's bend, over its queries, and of the pairs' bend over
-their folds. It lies inside 0 to 100 per cent: see `interval`. What 95 and 99 per cent take has a band of its own, from
-draws of these errors: each gives a curve that is measured by its own end, for what is off at both ends alike changes
-little. Pure.
+because a metric falls with the number of competing images, about equally for both. Without labels the end is 100 by
+definition. With labels the probe set's own backfill gives a second bend: of few images, but the gallery's own. Its
+weight grows with their number. The band is the sampling error: of the ends and of the probe set's bend over queries,
+and of the pairs' bend over folds (`interval`). The fractions for 95 and 99 % have bands from draws of these errors.
+Each drawn curve is measured by its own end, so an error that both ends share hardly counts.
 """
 
 from __future__ import annotations
@@ -30,41 +27,33 @@ from pipeline.storage import documents
 
 REACHED = (95, 99)
 _BAND = 2.0  # standard errors
-_BAND_QUANTILES = (0.0228, 0.9772)  # that lie so far out
+_BAND_QUANTILES = (0.0228, 0.9772)  # two standard deviations of a normal distribution
 _DRAWS = 1000
 _WORTH = 2000
-"""Images of the gallery whose own bend counts as much as that of the held-out pairs, which are of another kind: the new
-encoder was trained on them, and answers better there (m: benchmarks/quality/expected.py)."""
+"""Number of gallery images whose own bend weighs as much as that of the held-out pairs. The new encoder was trained on
+the pairs and is better on them (measured by benchmarks/quality/expected.py)."""
 
 BAND_SAYS = "with intervals of two standard errors"
-
-
-def expected_uri(run: Run) -> str:
-    """Where the expected curve of a run is kept."""
-    return run.path("reports", "expected.json")
+_CURVES = ("fractions", "values", "low", "high")
 
 
 @dataclass(frozen=True, slots=True)
 class CurveEnds:
-    """A metric before anything is embedded and when all is, in per cent, with standard errors in points.
-
-    Attributes:
-        correlation: that of the two errors: both are measured by the same queries.
-        start_queries, end_queries: over how many queries each is a mean; 0 where it is known, or no such mean.
-    """
+    """A metric with nothing embedded and with all embedded, in per cent, with standard errors in points."""
 
     start: float
     end: float
     start_error: float
     end_error: float
-    correlation: float = 0.0
+    correlation: float = 0.0  # of the two errors, as both are measured with the same queries
+    # The number of queries of each mean; 0 if it is known, or not such a mean
     start_queries: int = 0
     end_queries: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """The fraction from which on a curve stays at so many per cent of its end, and its band."""
+    """The fraction from which a curve stays at so many per cent of its end, and its band."""
 
     fraction: float
     low: float
@@ -73,24 +62,18 @@ class Reached:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """The expected curve of one metric over `fractions` (P,), in per cent; `low` and `high` are the band.
-
-    Attributes:
-        reached: for each of REACHED.
-        sample: how many images represent the gallery in it; 0 where it is the whole.
-        sampled: why, in words, where they do.
-    """
+    """The expected curve of one metric over `fractions` (P,), in per cent; `low` and `high` are the band."""
 
     fractions: Float64
     values: Float64
     low: Float64
     high: Float64
-    reached: dict[int, Reached]
-    sample: int = 0
-    sampled: str = ""
+    reached: dict[int, Reached]  # for each of REACHED
+    sample: int = 0  # number of images that represent the gallery; 0 if it is the whole gallery
+    sampled: str = ""  # the reason for a sample, in words
 
     def to_json(self) -> dict[str, object]:
-        """As JSON shows it."""
+        """The JSON tree."""
         reached = {str(percent): asdict(found) for percent, found in self.reached.items()}
         curves: dict[str, object] = {name: getattr(self, name).tolist() for name in _CURVES}
         return curves | {"reached": reached, "sample": self.sample, "sampled": self.sampled}
@@ -103,8 +86,13 @@ class Expected:
         return cls(**curves, reached=reached, sample=tree.get("sample", 0), sampled=tree.get("sampled", ""))
 
 
+def expected_uri(run: Run) -> str:
+    """The URI of a run's expected curve."""
+    return run.path("reports", "expected.json")
+
+
 def read_expected(data: bytes, where: str) -> dict[str, Expected]:
-    """The expected curves by metric, as their file keeps them.
+    """The expected curves by metric, from the bytes of their file.
 
     Raises:
         DataError: the file is damaged or of another format.
@@ -116,9 +104,6 @@ def read_expected(data: bytes, where: str) -> dict[str, Expected]:
         raise DataError("not expected curves", found=repr(error), where=where, remedy=documents.REDO) from error
 
 
-_CURVES = ("fractions", "values", "low", "high")
-
-
 def expect(
     curves: Float64 | None,
     fractions: Float64,
@@ -127,15 +112,15 @@ def expect(
     sampled: str = "",
     own: Float64 | None = None,
 ) -> Expected:
-    """Lay the bend of held-out curves, and of the probe set's own, between the ends of a gallery.
+    """Lay the bends of held-out curves, and of the probe set's own, between the ends of a gallery.
 
     Args:
-        curves: (F, P) of F folds, in per cent; None where pairs have no labels.
+        curves: (F, P) of F folds, in per cent; None if pairs have no labels.
         fractions: (P,).
         ends: of the gallery.
-        sample: how many images represent it; 0 for all of them.
-        sampled: why.
-        own: (Q, P) of the probe set's queries in its own backfill, in per cent; not None where `curves` is.
+        sample: number of images that represent the gallery; 0 for all.
+        sampled: the reason.
+        own: (Q, P) of the probe set's queries in its own backfill, in per cent; required if `curves` is None.
     """
     nothing = np.zeros((1, len(fractions)))
     bend, wobble = _bend(nothing if curves is None else curves, fractions)
@@ -156,18 +141,15 @@ def expect(
 def interval(values: Float64, errors: Float64, one_of: Float64) -> tuple[Float64, Float64]:
     """An interval of two standard errors around figures in per cent, inside 0 to 100 and around the figure.
 
-    It holds each p for which |figure - p| <= 2 sqrt(p (1 - p) / n + e^2). With e = 0 that is Wilson's score interval
-    of a proportion of n queries (Wilson 1927; Brown, Cai and DasGupta 2001). e^2 is the variance that a figure has
-    beyond a proportion's, if it is a sum of several means. A mean of values between 0 and 1, such as mAP, has less
-    than a proportion: then n is the number of queries of a proportion with that variance (Korn and Graubard 1998).
+    It holds each p with |figure - p| <= 2 sqrt(p (1 - p) / n + e^2). With e = 0 that is Wilson's score interval of a
+    proportion of n queries (Wilson 1927; Brown, Cai and DasGupta 2001). e^2 is the variance beyond a proportion's, if
+    the figure is a sum of several means. A mean of values in [0, 1], such as mAP, has less variance than a proportion:
+    then n is the number of queries of a proportion with that variance (Korn and Graubard 1998).
 
     Args:
         values: (P,).
         errors: (P,) standard errors, in points.
-        one_of: (P,) 1 / n of each; 0 if it is no mean over queries.
-
-    Returns:
-        low and high, both (P,).
+        one_of: (P,) 1 / n of each; 0 if it is not a mean over queries.
     """
     figure, variance = values / 100, np.square(errors / 100)
     binomial = figure * (1 - figure)
@@ -182,32 +164,10 @@ def interval(values: Float64, errors: Float64, one_of: Float64) -> tuple[Float64
     return np.minimum(low, values), np.maximum(high, values)
 
 
-def _bend(curves: Float64, fractions: Float64) -> tuple[Float64, Float64]:
-    """How far the mean of some curves (n, P) is off the straight line, (P,); and (n, P) whose squares sum to its
-    variance."""
-    bend, num = curves - (1 - fractions) * curves[:, :1] - fractions * curves[:, -1:], len(curves)
-    return bend.mean(axis=0), (bend - bend.mean(axis=0)) / np.sqrt(num * max(num - 1, 1))
-
-
-def _end_errors(ends: CurveEnds, fractions: Float64) -> Float64:
-    """(2, P): what a standard deviation of the error that start and end share moves, and of the end's own rest."""
-    shared = ends.correlation * ends.end_error
-    own = np.sqrt(max(ends.end_error**2 - shared**2, 0.0))
-    return np.stack([(1 - fractions) * ends.start_error + fractions * shared, fractions * own])
-
-
-def _reached(values: Float64, errors: Float64, fractions: Float64, percent: float) -> Reached:
-    """With the spread of curves drawn with independent errors (E, P), each measured by its own end."""
-    drawn = values + np.random.default_rng(0).normal(size=(_DRAWS, len(errors))) @ errors
-    found = np.quantile([fraction_for(curve, fractions, percent) for curve in drawn], _BAND_QUANTILES)
-    fraction = fraction_for(values, fractions, percent)
-    return Reached(fraction, float(min(found[0], fraction)), float(max(found[1], fraction)))
-
-
 def fraction_for(values: Float64, fractions: Float64, percent: float, full: float | None = None) -> float:
-    """The least fraction from which on a curve (P,) stays at so many per cent of `full`, by default its end.
+    """The least fraction from which a curve (P,) stays at so many per cent of `full`, by default its end.
 
-    Between points it is linear; 1 where it is not reached before the end.
+    Linear between points; 1 if it is not reached before the end.
     """
     target = (values[-1] if full is None else full) * percent / 100
     below = np.flatnonzero(values < target)
@@ -218,3 +178,24 @@ def fraction_for(values: Float64, fractions: Float64, percent: float, full: floa
         return 1.0
     step = (target - values[last]) / (values[last + 1] - values[last])
     return float(fractions[last] + step * (fractions[last + 1] - fractions[last]))
+
+
+def _bend(curves: Float64, fractions: Float64) -> tuple[Float64, Float64]:
+    """The mean distance of curves (n, P) from the straight line, (P,); and (n, P) whose squares sum to its variance."""
+    bend, num = curves - (1 - fractions) * curves[:, :1] - fractions * curves[:, -1:], len(curves)
+    return bend.mean(axis=0), (bend - bend.mean(axis=0)) / np.sqrt(num * max(num - 1, 1))
+
+
+def _end_errors(ends: CurveEnds, fractions: Float64) -> Float64:
+    """(2, P): the effect of one standard deviation of the error that both ends share, and of the end's own error."""
+    shared = ends.correlation * ends.end_error
+    own = np.sqrt(max(ends.end_error**2 - shared**2, 0.0))
+    return np.stack([(1 - fractions) * ends.start_error + fractions * shared, fractions * own])
+
+
+def _reached(values: Float64, errors: Float64, fractions: Float64, percent: float) -> Reached:
+    """The band comes from curves drawn with independent errors (E, P), each measured by its own end."""
+    drawn = values + np.random.default_rng(0).normal(size=(_DRAWS, len(errors))) @ errors
+    found = np.quantile([fraction_for(curve, fractions, percent) for curve in drawn], _BAND_QUANTILES)
+    fraction = fraction_for(values, fractions, percent)
+    return Reached(fraction, float(min(found[0], fraction)), float(max(found[1], fraction)))

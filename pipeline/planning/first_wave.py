@@ -1,8 +1,6 @@
-"""Wave 0: the images that were embedded for the fit, written into the vector log before the stream starts.
+"""Wave 0: write the images that were embedded for the fit into the vector log, before the stream starts.
 
-    gallery-pairs/new -> embedded/wave-000/unit-*, as if the stream had embedded them
-
-Guarantee: no image is embedded again. Each unit is written once, also by two drivers. After `write` the wave is whole.
+gallery-pairs/new -> embedded/wave-000/unit-*, as the stream would have written them
 """
 
 from __future__ import annotations
@@ -24,10 +22,7 @@ from pipeline.storage import parquet
 
 
 def write(run: Run, plan: Plan) -> list[UnitAck]:
-    """Write the units of wave 0 that are not in the log yet; safe to repeat, and with two drivers.
-
-    Returns:
-        the acknowledgements of those that were missing.
+    """Write the missing units of wave 0 and return their acknowledgements; safe to repeat, and with two drivers.
 
     Raises:
         DataError: an embedding of the pairs is missing or damaged.

@@ -1,8 +1,7 @@
-"""The plan: which wave each image of the gallery belongs to, and the work units of each wave.
+"""The plan: the wave of each image of the gallery, and the work units of each wave.
 
-Guarantee: each id is in exactly one wave; wave sizes are exact; ties are broken by a stable hash of
-the id, so a plan is a pure function of (priorities, waves, seed). `plan/plan.json` is written last, by
-`planner`; this module reads it, and imports nothing heavy.
+Each id is in exactly one wave, and wave sizes are exact. A stable hash of the id breaks ties, so a plan is a pure
+function of (priorities, waves, seed). `planning.build` writes `plan/plan.json` last; this module reads it.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ from pipeline.storage import documents, objects, parquet
 from pipeline.storage.interface import Stat
 
 FROM_PAIRS = 0
-"""The wave of the images that were embedded for the fit; commit 0 holds it embedded. The others count from 1."""
+"""The wave of images that were embedded for the fit; commit 0 holds it embedded. Other waves count from 1."""
 
 MOST_WAVES = 20  # of `auto`
 _FIRST_WAVE_IMAGES = 32  # of `auto`, at least
 
-UNITS_PER_FILE = 64  # whoever reads one of them reads the footer of all: so many are still one request
-SCORED = "scored"  # folder of the scored gallery, by a digest of the plan's settings; deleted once it is laid out
+UNITS_PER_FILE = 64  # reading one unit reads the footer of all: with 64 it still fits into one request
+SCORED = "scored"  # folder of the scored gallery, by a digest of the plan's settings; deleted after laying out
 
 
 @dataclass(frozen=True, slots=True)
 class Wave:
-    """One wave: its number, from 1 (or FROM_PAIRS), its images, and the units they are cut into."""
+    """A wave: its number, from 1 (or FROM_PAIRS), its images, and its units."""
 
     wave: int
     images: int
@@ -43,40 +42,27 @@ class Wave:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the driver needs to know of the plan; the images are in the units files.
-
-    Attributes:
-        policy: the policy's name.
-        seed: breaks ties.
-        num_gallery: images in the plan.
-        num_parts: parts of `transformed/`.
-        num_shards: shards of the index.
-        dim: width of the new space.
-        unit_images: images per unit, but for the last unit of a wave.
-        waves: in order; first FROM_PAIRS, if images of the gallery were embedded for the fit.
-        fingerprint: a digest of the cut points and all of the others.
-        deleted_images: `keep` or `drop`, as `config.Plan` says.
-        num_rejected: images of the gallery that are not in the plan: the old encoder could not read them, so
-            they have no vector of any kind, and cannot be served.
-        layout: the folder inside `transformed/` and `plan/` with this plan's own parts. Two drivers that plan at
-            the same time write into different folders if their scores differ. Empty in plans of earlier versions.
-    """
+    """What the driver needs of the plan; the images are in the units files."""
 
     policy: str
-    seed: int
-    num_gallery: int
-    num_parts: int
+    seed: int  # breaks ties
+    num_gallery: int  # images in the plan
+    num_parts: int  # parts of `transformed/`
     num_shards: int
-    dim: int
-    unit_images: int
-    waves: tuple[Wave, ...]
-    fingerprint: str
-    deleted_images: str = "keep"
+    dim: int  # width of the new space
+    unit_images: int  # images per unit, except the last unit of a wave
+    waves: tuple[Wave, ...]  # in order; FROM_PAIRS first, if images of the gallery were embedded for the fit
+    fingerprint: str  # a digest of the cut points and the other fields
+    deleted_images: str = "keep"  # `keep` or `drop`, as in `config.method.PlanSettings`
+    # Images of the gallery that the old encoder could not read: they have no vector, so they are not in the plan and
+    # not served
     num_rejected: int = 0
+    # The folder of this plan's parts in `transformed/` and `plan/`: two drivers with different scores write to
+    # different folders. Empty in plans of earlier versions.
     layout: str = ""
 
     def laid_out(self, run: Run) -> Run:
-        """The run with the paths of this plan's own parts."""
+        """The run with the paths of this plan's parts."""
         return replace(run, layout=self.layout)
 
     def log(self, run: Run) -> VectorLog:
@@ -85,7 +71,7 @@ class Plan:
 
     @property
     def first_wave(self) -> int:
-        """The number of the first wave: FROM_PAIRS, or 1."""
+        """The number of the first wave: FROM_PAIRS or 1."""
         return self.waves[0].wave
 
     @property
@@ -95,7 +81,7 @@ class Plan:
 
     @property
     def num_from_pairs(self) -> int:
-        """Images that were embedded for the fit."""
+        """The number of images that were embedded for the fit."""
         return self.waves[0].images if self.first_wave == FROM_PAIRS else 0
 
     def wave(self, number: int) -> Wave:
@@ -120,27 +106,27 @@ class Plan:
         return min(self.unit_images, self.wave(wave).images - unit * self.unit_images)
 
     def row_groups(self, wave: int) -> range:
-        """The row groups of a wave in each part of `transformed/`: one for each shard."""
+        """The row groups of a wave in each part of `transformed/`, one per shard."""
         return row_groups(wave - self.first_wave, self.num_shards)
 
 
 def row_groups(place: int, num_shards: int) -> range:
-    """The row groups of the wave at some place in the plan, from 0."""
+    """The row groups of a wave by its place in the plan, from 0."""
     return range(place * num_shards, (place + 1) * num_shards)
 
 
 def num_waves(num_images: int) -> int:
-    """How many waves `auto` stands for: MOST_WAVES, or fewer so that the first one has enough images; 1 at least."""
+    """The number of waves of `auto`: MOST_WAVES, or fewer if the first wave would be too small; at least 1."""
     return next(
         (count for count in range(MOST_WAVES, 1, -1) if 2 * num_images >= _FIRST_WAVE_IMAGES * count * (count + 1)), 1
     )
 
 
 def wave_sizes(waves: int | tuple[float, ...] | Literal["auto"], num_gallery: int) -> list[int]:
-    """The exact number of images of each wave, in order; of those that are not embedded for the fit.
+    """The exact number of images of each wave, without those embedded for the fit.
 
-    A count K makes wave i a share of i in 1 + 2 + ... + K: fine at the start, where the curve is
-    steepest, and coarser later. Fractions are cut at floor(cumulative * N).
+    A count K gives wave i the share i / (1 + 2 + ... + K): small waves at the start, where the curve is steepest.
+    Fractions are cut at floor(cumulative * N).
 
     Raises:
         ConfigError: a wave would have no image.
@@ -163,11 +149,11 @@ def wave_sizes(waves: int | tuple[float, ...] | Literal["auto"], num_gallery: in
 
 
 def read_plan(run: Run) -> Plan | None:
-    """The plan of a run, or None if it is not made yet.
+    """The plan of a run; None before it is made.
 
     Raises:
         DataError: the file is damaged or of another format.
-        IncompatibleRun: the plan is one of version 0.1 that cuts the later waves again on the way.
+        IncompatibleRun: it is a plan of version 0.1 that cuts later waves again on the way.
     """
     found = objects.read_versioned(run.plan)
     if found is None:
@@ -175,26 +161,25 @@ def read_plan(run: Run) -> Plan | None:
     tree = documents.decode(found[0], run.plan)
     if waves := tree.get("relearn_after"):
         raise IncompatibleRun(
-            "this run plans its later waves again on the way (relearn), which only fastfill 0.1 can",
+            "this run plans later waves again on the way (relearn), which only fastfill 0.1 supports",
             expected="one plan for all waves",
             found=f"relearn_after {waves}",
             where=run.plan,
-            remedy="use fastfill 0.1 for this run, or start beside it with `fastfill backfill --new-run`",
+            remedy="use fastfill 0.1 for this run, or start a new one with `fastfill backfill --new-run`",
         )
     return documents.build(Plan, tree, run.plan)
 
 
 def transformed_parts(run: Run) -> list[str]:
-    """The parts of the transformed gallery; none before there is a plan."""
+    """The parts of the transformed gallery; empty before there is a plan."""
     plan = read_plan(run)
     return [] if plan is None else [plan.laid_out(run).transformed_part(part) for part in range(plan.num_parts)]
 
 
 def dropped_files(run: Run) -> dict[str, Stat]:
-    """Files of plans that were dropped because another driver's is the run's plan; and what is left of the scores.
+    """Files of plans that lost against another driver's plan, and remaining scores; empty before there is a plan.
 
-    They are safe to delete: `plan.json` is never replaced, and a driver whose parts vanish takes the plan that is
-    there. There are none before there is a plan.
+    They are safe to delete: `plan.json` is never replaced, and a driver whose parts vanish takes the plan that exists.
     """
     plan = read_plan(run)
     if plan is None:
@@ -207,23 +192,15 @@ def dropped_files(run: Run) -> dict[str, Stat]:
     return found | {uri: stat for uri, stat in units if not _above(_above(uri)).endswith(f"/plan{mine}")}
 
 
-def _above(uri: str) -> str:
-    return uri.rpartition("/")[0]
-
-
 def read_transformed(run: Run, plan: Plan, wave: int, columns: list[str], shards: range | None = None) -> pa.Table:
-    """Columns of the transformed images of a wave, or of some of its shards, sorted by part.
-
-    Args:
-        run: the run.
-        plan: its plan.
-        wave: which.
-        columns: of `transformed/`.
-        shards: None for all.
-    """
+    """Columns of a wave's transformed images, or of some shards of it, in the order of the parts."""
     first = plan.row_groups(wave)[0]
     groups = [first + shard for shard in (range(plan.num_shards) if shards is None else shards)]
     place = plan.laid_out(run)
     parts = (place.transformed_part(part) for part in range(plan.num_parts))
     read = partial(parquet.read_parquet, columns=columns, row_groups=groups)
     return pa.concat_tables(objects.at_once(read, parts))
+
+
+def _above(uri: str) -> str:
+    return uri.rpartition("/")[0]

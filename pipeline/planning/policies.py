@@ -1,7 +1,7 @@
-"""Policies: which images are re-embedded first. Pure functions from the scored columns to a priority.
+"""Policies: pure functions from scored columns to a priority; a higher priority is re-embedded earlier.
 
-An image with a higher priority comes earlier; ties are broken by the plan. A policy sees one part of
-the gallery at a time, so a priority must not depend on what else is in the part (but for float32 round-off).
+A policy sees one part of the gallery at a time, so a priority must not depend on other images of the part (except for
+float32 rounding). The plan breaks ties.
 """
 
 from __future__ import annotations
@@ -27,40 +27,26 @@ _MOST_EXPONENT = np.float32(80.0)  # exp of it is a float32
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A policy of ours.
+    """A built-in policy."""
 
-    Attributes:
-        function: its priorities, (N,) float32, of scored images and the reference; None for those that need none.
-        needs: of classifier, labels (of the pairs), gallery_labels, learned: what has to be there.
-        simplicity: the smaller the simpler; of equally good ones the simpler is taken.
-        logarithmic: whether a priority is the logarithm of what leaving the image as it is costs.
-    """
-
-    function: Own | None
-    needs: frozenset[str]
-    simplicity: int
-    logarithmic: bool = False
+    function: Own | None  # its priorities, (N,) float32, of scored images and policy inputs; None if it needs no inputs
+    needs: frozenset[str]  # of classifier, labels (of the pairs), gallery_labels, learned
+    simplicity: int  # smaller is simpler; among equally good policies the simplest is taken
+    logarithmic: bool = False  # the priority is the logarithm of a cost
 
 
 def load_policy(
-    name: str, seed: int, reference: PolicyInputs | None = None, traffic: bool = False, group_boost: float = 0.0
+    name: str, seed: int, inputs: PolicyInputs | None = None, traffic: bool = False, group_boost: float = 0.0
 ) -> Policy:
-    """A policy by its name in the config: one of POLICIES, or the user's own `module:function`.
+    """A policy by its name in the config: one of POLICIES, or the user's `module:function`.
 
-    With `traffic` or `group_boost` a priority is a cost that is multiplied: by the image's traffic weight, and by
-    1 + group_boost * need, where the need of the image's group is 1 for the one that suffers most on held-out pairs,
-    0 for the one that suffers least, and their mean for a group that the pairs do not have. A policy that gives the
-    logarithm of a cost (`uncertainty`) is raised first. So both depend on the image alone.
-
-    Args:
-        name: of the policy.
-        seed: of `random`.
-        reference: what is known of pairs; `uncertainty`, `random` and the user's own do without.
-        traffic: whether to weigh by `Scored.traffic`.
-        group_boost: how much more the group counts that suffers most; not negative.
+    With `traffic` or `group_boost` the priority is a cost times the image's traffic weight, times 1 + group_boost *
+    need. The need of a group is 1 if its held-out pairs suffer most, 0 if they suffer least; the mean for a group that
+    the pairs lack. A logarithmic priority (`uncertainty`) is exponentiated first. Both factors depend on the image
+    alone.
 
     Raises:
-        ConfigError: the function cannot be imported, or the policy needs what the reference does not have.
+        ConfigError: the function cannot be imported, or the policy needs an input that is missing.
     """
     known = POLICIES.get(name)
     if known is None:
@@ -70,39 +56,36 @@ def load_policy(
     elif known.function is None:
         policy = uncertainty
     else:
-        policy = _with(known.function, _checked(name, reference))
+        policy = _with(known.function, _checked(name, inputs))
     if not traffic and not group_boost:
         return policy
-    if group_boost and (reference is None or not reference.group_names):
+    if group_boost and (inputs is None or not inputs.group_names):
         raise _wanting("groups of the pairs", "plan.group_boost", "name pairs.columns.group and gallery.columns.group")
     logarithmic = known is not None and known.logarithmic
-    return partial(_weighted, policy, logarithmic, reference if group_boost else None, traffic, group_boost)
+    return partial(_weighted, policy, logarithmic, inputs if group_boost else None, traffic, group_boost)
 
 
-def missing(name: str, reference: PolicyInputs | None) -> set[str]:
-    """What a policy of ours needs and the reference does not have: names as in `Named.needs`, or `reference`.
-
-    Labels of the gallery are not the reference's matter.
-    """
+def missing(name: str, inputs: PolicyInputs | None) -> set[str]:
+    """The inputs that a built-in policy needs and lacks, as in `Named.needs`; labels of the gallery are not checked."""
     known = POLICIES[name]
     if known.function is None:
         return set()
-    if reference is None:
-        return {"reference"}
+    if inputs is None:
+        return {"policy inputs"}
     there = {
-        "classifier": reference.classifier_weight is not None,
-        "labels": reference.centroid_labels is not None,
+        "classifier": inputs.classifier_weight is not None,
+        "labels": inputs.centroid_labels is not None,
         "gallery_labels": True,
-        "learned": reference.model is not None,
+        "learned": inputs.model is not None,
     }
     return {item for item in known.needs if not there[item]}
 
 
 def prioritise(policy: Policy, scored: Scored, where: str) -> Float32:
-    """The priorities of a part, (N,) float32, checked; where it has no images the policy is not asked.
+    """The priorities of a part, (N,) float32, checked; an empty part is not passed to the policy.
 
     Raises:
-        ConfigError: the policy raised something.
+        ConfigError: the policy raised an exception.
         DataError: the policy gave another shape, or a NaN.
     """
     if not len(scored.ids):
@@ -111,7 +94,7 @@ def prioritise(policy: Policy, scored: Scored, where: str) -> Float32:
         priority = np.asarray(policy(scored), dtype=np.float32)
     if priority.shape != scored.ids.shape or np.isnan(priority).any():
         raise DataError(
-            "the policy gave unusable priorities",
+            "the policy gave priorities that cannot be used",
             expected=f"{len(scored.ids)} numbers, none of them NaN",
             found=f"shape {priority.shape}, {int(np.isnan(priority).sum())} NaN",
             where=where,
@@ -125,42 +108,40 @@ def uncertainty(scored: Scored) -> Float32:
 
 
 def random(scored: Scored, seed: int) -> Float32:
-    """A shuffle by a stable hash of the id, as a fraction of 1."""
+    """A shuffle by a stable hash of the id, in [0, 1)."""
     return (splitmix64(scored.ids, seed) >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
 
 
-def class_mean(scored: Scored, reference: PolicyInputs) -> Float32:
-    """Farthest from the mean embedding of its own class first (lambda-Orthogonality, arXiv 2509.16664).
+def class_mean(scored: Scored, inputs: PolicyInputs) -> Float32:
+    """Farthest from its own class's mean embedding first (lambda-Orthogonality, arXiv 2509.16664).
 
-    An image without a label, or of a class that no held-out pair has, is measured from the nearest mean.
+    Without a label, or for a class that no held-out pair has, the nearest mean counts.
     """
-    assert reference.centroid_labels is not None, "checked where the policy is loaded"
-    names = reference.label_names
+    assert inputs.centroid_labels is not None, "checked where the policy is loaded"
+    names = inputs.label_names
     places = {
-        str(code) if names is None else names[code]: row for row, code in enumerate(reference.centroid_labels.tolist())
+        str(code) if names is None else names[code]: row for row, code in enumerate(inputs.centroid_labels.tolist())
     }
     rows = np.array([places.get(label, -1) for label in scored.labels.tolist()], np.int64)
-    nearest = signals(scored, reference, ["centroid"])["centroid"]
-    own = np.square(scored.transformed - reference.centroids[rows]).sum(axis=1)
+    nearest = signals(scored, inputs, ["centroid"])["centroid"]
+    own = np.square(scored.transformed - inputs.centroids[rows]).sum(axis=1)
     return np.where(rows >= 0, own, nearest).astype(np.float32)
 
 
-def learned(scored: Scored, reference: PolicyInputs) -> Float32:
-    """The predicted cost of leaving an image transformed, from all signals: two layers, a mean over some networks."""
-    model, mean, scale = reference.model, reference.mean, reference.scale
+def learned(scored: Scored, inputs: PolicyInputs) -> Float32:
+    """The predicted cost of leaving an image transformed, from all signals: a mean over two-layer networks."""
+    model, mean, scale = inputs.model, inputs.mean, inputs.scale
     assert model is not None, "checked where the policy is loaded"
     assert mean is not None, "comes with the model"
     assert scale is not None, "the same"
-    known = signals(scored, reference)
-    return predict(model, (np.stack([known[name] for name in reference.signals], axis=1) - mean) / scale)
+    known = signals(scored, inputs)
+    return predict(model, (np.stack([known[name] for name in inputs.signals], axis=1) - mean) / scale)
 
 
 def predict(model: dict[str, Float32], columns: Float32) -> Float32:
-    """What the learned policy's networks give, (N,) float32, of standardised signals (N, S).
+    """The output of the learned policy's E networks, (N,) float32, for standardised signals (N, S) float32.
 
-    Args:
-        model: of E networks: `weight` (E, S, H), `bias` (E, H), `out` (E, H), `shift` (1,).
-        columns: float32.
+    `model` has `weight` (E, S, H), `bias` (E, H), `out` (E, H) and `shift` (1,).
     """
     total = np.zeros(len(columns), np.float32)
     for weight, bias, out in zip(model["weight"], model["bias"], model["out"], strict=True):
@@ -170,8 +151,8 @@ def predict(model: dict[str, Float32], columns: Float32) -> Float32:
 
 
 def _signal(name: str) -> Own:
-    def policy(scored: Scored, reference: PolicyInputs) -> Float32:
-        return signals(scored, reference, [name])[name]
+    def policy(scored: Scored, inputs: PolicyInputs) -> Float32:
+        return signals(scored, inputs, [name])[name]
 
     return policy
 
@@ -194,37 +175,37 @@ POLICIES: dict[str, Named] = {
     "hubness": Named(_signal("hubness"), _NOTHING, 11),
     "learned": Named(learned, frozenset({"learned"}), 12),
 }
-"""All policies of ours by name. `norm` is the shortest vector first, `hubness` the one that is retrieved least."""
+"""The built-in policies by name. `norm` takes the shortest vector first, `hubness` the least retrieved one."""
 
 
-def _with(function: Own, reference: PolicyInputs) -> Policy:
-    return lambda scored: function(scored, reference)
+def _with(function: Own, inputs: PolicyInputs) -> Policy:
+    return lambda scored: function(scored, inputs)
 
 
-def _checked(name: str, reference: PolicyInputs | None) -> PolicyInputs:
-    wanting = missing(name, reference)
-    if wanting or reference is None:
+def _checked(name: str, inputs: PolicyInputs | None) -> PolicyInputs:
+    wanting = missing(name, inputs)
+    if wanting or inputs is None:
         remedy = _REMEDIES[sorted(wanting)[0]]
         raise _wanting(", ".join(sorted(wanting)), f"plan.policy: {name}", remedy)
-    return reference
+    return inputs
 
 
 _REMEDIES = {
     "classifier": "name a classifier in fit.classifier, or labels of the pairs and a loss or an offset that fits one",
     "labels": "name pairs.columns.label",
-    "learned": "fit the transformation again, or take another policy",
-    "reference": "fit the transformation again, or take uncertainty or random",
+    "learned": "fit the transformation again, or use another policy",
+    "policy inputs": "fit the transformation again, or use uncertainty or random",
 }
 
 
 def _wanting(what: str, where: str, remedy: str) -> ConfigError:
     return ConfigError(
-        "the policy needs what the transformation was not fitted with", expected=what, where=where, remedy=remedy
+        "the policy needs an input that this transformation lacks", expected=what, where=where, remedy=remedy
     )
 
 
 def _weighted(
-    policy: Policy, logarithmic: bool, reference: PolicyInputs | None, traffic: bool, boost: float, scored: Scored
+    policy: Policy, logarithmic: bool, inputs: PolicyInputs | None, traffic: bool, boost: float, scored: Scored
 ) -> Float32:
     """The priority as a cost, times the image's traffic and its group's need."""
     cost = np.asarray(policy(scored), np.float32)
@@ -233,9 +214,9 @@ def _weighted(
     if traffic:
         assert scored.traffic is not None, "the config names the column"
         cost = cost * scored.traffic
-    if reference is not None and reference.group_need is not None:
-        needs = dict(zip(reference.group_names, reference.group_need.tolist(), strict=True))
-        other = float(reference.group_need.mean())
+    if inputs is not None and inputs.group_need is not None:
+        needs = dict(zip(inputs.group_names, inputs.group_need.tolist(), strict=True))
+        other = float(inputs.group_need.mean())
         need = np.array([needs.get(group, other) for group in scored.groups.tolist()], np.float32)
         cost = cost * (1 + np.float32(boost) * need)
     return cost

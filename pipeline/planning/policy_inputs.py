@@ -1,14 +1,12 @@
-"""What policies know besides the image itself: held-out pairs, the classifier, and the model of the learned policy.
+"""Inputs of policies beyond the image itself: held-out pairs, the classifier, and the learned policy's model.
 
-Part of a transformation: made where that is fitted, stored with it, read where the gallery is scored. Guarantee: what
-is loaded is what was saved, bit for bit, and no pair in it has trained the transformation. It does not know which
-policy wants what.
+Made with the transformation, stored with it, and read when the gallery is scored. No pair in it has trained the
+transformation.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -27,54 +25,38 @@ NO_LABEL = -1
 
 _MOST_PAIRS = 16_384
 _MOST_QUERIES = 4096
-_REACH = 10  # a query retrieves what is as near as the tenth of the pairs
+_REACH = 10  # a query retrieves vectors that are as near as its tenth nearest pair
 _MODEL = "model."
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PolicyInputs:
-    """What is known of M held-out pairs; None where there is none. All float32 but labels and rows, which are int64.
+    """M held-out pairs and what was learned from them; None if missing. Arrays are float32, labels and rows int64."""
 
-    Attributes:
-        metric: the gallery's; with `cosine` all new and transformed vectors have length 1.
-        old: (M, d_old), and `transformed` (M, d_new), which is z as it comes, and `uncertainty` (M,), which is s.
-        residual: (M,), |new - z|^2.
-        labels: (M,) class numbers, -1 for none.
-        centroids: (K, d_new), class means of the new embeddings, or those of k-means where there are no labels.
-        centroid_labels: (K,) the classes; None for k-means.
-        queries: (Q, d_new) new embeddings of some of the pairs, `query_rows` (Q,) says of which.
-        reach: (Q,) the squared distance (negative product for `ip`) of the query's tenth nearest transformed vector.
-        classifier_weight: (C, d_new), and `classifier_bias` (C,): the new encoder's own classifier, or a fitted one.
-        mean, scale: (S,) of the signals that the learned policy sees, `signals` their names.
-        model: the learned policy's tensors.
-        label_names: the label of each class number as the manifest has it; None where the number is the label.
-        group_names: groups of the pairs, and `group_need` (G,): 1 for the one whose quality suffers most, 0 for the
-            one that suffers least.
-    """
-
-    metric: str
-    old: Float32
-    transformed: Float32
-    uncertainty: Float32
-    residual: Float32
-    labels: Int64
-    centroids: Float32
-    queries: Float32
-    query_rows: Int64
-    reach: Float32
-    centroid_labels: Int64 | None = None
-    classifier_weight: Float32 | None = None
-    classifier_bias: Float32 | None = None
-    mean: Float32 | None = None
-    scale: Float32 | None = None
-    signals: tuple[str, ...] = ()
-    model: dict[str, Float32] | None = None
-    label_names: tuple[str, ...] | None = None
-    group_names: tuple[str, ...] = ()
+    metric: str  # the gallery's; with `cosine` all new and transformed vectors have length 1
+    old: Float32  # (M, d_old)
+    transformed: Float32  # (M, d_new), z without an offset
+    uncertainty: Float32  # (M,), s
+    residual: Float32  # (M,), |new - z|^2
+    labels: Int64  # (M,) class numbers, -1 for none
+    centroids: Float32  # (K, d_new), class means of new embeddings; by k-means if there are no labels
+    queries: Float32  # (Q, d_new), new embeddings of some of the pairs
+    query_rows: Int64  # (Q,), their rows
+    reach: Float32  # (Q,), squared distance (negative product for `ip`) to the query's tenth nearest transformed vector
+    centroid_labels: Int64 | None = None  # (K,) classes; None for k-means
+    classifier_weight: Float32 | None = None  # (C, d_new), of the new encoder's classifier, or a fitted one
+    classifier_bias: Float32 | None = None  # (C,)
+    mean: Float32 | None = None  # (S,) of the signals that the learned policy uses
+    scale: Float32 | None = None  # (S,)
+    signals: tuple[str, ...] = ()  # their names
+    model: dict[str, Float32] | None = None  # the learned policy's tensors
+    label_names: tuple[str, ...] | None = None  # the label of each class number; None if the number is the label
+    group_names: tuple[str, ...] = ()  # groups of the pairs
+    # (G,), 1 for the group whose quality suffers most, 0 for the one that suffers least
     group_need: Float32 | None = None
 
     def to_bytes(self) -> bytes:
-        """As safetensors; what is no array is in its metadata."""
+        """As safetensors; fields that are not arrays are in its metadata."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         tensors = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
         tensors |= {f"{_MODEL}{name}": value for name, value in (self.model or {}).items()}
@@ -93,14 +75,26 @@ class PolicyInputs:
             words = tensor_metadata(data, "reference")
             tensors = load(data)
         except (SafetensorError, ValueError, KeyError) as error:
-            raise DataError("not what policies know of pairs", found=repr(error), where=where) from error
+            raise DataError("the policy inputs are damaged", found=repr(error), where=where) from error
         model = {name.removeprefix(_MODEL): tensors.pop(name) for name in sorted(tensors) if name.startswith(_MODEL)}
         tuples = {name: tuple(value) for name, value in words.items() if isinstance(value, list)}
         return cls(**{**words, **tuples, **tensors, "model": model or None})
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class HeldOutPairs:
+    """N held-out pairs and their transformed embeddings."""
+
+    old: Float32  # (N, d_old)
+    z: Float32  # (N, d_new), transformed, without an offset
+    s: Float32  # (N,), the uncertainty
+    new: Float32  # (N, d_new), of length 1 if the metric is cosine
+    labels: Int64 | None = None  # (N,), -1 for none
+    label_names: tuple[str, ...] | None = None  # the label of each class number; None if the number is the label
+
+
 def load_policy_inputs(run: Run) -> PolicyInputs | None:
-    """What the run's transformation was saved with; None where it was fitted before policies knew of pairs.
+    """The inputs that the run's transformation was saved with; None for transformations of early versions.
 
     Raises:
         DataError: there is no transformation, or the file is missing or damaged.
@@ -110,31 +104,15 @@ def load_policy_inputs(run: Run) -> PolicyInputs | None:
 
 
 def build_policy_inputs(
-    old: Float32,
-    z: Float32,
-    s: Float32,
-    new: Float32,
-    labels: Int64 | None,
-    classifier: tuple[Float32, Float32 | None] | None,
-    metric: str,
-    seed: int,
-    label_names: Sequence[str] | None = None,
+    pairs: HeldOutPairs, classifier: tuple[Float32, Float32 | None] | None, metric: str, seed: int
 ) -> PolicyInputs:
-    """What policies may know of held-out pairs, of which at most 16,384 are kept, by chance.
+    """Build the inputs from held-out pairs; at most 16,384 of them are kept, drawn at random.
 
-    Args:
-        old: (N, d_old) float32.
-        z: (N, d_new) float32, as the transformation gives it, without an offset.
-        s: (N,) float32.
-        new: (N, d_new) float32, of length 1 where the metric is cosine.
-        labels: (N,) int64, -1 for none.
-        classifier: weight (C, d_new) and bias (C,) of a classifier on new embeddings.
-        metric: the gallery's.
-        seed: of the draws and of k-means.
-        label_names: the label of each class number, where it is not the number itself.
+    `classifier` is the weight (C, d_new) and bias (C,) of a classifier on new embeddings.
     """
+    old, z, new = pairs.old, pairs.z, pairs.new
     rng = np.random.default_rng(seed)
-    labels = np.full(len(old), NO_LABEL, np.int64) if labels is None else labels
+    labels = np.full(len(old), NO_LABEL, np.int64) if pairs.labels is None else pairs.labels
     centroids, centroid_labels = _centroids(new, labels, seed)
     kept = np.sort(rng.permutation(len(old))[:_MOST_PAIRS])
     query_rows = np.sort(rng.permutation(len(kept))[:_MOST_QUERIES])
@@ -143,7 +121,7 @@ def build_policy_inputs(
         metric=metric,
         old=old[kept],
         transformed=z[kept],
-        uncertainty=s[kept],
+        uncertainty=pairs.s[kept],
         residual=np.square(new - z).sum(axis=1)[kept],
         labels=labels[kept],
         centroids=centroids,
@@ -153,12 +131,12 @@ def build_policy_inputs(
         reach=_reach(new[kept], z[kept], query_rows, metric),
         classifier_weight=weight,
         classifier_bias=bias,
-        label_names=None if label_names is None else tuple(label_names),
+        label_names=pairs.label_names,
     )
 
 
 def keys(queries: Float32, vectors: Float32, metric: str) -> Float32:
-    """How far each vector is from each query, (Q, N) float32: squared distances, or negative products for `ip`."""
+    """Squared distances of each query to each vector, (Q, N) float32; negative products for `ip`."""
     products = queries @ vectors.T
     if metric == "ip":
         return -products
@@ -168,7 +146,7 @@ def keys(queries: Float32, vectors: Float32, metric: str) -> Float32:
 
 
 def _centroids(new: Float32, labels: Int64, seed: int) -> tuple[Float32, Int64 | None]:
-    """Class means and their classes; by k-means, about sqrt(N) of them, where no pair has a label."""
+    """Class means and their classes; without labels about sqrt(N) centroids by k-means."""
     classes, places = np.unique(labels, return_inverse=True)
     if classes[-1] == NO_LABEL:
         return cluster(new, max(1, round(len(new) ** 0.5)), seed), None

@@ -1,9 +1,7 @@
-"""Transform the gallery and score it: `gallery/part-*` in, scored parts out, a Ray Data map over parts.
+"""Transform and score the gallery: `gallery/part-*` in, scored parts out, a Ray Data map over parts.
 
-Guarantee: part k holds, for each image of gallery part k that has an old embedding, the transformed
-embedding, its uncertainty, and the policy's priority; that of an image which was embedded for the fit is
-above all others. No image is touched. A part that is there is not made again. The scored gallery is laid
-out by wave once the plan is known, and deleted then.
+Scored part k has the transformed embedding, uncertainty and priority of each image of gallery part k that has an old
+embedding. Images that were embedded for the fit have the highest priority.
 """
 
 from __future__ import annotations
@@ -20,7 +18,8 @@ from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
 
 from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
-from pipeline.config.tree import Config
+from pipeline.config.method import PlanSettings
+from pipeline.config.tree import BackfillSettings, EncodersSettings
 from pipeline.embedding.actor_pool import actor_pool
 from pipeline.embedding.precompute import embedding_log, read_embeddings
 from pipeline.errors import DataError
@@ -41,70 +40,37 @@ from pipeline.storage import objects, parquet
 
 @dataclass(frozen=True, slots=True)
 class ScoredPart:
-    """A scored part: how many images it has, the sha256 of its bytes, and how many images were embedded for the fit."""
+    """The number of images of a scored part, the sha256 of its bytes, and how many images were embedded for the fit."""
 
     images: int
     sha256: str
     from_pairs: int = 0
 
 
-def score_gallery(config: Config, run: Run, folder: str) -> list[ScoredPart]:
-    """Transform and score every part of the gallery into a folder of the run.
+@dataclass(frozen=True, slots=True)
+class ScoreSettings:
+    """The settings that scores depend on, and the device."""
 
-    Returns:
-        what was written, by part.
-
-    Raises:
-        ConfigError: the policy raised something, or there is no room for an actor.
-        DataError: the old embeddings do not fit the transformation, or the policy gave a NaN.
-    """
-    gallery = normalised.read_manifest(run, "gallery")
-    assert gallery is not None, "the gallery is normalised before it is scored"
-    load_run_policy(config, run)  # a typing error shows here, before any work
-    parts = len(gallery.rows)
-    pool = actor_pool(config.backfill, config.device)
-    scored = (
-        ray.data.range(parts, override_num_blocks=parts)
-        .map_batches(
-            Scorer,
-            fn_constructor_args=(config, run, folder),
-            batch_size=1,
-            batch_format="numpy",
-            compute=ActorPoolStrategy(min_size=1, max_size=pool.largest),
-            num_cpus=pool.cpus,
-            num_gpus=pool.gpus or None,
-        )
-        .take_all()
-    )
-    rows = sorted(scored, key=lambda row: row["part"])
-    return [ScoredPart(row["images"], row["sha256"], row["from_pairs"]) for row in rows]
-
-
-def load_run_policy(config: Config, run: Run) -> Policy:
-    """The policy of the plan, with what its transformation knows of pairs.
-
-    Raises:
-        ConfigError: it cannot be found, or the transformation was not fitted with what it needs.
-        DataError: there is no transformation, or a file of it is missing or damaged.
-    """
-    plan, name = config.plan, resolve_policy(run, config.plan.policy)
-    return policies.load_policy(name, config.seed, load_policy_inputs(run), plan.traffic, plan.group_boost)
+    plan: PlanSettings
+    seed: int
+    encoders: EncodersSettings
+    device: str
 
 
 class Scorer:
-    """The actor: holds h, writes one scored part a call, which stays as it was written first."""
+    """The actor: writes one scored part per call; the first version of a part is kept."""
 
-    def __init__(self, config: Config, run: Run, folder: str) -> None:
-        self._config, self._run, self._folder = config, run, folder
-        self._device = resolve_device(config.device)
+    def __init__(self, run: Run, folder: str, settings: ScoreSettings) -> None:
+        self._run, self._folder, self._settings = run, folder, settings
+        self._device = resolve_device(settings.device)
         self._network, self._info = load_transformation(run, self._device)
         offset = read_part(run, PART)
         self._offset = None if offset is None else Offset.from_bytes(offset)
-        self._policy = load_run_policy(config, run)
+        self._policy = load_run_policy(run, settings)
         self._from_pairs = embedded_ids(run)
 
     def __call__(self, batch: dict[str, Int64]) -> dict[str, list[int] | list[str]]:
-        """Score the part of this number; gives its number, and the fields of its `ScoredPart`."""
+        """Score the part of this number; returns its number and the fields of its `ScoredPart`."""
         part = int(batch["id"][0])
         uri = self._run.part(self._folder, part)
         data = self._stored(part, uri)
@@ -113,13 +79,12 @@ class Scorer:
         return {"part": [part], "images": [_num_rows(data, uri)], "sha256": [digest], "from_pairs": [known]}
 
     def _num_from_pairs(self, uri: str) -> int:
-        """How many images of a scored part were embedded for the fit."""
         if not len(self._from_pairs):
-            return 0  # and a policy may give an infinite priority
+            return 0  # a policy may give infinite priorities, so they cannot be counted
         return int(np.isposinf(parquet.read_parquet(uri, ["priority"])["priority"].to_numpy()).sum())
 
     def _stored(self, part: int, uri: str) -> bytes:
-        """The bytes of the scored part: those of another driver if it wrote them first."""
+        """The bytes of the scored part; another driver's if it wrote first."""
         while (found := objects.read_versioned(uri)) is None:
             data = self._score(part)
             with contextlib.suppress(objects.AlreadyExists):
@@ -128,7 +93,7 @@ class Scorer:
         return found[0]
 
     def _score(self, part: int) -> bytes:
-        log = embedding_log(self._config.encoders, self._run, "gallery", "old")
+        log = embedding_log(self._settings.encoders, self._run, "gallery", "old")
         rows, old = read_embeddings(self._run, "gallery", part, "old_embedding", log)
         if old.shape[1] != self._info.d_old:
             raise DataError(
@@ -141,7 +106,7 @@ class Scorer:
         columns = {name: rows[name].to_numpy() for name in ("id", "label", "group")}
         traffic = rows["traffic"].to_numpy() if "traffic" in rows.schema.names else None
         scored = Scored(columns["id"], uncertainty, transformed, old, columns["label"], columns["group"], traffic)
-        priority = policies.prioritise(self._policy, scored, where=f"plan.policy: {self._config.plan.policy}")
+        priority = policies.prioritise(self._policy, scored, where=f"plan.policy: {self._settings.plan.policy}")
         if len(self._from_pairs):
             priority = first(priority, np.isin(columns["id"], self._from_pairs))
         table = rows.append_column("uncertainty", pa.array(uncertainty))
@@ -152,8 +117,48 @@ class Scorer:
         return parquet.parquet_bytes(schema, [table])
 
 
+def score_gallery(run: Run, folder: str, settings: ScoreSettings, backfill: BackfillSettings) -> list[ScoredPart]:
+    """Transform and score every part of the gallery into a folder of the run.
+
+    Raises:
+        ConfigError: the policy raised an exception, or the cluster has no room for an actor.
+        DataError: the old embeddings do not fit the transformation, or the policy gave a NaN.
+    """
+    gallery = normalised.read_manifest(run, "gallery")
+    assert gallery is not None, "the gallery is normalised before it is scored"
+    load_run_policy(run, settings)  # raises on a misspelled name, before any work
+    parts = len(gallery.rows)
+    pool = actor_pool(backfill, settings.device)
+    scored = (
+        ray.data.range(parts, override_num_blocks=parts)
+        .map_batches(
+            Scorer,
+            fn_constructor_args=(run, folder, settings),
+            batch_size=1,
+            batch_format="numpy",
+            compute=ActorPoolStrategy(min_size=1, max_size=pool.largest),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus or None,
+        )
+        .take_all()
+    )
+    rows = sorted(scored, key=lambda row: row["part"])
+    return [ScoredPart(row["images"], row["sha256"], row["from_pairs"]) for row in rows]
+
+
+def load_run_policy(run: Run, settings: ScoreSettings) -> Policy:
+    """The plan's policy with its inputs.
+
+    Raises:
+        ConfigError: it cannot be found, or needs an input that the transformation lacks.
+        DataError: there is no transformation, or a file of it is missing or damaged.
+    """
+    plan, name = settings.plan, resolve_policy(run, settings.plan.policy)
+    return policies.load_policy(name, settings.seed, load_policy_inputs(run), plan.traffic, plan.group_boost)
+
+
 def first(priority: Float32, known: NDArray[np.bool_]) -> Float32:
-    """Priorities, (N,) float32, of which those of images whose new embedding is known are above all others."""
+    """Priorities, (N,) float32, with `known` images above all others."""
     return np.where(known, np.float32(np.inf), np.minimum(priority, np.finfo(np.float32).max))
 
 

@@ -1,7 +1,6 @@
-"""What a selection found: the table of all candidates, the one that was chosen, and its curve.
+"""The record of a selection: all trials, the chosen one, and its curve.
 
-Part of the transformation that was fitted by it. `training.select` makes it; the plan takes the policy from it, and
-fit and report show it.
+`training.select` makes it and the transformation keeps it; the plan takes the policy from it.
 """
 
 from __future__ import annotations
@@ -26,19 +25,7 @@ CurveFigures = dict[str, float]
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """One row of the table; figures are means over the folds, in per cent.
-
-    Attributes:
-        transformation, loss, lambda_disc, inner_width, epochs, offset, offset_strength, calibrate: settings of `fit`.
-        policy: the order.
-        area: by metric, the plain mean of the curve's points.
-        area_std: by metric, the sample deviation over the folds.
-        start: by metric, with nothing embedded yet.
-        fraction95, fraction99: by metric, the fraction from which on the curve stays at so many per cent of its end.
-        lowest: by metric, the lowest point of the curve.
-        behind: of the best candidate, in points of the score: the mean of the metrics that count.
-        behind_error: the standard error of that, paired by fold.
-    """
+    """One row of the table: settings of `fit`, and figures, which are means over the folds in per cent."""
 
     loss: LossMode
     lambda_disc: float
@@ -46,52 +33,36 @@ class TrialResult:
     epochs: int | None
     offset: OffsetKind
     offset_strength: float
-    policy: str
-    area: CurveFigures
-    area_std: CurveFigures
-    start: CurveFigures
-    fraction95: CurveFigures
-    fraction99: CurveFigures
-    behind: float
-    behind_error: float
+    policy: str  # the order of the backfill
+    area: CurveFigures  # plain mean of the curve's points
+    area_std: CurveFigures  # sample deviation over the folds
+    start: CurveFigures  # with nothing embedded
+    fraction95: CurveFigures  # from which the curve stays at 95 % of its end
+    fraction99: CurveFigures  # the same for 99 %
+    behind: float  # how far behind the best trial, in points of the score (mean area of the metrics that count)
+    behind_error: float  # its standard error, paired by fold
     transformation: TransformationKind = "fastfill"
     calibrate: bool = False
-    lowest: CurveFigures = field(default_factory=dict)
+    lowest: CurveFigures = field(default_factory=dict)  # lowest point of the curve
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The outcome.
+    """The outcome of a selection."""
 
-    Attributes:
-        metrics: whose mean area counts.
-        folds: how often each recipe was fitted.
-        num_measured: pairs of a fold, or images of its share of the probe set, that were gallery and queries.
-        chosen: the candidate.
-        candidates: all that were measured in full, the best score first.
-        screened: all that were tried, with a few orders, points and queries, by which finalists were found.
-        ends: old/old and new/new over the folds; empty without labels.
-        fractions: of the points of `curves`.
-        curves: of the chosen one, per metric and fold its value at each point.
-        measured_on: `pairs` that were held out, or images of the `probe` set.
-        likeness: of these pairs and the probe set; None without one.
-        left_out: names of recipes that there was no time to try.
-        failed: names of recipes whose fit failed.
-    """
-
-    metrics: tuple[str, ...]
-    folds: int
-    num_measured: int
+    metrics: tuple[str, ...]  # whose mean area is the score
+    folds: int  # number of fits of each recipe
+    num_measured: int  # pairs of a fold, or images of its share of the probe set, used as gallery and queries
     chosen: TrialResult
-    candidates: tuple[TrialResult, ...]
-    screened: tuple[TrialResult, ...]
-    ends: dict[str, CurveFigures]
-    fractions: tuple[float, ...]
-    curves: dict[str, list[list[float]]]
-    measured_on: Literal["pairs", "probe"] = "pairs"
-    likeness: DistributionShift | None = None
-    left_out: tuple[str, ...] = ()
-    failed: tuple[str, ...] = ()
+    candidates: tuple[TrialResult, ...]  # trials that were measured in full, the best score first
+    screened: tuple[TrialResult, ...]  # all trials of the first round, with few orders, points and queries
+    ends: dict[str, CurveFigures]  # old/old and new/new over the folds; empty without labels
+    fractions: tuple[float, ...]  # of the points of `curves`
+    curves: dict[str, list[list[float]]]  # of the chosen trial, by metric and fold
+    measured_on: Literal["pairs", "probe"] = "pairs"  # held-out `pairs`, or images of the `probe` set
+    likeness: DistributionShift | None = None  # of these pairs and the probe set; None without one
+    left_out: tuple[str, ...] = ()  # names of recipes that were not tried for lack of time
+    failed: tuple[str, ...] = ()  # names of recipes whose fit failed
 
     def best_of_each_recipe(self) -> list[TrialResult]:
         """The chosen trial, and the best one of each other recipe; the best score first."""
@@ -101,10 +72,10 @@ class Selection:
         return sorted(found.values(), key=lambda row: row.behind)
 
     def passes_old(self) -> float | None:
-        """The fraction from which on the chosen curve reaches the old model, in each metric that counts.
+        """The fraction from which the chosen curve reaches the old model in each metric of the score.
 
         Returns:
-            0 where it always is; None where it never is, or nothing was measured of the old model.
+            0 if it always does; None if it never does, or the old model was not measured.
         """
         old = self.ends.get("old_old", {})
         if any(metric not in old for metric in self.metrics):
@@ -125,14 +96,14 @@ class Selection:
         """The inverse of `to_json`.
 
         Raises:
-            DataError: it is not what `to_json` gives.
+            DataError: it was not written by `to_json`.
         """
         where = "the selection"
         return cls.from_tree(documents.decode(text.encode() if isinstance(text, str) else text, where), where)
 
     @classmethod
     def from_tree(cls, tree: documents.Tree, where: str) -> Self:
-        """As `from_json`, of the tree in its file."""
+        """As `from_json`, from a decoded tree."""
         try:
             return cls._from_tree(dict(tree))
         except (KeyError, TypeError) as error:
@@ -149,7 +120,7 @@ class Selection:
 
 
 def recipe_name(transformation: TransformationKind, loss: LossMode, lambda_disc: float) -> str:
-    """A recipe in a table: its kind, the loss if that is not the kind's own, and the weight of its second term."""
+    """A recipe in a table: its kind, the loss if it is not the kind's default, and the weight of the second term."""
     if transformation != "fastfill":
         return transformation if loss == "alignment" else f"{transformation} {loss} {lambda_disc:g}"
     name = loss if loss == "fastfill" else f"fastfill, {loss}"
@@ -179,7 +150,7 @@ def describe(selection: Selection) -> str:
 
 
 def read_selection(run: Run) -> Selection | None:
-    """The selection that the run's transformation was fitted by, or None where its settings were given.
+    """The selection of the run's transformation; None if its settings were given.
 
     Raises:
         DataError: there is no transformation, or the file is missing or damaged.
@@ -189,10 +160,10 @@ def read_selection(run: Run) -> Selection | None:
 
 
 def resolve_policy(run: Run, policy: str) -> str:
-    """The policy that `plan.policy` means: for `auto` the one that was selected, and `uncertainty` if none was.
+    """The policy that `plan.policy` means: for `auto` the selected one, or `uncertainty` without a selection.
 
     Raises:
-        ConfigError: it is `selected`, and nothing was.
+        ConfigError: it is `selected`, and there was no selection.
     """
     if policy not in ("auto", "selected"):
         return policy
@@ -201,7 +172,7 @@ def resolve_policy(run: Run, policy: str) -> str:
         return "uncertainty"
     if found is None:
         raise ConfigError(
-            "nothing was selected for this run",
+            "this run has no selection to take the policy from",
             expected="a transformation that was fitted with `fit.transformation: auto`",
             where="plan.policy: selected",
             remedy="set plan.policy to auto or to a name, or start a run with fit.transformation auto",

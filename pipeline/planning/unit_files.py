@@ -1,8 +1,8 @@
-"""The rows of a wave in locality order, cut into units, in bounded memory.
+"""Cut the rows of a wave into units in locality order, in bounded memory.
 
-A wave of a large gallery does not fit into a worker: it is sorted in pieces, each of them a range of objects
-that holds about a million images. Guarantee: the units are those of one sort of the whole wave. A piece is
-never less than one object, so the images of one container are in memory together.
+A wave of a large gallery does not fit into a worker, so it is sorted in pieces of about a million images, each a range
+of objects. The units equal those of one sort of the whole wave. A piece holds at least one whole object, so the images
+of one container are in memory together.
 """
 
 from __future__ import annotations
@@ -25,52 +25,17 @@ _SAMPLES = 256  # of a piece's objects, from which the bounds between pieces are
 _ORDER = [(name, "ascending") for name in ("uri", "offset", "row", "id")]
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A part's rows of the wave, with their first and last object; None where there is none."""
-
-    uri: str
-    first: str | None
-    last: str | None
-    has_nulls: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Range:
-    """The objects from `first` (None: from the start) to before `end` (None: to the end, nulls as well)."""
-
-    first: str | None
-    end: str | None
-
-    def meets(self, source: _Source) -> bool:
-        if self.end is None and source.has_nulls:
-            return True  # which come last
-        if source.first is None or source.last is None:
-            return False
-        before = self.first is not None and source.last < self.first
-        after = self.end is not None and source.first >= self.end
-        return not before and not after
-
-    def read(self, groups: list[int], uri: str) -> pa.Table:
-        """The rows of some row groups of a part that are of these objects."""
-        table = parquet.read_parquet(uri, UNITS.names, groups)
-        if self.first is not None:
-            below = pc.less(table["uri"], self.first)
-            table = table.filter(pc.invert(pc.fill_null(below, False)))
-        return table if self.end is None else table.filter(pc.less(table["uri"], self.end))
-
-
 def cut_units(
     parts: Sequence[str], groups: list[int], num_images: int, unit_images: int, piece_images: int = _PIECE_IMAGES
 ) -> Iterator[pa.Table]:
-    """The units of a wave, one UNITS table each: by object, then by offset or row in it, then by id.
+    """The units of a wave, one UNITS table each, ordered by object, then by offset or row in it, then by id.
 
     Args:
         parts: URIs of the transformed parts.
-        groups: the wave's row groups, the same in each of them.
+        groups: the wave's row groups, the same in each part.
         num_images: of the wave.
         unit_images: rows of each unit but the last.
-        piece_images: about how many are sorted at once.
+        piece_images: roughly how many are sorted at once.
     """
     sources, ranges = [_Source(uri, None, None, True) for uri in parts], [_Range(None, None)]
     if num_images > piece_images:
@@ -88,16 +53,50 @@ def cut_units(
         yield left
 
 
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A part's rows of the wave: their first and last object (None if there are none)."""
+
+    uri: str
+    first: str | None
+    last: str | None
+    has_nulls: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """The objects from `first` (None: the start) to before `end` (None: the end, with nulls)."""
+
+    first: str | None
+    end: str | None
+
+    def meets(self, source: _Source) -> bool:
+        if self.end is None and source.has_nulls:
+            return True  # nulls come last
+        if source.first is None or source.last is None:
+            return False
+        before = self.first is not None and source.last < self.first
+        after = self.end is not None and source.first >= self.end
+        return not before and not after
+
+    def read(self, groups: list[int], uri: str) -> pa.Table:
+        table = parquet.read_parquet(uri, UNITS.names, groups)
+        if self.first is not None:
+            below = pc.less(table["uri"], self.first)
+            table = table.filter(pc.invert(pc.fill_null(below, False)))
+        return table if self.end is None else table.filter(pc.less(table["uri"], self.end))
+
+
 def _survey(
     parts: Sequence[str], groups: list[int], num_images: int, piece_images: int
 ) -> tuple[list[_Source], list[_Range]]:
-    """Where the wave's objects lie, and ranges of them with about `piece_images` images each, in order."""
+    """The part's sources, and ranges of objects with about `piece_images` images each, in order."""
     every = max(1, piece_images // _SAMPLES)
 
     def look(number: int) -> tuple[_Source, list[str]]:
         column = parquet.read_parquet(parts[number], ["uri"], groups)["uri"]
         objects, ends = column.drop_null(), pc.min_max(column)
-        first = number * every // len(parts)  # so that of small parts some have a sample, and not none or all
+        first = number * every // len(parts)  # so that of small parts some, not none or all, give a sample
         sample = objects.take(np.arange(first, len(objects), every)).to_pylist()
         return _Source(parts[number], ends["min"].as_py(), ends["max"].as_py(), column.null_count > 0), sample
 

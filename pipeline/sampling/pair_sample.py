@@ -1,10 +1,9 @@
-"""Pairs from the gallery itself: a sample of its images that both encoders embed before the fit.
+"""Draw pairs from the gallery: a sample of its images that both encoders embed before the fit.
 
     gallery/part-*, probe-set -> draw -> gallery-pairs/part-00000 -> the embedding stream -> gallery-pairs/old, new
-    -> `training.fitting.pairs`; and from there, as wave 0 of the plan, into the vector log (`first_wave`)
+    -> `training.fitting.pairs`; and as wave 0 of the plan -> the vector log (`planning.first_wave`)
 
-Guarantee: which images it holds is a function of their ids, their labels and their number alone. None of them is in
-the probe set. A sample that was drawn stays as it is. It does not know what the pairs are used for.
+The sample depends on the ids, labels and number of images alone, and never changes.
 """
 
 from __future__ import annotations
@@ -26,30 +25,26 @@ from pipeline.run import GALLERY_PAIRS, PROBE_SET, Run
 from pipeline.sampling import probe_draw
 from pipeline.storage import parquet
 
-_SALT = 0x9A125  # of this sample alone: other choices by a hash of ids are independent of it
-_MOST_LABELS = 10_000  # with more the sample is drawn by chance, which gives each label its share, too
+_SALT = 0x9A125  # makes this sample independent of other choices by a hash of the ids
+_MOST_LABELS = 10_000  # with more labels the sample ignores them: at random each label gets its share, too
 _ORDER = [(name, "ascending") for name in ("uri", "offset", "row", "id")]  # neighbours are read together
 
 
 def draw(config: Config, run: Run) -> Manifest | None:
-    """Choose the images and write where they are as a normalised manifest; nothing if that is done.
+    """Draw the images and write a normalised manifest of them; None if no pairs come from the gallery.
 
-    Each label of the gallery has its share of them. If the gallery's parts were written again (its images were moved,
-    or are read otherwise), the same images are found in the new ones. The probe set is drawn before, if it is not yet.
-
-    Returns:
-        the manifest; None if no pairs come from the gallery.
+    Each label has its share, and no image is in the probe set, which is drawn first. A drawn sample is kept: if the
+    gallery's parts were written again since, the same images are found in them.
 
     Raises:
-        DataError: as `probe_set.draw`.
-        IncompatibleRun: as `probe_set.draw`.
+        DataError, IncompatibleRun: as `probe_draw.draw`.
     """
     probe_draw.draw(config, run)
     gallery, done = normalised.read_manifest(run, "gallery"), normalised.read_manifest(run, GALLERY_PAIRS)
     assert gallery is not None, "the gallery is normalised before images are drawn from it"
     if done is None:
         probe = normalised.ids_of(run, PROBE_SET)
-        count = min(num_from_gallery(config, gallery.num_rows, len(probe)), gallery.num_rows - len(probe))
+        count = min(num_from_gallery(config.pairs, gallery.num_rows, len(probe)), gallery.num_rows - len(probe))
         if not count:
             return None
         ids = _choose(run, gallery, count, probe)
@@ -62,7 +57,7 @@ def draw(config: Config, run: Run) -> Manifest | None:
 
 
 def embedded_ids(run: Run) -> Int64:
-    """The ids of the drawn images whose new embedding is known, (n,) int64, sorted; none if none are drawn."""
+    """The ids of the drawn images that have a new embedding, (n,) int64, sorted; empty if none are drawn."""
     drawn = normalised.read_manifest(run, GALLERY_PAIRS)
     if drawn is None:
         return np.empty(0, np.int64)
@@ -72,14 +67,10 @@ def embedded_ids(run: Run) -> Int64:
 
 
 def read_new(run: Run, ids: Int64) -> tuple[Float32, pa.Array]:
-    """The new embeddings of some of the drawn images.
-
-    Args:
-        run: the run.
-        ids: (n,) int64, in any order.
+    """The new embeddings of some drawn images, given by their ids (n,) int64 in any order.
 
     Returns:
-        (n, d) float32, and the etags of the objects they were read from (null if the embeddings were given).
+        (n, d) float32, and the etags of the objects that were read (null if the manifest gave the embeddings).
 
     Raises:
         DataError: one of them has none, or a file is damaged.
@@ -99,27 +90,23 @@ def read_new(run: Run, ids: Int64) -> tuple[Float32, pa.Array]:
 
 
 def _places(there: Int64, ids: Int64, where: str) -> Int64:
-    """The row of each id among `there`, (n,) int64.
-
-    Raises:
-        DataError: one of them is missing.
-    """
+    """The row of each id in `there`, (n,) int64; raises DataError if one is missing."""
     order = np.argsort(there, kind="stable")
     places = order[np.minimum(np.searchsorted(there[order], ids), len(there) - 1)]
     missing = ids[there[places] != ids]
     if len(missing):
         raise DataError(
-            "an image that was embedded for the fit has no embedding any more",
+            "the embedding of an image that was embedded for the fit is missing",
             expected=f"{len(ids)} images",
             found=f"{len(missing)} are missing, such as {missing[0]}",
             where=where,
-            remedy="run `fastfill repair`, and then the same command again",
+            remedy="run `fastfill repair`, then repeat this command",
         )
     return places
 
 
 def _choose(run: Run, gallery: Manifest, count: int, excluded: Int64) -> Int64:
-    """The ids of the sample: of each label, those with the lowest hashes; (count,) int64, sorted."""
+    """The ids of the sample, those with the lowest hashes of each label: (count,) int64, sorted."""
     names, totals = _labels(run, gallery, excluded, min(_MOST_LABELS, count))
     wanted = _shares(totals, count)
     codes, ids = np.empty(0, np.int64), np.empty(0, np.int64)
@@ -130,7 +117,7 @@ def _choose(run: Run, gallery: Manifest, count: int, excluded: Int64) -> Int64:
 
 
 def _labels(run: Run, gallery: Manifest, excluded: Int64, most: int) -> tuple[pa.Array | None, Int64]:
-    """The gallery's labels, sorted, and how many images each has; None and the whole if there are too many."""
+    """The gallery's labels, sorted, and their image counts; None and the total if there are more than `most` labels."""
     counts: dict[str | None, int] = {}
     total, parts = 0, range(len(gallery.rows))
     for labels, images, rows in parallel.each(_count_labels, (run, excluded, most), parts, gallery.num_rows):
@@ -145,7 +132,7 @@ def _labels(run: Run, gallery: Manifest, excluded: Int64, most: int) -> tuple[pa
 
 
 def _shares(totals: Int64, count: int) -> Int64:
-    """So many of `count` images for each label, by largest remainders; they add up to it."""
+    """The number of images of each label, by largest remainders; they sum to `count`."""
     exact = totals * (count / totals.sum())
     shares: Int64 = np.minimum(np.floor(exact).astype(np.int64), totals)
     largest = np.argsort(shares - exact, kind="stable")
@@ -154,14 +141,14 @@ def _shares(totals: Int64, count: int) -> Int64:
 
 
 def _count_labels(run: Run, excluded: Int64, most: int, part: int) -> tuple[list[str | None], list[int], int]:
-    """The labels of a part, one more than `most` at most, with their images; and the images of the part."""
+    """Up to `most` + 1 labels of a part with their numbers of images, and the number of images of the part."""
     rows = _others(run, part, excluded)
     counted = pc.value_counts(rows["label"].combine_chunks())[: most + 1]
     return counted.field("values").to_pylist(), counted.field("counts").to_pylist(), rows.num_rows
 
 
 def _lowest(run: Run, excluded: Int64, names: pa.Array | None, wanted: Int64, part: int) -> tuple[Int64, Int64]:
-    """Of each label, the images of a part with the lowest hashes, as many as are wanted in all: labels and ids."""
+    """The images of a part with the lowest hashes of each label, at most as many as are wanted: labels and ids."""
     rows = _others(run, part, excluded)
     if names is None:
         codes = np.zeros(rows.num_rows, np.int64)
@@ -179,13 +166,12 @@ def _keep_lowest(codes: Int64, ids: Int64, wanted: Int64) -> tuple[Int64, Int64]
 
 
 def _others(run: Run, part: int, excluded: Int64) -> pa.Table:
-    """`id` and `label` of a part's images but for some."""
     rows = parquet.read_parquet(run.part("gallery", part), ["id", "label"])
     return rows.filter(pa.array(~np.isin(rows["id"].to_numpy(), excluded)))
 
 
 def _rows_of(run: Run, ids: Int64, part: int) -> pa.Table:
-    """The rows of a part with some ids; only the row groups that hold one are read."""
+    """The rows of a part with some ids; reads only row groups that hold one."""
     with parquet.open_parquet(run.part("gallery", part)) as file:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         there = np.isin(file.read(["id"])["id"].to_numpy(), ids)

@@ -1,9 +1,9 @@
-"""Choose the probe set: a sample of the gallery's own images, on which every snapshot is measured.
+"""Draw the probe set: a sample of the gallery's images on which every snapshot is measured.
 
     gallery/part-* (and probe.manifest) -> draw -> probe-set/part-00000
 
-Which images it holds is a function of their ids and their number alone, or of the user's sample. A run that is
-started again, anywhere, has the same ones. `probe_set` reads them once they are embedded.
+It depends on the ids and their number alone, or on the user's sample, so a run that starts again has the same images.
+`evaluation.probe_set` reads them once they are embedded.
 """
 
 from __future__ import annotations
@@ -23,24 +23,21 @@ from pipeline.run import GALLERY_PAIRS, PROBE_SET, Run
 from pipeline.sampling.probe_labels import find_rows, read_sample
 from pipeline.storage import parquet
 
-_SALT = 0x9120BE  # of this sample alone: whatever else is chosen by a hash of ids is independent of it
-_LEAST = 200  # images that a small gallery gives, as far as it has them
-_SHARE = 10  # of a larger gallery at most one image in so many
+_SALT = 0x9120BE  # makes this sample independent of other choices by a hash of the ids
+_LEAST = 200  # images of a small gallery, if it has as many
+_SHARE = 10  # of a larger gallery at most one image in 10
 
 
 def size(wanted: int, num_gallery: int) -> int:
-    """How many images are drawn where so many are wanted."""
+    """The number of images to draw if `wanted` are asked for."""
     return min(wanted, max(_LEAST, num_gallery // _SHARE), num_gallery)
 
 
 def draw(config: Config, run: Run) -> Manifest | None:
-    """Choose the images and write where they are as a normalised manifest; nothing where that is done.
+    """Draw the images and write a normalised manifest of them; None if `probe.images` is 0.
 
-    These are the images of the user's sample with its labels, or else some by chance, whose number is that of the
-    first time. If the gallery's parts were written again (its images were moved, or are read otherwise), these are too.
-
-    Returns:
-        the manifest; None where there is to be no probe set.
+    They are the images of the user's sample with its labels, or else drawn at random. A drawn set is kept: if the
+    gallery's parts were written again, so is the manifest.
 
     Raises:
         DataError: the sample cannot be used, or names images that the gallery does not have.
@@ -57,8 +54,8 @@ def draw(config: Config, run: Run) -> Manifest | None:
         if normalised.is_drawn_from(done, gallery):
             return done
     if sample is None:
-        pairs = normalised.ids_of(run, GALLERY_PAIRS)  # none where the set is drawn when the run starts
-        room = gallery.num_rows - max(len(pairs), num_from_gallery(config, gallery.num_rows))
+        pairs = normalised.ids_of(run, GALLERY_PAIRS)  # empty if the set is drawn at the start of the run
+        room = gallery.num_rows - max(len(pairs), num_from_gallery(config.pairs, gallery.num_rows))
         count = done.num_rows if done is not None else max(1, min(size(config.probe.images, gallery.num_rows), room))
         rows = _by_chance(run, gallery, count, pairs)
     else:
@@ -67,29 +64,29 @@ def draw(config: Config, run: Run) -> Manifest | None:
 
 
 def _check_sample(run: Run, drawn: str, given: str) -> None:
-    """The set is what it was drawn from; both are digests of a sample, or empty."""
+    """Refuse another sample than the set was drawn from; both are digests, empty without a sample."""
     if drawn == given:
         return
     found = "no sample" if not given else "another sample" if drawn else "a sample"
     raise IncompatibleRun(
-        "the probe set of this run was drawn already, and stays as it is",
-        expected=f"the sample of digest {drawn[:16]}" if drawn else "no sample: its images were drawn by chance",
+        "the probe set of this run was drawn already and cannot be replaced",
+        expected=f"the sample of digest {drawn[:16]}" if drawn else "no sample: its images were drawn at random",
         found=found + (f", of digest {given[:16]}" if given else ""),
         where=f"probe.manifest, {run.path(PROBE_SET, 'manifest.json')}",
-        remedy="put the sample back as it was, or start beside it with `fastfill backfill --new-run`",
+        remedy="restore the sample, or start a new run with `fastfill backfill --new-run`",
     )
 
 
 def _by_chance(run: Run, gallery: Manifest, count: int, excluded: Int64) -> pa.Table:
-    """The rows of the gallery with the lowest hashes, but for some."""
+    """The rows of the gallery with the lowest hashes, without the excluded ids."""
     found = list(parallel.each(_lowest, (run, count, excluded), range(len(gallery.rows)), gallery.num_rows))
     hashes = np.concatenate([some for some, _ in found])
-    limit = np.sort(hashes)[count - 1]  # unique: the hash is a bijection, and so are ids
+    limit = np.sort(hashes)[count - 1]  # unique: ids are, and the hash is a bijection
     return pa.concat_tables([rows.filter(pa.array(some <= limit)) for some, rows in found])
 
 
 def _lowest(run: Run, count: int, excluded: Int64, part: int) -> tuple[NDArray[np.uint64], pa.Table]:
-    """Of a part of the gallery, the rows with the lowest hashes, as many as are wanted in all, and these hashes."""
+    """The `count` rows of a part with the lowest hashes, and these hashes."""
     uri = run.part("gallery", part)
     ids: Int64 = parquet.read_parquet(uri, ["id"])["id"].to_numpy()
     hashes = splitmix64(ids, _SALT)

@@ -1,9 +1,6 @@
-"""A user's labelled sample of the gallery: the images that the probe set is to be, and what is known of them.
+"""Read and check the user's labelled sample of the gallery, which becomes the probe set.
 
-    probe.manifest -> read_sample, in the first seconds -> find_rows, once the gallery is normalised -> `probe_set`
-
-Guarantee: its ids are unique, of the gallery's kind, and all of them are in the gallery, or nothing is written. It does
-not know what is measured with it.
+probe.manifest -> read_sample, in the first seconds -> find_rows, once the gallery is normalised -> `probe_draw`
 """
 
 from __future__ import annotations
@@ -27,25 +24,20 @@ from pipeline.manifest.partition import Partition, read_ids
 from pipeline.run import Run
 from pipeline.storage import parquet
 
-_MOST = 200_000  # images: each snapshot is measured on the nearest of all of them to each, which is quadratic
+_MOST = 200_000  # images: the measurement of each snapshot is quadratic in them
 _FEWEST = 2
 _EXAMPLES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Which images of the gallery are measured.
+    """The images of the gallery to measure on."""
 
-    Attributes:
-        rows: sorted by `id`, int64 or string as the gallery's `columns.id`; `label` and, where it is given, `group`,
-            strings, null for none.
-        digest: of what the rows say, in whatever order and files.
-        where: the setting and the files, for messages.
-    """
-
+    # Sorted by `id`, int64 or string as in the gallery's `columns.id`; `label` and, if given, `group`: strings or
+    # null
     rows: pa.Table
-    digest: str
-    where: str
+    digest: str  # of the rows, whatever their order and files
+    where: str  # the setting and the files, for messages
 
     @property
     def has_integers(self) -> bool:
@@ -54,10 +46,10 @@ class Sample:
 
 
 def read_sample(source: ProbeSettings) -> Sample:
-    """Read and check what `probe.manifest` says.
+    """Read and check `probe.manifest`.
 
     Raises:
-        DataError: a file or a column is missing or of a wrong type, an id is null, negative or there twice, ids are
+        DataError: a file or a column is missing or of a wrong type, an id is null, negative or repeated, ids are
             integers in one file and strings in another, or there are too few or too many rows.
     """
     assert source.manifest is not None, "the config names a sample"
@@ -78,7 +70,7 @@ def read_sample(source: ProbeSettings) -> Sample:
     repeats = np.flatnonzero(pc.equal(rows["id"][1:], rows["id"][:-1]).to_numpy())
     if len(repeats):
         raise DataError(
-            "an id is in the probe sample more than once",
+            "the probe sample has a repeated id",
             expected="unique ids",
             found=_shown(rows["id"].take(pa.array(repeats)), len(repeats)),
             where=f"{where}: column {names.id}",
@@ -87,26 +79,21 @@ def read_sample(source: ProbeSettings) -> Sample:
 
 
 def check_kind(sample: Sample, column: str | None, integers: bool) -> None:
-    """The sample's ids are of the kind of the gallery's.
-
-    Args:
-        sample: as it was read.
-        column: `gallery.columns.id`.
-        integers: whether the gallery's ids are.
+    """Check that the sample's ids have the type of the gallery's ids; `column` is `gallery.columns.id`.
 
     Raises:
-        DataError: they are not, or the gallery has none.
+        DataError: they do not, or the gallery has no ids.
     """
     if column is None:
         raise DataError(
-            "a probe sample names images by their ids, and the gallery has none",
+            "a probe sample needs a gallery with ids",
             expected="the name of a column",
             where="gallery.columns.id",
         )
     if sample.has_integers != integers:
         kinds = {True: "integers", False: "strings"}
         raise DataError(
-            "the probe sample's ids are not of the kind of the gallery's",
+            "the probe sample's ids have another type than the gallery's",
             expected=f"{kinds[integers]}, as in the gallery's column {column}",
             found=kinds[sample.has_integers],
             where=sample.where,
@@ -116,14 +103,8 @@ def check_kind(sample: Sample, column: str | None, integers: bool) -> None:
 def find_rows(run: Run, gallery: Manifest, sample: Sample, column: str | None) -> pa.Table:
     """The rows of the normalised gallery that a sample names, in no order, with the sample's labels and groups.
 
-    Args:
-        run: the run.
-        gallery: its normalised gallery.
-        sample: as it was read.
-        column: `gallery.columns.id`.
-
     Raises:
-        DataError: the ids are of another kind, or some are not in the gallery.
+        DataError: the ids have another type than `column`, or some are not in the gallery.
     """
     check_kind(sample, column, parquet.read_parquet(run.part("gallery", 0), ["key"])["key"].null_count > 0)
     name = "id" if sample.has_integers else "key"
@@ -135,10 +116,10 @@ def find_rows(run: Run, gallery: Manifest, sample: Sample, column: str | None) -
         raise DataError(
             "images of the probe sample are not in the gallery",
             expected=f"ids of the gallery's column {column}",
-            found=f"{len(missing):,} of {len(wanted):,} that are not: {_shown(missing, len(missing))}",
+            found=f"{len(missing):,} of {len(wanted):,} ids are missing there: {_shown(missing, len(missing))}",
             where=sample.where,
         )
-    found = found.sort_by(name)  # as the sample's rows are, which are as many
+    found = found.sort_by(name)  # the order of the sample's rows, which are as many
     for role in sample.rows.schema.names[1:]:
         found = found.set_column(found.schema.get_field_index(role), role, sample.rows[role])
     return found
@@ -166,7 +147,7 @@ def _check_count(count: int, fewest: int, where: str) -> None:
 
 
 def _find(run: Run, name: str, wanted: pa.Array, part: int) -> pa.Table:
-    """Of a part of the gallery, the rows that are wanted; only the row groups that hold one are read."""
+    """The wanted rows of a part of the gallery; reads only row groups that hold one."""
     with parquet.open_parquet(run.part("gallery", part)) as file:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         there = pc.is_in(file.read([name])[name], value_set=wanted).to_numpy()

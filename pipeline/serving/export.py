@@ -1,9 +1,7 @@
-"""A snapshot for other programs: plain FAISS indexes per shard, or Parquet files.
+"""Export a snapshot for other programs: plain FAISS indexes per shard, or Parquet files.
 
-After the snapshots, for those who serve from something else. Guarantee: what has an `export.json` is whole,
-of one commit, and with the checksums that are in it; an export that was interrupted goes on where it
-stopped; nothing that is in the way is overwritten. It holds one shard in memory at a time, and a lease keeps
-the commit from gc until it is done.
+A folder with an `export.json` is a whole export of one commit, with checksums. An interrupted export continues, and
+other files in the folder are never overwritten. Memory holds one shard at a time; a lease keeps the commit from gc.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from pipeline.index.tags import PROD
 from pipeline.readable import counted
 from pipeline.run import Run
 from pipeline.schema import FORMAT_VERSION
-from pipeline.serving.user_keys import Keys
+from pipeline.serving.user_keys import UserKeys
 from pipeline.storage import objects, parquet
 
 Format = Literal["faiss", "parquet"]
@@ -54,35 +52,31 @@ def export(
     commit: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Tree:
-    """Write a snapshot as files of another format, one per shard.
+    """Write a snapshot as files of another format, one per shard; returns the content of `export.json`.
 
-    `faiss`: each file is an IVF index of its own (behind its transforms, where there are any) with the ids of
-    the gallery; searching it gives what the snapshot gives for that shard. If the snapshot has a calibration, a shard
-    has one file per kind of vector that it holds: distances of the two kinds are comparable only after the map, which
-    is in `export.json`. If the users' ids are strings, `shard-*.ids.parquet` beside it has `id` and `key` of each
-    vector. `parquet`: `id`, `key` (the user's
-    own id, where that is a string), `vector` and `kind` (transformed or embedded), one row group per wave.
+    `faiss`: each file is an IVF index (after its transforms, if any) with the gallery's ids, and finds what the
+    snapshot finds in that shard. With a calibration each shard has one file per kind of vector: distances of the two
+    kinds are only comparable after the map in `export.json`. If the users' ids are strings, `shard-*.ids.parquet` has
+    `id` and `key` of each vector. `parquet`: `id`, `key` (the user's string id), `vector` and `kind`, one row group
+    per wave.
 
     Args:
         run_uri: the run.
-        out_uri: an empty or missing folder, or an export of the same commit and format that was interrupted.
+        out_uri: an empty or missing folder, or an interrupted export of the same commit and format.
         form: of the files.
-        tag: which snapshot, where no commit is given.
+        tag: which snapshot, if no commit is given.
         commit: its number.
         on_progress: called with (shards done, shards).
 
-    Returns:
-        what `export.json` says.
-
     Raises:
         DataError: there is no such commit, or one of its files is missing or damaged.
-        Refused: something else is in the folder, or gc has removed the commit.
+        Refused: the folder has other files, or gc has removed the commit.
     """
     run = Run(run_uri)
     found = commits.read_commit(run, tags.tagged(run, tag) if commit is None else commit)
     with retention.hold(run, found.number):
         codebook = Codebook.open(run, found.codebook_path, found.codebook_sha256)
-        writer = _Writer(run, out_uri, form, found, codebook, Keys(run))
+        writer = _Writer(run, out_uri, form, found, codebook, UserKeys(run))
         finished = writer.begin()
         if finished is not None:
             return finished
@@ -96,17 +90,15 @@ def export(
 
 @dataclass(frozen=True, slots=True)
 class _Writer:
-    """One export."""
-
     run: Run
     out_uri: str
     form: Format
     commit: Commit
     codebook: Codebook
-    keys: Keys
+    keys: UserKeys
 
     def facts(self) -> Tree:
-        """What an export is of: equal for two attempts at the same."""
+        """The identity of an export: equal for two attempts at the same."""
         content = json.dumps(self.commit.content(), sort_keys=True, default=str)
         return {
             "format_version": FORMAT_VERSION,
@@ -123,18 +115,17 @@ class _Writer:
         }
 
     def _calibration(self) -> Tree | None:
-        """The map in JSON, and how to use it."""
         if self.commit.calibration is None:
             return None
         knots = {name: list(values) for name, values in asdict(self.commit.calibration).items()}
         return knots | {"how_to_merge": _HOW_TO_MERGE}
 
     def _kinds(self) -> tuple[SegmentKind | None, ...]:
-        """What each file of a shard holds: one kind, or both."""
+        """The content of each file of a shard: one kind, or both (None)."""
         return (None,) if self.form == "parquet" or self.commit.calibration is None else KINDS
 
     def begin(self) -> Tree | None:
-        """Make sure that the folder is ours; returns what the marker says, where the export is finished already."""
+        """Check that the folder is ours; returns the marker's content if the export is finished."""
         facts = self.facts()
         probes = {uri for uri, _ in objects.list_leftovers(self.out_uri)}
         there = {uri.rpartition("/")[2]: uri for uri in objects.list_files(self.out_uri) if uri not in probes}
@@ -156,7 +147,7 @@ class _Writer:
         return None
 
     def write(self, shard: int) -> list[Tree]:
-        """Write the files of a shard that no earlier attempt has written; returns what the marker says of them."""
+        """Write the files of a shard that are missing; returns their entries for the marker."""
         files = []
         refs = sorted((ref for ref in self.commit.segments if ref.shard == shard), key=lambda ref: ref.wave)
         ids = self._put(self._ids_name(shard), partial(self._ids, refs)) if self._has_ids_files() else None
@@ -176,7 +167,7 @@ class _Writer:
         return self.form == "faiss" and self.keys.exist
 
     def _put(self, name: str, make: Callable[[], bytes]) -> Tree:
-        """Write a file unless it is there; its name, size and checksum."""
+        """Write a file unless it exists; returns its name, size and checksum."""
         uri = objects.join(self.out_uri, name)
         if objects.exists(uri):
             return {"path": name, "bytes": objects.stat(uri).size_bytes, "sha256": objects.sha256(uri)}
@@ -185,7 +176,6 @@ class _Writer:
         return {"path": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
     def finish(self, files: list[Tree]) -> Tree:
-        """Write the marker."""
         marker = self.facts() | {"files": files}
         objects.put(objects.join(self.out_uri, _MARKER), json.dumps(marker, indent=1).encode())
         objects.delete_files([objects.join(self.out_uri, _STARTED)])
@@ -210,18 +200,18 @@ class _Writer:
 
     def _row_groups(self, refs: list[SegmentRef]) -> Iterator[pa.Table]:
         sidecars = [_sidecar(self.run, ref) for ref in refs]
-        keys = self.keys.strings(pa.concat_tables(sidecars)["id"].to_numpy())  # once: each part of the gallery is read
+        keys = self.keys.strings(pa.concat_tables(sidecars)["id"].to_numpy())  # once: it reads the whole gallery
         done = 0
         for ref, sidecar in zip(refs, sidecars, strict=True):
             ids, vectors = segment.decode_segment(self.codebook, Segment.open(self.run, self.codebook, ref))
             if not pa.array(ids).equals(sidecar["id"].combine_chunks()):
-                raise DataError("segment and sidecar hold other ids", where=self.run.path(ref.sidecar_path))
+                raise DataError("a segment and its sidecar differ in ids", where=self.run.path(ref.sidecar_path))
             columns = {"id": pa.array(ids), "key": keys.slice(done, len(ids)), "vector": vectors_to_arrow(vectors)}
             yield pa.table(columns | {"kind": sidecar["kind"]})
             done += len(ids)
 
     def _ids(self, refs: list[SegmentRef]) -> bytes:
-        """The ids of a shard as its FAISS file has them, and the users' own."""
+        """The ids in a shard's FAISS file, and the users' own."""
         ids = np.sort(pa.concat_tables([_sidecar(self.run, ref) for ref in refs])["id"].to_numpy())
         schema = pa.schema([pa.field("id", pa.int64(), nullable=False), pa.field("key", pa.string())])
         return parquet.parquet_bytes(schema, [pa.table({"id": pa.array(ids), "key": self.keys.strings(ids)})])
@@ -238,7 +228,7 @@ class _Writer:
             expected=f"nothing, or an unfinished export of {self.form} of commit {self.commit.number}",
             found=found,
             where=self.out_uri,
-            remedy="give another folder, or empty this one",
+            remedy="choose another folder, or empty this one",
         )
 
 

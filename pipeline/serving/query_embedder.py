@@ -12,14 +12,7 @@ if TYPE_CHECKING:
 def embed_queries(
     encoder: EncoderSettings, settings: BackfillSettings, device: str, images: list[bytes], names: list[str]
 ) -> Float32:
-    """The embeddings of encoded images, (N, d) float32.
-
-    Args:
-        encoder: the new one.
-        settings: limits of an image, batch size, threads.
-        device: where the encoder runs.
-        images: N files.
-        names: what each image is called in messages.
+    """The embeddings of encoded images, (N, d) float32; `names` identify the images in messages.
 
     Raises:
         DataError: an image cannot be embedded.

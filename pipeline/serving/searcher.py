@@ -1,12 +1,9 @@
-"""Answer queries from a snapshot: open a commit whole, or follow a tag from commit to commit.
+"""Answer queries from a snapshot: open one commit, or follow a tag from commit to commit.
 
-After publishing; all it knows of a run are its tags, commits and segments. Guarantee: every call answers
-from exactly one published commit, whose files were checked against it; a commit that cannot be opened
-whole is never switched to. A lease keeps the commit that is served from gc; who may not write reads without
-one, and where gc is faster than it opens a commit, it opens the one that the tag has moved to meanwhile. It may be
-opened before a fork (gunicorn's preload): each child takes a lease of its own when it first uses it, and its main
-thread searches without the help of others.
-Does not embed images.
+Every call answers from exactly one published commit whose files were checked; a commit that cannot be opened whole is
+never switched to. A lease keeps the served commit from gc. Without the right to write there is no lease: if gc removes
+a commit before it is open, the searcher opens the tag's next one. A searcher may be opened before a fork (gunicorn's
+preload): each child takes its own lease when it first uses it, and its main thread searches with one thread.
 """
 
 from __future__ import annotations
@@ -35,7 +32,7 @@ from pipeline.index.segment import Segment
 from pipeline.index.segment_files import KINDS, SegmentKind, SegmentRef, check_digest
 from pipeline.index.tags import PROD
 from pipeline.run import Run
-from pipeline.serving.user_keys import Keys
+from pipeline.serving.user_keys import UserKeys
 from pipeline.storage import parquet
 
 logger = logging.getLogger(__name__)
@@ -48,50 +45,38 @@ _ALWAYS_PADDED = 1024
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """The answer to a batch of queries: K = k columns, but never more than 1,024 or the vectors of the commit.
+    """The answer to Q queries: K = k columns, but at most 1,024 or the number of vectors, whichever is larger.
 
     Attributes:
-        commit: the commit that gave it.
-        distances: (Q, K) float32, best first: squared Euclidean for l2, similarity for ip and cosine;
-            inf or -inf where fewer than K were found. If the commit has a calibration, that of a transformed hit is
-            what the distance of its embedded vector is expected to be.
-        ids: (Q, K) int64; -1 where fewer than K were found. If the gallery's ids are integers, they are these;
-            if they are strings, these are row numbers of the gallery, and `keys` has the strings.
+        commit: that gave the answer.
+        distances: (Q, K) float32, best first: squared Euclidean for l2, similarity for ip and cosine; inf or -inf if
+            fewer than K were found. With a calibration, the expected distance of the embedded vector for transformed
+            hits.
+        ids: (Q, K) int64, -1 if fewer than K were found: the gallery's ids; its row numbers if the ids are strings,
+            which `keys` gives.
     """
 
     commit: int
     distances: Float32
     ids: Int64
     _transformed: NDArray[np.bool_] = field(repr=False)
-    _keys: Keys = field(repr=False, compare=False)
+    _keys: UserKeys = field(repr=False, compare=False)
 
     @property
     def kinds(self) -> NDArray[np.str_]:
-        """(Q, K) strings: `embedded` or `transformed`; empty where fewer than K were found."""
+        """(Q, K) strings: `embedded` or `transformed`; empty if fewer than K were found."""
         return np.where(self.ids < 0, "", np.where(self._transformed, "transformed", "embedded"))
 
     @property
     def keys(self) -> NDArray[np.object_]:
-        """(Q, K) objects, the gallery's own ids: str, or int if they are integers; None where fewer were found.
+        """(Q, K) objects, the gallery's own ids: str, or int if they are integers; None if fewer were found.
 
-        Looked up in the run's gallery at each access, so keep the array.
+        Each access looks them up in the run's gallery, so keep the array.
 
         Raises:
             DataError: the gallery is missing or damaged.
         """
         return self._keys.of(self.ids)
-
-
-@dataclass(frozen=True, slots=True)
-class _Snapshot:
-    """A commit with everything it names, opened."""
-
-    commit: Commit
-    codebook: Codebook
-    segments: dict[str, Segment]  # by sha256: segments without a vector may be the same file
-    searched: dict[SegmentKind, list[Segment]]  # these, or all of a kind gathered into one
-    rejected: Int64  # ids of transformed vectors in embedded segments, which earlier versions sealed
-    lease: Lease | None
 
 
 class Searcher:
@@ -109,14 +94,13 @@ class Searcher:
 
         Args:
             run_uri: the run.
-            tag: the tag that `refresh` follows, where no commit is given.
+            tag: that `refresh` follows, if no commit is given.
             commit: stay at this commit.
-            verify: check every byte against the commit before serving it; without it a damaged file is
-                noticed only where FAISS cannot read it.
-            in_memory: gather the segments of a commit into one index per kind, so that a query costs little more than
-                in one index of all. In memory that is the index once, and twice while `refresh` opens the next commit.
-                Without it they stay mapped files: opened in no time and shared between processes, and a single query
-                of many segments takes several times as long.
+            verify: check every byte against the commit; without it, only damage that FAISS notices is found.
+            in_memory: gather the segments into one index per kind, so that a query costs about as much as in one
+                index. Takes the index once in memory, and twice while `refresh` opens the next commit. Without it the
+                segments stay mapped files: opened at once and shared between processes, but a single query of many
+                segments takes several times as long.
 
         Raises:
             DataError: there is no such tag or commit, or one of its files is missing or damaged.
@@ -126,7 +110,7 @@ class Searcher:
         self._tag = tag if commit is None else None
         self._verify = verify
         self._in_memory = in_memory
-        self._keys = Keys(self._run)
+        self._keys = UserKeys(self._run)
         self._refreshing, self._inherited = threading.RLock(), False
         _renew_after_fork()
         _SEARCHERS.add(self)
@@ -140,7 +124,7 @@ class Searcher:
 
     @property
     def num_vectors(self) -> int:
-        """The number of vectors it holds: the whole gallery, but for images that are deleted and dropped."""
+        """The number of vectors in the commit: the gallery without dropped images."""
         return self.commit.counts.vectors
 
     def search(self, queries: ArrayLike, k: int) -> SearchResult:
@@ -148,11 +132,10 @@ class Searcher:
 
         Args:
             queries: (Q, d) numbers, the new encoder's embeddings.
-            k: neighbours per query, a whole number of at least 1. More than there are costs nothing: the
-                answer has no more columns than the commit has vectors, or 1,024 where it has fewer.
+            k: neighbours per query, at least 1; it may exceed the number of vectors at no cost.
 
         Raises:
-            DataError: the queries have another shape, are not finite numbers, or k is no whole number above 0.
+            DataError: the queries have another shape or are not finite numbers, or k is not a whole number above 0.
         """
         opened = self._pinned()
         columns = min(_whole("k", k, 1), max(opened.commit.counts.vectors, _ALWAYS_PADDED))
@@ -170,10 +153,7 @@ class Searcher:
         return SearchResult(commit.number, hits.distances, hits.ids, transformed, self._keys)
 
     def refresh(self) -> bool:
-        """Go to the commit that the tag points to now; whatever goes wrong, the present one stays.
-
-        Returns:
-            whether it is another commit than before.
+        """Go to the commit that the tag points to now; True if it is another one. On any error the present one stays.
 
         Raises:
             DataError: the new commit, or one of its files, is missing or damaged.
@@ -187,7 +167,7 @@ class Searcher:
             return True
 
     def close(self) -> None:
-        """Let the segments go, once the calls that use them have returned."""
+        """Release the segments, once the calls that use them have returned."""
         with self._refreshing:
             opened, self._opened = self._opened, None
         if opened is not None:
@@ -202,10 +182,10 @@ class Searcher:
         self.close()
 
     def _forked(self) -> None:
-        """In a child: another thread of the parent may have held a lock, and the lease is the parent's."""
+        """In a child: another thread of the parent may hold a lock, and the lease is the parent's."""
         self._refreshing, self._inherited = threading.RLock(), True
-        self._keys = Keys(self._run)
-        segment.use_one_thread()  # of OpenMP, in the thread that has forked: it would wait for those of the parent
+        self._keys = UserKeys(self._run)
+        segment.use_one_thread()  # of OpenMP: the forking thread would wait for the parent's threads
 
     def _take_own_lease(self) -> None:
         with self._refreshing:
@@ -227,7 +207,7 @@ class Searcher:
         return tags.tagged(self._run, self._tag)
 
     def _follow(self, before: _Snapshot | None) -> _Snapshot:
-        """The commit that the tag points to, opened; again where the tag moves away from one that cannot be."""
+        """Open the tag's commit; try again if the tag has moved from a commit that cannot be opened."""
         number = self._wanted()
         for _ in range(_TRIES):
             if before is not None and before.commit.number == number:
@@ -276,7 +256,7 @@ class Searcher:
         return _Snapshot(commit, codebook, segments, searched, self._rejected(commit), lease)
 
     def _rejected(self, commit: Commit) -> Int64:
-        """The ids of transformed vectors in embedded segments; only earlier versions sealed such segments."""
+        """The ids of transformed vectors in embedded segments, which only earlier versions sealed."""
         found = [np.empty(0, np.int64)]
         for ref in commit.segments:
             if ref.kind == "embedded" and ref.rejected:
@@ -288,12 +268,24 @@ class Searcher:
         return np.concatenate(found)
 
 
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """An opened commit with all its files."""
+
+    commit: Commit
+    codebook: Codebook
+    segments: dict[str, Segment]  # by sha256: empty segments may be the same file
+    searched: dict[SegmentKind, list[Segment]]  # the same by kind, or gathered into one per kind
+    rejected: Int64  # ids of transformed vectors in embedded segments, which earlier versions sealed
+    lease: Lease | None
+
+
 def _of_kind(commit: Commit, segments: dict[str, Segment], kind: SegmentKind) -> list[Segment]:
     return [segments[sha256] for sha256 in dict.fromkeys(ref.sha256 for ref in commit.segments if ref.kind == kind)]
 
 
 def _whole(name: str, value: int, least: int) -> int:
-    """A number that a caller gave as a Python int; numpy's integers are whole numbers too."""
+    """A caller's number as a Python int; NumPy's integers are accepted."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -306,7 +298,7 @@ def _whole(name: str, value: int, least: int) -> int:
 
 @functools.cache
 def _renew_after_fork() -> None:
-    """Tell every Searcher of a forked child that it is in a child, from now on."""
+    """From now on tell every Searcher of a forked child about the fork."""
 
     def tell() -> None:
         for searcher in list(_SEARCHERS):
@@ -316,7 +308,7 @@ def _renew_after_fork() -> None:
 
 
 def _own_lease(run: Run, number: int) -> Lease | None:
-    """A lease on a commit that is open already; None if there can be none: what is open can be read all the same."""
+    """A lease on a commit that is open already; None if it cannot be taken: open files stay readable."""
     try:
         return retention.take(run, number)
     except (FastfillError, OSError) as error:

@@ -1,7 +1,7 @@
-"""The users' own string ids of a run's images: in the index an image is a number, a user knows it by its key.
+"""Look up users' own ids: the index knows an image by a number, a user by its key.
 
-Beside search and export, which both look up here. Guarantee: the gallery's parts are the only source; a
-gallery whose ids are integers has no keys, and its ids are the users' own. Knows nothing of commits.
+The only place where row ids become users' ids; search and export both use it. Keys are in the gallery's parts. A
+gallery with integer ids has no keys: its ids are the users' own.
 """
 
 from __future__ import annotations
@@ -24,17 +24,8 @@ from pipeline.storage.part_files import list_parts
 _PARTS_IN_MEMORY = 16  # of 131,072 images each, some megabytes
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A part of the gallery that has keys, and the range of its ids."""
-
-    uri: str
-    first: int
-    last: int
-
-
-class Keys:
-    """Looks keys up; one object may be used from many threads, and keeps the parts that it read last."""
+class UserKeys:
+    """Looks keys up; usable from many threads; caches the parts that were read last."""
 
     def __init__(self, run: Run) -> None:
         """Nothing is read before the first look-up."""
@@ -43,9 +34,9 @@ class Keys:
         self._parts: list[_Part] | None = None
         self._read: OrderedDict[str, pa.Table] = OrderedDict()
 
-    def __reduce__(self) -> tuple[type[Keys], tuple[Run]]:
-        """An answer that goes to another process takes no parts along."""
-        return Keys, (self._run,)
+    def __reduce__(self) -> tuple[type[UserKeys], tuple[Run]]:
+        """Pickles without the cached parts."""
+        return UserKeys, (self._run,)
 
     @property
     def exist(self) -> bool:
@@ -57,11 +48,7 @@ class Keys:
         return bool(self._those_with_keys())
 
     def strings(self, ids: Int64) -> pa.Array[pa.StringScalar]:
-        """The keys of ids (n,), as n strings in their order; null where an image has none.
-
-        Raises:
-            DataError: the gallery is missing or damaged.
-        """
+        """The keys of ids (n,), in their order; null if an image has none. Raises as `exist`."""
         wanted = pa.array(ids, pa.int64())
         found: list[pa.Table] = []
         for part in self._those_with_keys():
@@ -75,11 +62,7 @@ class Keys:
         return table["key"].combine_chunks().take(places)
 
     def of(self, ids: Int64) -> NDArray[np.object_]:
-        """The users' own ids of ids of any shape: str, or int where these are integers; None for a negative id.
-
-        Raises:
-            DataError: the gallery is missing or damaged.
-        """
+        """The users' own ids of ids of any shape: str, or int without keys, None if negative. Raises as `exist`."""
         flat = np.ravel(ids)
         names = flat.astype(object)
         if self.exist:
@@ -109,8 +92,17 @@ class Keys:
         return rows
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of the gallery that has keys, and the range of its ids."""
+
+    uri: str
+    first: int
+    last: int
+
+
 def _find(run: Run) -> list[_Part]:
-    """The parts that hold keys, by their footers. Where the first part has none, none has."""
+    """The parts that hold keys, by their footers. If the first part has none, no part has."""
     folder = run.path("gallery")
     uris = list(list_parts(folder).values())
     if not uris:
@@ -120,7 +112,7 @@ def _find(run: Run) -> list[_Part]:
 
 
 def _look(uri: str) -> _Part | None:
-    """A part with its range of ids; None where it has no keys."""
+    """A part with its range of ids; None if it has no keys."""
     with parquet.open_parquet(uri) as file:
         columns = [file.schema_arrow.names.index(name) for name in ("id", "key")]
         groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]

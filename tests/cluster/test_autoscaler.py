@@ -54,7 +54,7 @@ print(actor_pool(BackfillSettings(gpus_per_actor=1, max_actors=3), "auto"))
     )
     assert done.returncode == 0, done.stderr
     needed = f"{LOAD_CPUS + WRITE_CPUS:g} CPUs, 1 GPUs"
-    assert f"waiting for nodes: {needed} needed, 0 CPUs, 0 GPUs there" in done.stderr
+    assert f"waiting for nodes: need {needed}, have 0 CPUs, 0 GPUs" in done.stderr
     assert done.stdout == "Pool(smallest=1, first=1, largest=3, cpus=0.0, gpus=1.0)\n"
 
 

@@ -151,7 +151,7 @@ def test_an_error_of_ours_inside_ray_data_reaches_the_user_as_a_few_lines(
     result = subprocess.run(command, cwd=ROOT, env=address, capture_output=True, text=True, check=False)
     assert result.returncode == 2, result.stderr
     lines = result.stderr.splitlines()
-    start = lines.index("error: the policy gave unusable priorities")
+    start = lines.index("error: the policy gave priorities that cannot be used")
     assert len(lines[start:]) < 6, result.stderr
     progress = [re.search(r": (done in [\d.]+ s|[\d,]+ of [\d,]+)$", line) for line in lines[:start]]
     assert all(progress), result.stderr

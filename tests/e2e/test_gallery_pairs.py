@@ -22,7 +22,7 @@ from pipeline.config.load import load_config
 from pipeline.config.tree import Config
 from pipeline.embedding import precompute
 from pipeline.embedding.decode import Limits, decode_image
-from pipeline.embedding.stream import Work, embed_stream
+from pipeline.embedding.stream import StreamSettings, Work, embed_stream
 from pipeline.index import commits, tags
 from pipeline.manifest.normalised import ids_of
 from pipeline.models.encoder import load_encoder
@@ -80,12 +80,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     path = write_gallery(tmp_path_factory.mktemp("gallery"))
     config, asked = load_config(path), {"old.pt2": Counter[int](), "new.pt2": Counter[int]()}
 
-    def counting(work: list[Work], config: Config) -> Iterator[tuple[int, UnitAck]]:
+    def counting(work: list[Work], settings: StreamSettings) -> Iterator[tuple[int, UnitAck]]:
         for item in work:
             for unit in item.units:
                 ids = parquet.read_parquet(unit.rows_uri, ["id"], [unit.row_group])["id"].to_pylist()
                 asked[Path(item.encoder.export or "").name].update(ids)
-        yield from embed_stream(work, config)
+        yield from embed_stream(work, settings)
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (driver, precompute):

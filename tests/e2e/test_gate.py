@@ -285,7 +285,7 @@ def test_a_gallery_without_labels_is_gated_and_stopped_by_the_labels_of_a_sample
     pq.write_table(strange, tmp_path / "data" / "sample.parquet")
     refused = fastfill("backfill", "--config", path)
     assert refused.exit_code == 2
-    assert "found: 1 of 2 that are not: elsewhere" in said(refused)
+    assert "found: 1 of 2 ids are missing there: elsewhere" in said(refused)
     pq.write_table(gallery.take(pa.array(rows)), tmp_path / "data" / "sample.parquet")
     planned = json.loads(fastfill("plan", "--config", path, "--measure", "0", "--json").stdout)
     assert list(planned["expected"]) == ["top1", "top5", "map"]

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 import pytest
 
-from pipeline.config.tree import Config
-from pipeline.planning import build, score
-from pipeline.planning.plan import Wave, row_groups
-from pipeline.planning.score import ScoredPart, Scorer
+from pipeline import parallel
+from pipeline.config.tree import BackfillSettings
+from pipeline.planning import score
+from pipeline.planning.score import ScoredPart, Scorer, ScoreSettings
 from pipeline.run import Run
 
 NUM_PARTS = 2
 
+T = TypeVar("T")
+
 
 def plan_in_process(patch: pytest.MonkeyPatch) -> None:
     """Score, count, lay out and cut without Ray; for galleries of NUM_PARTS parts."""
-    patch.setattr(score, "score_gallery", lambda *scored: score_each(Scorer(*scored)))
-    patch.setattr(build, "count_parts", _count_parts)
-    patch.setattr(build, "lay_out", _lay_out)
-    patch.setattr(build, "cut_waves", _cut_waves)
+    patch.setattr(score, "score_gallery", _score_gallery)
+    patch.setattr(parallel, "on_ray", _in_turn)
 
 
 def score_each(scorer: Scorer) -> list[ScoredPart]:
@@ -31,15 +31,9 @@ def score_each(scorer: Scorer) -> list[ScoredPart]:
     return [ScoredPart(int(item["images"][0]), str(item["sha256"][0]), int(item["from_pairs"][0])) for item in found]
 
 
-def _count_parts(run: Run, scored: str, parts: int, levels: Any, seed: int) -> Iterator[Any]:
-    yield build._count_some(run, scored, range(parts), levels, seed)
+def _score_gallery(run: Run, folder: str, settings: ScoreSettings, backfill: BackfillSettings) -> list[ScoredPart]:
+    return score_each(Scorer(run, folder, settings))
 
 
-def _lay_out(run: Run, scored: str, parts: int, found: Any, config: Config, first: int) -> None:
-    for part in range(parts):
-        build.lay_out_part(run, scored, part, found, config, first)
-
-
-def _cut_waves(run: Run, parts: int, waves: list[Wave], shards: int, images: int) -> None:
-    for place, wave in enumerate(waves):
-        build.cut_wave(run, parts, wave, row_groups(place, shards), images)
+def _in_turn(function: Callable[..., T], shared: tuple[object, ...], pieces: Iterable[object]) -> Iterator[T]:
+    return (function(*shared, piece) for piece in pieces)

@@ -18,7 +18,7 @@ from pipeline.config.method import GateSettings
 from pipeline.config.tree import Config
 from pipeline.embedding import vector_log
 from pipeline.embedding.precompute import embedding_log
-from pipeline.embedding.stream import Work
+from pipeline.embedding.stream import StreamSettings, Work
 from pipeline.embedding.vector_log import EmbeddedUnit
 from pipeline.index import commits, seal
 from pipeline.index.codebook import Codebook
@@ -28,7 +28,7 @@ from pipeline.models.networks import TransformationNetwork
 from pipeline.models.transformation import TransformationInfo, save_transformation
 from pipeline.planning import build, policy_inputs
 from pipeline.planning.plan import Plan
-from pipeline.planning.policy_inputs import build_policy_inputs
+from pipeline.planning.policy_inputs import HeldOutPairs, build_policy_inputs
 from pipeline.reporting.progress import Progress
 from pipeline.run import GALLERY_PAIRS, Run
 from pipeline.sampling import pair_sample
@@ -50,7 +50,7 @@ class Encoder:
     images: Known
     asked: dict[int, int] = field(default_factory=dict)
 
-    def stream(self, work: list[Work], config: Config) -> Iterator[tuple[int, UnitAck]]:
+    def stream(self, work: list[Work], settings: StreamSettings) -> Iterator[tuple[int, UnitAck]]:
         """As `embed_stream`, unit by unit."""
         rows = {id: row for row, id in enumerate(self.images.ids.tolist())}
         for unit in work[0].units:
@@ -111,7 +111,7 @@ def begin(folder: Path, from_gallery: int = 0, given: bool = True) -> Scene:
     if sample is not None and not given:
         log = embedding_log(config.encoders, run, GALLERY_PAIRS, "new")
         work = Work(config.encoders.new, log, normalised.units(run, GALLERY_PAIRS, sample))
-        assert len(list(encoder.stream([work], config))) == len(work.units)
+        assert len(list(encoder.stream([work], StreamSettings.of(config)))) == len(work.units)
     plan = build.make_plan(config, run)
     assert (draw(config, run) is not None) == given
     return Scene(config, run, plan, encoder)
@@ -121,9 +121,8 @@ def _write_transformation(config: Config, run: Run, images: Known) -> None:
     torch.manual_seed(0)
     widths = images.old.shape[1], images.embedded.shape[1]
     info = TransformationInfo(*widths, None, 16, False, "alignment", 0, 1, _PAIRS, _PAIRS, True)
-    known_pairs = build_policy_inputs(
-        images.old, images.transformed, images.uncertainty, images.embedded, None, None, "l2", 0
-    )
+    held_out = HeldOutPairs(images.old, images.transformed, images.uncertainty, images.embedded)
+    known_pairs = build_policy_inputs(held_out, None, "l2", 0)
     fix_settings(run, "fit", stage_settings(config, "fit"))
     network = TransformationNetwork(*widths, 16).eval()
     save_transformation(run, network, info, {policy_inputs.PART: known_pairs.to_bytes()})

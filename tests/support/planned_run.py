@@ -19,7 +19,7 @@ from pipeline.models.offset import Offset
 from pipeline.models.transformation import TransformationInfo, save_transformation
 from pipeline.planning import policy_inputs, selection
 from pipeline.planning.plan import Plan, read_plan
-from pipeline.planning.policy_inputs import PolicyInputs, build_policy_inputs
+from pipeline.planning.policy_inputs import HeldOutPairs, PolicyInputs, build_policy_inputs
 from pipeline.planning.selection import Selection
 from pipeline.run import Run
 from pipeline.sampling.probe_draw import draw
@@ -48,7 +48,9 @@ def pairs_of(num: int = 400, seed: int = 0) -> HeldOut:
     groups = np.array(images.groups, dtype=object)
     z, new = images.transformed, images.embedded
     fold = Fold(PairArrays(images.old, new, None, labels), z, images.uncertainty, None)
-    known_pairs = build_policy_inputs(images.old, z, images.uncertainty, new, labels, None, "l2", 0, names)
+    known_pairs = build_policy_inputs(
+        HeldOutPairs(images.old, z, images.uncertainty, new, labels, names), None, "l2", 0
+    )
     group_names, need = group_needs(z, new, labels, groups, "l2")
     known_pairs = fit_learned(fold.scored(), known_pairs, staleness_cost(z, new, labels, "l2", 0), 0)
     return HeldOut(fold, z, groups, replace(known_pairs, group_names=group_names, group_need=need))
@@ -90,7 +92,7 @@ def save(run: Run, images: Known, moved: Offset | None, selected: Selection | No
 def _reference(images: Known) -> PolicyInputs:
     rows = slice(0, HELD_OUT)
     sides: list[Float32] = [images.old[rows], images.transformed[rows], images.uncertainty[rows], images.embedded[rows]]
-    return build_policy_inputs(*sides, None, None, "l2", 0)
+    return build_policy_inputs(HeldOutPairs(*sides), None, "l2", 0)
 
 
 def planned(

@@ -121,7 +121,7 @@ def test_fit_and_plan_use_the_selected_settings(tmp_path: Path) -> None:
 def test_a_policy_that_was_not_selected_is_named_as_missing(tmp_path: Path) -> None:
     from tests.support.transformations import fitted
 
-    with pytest.raises(ConfigError, match="nothing was selected"):
+    with pytest.raises(ConfigError, match="has no selection to take the policy from"):
         resolve_policy(fitted(tmp_path, True), "selected")
 
 
@@ -143,7 +143,7 @@ def sample_of(data: FitData, count: int, labelled: bool = True) -> pa.Table:
 
 
 def probed(monkeypatch: pytest.MonkeyPatch, table: pa.Table) -> None:
-    monkeypatch.setattr(selecting.probe_set, "embedded", lambda config, run: table)
+    monkeypatch.setattr(selecting.probe_set, "embedded", lambda *_: table)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -262,7 +262,7 @@ def test_resolve_policy_selected_without_a_selection_is_refused(
     found: list[Selection | None] = [None, CHOSEN, None, CHOSEN]
     monkeypatch.setattr(selection, "read_selection", lambda run: found.pop(0))
     run = Run(str(tmp_path))
-    with pytest.raises(ConfigError, match=r"nothing was selected(.|\n)*set plan\.policy to auto"):
+    with pytest.raises(ConfigError, match=r"has no selection to take the policy from(.|\n)*set plan\.policy to auto"):
         resolve_policy(run, "selected")
     assert resolve_policy(run, "selected") == "random"
     assert resolve_policy(run, "auto") == "uncertainty"

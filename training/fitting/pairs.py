@@ -24,6 +24,7 @@ from pipeline.config.method import ClassifierSettings, FitSettings
 from pipeline.config.tree import Config
 from pipeline.embedding import rejects
 from pipeline.embedding.precompute import OnUnits, embed_missing, embedding_log, read_embeddings
+from pipeline.embedding.stream import StreamSettings
 from pipeline.embedding.vector_log import VectorLog
 from pipeline.errors import DataError
 from pipeline.hashing import splitmix64
@@ -76,7 +77,7 @@ def build_pairs(config: Config, run: Run, on_units: OnUnits = lambda what, done,
     if done is not None:
         return documents.parse(Pairs, done[0], _marker(run), documents.REDO)
     folders = pair_folders(config, run)
-    embed_missing(config, run, folders, on_units)
+    embed_missing(run, folders, config.encoders, StreamSettings.of(config), on_units)
     tables = [_join_folder(config, run, folder) for folder in folders]
     table, rejected = _together([table for table, _ in tables]), sum(bad for _, bad in tables)
     check_enough(table.num_rows, f"{', '.join(map(run.path, folders))}; {rejected} images cannot be read")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.arrays import Float32, Int64
 from pipeline.evaluation.metrics import EvaluateOptions, evaluate
-from pipeline.planning.policy_inputs import PolicyInputs, build_policy_inputs
+from pipeline.planning.policy_inputs import HeldOutPairs, PolicyInputs, build_policy_inputs
 from training.fitting.losses import NO_LABEL
 from training.simulation.folds import Fold
 from training.simulation.staleness_cost import fit_learned, staleness_cost
@@ -48,7 +48,8 @@ def policy_inputs_of_fold(
     """The policy inputs without the model of the policy `learned`."""
     pairs, known = fold.pairs, fold.classifier
     weights = None if known is None else (known.weight, known.bias)
-    return build_policy_inputs(pairs.old, fold.z, fold.s, pairs.new, pairs.labels, weights, metric, seed, label_names)
+    held_out = HeldOutPairs(pairs.old, fold.z, fold.s, pairs.new, pairs.labels, label_names)
+    return build_policy_inputs(held_out, weights, metric, seed)
 
 
 def groups_of(table: pa.Table) -> NDArray[np.object_]:

@@ -124,12 +124,12 @@ def test_preflight_of_settings_that_contradict_the_data_is_refused_with_both_val
     [
         (None, {}, "no manifest file is there(.|\n)*sample.parquet"),
         ({"id": ["gallery-1", "gallery-2"]}, {}, "no column for label\n  expected: 'label'"),
-        ({"id": ["gallery-1"] * 2, "label": [1, 2]}, {}, "more than once(.|\n)*found: gallery-1\n"),
+        ({"id": ["gallery-1"] * 2, "label": [1, 2]}, {}, "a repeated id(.|\n)*found: gallery-1\n"),
         ({"id": [1, 2], "label": [1, 2]}, {}, "expected: strings, as in the gallery's column name\n  found: integers"),
         (
             {"id": ["gallery-1", "gallery-2"], "label": [1, 2]},
             {"gallery__columns__id": None},
-            "names images by their ids, and the gallery has none",
+            "a probe sample needs a gallery with ids",
         ),
     ],
 )

@@ -113,12 +113,12 @@ def test_a_cluster_without_nodes_is_asked_for_them_and_waited_for(
     assert found == Pool(2, 2, 6, cpus=0.0, gpus=1.0)
     assert cluster.asked == [[{"GPU": 1.0}, {"GPU": 1.0}, {"CPU": LOAD_CPUS}, {"CPU": WRITE_CPUS}]]
     assert cluster.removed == 1
-    assert caplog.messages[0].startswith("waiting for nodes: 1.25 CPUs, 2 GPUs needed, 0 CPUs, 0 GPUs there")
+    assert caplog.messages[0].startswith("waiting for nodes: need 1.25 CPUs, 2 GPUs, have 0 CPUs, 0 GPUs")
     assert len(caplog.messages) == 2
 
 
 def test_a_cluster_that_gets_no_nodes_in_time_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Autoscaler(monkeypatch, brings={})
-    with pytest.raises(TransientError, match=r"no nodes have come in 0\.05 s"):
+    with pytest.raises(TransientError, match=r"no nodes came within 0\.05 s"):
         actor_pool(BackfillSettings(wait_seconds=0.05), "auto")
     assert cluster.removed == 1

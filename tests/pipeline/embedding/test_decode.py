@@ -162,7 +162,7 @@ def test_a_container_that_was_made_anew_gives_rejects_and_never_another_image(tm
     alone = write(tmp_path / "alone.png", images[1]) | {"etag": "of-another-one"}
     unknown = [place | {"etag": None} for place in planned]
     loaded = load(tmp_path, [*planned, alone, *unknown])
-    remedy = "make the manifest again, start beside with --new-run"
+    remedy = "make the manifest again, and start a new run with --new-run"
     assert said(loaded) == dict.fromkeys(range(6), f"fetch: container changed: {remedy}")
     assert not loaded.pixels[:6].any()
     assert loaded.changed == 1

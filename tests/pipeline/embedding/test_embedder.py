@@ -86,7 +86,7 @@ def test_memory_that_does_not_hold_the_smallest_batch_is_said(monkeypatch: pytes
         raise torch.OutOfMemoryError("too large")
 
     monkeypatch.setattr(found, "_network", full)
-    with pytest.raises(ConfigError, match="memory does not hold a batch"):
+    with pytest.raises(ConfigError, match="does not fit into the device's memory"):
         found.rates(PIXELS, [16, 32], seconds=60.0)
     assert found._batch_size == 16
 

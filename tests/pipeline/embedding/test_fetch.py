@@ -149,7 +149,7 @@ def test_the_bytes_of_a_parquet_column_are_counted_by_row_group(tmp_path: Path) 
 def test_a_column_that_is_not_there_is_a_reject(tmp_path: Path) -> None:
     pq.write_table(pa.table({"picture": [b"x"]}), tmp_path / "a.parquet")
     assert get([Place(f"{tmp_path}/a.parquet#pictures", None, None, 0)])[0] == (
-        "fetch: damaged: a Parquet file has no such column"
+        "fetch: damaged: a Parquet file lacks a column"
     )
 
 
@@ -331,7 +331,7 @@ def test_a_container_on_s3_that_was_made_anew_gives_rejects(bucket: str) -> None
     assert get(planned) == [first, second, first, second, first]
     write([second, first])
     put(alone, second)
-    remedy = "make the manifest again, start beside with --new-run"
+    remedy = "make the manifest again, and start a new run with --new-run"
     assert get(planned) == [f"fetch: container changed: {remedy}"] * 4 + [second]
 
 
@@ -350,7 +350,7 @@ def test_fetch_from_a_parquet_file_that_was_replaced_by_the_same_rows_in_another
     assert get(planned) == images
     parquet_place(tmp_path / "a.parquet", images[::-1])
     os.utime(tmp_path / "a.parquet", ns=(1, 1))
-    remedy = "make the manifest again, start beside with --new-run"
+    remedy = "make the manifest again, and start a new run with --new-run"
     assert get(planned) == [f"fetch: container changed: {remedy}"] * 2
 
 

@@ -144,7 +144,7 @@ def test_a_device_that_decodes_no_jpeg_is_tried_once_and_the_cpu_decodes(
         decoder = DeviceDecoder(SIZED, LIMITS, torch.device("cpu"))
         pixels = [decoder.decode([photograph(1, 200, 150)])[0] for _ in range(2)]
     assert [record.getMessage() for record in caplog.records] == [
-        "cpu decodes no JPEGs, the CPU does it all: not compiled with nvJPEG"
+        "cpu cannot decode JPEGs, the CPU will: not compiled with nvJPEG"
     ]
     for found in pixels:
         np.testing.assert_array_equal(found[0], decode_image(photograph(1, 200, 150), SIZED, LIMITS))

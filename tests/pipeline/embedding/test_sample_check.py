@@ -10,6 +10,7 @@ import pytest
 from pipeline.config.load import validate
 from pipeline.config.tree import Config, PreprocessSettings
 from pipeline.embedding.precompute import NUM_CHECKED, _places, check_readable
+from pipeline.embedding.stream import StreamSettings
 from pipeline.manifest.normalised import Manifest
 from pipeline.run import Run
 from pipeline.schema import manifest_schema
@@ -50,13 +51,15 @@ def test_images_are_taken_from_the_whole_manifest_each_once(run: Run, sizes: lis
 
 def test_sample_check_names_unreadable_images_with_place_and_reason(run: Run, tmp_path: Path) -> None:
     rows, settings = Manifest(SIZES, UNIT_ROWS, {}, ""), config(tmp_path)
-    tried, bad = check_readable(settings, run, "gallery", rows, settings.encoders.new.preprocess)
+    tried, bad = check_readable(run, "gallery", rows, settings.encoders.new.preprocess, StreamSettings.of(settings))
     assert tried == len(bad) == NUM_CHECKED
     assert bad[0] == f"{tmp_path}/0.png: fetch: missing"
     (tmp_path / "0.png").write_bytes(digits(1)[0][0])
     (tmp_path / "19.png").write_bytes(b"text")
-    tried, bad = check_readable(settings, run, "gallery", rows, settings.encoders.new.preprocess)
+    tried, bad = check_readable(run, "gallery", rows, settings.encoders.new.preprocess, StreamSettings.of(settings))
     assert len(bad) == tried - 1
     assert bad[-1] == f"{tmp_path}/19.png: decode: not an image"
-    tried, bad = check_readable(settings, run, "gallery", rows, PreprocessSettings(channels=1, size=9))
+    tried, bad = check_readable(
+        run, "gallery", rows, PreprocessSettings(channels=1, size=9), StreamSettings.of(settings)
+    )
     assert bad[0] == f"{tmp_path}/0.png: preprocess: wrong shape: 8x8, expected 9x9"

@@ -17,7 +17,7 @@ from pipeline.config.load import load_config
 from pipeline.config.tree import Config
 from pipeline.embedding import vector_log
 from pipeline.embedding.rejects import REJECT_REASONS
-from pipeline.embedding.stream import Work, embed_stream
+from pipeline.embedding.stream import StreamSettings, Work, embed_stream
 from pipeline.embedding.vector_log import VectorLog
 from pipeline.schema import UNITS, Unit, UnitAck
 from pipeline.storage import objects as storage
@@ -61,7 +61,7 @@ def run(config: Config, folder: str, units: list[pa.Table]) -> tuple[dict[int, U
     log = VectorLog(f"{folder}/embedded", f"{folder}/rejects", NEW_DIM, 2)
     storage.put(f"{folder}/units.parquet", parquet.parquet_bytes(UNITS, units))
     work = [Unit(1, number, f"{folder}/units.parquet", number, len(unit)) for number, unit in enumerate(units)]
-    acks = {ack.unit: ack for _, ack in embed_stream([Work(config.encoders.new, log, work)], config)}
+    acks = {ack.unit: ack for _, ack in embed_stream([Work(config.encoders.new, log, work)], StreamSettings.of(config))}
     return acks, log
 
 

@@ -114,7 +114,7 @@ def test_the_grace_time_counts_from_when_the_next_commit_was_created(tmp_path: P
         os.utime(whole.run.commit(number), (time.time() - 3600 * hours - 60,) * 2)
     found = collect_garbage(whole.run.uri, Rules(keep=1))
     assert found.commits == [0, 2]
-    assert found.kept[3] == ["the latest one within the grace time"]
+    assert found.kept[3] == ["was the newest snapshot less than 3600 s ago (--grace)"]
 
 
 def test_gc_without_a_promoted_commit_removes_none(tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_gc_killed_at_any_operation_is_finished_by_the_next_one(
 
 def test_a_removal_that_a_dead_gc_announced_does_not_block(tmp_path: Path) -> None:
     whole = published_run(tmp_path)
-    retention.change(whole.run, lambda now: replace(now, announced=(0, 2, 3)))
+    retention.change_removals(whole.run, lambda now: replace(now, announced=(0, 2, 3)))
     assert list_commits(whole.run) == list(range(LAST + 1))
     with Searcher(whole.run.uri, commit=2):
         assert read_removals(whole.run).announced == (0, 3)

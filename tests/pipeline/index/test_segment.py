@@ -288,8 +288,8 @@ def test_search_of_more_queries_than_one_call_takes_is_split(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("ids", "vectors", "message"),
     [
-        ([1, 2, 1], np.zeros((3, DIM)), "unique"),
-        ([1, -2, 3], np.zeros((3, DIM)), "not negative"),
+        ([1, 2, 1], np.zeros((3, DIM)), "repeated or negative"),
+        ([1, -2, 3], np.zeros((3, DIM)), "repeated or negative"),
         ([1, 2], np.zeros((3, DIM)), "one id per vector"),
         ([1, 2, 3], np.zeros((3, DIM + 1)), "wrong shape"),
         ([1, 2, 3], np.full((3, DIM), np.nan), "NaN or infinity"),

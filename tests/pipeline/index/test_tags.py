@@ -68,7 +68,7 @@ def test_commit_with_images_that_are_not_rejected_in_a_segment_of_rejects_is_ref
     segments = tuple(
         replace(ref, rejected=0) if ref.kind == "transformed" and ref.wave == 1 else ref for ref in commit.segments
     )
-    with pytest.raises(DataError, match="does not belong into commit 2"):
+    with pytest.raises(DataError, match="does not belong in commit 2"):
         commits.check_commit(replace(commit, segments=segments, counts=SegmentCounts.of(segments)), "commit")
 
 
@@ -81,7 +81,7 @@ def test_commit_keeps_its_calibration_to_the_last_bit() -> None:
 
 def test_commit_with_a_calibration_and_two_kinds_in_one_segment_is_refused() -> None:
     commit = replace(draft(2), calibration=Calibration((0.0, 1.0), (0.0, 2.0)))
-    with pytest.raises(DataError, match="does not belong into commit 2"):
+    with pytest.raises(DataError, match="does not belong in commit 2"):
         commits.check_commit(commit, "commit")
 
 
@@ -382,7 +382,7 @@ def test_rollback_pins_prod_until_the_next_promote(run: Run) -> None:
     writer.publish(draft(3))
     assert not auto_promote(run, 3)
     assert read_tag(run, "prod") == Tag(1, pinned=True)
-    with pytest.raises(Refused, match=r"\[0\]"):
+    with pytest.raises(Refused, match="one of the commits 0"):
         rollback(run)
     assert rollback(run, to=0) == Tag(0, pinned=True)
     for to in (0, 3):

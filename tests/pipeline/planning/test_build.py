@@ -12,15 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.tree import Config
+from pipeline.config.tree import BackfillSettings, Config
 from pipeline.errors import IncompatibleRun
 from pipeline.index import gc
 from pipeline.models.networks import TransformationNetwork
 from pipeline.models.transformation import TransformationInfo, save_transformation
 from pipeline.planning import build, score
 from pipeline.planning.plan import SCORED, Plan, dropped_files, read_plan, read_transformed
-from pipeline.planning.policy_inputs import PART, build_policy_inputs
-from pipeline.planning.score import ScoredPart, Scorer
+from pipeline.planning.policy_inputs import PART, HeldOutPairs, build_policy_inputs
+from pipeline.planning.score import ScoredPart, Scorer, ScoreSettings
 from pipeline.run import Run
 from pipeline.storage import objects, parquet
 from tests.support.in_process import plan_in_process, score_each
@@ -50,7 +50,7 @@ def scene(folder: Path) -> tuple[Config, Run]:
     torch.manual_seed(0)
     info = TransformationInfo(*widths, None, 8, False, "alignment", 0, 1, 10, 10, True, {})
     old, new, z = images.old, images.embedded, images.transformed
-    known_pairs = build_policy_inputs(old, z, images.uncertainty, new, None, None, "l2", 0)
+    known_pairs = build_policy_inputs(HeldOutPairs(old, z, images.uncertainty, new), None, "l2", 0)
     save_transformation(run, TransformationNetwork(*widths, 8), info, {PART: known_pairs.to_bytes()})
     for folder_name in ("plan", "transformed"):
         objects.delete(run.path(folder_name))
@@ -61,9 +61,9 @@ def in_two_threads(patch: pytest.MonkeyPatch, order: Iterable[int], drivers: lis
     """What each driver's `make_plan` gives; the second driver is on another processor."""
     plan_in_process(patch)
 
-    def score_gallery(config: Config, run: Run, folder: str) -> list[ScoredPart]:
+    def score_gallery(run: Run, folder: str, settings: ScoreSettings, _: BackfillSettings) -> list[ScoredPart]:
         kind = OtherProcessor if threading.current_thread() in others else Scorer
-        return score_each(kind(config, run, folder))
+        return score_each(kind(run, folder, settings))
 
     others: set[threading.Thread] = set()
 
@@ -107,13 +107,13 @@ def test_make_plan_slower_driver_that_rounds_differently_takes_the_plan_and_leav
         plan_in_process(patch)
         real = score.score_gallery
 
-        def meanwhile(config: Config, run: Run, folder: str) -> list[ScoredPart]:
+        def meanwhile(run: Run, folder: str, settings: ScoreSettings, backfill: BackfillSettings) -> list[ScoredPart]:
             if not before:
                 before.append({})
                 build.make_plan(config, run)
                 before[0] = content(run)
-                return score_each(OtherProcessor(config, run, folder))
-            return real(config, run, folder)
+                return score_each(OtherProcessor(run, folder, settings))
+            return real(run, folder, settings, backfill)
 
         patch.setattr(score, "score_gallery", meanwhile)
         plan = build.make_plan(config, run)

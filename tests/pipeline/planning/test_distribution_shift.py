@@ -52,7 +52,7 @@ def test_distribution_shift_of_errors_is_compared_with_chance() -> None:
 def test_distribution_shift_reports_each_finding_and_the_remedy_once() -> None:
     assert not DistributionShift(0.51, 0.004, 1.1, 0.05).warnings()
     said = DistributionShift(0.53, 0.004, 1.3, 0.02).warnings()
-    assert [sentence.split()[0] for sentence in said] == ["The", "The", "What"]
+    assert [sentence.split()[0] for sentence in said] == ["The", "The", "Figures"]
     assert "53.0%" in said[0]
     assert "1.30 (± 0.02)" in said[1]
     assert "probe.manifest" in said[2]

@@ -15,7 +15,7 @@ from pipeline.arrays import Float32, Int64
 from pipeline.config.method import POLICY_NAMES
 from pipeline.errors import ConfigError, DataError
 from pipeline.planning.policies import POLICIES, load_policy, missing, prioritise
-from pipeline.planning.policy_inputs import PolicyInputs, build_policy_inputs
+from pipeline.planning.policy_inputs import HeldOutPairs, PolicyInputs, build_policy_inputs
 from pipeline.planning.signals import Scored, signals
 from training.simulation.staleness_cost import fit_learned
 
@@ -40,8 +40,9 @@ def known(labelled: bool = True, classifier: bool = True) -> PolicyInputs:
     weight = rng.normal(size=(3, 3)).astype(np.float32), None
     old, z, s = pairs.old_embeddings, pairs.transformed, pairs.uncertainty
     labels = pairs.ids % 3 if labelled else None
-    names = [f"label {code}" for code in range(3)]
-    made = build_policy_inputs(old, z, s, new, labels, weight if classifier else None, "l2", 0, names)
+    names = tuple(f"label {code}" for code in range(3))
+    held_out = HeldOutPairs(old, z, s, new, labels, names)
+    made = build_policy_inputs(held_out, weight if classifier else None, "l2", 0)
     harm = np.square(new - z).sum(axis=1)
     made = fit_learned(pairs, made, harm, 0)
     return replace(made, group_names=("label 0", "label 1"), group_need=np.array([1, 0], np.float32))
@@ -256,7 +257,7 @@ def test_policy_without_its_inputs_is_refused(name: str, labelled: bool, classif
     if expected:
         with pytest.raises(ConfigError, match=f"expected: {expected.pop()}\n  where: plan.policy: {name}"):
             load_policy(name, 0, known(labelled, classifier))
-    with pytest.raises(ConfigError, match="expected: reference"):
+    with pytest.raises(ConfigError, match="expected: policy inputs"):
         load_policy(name, 0, None)
 
 

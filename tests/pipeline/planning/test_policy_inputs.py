@@ -14,7 +14,14 @@ from pipeline.knn import nearest
 from pipeline.models.networks import TransformationNetwork
 from pipeline.models.transformation import TransformationInfo, save_transformation
 from pipeline.planning import policy_inputs
-from pipeline.planning.policy_inputs import PART, PolicyInputs, build_policy_inputs, keys, load_policy_inputs
+from pipeline.planning.policy_inputs import (
+    PART,
+    HeldOutPairs,
+    PolicyInputs,
+    build_policy_inputs,
+    keys,
+    load_policy_inputs,
+)
 from pipeline.run import Run
 
 NUM, D_OLD, D_NEW, CLASSES = 60, 4, 3, 5
@@ -34,7 +41,7 @@ def build(labelled: bool = True, metric: str = "l2", classifier: bool = True, nu
     old, z, s, new, labels = pairs(num)
     weight = np.random.default_rng(1).normal(size=(CLASSES, D_NEW)).astype(np.float32)
     known = (weight, np.zeros(CLASSES, np.float32)) if classifier else None
-    return build_policy_inputs(old, z, s, new, labels if labelled else None, known, metric, 0)
+    return build_policy_inputs(HeldOutPairs(old, z, s, new, labels if labelled else None), known, metric, 0)
 
 
 def same(left: PolicyInputs, right: PolicyInputs) -> bool:
@@ -64,7 +71,7 @@ def test_a_reference_comes_back_bit_for_bit(labelled: bool) -> None:
 
 def test_other_bytes_are_refused() -> None:
     for data in (b"", b"x" * 100, build().to_bytes()[:-5]):
-        with pytest.raises(DataError, match="not what policies know of pairs"):
+        with pytest.raises(DataError, match="the policy inputs are damaged"):
             PolicyInputs.from_bytes(data)
 
 

@@ -17,8 +17,8 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.manifest.partition import Partition, write_part
 from pipeline.models.networks import TransformationNetwork
 from pipeline.models.transformation import TransformationInfo, save_transformation
-from pipeline.planning.policy_inputs import PART, build_policy_inputs
-from pipeline.planning.score import Scorer
+from pipeline.planning.policy_inputs import PART, HeldOutPairs, build_policy_inputs
+from pipeline.planning.score import Scorer, ScoreSettings
 from pipeline.run import Run
 from pipeline.storage import objects, parquet
 
@@ -41,14 +41,18 @@ def scene(folder: Path, weights: object = TRAFFIC, **plan: object) -> tuple[Conf
     write_part(run, "gallery", 0, part, config.gallery, 64, ".")
     info = TransformationInfo(D_OLD, D_NEW, None, 8, False, "alignment", 0, 1, 10, 10, True, {})
     new = np.random.default_rng(1).normal(size=(NUM, D_NEW)).astype(np.float32)
-    made = build_policy_inputs(OLD, new, new[:, 0], new + 1, np.arange(NUM) % 3, None, "l2", 0)
+    made = build_policy_inputs(HeldOutPairs(OLD, new, new[:, 0], new + 1, np.arange(NUM) % 3), None, "l2", 0)
     torch.manual_seed(0)
     save_transformation(run, TransformationNetwork(D_OLD, D_NEW, 8), info, {PART: made.to_bytes()})
     return config, run
 
 
+def settings_of(config: Config) -> ScoreSettings:
+    return ScoreSettings(config.plan, config.seed, config.encoders, config.device)
+
+
 def priorities(config: Config, run: Run) -> np.ndarray:
-    scorer = Scorer(config, run, "scored")
+    scorer = Scorer(run, "scored", settings_of(config))
     uri = run.part("scored", 0)
     for _ in range(2):  # the second time it is there already
         found = scorer({"id": np.array([0])})
@@ -84,4 +88,4 @@ def test_traffic_that_is_no_weight_is_refused_with_its_row(tmp_path: Path, bad: 
 def test_score_with_a_policy_without_its_inputs_is_refused_before_any_part(tmp_path: Path) -> None:
     config, run = scene(tmp_path, policy="entropy")
     with pytest.raises(ConfigError, match="expected: classifier"):
-        Scorer(config, run, "scored")
+        Scorer(run, "scored", settings_of(config))

@@ -82,7 +82,7 @@ def test_the_files_of_a_wave_hold_each_unit_where_the_plan_says(tmp_path: Path) 
     wave = rows(2 * count - 1, 0, 20)
     whole = parquet.parquet_bytes(UNITS, [rows(5, 99, 3), wave])
     storage.put(run.part("transformed", 0), whole)
-    build.cut_wave(run, 1, Wave(2, wave.num_rows, count), range(1, 2), 2)
+    build.cut_wave(run, 1, 2, (Wave(2, wave.num_rows, count), range(1, 2)))
     plan = Plan("random", 0, wave.num_rows, 1, 1, 4, 2, (Wave(1, 1, 0), Wave(2, wave.num_rows, count)), "f")
     units = list(plan.units(run))
     found = [parquet.read_parquet(unit.rows_uri, UNITS.names, [unit.row_group]) for unit in units]

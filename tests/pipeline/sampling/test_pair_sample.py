@@ -51,13 +51,13 @@ def config_with(pairs: dict[str, object]) -> Config:
     [(10**9, 20_000), (100_000, 20_000), (20_000, 4000), (600, 120), (320, 64), (200, 64), (100, 50), (64, 32), (1, 0)],
 )
 def test_size_auto_is_a_fifth_of_a_gallery_and_more_of_a_tiny_one(gallery: int, images: int) -> None:
-    assert num_from_gallery(config_with({}), gallery) == images
-    assert num_from_gallery(config_with({"manifest": "x", "columns": {}}), gallery) == 0
+    assert num_from_gallery(config_with({}).pairs, gallery) == images
+    assert num_from_gallery(config_with({"manifest": "x", "columns": {}}).pairs, gallery) == 0
 
 
 def test_size_auto_leaves_the_probe_sample_of_the_user_alone_and_a_count_is_what_it_says() -> None:
-    assert num_from_gallery(config_with({}), 600, num_probe=580) == 20
-    assert num_from_gallery(config_with({"manifest": "x", "columns": {}, "from_gallery": 70}), 600) == 70
+    assert num_from_gallery(config_with({}).pairs, 600, num_probe=580) == 20
+    assert num_from_gallery(config_with({"manifest": "x", "columns": {}, "from_gallery": 70}).pairs, 600) == 70
 
 
 def test_draw_takes_the_same_images_however_the_gallery_is_ordered(tmp_path: Path) -> None:
@@ -177,5 +177,8 @@ def test_new_embeddings_that_came_with_the_gallery_are_those_of_the_images(tmp_p
 def test_an_image_without_an_embedding_is_named(tmp_path: Path) -> None:
     config, run = scene(tmp_path, known(300))
     draw(config, run)
-    with pytest.raises(DataError, match=r"no embedding any more(.|\n)*1 are missing, such as 12345678"):
+    with pytest.raises(
+        DataError,
+        match=r"the embedding of an image(.|\n)*is missing(.|\n)*1 are missing, such as 12345678",
+    ):
         read_new(run, np.array([12345678]))

@@ -66,8 +66,8 @@ def test_read_sample_ignores_a_file_without_rows(tmp_path: Path) -> None:
         ({"id": ["7", None], "label": [1, 1]}, "an id is null"),
         ({"id": [7, -1], "label": [1, 1]}, r"an id is negative\n(.*\n)*  where: .*row 1"),
         ({"id": np.array([2**63, 1], np.uint64), "label": [1, 1]}, "an id does not fit int64"),
-        ({"id": [4, 4], "label": ["a", "b"]}, r"more than once\n  expected: unique ids\n  found: 4\n"),
-        ({"id": list("abcdabcd"), "label": [1] * 8}, r"more than once\n(.*\n)*  found: a, b, c, \.\.\.\n"),
+        ({"id": [4, 4], "label": ["a", "b"]}, r"a repeated id\n  expected: unique ids\n  found: 4\n"),
+        ({"id": list("abcdabcd"), "label": [1] * 8}, r"a repeated id\n(.*\n)*  found: a, b, c, \.\.\.\n"),
         (
             {"id": [4], "label": ["a"]},
             "too few images\n  expected: 2 to 200,000\n  found: 1\n  where: probe.manifest: ",
@@ -104,5 +104,5 @@ def test_ids_are_of_the_kind_of_the_gallery_s(tmp_path: Path) -> None:
     check_kind(found, "name", integers=True)
     with pytest.raises(DataError, match=r"expected: strings, as in the gallery's column name\n  found: integers"):
         check_kind(found, "name", integers=False)
-    with pytest.raises(DataError, match=r"the gallery has none(.|\n)*gallery\.columns\.id"):
+    with pytest.raises(DataError, match=r"needs a gallery with ids(.|\n)*gallery\.columns\.id"):
         check_kind(found, None, integers=True)

@@ -216,7 +216,7 @@ def test_searcher_without_a_tag_or_commit_is_refused_with_the_existing_ones(tmp_
     with pytest.raises(DataError, match="no tag 'prod'"):
         Searcher(whole.run.uri)
     whole.publish(0)
-    with pytest.raises(DataError, match=r"commits that are there: 0") as caught:
+    with pytest.raises(DataError, match=r"existing commit: 0") as caught:
         Searcher(whole.run.uri)
     assert "candidate" in str(caught.value)
     with pytest.raises(DataError, match=r"(?s)no tag 'live'.*found: candidate"):

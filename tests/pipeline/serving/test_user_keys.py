@@ -10,7 +10,7 @@ import pyarrow as pa
 from pipeline.run import Run
 from pipeline.schema import MANIFEST
 from pipeline.serving import user_keys as module
-from pipeline.serving.user_keys import Keys
+from pipeline.serving.user_keys import UserKeys
 from pipeline.storage import objects, parquet
 
 PART = 10
@@ -30,7 +30,7 @@ def write_gallery(run: Run, num_parts: int) -> None:
 def test_keys_of_many_parts_are_found_with_few_of_them_in_memory(tmp_path: Path) -> None:
     run, num_parts = Run(str(tmp_path)), module._PARTS_IN_MEMORY + 3
     write_gallery(run, num_parts)
-    keys = Keys(run)
+    keys = UserKeys(run)
     ids = np.random.default_rng(0).permutation(num_parts * PART).reshape(-1, 2)
     assert keys.of(ids).tolist() == [[f"key {item}" for item in row] for row in ids]
     assert keys.strings(ids[:, 0]).to_pylist() == [f"key {item}" for item in ids[:, 0]]
@@ -40,7 +40,7 @@ def test_keys_of_many_parts_are_found_with_few_of_them_in_memory(tmp_path: Path)
 def test_keys_read_only_the_parts_that_hold_the_ids(tmp_path: Path) -> None:
     run = Run(str(tmp_path))
     write_gallery(run, 4)
-    keys = Keys(run)
+    keys = UserKeys(run)
     assert keys.exist
     for part in (0, 1, 3):
         objects.put(run.part("gallery", part), b"damaged")

@@ -17,7 +17,7 @@ from pipeline.evaluation.simulated_curve import (
     simulate_curve,
 )
 from pipeline.planning.policies import load_policy
-from pipeline.planning.policy_inputs import PolicyInputs, build_policy_inputs
+from pipeline.planning.policy_inputs import HeldOutPairs, PolicyInputs, build_policy_inputs
 from pipeline.planning.signals import Scored
 from training.simulation.staleness_cost import _Ranking, _Side, fit_learned, staleness_cost
 
@@ -107,7 +107,7 @@ def learn(seed: int = 0) -> tuple[PolicyInputs, Scored]:
     old, z, new, labels, off = gallery()
     none = np.full(len(z), None, object)
     scored = Scored(np.arange(len(z)), off[::-1].copy(), z, old, none, none)
-    known = build_policy_inputs(old, z, scored.uncertainty, new, labels, None, "l2", seed)
+    known = build_policy_inputs(HeldOutPairs(old, z, scored.uncertainty, new, labels), None, "l2", seed)
     return fit_learned(scored, known, staleness_cost(z, new, labels, "l2", seed), seed), scored
 
 
