@@ -104,6 +104,7 @@ def estimate(rates: Rates, images: int, waves: int, largest_pool: int, prices: T
 
 
 def best_batch(forward: Mapping[int, float]) -> int:
+    """The smallest batch size that is about as fast as the fastest."""
     most = max(forward.values())
     return min(size for size, rate in forward.items() if rate >= _WITHIN * most)
 

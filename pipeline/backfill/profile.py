@@ -124,6 +124,7 @@ def _measure_alone(config: settings.Config, rows: list[pa.Table], seconds: float
 
 
 def batch_sizes(largest: int) -> list[int]:
+    """The batch sizes to measure: none larger than a unit."""
     return [size for size in _BATCHES if size <= largest] or [largest]
 
 

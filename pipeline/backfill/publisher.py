@@ -56,6 +56,7 @@ class Publisher:
 
     @property
     def waiting(self) -> int:
+        """Waves that were submitted and are not published yet."""
         return sum(not future.done() for future in self._futures)
 
     @property
@@ -86,6 +87,7 @@ class Publisher:
         return self._futures[-1]
 
     def submit_all(self, waves: Iterable[int]) -> None:
+        """Publish some waves, in order."""
         for wave in waves:
             self.submit(wave)
 

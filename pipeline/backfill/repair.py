@@ -39,12 +39,16 @@ _RESTORE = "It cannot be made again: restore the file from a copy of the run or 
 
 @dataclass(frozen=True, slots=True)
 class Left:
+    """A file that was not repaired, and why or what to do."""
+
     where: str
     why: str
 
 
 @dataclass(slots=True)
 class Repair:
+    """The result of a repair."""
+
     rebuilt: list[str] = field(default_factory=list)  # files made again, to the bytes that a commit or the plan names
     moved: list[str] = field(default_factory=list)  # damaged files, at their new places
     embed_again: list[tuple[int, int]] = field(default_factory=list)  # (wave, unit) of the vector log
@@ -71,6 +75,7 @@ def repair(config: Config, run: Run, plan: Plan, problems: Iterable[Problem]) ->
 
 
 def units_of(run: Run, plan: Plan, done: Repair) -> list[Unit]:
+    """The units that have to be embedded again."""
     wanted = set(done.embed_again)
     return [unit for unit in plan.units(run) if (unit.wave, unit.unit) in wanted]
 

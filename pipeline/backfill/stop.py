@@ -30,6 +30,8 @@ _FORM = re.compile(r"\s*(\w+)\s*>=\s*(\d+(?:\.\d+)?)\s*(?:\*\s*(full)\s*)?")
 
 @dataclass(frozen=True, slots=True)
 class Condition:
+    """One expression of `--stop-when`."""
+
     text: str  # as it was given
     figure: Figure  # the figure that is compared
     limit: float  # a value, or a share of the full new model's

@@ -83,6 +83,7 @@ def curve(config: Config, run: Run, *, published: bool = True, on_progress: OnPr
 
 
 def read_curve(run: Run) -> Json | None:
+    """The curve that was computed last, or None."""
     stored = _read(run)
     return None if stored is None else cast(Json, stored["curve"])
 

@@ -34,6 +34,8 @@ _CHANCE = 0.001  # a sound wave has so few intact vectors with this probability
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
+    """One check that a snapshot failed."""
+
     check: str  # `held_out`, `old_old`, `new_old`, `fall`, `own`, or the figure that is beyond its limit
     sentence: str  # the figures and the limit
     mends: bool = False  # the waves that follow may mend it, so the backfill goes on
@@ -44,6 +46,8 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
+    """The earlier snapshots that one is compared with."""
+
     served: int | None = None  # the commit that `prod` serves; None if it serves none or a later one
     measured: tuple[Quality, ...] = ()  # the served, the best served and the one before, each once
 

@@ -37,6 +37,7 @@ class Metrics:
     average_precision: Float64
 
     def as_dict(self) -> dict[str, float]:
+        """`{"top1":, "top5":, "map":}` in per cent."""
         return {"top1": self.top1, "top5": self.top5, "map": self.map}
 
 
@@ -138,4 +139,5 @@ def nearest_rows(queries: Float32, gallery: Float32, own: Int64, metric: str) ->
 
 
 def no_scores(*shape: int) -> tuple[Int32, Float64]:
+    """Ranks 0 and precisions NaN, for queries that are not scored yet."""
     return np.zeros(shape, np.int32), np.full(shape, np.nan)

@@ -53,6 +53,7 @@ class Neighbours:
 
     @classmethod
     def none(cls, num_queries: int, k: int = NEIGHBOURS) -> Neighbours:
+        """No neighbours at all."""
         shape = (num_queries, k)
         return cls(
             np.full(shape, -1, np.int64),

@@ -51,6 +51,7 @@ class QualityBaseline:
 
     @property
     def figures(self) -> ProbeFigures:
+        """The old model's figures."""
         return top(self.old) | full_model_recall10(self.old_recalled, self.num_neighbours)
 
 
@@ -104,6 +105,7 @@ def _error(known: QualityBaseline, start: Quality, left: float, k: int) -> float
 
 
 def read_baseline(run: Run) -> QualityBaseline | None:
+    """The stored baseline, or None."""
     found = objects.read_versioned(_reference_uri(run))
     return from_json(QualityBaseline, found[0], _reference_uri(run)) if found else None
 
@@ -116,10 +118,12 @@ def read_quality(run: Run, commit: int) -> Quality | None:
 
 
 def read_all_quality(run: Run) -> list[Quality]:
+    """The quality of all measured commits, ascending."""
     return [read_file(uri) for uri in files(run)]
 
 
 def files(run: Run) -> list[str]:
+    """The quality files of all measured commits, sorted."""
     return objects.list_files(run.path("reports", PROBE_SET), ".json")
 
 
@@ -166,10 +170,12 @@ def keep_best(run: Run, commit: int, before: int | None, anew: bool = False, che
 
 
 def write_baseline(run: Run, made: QualityBaseline) -> None:
+    """Store the baseline."""
     objects.put(_reference_uri(run), to_json(made))
 
 
 def write_quality(run: Run, made: Quality) -> None:
+    """Store the quality of a commit."""
     objects.put(_quality_uri(run, made.commit), to_json(made))
 
 

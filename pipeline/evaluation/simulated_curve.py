@@ -72,6 +72,8 @@ class CurveInputs:
 
 @dataclass(frozen=True, slots=True)
 class CurveOptions:
+    """How a curve is simulated."""
+
     points: int = 22  # P, at least 2
     metric: str = "l2"  # l2, ip or cosine
     self_match: bool = False  # query i is gallery row i, which does not count for it

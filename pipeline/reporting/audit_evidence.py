@@ -53,6 +53,7 @@ class Notes:
     checked: Counter[str] = field(default_factory=Counter)
 
     def problem(self, kind: str, where: str, expected: object, found: object) -> None:
+        """Note a problem."""
         self.problems.append(Problem(kind, where, str(expected), str(found)))
 
     def attempt(self, kind: str, where: str, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
@@ -252,6 +253,7 @@ def _parquet_in(folder: str) -> list[str]:
 
 
 def unit_files(folder: str) -> dict[int, list[str]]:
+    """The parts below the folder of a log, by wave."""
     found: dict[int, list[str]] = {}
     for (wave, _), uri in vector_log.part_files(folder).items():
         found.setdefault(wave, []).append(uri)
@@ -267,6 +269,7 @@ def reject_files(log: VectorLog) -> dict[int, list[str]]:
 
 
 def filled(part: PlannedPart) -> NDArray[np.int64]:
+    """The keys of the row groups that have rows."""
     keys: NDArray[np.int64] = part.keys[part.keys[:, 0] != _EMPTY]
     return keys
 

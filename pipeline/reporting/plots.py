@@ -176,6 +176,7 @@ def colour_of(order: str, chosen: str) -> str:
 
 
 def css_variable(colour: str) -> str:
+    """The name of the CSS variable that a colour stands for."""
     return f"var(--{_COLOURS[colour]})"
 
 

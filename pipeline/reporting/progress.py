@@ -37,6 +37,7 @@ class Reading:
     seconds: float = 0.0
 
     def plus(self, ack: UnitAck, seconds: float) -> Reading:
+        """Add a unit."""
         return Reading(
             self.images + ack.embedded + ack.rejected,
             self.requests + ack.requests,
@@ -48,6 +49,7 @@ class Reading:
         )
 
     def with_driver(self, retries: int) -> Reading:
+        """Add the driver's own retries."""
         return replace(self, retries=self.retries + retries)
 
     def __str__(self) -> str:

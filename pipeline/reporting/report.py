@@ -131,6 +131,7 @@ def gather_report(config: Config, run: Run) -> ReportData:
 
 
 def render(data: ReportData) -> str:
+    """The page as HTML."""
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # fonts are the browser's
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = lambda value: f"{value:,.0f}"
@@ -156,6 +157,7 @@ def write_report(config: Config, run: Run) -> str:
 
 
 def page_uri(run: Run) -> str:
+    """The URI of the page."""
     return run.path("reports", "report.html")
 
 

@@ -180,6 +180,7 @@ def serve(settings: TelemetrySettings) -> str:
 
 
 def observe_unit(ack: UnitAck) -> None:
+    """Count one acknowledged unit."""
     UNITS.inc()
     IMAGES_EMBEDDED.inc(ack.embedded)
     LOG_BYTES.inc(ack.part_bytes)
@@ -227,6 +228,7 @@ def observe_progress(progress: Progress, waiting_waves: int = 0) -> None:
 
 
 def observe_commit(commit: Commit) -> None:
+    """Set the figures of the latest commit."""
     PUBLISHED_AT.set(commit.created_unix_seconds)
     INDEX_VECTORS.labels("transformed").set(commit.counts.transformed)
     INDEX_VECTORS.labels("embedded").set(commit.counts.embedded)
@@ -269,6 +271,7 @@ def observe_held_out(held_out: Mapping[str, float | Mapping[str, float]]) -> Non
 
 
 def observe_epoch(figures: Mapping[str, float]) -> None:
+    """Set the figures of one epoch of the fit."""
     FIT_EPOCH.set(figures["epoch"] + 1)
     FIT_EPOCHS.set(figures["epochs"])
     FIT_LOSS.set(figures["loss"])

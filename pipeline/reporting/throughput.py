@@ -26,6 +26,7 @@ class Throughput:
 
     @property
     def per_second(self) -> float:
+        """Images per second of embedding."""
         return self.images / max(self.seconds - self.idle_seconds, 1e-6)
 
 
