@@ -89,7 +89,7 @@ def assert_one_message(result: Result, where: Path | str) -> None:
     assert result.exit_code == 1, result.output
     assert "error: the disk is full" in result.stderr
     assert f"where: {where}" in result.stderr
-    assert "what to do: free space there" in result.stderr
+    assert "what to do: free disk space" in result.stderr
     assert "Traceback" not in result.output
 
 

@@ -196,7 +196,7 @@ def test_ranks_share_steps_and_split_the_batch(tmp_path: Path) -> None:
 
 def test_a_classifier_of_another_shape_is_refused(tmp_path: Path) -> None:
     data = replace(synthetic_fit_data(tmp_path), classifier=(np.zeros((CLASSES, D_OLD), np.float32), None))
-    with pytest.raises(DataError, match="classifier does not fit"):
+    with pytest.raises(DataError, match="does not match the training pairs"):
         fit_job(fit_config(tmp_path), data)
 
 
@@ -241,7 +241,7 @@ def test_a_snapshot_cut_short_by_a_crash_is_dropped(tmp_path: Path, caplog: pyte
     with caplog.at_level(logging.WARNING):
         trainer._drop_broken_snapshot(str(tmp_path))
     assert not tmp_path.exists()
-    assert "from the first epoch" in caplog.text
+    assert "starting again at the first epoch" in caplog.text
 
 
 @pytest.mark.slow

@@ -145,7 +145,9 @@ def test_expected_curve_of_pairs_without_labels_takes_its_shape_from_the_probe_s
     assert list(found) == ["top1", "top5", "map"]
     probe = load(run)
     assert probe is not None
-    own = _own(config, run, plan, probe, np.flatnonzero(probe.labels >= 0))
+    rows = np.flatnonzero(probe.labels >= 0)
+    labelled = Labelled(probe.ids[rows], probe.new[rows], probe.labels[rows])
+    own = _own(run, plan, labelled, probe.transformed[rows], config.gallery.metric)
     for name, curve in found.items():
         mine, fractions = own[name].mean(axis=0), curve.fractions
         bend = mine - mine[0] - fractions * (mine[-1] - mine[0])
@@ -190,13 +192,13 @@ def test_forecast_of_a_partly_labelled_gallery_uses_the_labelled_images_and_says
     some: list[Any] = [label if row % 2 else None for row, label in enumerate(labels_of(images))]
     config, run, plan = planned(tmp_path, replace(images, labels=some))
     found = expected_curve(config, run, plan)
-    assert represented(found) == "750 of its images (only these have labels)"
+    assert represented(found) == "750 of the gallery's images (only these have labels)"
     assert expected_curve(config, run, plan).notes == found.notes, "stored with the curve"
     objects.delete(run.path("reports", "expected.json"))
     found = expected_curve(limited(config, 400), run, plan)
     sample = found.curves["top1"].sample
     assert 300 < sample <= 400
-    assert represented(found) == f"{sample} of its images (evaluate.max_images, of the 750 that have labels)"
+    assert represented(found) == f"{sample} of the gallery's images (evaluate.max_images, of the 750 that have labels)"
 
 
 def test_forecast_note_of_an_older_version_without_a_reason_names_the_limit(tmp_path: Path) -> None:
@@ -281,7 +283,7 @@ def test_expected_curve_reuses_the_selection_s_curves_only_for_the_same_order(
     bend = curve - np.linspace(curve[0], curve[-1], 22)
     share = 200 / (200 + 2000)  # of the probe set's own bend, which is no more than some points
     assert (bend.min() == pytest.approx(-40 * (1 - share), abs=2)) == (not changes)
-    assert ["pairs do not have" in note for note in found.notes] == [True] * ("traffic" in changes)
+    assert ["ignores `plan.traffic`" in note for note in found.notes] == [True] * ("traffic" in changes)
 
 
 def test_probe_set_backfill_equals_embedding_it_piece_by_piece(tmp_path: Path) -> None:
@@ -290,7 +292,8 @@ def test_probe_set_backfill_equals_embedding_it_piece_by_piece(tmp_path: Path) -
     probe = gather(config.probe, config.encoders, run, plan)
     assert probe is not None
     rows = np.flatnonzero(probe.labels >= 0)
-    found = _own(config, run, plan, probe, rows)
+    labelled = Labelled(probe.ids[rows], probe.new[rows], probe.labels[rows])
+    found = _own(run, plan, labelled, probe.transformed[rows], config.gallery.metric)
     order = np.argsort(-probe.uncertainty[rows], kind="stable")
     labels = probe.labels[rows]
     for point in (0, 4, 11, 21):

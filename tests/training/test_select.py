@@ -212,7 +212,9 @@ def test_select_on_a_partly_labelled_probe_set_measures_the_labelled_images(
     table = sample_of(data, 400)
     names = [name if row % 3 else None for row, name in enumerate(table["label"].to_pylist())]
     probed(monkeypatch, table.set_column(1, "label", pa.array(names)))
-    sample = selecting._sample(settings_of(config, data), selecting.probe_set.embedded(config, Run(config.run)))
+    sample = selecting._sample(
+        settings_of(config, data), selecting.probe_set.embedded(config.probe, config.encoders, Run(config.run))
+    )
     found = selecting._measured(sample, config.select)
     assert len(found.old) == sum(name is not None for name in names)
     few = [name if row % 8 == 0 else None for row, name in enumerate(table["label"].to_pylist())]
