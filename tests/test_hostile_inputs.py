@@ -187,7 +187,7 @@ def test_manifest_mutated_parquet_is_parts_or_one_error(tmp_path: Path) -> None:
         source = settings.ManifestSettings(manifest=uri, columns=columns)
         digest(source)
         for number, part in enumerate(scan(source, {"old_embedding": 4})):
-            write_part(run, "gallery", number, part, source, 8, "/data")
+            write_part(run.part("gallery", number), part, source, 8, "/data")
         piece = SourceSplit("parquet", (uri,), str(tmp_path), objects.stat(uri).etag)
         index_parquet(piece, options, SplitWriter(str(tmp_path / "manifest"), piece, options))
 

@@ -57,7 +57,7 @@ def _offset(job: Job, classifier: LinearClassifier | None, z: Float32, s: Float3
     kind, strength = job.fit.offset, job.fit.offset_strength
     if kind == "none":
         return None
-    return offsets.fit_offset(kind, strength, z, s, pairs.new, classifier, job.metric)
+    return offsets.fit_offset(kind, strength, offsets.HeldOutPairs(z, s, pairs.new), classifier, job.metric)
 
 
 def _unseen(job: Job, pairs: PairArrays, served: Float32) -> tuple[Float32, Float32]:

@@ -106,7 +106,8 @@ def fitted(config: Config, images: Images, seed: int, folder: Path) -> Fitted:
     served, transformed = known.z, mine.z
     if config.fit.offset != "none":
         kind, strength = config.fit.offset, config.fit.offset_strength
-        offset = offsets.fit_offset(kind, strength, known.z, known.s, known.pairs.new, known.classifier, "l2")
+        pairs = offsets.HeldOutPairs(known.z, known.s, known.pairs.new)
+        offset = offsets.fit_offset(kind, strength, pairs, known.classifier, "l2")
         served, transformed = offset.apply(known.z, known.s), offset.apply(mine.z, mine.s)
     reference = policy_inputs_of(known, served, groups_of(images.table), None, "l2", config.seed)
     calibration = fit_calibration(served, known.pairs.new, "l2", config.seed) if config.fit.calibrate else None

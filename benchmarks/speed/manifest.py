@@ -154,7 +154,7 @@ def plan(folder: str, source: str) -> int:
     run = Run(found.run)
     with measured("plan: normalise, ids from keys"):
         start_ray()
-        normalised.normalise(run, "gallery", found.gallery, {}, config.unit_images(found))
+        normalised.normalise(run, "gallery", found.gallery, {}, found.unit_images)
     info = TransformationInfo(DIM, DIM, None, 64, False, "alignment+uncertainty", 0, 1, 1, 1, True)
     torch.manual_seed(0)
     save_transformation(run, info.network().eval(), info)

@@ -118,7 +118,7 @@ class Case:
 
     def units(self) -> list[Unit]:
         """The gallery as units of work, whose places are in a Parquet file."""
-        size = settings.unit_images(self.config)
+        size = self.config.unit_images
         rows = [{"id": number, "uri": uri, "row": row} for number, (uri, row) in enumerate(self.places())]
         pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
         uri = str(self.folder / "units.parquet")

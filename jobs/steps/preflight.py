@@ -23,7 +23,6 @@ def check_settings(config: Config, dims: dict[str, int]) -> None:
     Raises:
         ConfigError, DataError: one of them cannot be used.
     """
-    from pipeline.config.tree import sources
     from pipeline.manifest import normalised
     from pipeline.models.device import resolve_device
     from pipeline.models.encoder import load_encoder
@@ -31,7 +30,7 @@ def check_settings(config: Config, dims: dict[str, int]) -> None:
     from training.fitting.pairs import num_training
 
     _check_sources(config)
-    given = sources(config)
+    given = config.sources
     rows = {name: sum(part.num_rows for part in normalised.scan(item, dims)) for name, item in given.items()}
     images, sample = rows["gallery"], _check_sample(config.probe, config.gallery)
     check_widths(given, {name: normalised.widths(item) for name, item in given.items()})
@@ -107,12 +106,11 @@ def _check_from_gallery(config: Config, images: int, given: int, sample: Sample 
         ConfigError: the gallery has too few images for that.
         DataError: they are too few for a fit, together with the pairs of the manifest.
     """
-    from pipeline.config.tree import num_from_gallery
     from pipeline.errors import ConfigError
     from training.fitting.pairs import check_enough
 
     probed = 0 if sample is None else len(sample.rows)
-    wanted, most = num_from_gallery(config.pairs, images, probed), min(images // 2, images - probed)
+    wanted, most = config.pairs.num_from_gallery(images, probed), min(images // 2, images - probed)
     if wanted > most:
         raise ConfigError(
             "pairs.from_gallery is larger than the gallery allows",
@@ -158,12 +156,11 @@ def _check_sample(probe: ProbeSettings, gallery: GallerySettings) -> Sample | No
 
 def _check_policy(config: Config) -> None:
     """Check that the policy exists and that its inputs will; what `selected` means is known after the fit."""
-    from pipeline.config.tree import pair_roles
     from pipeline.errors import ConfigError
     from pipeline.planning.policies import POLICIES, load_policy
     from training.fitting.losses import needs_classifier
 
-    plan, gallery, pairs = config.plan, config.gallery.columns, pair_roles(config)
+    plan, gallery, pairs = config.plan, config.gallery.columns, config.pair_roles
     columns = _columns_of_pairs(config.pairs)
     boosted = plan.group_boost > 0
     needs = POLICIES[plan.policy].needs if plan.policy in POLICIES else frozenset[str]()
@@ -227,18 +224,17 @@ def _check_selected(config: Config, images: int, sample: Sample | None) -> None:
 
 def _check_sources(config: Config) -> None:
     """Check that images, embeddings, side information and labels are given as the settings need them."""
-    from pipeline.config.tree import pair_roles, sources
     from pipeline.errors import ConfigError
     from training.fitting.losses import needs_labels
 
-    gallery, pairs, roles = config.gallery.columns, config.pairs.columns, pair_roles(config)
+    gallery, pairs, roles = config.gallery.columns, config.pairs.columns, config.pair_roles
     if gallery.image is None and gallery.uri is None:
         raise ConfigError(
             "the gallery has no column of images",
             expected="image (bytes) or uri",
             where="gallery.columns",
         )
-    for name, source in sources(config).items():
+    for name, source in config.sources.items():
         if source.columns.old_embedding is None and config.encoders.old is None:
             raise ConfigError(
                 f"the {name} has no old embeddings, and there is no old encoder to compute them",

@@ -32,14 +32,13 @@ def open_run(config: Config, bars: Bars) -> Run:
     """
     from jobs.steps.preflight import check_images, check_settings, check_widths
     from pipeline.config.identity import check_resumable, start, weight_fingerprints
-    from pipeline.config.tree import sources, unit_images
     from pipeline.manifest import normalised
     from pipeline.planning.plan import read_plan
     from pipeline.run import Run
     from pipeline.storage.objects import check
 
     check(config.run)
-    given = sources(config)
+    given = config.sources
     fingerprints = weight_fingerprints(config) | {name: normalised.digest(source) for name, source in given.items()}
     check_resumable(config, fingerprints)
     run = Run(config.run)
@@ -52,7 +51,7 @@ def open_run(config: Config, bars: Bars) -> Run:
     rows = {}
     for name, source in given.items():
         with bars.step(f"check the {name}"):
-            rows[name] = normalised.normalise(run, name, source, dims, unit_images(config), config.data_root)
+            rows[name] = normalised.normalise(run, name, source, dims, config.unit_images, config.data_root)
             if not planned:
                 check_images(config, run, name, rows[name])
     check_widths(given, {name: item.dims for name, item in rows.items()})

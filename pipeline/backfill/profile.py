@@ -118,7 +118,7 @@ def _measure_alone(config: settings.Config, rows: list[pa.Table], seconds: float
             found=f"{count} rejects",
             where=f"{rows[0]['uri'][0]} and others of the plan",
         )
-    sizes = batch_sizes(embedder.largest_batch(settings.unit_images(config)))
+    sizes = batch_sizes(embedder.largest_batch(config.unit_images))
     forward = embedder.rates(np.stack(good), sizes, seconds / 2)
     return _Alone(count / spent["fetch"], count / spent["decode"], forward, str(embedder.device))
 

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from pipeline.config import user_functions
+from pipeline.config.method import FitSettings, PlanSettings
 from pipeline.config.tree import Config, EncoderSettings
 from pipeline.errors import DataError, IncompatibleRun
 from pipeline.run import Run
-from pipeline.storage import documents, objects
+from pipeline.storage import documents, interface, objects
 
 # Settings that decide how, where or how fast, and not what comes out. Input paths are here as well:
 # what lies there is compared by its fingerprint, so that a copy of the data continues the run.
@@ -105,7 +106,7 @@ def start(config: Config, fingerprints: dict[str, str]) -> Run:
     settings = _settings(config, fingerprints)
     try:  # equal bytes are the same run, whoever starts it: no attempt id
         objects.put_if_absent(run.settings, documents.encode(settings))
-    except objects.AlreadyExists:
+    except interface.AlreadyExists:
         check_resumable(config, fingerprints)
     return run
 
@@ -155,7 +156,7 @@ def _as_of_now(tree: dict[str, Any]) -> None:
 
 def stage_settings(config: Config, name: str) -> Identity:
     """What decides the outcome of a stage, apart from what is fixed when the run starts."""
-    prints = _classifier_fingerprint(config) if name == "fit" else _policy_fingerprint(config)
+    prints = _classifier_fingerprint(config.fit) if name == "fit" else _policy_fingerprint(config.plan)
     return STAGES[name].of(_identity(_settings(config, prints)))
 
 
@@ -172,7 +173,7 @@ def fix_settings(run: Run, name: str, settings: Identity) -> None:
     """
     try:
         objects.put_if_absent(run.path(STAGES[name].settings), documents.encode(settings))
-    except objects.AlreadyExists:
+    except interface.AlreadyExists:
         check_settings_of(run, name, settings)
 
 
@@ -233,7 +234,7 @@ def weight_fingerprints(config: Config) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, encoder in (("old", config.encoders.old), ("new", config.encoders.new)):
         found |= {} if encoder is None else encoder_fingerprint(f"encoders.{name}", encoder)
-    return found | _classifier_fingerprint(config) | _policy_fingerprint(config)
+    return found | _classifier_fingerprint(config.fit) | _policy_fingerprint(config.plan)
 
 
 def encoder_fingerprint(key: str, encoder: EncoderSettings) -> dict[str, str]:
@@ -255,14 +256,14 @@ def _settings(config: Config, fingerprints: dict[str, str]) -> dict[str, object]
     }
 
 
-def _classifier_fingerprint(config: Config) -> dict[str, str]:
-    if config.fit.classifier is None:
+def _classifier_fingerprint(fit: FitSettings) -> dict[str, str]:
+    if fit.classifier is None:
         return {}
-    return {"fit.classifier": _digest(config.fit.classifier.path, "fit.classifier.path")}
+    return {"fit.classifier": _digest(fit.classifier.path, "fit.classifier.path")}
 
 
-def _policy_fingerprint(config: Config) -> dict[str, str]:
-    return _function_fingerprint("plan.policy", config.plan.policy) if ":" in config.plan.policy else {}
+def _policy_fingerprint(plan: PlanSettings) -> dict[str, str]:
+    return _function_fingerprint("plan.policy", plan.policy) if ":" in plan.policy else {}
 
 
 def _function_fingerprint(key: str, function: str) -> dict[str, str]:

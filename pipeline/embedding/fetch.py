@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pipeline.arrays import Int64
 from pipeline.errors import DataError, TransientError
 from pipeline.schema import DELETED
-from pipeline.storage import objects, parquet
+from pipeline.storage import interface, objects, parquet
 from pipeline.storage.interface import Reader, Span
 from pipeline.storage.retry import COUNTS
 from pipeline.storage.settings import FetchSettings
@@ -204,7 +204,7 @@ class _Unit:
             for piece, (data, etag) in zip(read.pieces, parts, strict=True):
                 for row in piece.rows:
                     self._found[row] = self._cut(self._places[row], piece.span[0], data), etag or None
-        except objects.TooLarge as error:
+        except interface.TooLarge as error:
             self._leave(read.rows, (self._too_large(error.size_bytes), error.etag))
         except (OSError, ValueError) as error:
             if _is_unreadable(error, read.uri) and read.pieces is not None and len(read.rows) > 1:
@@ -298,9 +298,9 @@ def _is_unreadable(error: OSError | ValueError, uri: str) -> bool:
 
 def _reject(error: OSError | ValueError, uri: str) -> Reject:
     """The reject of an image; faults of the machine are raised."""
-    if isinstance(error, objects.Outside):
+    if isinstance(error, interface.Outside):
         return Reject("fetch", f"outside data_root: {error.found} (allow_outside: true reads it)")
-    if isinstance(error, objects.Unreadable):
+    if isinstance(error, interface.Unreadable):
         return Reject("fetch", f"unreadable: {error.code}")
     if _is_unreadable(error, uri):
         return Reject("fetch", "unreadable: EIO")

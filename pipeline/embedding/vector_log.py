@@ -25,7 +25,7 @@ from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
 from pipeline.errors import DataError
 from pipeline.hashing import shard_of
 from pipeline.schema import DELETED, REJECTS, UNITS, Unit, embedded_schema
-from pipeline.storage import objects, parquet
+from pipeline.storage import interface, objects, parquet
 from pipeline.storage.checksums import Content, digest_of, together
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def write_unit(log: VectorLog, unit: Unit, embedded: EmbeddedUnit) -> tuple[int,
     data = parquet.parquet_bytes(schema, row_groups)
     try:
         objects.put_if_absent(part, data)
-    except objects.AlreadyExists:  # another driver was faster; its part and its rejects are kept
+    except interface.AlreadyExists:  # another driver was faster; its part and its rejects are kept
         return _as_it_is(log, unit)
     if rejects and not objects.exists(rejects_uri):  # a concurrent `forget_rejects` took the file for unnamed
         objects.put(rejects_uri, rejects)
@@ -250,7 +250,7 @@ def naming(schema: pa.Schema, digest: str) -> pa.Schema:
     return schema.with_metadata({_NAMED: digest.encode()})
 
 
-def _list_parts(log: VectorLog) -> list[tuple[tuple[int, int], str, objects.Stat]]:
+def _list_parts(log: VectorLog) -> list[tuple[tuple[int, int], str, interface.Stat]]:
     """(wave, unit), URI and stat of all parts, sorted; the folders of several waves are listed at once."""
     try:
         waves = objects.folders(log.parts_uri)
@@ -260,7 +260,7 @@ def _list_parts(log: VectorLog) -> list[tuple[tuple[int, int], str, objects.Stat
     return _parts_among([part for parts in each for part in parts])
 
 
-def _parts_among(files: list[tuple[str, objects.Stat]]) -> list[tuple[tuple[int, int], str, objects.Stat]]:
+def _parts_among(files: list[tuple[str, interface.Stat]]) -> list[tuple[tuple[int, int], str, interface.Stat]]:
     """The files that are named like a part. A copy beside a part is not one."""
     found = []
     for uri, stat in files:

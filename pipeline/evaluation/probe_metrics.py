@@ -33,7 +33,7 @@ from pipeline.evaluation.quality import (
 from pipeline.evaluation.ranks import TOP_K
 from pipeline.index.commits import Commit
 from pipeline.index.segment_files import SegmentRef
-from pipeline.models.calibration import Calibration, nearest_by_kind
+from pipeline.models.calibration import CalibratedRows, Calibration, nearest_by_kind
 from pipeline.planning.plan import Plan
 from pipeline.run import Run
 
@@ -172,7 +172,8 @@ class _Gallery:
         places[rows] = np.arange(len(rows))
         kinds = np.zeros(len(rows), np.bool_) if self.transformed is None else self.transformed[rows]
         k = min(TOP_K, len(rows) - 1)
-        found = nearest_by_kind(queries, self.vectors[rows], k, places, self.metric, kinds, self.calibration)[1]
+        mapped_rows = CalibratedRows(kinds, self.calibration)
+        found = nearest_by_kind(queries, self.vectors[rows], k, places, self.metric, mapped_rows)[1]
         return rows[found]
 
 

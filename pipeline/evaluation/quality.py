@@ -19,7 +19,6 @@ from pipeline.index import fenced
 from pipeline.index.fenced import Check
 from pipeline.run import PROBE_SET, Run
 from pipeline.storage import documents, objects
-from pipeline.storage.documents import from_json, to_json
 
 ProbeFigures = dict[str, float]
 """Figures by name. `recall10` is full_model_recall10: of the full new model's 10 nearest, the per cent found."""
@@ -107,14 +106,14 @@ def _error(known: QualityBaseline, start: Quality, left: float, k: int) -> float
 def read_baseline(run: Run) -> QualityBaseline | None:
     """The stored baseline, or None."""
     found = objects.read_versioned(_reference_uri(run))
-    return from_json(QualityBaseline, found[0], _reference_uri(run)) if found else None
+    return documents.parse(QualityBaseline, found[0], _reference_uri(run), must_be_checked=True) if found else None
 
 
 def read_quality(run: Run, commit: int) -> Quality | None:
     """The stored quality of a commit; None if it is not measured."""
     uri = _quality_uri(run, commit)
     found = objects.read_versioned(uri)
-    return from_json(Quality, found[0], uri) if found else None
+    return documents.parse(Quality, found[0], uri, must_be_checked=True) if found else None
 
 
 def read_all_quality(run: Run) -> list[Quality]:
@@ -133,7 +132,7 @@ def read_file(uri: str) -> Quality:
     Raises:
         DataError: it is damaged or of another format.
     """
-    return from_json(Quality, objects.read_bytes(uri), uri)
+    return documents.parse(Quality, objects.read_bytes(uri), uri, must_be_checked=True)
 
 
 def read_best(run: Run, served: int | None) -> int | None:
@@ -171,12 +170,12 @@ def keep_best(run: Run, commit: int, before: int | None, anew: bool = False, che
 
 def write_baseline(run: Run, made: QualityBaseline) -> None:
     """Store the baseline."""
-    objects.put(_reference_uri(run), to_json(made))
+    objects.put(_reference_uri(run), documents.encode(made))
 
 
 def write_quality(run: Run, made: Quality) -> None:
     """Store the quality of a commit."""
-    objects.put(_quality_uri(run, made.commit), to_json(made))
+    objects.put(_quality_uri(run, made.commit), documents.encode(made))
 
 
 def top(ranks: Sequence[int]) -> ProbeFigures:

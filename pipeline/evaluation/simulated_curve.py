@@ -13,7 +13,7 @@ from pipeline.evaluation.curve_points import curve_steps, score_points, slot_sha
 from pipeline.evaluation.metrics import METRICS, Metrics, mean_metrics, nearest_rows, no_scores, recall, to_metrics
 from pipeline.evaluation.ranks import OnProgress
 from pipeline.hashing import splitmix64
-from pipeline.models.calibration import Calibration, nearest_by_kind
+from pipeline.models.calibration import CalibratedRows, Calibration, nearest_by_kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +180,8 @@ def recall_curve(
         for start, end in zip(np.concatenate([[0], cuts]), cuts, strict=False):
             rows = order[start:end]
             state[rows], left[rows] = embedded[rows], False
-            found = nearest_by_kind(
-                embedded[queries], state, exact.shape[1], queries, options.metric, left, options.calibration
-            )[1]
+            mapped_rows = CalibratedRows(left, options.calibration)
+            found = nearest_by_kind(embedded[queries], state, exact.shape[1], queries, options.metric, mapped_rows)[1]
             values.append(recall(found, exact))
         curves[name] = np.array(values)
     return curves

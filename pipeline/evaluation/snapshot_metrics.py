@@ -25,7 +25,7 @@ from pipeline.index.segment import Segment, decode_segment
 from pipeline.index.segment_files import SegmentKind, SegmentRef
 from pipeline.index.tags import PROD, list_commits, read_commits, read_tag
 from pipeline.knn import paired_keys
-from pipeline.models.calibration import nearest_by_kind
+from pipeline.models.calibration import CalibratedRows, nearest_by_kind
 from pipeline.run import Run
 from pipeline.serving.searcher import Searcher
 
@@ -116,7 +116,8 @@ def _index_recall10(snapshots: _Snapshots, gallery: GalleryArrays, commit: Commi
         queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
     metric = "l2" if commit.metric == "l2" else "ip"
     nobody = np.full(len(rows), -1)
-    last = nearest_by_kind(queries, vectors, k, nobody, metric, transformed, commit.calibration)[0][:, -1:]
+    mapped_rows = CalibratedRows(transformed, commit.calibration)
+    last = nearest_by_kind(queries, vectors, k, nobody, metric, mapped_rows)[0][:, -1:]
     places = np.searchsorted(gallery.ids[held], ids) * (ids >= 0)
     keys = paired_keys(queries, vectors[places], metric)
     if commit.calibration is not None:

@@ -18,8 +18,7 @@ from pipeline.index.retention import read_removals, removed
 from pipeline.index.segment_files import SegmentRef
 from pipeline.models.calibration import Calibration
 from pipeline.run import Run
-from pipeline.storage import objects
-from pipeline.storage.documents import from_json
+from pipeline.storage import documents, objects
 
 _WHO_PUBLISHED = {"attempt_id", "epoch", "created_unix_seconds"}
 
@@ -103,7 +102,7 @@ def read_commit(run: Run, number: int) -> Commit:
     """
     where = run.commit(number)
     try:
-        commit = from_json(Commit, objects.read_bytes(where), where)
+        commit = documents.parse(Commit, objects.read_bytes(where), where, must_be_checked=True)
     except FileNotFoundError:
         if number in read_removals(run).confirmed:
             raise removed(run, number) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pipeline.errors import SnapshotConflict
-from pipeline.storage import objects
+from pipeline.storage import interface, objects
 
 TRIES = 16  # of a compare-and-swap that fails because others change the object
 
@@ -31,6 +31,6 @@ def replace(uri: str, data: bytes, check: Check) -> None:
         try:
             objects.compare_and_swap(uri, data, found[1] if found else None)
             return
-        except objects.Changed:
+        except interface.Changed:
             continue
     raise SnapshotConflict("others keep changing this file", where=uri, remedy="run the same command again")

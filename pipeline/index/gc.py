@@ -43,8 +43,7 @@ from pipeline.index.retention import Removals, find_leases, read_removals
 from pipeline.index.tags import CANDIDATE, COMMIT_FILE, PROD
 from pipeline.planning.plan import dropped_files
 from pipeline.run import Run
-from pipeline.storage import objects
-from pipeline.storage.documents import to_json
+from pipeline.storage import documents, interface, objects
 from pipeline.storage.interface import Stat, is_full
 
 KEEP = 3
@@ -182,7 +181,7 @@ class _Collector:
         for attempt in range(TRIES):
             try:
                 return self._agree_once()
-            except (objects.Changed, Removed):
+            except (interface.Changed, Removed):
                 time.sleep(random.uniform(0, _PAUSE_SECONDS * attempt))  # lets the other process finish
         raise SnapshotConflict("others keep changing this file", where=self.run.collected, remedy="run gc again later")
 
@@ -306,7 +305,7 @@ def _store_time(run: Run) -> float:
     """The time by the store's clock; an earlier one if the disk is full."""
     where = run.path("index", "gc.json")
     try:
-        objects.put(where, to_json(_Clock(uuid.uuid4().hex, time.time())))
+        objects.put(where, documents.encode(_Clock(uuid.uuid4().hex, time.time())))
         return objects.stat(where).modified_seconds
     except OSError as error:
         if not is_full(error):

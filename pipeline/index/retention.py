@@ -20,8 +20,7 @@ from dataclasses import dataclass, replace
 from pipeline.errors import DataError, Removed, SnapshotConflict, TransientError
 from pipeline.index.fenced import TRIES
 from pipeline.run import Run
-from pipeline.storage import objects
-from pipeline.storage.documents import from_json, to_json
+from pipeline.storage import documents, interface, objects
 
 logger = logging.getLogger(__name__)
 LEASE_SECONDS = 600.0
@@ -82,7 +81,7 @@ class Lease:
         with self._writing:
             if not self._released.is_set():
                 file = LeaseFile(self.commit, self._seconds, time.time() + self._seconds, self._id)
-                objects.put(self.uri, to_json(file))
+                objects.put(self.uri, documents.encode(file))
 
 
 def take(run: Run, commit: int) -> Lease | None:
@@ -134,7 +133,7 @@ def find_leases(run: Run, now_seconds: float) -> tuple[set[int], dict[str, float
         age = now_seconds - stat.modified_seconds - _SLACK_SECONDS
         commit, seconds = None, LEASE_SECONDS
         try:
-            lease = from_json(LeaseFile, objects.read_bytes(uri), uri)
+            lease = documents.parse(LeaseFile, objects.read_bytes(uri), uri, must_be_checked=True)
             commit, seconds = lease.commit, lease.seconds
         except FileNotFoundError:
             continue  # released just now
@@ -184,7 +183,7 @@ def read_removals_versioned(run: Run) -> tuple[Removals, str | None]:
     found = objects.read_versioned(run.collected)
     if found is None:
         return Removals(), None
-    return from_json(Removals, found[0], run.collected), found[1]
+    return documents.parse(Removals, found[0], run.collected, must_be_checked=True), found[1]
 
 
 def change_removals(run: Run, decide: Callable[[Removals], Removals]) -> Removals:
@@ -201,7 +200,7 @@ def change_removals(run: Run, decide: Callable[[Removals], Removals]) -> Removal
         try:
             swap_removals(run, wanted, version)
             return wanted
-        except objects.Changed:
+        except interface.Changed:
             continue
     raise SnapshotConflict("others keep changing this file", where=run.collected, remedy="try again")
 
@@ -213,7 +212,7 @@ def swap_removals(run: Run, wanted: Removals, version: str | None) -> str:
         objects.Changed: it is not.
     """
     stored = replace(wanted, attempt_id=uuid.uuid4().hex)  # so that two writers never write the same bytes
-    return objects.compare_and_swap(run.collected, to_json(stored), version)
+    return objects.compare_and_swap(run.collected, documents.encode(stored), version)
 
 
 def removed(run: Run, number: int) -> Removed:

@@ -20,7 +20,7 @@ from pipeline.arrays import Float32, Int64
 from pipeline.errors import DataError
 from pipeline.run import Run
 from pipeline.schema import SIDECAR
-from pipeline.storage import objects, parquet
+from pipeline.storage import interface, objects, parquet
 
 SegmentKind = Literal["transformed", "embedded"]
 KINDS: tuple[SegmentKind, SegmentKind] = ("embedded", "transformed")
@@ -111,7 +111,7 @@ def put_by_content(run: Run, pattern: str, data: bytes) -> tuple[str, str]:
     path = pattern.format(sha256)
     try:
         objects.put_if_absent(run.path(path), data)
-    except objects.AlreadyExists:
+    except interface.AlreadyExists:
         if not _holds(run.path(path), len(data), sha256):
             objects.put(run.path(path), data)  # it was damaged
     return path, sha256

@@ -23,8 +23,7 @@ from pipeline.index.commits import Commit, read_commit
 from pipeline.index.fenced import TRIES, Check, anyone
 from pipeline.index.retention import read_removals
 from pipeline.run import Run
-from pipeline.storage import objects
-from pipeline.storage.documents import from_json, to_json
+from pipeline.storage import documents, interface, objects
 
 CANDIDATE = "candidate"
 PROD = "prod"
@@ -115,9 +114,9 @@ def fence(run: Run, name: str) -> Tag | None:
             return None
         tag = replace(found[0], attempt_id=uuid.uuid4().hex)
         try:
-            objects.compare_and_swap(run.tag(name), to_json(tag), found[1])
+            objects.compare_and_swap(run.tag(name), documents.encode(tag), found[1])
             return tag
-        except objects.Changed:
+        except interface.Changed:
             continue
     raise SnapshotConflict("others keep moving this tag", where=run.tag(name), remedy="try again")
 
@@ -234,9 +233,9 @@ def change_tag(run: Run, name: str, decide: Callable[[Tag | None], Tag]) -> Tag:
         if wanted.commit is not None:
             retention.claim(run, wanted.commit, cancel=True)  # after the tag was read: see `fence`
         try:
-            objects.compare_and_swap(run.tag(name), to_json(wanted), version)
+            objects.compare_and_swap(run.tag(name), documents.encode(wanted), version)
             return wanted
-        except objects.Changed:
+        except interface.Changed:
             continue
     raise SnapshotConflict("others keep moving this tag", where=run.tag(name), remedy="try again")
 
@@ -247,4 +246,4 @@ def read_tag_versioned(run: Run, name: str) -> tuple[Tag, str] | None:
     found = objects.read_versioned(where)
     if found is None:
         return None
-    return from_json(Tag, found[0], where), found[1]
+    return documents.parse(Tag, found[0], where, must_be_checked=True), found[1]

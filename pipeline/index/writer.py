@@ -14,8 +14,7 @@ from pipeline.errors import SnapshotConflict
 from pipeline.index.commits import Commit, check_commit, read_commit
 from pipeline.index.tags import CANDIDATE, Tag, change_tag, read_tag, read_tag_versioned
 from pipeline.run import Run
-from pipeline.storage import objects
-from pipeline.storage.documents import to_json
+from pipeline.storage import documents, interface, objects
 
 
 @dataclass(slots=True)
@@ -99,8 +98,8 @@ class Writer:
     def _announce(self, number: int, version: str) -> None:
         tag = Tag(number, self.epoch, attempt_id=uuid.uuid4().hex)
         try:
-            objects.compare_and_swap(self.run.tag(CANDIDATE), to_json(tag), version)
-        except objects.Changed:
+            objects.compare_and_swap(self.run.tag(CANDIDATE), documents.encode(tag), version)
+        except interface.Changed:
             now = read_tag(self.run, CANDIDATE)
             if now != tag:  # an equal tag is ours: the answer was lost, or an earlier try arrived late
                 raise self._taken_over(now) from None
@@ -119,9 +118,9 @@ def _create(run: Run, commit: Commit) -> Commit:
     """Create the commit file; an existing one must be ours or hold the same snapshot."""
     where = run.commit(commit.number)
     try:
-        objects.put_if_absent(where, to_json(commit))
+        objects.put_if_absent(where, documents.encode(commit))
         return commit
-    except objects.AlreadyExists:
+    except interface.AlreadyExists:
         existing = read_commit(run, commit.number)
     if existing.held() != commit.held():
         differs = [key for key, value in existing.held().items() if value != commit.held()[key]]

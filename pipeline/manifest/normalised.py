@@ -156,7 +156,7 @@ def normalise(
         objects.delete_files([_marker(run, folder)])  # first: a half-replaced set of parts must not look whole
     task = ray.remote(num_cpus=0.5)(write_part)
     results = ray.get(
-        [task.remote(run, folder, number, part, source, unit_rows, root) for number, part in enumerate(partitions)]
+        [task.remote(run.part(folder, number), part, source, unit_rows, root) for number, part in enumerate(partitions)]
     )
     first = results[0].dims
     expected = first | {role: dims[role] for role in first if role in dims}

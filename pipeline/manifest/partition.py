@@ -18,7 +18,6 @@ from pipeline.arrays import Int64, vectors_from_arrow, vectors_to_arrow
 from pipeline.config import tree as settings
 from pipeline.errors import DataError
 from pipeline.manifest.uri_schemes import check_schemes
-from pipeline.run import Run
 from pipeline.schema import manifest_schema
 from pipeline.storage import objects, parquet
 
@@ -57,9 +56,7 @@ class WrittenPart:
     sha256: str
 
 
-def write_part(
-    run: Run, folder: str, number: int, part: Partition, source: settings.ManifestSettings, unit_rows: int, root: str
-) -> WrittenPart:
+def write_part(uri: str, part: Partition, source: settings.ManifestSettings, unit_rows: int, root: str) -> WrittenPart:
     """Check the rows of a partition and write them as a part; relative uris of images start at `root`.
 
     Raises:
@@ -89,7 +86,7 @@ def write_part(
     schema = manifest_schema(dims, traffic=names.traffic is not None)
     groups = (rows.slice(start, unit_rows) for start in range(0, count, unit_rows))
     data = parquet.parquet_bytes(schema, groups)
-    objects.put(run.part(folder, number), data)
+    objects.put(uri, data)
     return WrittenPart(count, dims, rooted, hashlib.sha256(data).hexdigest())
 
 

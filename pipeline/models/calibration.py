@@ -176,30 +176,32 @@ def _end_of_piece(observed: Float64, expected: Float64, left: int) -> np.float64
     return end
 
 
-def nearest_by_kind(
-    queries: Float32,
-    base: Float32,
-    k: int,
-    own: Int64,
-    metric: str,
-    transformed: Bools,
-    calibration: Calibration | None,
-) -> tuple[Float32, Int64]:
-    """As `nearest`, if the keys of some rows are mapped: the k nearest of each kind, merged.
+@dataclass(frozen=True, slots=True)
+class CalibratedRows:
+    """The rows whose keys a calibration maps, (M,) bool, and the calibration; None if there is none."""
 
-    Equal keys are ordered as `index.search_by_kind` orders them.
+    transformed: Bools
+    calibration: Calibration | None
+
+
+def nearest_by_kind(
+    queries: Float32, base: Float32, k: int, own: Int64, metric: str, mapped_rows: CalibratedRows
+) -> tuple[Float32, Int64]:
+    """As `nearest`, with the keys of some rows mapped: the k nearest of each kind, merged.
+
+    Equal keys are in the order of `index.segment.search_by_kind`.
 
     Args:
         queries: (N, d) float32.
         base: (M, d) float32.
         k: at most M - 1.
-        own: (N,) int64, the row that does not count for a query, or -1.
+        own: (N,) int64, the row to leave out for each query, or -1.
         metric: l2, ip or cosine.
-        transformed: (M,) bool, the rows whose keys are mapped.
-        calibration: the map; None if there is none.
+        mapped_rows: the rows whose keys are mapped, and the map.
     """
     from pipeline.knn import nearest  # here: readers of a commit need no FAISS
 
+    transformed, calibration = mapped_rows.transformed, mapped_rows.calibration
     if calibration is None or not transformed.any():
         return nearest(queries, base, k, own, metric)
     found = []

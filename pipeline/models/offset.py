@@ -108,25 +108,26 @@ class Offset:
         return cls(**numbers, direction=tensors["direction"], classifier=classifier)
 
 
+@dataclass(frozen=True, slots=True)
+class HeldOutPairs:
+    """Held-out pairs, transformed: z (M, d_new), s (M,) and the new embeddings (M, d_new), all float32."""
+
+    z: Float32
+    s: Float32
+    new: Float32
+
+
 def fit_offset(
-    kind: OffsetKind,
-    strength: float,
-    z: Float32,
-    s: Float32,
-    new: Float32,
-    classifier: LinearClassifier | None,
-    metric: str,
+    kind: OffsetKind, strength: float, pairs: HeldOutPairs, classifier: LinearClassifier | None, metric: str
 ) -> Offset:
-    """The offset of a transformation, from M held-out pairs.
+    """Fit the offset of a transformation on held-out pairs.
 
     Args:
         kind: which c.
         strength: the share of the expected squared error that is added.
-        z: (M, d_new), and `s` (M,), of the pairs.
-        s: see `z`.
-        new: (M, d_new) their new embeddings.
-        classifier: needed by `confidence`.
-        metric: the gallery's.
+        pairs: the held-out pairs.
+        classifier: needed for `confidence`.
+        metric: the gallery's metric.
 
     Raises:
         ConfigError: the metric is `ip`, or `confidence` has no classifier.
@@ -138,11 +139,11 @@ def fit_offset(
             "this offset needs a classifier, or labels to fit one on", found=kind, where="fit.offset",
             remedy="set fit.classifier, or pairs.columns.label, or fit.offset to uncertainty",
         )  # fmt: skip
-    floor = float(np.percentile(np.exp(s), _FLOOR_PERCENT)) if kind == "uncertainty" else 0.0
-    mean = float(_uncertain(kind, z, s, floor, classifier).mean())
-    error = float(np.square(new - z).sum(axis=1).mean())
+    floor = float(np.percentile(np.exp(pairs.s), _FLOOR_PERCENT)) if kind == "uncertainty" else 0.0
+    mean = float(_uncertain(kind, pairs.z, pairs.s, floor, classifier).mean())
+    error = float(np.square(pairs.new - pairs.z).sum(axis=1).mean())
     factor = strength * error / mean if mean > 0 else 0.0
-    return Offset(kind, factor, floor, least_varying(new), metric == "cosine", classifier)
+    return Offset(kind, factor, floor, least_varying(pairs.new), metric == "cosine", classifier)
 
 
 def least_varying(new: Float32) -> Float32:

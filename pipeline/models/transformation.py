@@ -8,7 +8,6 @@ does that.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
@@ -25,7 +24,7 @@ from pipeline.models import networks
 from pipeline.models.networks import Transformation
 from pipeline.run import Run
 from pipeline.schema import FORMAT_VERSION
-from pipeline.storage import documents, objects
+from pipeline.storage import documents, interface, objects
 
 _WEIGHTS = "model-{}.safetensors"  # by the sha256: of two fits at once, neither replaces what the other's marker names
 _MARKER = "transformation.json"
@@ -66,19 +65,6 @@ class TransformationInfo:
         """A transformation of this kind and shape, not fitted."""
         return networks.make(self.kind, self.d_old, self.d_new, self.inner_width, self.d_side, self.normalize)
 
-    def to_json(self) -> str:
-        """The fields as one JSON object."""
-        return json.dumps(asdict(self), indent=1, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str, where: str = "transformation") -> TransformationInfo:
-        """The inverse of `to_json`; keys that are not fields are left to the caller.
-
-        Raises:
-            DataError: not JSON, another format version, or a field is missing.
-        """
-        return documents.build(cls, documents.decode(text.encode(), where), where)
-
 
 def has_transformation(run: Run) -> bool:
     """Whether the run has a whole transformation."""
@@ -110,7 +96,7 @@ def save_transformation(
     document = asdict(info) | {"weights_sha256": sha256, "parts": digests}
     try:  # equal bytes are the same transformation, whoever wrote them: no attempt id
         objects.put_if_absent(marker, documents.encode(document))
-    except objects.AlreadyExists:
+    except interface.AlreadyExists:
         raise _conflict(marker) from None
 
 

@@ -24,7 +24,7 @@ from pipeline import parallel
 from pipeline.arrays import Float32, Int64
 from pipeline.config.identity import Identity, check_settings_of, fix_settings, settings_digest, stage_settings
 from pipeline.config.method import PlanSettings
-from pipeline.config.tree import BackfillSettings, Config, unit_images
+from pipeline.config.tree import BackfillSettings, Config
 from pipeline.embedding import rejects
 from pipeline.errors import DataError
 from pipeline.hashing import shard_of
@@ -35,7 +35,7 @@ from pipeline.planning.plan import FROM_PAIRS, SCORED, UNITS_PER_FILE, Plan, Wav
 from pipeline.planning.unit_files import cut_units
 from pipeline.run import Run
 from pipeline.schema import UNITS, transformed_schema
-from pipeline.storage import documents, objects, parquet
+from pipeline.storage import documents, interface, objects, parquet
 
 if TYPE_CHECKING:
     from pipeline.planning.score import ScoreSettings
@@ -59,7 +59,7 @@ class LayoutSettings:
     @classmethod
     def of(cls, config: Config) -> Self:
         """The settings of a run."""
-        return cls(config.plan, config.seed, config.index.shards, unit_images(config), stage_settings(config, "plan"))
+        return cls(config.plan, config.seed, config.index.shards, config.unit_images, stage_settings(config, "plan"))
 
 
 def make_plan(config: Config, run: Run, on_step: Callable[[str], None] = lambda step: None) -> Plan:
@@ -198,7 +198,7 @@ def _plan(
     plan = _describe(place, settings, counts, rejected, waves, cuts)
     try:  # without an attempt id: if another driver wrote equal bytes at the same time, both may go on
         objects.put_if_absent(run.plan, documents.encode(plan))
-    except objects.AlreadyExists:
+    except interface.AlreadyExists:
         plan = _plan_of_other(run) or plan
     objects.delete(run.path(SCORED))
     return plan

@@ -35,7 +35,7 @@ from pipeline.planning.signals import Scored
 from pipeline.run import Run
 from pipeline.sampling.pair_sample import embedded_ids
 from pipeline.schema import transformed_schema
-from pipeline.storage import objects, parquet
+from pipeline.storage import interface, objects, parquet
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class Scorer:
         """The bytes of the scored part; another driver's if it wrote first."""
         while (found := objects.read_versioned(uri)) is None:
             data = self._score(part)
-            with contextlib.suppress(objects.AlreadyExists):
+            with contextlib.suppress(interface.AlreadyExists):
                 objects.put_if_absent(uri, data)
                 return data
         return found[0]

@@ -106,7 +106,6 @@ def read_status(run_uri: str) -> Status:
 def is_complete(config: Config) -> bool:
     """Whether the last wave of the run is published, and this config is the run's."""
     from pipeline.config.identity import check_resumable, weight_fingerprints
-    from pipeline.config.tree import sources
     from pipeline.manifest import normalised
     from pipeline.run import Run
     from pipeline.storage.objects import exists
@@ -114,7 +113,7 @@ def is_complete(config: Config) -> bool:
     run = Run(config.run)
     if not exists(run.settings):
         return False
-    digests = {name: normalised.digest(source) for name, source in sources(config).items()}
+    digests = {name: normalised.digest(source) for name, source in config.sources.items()}
     check_resumable(config, weight_fingerprints(config) | digests)
     status = read_status(config.run)
     return status["waves"] is not None and status["wave"] == status["waves"]

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from pipeline import parallel
 from pipeline.arrays import Float32, Int64, vectors_from_arrow
-from pipeline.config.tree import Config, num_from_gallery
+from pipeline.config.tree import Config
 from pipeline.embedding import vector_log
 from pipeline.embedding.rejects import manifest_log
 from pipeline.errors import DataError
@@ -44,7 +44,7 @@ def draw(config: Config, run: Run) -> Manifest | None:
     assert gallery is not None, "the gallery is normalised before images are drawn from it"
     if done is None:
         probe = normalised.ids_of(run, PROBE_SET)
-        count = min(num_from_gallery(config.pairs, gallery.num_rows, len(probe)), gallery.num_rows - len(probe))
+        count = min(config.pairs.num_from_gallery(gallery.num_rows, len(probe)), gallery.num_rows - len(probe))
         if not count:
             return None
         ids = _choose(run, gallery, count, probe)

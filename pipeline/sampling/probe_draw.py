@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline import parallel
 from pipeline.arrays import Int64
-from pipeline.config.tree import Config, num_from_gallery
+from pipeline.config.tree import Config
 from pipeline.errors import IncompatibleRun
 from pipeline.hashing import splitmix64
 from pipeline.manifest import normalised
@@ -55,7 +55,7 @@ def draw(config: Config, run: Run) -> Manifest | None:
             return done
     if sample is None:
         pairs = normalised.ids_of(run, GALLERY_PAIRS)  # empty if the set is drawn at the start of the run
-        room = gallery.num_rows - max(len(pairs), num_from_gallery(config.pairs, gallery.num_rows))
+        room = gallery.num_rows - max(len(pairs), config.pairs.num_from_gallery(gallery.num_rows))
         count = done.num_rows if done is not None else max(1, min(size(config.probe.images, gallery.num_rows), room))
         rows = _by_chance(run, gallery, count, pairs)
     else:

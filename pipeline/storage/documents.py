@@ -121,17 +121,3 @@ def _parse(data: bytes, where: str, remedy: str) -> Tree:
 @functools.cache  # making one takes milliseconds
 def _adapter(kind: type[object]) -> TypeAdapter[object]:
     return TypeAdapter(kind)
-
-
-def to_json(item: DataclassInstance) -> bytes:
-    """A commit or a tag as the bytes of its file: with the format version, and a digest of all the rest."""
-    return encode(item)
-
-
-def from_json(kind: type[T], data: bytes, where: str) -> T:
-    """The inverse of `to_json`; every field has to be there with its type.
-
-    Raises:
-        DataError: it is not such a file, was changed after it was written, or is of another format.
-    """
-    return parse(kind, data, where, must_be_checked=True)

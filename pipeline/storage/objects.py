@@ -21,13 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.errors import ConfigError
-from pipeline.storage.interface import AlreadyExists as AlreadyExists
-from pipeline.storage.interface import Changed as Changed
-from pipeline.storage.interface import Outside as Outside
-from pipeline.storage.interface import Reader, Store
-from pipeline.storage.interface import Stat as Stat
-from pipeline.storage.interface import TooLarge as TooLarge
-from pipeline.storage.interface import Unreadable as Unreadable
+from pipeline.storage.interface import AlreadyExists, Reader, Stat, Store
 from pipeline.storage.local import LocalReader, LocalStore
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.retry import COUNTS, Retry

@@ -10,7 +10,7 @@ from pipeline.index import tags as snapshot
 from pipeline.index.gc import Rules, collect_garbage
 from pipeline.reporting.audit import audit
 from pipeline.run import Run
-from pipeline.storage import objects, parquet
+from pipeline.storage import interface, objects, parquet
 
 _OF_ITS_OWN = re.compile(
     r"^/(reports|index/(commits|tags|leases)|probe)/|^/((index/(gc|collected)|run)\.json|index/reserve)$"
@@ -57,7 +57,7 @@ def differences(found: Outcome, expected: Outcome) -> list[str]:
     return wrong
 
 
-def written_once(run: Run) -> dict[str, objects.Stat]:
+def written_once(run: Run) -> dict[str, interface.Stat]:
     """The stat of each file that is durable, and must never be written again: parts, segments, commits."""
     return {uri: stat for folder in _ONCE for uri, stat in objects.list_stats(run.path(folder))}
 

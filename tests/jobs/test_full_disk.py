@@ -21,8 +21,7 @@ from pipeline.index.gc import Rules, collect_garbage
 from pipeline.index.retention import Removals
 from pipeline.reporting.audit import audit
 from pipeline.serving.searcher import Searcher
-from pipeline.storage import objects
-from pipeline.storage.documents import to_json
+from pipeline.storage import documents, objects
 from pipeline.storage.settings import StorageSettings
 from tests.support.published_run import LAST, published_run
 from tests.support.synthetic_run import Options, known, make_run
@@ -105,7 +104,7 @@ def test_searcher_full_disk_opens_and_answers_without_a_lease(disk: Path) -> Non
 def test_searcher_io_error_while_it_objects_to_a_removal_opens_without_a_lease(tmp_path: Path) -> None:
     """The lease fits on the disk, and nothing after it."""
     whole = published_run(tmp_path)
-    objects.put(whole.run.collected, to_json(Removals(announced=(LAST,))))
+    objects.put(whole.run.collected, documents.encode(Removals(announced=(LAST,))))
     real = os.fsync
 
     def fsync(descriptor: int) -> None:
@@ -159,7 +158,7 @@ def test_gc_full_disk_without_a_reserve_says_to_free_space_by_hand_and_changes_n
     whole = published_run(disk)
     collect_garbage(whole.run.uri, NOW)
     objects.delete(whole.run.path("index", "reserve"))
-    objects.put(whole.run.collected, to_json(Removals(confirmed=(0, 2, 3), announced=(1,))))
+    objects.put(whole.run.collected, documents.encode(Removals(confirmed=(0, 2, 3), announced=(1,))))
     fill(disk)
     before = sorted(objects.list_files(whole.run.uri))
     result = configured(monkeypatch, whole.run.uri)("gc")

@@ -100,7 +100,7 @@ def test_status_of_a_prod_without_a_pin_shows_no_pin(tmp_path: Path, screen: Cal
 
 def test_status_of_a_pin_by_an_earlier_version_has_no_time(tmp_path: Path, screen: Callable[[Run], str]) -> None:
     run = published(tmp_path)
-    tree = json.loads(tags.to_json(tags.rollback(run)))
+    tree = json.loads(documents.encode(tags.rollback(run)))
     del tree["pinned_unix_seconds"], tree["sha256"]
     tree["sha256"] = documents.digest(tree)
     objects.put(run.tag("prod"), json.dumps(tree).encode())

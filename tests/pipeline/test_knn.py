@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.arrays import Float32
 from pipeline.knn import nearest
-from pipeline.models.calibration import Calibration, nearest_by_kind
+from pipeline.models.calibration import CalibratedRows, Calibration, nearest_by_kind
 
 NUM = 80
 
@@ -32,7 +32,7 @@ def test_nearest_by_kind_is_a_full_sort_of_mapped_keys_with_ties(metric: str, sh
     else:
         rows = np.broadcast_to(np.arange(NUM), raw.shape)
         expected = np.lexsort((rows, raw, np.broadcast_to(transformed, raw.shape), mapped), axis=1)[:, :7]
-    keys, found = nearest_by_kind(queries, base, 7, own, metric, transformed, map_)
+    keys, found = nearest_by_kind(queries, base, 7, own, metric, CalibratedRows(transformed, map_))
     assert np.array_equal(keys, np.take_along_axis(mapped, expected, axis=1))
     assert (found != own[:, None]).all()
     inner = keys < keys[:, -1:]  # FAISS chooses among equals at the end of a kind
@@ -43,6 +43,6 @@ def test_nearest_by_kind_without_a_map_is_nearest() -> None:
     queries, base, own = integers(30, 0), integers(NUM, 1), np.arange(30)
     transformed = np.arange(NUM) % 2 == 0
     expected = nearest(queries, base, 7, own)
-    found = nearest_by_kind(queries, base, 7, own, "l2", transformed, None)
+    found = nearest_by_kind(queries, base, 7, own, "l2", CalibratedRows(transformed, None))
     assert np.array_equal(found[0], expected[0])
     assert np.array_equal(found[1], expected[1])

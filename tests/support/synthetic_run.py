@@ -31,7 +31,7 @@ from pipeline.models.transformation import TransformationInfo, save_transformati
 from pipeline.planning.plan import Plan, Wave, wave_sizes
 from pipeline.run import Run
 from pipeline.schema import embedded_schema, manifest_schema, transformed_schema
-from pipeline.storage import objects, parquet
+from pipeline.storage import documents, objects, parquet
 from tests.support.whole_run import put_rejects
 
 CONTAINER = "/data/images.parquet#image"
@@ -278,7 +278,7 @@ def _write_transformation(run: Run, images: Known, calibration: Calibration | No
         },
     )
     if calibration is None:
-        objects.put(objects.join(run.transformation, "transformation.json"), info.to_json().encode())
+        objects.put(objects.join(run.transformation, "transformation.json"), documents.encode(info))
     else:
         network = TransformationNetwork(info.d_old, info.d_new, info.inner_width)
         save_transformation(run, network, info, {calibrations.PART: calibration.to_bytes()})

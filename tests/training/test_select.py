@@ -15,7 +15,7 @@ from pipeline.arrays import vectors_from_arrow, vectors_to_arrow
 from pipeline.config.load import validate
 from pipeline.config.tree import Config
 from pipeline.errors import ConfigError, FastfillError
-from pipeline.models.offset import LinearClassifier, fit_offset
+from pipeline.models.offset import HeldOutPairs, LinearClassifier, fit_offset
 from pipeline.models.transformation import read_info
 from pipeline.planning import selection
 from pipeline.planning.policies import load_policy
@@ -328,7 +328,7 @@ def test_measure_fold_ranks_by_the_classifier_of_the_measured_fold(tmp_path: Pat
         scored = replace(fold, classifier=classifier)
         return measure_fold(FoldPair(scored, other), serving, ["entropy"], detail, "l2", config.seed)["entropy"]
 
-    fitted = fit_offset("confidence", 0.5, z, s, pairs.new, mine, "l2")
+    fitted = fit_offset("confidence", 0.5, HeldOutPairs(z, s, pairs.new), mine, "l2")
     served = replace(fitted, classifier=foreign).apply(z, s)
     shares = foreign.probabilities(z)
     order = order_by(-(shares * np.log(shares)).sum(axis=1), config.seed)

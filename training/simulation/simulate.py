@@ -97,9 +97,8 @@ def _serve(pair: FoldPair, serving: Serving, metric: str) -> tuple[Float32, Floa
     fold, other = pair.measured, pair.fitted_on
     if serving.offset == "none":
         return fold.z, other.z
-    fitted = offsets.fit_offset(
-        serving.offset, serving.strength, other.z, other.s, other.pairs.new, other.classifier, metric
-    )
+    known = offsets.HeldOutPairs(other.z, other.s, other.pairs.new)
+    fitted = offsets.fit_offset(serving.offset, serving.strength, known, other.classifier, metric)
     return replace(fitted, classifier=fold.classifier).apply(fold.z, fold.s), fitted.apply(other.z, other.s)
 
 

@@ -22,8 +22,7 @@ from pipeline.planning.plan import Plan, Wave
 from pipeline.reporting.audit import audit
 from pipeline.run import Run
 from pipeline.schema import UnitAck
-from pipeline.storage import objects
-from pipeline.storage.documents import to_json
+from pipeline.storage import documents, objects
 from tests.support.planned_backfill import backfill_in_process, begin
 from tests.support.unreliable_store import FakeTime
 from tests.support.whole_run import DIM, WholeRun
@@ -143,7 +142,7 @@ def test_a_driver_goes_on_with_the_codebook_of_a_commit_that_it_adopts(
 
     with open_publisher(config, run, plan) as publisher:
         assert publisher._sealer.codebook_sha256 != sealed.codebook_sha256
-        objects.put_if_absent(run.commit(0), to_json(replace(sealed, attempt_id="late", epoch=1)))
+        objects.put_if_absent(run.commit(0), documents.encode(replace(sealed, attempt_id="late", epoch=1)))
         publisher.initial_commit()
         publisher.submit_all(range(1, len(plan.waves) + 1))
 

@@ -92,7 +92,7 @@ def test_repair_of_a_segment_that_comes_out_with_other_bytes_leaves_the_commit_a
     mine = commit.segments[-1]
     other = dataclasses.replace(mine, sha256="0" * 64, path="index/segments/" + "0" * 64 + ".faiss")
     changed = dataclasses.replace(commit, segments=(*commit.segments[:-1], other))
-    objects.put(run.commit(4), documents.to_json(changed))
+    objects.put(run.commit(4), documents.encode(changed))
     done = repaired(config, run, plan)
     (left,) = done.left
     assert left.where == run.path(other.path)

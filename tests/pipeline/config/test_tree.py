@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline.config.load import load_config, resolve, validate
-from pipeline.config.tree import Config, pair_roles, sources, unit_images
+from pipeline.config.tree import Config
 from pipeline.errors import ConfigError
 
 SHIPPED = Path(__file__).resolve().parents[3] / "jobs" / "configs" / "cifar100.yaml"
@@ -46,13 +46,17 @@ def test_pairs_come_from_a_manifest_from_the_gallery_or_from_both() -> None:
     gallery = {"manifest": "g.parquet", "columns": columns | {"group": "kind"}}
     pairs = {"manifest": "p.parquet", "columns": columns | {"side": "side"}}
     alone = validate({key: value for key, value in tree(gallery=gallery).items() if key != "pairs"}, "here")
-    assert (alone.pairs.given, alone.pairs.uses_gallery, pair_roles(alone)) == (None, True, {"label", "uri", "group"})
-    assert list(sources(resolve(alone))) == ["gallery"]
+    assert (alone.pairs.given, alone.pairs.uses_gallery, alone.pair_roles) == (
+        None,
+        True,
+        {"label", "uri", "group"},
+    )
+    assert list(alone.sources) == ["gallery"]
     given = validate(tree(gallery=gallery, pairs=pairs), "here")
-    assert (given.pairs.uses_gallery, pair_roles(given)) == (False, {"label", "uri", "side"})
-    assert sources(given)["pairs"].columns == given.pairs.columns
+    assert (given.pairs.uses_gallery, given.pair_roles) == (False, {"label", "uri", "side"})
+    assert given.sources["pairs"].columns == given.pairs.columns
     both = validate(tree(gallery=gallery, pairs=pairs | {"from_gallery": 7}), "here")
-    assert (both.pairs.uses_gallery, pair_roles(both)) == (True, {"label", "uri", "side", "group"})
+    assert (both.pairs.uses_gallery, both.pair_roles) == (True, {"label", "uri", "side", "group"})
     for config in (alone, given, both):
         assert Config.model_validate(config.model_dump(mode="json")) == config, "as run.json keeps it"
 
@@ -61,7 +65,7 @@ def test_pairs_come_from_a_manifest_from_the_gallery_or_from_both() -> None:
     ("pairs", "said"),
     [
         ({"from_gallery": 0}, "pairs: there are no pairs: give a manifest, or from_gallery above 0"),
-        ({"columns": {"uri": "uri"}}, "pairs: columns say what a manifest's columns mean: give manifest, too"),
+        ({"columns": {"uri": "uri"}}, "pairs: pairs.columns needs pairs.manifest: give the manifest"),
         ({"manifest": "p.parquet"}, "pairs: columns: required with a manifest, and not given"),
         ({"from_gallery": -1}, "pairs.from_gallery"),
         ({"from_gallery": "all"}, "pairs.from_gallery"),
@@ -285,7 +289,7 @@ def test_any_fractions_that_add_up_to_one_are_taken(parts: list[int]) -> None:
 def test_by_default_a_unit_is_as_many_images_as_fill_64_mib(height: int, width: int, channels: int) -> None:
     preprocess = {"size": [height, width], "channels": channels}
     config = validate(tree(encoders={"new": {"export": "a", "dim": 4, "preprocess": preprocess}}), where="")
-    images, each = unit_images(config), height * width * channels
+    images, each = config.unit_images, height * width * channels
     assert images == 2048 or images * each <= 2**26 < 2 * images * each
     assert images & (images - 1) == 0
 
@@ -304,7 +308,8 @@ def test_a_loss_that_a_kind_of_transformation_does_not_take_is_refused(kind: str
 
 
 def test_a_configured_unit_is_taken_as_it_is() -> None:
-    assert unit_images(validate(tree(plan={"unit_images": 77}), where="")) == 77
+    config = validate(tree(plan={"unit_images": 77}), where="")
+    assert config.unit_images == 77
 
 
 @pytest.mark.parametrize(
@@ -316,10 +321,10 @@ def test_a_configured_unit_is_taken_as_it_is() -> None:
             "give exactly one of export",
         ),
         (tree(encoders={"new": {"function": "a.b", "dim": 4, "preprocess": {"size": 8}}}), "module:function"),
-        (tree(encoders={"new": {"export": "a", "dim": 4, "preprocess": {"resize": 8}}}), "the input shape is open"),
+        (tree(encoders={"new": {"export": "a", "dim": 4, "preprocess": {"resize": 8}}}), "the input shape is unknown"),
         (
             tree(encoders={"new": {"export": "a", "dim": 4, "preprocess": {"size": 8, "reducing_gap": 2}}}),
-            "reducing_gap says how small a JPEG may be decoded before it is resized: give resize",
+            "reducing_gap needs resize: it is a multiple of the resized size",
         ),
         (
             tree(encoders={"new": {"export": "a", "dim": 4, "preprocess": {"size": 8, "mean": [1, 2]}}}),
@@ -327,7 +332,7 @@ def test_a_configured_unit_is_taken_as_it_is() -> None:
         ),
         (tree(plan={"policy": "best"}), "random, uncertainty, norm"),
         (tree(backfill={"min_actors": 3, "max_actors": 2}), "max_actors (2) must be at least min_actors (3)"),
-        (tree(gallery={"manifest": "a", "columns": {"uri": "u", "offset": "o"}}), "offset and length go together"),
+        (tree(gallery={"manifest": "a", "columns": {"uri": "u", "offset": "o"}}), "offset, length and uri go together"),
         (tree(device="tpu"), "device: "),
     ],
 )

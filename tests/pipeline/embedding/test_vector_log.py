@@ -33,7 +33,7 @@ from pipeline.embedding.vector_log import (
 from pipeline.errors import DataError
 from pipeline.hashing import shard_of
 from pipeline.schema import DELETED, UNITS, Unit, embedded_schema
-from pipeline.storage import objects, parquet
+from pipeline.storage import interface, objects, parquet
 
 DIM, SHARDS = 3, 4
 
@@ -316,7 +316,7 @@ def write_between(
             patch.setattr(objects, "put_if_absent", create)
             write_unit(log, unit, first)
             if moment == "after its part":
-                with pytest.raises(objects.AlreadyExists):
+                with pytest.raises(interface.AlreadyExists):
                     create(uri, data)
             if moment != "never":
                 raise Killed

@@ -24,7 +24,7 @@ from pipeline.models.calibration import fit_calibration
 from pipeline.planning.plan import read_plan
 from pipeline.run import Run
 from pipeline.sampling.probe_draw import draw
-from pipeline.storage.documents import from_json, to_json
+from pipeline.storage import documents
 from tests.support.sample import put_sample
 from tests.support.synthetic_run import Known, Options, known, make_run, storage_waves
 
@@ -228,4 +228,4 @@ def test_a_reference_from_before_there_were_samples_is_read(tmp_path: Path) -> N
     made = probe_metrics.baseline_of(config.encoders, config.gallery.metric, run, plan, probe)
     fields = [item.name for item in dataclasses.fields(QualityBaseline) if item.name != "alone"]
     before = dataclasses.make_dataclass("Before", fields)(*(getattr(made, name) for name in fields))
-    assert from_json(QualityBaseline, to_json(before), "reference.json") == made
+    assert documents.parse(QualityBaseline, documents.encode(before), "reference.json", must_be_checked=True) == made

@@ -22,8 +22,7 @@ from pipeline.index.commits import Commit, check_commit, read_commit
 from pipeline.index.tags import Tag, auto_promote, list_commits, promote, read_tag, rollback
 from pipeline.index.writer import Writer
 from pipeline.run import Run
-from pipeline.storage import objects, retry
-from pipeline.storage.documents import from_json
+from pipeline.storage import documents, objects, retry
 from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.retry import Retry
 from tests.support.commit_drafts import OTHER, PROCESSOR, SALTS, SAME, draft
@@ -82,7 +81,7 @@ class Protocol(RuleBasedStateMachine):
         try:
             stored = writer.publish(commit)
         except SnapshotConflict as error:
-            candidate = from_json(Tag, self.client.objects[CANDIDATE], CANDIDATE)
+            candidate = documents.parse(Tag, self.client.objects[CANDIDATE], CANDIDATE, must_be_checked=True)
             if candidate.epoch == writer.epoch and "other content" not in str(error):
                 raise AssertionError("the owner was refused") from error
             raise
@@ -191,8 +190,8 @@ class Protocol(RuleBasedStateMachine):
         if name.startswith(COMMITS):
             self.judge_commit(name, before, after)
             return
-        old = from_json(Tag, before, name) if before is not None else None
-        new = from_json(Tag, after, name)
+        old = documents.parse(Tag, before, name, must_be_checked=True) if before is not None else None
+        new = documents.parse(Tag, after, name, must_be_checked=True)
         assert not (self.tags_are_told_apart and new.attempt_id in self.attempts), "a tag was written twice"
         self.attempts.add(new.attempt_id)
         assert new.commit is None or new.commit in numbers(self.client), "a tag points to nothing"
@@ -200,7 +199,7 @@ class Protocol(RuleBasedStateMachine):
 
     def judge_commit(self, name: str, before: bytes | None, after: bytes) -> None:
         assert before is None, "a commit was replaced"
-        commit = from_json(Commit, after, name)
+        commit = documents.parse(Commit, after, name, must_be_checked=True)
         check_commit(commit, name)
         candidate = self.tag(CANDIDATE)
         last = -1 if candidate is None or candidate.commit is None else candidate.commit
@@ -231,7 +230,11 @@ class Protocol(RuleBasedStateMachine):
             assert program.kind in ("promote", "rollback"), "a driver moved prod although it was pinned"
 
     def tag(self, name: str) -> Tag | None:
-        return from_json(Tag, self.client.objects[name], name) if name in self.client.objects else None
+        return (
+            documents.parse(Tag, self.client.objects[name], name, must_be_checked=True)
+            if name in self.client.objects
+            else None
+        )
 
 
 class IgnoresConditions(Protocol):
@@ -247,7 +250,7 @@ def numbers(client: UnreliableStore) -> list[int]:
 
 def read_stored(client: UnreliableStore, number: int) -> Commit:
     name = RUN.commit(number).removeprefix("s3://")
-    return from_json(Commit, client.objects[name], name)
+    return documents.parse(Commit, client.objects[name], name, must_be_checked=True)
 
 
 @pytest.fixture(autouse=True)

@@ -28,8 +28,7 @@ from pipeline.index.writer import Writer
 from pipeline.reporting.audit import audit
 from pipeline.run import Run
 from pipeline.serving.searcher import Searcher
-from pipeline.storage import objects
-from pipeline.storage.documents import to_json
+from pipeline.storage import documents, objects
 from tests.support.commit_drafts import draft
 from tests.support.interleave import Turns
 from tests.support.published_run import LAST, WAVES, Crash, dying, published_run, template, upload
@@ -161,7 +160,7 @@ def test_a_removed_commit_is_refused_by_everyone_and_told_from_a_lost_one(tmp_pa
 def test_the_backfill_goes_on_after_gc_and_adopts_what_is_not_announced(tmp_path: Path) -> None:
     whole = published_run(tmp_path)
     orphan = replace(whole.draft(WAVES), attempt_id="dead", epoch=1)
-    objects.put_if_absent(whole.run.commit(WAVES), tags.to_json(orphan))
+    objects.put_if_absent(whole.run.commit(WAVES), documents.encode(orphan))
     found = collect_garbage(whole.run.uri, NOW)
     assert found.kept[WAVES] == ["not announced yet"]
     assert Writer.acquire(whole.run).latest == WAVES
@@ -329,7 +328,7 @@ def test_a_removal_that_a_dead_gc_announced_does_not_block(tmp_path: Path) -> No
     assert_whole(whole)
 
 
-@pytest.mark.parametrize("damage", [b"{}", b"", to_json(Removals(confirmed=(99,)))[:-9]])
+@pytest.mark.parametrize("damage", [b"{}", b"", documents.encode(Removals(confirmed=(99,)))[:-9]])
 def test_a_damaged_record_is_named_and_stops_gc(tmp_path: Path, damage: bytes) -> None:
     whole = published_run(tmp_path)
     collect_garbage(whole.run.uri, NOW)

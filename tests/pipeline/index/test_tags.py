@@ -17,22 +17,22 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pipeline.errors import DataError, GateRefused, Refused, SnapshotConflict
-from pipeline.index import commits, tags
+from pipeline.index import commits
 from pipeline.index.commits import Commit, SegmentCounts, read_commit
 from pipeline.index.segment_files import SegmentRef
 from pipeline.index.tags import Tag, auto_promote, list_commits, promote, read_tag, rollback
 from pipeline.index.writer import Writer
 from pipeline.models.calibration import Calibration
 from pipeline.run import Run
-from pipeline.storage import documents, objects
+from pipeline.storage import documents, interface, objects
 from tests.support.commit_drafts import PROCESSOR, SALTS, SHARDS, WAVES, draft
 
 
 def test_commit_of_an_older_version_without_log_digests_and_with_quality_can_be_read(run: Run) -> None:
-    tree = json.loads(documents.to_json(draft(2))) | {"quality": {"top1": 0.5}}
+    tree = json.loads(documents.encode(draft(2))) | {"quality": {"top1": 0.5}}
     del tree["log_digests"], tree["calibration"], tree["sha256"]
     tree["sha256"] = documents.digest(tree)
-    found = documents.from_json(Commit, json.dumps(tree).encode(), "old")
+    found = documents.parse(Commit, json.dumps(tree).encode(), "old", must_be_checked=True)
     commits.check_commit(found, "old")
     assert found == draft(2)
 
@@ -75,7 +75,7 @@ def test_commit_with_images_that_are_not_rejected_in_a_segment_of_rejects_is_ref
 def test_commit_keeps_its_calibration_to_the_last_bit() -> None:
     calibration = Calibration((0.0, 0.1, 1 / 3), (0.0, 0.2, 2 / 3))
     commit = replace(with_rejects_apart(draft(2)), calibration=calibration)
-    assert documents.from_json(Commit, documents.to_json(commit), "commit") == commit
+    assert documents.parse(Commit, documents.encode(commit), "commit", must_be_checked=True) == commit
     commits.check_commit(commit, "commit")
 
 
@@ -178,7 +178,7 @@ def test_no_two_writes_of_a_tag_are_equal_and_tags_that_say_the_same_are(run: Ru
 def test_a_commit_that_was_created_but_not_announced_is_adopted(run: Run) -> None:
     published(run, 1)
     orphan = replace(draft(2), attempt_id="dead", epoch=1)
-    objects.put_if_absent(run.commit(2), tags.to_json(orphan))
+    objects.put_if_absent(run.commit(2), documents.encode(orphan))
     assert list_commits(run) == [0, 1]
     with pytest.raises(DataError, match="no such commit"):
         promote(run, 2, blockers=[])
@@ -192,9 +192,9 @@ def test_a_commit_that_was_created_but_not_announced_is_adopted(run: Run) -> Non
 
 def test_an_orphan_that_appears_later_is_adopted_where_it_is_the_same(run: Run) -> None:
     writer = published(run, 1)
-    objects.put_if_absent(run.commit(2), tags.to_json(replace(draft(2), attempt_id="zombie")))
+    objects.put_if_absent(run.commit(2), documents.encode(replace(draft(2), attempt_id="zombie")))
     assert writer.publish(draft(2)).attempt_id == "zombie"
-    objects.put_if_absent(run.commit(3), tags.to_json(replace(draft(3, salt="x"), attempt_id="zombie")))
+    objects.put_if_absent(run.commit(3), documents.encode(replace(draft(3, salt="x"), attempt_id="zombie")))
     with pytest.raises(SnapshotConflict, match="other content"):
         writer.publish(draft(3))
     assert read_tag(run, "candidate") == Tag(2, epoch=1)
@@ -206,7 +206,7 @@ def test_publish_adopts_a_late_commit_of_another_processor(run: Run, number: int
     writer = published(run, number - 1)
     codebook = {"codebook_path": "index/codebook-def.faiss", "codebook_sha256": "def"} if number == 0 else {}
     late = replace(draft(number, PROCESSOR), attempt_id="late", **codebook)
-    objects.put_if_absent(run.commit(number), tags.to_json(late))
+    objects.put_if_absent(run.commit(number), documents.encode(late))
 
     stored = writer.publish(draft(number))
 
@@ -218,7 +218,7 @@ def test_publish_adopts_a_late_commit_of_another_processor(run: Run, number: int
 @pytest.mark.parametrize("change", [{"codebook_sha256": "def"}, {"dim": 9}, {"nprobe": 5}])
 def test_publish_refuses_a_late_commit_that_is_no_other_processors(run: Run, change: dict[str, Any]) -> None:
     writer = published(run, 1)
-    objects.put_if_absent(run.commit(2), tags.to_json(replace(draft(2), attempt_id="late", **change)))
+    objects.put_if_absent(run.commit(2), documents.encode(replace(draft(2), attempt_id="late", **change)))
     with pytest.raises(SnapshotConflict, match=f"differs in {next(iter(change))}"):
         writer.publish(draft(2))
 
@@ -233,12 +233,12 @@ class LostAnswers:
         def lossy_put(uri: str, data: bytes) -> None:
             put(uri, data)
             self.lost += 1
-            raise objects.AlreadyExists(uri)
+            raise interface.AlreadyExists(uri)
 
         def lossy_swap(uri: str, data: bytes, version: str | None) -> str:
             swap(uri, data, version)
             self.lost += 1
-            raise objects.Changed(uri)
+            raise interface.Changed(uri)
 
         self.put, self.swap = lossy_put, lossy_swap
         self._patch = monkeypatch
@@ -290,7 +290,7 @@ def test_a_commit_that_is_not_whole_is_neither_written_nor_read(run: Run, name: 
         writer.publish(broken)
     assert run.commit(2) in str(caught.value)
     assert not objects.exists(run.commit(2))
-    objects.put(run.commit(2), tags.to_json(broken))
+    objects.put(run.commit(2), documents.encode(broken))
     with pytest.raises(DataError) as caught:
         read_commit(run, 2)
     assert run.commit(2) in str(caught.value)

@@ -143,7 +143,7 @@ def test_a_label_that_is_no_name_is_refused(tmp_path: Path, role: str, kind: pa.
 def test_a_label_of_any_simple_type_comes_out_as_text(tmp_path: Path, values: pa.Array) -> None:
     given_source = source(write(tmp_path / "a.parquet", table(2, label=values)), **COLUMNS, label="label")
     run, (part,) = Run(str(tmp_path / "run")), scan(given_source, {})
-    write_part(run, "gallery", 0, part, given_source, 4, ".")
+    write_part(run.part("gallery", 0), part, given_source, 4, ".")
     assert parquet.read_parquet(run.part("gallery", 0))["label"].to_pylist() == values.cast(pa.string()).to_pylist()
 
 
@@ -151,7 +151,7 @@ def test_write_part_of_images_inside_a_file_gives_them_the_files_etag_and_sha256
     uri = write(tmp_path / "a.parquet", table(3, image=[b"a", b"b", b"c"]))
     given_source = source(uri, **COLUMNS, image="image")
     run, (part,) = Run(str(tmp_path / "run")), scan(given_source, {})
-    write_part(run, "gallery", 0, part, given_source, 4, ".")
+    write_part(run.part("gallery", 0), part, given_source, 4, ".")
     tag = f"{objects.stat(uri).etag} {objects.sha256(uri)}"
     assert parquet.read_parquet(run.part("gallery", 0))["etag"].to_pylist() == [tag] * 3
 
@@ -163,7 +163,7 @@ def test_write_part_of_a_file_that_was_replaced_since_the_scan_is_refused(tmp_pa
     write(tmp_path / "a.parquet", table(3, image=[b"c", b"b", b"a"]))
     os.utime(uri, ns=(1, 1))
     with pytest.raises(DataError, match=r"replaced while it was read(.|\n)*a\.parquet"):
-        write_part(run, "gallery", 0, part, given_source, 4, ".")
+        write_part(run.part("gallery", 0), part, given_source, 4, ".")
 
 
 def test_ids_that_are_integers_in_one_file_and_strings_in_another_are_refused_with_both(tmp_path: Path) -> None:
@@ -366,7 +366,7 @@ PLACES = ["a.png", "./b/c.png", "/abs/d.png", "s3://other/e.png", "file:///f"]
 def test_relative_uris_of_images_start_at_the_root(tmp_path: Path, root: str, found: list[str]) -> None:
     given_source = source(write(tmp_path / "a.parquet", pa.table({"uri": PLACES})), uri="uri")
     run, (part,) = Run(str(tmp_path / "run")), scan(given_source, {})
-    assert write_part(run, "gallery", 0, part, given_source, 4, root).rooted
+    assert write_part(run.part("gallery", 0), part, given_source, 4, root).rooted
     assert parquet.read_parquet(run.part("gallery", 0))["uri"].to_pylist() == [*found, *PLACES[2:]]
 
 
@@ -384,7 +384,7 @@ def written(path: Path, content: pa.Table, columns: dict[str, str]) -> pa.Table:
     """The one part of a manifest."""
     given_source = source(write(path / "a.parquet", content, row_group_size=100), **columns)
     run, (part,) = Run(str(path / "run")), scan(given_source, {})
-    write_part(run, "gallery", 0, part, given_source, 4, "/")
+    write_part(run.part("gallery", 0), part, given_source, 4, "/")
     return parquet.read_parquet(run.part("gallery", 0))
 
 

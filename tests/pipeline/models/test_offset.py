@@ -8,7 +8,7 @@ import pytest
 from pipeline.arrays import Float32
 from pipeline.errors import ConfigError
 from pipeline.evaluation.metrics import EvaluateOptions, evaluate
-from pipeline.models.offset import LinearClassifier, Offset, OffsetKind, fit_offset, least_varying
+from pipeline.models.offset import HeldOutPairs, LinearClassifier, Offset, OffsetKind, fit_offset, least_varying
 
 NUM, DIM, CLASSES = 600, 12, 6
 
@@ -42,7 +42,7 @@ def embeddings(seed: int = 0) -> tuple[Float32, Float32, Float32, np.ndarray, Li
 
 def fitted(kind: OffsetKind, strength: float = 0.5, metric: str = "l2") -> tuple[Offset, Float32, Float32, Float32]:
     new, z, s, _, classifier = embeddings()
-    return fit_offset(kind, strength, z, s, new, classifier, metric), new, z, s
+    return fit_offset(kind, strength, HeldOutPairs(z, s, new), classifier, metric), new, z, s
 
 
 @pytest.mark.parametrize("kind", ["uncertainty", "confidence"])
@@ -86,7 +86,7 @@ def test_offset_improves_answers_at_half_of_the_backfill(kind: OffsetKind, metri
     new, z, s, labels, classifier = embeddings()
     if metric == "cosine":
         new, z = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (new, z))
-    offset = fit_offset(kind, 0.5, z, s, new, classifier, metric)
+    offset = fit_offset(kind, 0.5, HeldOutPairs(z, s, new), classifier, metric)
     half = np.arange(NUM) % 2 == 0
     found = []
     for vectors in (z, offset.apply(z, s)):
@@ -118,6 +118,6 @@ def test_the_direction_is_one_in_which_embeddings_do_not_vary() -> None:
 def test_invalid_offset_is_refused() -> None:
     new, z, s, _, classifier = embeddings()
     with pytest.raises(ConfigError, match="inner product"):
-        fit_offset("uncertainty", 0.5, z, s, new, classifier, "ip")
+        fit_offset("uncertainty", 0.5, HeldOutPairs(z, s, new), classifier, "ip")
     with pytest.raises(ConfigError, match="classifier"):
-        fit_offset("confidence", 0.5, z, s, new, None, "l2")
+        fit_offset("confidence", 0.5, HeldOutPairs(z, s, new), None, "l2")

@@ -118,7 +118,7 @@ def test_a_marker_without_a_kind_is_of_the_network(saved: tuple[Run, Transformat
 
 
 def test_info_survives_json() -> None:
-    assert TransformationInfo.from_json(_info(d_side=4).to_json()) == _info(d_side=4)
+    assert documents.parse(TransformationInfo, documents.encode(_info(d_side=4)), "marker") == _info(d_side=4)
 
 
 def test_tampered_weights_are_refused(saved: tuple[Run, TransformationNetwork]) -> None:
@@ -147,13 +147,13 @@ def test_weights_of_another_shape_are_refused(saved: tuple[Run, TransformationNe
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format_version": 1}'])
 def test_a_marker_that_is_not_a_description_is_refused(text: str) -> None:
     with pytest.raises(DataError, match=r"not a (JSON|transformation)"):
-        TransformationInfo.from_json(text)
+        documents.parse(TransformationInfo, text.encode(), "marker")
 
 
 def test_another_format_is_refused() -> None:
-    text = json.dumps(json.loads(_info().to_json()) | {"format_version": 99})
+    text = json.dumps(json.loads(documents.encode(_info())) | {"format_version": 99})
     with pytest.raises(DataError, match="another format"):
-        TransformationInfo.from_json(text)
+        documents.parse(TransformationInfo, text.encode(), "marker")
 
 
 def test_a_run_without_transformation_says_what_to_do(tmp_path: Path) -> None:

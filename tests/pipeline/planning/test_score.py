@@ -38,7 +38,7 @@ def scene(folder: Path, weights: object = TRAFFIC, **plan: object) -> tuple[Conf
     tree = {"run": str(folder / "run"), "device": "cpu", "encoders": {"new": encoder}, "plan": plan}
     config, run = validate(tree | {"gallery": gallery, "pairs": gallery}, "test"), Run(str(folder / "run"))
     part = Partition(config.gallery.manifest, [0], 0, 0, NUM)  # type: ignore[arg-type] - one file
-    write_part(run, "gallery", 0, part, config.gallery, 64, ".")
+    write_part(run.part("gallery", 0), part, config.gallery, 64, ".")
     info = TransformationInfo(D_OLD, D_NEW, None, 8, False, "alignment", 0, 1, 10, 10, True, {})
     new = np.random.default_rng(1).normal(size=(NUM, D_NEW)).astype(np.float32)
     made = build_policy_inputs(HeldOutPairs(OLD, new, new[:, 0], new + 1, np.arange(NUM) % 3), None, "l2", 0)

@@ -113,7 +113,7 @@ def test_audit_of_a_commit_without_the_rejects_of_a_wave_names_it(tmp_path: Path
     segments = tuple(ref for ref in commit.segments if ref.kind == "embedded" or not ref.rejected)
     assert len(segments) < len(commit.segments)
     changed = replace(commit, segments=segments, counts=SegmentCounts.of(segments))
-    objects.put(whole.run.commit(LAST), documents.to_json(changed))
+    objects.put(whole.run.commit(LAST), documents.encode(changed))
     assert_found(whole, "commit", whole.run.commit(LAST), "counts.gallery")
 
 
@@ -303,7 +303,7 @@ def republish(whole: WholeRun, number: int, other: SegmentRef) -> None:
         for ref in commit.segments
     )
     changed = replace(commit, segments=segments, counts=SegmentCounts.of(segments))
-    objects.put(whole.run.commit(number), snapshot.to_json(changed))
+    objects.put(whole.run.commit(number), documents.encode(changed))
 
 
 def assert_found(whole: WholeRun, kind: str, where: str, found: str = "") -> None:
@@ -485,7 +485,7 @@ def test_audit_finds_damaged_commits_and_tags_without_a_commit(tmp_path: Path) -
     tags = [item.where for item in report.problems if item.kind == "tag"]
     assert tags == [], "the commits are damaged, and the tags that name them are not"
     tag = snapshot.Tag(7, attempt_id="x")
-    objects.put(whole.run.tag("prod"), snapshot.to_json(tag))
+    objects.put(whole.run.tag("prod"), documents.encode(tag))
     assert_found(whole, "tag", whole.run.tag("prod"), "7")
     objects.put(whole.run.tag("candidate"), b"{}")
     assert_found(whole, "tag", whole.run.tag("candidate"))

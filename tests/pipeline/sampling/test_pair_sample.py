@@ -13,8 +13,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.arrays import Int64
-from pipeline.config.load import validate
-from pipeline.config.tree import Config, num_from_gallery
+from pipeline.config.tree import Config, PairsSettings
 from pipeline.errors import DataError
 from pipeline.manifest import normalised
 from pipeline.run import GALLERY_PAIRS, PROBE_SET, Run
@@ -40,10 +39,8 @@ def ids(run: Run, folder: str = GALLERY_PAIRS) -> list[int]:
     return sorted(normalised.ids_of(run, folder).tolist())
 
 
-def config_with(pairs: dict[str, object]) -> Config:
-    encoder = {"function": "a:b", "dim": 8, "preprocess": {"size": 8}}
-    tree = {"run": "run", "encoders": {"new": encoder}, "gallery": {"manifest": "x", "columns": {}}}
-    return validate(tree | {"pairs": pairs}, "test")
+def pairs_with(pairs: dict[str, object]) -> PairsSettings:
+    return PairsSettings.model_validate(pairs)
 
 
 @pytest.mark.parametrize(
@@ -51,13 +48,13 @@ def config_with(pairs: dict[str, object]) -> Config:
     [(10**9, 20_000), (100_000, 20_000), (20_000, 4000), (600, 120), (320, 64), (200, 64), (100, 50), (64, 32), (1, 0)],
 )
 def test_size_auto_is_a_fifth_of_a_gallery_and_more_of_a_tiny_one(gallery: int, images: int) -> None:
-    assert num_from_gallery(config_with({}).pairs, gallery) == images
-    assert num_from_gallery(config_with({"manifest": "x", "columns": {}}).pairs, gallery) == 0
+    assert pairs_with({}).num_from_gallery(gallery) == images
+    assert pairs_with({"manifest": "x", "columns": {}}).num_from_gallery(gallery) == 0
 
 
 def test_size_auto_leaves_the_probe_sample_of_the_user_alone_and_a_count_is_what_it_says() -> None:
-    assert num_from_gallery(config_with({}).pairs, 600, num_probe=580) == 20
-    assert num_from_gallery(config_with({"manifest": "x", "columns": {}, "from_gallery": 70}).pairs, 600) == 70
+    assert pairs_with({}).num_from_gallery(600, num_probe=580) == 20
+    assert pairs_with({"manifest": "x", "columns": {}, "from_gallery": 70}).num_from_gallery(600) == 70
 
 
 def test_draw_takes_the_same_images_however_the_gallery_is_ordered(tmp_path: Path) -> None:

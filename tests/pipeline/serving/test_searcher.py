@@ -25,7 +25,7 @@ from pipeline.index.writer import Writer
 from pipeline.models.calibration import Calibration
 from pipeline.run import Run
 from pipeline.serving.searcher import Searcher
-from pipeline.storage import objects
+from pipeline.storage import documents, objects
 from tests.support.whole_run import DIM, WholeRun
 
 
@@ -349,7 +349,7 @@ def test_readers_see_one_whole_commit_while_it_is_switched(tmp_path: Path) -> No
 def test_a_codebook_of_another_metric_is_refused(tmp_path: Path) -> None:
     whole = make(tmp_path)
     commit = replace(commits.read_commit(whole.run, 0), metric="ip")
-    objects.put(whole.run.commit(0), tags.to_json(commit))
+    objects.put(whole.run.commit(0), documents.encode(commit))
     with pytest.raises(DataError, match="codebook is not the commit's"):
         Searcher(whole.run.uri)
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import objects, parquet
-from pipeline.storage.objects import AlreadyExists, Changed
+from pipeline.storage.interface import AlreadyExists, Changed
 
 WRITERS = 16
 
