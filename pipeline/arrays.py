@@ -1,4 +1,4 @@
-"""Array types, and vectors as Arrow columns: what every package speaks."""
+"""Array types, and vectors as Arrow columns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def vector_type(dim: int) -> pa.DataType:
 
 
 def vectors_to_arrow(vectors: Float32) -> pa.FixedSizeListArray:
-    """(N, d) float32 as an Arrow column, without a copy where the rows are contiguous."""
+    """(N, d) float32 as an Arrow column, without a copy if the rows are contiguous."""
     flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float32).reshape(-1))
     return pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
 
@@ -44,10 +44,10 @@ def vectors_from_arrow(column: pa.ChunkedArray | pa.Array) -> Float32:
 
 
 def tensor_metadata(data: bytes, key: str) -> Any:
-    """A JSON value from the metadata of safetensors, which `safetensors.numpy.load` does not give.
+    """A JSON value from the metadata of a safetensors file, which `safetensors.numpy.load` does not return.
 
     Raises:
-        ValueError, KeyError: it is not there.
+        ValueError, KeyError: the value is missing.
     """
-    length = int.from_bytes(data[:8], "little")  # of the header, which is JSON as well
+    length = int.from_bytes(data[:8], "little")  # of the header, which is JSON too
     return json.loads(json.loads(data[8 : 8 + length])["__metadata__"][key])

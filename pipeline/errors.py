@@ -10,8 +10,8 @@
         |-- Removed                       gc has removed this snapshot
         `-- GateRefused                   a snapshot failed its quality gate
 
-Every message says what was expected, what was found, where, and what to do about it. All of them
-survive pickling, so a worker's error reaches the user as it was raised.
+Every message says what was expected, what was found, where, and what to do. Errors survive pickling, so a worker's
+error reaches the user unchanged.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class FastfillError(Exception):
         return "\n".join([self.summary, *(f"  {labels[key]}: {text}" for key, text in details.items())])
 
     def __reduce__(self) -> tuple[object, ...]:
-        plain = (str, int, float, type(None))  # anything else goes as its text: it may not survive the way
+        plain = (str, int, float, type(None))  # other values are sent as text: they may not be picklable
         details = {key: value if isinstance(value, plain) else _text(value) for key, value in self.details.items()}
         return (_rebuild, (type(self), self.summary, details))
 
@@ -73,11 +73,11 @@ class IncompatibleRun(Refused):
 
 
 class SnapshotConflict(Refused):
-    """Another writer published, or took this run over."""
+    """Another writer published to this run, or took it over."""
 
 
 class Removed(Refused):
-    """A snapshot that gc has removed is asked for."""
+    """The requested snapshot was removed by gc."""
 
 
 class GateRefused(Refused):
@@ -85,7 +85,7 @@ class GateRefused(Refused):
 
 
 def _text(value: object) -> str:
-    """A detail as a user reads it: texts of a tuple are listed; a tuple of numbers is a shape, `(2, 8)`."""
+    """A detail as text. A tuple of texts becomes a list; a tuple of numbers is a shape, `(2, 8)`."""
     is_list = isinstance(value, tuple) and any(isinstance(item, str) for item in value)
     return ", ".join(map(str, value)) if is_list else str(value)  # type: ignore[call-overload]
 

@@ -1,4 +1,4 @@
-"""Hashes of ids: which shard an image is in, and samples that are the same everywhere."""
+"""Hashes of ids, for shards and for samples; the same on every machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.arrays import Int64
 
 
 def splitmix64(values: Int64, seed: int) -> NDArray[np.uint64]:
-    """A bijective 64-bit hash of each id, (N,) uint64: stable over machines, versions and time.
+    """A bijective 64-bit hash of each id, (N,) uint64; the same on every machine and in every version.
 
     Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014).
     """

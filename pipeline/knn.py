@@ -1,7 +1,4 @@
-"""Exact neighbours and clusters among vectors that fit into memory; by FAISS.
-
-Guarantee: the same arrays give the same bits on the same machine. It knows nothing of segments or runs.
-"""
+"""Exact neighbours and clusters among vectors in memory, by FAISS; the same bits each time on the same machine."""
 
 from __future__ import annotations
 
@@ -18,13 +15,13 @@ def nearest(
 ) -> tuple[Float32, Int64]:
     """The k nearest rows of `base` by exact search: keys float32 and rows int64, both (N, k), best first.
 
-    A key is the squared Euclidean distance, or the negative inner product: the smaller, the nearer.
+    A key is the squared Euclidean distance, or the negative inner product: smaller is nearer.
 
     Args:
         queries: (N, d) float32.
         base: (M, d) float32.
         k: at most M, or M - 1 with `own`.
-        own: (N,) int64, the row that does not count for a query, or -1.
+        own: (N,) int64, the row to leave out for each query, or -1.
         metric: l2, ip or cosine.
     """
     kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT

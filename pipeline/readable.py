@@ -1,4 +1,4 @@
-"""Figures as people read them: lengths of time, moments, and counts."""
+"""Text for people: durations, moments and counts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 
 def duration(seconds: float) -> str:
-    """A length of time in its two largest units: `0.4 s`, `45 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`."""
+    """A duration in its two largest units: `0.4 s`, `45 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -24,5 +24,5 @@ def moment(unix_seconds: float) -> str:
 
 
 def counted(number: int, what: str) -> str:
-    """So many of something: `1 file`, `2,000 files`."""
+    """A count with its noun: `1 file`, `2,000 files`."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"

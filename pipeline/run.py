@@ -1,4 +1,4 @@
-"""The files of a run: where each of them lies. `config.identity` says whether a config may continue it."""
+"""The paths of the files of a run. `config.identity` decides whether a config may continue a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.errors import DataError
 
 PROBE_SET = "probe-set"
 GALLERY_PAIRS = "gallery-pairs"
-"""Folders of a run: the images that snapshots are measured on, and the pairs that are drawn from the gallery."""
+"""The folders of the probe set and of the pairs that are drawn from the gallery."""
 
 _TAG = re.compile(r"[\w-]+")  # it becomes a file's name
 
@@ -19,30 +19,28 @@ class Run:
     """The files of a run.
 
     Attributes:
-        uri: of the run.
-        layout: the folder, inside `transformed/` and `plan/`, that holds the parts of the plan; see `Plan.laid_out`.
+        uri: the folder of the run.
+        layout: the folder inside `transformed/` and `plan/` that holds the parts of the plan; see `Plan.laid_out`.
     """
 
     uri: str
     layout: str = ""
 
     def path(self, *parts: str) -> str:
-        """Any file of the run by its path inside it."""
+        """A file of the run, by its path inside the run."""
         return _join(self.uri, *parts)
 
     @property
     def settings(self) -> str:
-        """run.json"""
         return self.path("run.json")
 
     @property
     def transformation(self) -> str:
-        """The folder of the fitted transformation."""
         return self.path("transformation")
 
     @property
     def plan(self) -> str:
-        """plan.json; the plan counts as made once this is there."""
+        """plan.json, which is written last."""
         return self.path("plan", "plan.json")
 
     def wave_units(self, wave: int, first: int) -> str:
@@ -78,11 +76,11 @@ class Run:
         """The file of a tag, such as prod or candidate.
 
         Raises:
-            DataError: no tag can have this name.
+            DataError: the name is not valid.
         """
         if not _TAG.fullmatch(name):
             raise DataError(
-                "this cannot be the name of a tag",
+                "not a valid name of a tag",
                 expected="letters, digits, _ and -",
                 found=name,
                 remedy="use prod, or name a commit",
@@ -91,17 +89,16 @@ class Run:
 
     @property
     def collected(self) -> str:
-        """The record of the commits that gc has removed."""
+        """The commits that gc has removed."""
         return self.path("index", "collected.json")
 
     @property
     def estimate(self) -> str:
-        """What the backfill was estimated to take."""
+        """The estimated duration and cost of the backfill."""
         return self.path("plan", "estimate.json")
 
     @property
     def reports(self) -> str:
-        """The folder of the report."""
         return self.path("reports")
 
 

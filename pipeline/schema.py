@@ -1,8 +1,7 @@
-"""Column names, Arrow schemas and the format version of every file in a run.
+"""Column names, Arrow schemas and the format version of the files in a run.
 
-Waves count from 1 to W: commit w is the snapshot in which the waves up to w are embedded, commit 0 the one in
-which everything is transformed, but for wave 0: images that were embedded for the fit, if there are some. Units count
-from 0 inside their wave, shards from 0 to S-1.
+Waves count from 1 to W. In commit w the waves up to w are embedded. In commit 0 all images are transformed but those of
+wave 0, which were embedded for the fit. Units count from 0 inside their wave, shards from 0 to S-1.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ from pipeline.arrays import vector_type
 FORMAT_VERSION = 1
 
 DELETED = "deleted"
-"""How the reason of a reject begins whose image was there when the manifest was made, and is no more."""
+"""How the reason of a reject begins if the image was deleted after the manifest was made."""
 
 
 LOCATION = [
-    pa.field("uri", pa.string()),  # the image's object, or the container it lies in
-    pa.field("offset", pa.int64()),  # bytes into the container; null where the object is the image
+    pa.field("uri", pa.string()),  # the image's object, or its container
+    pa.field("offset", pa.int64()),  # bytes into the container; null if the object is the image
     pa.field("length", pa.int64()),
-    pa.field("row", pa.int64()),  # row of a Parquet container's image column; null for any other place
-    pa.field("etag", pa.string()),  # of the object or Parquet file when the manifest was made, where that is known
+    pa.field("row", pa.int64()),  # row of a Parquet container's image column; null elsewhere
+    pa.field("etag", pa.string()),  # of the object or container when the manifest was made, if known
 ]
 
 MANIFEST = [
     pa.field("id", pa.int64(), nullable=False),
-    pa.field("key", pa.string()),  # the user's own id where that is a string
+    pa.field("key", pa.string()),  # the user's own id if it is a string
     *LOCATION,
     pa.field("label", pa.string()),
     pa.field("group", pa.string()),
@@ -53,7 +52,7 @@ SIDECAR = pa.schema(
 
 
 def manifest_schema(dims: dict[str, int], traffic: bool = False) -> pa.Schema:
-    """A normalised manifest: MANIFEST, traffic where it is given, and a vector column per entry of `dims` (widths)."""
+    """A normalised manifest: MANIFEST, maybe traffic, and a vector column per entry of `dims` (its width)."""
     weight = [pa.field("traffic", pa.float32())] if traffic else []
     return pa.schema([*MANIFEST, *weight, *(pa.field(name, vector_type(dim)) for name, dim in dims.items())])
 
@@ -89,9 +88,9 @@ def embedded_schema(dim: int) -> pa.Schema:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One piece of work: row group `row_group` of the units file `rows_uri`.
+    """One task of embedding: row group `row_group` of the units file `rows_uri`, which has `images` rows.
 
-    `wave` and `unit` name its part in the vector log; `images` is the number of its rows.
+    `wave` and `unit` name its part in the vector log.
     """
 
     wave: int
@@ -103,38 +102,23 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class UnitAck:
-    """What is left of a unit once it is durable; the only thing the driver sees of it.
-
-    The seconds are those of one task each: reading and decoding, the encoder, writing the part.
-
-    Attributes:
-        requests: for the images, to a store or reads of files; those for the run's own files are not in it.
-        bytes_fetched: what they brought.
-        bytes_needed: the encoded images themselves.
-        retries: requests that failed and were repeated, for images and for the run's own files.
-        changed: images that are others than when the manifest was made.
-        fetch_seconds: of `load_seconds`, those in which the task waited for the images' bytes.
-        actor: which embedding actor it was, any name that no other one has.
-        retry_counts: the retries by `causes.RETRY_CAUSES`.
-        reject_counts: the rejects by `causes.REJECT_REASONS`.
-        part_digest: of the part's content; empty for a part of a version that made none.
-    """
+    """What the driver learns about a unit once its part is durable. Each duration is that of one task."""
 
     wave: int
     unit: int
     embedded: int
     rejected: int
     part_bytes: int
-    load_seconds: float
-    embed_seconds: float
-    write_seconds: float
-    requests: int = 0
-    bytes_fetched: int = 0
-    bytes_needed: int = 0
-    retries: int = 0
-    changed: int = 0
-    fetch_seconds: float = 0.0
-    actor: str = ""
-    retry_counts: Sequence[int] = ()
-    reject_counts: Sequence[int] = ()
-    part_digest: str = ""
+    load_seconds: float  # reading and decoding images
+    embed_seconds: float  # the encoder
+    write_seconds: float  # writing the part
+    requests: int = 0  # requests and file reads for images alone, not for the run's own files
+    bytes_fetched: int = 0  # bytes of these requests
+    bytes_needed: int = 0  # bytes of the encoded images themselves
+    retries: int = 0  # repeated requests, for images and for the run's own files
+    changed: int = 0  # images that have changed since the manifest was made
+    fetch_seconds: float = 0.0  # the part of `load_seconds` that waited for bytes
+    actor: str = ""  # a unique name of the embedding actor
+    retry_counts: Sequence[int] = ()  # retries by `storage.retry.RETRY_CAUSES`
+    reject_counts: Sequence[int] = ()  # rejects by `embedding.rejects.REJECT_REASONS`
+    part_digest: str = ""  # digest of the part's content; empty in parts of older versions

@@ -1,9 +1,8 @@
-"""Whether a config may continue a run: the settings and the fingerprints of the inputs that it was started with.
+"""Whether a config may continue a run: the settings and input fingerprints that the run was started with.
 
-`run.json` is written once, when the run starts, and holds the resolved config and the fingerprints of
-its inputs. A later start with another config is refused with the names of what differs; settings that
-only say how the work is done (RUNTIME) may change at any time, and those that only one stage uses (STAGES)
-until that stage has made something: a fit that diverged, or a policy that failed, can be mended.
+`run.json` is written once, at the start: the resolved config and the fingerprints of its inputs. A later start with
+another config is refused, with the names of the differences. Two groups may change: settings that only say how the work
+is done (RUNTIME), and the settings of a stage (STAGES) until that stage has an outcome.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from pipeline.errors import DataError, IncompatibleRun
 from pipeline.run import Run
 from pipeline.storage import documents, interface, objects
 
-# Settings that decide how, where or how fast, and not what comes out. Input paths are here as well:
-# what lies there is compared by its fingerprint, so that a copy of the data continues the run.
+# Settings that change how, where or how fast the work is done, but not its outcome. This includes input paths: inputs
+# are compared by fingerprint, so a run may continue with a copy of the data.
 RUNTIME = {
     "run",
     "data_root",
@@ -50,38 +49,32 @@ RUNTIME = {
 }
 _CONTENT = "content of "
 _EPOCHS, _STEPS = "fit.epochs", "fit.steps"
-_BOUND = "plan.group_bound"  # of version 0.1: the order was made with a `group_boost` that no setting says
+_BOUND = "plan.group_bound"  # of version 0.1: it chose a `group_boost` that no setting names
 _RESTORE = (
-    "restore the file from a copy of the run; if your config is the one that the run was made with, you can also move "
-    "the file out of the run: `fastfill backfill` writes it again"
+    "restore the file from a copy of the run; or, if your config is the run's own, move the file out of the run: "
+    "`fastfill backfill` writes it again"
 )
 Identity = dict[str, object]
-"""Settings and fingerprints by their full name, without RUNTIME."""
+"""Settings and fingerprints by full name, without RUNTIME."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A step whose own settings are fixed when it has something to keep.
+    """A step whose own settings are fixed once it has an outcome."""
 
-    Attributes:
-        settings: the file that says what the stage's outcome was made with.
-        outcome: a file that is there once the stage is done.
-        keys: its settings and fingerprints: these, and what is below them.
-    """
-
-    settings: str
-    outcome: str
-    keys: tuple[str, ...]
+    settings: str  # the file with the settings of the stage's outcome
+    outcome: str  # a file that exists once the stage is done
+    keys: tuple[str, ...]  # its settings and fingerprints: these keys and all keys below them
 
     def of(self, identity: Identity) -> Identity:
-        """The stage's share."""
+        """The keys of this stage."""
         return {key: value for key, value in identity.items() if any(_is_below(key, name) for name in self.keys)}
 
 
-# A stage's settings file is created with a conditional put just before its first file that others will read, and
-# never replaced. So of two drivers with different settings exactly one goes on, on S3 as on a disk, and what is
-# there was made with what the file says. Replacing run.json instead would leave the other driver, which has read
-# the old one, writing into the same places. What a stage tries before that lies apart by a digest of its settings.
+# A stage creates its settings file with a conditional put before its first published file, and never replaces it. So of
+# two drivers with different settings exactly one continues, and the files of the stage fit its settings file. (If
+# run.json were replaced instead, a driver that had read the old one would keep writing.) Before that, a stage keeps its
+# attempts apart by a digest of its settings.
 STAGES = {
     "fit": Stage("transformation/settings.json", "transformation/transformation.json", ("fit", "content of fit")),
     "plan": Stage(
@@ -97,14 +90,14 @@ STAGES = {
 
 
 def start(config: Config, fingerprints: dict[str, str]) -> Run:
-    """Create `run.json`, or check that this config may continue the run that is there.
+    """Create `run.json`, or check that this config may continue the existing run.
 
     Raises:
         IncompatibleRun: the run was started with another config, other weights or another gallery.
     """
     run = Run(config.run)
     settings = _settings(config, fingerprints)
-    try:  # equal bytes are the same run, whoever starts it: no attempt id
+    try:  # no attempt id: equal bytes are the same run
         objects.put_if_absent(run.settings, documents.encode(settings))
     except interface.AlreadyExists:
         check_resumable(config, fingerprints)
@@ -112,15 +105,15 @@ def start(config: Config, fingerprints: dict[str, str]) -> Run:
 
 
 def check_resumable(config: Config, fingerprints: dict[str, str], *, all_inputs: bool = True) -> None:
-    """Refuse a config that would not continue the run under its URI; a run that is not there is no refusal.
+    """Refuse a config that differs from that of the existing run under its URI.
 
     Args:
-        config: what the user gave.
-        fingerprints: of its inputs.
-        all_inputs: False for a command that only reads: an input whose fingerprint is not given is not compared.
+        config: the user's config.
+        fingerprints: fingerprints of its inputs.
+        all_inputs: False to compare only the inputs in `fingerprints`, for commands that only read.
 
     Raises:
-        IncompatibleRun: with one line per setting or input that differs.
+        IncompatibleRun: with one line per difference.
     """
     run = Run(config.run)
     if not objects.exists(run.settings):
@@ -128,7 +121,7 @@ def check_resumable(config: Config, fingerprints: dict[str, str], *, all_inputs:
     started, now = _identity(read_settings(run)), _identity(_settings(config, fingerprints))
     for stage in STAGES.values():
         made_with = _made_with(run, stage)
-        if made_with is None:  # nothing is there yet; or it was made before stages had settings of their own
+        if made_with is None:  # no outcome yet, or one of a version without settings per stage
             made_with = stage.of(started if objects.exists(run.path(stage.outcome)) else now)
         started = {key: value for key, value in started.items() if key not in stage.of(started)} | made_with
     if not all_inputs:
@@ -136,11 +129,14 @@ def check_resumable(config: Config, fingerprints: dict[str, str], *, all_inputs:
     _refuse(started, now, run.settings)
 
 
-_FIT_AT_FIRST: dict[str, object] = {"transformation": "fastfill", "calibrate": False}  # before there were settings
+_FIT_AT_FIRST: dict[str, object] = {
+    "transformation": "fastfill",
+    "calibrate": False,
+}  # of runs that are older than these settings
 
 
 def _as_of_now(tree: dict[str, Any]) -> None:
-    """Add to a run's config what runs did not have at first, as the program did it then; drop what is gone."""
+    """Bring the config of an older run to the present keys, with the values that the older version used."""
     tree.pop("relearn", None)
     if isinstance(tree.get("plan"), dict):
         tree["plan"].pop("group_bound", None)
@@ -155,21 +151,21 @@ def _as_of_now(tree: dict[str, Any]) -> None:
 
 
 def stage_settings(config: Config, name: str) -> Identity:
-    """What decides the outcome of a stage, apart from what is fixed when the run starts."""
+    """The settings and fingerprints that may change until the stage has an outcome."""
     prints = _classifier_fingerprint(config.fit) if name == "fit" else _policy_fingerprint(config.plan)
     return STAGES[name].of(_identity(_settings(config, prints)))
 
 
 def settings_digest(settings: Identity) -> str:
-    """A short digest: names where a stage keeps what it tries before its settings are fixed."""
+    """A short digest, which names the folder of a stage's attempts before its settings are fixed."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fix_settings(run: Run, name: str, settings: Identity) -> None:
-    """Say what a stage's outcome is made with, before its first file is written; the first to say so is obeyed.
+    """Fix the settings of a stage, before its first file is written; the first driver wins.
 
     Raises:
-        IncompatibleRun: another driver has begun to write it with other settings.
+        IncompatibleRun: another driver has fixed other settings.
     """
     try:
         objects.put_if_absent(run.path(STAGES[name].settings), documents.encode(settings))
@@ -178,10 +174,10 @@ def fix_settings(run: Run, name: str, settings: Identity) -> None:
 
 
 def check_settings_of(run: Run, name: str, settings: Identity) -> None:
-    """Refuse what another driver has made meanwhile with other settings.
+    """Refuse settings that differ from those that are fixed for the stage, if any are.
 
     Raises:
-        IncompatibleRun: with one line per setting that differs.
+        IncompatibleRun: with one line per difference.
     """
     made_with = _made_with(run, STAGES[name])
     if made_with is not None:
@@ -189,7 +185,7 @@ def check_settings_of(run: Run, name: str, settings: Identity) -> None:
 
 
 def read_stage_settings(run: Run, name: str) -> Identity | None:
-    """What the outcome of a stage was made with; None if nobody has said so yet.
+    """The fixed settings of a stage; None if there are none yet.
 
     Raises:
         DataError: the file is damaged or of another format.
@@ -198,7 +194,7 @@ def read_stage_settings(run: Run, name: str) -> Identity | None:
 
 
 def free_uri(uri: str) -> str:
-    """The first of `uri-2`, `uri-3`, ... under which there is no run yet; `uri` itself where it is free."""
+    """The first of `uri`, `uri-2`, `uri-3`, ... under which there is no run."""
     numbered = itertools.chain([uri], (f"{uri}-{number}" for number in itertools.count(2)))
     return next(item for item in numbered if not objects.exists(Run(item).settings))
 
@@ -224,12 +220,10 @@ def read_settings(run: Run) -> dict[str, object]:
 
 
 def weight_fingerprints(config: Config) -> dict[str, str]:
-    """What the encoders, the classifier and a policy of the user's own contain: a sha256 of each file.
-
-    Of a `module:function` it is the module's source file, where that can be found.
+    """The sha256 of each file of the encoders and the classifier, and of the source of each `module:function`.
 
     Raises:
-        DataError: one of them is missing.
+        DataError: a file is missing.
     """
     found: dict[str, str] = {}
     for name, encoder in (("old", config.encoders.old), ("new", config.encoders.new)):
@@ -238,7 +232,7 @@ def weight_fingerprints(config: Config) -> dict[str, str]:
 
 
 def encoder_fingerprint(key: str, encoder: EncoderSettings) -> dict[str, str]:
-    """What one encoder contains, under its name in the config; nothing where that cannot be told.
+    """The fingerprint of an encoder, under its key in the config; empty if its source cannot be found.
 
     Raises:
         DataError: its file is missing.
@@ -289,7 +283,7 @@ def _made_with(run: Run, stage: Stage) -> Identity | None:
 
 
 def _is_gone(key: str, value: object) -> bool:
-    """Whether it is a setting of version 0.1 that has no effect now; `read_plan` refuses what `relearn` has changed."""
+    """Whether it is a setting of version 0.1 without effect now; `read_plan` refuses runs that `relearn` changed."""
     return _is_below(key, "relearn") or (key == _BOUND and value is None)
 
 
@@ -299,13 +293,13 @@ def _refuse(started: Identity, now: Identity, where: str) -> None:
         raise IncompatibleRun(
             "this run was started with other inputs or settings:\n" + "\n".join(f"  - {line}" for line in changes),
             where=where,
-            remedy="put the settings back, or start beside it with `fastfill backfill --new-run`",
+            remedy="restore the settings, or start another run beside it with `fastfill backfill --new-run`",
         )
 
 
 def _identity(settings: dict[str, object]) -> Identity:
     flat = {key: value for key, value in _flatten(settings["config"], "") if not _is_runtime(key)}
-    if flat.get(_EPOCHS) is not None:  # then the steps do not count; runs did not have them at first
+    if flat.get(_EPOCHS) is not None:  # then steps have no effect, and older runs do not have them
         flat.pop(_STEPS, None)
     return flat | {f"{_CONTENT}{key}": value for key, value in _flatten(settings["fingerprints"], "")}
 
@@ -326,6 +320,6 @@ def _flatten(value: object, prefix: str) -> list[tuple[str, object]]:
 
 def _changes(started: Identity, now: Identity) -> list[str]:
     keys = [key for key in started | now if started.get(key) != now.get(key)]
-    keys = [key for key in keys if key != _STEPS or _EPOCHS not in keys]  # they are there on one side alone
-    others = {_BOUND: "which only fastfill 0.1 has"}
+    keys = [key for key in keys if key != _STEPS or _EPOCHS not in keys]  # only one side has them
+    others = {_BOUND: "which only fastfill 0.1 supports"}
     return [f"{key}: the run has {started.get(key)!r}, {others.get(key, f'you gave {now.get(key)!r}')}" for key in keys]

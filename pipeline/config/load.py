@@ -1,8 +1,6 @@
-"""Read the settings: one YAML file and `--set a.b=value` overrides, validated and resolved.
+"""Reads the config: one YAML file and `--set a.b=value` overrides, validated, with absolute paths.
 
-Unknown keys are refused with the nearest valid name. Relative input paths start at `data_root`, and
-`data_root` and `run` start at the working directory; all of them may be `s3://`. The resolved tree is
-stored with the run (`run.json`).
+Relative input paths start at `data_root`; `data_root` and `run` start at the working directory. Paths may be `s3://`.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
         overrides: `a.b=value` items; the value is read as YAML.
 
     Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown, a value is out of its range.
+        ConfigError: the file is missing or not YAML, a key is unknown, or a value is out of range.
     """
     try:
         data = objects.read_bytes(path) if "://" in path else _read_local(path)
@@ -48,7 +46,7 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
 
 
 def _read_local(path: str) -> bytes:
-    """A config file, or what a shell's `<(...)` gives; a pipe that nobody writes to is empty and does not block."""
+    """A config file, or a shell's `<(...)`; a pipe without a writer is empty and does not block."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         mode = os.fstat(file.fileno()).st_mode
         if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
@@ -61,7 +59,7 @@ def _read_local(path: str) -> bytes:
 
 
 def validate(tree: dict[str, object], where: str) -> Config:
-    """Validate a raw tree; every problem is listed with its key, and unknown keys with the nearest name.
+    """Validate a raw tree. The error lists every problem with its key, and unknown keys with the nearest name.
 
     Raises:
         ConfigError: with one line per problem.
@@ -75,7 +73,7 @@ def validate(tree: dict[str, object], where: str) -> Config:
         raise ConfigError(
             f"{len(found)} problem(s) in the config:\n" + "\n".join(f"  - {line}" for line in problems),
             where=where,
-            remedy="fix the keys above; docs/configuration.md has every key",
+            remedy="fix the keys above; docs/configuration.md describes every key",
         ) from error
 
 
@@ -142,18 +140,18 @@ def _override(tree: dict[str, object], item: str) -> None:
         if child is None:
             child = node[name] = {}
         if not isinstance(child, dict):
-            raise ConfigError("--set goes through a key that holds a value", found=child, where=f"{item}: {name}")
-        node[name] = child = dict(child)  # a copy: a YAML alias (*name) is one object under several keys
+            raise ConfigError("--set names a key below a value", found=child, where=f"{item}: {name}")
+        node[name] = child = dict(child)  # a copy, because a YAML alias (*name) is one object under several keys
         node = child
     node[last] = _parse(text, "the value of --set is not valid YAML", key)
 
 
 def _parse(text: bytes | str, summary: str, where: str) -> object:
-    """YAML as an object; PyYAML raises all of these for texts that look like dates, numbers or tagged values."""
+    """YAML as an object. PyYAML raises all of these for texts that look like dates, numbers or tagged values."""
     try:
         return yaml.safe_load(text)
     except RecursionError as error:
-        raise ConfigError(summary, found="it is nested too deeply", where=where) from error
+        raise ConfigError(summary, found="too many levels", where=where) from error
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
         raise ConfigError(summary, found=error, where=where) from error
 
@@ -161,7 +159,7 @@ def _parse(text: bytes | str, summary: str, where: str) -> object:
 def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:
     where = ".".join(str(part) for part in location)
     if kind == "missing":
-        return f"{where}: required, and not given"
+        return f"{where}: required, but not given"
     if kind != "extra_forbidden":
         return f"{where}: {message.removeprefix('Value error, ')}" if where else message
     names = _names_beside(location)

@@ -1,7 +1,6 @@
-"""A config whose run is there already: settings that runs did not have at first keep the values of that run.
+"""Continues runs of older versions: a setting that the run did not have keeps the value which that version used.
 
-Between the config file and every command. Without it a run of an earlier version would be refused for a default that
-it never had. It does not judge whether the config may continue the run: `run.check_resumable` does.
+Without this, a run of an older version would be refused because of a new default.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from pipeline.storage import objects
 from pipeline.storage.settings import Section
 
 _SECTIONS = ("fit", "plan")
-"""Whose defaults are others than they were."""
+"""Sections whose defaults have changed."""
 
 _DEPENDENT = {"transformation": ("loss", "epochs"), "steps": ("epochs",)}
-"""Settings that mean nothing beside a value of these that the run was not started with."""
+"""If the config gives the first setting, values of the run for the others are dropped."""
 
 
 def as_started(config: Config) -> Config:
-    """The config with the values that its run was started with, for settings that runs did not have at first.
+    """The config, in which settings that an older run did not have get the values of that run.
 
-    A setting that the config gives itself stays, and so does a config whose run is not there yet.
+    Settings that the config gives itself stay. Without an existing run, the config stays as it is.
 
     Raises:
         DataError: `run.json` is damaged or of another format.
@@ -48,17 +47,17 @@ def as_started(config: Config) -> Config:
 
 
 def _with_started(section: Section, started: dict[str, Any]) -> Section:
-    """A section with the run's own value of each setting that the config does not give."""
+    """A section with the run's value of each setting that the config does not give."""
     given = {name: getattr(section, name) for name in section.model_fields_set}
     known = {name: value for name, value in started.items() if name in type(section).model_fields}
     for name in _DEPENDENT:
-        if name in given:  # another kind of fit: its own defaults count
+        if name in given:  # another kind of fit has its own defaults
             known = {key: value for key, value in known.items() if key not in _DEPENDENT[name]}
     return type(section).model_validate(known | given)
 
 
 def _with_exif(encoder: EncoderSettings, started: dict[str, Any] | None) -> EncoderSettings:
-    """The encoder with `preprocess.exif` as the run has it, if the config does not say it."""
+    """The encoder with the run's `preprocess.exif`, if the config does not give it."""
     if started is None or "exif" in encoder.preprocess.model_fields_set:
         return encoder
     preprocess = encoder.preprocess.model_copy(update={"exif": started["preprocess"]["exif"]})

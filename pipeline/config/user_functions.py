@@ -1,8 +1,7 @@
-"""Functions of the user's own, named `module:function` in the config: an encoder, a policy.
+"""The user's own functions, named `module:function` in the config: an encoder or a policy.
 
-Guarantee: a module in the working directory is found by every command and by Ray's workers, whatever started
-them; what goes wrong in the user's code is a ConfigError that says where. Modules that are installed come
-first: a file of the user's never hides one of ours. It does not know what the functions are for.
+Modules in the working directory are found, also by Ray's workers, but installed modules come first. An error in the
+user's code becomes a ConfigError that says where.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _REMEDY = (
-    "put the module into the folder that the command is started in, or install it; on a cluster every node needs it: "
-    "`ray job submit --working-dir .` takes the folder along"
+    "put the module into the folder where you start the command, or install it; on a cluster every node needs it: "
+    "`ray job submit --working-dir .` sends the folder along"
 )
 _OURS = str(Path(__file__).resolve().parents[2])
 _NOT_OWN = (
@@ -41,11 +40,11 @@ def load_function(name: str, what: str, where: str) -> Callable[..., Any]:  # An
 
     Args:
         name: as in the config.
-        what: whose function it is, for messages: "the policy".
+        what: the owner of the function, for messages: "the policy".
         where: the setting.
 
     Raises:
-        ConfigError: it cannot be found, or its module cannot be imported.
+        ConfigError: the function cannot be found, or its module cannot be imported.
     """
     module_name, _, function_name = name.partition(":")
     _search_working_directory()
@@ -55,7 +54,7 @@ def load_function(name: str, what: str, where: str) -> Callable[..., Any]:  # An
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-                raise  # the module is there, and one that it imports is not
+                raise  # the module exists, but one that it imports does not
             raise ConfigError(f"{what}'s function cannot be found", found=found, where=where, remedy=_REMEDY) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -67,10 +66,10 @@ def load_function(name: str, what: str, where: str) -> Callable[..., Any]:  # An
 
 @contextmanager
 def own_code(summary: str, where: str) -> Iterator[None]:
-    """Run the user's code: whatever it raises becomes a ConfigError that names the user's own lines.
+    """Run the user's code.
 
     Raises:
-        ConfigError: the code raised something, or asked to exit.
+        ConfigError: the code raised an error or asked to exit; with the user's own lines.
     """
     try:
         yield
@@ -81,34 +80,34 @@ def own_code(summary: str, where: str) -> Iterator[None]:
             summary,
             found=f"{type(error).__name__}: {error} ({_own_lines(error)})",
             where=where,
-            remedy="mend the function, and run the same command again",
+            remedy="fix the function, and run the same command again",
         ) from error
 
 
 def _own_lines(error: BaseException) -> str:
-    """Where the user's code was: its frames from the outermost on, without ours and those of installed packages."""
+    """The user's own frames of a traceback, innermost first, without ours and those of installed packages."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not (frame.filename.startswith(_NOT_OWN) or "-packages" in frame.filename)]
     return ", from ".join(f"{frame.filename}, line {frame.lineno}" for frame in reversed(own or frames[-1:]))
 
 
 def fingerprint(name: str) -> str | None:
-    """A sha256 of the source file of a function's module; None where there is none that can be found.
+    """The sha256 of the source file of a function's module, without its imports; None if there is no such file.
 
-    The module itself is not run. What it imports is not looked at.
+    The module is not executed.
     """
     _search_working_directory()
     try:
         spec = importlib.util.find_spec(name.partition(":")[0])
     except (ImportError, ValueError):
-        return None  # loading the function says what is wrong
+        return None  # loading the function gives the error
     if spec is None or not spec.has_location or spec.origin is None or not spec.origin.endswith(".py"):
         return None
     return objects.sha256(spec.origin)
 
 
 def _search_working_directory() -> None:
-    """Behind all else: a console script starts with its own folder in the path, and not the working directory."""
+    """Add the working directory at the end of the path, because a console script does not have it there."""
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)

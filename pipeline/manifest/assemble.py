@@ -1,9 +1,8 @@
-"""Put the chunks of all pieces together as the parts of one manifest, of about equal size and with one schema.
+"""Writes the chunks of all splits as the parts of one manifest, of about equal size and with one schema.
 
     pieces/*.rows, rows of Parquet sources -> part-00000.parquet ...
 
-Guarantee: parts hold the rows of all chunks in their order, each once; a column that a source did not have is
-null in its rows. Parts are written independently of one another.
+The rows keep the order of the chunks. A column that a source lacks is null in its rows. Each part is written alone.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class PartWork:
-    """All that is needed to write one part."""
+    """The input for writing one part."""
 
     uri: str
     slices: tuple[Slice, ...]
@@ -42,30 +41,23 @@ class PartWork:
 
 @dataclass(frozen=True, slots=True)
 class PartInfo:
-    """What is in a part.
+    """The content of a part."""
 
-    Attributes:
-        rows: their number.
-        num_bytes: of images, by kind of source, as far as sizes are known.
-        unknown_sizes: rows without a size.
-        filled: columns with a value in some row.
-    """
-
-    rows: int
-    num_bytes: dict[SourceKind, int]
-    unknown_sizes: int
-    filled: tuple[str, ...]
+    rows: int  # number of rows
+    num_bytes: dict[SourceKind, int]  # bytes of the images with a known size, by kind of source
+    unknown_sizes: int  # rows without a size
+    filled: tuple[str, ...]  # columns that have a value in at least one row
 
 
 def part_uri(folder: str, number: int) -> str:
-    """Where part `number` is."""
+    """The URI of part `number`."""
     return objects.join(folder, f"part-{number:05d}.parquet")
 
 
-def lay_out(folder: str, ledgers: Sequence[SplitResult], options: Options) -> list[PartWork]:
-    """Cut the rows of all chunks, in order, into parts."""
-    schema = _schema(ledgers)
-    chunks = [(ledger.kind, chunk) for ledger in ledgers for chunk in ledger.chunks]
+def lay_out(folder: str, results: Sequence[SplitResult], options: Options) -> list[PartWork]:
+    """Divide the rows of all chunks, in order, into parts."""
+    schema = _schema(results)
+    chunks = [(result.kind, chunk) for result in results for chunk in result.chunks]
     widest = max((chunk.num_bytes // max(1, chunk.rows) for _, chunk in chunks), default=1)
     most = max(1, min(CHUNK_ROWS, CHUNK_BYTES // max(1, widest)))
     parts: list[list[Slice]] = []
@@ -100,9 +92,9 @@ def write_part(work: PartWork) -> PartInfo:
     return PartInfo(whole.num_rows, num_bytes, whole["size_bytes"].null_count, filled)
 
 
-def _schema(ledgers: Sequence[SplitResult]) -> pa.Schema:
-    """One schema for all: ours first; keys and labels stay integers only where all of them are."""
-    schemas = [ledger.arrow_schema for ledger in ledgers if ledger.chunks]
+def _schema(results: Sequence[SplitResult]) -> pa.Schema:
+    """One schema for all: our columns first; keys and labels are integers only if all of them are."""
+    schemas = [result.arrow_schema for result in results if result.chunks]
     fields: dict[str, pa.Field] = {field.name: field for field in ROWS}
     for name in ("key", "label"):
         kinds = {schema.field(name).type for schema in schemas if name in schema.names}
@@ -113,10 +105,10 @@ def _schema(ledgers: Sequence[SplitResult]) -> pa.Schema:
         unified = pa.unify_schemas(others, promote_options="permissive") if others else pa.schema([])
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(
-            "columns of one name do not fit together",
-            expected="one type for a column in all sources",
+            "columns of the same name have different types",
+            expected="one type per column name in all sources",
             found=error,
-            remedy="rename one of them, or write them with one type",
+            remedy="rename one of them, or write both with one type",
         ) from error
     return pa.schema([*fields.values(), *(field.with_nullable(True) for field in unified)])
 
@@ -129,5 +121,5 @@ def _conform(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
             for field in schema
         ]
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise DataError("a column does not fit the manifest", found=error, where=where) from error
+        raise DataError("a column does not have the type of the manifest", found=error, where=where) from error
     return pa.Table.from_arrays(columns, schema=schema)

@@ -1,7 +1,4 @@
-"""Which columns the files of a manifest must have, by their footers: names, types and widths.
-
-Guarantee: a file that passes can be read as the config says. It does not look at rows; `partition` does.
-"""
+"""Checks of the columns of a user's manifest: names, types and widths, from the Parquet footers alone."""
 
 from __future__ import annotations
 
@@ -13,11 +10,7 @@ from pipeline.manifest.partition import EMBEDDINGS
 
 
 def check_columns(schema: pa.Schema, columns: settings.ColumnNames, dims: dict[str, int], uri: str) -> None:
-    """The columns that are named are in a file, of a type and a width that can be used.
-
-    Raises:
-        DataError: one is not.
-    """
+    """Check that a file has the named columns, with usable types and widths; raises DataError."""
     for role, name in columns.model_dump().items():
         if name is None:
             continue
@@ -53,14 +46,10 @@ def check_columns(schema: pa.Schema, columns: settings.ColumnNames, dims: dict[s
 
 
 def check_content(schema: pa.Schema, columns: settings.ColumnNames, uri: str) -> None:
-    """A file says where its images are, and the manifest names images or embeddings.
-
-    Raises:
-        DataError: it does not.
-    """
+    """Check that a file has a column with the place of images, or with embeddings; raises DataError."""
     if columns.place and not {columns.image, columns.uri} & set(schema.names):
         raise DataError(
-            "a file of the manifest does not say where its images are",
+            "a file of the manifest has no column with images or uris",
             expected=f"a column {columns.image} or {columns.uri}",
             found=schema.names,
             where=uri,
@@ -72,16 +61,12 @@ def check_content(schema: pa.Schema, columns: settings.ColumnNames, uri: str) ->
         and columns.new_embedding is None
     ):
         raise DataError(
-            "the manifest names neither images nor embeddings", expected="image, uri or *_embedding", where=uri
+            "the config names no column with images or embeddings", expected="image, uri or *_embedding", where=uri
         )
 
 
 def check_ids(schema: pa.Schema, name: str | None, kinds: dict[bool, str], uri: str) -> None:
-    """Ids are integers in all files, or strings in all; `kinds` remembers a file of each kind.
-
-    Raises:
-        DataError: they are not.
-    """
+    """Check: ids are integers in all files, or strings in all; `kinds` gets a file of each kind. Raises DataError."""
     if name is None:
         return
     integers = bool(pa.types.is_integer(schema.field(name).type))
@@ -126,7 +111,7 @@ def _fits(role: str, kind: pa.DataType) -> bool:
 
 
 def _is_name(kind: pa.DataType) -> bool:
-    """Whether it can be written as text that tells its values apart."""
+    """Whether different values of the type have different texts."""
     types = pa.types
     if types.is_dictionary(kind):
         return _is_name(kind.value_type)

@@ -1,13 +1,10 @@
-"""A user's manifest, checked and brought into our own form: `<folder>/part-*.parquet`.
+"""A user's manifest in our own form: checked and written as `<folder>/part-*.parquet`.
 
-A manifest (of the gallery, or of the training pairs) is any set of Parquet files. It is cut into
-partitions of whole row groups; one Ray task per partition checks its rows and writes one part: id,
-where the image is, label, group, and the embeddings that came with it. `<folder>/manifest.json` is
-written last: it says that all parts are there, and by digests what they were read from and how. Parts
-that were read from something else, or otherwise, are never used: they are written again.
-
-Guarantee: after `normalise`, ids are int64 and unique, every row says where its image is or has its
-embeddings, and these are finite and of one width. It does not know what the embeddings are for.
+A manifest (of the gallery or of pairs) is any set of Parquet files. It is cut into partitions of whole row groups, and
+one Ray task per partition checks its rows and writes one part: id, place of the image, label, group, and embeddings.
+`<folder>/manifest.json` is written last. It says by digests what the parts were read from and how, so parts of other
+sources or settings are written again. Afterwards ids are int64 and unique, each row has a place or embeddings, and
+embeddings are finite and of one width.
 """
 
 from __future__ import annotations
@@ -40,31 +37,19 @@ _BUCKET_IDS = 50_000_000  # ids sorted in memory at once when looking for duplic
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What was written: the number of parts and rows, and the embeddings that came with them.
+    """The content of `manifest.json`."""
 
-    Attributes:
-        rows: rows of each part.
-        unit_rows: rows per row group of a part; a row group is a unit for the embedding stream.
-        dims: embedding column -> width.
-        digest: of the sources; changes with their content, not with their place.
-        root: where the uris of images start that were relative; empty where there were none.
-        sample: of a probe set, the digest of the sample that names its images; empty where they were drawn by chance.
-        parts: sha256 of the file of each part; empty if an earlier version wrote this.
-        reading: digest of how the sources were read (see `_reading`); empty if an earlier version wrote this.
-    """
-
-    rows: list[int]
-    unit_rows: int
-    dims: dict[str, int]
-    digest: str
-    root: str = ""
-    sample: str = ""
-    reading: str = ""
-    parts: tuple[str, ...] = ()
+    rows: list[int]  # rows of each part
+    unit_rows: int  # rows per row group of a part; a row group is a unit for the embedding stream
+    dims: dict[str, int]  # embedding column -> width
+    digest: str  # digest of the sources' content; independent of their place
+    root: str = ""  # folder at which relative uris of images start; empty if there were none
+    sample: str = ""  # for a probe set, the digest of the user's sample; empty if the images were drawn at random
+    reading: str = ""  # digest of how the sources were read (see `_reading`); empty in files of older versions
+    parts: tuple[str, ...] = ()  # sha256 of each part's file; empty in files of older versions
 
     @property
     def num_rows(self) -> int:
-        """Rows over all parts."""
         return sum(self.rows)
 
 
@@ -73,7 +58,7 @@ def scan(source: settings.ManifestSettings, dims: dict[str, int]) -> list[Partit
 
     Args:
         source: the files and their columns.
-        dims: the width that an embedding column must have, for those where it is known.
+        dims: the required widths of embedding columns, if known.
 
     Raises:
         DataError: a file is missing or not Parquet, a column is missing or of a wrong type or width, or
@@ -99,7 +84,7 @@ def scan(source: settings.ManifestSettings, dims: dict[str, int]) -> list[Partit
 
 
 def widths(source: settings.ManifestSettings) -> dict[str, int]:
-    """The widths of its embedding columns that the first file's footer tells: of those that are fixed in size."""
+    """The widths of the fixed-size embedding columns, from the first file's footer."""
     with parquet.open_parquet(files(source.manifest)[0]) as file:
         schema = file.schema_arrow
     columns = {role: getattr(source.columns, role) for role in EMBEDDINGS}
@@ -108,16 +93,15 @@ def widths(source: settings.ManifestSettings) -> dict[str, int]:
 
 
 def ids_are_integers(source: settings.ManifestSettings) -> bool:
-    """Whether the manifest's ids are integers or strings, by the first file's footer; it names their column."""
+    """Whether the ids are integers rather than strings, from the first file's footer. `columns.id` must be given."""
     with parquet.open_parquet(files(source.manifest)[0]) as file:
         return bool(pa.types.is_integer(file.schema_arrow.field(source.columns.id).type))
 
 
 def digest(source: settings.ManifestSettings) -> str:
-    """A digest of the manifest's content: of every byte where it is small, else of the Parquet footers.
+    """A digest of the manifest's content: of all bytes, or above 1 GiB of the Parquet footers.
 
-    A footer has the sizes and the statistics of every column; in a manifest above 1 GiB a change that
-    keeps all of these is not seen.
+    A footer has the sizes and statistics of every column. A change that keeps all of these is not noticed.
     """
     uris = files(source.manifest)
     sizes = [objects.stat(uri).size_bytes for uri in uris]
@@ -135,15 +119,22 @@ def digest(source: settings.ManifestSettings) -> str:
 def normalise(
     run: Run, folder: str, source: settings.ManifestSettings, dims: dict[str, int], unit_rows: int, root: str = "."
 ) -> Manifest:
-    """Check a manifest and write it as `<folder>/part-*.parquet`, over Ray.
+    """Check a manifest and write it as `<folder>/part-*.parquet`, with Ray.
 
-    Nothing is written if the parts are there and were read from the same content in the same way. Relative uris of
-    images start at `root`. If only that has changed the parts are written again: they have the same rows, so
-    everything made from them still fits.
+    Existing parts of the same content, settings and `root` are kept. If only `root` has changed, the parts are written
+    again with the same rows, so files that were made from them stay valid.
+
+    Args:
+        run: the run.
+        folder: name of the folder in the run.
+        source: the files and their columns.
+        dims: the required widths of embedding columns, if known.
+        unit_rows: rows per row group.
+        root: folder at which relative uris of images start.
 
     Raises:
-        DataError: see `scan`; or a row without an image and embeddings, a null, an embedding of a wrong
-            width or with a NaN, an id twice. The message names the file and the row.
+        DataError: see `scan`; or a null, a row without image and embeddings, an embedding of a wrong
+            width or with a NaN, or a repeated id. The message names the file and the row.
     """
     done = read_manifest(run, folder)
     content, reading = digest(source), _reading(source, dims)
@@ -153,7 +144,7 @@ def normalise(
             return done
     partitions = scan(source, dims)
     if done is not None:
-        objects.delete_files([_marker(run, folder)])  # first: a half-replaced set of parts must not look whole
+        objects.delete_files([_marker(run, folder)])  # first, so that half-replaced parts do not look complete
     task = ray.remote(num_cpus=0.5)(write_part)
     results = ray.get(
         [task.remote(run.part(folder, number), part, source, unit_rows, root) for number, part in enumerate(partitions)]
@@ -174,18 +165,14 @@ def normalise(
 
 
 def read_manifest(run: Run, folder: str) -> Manifest | None:
-    """What `normalise` wrote, or None if it has not finished.
-
-    Raises:
-        DataError: the file is damaged or of another format.
-    """
+    """The manifest that `normalise` wrote; None if it has not finished."""
     where = _marker(run, folder)
     found = objects.read_versioned(where)
     return documents.parse(Manifest, found[0], where, documents.REDO) if found else None
 
 
 def ids_of(run: Run, folder: str) -> Int64:
-    """The ids of a sample that was written as a normalised manifest, (n,) int64; none if there is no such manifest."""
+    """The ids of a normalised manifest, (n,) int64; empty if there is no such manifest."""
     found = read_manifest(run, folder)
     parts = range(0 if found is None else len(found.rows))
     ids = [parquet.read_parquet(run.part(folder, part), ["id"])["id"].to_numpy() for part in parts]
@@ -193,7 +180,7 @@ def ids_of(run: Run, folder: str) -> Int64:
 
 
 def is_drawn_from(drawn: Manifest, gallery: Manifest) -> bool:
-    """Whether a sample of the gallery was drawn from its parts as they are now."""
+    """Whether a sample was drawn from the gallery's present parts."""
     return (drawn.digest, drawn.root, drawn.reading) == (gallery.digest, gallery.root, gallery.reading)
 
 
@@ -202,10 +189,10 @@ def write_drawn(run: Run, folder: str, gallery: Manifest, rows: pa.Table, sample
 
     Args:
         run: the run.
-        folder: of the sample.
-        gallery: the manifest that the rows are from.
-        rows: of its parts, in the order in which they are written.
-        sample: the digest of what the rows were chosen by, if that was given.
+        folder: name of the sample's folder in the run.
+        gallery: the manifest from which the rows are.
+        rows: rows of its parts, in the order of writing.
+        sample: the digest of the user's sample, if there is one.
     """
     groups = (rows.slice(start, gallery.unit_rows) for start in range(0, rows.num_rows, gallery.unit_rows))
     data = parquet.parquet_bytes(manifest_schema(gallery.dims), groups)
@@ -216,7 +203,7 @@ def write_drawn(run: Run, folder: str, gallery: Manifest, rows: pa.Table, sample
 
 
 def units(run: Run, folder: str, manifest: Manifest) -> list[Unit]:
-    """The row groups of all parts as units of the embedding stream; the part's number stands for the wave."""
+    """The row groups of all parts as units of the embedding stream, with the part's number as `wave`."""
     found = []
     for number, rows in enumerate(manifest.rows):
         for row_group, start in enumerate(range(0, rows, manifest.unit_rows)):
@@ -226,32 +213,29 @@ def units(run: Run, folder: str, manifest: Manifest) -> list[Unit]:
 
 
 def files(given: str | tuple[str, ...]) -> list[str]:
-    """The files that a manifest's setting stands for.
+    """The files of a manifest setting: a path, a folder, a glob, or several.
 
     Raises:
-        DataError: there are none, or they are not complete yet.
+        DataError: there are no files, or the manifest is incomplete.
     """
     found = []
     for pattern in (given,) if isinstance(given, str) else given:
         if is_incomplete(pattern):
             raise DataError(
-                "the manifest is not complete",
-                expected="the end of `fastfill manifest`",
+                "the manifest is incomplete",
+                expected="a finished `fastfill manifest`",
                 where=pattern,
-                remedy="run that command again: it goes on where it was stopped",
+                remedy="run that command again; it continues where it was stopped",
             )
         uris = objects.expand(pattern, ".parquet")
         if not uris:
-            raise DataError("no manifest file is there", expected="Parquet files", where=pattern)
+            raise DataError("there is no manifest file", expected="Parquet files", where=pattern)
         found += uris
     return found
 
 
 def _reading(source: settings.ManifestSettings, dims: dict[str, int]) -> str:
-    """A digest of all that decides how rows are read: columns by role, expected widths, and where embedded images lie.
-
-    Only if the images are in the manifest does its place count, because the parts then refer to its files.
-    """
+    """A digest of how rows are read: columns by role, expected widths, and the files if they hold the images."""
     columns = source.columns.model_dump(exclude_none=True)
     expected = {role: width for role, width in dims.items() if role in columns}
     places = files(source.manifest) if source.columns.image is not None else []
@@ -259,16 +243,16 @@ def _reading(source: settings.ManifestSettings, dims: dict[str, int]) -> str:
 
 
 def _was_read_so(run: Run, done: Manifest, reading: str) -> bool:
-    """Whether parts were read as they would be now.
+    """Whether the parts were read with the present settings.
 
-    Earlier versions did not store how. In a run that has started they are kept, because its config was compared with
-    run.json. Before that they may come from a command that was refused, so they are read again.
+    Older versions did not store these. In a started run their parts are kept, because the config was compared with
+    run.json. Otherwise they may come from a refused command, so they are read again.
     """
     return done.reading == reading if done.reading else objects.exists(run.settings)
 
 
 def _remove_parts_from(run: Run, folder: str, number: int) -> None:
-    """Remove parts that an earlier, longer manifest left behind: readers list the folder."""
+    """Remove the surplus parts of an earlier, longer manifest, because readers list the folder."""
     kept, start = {run.part(folder, part) for part in range(number)}, run.path(folder, "part-")
     found = (uri for uri, _ in objects.iter_stats(run.path(folder), deep=False))
     objects.delete_files([uri for uri in found if uri.startswith(start) and uri not in kept])
@@ -279,7 +263,7 @@ def _columns(group: pq.RowGroupMetaData) -> list[pq.ColumnChunkMetaData]:
 
 
 def _tag(uri: str, hashed: bool) -> str:
-    """A file's etag; of a local file, whose etag has its time, the sha256 as well: it may be touched or copied."""
+    """A file's etag, and for a local file its sha256 too, because its etag changes if it is touched or copied."""
     etag = objects.stat(uri).etag
     return f"{etag} {objects.sha256(uri)}" if hashed and objects.is_local(uri) else etag
 
@@ -305,7 +289,7 @@ def _check_unique(run: Run, folder: str, num_parts: int, num_rows: int, source: 
     found = ray.get(ray.remote(num_cpus=0.5)(_first_duplicate).remote(run, folder, num_parts, num_rows))
     if found is not None:
         raise DataError(
-            "an id is there more than once",
+            "an id occurs more than once",
             expected="unique ids",
             found=found,
             where=f"{', '.join(source.manifest)}: column {source.columns.id}",
@@ -313,7 +297,7 @@ def _check_unique(run: Run, folder: str, num_parts: int, num_rows: int, source: 
 
 
 def _first_duplicate(run: Run, folder: str, num_parts: int, num_rows: int) -> str | None:
-    """Among the ids, a bucket of them at a time, and among the keys that stand for them where they are strings."""
+    """The first repeated id, or repeated key if the user's ids are strings; ids are compared in buckets."""
     parts = [run.part(folder, number) for number in range(num_parts)]
     buckets = -(-num_rows // _BUCKET_IDS)
     for bucket in range(buckets):

@@ -1,9 +1,4 @@
-"""One partition of a user's manifest: its rows, checked and brought into our own form as one part.
-
-Runs as a Ray task of `manifest`, which cuts the partitions. Guarantee: a part's rows have an int64 id,
-say where their image is, and their embeddings are finite and of one width; a row that is not so is
-named by its file and number.
-"""
+"""One partition of a user's manifest: checks its rows and writes them as one part, in a Ray task of `normalised`."""
 
 from __future__ import annotations
 
@@ -26,9 +21,9 @@ EMBEDDINGS = ("old_embedding", "new_embedding", "side")
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """Some neighbouring row groups of one manifest file; `first_row` counts over the whole manifest.
+    """Neighbouring row groups of one manifest file; `first_row` counts over the whole manifest.
 
-    `tag` is the file's etag when the manifest was scanned; after a space its sha256, where that is known.
+    `tag` is the file's etag at the scan, followed by a space and its sha256 if that is known.
     """
 
     uri: str
@@ -41,23 +36,23 @@ class Partition:
 
 @dataclass(frozen=True, slots=True)
 class WrittenPart:
-    """What was written of a partition.
+    """A written part."""
 
-    Attributes:
-        rows: how many.
-        dims: the width of each embedding that came with them.
-        rooted: whether a uri was relative, and now starts at the root.
-        sha256: of the file that was written.
-    """
-
-    rows: int
-    dims: dict[str, int]
-    rooted: bool
-    sha256: str
+    rows: int  # number of rows
+    dims: dict[str, int]  # the width of each embedding column
+    rooted: bool  # whether a uri was relative, and now starts at the root
+    sha256: str  # sha256 of the file
 
 
 def write_part(uri: str, part: Partition, source: settings.ManifestSettings, unit_rows: int, root: str) -> WrittenPart:
-    """Check the rows of a partition and write them as a part; relative uris of images start at `root`.
+    """Check the rows of a partition and write them as a part.
+
+    Args:
+        uri: the file to write.
+        part: the partition.
+        source: the columns of the manifest.
+        unit_rows: rows per row group.
+        root: folder at which relative uris of images start.
 
     Raises:
         DataError: a null, a negative id, an embedding of a wrong width, or a number that is not finite; with
@@ -103,10 +98,10 @@ def _check_unchanged(part: Partition) -> None:
 
 
 def read_ids(table: pa.Table, name: str | None, part: Partition, numbers: Int64) -> tuple[pa.Array, pa.Array]:
-    """int64 ids: the user's own, or the row's number where these are strings (kept as keys) or missing.
+    """int64 ids, and keys: the user's ids, or row numbers if ids are missing or strings (which become keys).
 
     Raises:
-        DataError: one is null, negative or too large.
+        DataError: an id is null, negative or too large.
     """
     rows = pa.array(numbers + part.first_row)
     if name is None:
@@ -127,7 +122,7 @@ def read_ids(table: pa.Table, name: str | None, part: Partition, numbers: Int64)
 
 
 def _there(names: settings.ColumnNames, part: Partition) -> settings.ColumnNames:
-    """The columns without those of another kind of place that this file does not have."""
+    """The columns that this file has: it may lack either `image` or the columns of `uri`."""
     if not names.place:
         return names
     with parquet.open_parquet(part.uri) as file:
@@ -151,7 +146,7 @@ def _location(
         for role in ("offset", "length"):
             name = getattr(names, role)
             found[role] = _position(table[name], part, name) if name else nothing
-    if names.image is not None:  # in this file, where there is no uri
+    if names.image is not None:  # rows without a uri have their image in this file
         inside = found["uri"].is_null()
         found["uri"] = pc.if_else(inside, pa.scalar(f"{part.uri}#{names.image}"), found["uri"])
         found["row"] = pc.if_else(inside, pa.array(numbers + part.first_row_in_file), nothing)
@@ -162,7 +157,7 @@ def _location(
 
 
 def _position(column: pa.ChunkedArray, part: Partition, name: str) -> pa.ChunkedArray:
-    """A checked offset or length in bytes, as int64; null for a whole file."""
+    """A checked offset or length in bytes, int64; null for a whole file."""
     most = pa.scalar(2**63 - 1, pa.uint64()) if column.type == pa.uint64() else None
     wrong = pc.greater(column, most) if most is not None else pc.less(column, 0)
     if pc.any(wrong).as_py():
@@ -177,7 +172,7 @@ def _position(column: pa.ChunkedArray, part: Partition, name: str) -> pa.Chunked
 
 
 def _rooted(uris: pa.Array | pa.ChunkedArray, root: str) -> tuple[pa.Array | pa.ChunkedArray, bool]:
-    """The uris with `root` before those that are relative, and whether there were any."""
+    """The uris with `root` before relative ones, and whether there were any."""
     relative = pc.invert(pc.or_(pc.starts_with(uris, "/"), pc.match_substring(uris, "://")))
     if not pc.any(relative).as_py():
         return uris, False
@@ -186,7 +181,7 @@ def _rooted(uris: pa.Array | pa.ChunkedArray, root: str) -> tuple[pa.Array | pa.
 
 
 def _traffic(column: pa.ChunkedArray, part: Partition, name: str) -> pa.Array:
-    """A checked weight per image, as float32: counts above 2^24 are rounded."""
+    """A checked weight per image, float32; counts above 2^24 are rounded."""
     weights = column.cast(pa.float32(), safe=False).to_numpy()
     wrong = np.flatnonzero(~np.isfinite(weights) | (weights < 0))
     if len(wrong):

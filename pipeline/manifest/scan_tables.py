@@ -1,7 +1,6 @@
-"""Parquet and CSV files that name images by uri: their rows, with all columns, in the manifest's form.
+"""Parquet and CSV lists of images: their rows in the manifest's form, with all their columns.
 
-Guarantee: every row has a uri, absolute, and a key; columns that the manifest has names for have its types, all
-others are as they were. Rows of Parquet are not copied here, only pointed at, unless they are looked up.
+Each row has an absolute uri and a key. Rows of Parquet files are not copied but referred to, unless they are looked up.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ _THREADS = 32
 _CSV_BLOCK_BYTES = 8 * 2**20
 
 
-def index_parquet(piece: SourceSplit, options: Options, out: SplitWriter) -> None:
-    """Point at the rows of a Parquet file; or write them, with sizes and etags, where these are looked up."""
-    uri = piece.uris[0]
+def index_parquet(split: SourceSplit, options: Options, out: SplitWriter) -> None:
+    """Refer to the rows of a Parquet file; with `options.stat`, write them with sizes and etags."""
+    uri = split.uris[0]
     first_row = 0
     with parquet.open_parquet(uri) as file:
         schema = manifest_rows(file.schema_arrow.empty_table(), uri, 0, options).schema
@@ -41,13 +40,13 @@ def index_parquet(piece: SourceSplit, options: Options, out: SplitWriter) -> Non
             first_row += rows
 
 
-def index_csv(piece: SourceSplit, options: Options, out: SplitWriter) -> None:
-    """Write the rows of a CSV file; types are guessed from its first megabytes, but for our own columns.
+def index_csv(split: SourceSplit, options: Options, out: SplitWriter) -> None:
+    """Write the rows of a CSV file; types of other columns than ours are guessed from its first megabytes.
 
     Raises:
-        DataError: it is not CSV, or a value does not fit its column.
+        DataError: the file is not CSV, or a value does not fit its column.
     """
-    uri = piece.uris[0]
+    uri = split.uris[0]
     first_row = 0
     for batches in _csv_batches(uri, options):
         table = manifest_rows(pa.Table.from_batches(batches), uri, first_row, options)
@@ -56,7 +55,7 @@ def index_csv(piece: SourceSplit, options: Options, out: SplitWriter) -> None:
 
 
 def read_chunk(chunk: Chunk, options: Options) -> pa.Table:
-    """The rows of a chunk, wherever they are."""
+    """The rows of a chunk, from our file or from the source."""
     if chunk.row_groups is None:
         return parquet.read_parquet(chunk.uri)
     rows = parquet.read_parquet(chunk.uri, row_groups=list(chunk.row_groups))
@@ -64,10 +63,10 @@ def read_chunk(chunk: Chunk, options: Options) -> pa.Table:
 
 
 def manifest_rows(table: pa.Table, where: str, first_row: int, options: Options) -> pa.Table:
-    """A source's rows with the manifest's columns first; `key` and `uri` always, others of ours where they are there.
+    """A source's rows with the manifest's columns first: always `key` and `uri`, others if the source has them.
 
     Raises:
-        DataError: there is no such column, it has another type, or a uri or a key is null.
+        DataError: a column is missing or has a wrong type, or a uri or a key is null.
     """
     names = _names(table.schema.names, where, options)
     columns: dict[str, pa.ChunkedArray] = {}
@@ -78,7 +77,7 @@ def manifest_rows(table: pa.Table, where: str, first_row: int, options: Options)
         keep = field.name in ("key", "label") and pa.types.is_integer(table.schema.field(name).type)
         try:
             if field.name == "uri" and _is_number(table.schema.field(name).type):
-                raise pa.ArrowNotImplementedError("a number names no image")
+                raise pa.ArrowNotImplementedError("a number is not a uri")
             columns[field.name] = table[name] if keep else table[name].cast(field.type)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise DataError(
@@ -104,11 +103,11 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _names(there: list[str], where: str, options: Options) -> dict[str, str]:
-    """Our columns -> the source's, for those that are there."""
+    """Our column -> the source's, for the columns that the source has."""
     twice = sorted({name for name in there if there.count(name) > 1}) if len(set(there)) < len(there) else []
     if twice:
         raise DataError(
-            "two columns have one name", found=", ".join(twice[:5]), where=where, remedy="rename or drop one"
+            "two columns have the same name", found=", ".join(twice[:5]), where=where, remedy="rename or drop one"
         )
     ours = {"uri": options.uri_column, "key": options.key_column or "key"}
     names = {field.name: ours.get(field.name, field.name) for field in ROWS}
@@ -120,13 +119,13 @@ def _names(there: list[str], where: str, options: Options) -> dict[str, str]:
             expected=missing[0],
             found=", ".join(there),
             where=where,
-            remedy="say which one it is with --uri-column or --key-column",
+            remedy="name it with --uri-column or --key-column",
         )
     taken = [name for name in ("uri", "key") if name != names[name] and name in there]
     if taken:
         raise DataError(
-            f"two columns would be {taken[0]}",
-            expected=f"no other {taken[0]} than {names[taken[0]]}",
+            f"--{taken[0]}-column is `{names[taken[0]]}`, but there is also a column `{taken[0]}`",
+            expected="one of them",
             where=where,
             remedy="rename or drop one",
         )
@@ -134,7 +133,7 @@ def _names(there: list[str], where: str, options: Options) -> dict[str, str]:
 
 
 def _absolute(uris: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
-    """Relative paths start at the folder of the file that names them: a worker has another working directory."""
+    """Relative paths start at the folder of the file that names them."""
     absolute = pc.or_(pc.starts_with(uris, "/"), pc.match_substring(uris, "://"))
     if pc.all(absolute).as_py():
         return uris
@@ -143,7 +142,7 @@ def _absolute(uris: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
 
 
 def _places(columns: dict[str, pa.ChunkedArray]) -> pa.ChunkedArray:
-    """Keys for rows that have none: the uri, and the offset where there is one."""
+    """Keys for rows without one: the uri, and the offset if there is one."""
     if "offset" not in columns:
         return columns["uri"]
     offset = columns["offset"].cast(pa.string())
@@ -179,7 +178,7 @@ def _csv_batches(uri: str, options: Options) -> Iterator[list[pa.RecordBatch]]:
                 read_options=csv.ReadOptions(block_size=_CSV_BLOCK_BYTES),
                 convert_options=csv.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=True),
             )
-            _ = reader.schema.names  # raises if they are not UTF-8
+            _ = reader.schema.names  # raises if the names are not UTF-8
             for batch in reader:
                 rows, num_bytes = batch.num_rows, batch.nbytes
                 full = sum(item.num_rows for item in batches) + rows > CHUNK_ROWS
@@ -190,17 +189,17 @@ def _csv_batches(uri: str, options: Options) -> Iterator[list[pa.RecordBatch]]:
     except (pa.ArrowInvalid, UnicodeError) as error:
         raise DataError(
             "not a readable CSV file",
-            expected="UTF-8, and values of the types that the first rows have",
+            expected="UTF-8, and in each column the type of the first rows",
             found=error,
             where=uri,
-            remedy="mend it, or write it as Parquet",
+            remedy="correct the file, or write it as Parquet",
         ) from error
     if batches:
         yield batches
 
 
 def _look_up(table: pa.Table, out: SplitWriter) -> pa.Table:
-    """The rows with size and etag of what they name; null, and counted, where there is nothing."""
+    """The rows with size and etag of their objects; null for missing objects, which are counted."""
     encoded = table["uri"].combine_chunks().dictionary_encode()
     with ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(_stat, encoded.dictionary.to_pylist()))

@@ -1,10 +1,8 @@
-"""Where the images of a tar lie: offsets and lengths from its headers, labels from WebDataset siblings.
+"""The images of a tar: offsets and lengths from its headers, labels from WebDataset siblings.
 
-Guarantee: every image member is a row whose byte range, read by itself, is the image; a tar for which that
-cannot be said (cut off, damaged, compressed, links, sparse members) is refused with its name and the offset.
-Concatenated tars are read to their end. Over object storage the bytes of large members are not transferred:
-where short reads of the headers would be `_SKIP_BYTES` apart on average they are made, else the whole tar is
-read in long ranges, which is cheaper then.
+Each image is a row whose byte range is the image. A tar for which that is impossible (cut off, damaged, compressed,
+links, sparse members) is refused. Concatenated tars are read to their end. Over object storage only the headers are
+read, unless they are less than `_SKIP_BYTES` apart on average: then reading everything in long ranges is cheaper.
 """
 
 from __future__ import annotations
@@ -22,25 +20,25 @@ from pipeline.manifest.splits import ManifestRow, Options, SourceSplit, SplitWri
 from pipeline.storage import objects
 
 _BLOCK = 512
-_SKIP_BYTES = 2**20  # what a request's latency is worth: 16 KiB in 2.1 ms, 8 MiB in 12.3 ms (SeaweedFS, here)
+_SKIP_BYTES = 2**20  # transferred in the latency of a request: 16 KiB take 2.1 ms, 8 MiB 12.3 ms (SeaweedFS)
 _LONG_READ = 8 * 2**20
 _FIRST_READ = 256 * 2**10
 _HEADER_READ = 16 * 2**10  # with a pax header, a label beside the image, and its header
 _MAX_LABEL_BYTES = 2**20
-_LABELS = (".cls", ".txt", ".json")  # the first one that is there is taken
-# Of headers: text for a number, a size that no file has, and a chain of headers without an end.
+_LABELS = (".cls", ".txt", ".json")  # the first one that exists is used
+# Raised for damaged headers: text for a number, an impossible size, an endless chain of headers.
 _BAD_NUMBERS = (ValueError, OverflowError, MemoryError, RecursionError)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
-def index_tar(piece: SourceSplit, options: Options, out: SplitWriter) -> None:
-    """Write a row for each image of a tar; the key is the tar's path below the root, without .tar, and the member.
+def index_tar(split: SourceSplit, options: Options, out: SplitWriter) -> None:
+    """Write a row for each image of a tar; its key is the tar's path below the root without `.tar`, and the member.
 
     Raises:
-        DataError: it is cut off, damaged or compressed, or an image in it has no bytes of its own.
+        DataError: the tar is cut off, damaged or compressed, or an image is a link or a sparse file.
     """
-    uri = piece.uris[0]
-    stem = os.path.splitext(uri[len(piece.root) + 1 :])[0]
+    uri = split.uris[0]
+    stem = os.path.splitext(uri[len(split.root) + 1 :])[0]
     found = objects.stat(uri)
     with _open(uri, found.etag, found.size_bytes, whole=options.hash) as file:
         sample = _Sample("", out)
@@ -65,7 +63,7 @@ def index_tar(piece: SourceSplit, options: Options, out: SplitWriter) -> None:
 
 
 def members(file: IO[bytes], uri: str, size_bytes: int) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar in order, from their headers; the file may be moved between them.
+    """The members of a tar in order, from their headers; the caller may seek in between.
 
     Raises:
         DataError: a header is damaged, or the tar is cut off.
@@ -75,20 +73,20 @@ def members(file: IO[bytes], uri: str, size_bytes: int) -> Iterator[tarfile.TarI
     while offset < size_bytes:
         file.seek(offset)
         block = file.read(_BLOCK)
-        if block.count(0) == _BLOCK:  # the end; of the first one, where tars were concatenated
+        if block.count(0) == _BLOCK:  # an end mark; another tar may follow
             offset, ended = offset + _BLOCK, True
             continue
         file.seek(offset)
         try:
-            member = tarfile.TarInfo.fromtarfile(archive)  # not next(), for which a damaged header is the end
+            member = tarfile.TarInfo.fromtarfile(archive)  # not next(), which takes a damaged header for the end
         except (tarfile.HeaderError, *_BAD_NUMBERS) as error:
             raise _damaged(uri, offset, error) from error
         if member.size < 0:
             raise _damaged(uri, offset, ValueError(f"a size of {member.size}"))
-        end = min(member.offset_data + member.size, archive.offset)  # the latter where there is no data, or less
+        end = min(member.offset_data + member.size, archive.offset)  # the latter if there is less data
         if end > size_bytes:
             raise DataError(
-                "the tar is cut off in the middle of a member",
+                "the tar is cut off inside a member",
                 expected=f"{end:,} bytes, to the end of {member.name}",
                 found=f"{size_bytes:,} bytes",
                 where=f"{uri}: offset {offset}",
@@ -98,7 +96,7 @@ def members(file: IO[bytes], uri: str, size_bytes: int) -> Iterator[tarfile.TarI
         offset, ended = archive.offset, False
     if not ended:
         raise DataError(
-            "the tar is cut off: there is no end mark",
+            "the tar is cut off: it has no end mark",
             expected="blocks of zeros after the last member",
             found=f"the end of the file, at {size_bytes:,} bytes",
             where=f"{uri}: offset {offset}",
@@ -107,7 +105,7 @@ def members(file: IO[bytes], uri: str, size_bytes: int) -> Iterator[tarfile.TarI
 
 
 class _Sample:
-    """Neighbouring members with one base name: images, and maybe their label."""
+    """Neighbouring members with one base name: images, and perhaps their label."""
 
     def __init__(self, base: str, out: SplitWriter) -> None:
         self.base, self._out = base, out
@@ -124,7 +122,7 @@ class _Sample:
 
 
 def _archive(file: IO[bytes], uri: str) -> tarfile.TarFile:
-    """A TarFile that is only used to read single headers."""
+    """A TarFile for reading single headers."""
     try:
         return tarfile.TarFile(fileobj=file, mode="r")
     except (tarfile.ReadError, *_BAD_NUMBERS) as error:
@@ -134,17 +132,17 @@ def _archive(file: IO[bytes], uri: str) -> tarfile.TarFile:
         if kind is None:
             raise _damaged(uri, 0, error) from error
         raise DataError(
-            "a compressed tar cannot be read image by image",
-            expected="a plain tar; images are compressed already",
+            "a compressed tar does not allow reading single images",
+            expected="an uncompressed tar",
             found=kind,
             where=f"{uri}: offset 0",
-            remedy="unpack the compression, and keep the tar",
+            remedy="decompress the tar; images are compressed already",
         ) from error
 
 
 def _damaged(uri: str, offset: int, error: Exception) -> DataError:
     return DataError(
-        "not a tar, or damaged",
+        "not a tar, or a damaged one",
         expected="the header of a member",
         found=error,
         where=f"{uri}: offset {offset}",
@@ -153,18 +151,18 @@ def _damaged(uri: str, offset: int, error: Exception) -> DataError:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """A member's base name and the rest from its first dot, as WebDataset has it."""
+    """A member's base name, and its suffix from the first dot, as in WebDataset."""
     folder, slash, file = name.rpartition("/")
     base, dot, suffix = file.partition(".")
     return f"{folder}{slash}{base}", f"{dot}{suffix.lower()}"
 
 
 def _check_has_bytes(member: tarfile.TarInfo, uri: str) -> None:
-    """A regular file in one piece, or there is no range of the tar that is the image."""
+    """Check that a member is a regular file, stored in one range of the tar."""
     where = f"{uri}: offset {member.offset}, member {member.name}"
     if member.islnk() or member.issym():
         raise DataError(
-            "an image in a tar is a link, and has no bytes of its own",
+            "an image in a tar is a link, without bytes of its own",
             expected="regular files",
             found=f"a link to {member.linkname}",
             where=where,
@@ -209,12 +207,12 @@ def _open(uri: str, etag: str, size_bytes: int, whole: bool) -> IO[bytes]:
 
 
 class _Ranges(io.RawIOBase):
-    """One version of an object, read by ranges that are long where that is cheaper than many requests."""
+    """One version of an object, read in short or long ranges, whichever is cheaper."""
 
     def __init__(self, uri: str, etag: str, size_bytes: int, whole: bool) -> None:
         self._uri, self._etag, self._size_bytes, self._whole = uri, etag, size_bytes, whole
         self._position = self._start = 0
-        self._short_reads = self._short_stop = 0  # what it would take to read headers only
+        self._short_reads = self._short_stop = 0  # requests for reading the headers only
         self._data = b""
 
     def tell(self) -> int:
@@ -238,7 +236,7 @@ class _Ranges(io.RawIOBase):
         return self._data[start - self._start : stop - self._start]
 
     def _ahead(self, start: int) -> int:
-        """How much to ask for at once."""
+        """Bytes of the next request."""
         if self._whole:
             return _LONG_READ
         if start == 0:

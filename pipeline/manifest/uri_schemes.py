@@ -1,8 +1,4 @@
-"""Whether URIs of images, as a manifest has them, are of a store that can be read.
-
-For `partition` and `table_index`, which check manifests before any image is read. It does not look whether anything
-is there.
-"""
+"""Checks of the URIs of images in a manifest, before any image is read."""
 
 from __future__ import annotations
 
@@ -15,13 +11,13 @@ from pipeline.storage.uris import USER
 
 
 def check_schemes(uris: pa.Array | pa.ChunkedArray, uri: str, first_row: int, column: str | None) -> None:
-    """Refuse a URI of another scheme than `storage.SCHEMES`, or with a user or password; nulls are passed over.
+    """Refuse a URI with an unknown scheme, or with a user or password. Nulls are skipped.
 
     Args:
         uris: the column.
-        uri: of the file that it lies in.
-        first_row: of the column, in that file.
-        column: its name.
+        uri: the file of the column.
+        first_row: the column's first row in that file.
+        column: the column's name.
 
     Raises:
         DataError: with the file and the row, and the URI if it holds no secret.
@@ -39,7 +35,7 @@ def check_schemes(uris: pa.Array | pa.ChunkedArray, uri: str, first_row: int, co
     row = pc.index(bad, True).as_py()
     if row >= 0:
         raise DataError(
-            "an image's uri is of a store that cannot be read",
+            "an image's uri has an unknown scheme",
             expected="a local path, file:// or s3://",
             found=uris[row].as_py(),
             where=f"{uri}: row {first_row + row}, column {column}",

@@ -1,14 +1,14 @@
-"""Calibration by kind: the distance of a transformed hit becomes the one that its embedded vector is expected to have.
+"""Calibration: maps the distance of a transformed hit to the distance that its embedding is expected to have.
 
-A transformed vector's distance to a query is on another scale than an embedded vector's, so a ranking of both as they
-are is worse than a ranking of either (METHOD.md). One monotone, piecewise linear map per run corrects this. It maps
-the key of a transformed hit; embedded hits keep theirs. A key is the squared Euclidean distance for l2, and minus the
-similarity for ip and cosine: the smaller, the nearer.
+Distances of transformed and embedded vectors are on different scales, so ranking both as they are is worse than ranking
+either (docs/method.md). A run has one monotone, piecewise linear map of the keys of transformed hits; embedded hits
+keep theirs. A key is the squared Euclidean distance for l2, and minus the similarity for ip and cosine: smaller is
+nearer.
 
     expected key of a transformed hit = map(its key)
 
-The map matches quantiles: a share of all keys between queries and transformed vectors is below `observed[i]`, and the
-same share of the keys of their embeddings is below `expected[i]`. Ranks within one kind do not change.
+The map matches quantiles: the share of query-to-transformed keys below `observed[i]` equals the share of
+query-to-embedded keys below `expected[i]`. Ranks within one kind do not change.
 """
 
 from __future__ import annotations
@@ -18,14 +18,11 @@ from functools import cached_property
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pipeline.arrays import Bools, Float32, Int64
+from pipeline.arrays import Bools, Float32, Float64, Int64
 from pipeline.errors import DataError
 from pipeline.run import Run
 from pipeline.storage import documents
-
-Float64 = NDArray[np.float64]
 
 PART = "calibration.json"
 MIN_PAIRS = 20
@@ -33,38 +30,29 @@ MIN_PAIRS = 20
 _MOST_PAIRS = 5000
 _MOST_QUERIES = 2000
 _LEVELS = np.unique(np.concatenate([np.geomspace(1e-5, 0.02, 24), np.linspace(0.02, 1, 40)]))
-_LEAST_KEYS = 10  # below the lowest quantile: with fewer it is mostly noise
-_ANCHORS = {"l2": 0.0, "cosine": -1.0}  # the least key that there is; ip has none
-_FAR = 2.0**600  # so far out that the line to it has slope 1 to the last bit
+_LEAST_KEYS = 10  # below the lowest quantile; fewer are mostly noise
+_ANCHORS = {"l2": 0.0, "cosine": -1.0}  # the least possible key; ip has none
+_FAR = 2.0**600  # so far that the line to it has slope 1 to the last bit
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The map through some knots: linear between them, and with slope 1 below the first and above the last.
+    """The map: linear between its knots, with slope 1 outside."""
 
-    Attributes:
-        observed: keys of transformed vectors, strictly increasing.
-        expected: what each is mapped to, strictly increasing.
-    """
-
-    observed: tuple[float, ...]
-    expected: tuple[float, ...]
+    observed: tuple[float, ...]  # keys of transformed vectors, strictly increasing
+    expected: tuple[float, ...]  # the key to which each is mapped, strictly increasing
 
     def __post_init__(self) -> None:
-        """Check the knots.
-
-        Raises:
-            DataError: they are not strictly increasing, not finite, or not of the same number.
-        """
+        """Check the knots; raises DataError if they are not finite, ascending and of the same number."""
         if not self.observed or len(self.observed) != len(self.expected):
             found = f"{len(self.observed)} and {len(self.expected)}"
-            raise DataError("a calibration has as many expected keys as observed ones", found=found)
+            raise DataError("a calibration needs as many expected keys as observed ones", found=found)
         for name, knots in (("observed", self.observed), ("expected", self.expected)):
             if not (np.isfinite(knots).all() and (np.diff(knots) > 0).all()):
                 raise DataError(f"the {name} keys of a calibration do not increase", expected="finite, ascending")
 
     def apply(self, keys: Float32) -> Float32:
-        """Map keys of any shape; never decreasing, also in float32, and infinity stays infinity."""
+        """Map keys of any shape. The map never decreases, also in float32; infinity stays infinity."""
         return self.apply_exactly(keys.astype(np.float64)).astype(np.float32)
 
     def apply_exactly(self, keys: Float64) -> Float64:
@@ -77,21 +65,17 @@ class Calibration:
         return mapped
 
     def to_bytes(self) -> bytes:
-        """As the JSON file `calibration.json`."""
+        """The bytes of `calibration.json`."""
         return documents.encode(asdict(self))
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str = PART) -> Self:
-        """The inverse of `to_bytes`.
-
-        Raises:
-            DataError: it was not written by `to_bytes`, or was changed.
-        """
+        """Read what `to_bytes` wrote; raises DataError if it was changed."""
         return documents.parse(cls, data, where, must_be_checked=True)
 
     @cached_property
     def _knots(self) -> tuple[Float64, Float64]:
-        """The knots, and one far out; moved by the last bits so that no piece rises above the start of the next."""
+        """The knots and one far out, corrected by the last bits so that rounding keeps the map monotone."""
         observed = np.array([*self.observed, self.observed[-1] + _FAR])
         expected = np.array([*self.expected, self.expected[-1] + _FAR])
         for left in range(len(observed) - 1):
@@ -101,12 +85,16 @@ class Calibration:
         return observed, expected
 
 
-def read_calibration(run: Run) -> Calibration | None:
-    """The calibration of the run's transformation; None if it was fitted without one.
+@dataclass(frozen=True, slots=True)
+class CalibratedRows:
+    """The rows whose keys a calibration maps, (M,) bool, and the calibration; None if there is none."""
 
-    Raises:
-        DataError: there is no transformation, or the file is missing or damaged.
-    """
+    transformed: Bools
+    calibration: Calibration | None
+
+
+def read_calibration(run: Run) -> Calibration | None:
+    """The calibration of the run's transformation; None if it has none."""
     from pipeline.models.transformation import read_part  # here: torch takes seconds
 
     data = read_part(run, PART)
@@ -114,22 +102,19 @@ def read_calibration(run: Run) -> Calibration | None:
 
 
 def fit_calibration(z: Float32, new: Float32, metric: str, seed: int) -> Calibration | None:
-    """The map from pairs that the transformation has not seen.
-
-    At most 5,000 pairs are used, and at most 2,000 of their new embeddings as queries. A query's own pair does not
-    count.
+    """Fit the map on held-out pairs: at most 5,000, and 2,000 of their new embeddings as queries.
 
     Args:
         z: (M, d) float32, the transformed vectors as they are served.
-        new: (M, d) float32, row i is the new embedding of the image of z[i].
+        new: (M, d) float32; row i is the new embedding of the image of z[i].
         metric: l2, ip or cosine.
-        seed: of the draw.
+        seed: seed of the sample.
 
     Returns:
         None if there are fewer than 20 pairs, or if their keys hardly vary.
     """
     if z.shape != new.shape:
-        raise DataError("pairs have one transformed and one new vector each", expected=new.shape, found=z.shape)
+        raise DataError("z and new must have the same shape", expected=new.shape, found=z.shape)
     if len(z) < MIN_PAIRS:
         return None
     drawn = np.random.default_rng(seed).permutation(len(z))[:_MOST_PAIRS]
@@ -138,50 +123,6 @@ def fit_calibration(z: Float32, new: Float32, metric: str, seed: int) -> Calibra
     levels = _LEVELS[_LEVELS * len(queries) * (len(drawn) - 1) >= _LEAST_KEYS]
     observed, expected = (np.quantile(_keys(queries, side, metric), levels) for side in sides)
     return _through(observed, expected, metric)
-
-
-def _through(observed: Float64, expected: Float64, metric: str) -> Calibration | None:
-    """The map through those of the knots that are above the ones before them in both."""
-    knots = [(_ANCHORS[metric],) * 2] if metric in _ANCHORS else []
-    for knot in zip(observed.tolist(), expected.tolist(), strict=True):
-        if not knots or (knot[0] > knots[-1][0] and knot[1] > knots[-1][1]):
-            knots.append(knot)
-    return Calibration(*zip(*knots, strict=True)) if len(knots) > 1 else None
-
-
-def _keys(queries: Float32, vectors: Float32, metric: str) -> Float32:
-    """The keys of each query to all vectors but the one of its own row, in no order."""
-    keys = queries @ vectors.T
-    if metric == "l2":
-        keys *= -2
-        keys += np.einsum("nd,nd->n", queries, queries)[:, None]
-        keys += np.einsum("nd,nd->n", vectors, vectors)
-        np.maximum(keys, 0, out=keys)
-    else:
-        np.negative(keys, out=keys)
-    others: Float32 = keys[~np.eye(*keys.shape, dtype=np.bool_)]
-    return others
-
-
-def _unit(vectors: Float32) -> Float32:
-    unit: Float32 = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-30))
-    return unit
-
-
-def _end_of_piece(observed: Float64, expected: Float64, left: int) -> np.float64:
-    """What `np.interp` would give at the next knot, by the piece that starts at this one."""
-    width = observed[left + 1] - observed[left]
-    slope = (expected[left + 1] - expected[left]) / width
-    end: np.float64 = slope * width + expected[left]
-    return end
-
-
-@dataclass(frozen=True, slots=True)
-class CalibratedRows:
-    """The rows whose keys a calibration maps, (M,) bool, and the calibration; None if there is none."""
-
-    transformed: Bools
-    calibration: Calibration | None
 
 
 def nearest_by_kind(
@@ -214,3 +155,39 @@ def nearest_by_kind(
     mapped, kinds, raw, rows = (np.concatenate(pair, axis=1) for pair in zip(*found, strict=True))
     order = np.lexsort((rows, raw, kinds, mapped), axis=1)[:, :k]
     return np.take_along_axis(mapped, order, axis=1), np.take_along_axis(rows, order, axis=1)
+
+
+def _through(observed: Float64, expected: Float64, metric: str) -> Calibration | None:
+    """The map through the knots that increase in both coordinates."""
+    knots = [(_ANCHORS[metric],) * 2] if metric in _ANCHORS else []
+    for knot in zip(observed.tolist(), expected.tolist(), strict=True):
+        if not knots or (knot[0] > knots[-1][0] and knot[1] > knots[-1][1]):
+            knots.append(knot)
+    return Calibration(*zip(*knots, strict=True)) if len(knots) > 1 else None
+
+
+def _keys(queries: Float32, vectors: Float32, metric: str) -> Float32:
+    """The keys of each query to all vectors except its own row's, flattened."""
+    keys = queries @ vectors.T
+    if metric == "l2":
+        keys *= -2
+        keys += np.einsum("nd,nd->n", queries, queries)[:, None]
+        keys += np.einsum("nd,nd->n", vectors, vectors)
+        np.maximum(keys, 0, out=keys)
+    else:
+        np.negative(keys, out=keys)
+    others: Float32 = keys[~np.eye(*keys.shape, dtype=np.bool_)]
+    return others
+
+
+def _unit(vectors: Float32) -> Float32:
+    unit: Float32 = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-30))
+    return unit
+
+
+def _end_of_piece(observed: Float64, expected: Float64, left: int) -> np.float64:
+    """The value of `np.interp` at the end of the piece that starts at knot `left`."""
+    width = observed[left + 1] - observed[left]
+    slope = (expected[left + 1] - expected[left]) / width
+    end: np.float64 = slope * width + expected[left]
+    return end

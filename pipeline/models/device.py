@@ -1,4 +1,4 @@
-"""The device that a setting means."""
+"""The torch device of the `device` setting."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pipeline.errors import ConfigError
 
 
 def resolve_device(setting: str) -> torch.device:
-    """The device that `auto`, `cpu`, `cuda` or `cuda:<index>` means on this machine.
+    """The torch device of `auto`, `cpu`, `cuda` or `cuda:<index>` on this machine.
 
     Raises:
-        ConfigError: a GPU is asked for that is not there.
+        ConfigError: the GPU does not exist.
     """
     available = torch.cuda.device_count()
     if setting == "auto":
@@ -19,7 +19,7 @@ def resolve_device(setting: str) -> torch.device:
     device = torch.device(setting)
     if device.type == "cuda" and (device.index or 0) >= available:
         raise ConfigError(
-            "the GPU is not there",
+            "this machine has no such GPU",
             expected=setting,
             found=f"{available} GPU(s) that torch {torch.__version__} can use",
             where="device",

@@ -1,8 +1,4 @@
-"""An encoder: preprocess values and a torch module, from a spec in the config.
-
-Guarantee: a loaded encoder maps uint8 images to float32 embeddings of the width that the config says,
-on any device, and its weights came without pickle. It does not know where images come from.
-"""
+"""An encoder: maps uint8 images to float32 embeddings. Its weights are loaded without pickle."""
 
 from __future__ import annotations
 
@@ -44,15 +40,15 @@ class EmbeddingModel(nn.Module):
 
 
 def load_encoder(spec: settings.EncoderSettings, device: torch.device, key: str = "encoders.*") -> EmbeddingModel:
-    """Load an encoder and check one forward pass against the config.
+    """Load an encoder, and check a forward pass against the config.
 
     Args:
-        spec: which weights, and how images are preprocessed for them.
+        spec: the encoder's section of the config.
         device: where it runs.
-        key: its section of the config, for messages.
+        key: name of the section, for messages.
 
     Raises:
-        ConfigError: the model name, the layer or the function does not exist, or the width is not `dim`.
+        ConfigError: the model, the layer or the function does not exist, or the width is not `dim`.
         DataError: the weights are missing or do not fit.
     """
     if spec.export is not None:
@@ -73,9 +69,9 @@ def load_encoder(spec: settings.EncoderSettings, device: torch.device, key: str 
 
 
 def _try_channels_last(model: EmbeddingModel, spec: settings.EncoderSettings, device: torch.device, where: str) -> None:
-    """Keep channels last in memory, where convolutions are fastest, if the network gives the same that way.
+    """Use channels-last memory, the fastest for convolutions, if the network gives the same embeddings.
 
-    It may count on contiguous activations: `view` raises then, and `as_strided` would read other numbers.
+    A network may need contiguous activations: `view` would raise, `as_strided` would read wrong numbers.
     """
     shape = (2, spec.preprocess.channels, *cast(tuple[int, int], spec.preprocess.image_size))
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
@@ -86,7 +82,7 @@ def _try_channels_last(model: EmbeddingModel, spec: settings.EncoderSettings, de
         try:
             model.to(memory_format=torch.channels_last)
             same = torch.allclose(model(images), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().mean()))
-        except Exception:  # noqa: BLE001 - a network of the user's own may raise anything; it works without
+        except Exception:  # noqa: BLE001 - the user's network may raise anything; contiguous memory works
             same = False
     if not same:
         model.memory_format = torch.contiguous_format
@@ -97,7 +93,7 @@ def _check_width(model: EmbeddingModel, spec: settings.EncoderSettings, device: 
     height, width = cast(tuple[int, int], spec.preprocess.image_size)
     blank = torch.zeros((2, spec.preprocess.channels, height, width), dtype=torch.uint8, device=device)
     with _trying(spec, where), torch.inference_mode():
-        shapes = [tuple(model(blank[:batch]).shape) for batch in (1, 2)]  # an archive may be of one batch size
+        shapes = [tuple(model(blank[:batch]).shape) for batch in (1, 2)]  # an archive may accept one batch size only
     if shapes != [(1, spec.dim), (2, spec.dim)]:
         raise ConfigError(
             "the encoder's embedding has another width", expected=f"dim {spec.dim}", found=shapes[1][1:], where=where
@@ -106,10 +102,10 @@ def _check_width(model: EmbeddingModel, spec: settings.EncoderSettings, device: 
 
 @contextmanager
 def _trying(spec: settings.EncoderSettings, where: str) -> Iterator[None]:
-    """Whatever an encoder raises on images that it is tried with is said with what it was given.
+    """Turn any error of the encoder into a ConfigError that names its inputs.
 
     Raises:
-        ConfigError: it raised something; of a function, with the user's own lines.
+        ConfigError: the encoder raised an error; for a function, with the user's own lines.
     """
     preprocess = spec.preprocess
     height, width = cast(tuple[int, int], preprocess.image_size)
@@ -120,20 +116,20 @@ def _trying(spec: settings.EncoderSettings, where: str) -> Iterator[None]:
     with user_functions.own_code("the encoder's module failed", where) if spec.function else nullcontext():
         try:
             yield
-        except Exception as error:  # what an archive or a cut network raises is of any kind
+        except Exception as error:  # an archive or a cut network may raise anything
             if spec.function:
                 raise
             raise ConfigError(
-                "the encoder does not take images of the configured shape",
+                "the encoder does not accept images of the configured shape",
                 expected=shape,
                 found=first_line(error),
                 where=where,
-                remedy="set the encoder's preprocess to the shape it was made for, and export it for any batch size",
+                remedy="set the encoder's preprocess to its input shape, and export it for any batch size",
             ) from error
 
 
 def _normalisation(preprocess: settings.PreprocessSettings) -> list[tuple[float, float]]:
-    """Mean and standard deviation of each channel; one value stands for all of them."""
+    """Mean and standard deviation of each channel; a single value holds for all channels."""
     count = max(len(preprocess.mean), len(preprocess.std))
     means, stds = (values * (count if len(values) == 1 else 1) for values in (preprocess.mean, preprocess.std))
     return list(zip(means, stds, strict=True))

@@ -1,4 +1,4 @@
-"""Load an encoder's network from an export, a torchvision architecture, or a function of the user's own."""
+"""Loads an encoder's network from an export, a torchvision architecture, or the user's own function."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _UNREADABLE = (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingEr
 
 
 def load_tensors(uri: str) -> dict[str, torch.Tensor]:
-    """Named tensors of a safetensors file, or of a torch checkpoint read with weights_only.
+    """The named tensors of a safetensors file, or of a torch checkpoint read with weights_only.
 
     Raises:
         DataError: the file is missing, or neither.
@@ -46,10 +46,10 @@ def load_tensors(uri: str) -> dict[str, torch.Tensor]:
 
 
 def from_export(uri: str) -> nn.Module:
-    """The network of a file that `torch.export.save` wrote.
+    """The network of a `torch.export` archive.
 
     Raises:
-        DataError: it is missing, damaged, or holds code.
+        DataError: the file is missing, damaged, or holds code.
     """
     try:
         with objects.local_file(uri) as copy, _without_code(copy) as path:
@@ -61,13 +61,13 @@ def from_export(uri: str) -> nn.Module:
             "the encoder is not a readable torch.export archive",
             found=first_line(error),
             where=uri,
-            remedy="export it again, from a source that you trust: SECURITY.md says what an archive may hold",
+            remedy="export it again, from a source that you trust; SECURITY.md says what an archive may contain",
         ) from error
 
 
 @contextmanager
 def _without_code(path: Path) -> Iterator[Path]:
-    """Check an archive, and hold torch.export.load to weights_only: by itself it unpickles anything (torch 2.14)."""
+    """Check an archive, and force weights_only: otherwise torch.export.load unpickles anything (torch 2.14)."""
     if not zipfile.is_zipfile(path):
         raise zipfile.BadZipFile("not a zip file")
     export_archive.check(path)
@@ -83,14 +83,14 @@ def _without_code(path: Path) -> Iterator[Path]:
 
 
 def first_line(error: Exception) -> str:
-    """What a loader said, in one line."""
-    if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to load it all the same
-        return "a damaged pickle, or one that holds more than tensors"
+    """The first line of a loader's message."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's own message advises to load it anyway
+        return "a damaged pickle, or one with more than tensors"
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def from_torchvision(spec: settings.TorchvisionSettings) -> nn.Module:
-    """A torchvision architecture with its weights, cut at a layer if one is named.
+    """A torchvision architecture with its weights, perhaps cut at a layer.
 
     Raises:
         ConfigError: there is no such model or layer.
@@ -139,7 +139,7 @@ class _Cut(nn.Module):
 
 
 def from_function(name: str, key: str) -> nn.Module:
-    """The torch module that a function of the user's own returns.
+    """The torch module that the user's function returns.
 
     Raises:
         ConfigError: it returns something else.

@@ -1,9 +1,8 @@
-"""What a torch.export archive may hold, checked before torch reads it.
+"""Checks a torch.export archive before torch loads it.
 
-torch's loader runs some texts of an archive as Python: guards and names of inputs through `exec`, shapes through
-sympy, which calls `eval`; and it imports modules that a call signature names (torch 2.14). Guarantee: an archive that
-passes holds plain names there, and shapes made of symbols, numbers and arithmetic. It may still name any operator of
-torch, so a bad archive can give wrong embeddings or use up memory and time. This module knows nothing of encoders.
+torch's loader executes some texts of an archive as Python (guards, names of inputs, shapes), and imports modules that a
+call signature names (torch 2.14). A checked archive has only plain names there, and shapes of symbols, numbers and
+arithmetic. It may still name any operator of torch: a bad archive can give wrong embeddings or use up memory and time.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 _PICKLED = ("custom_obj", "opaque_obj", "aotinductor", "serialized_")  # the last: the format before torch 2.8
 _NAME = re.compile(r"[\w.@]*")
 _WORD = re.compile(r"[\w.+-]*")
-_ANY_TEXT = {"metadata", "as_string", "as_strings", "torch_version"}  # torch never runs these
+_ANY_TEXT = {"metadata", "as_string", "as_strings", "torch_version"}  # torch never executes these
 _SPECS = {"in_spec", "out_spec"}
 _CONTAINERS = {None, "builtins.tuple", "builtins.list", "builtins.dict"}
 _WRITES_FILES = ("from_file",)  # the operator that maps a file, and can create it
@@ -36,10 +35,10 @@ _NODES = (
 
 
 def check(path: Path) -> None:
-    """Refuse an archive that would run code when torch loads it. Its records are read by torch's own reader.
+    """Refuse an archive that would execute code when torch loads it.
 
     Raises:
-        ValueError: it holds pickled or compiled objects, guards, or a text where a name or a shape belongs.
+        ValueError: it has pickled or compiled objects, guards, or a text in place of a name or a shape.
         RuntimeError: it is not an archive.
     """
     reader = torch._C.PyTorchFileReader(str(path))
@@ -53,9 +52,9 @@ def check(path: Path) -> None:
 
 
 def _check_item(item: object, where: str, key: str) -> None:
-    """All texts below an item of the archive's JSON; `key` is the one that it stands under."""
+    """Check all texts of an item of the archive's JSON; `key` is the item's key."""
     if key == "guards_code" and item:
-        raise ValueError(f"it holds guards, which are Python code that torch runs: {str(item)[:80]} ({where})")
+        raise ValueError(f"it holds guards, which are Python code that torch executes: {str(item)[:80]} ({where})")
     if isinstance(item, dict):
         for name, value in item.items():
             _check_text(name, where, "a key")
@@ -76,11 +75,11 @@ def _check_text(text: str, where: str, key: str) -> None:
     else:
         fits = bool(_NAME.fullmatch(text)) and not any(word in text for word in _WRITES_FILES)
     if not fits:
-        raise ValueError(f"{key or 'a text'} could run code: {text[:80]!r} ({where})")
+        raise ValueError(f"{key or 'a text'} could execute code: {text[:80]!r} ({where})")
 
 
 def _is_arithmetic(text: str) -> bool:
-    """Whether an expression has only symbols, numbers, arithmetic, and calls of functions for these."""
+    """Whether an expression has only symbols, numbers, arithmetic, and calls of arithmetic functions."""
     try:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -98,7 +97,7 @@ def _is_allowed(node: ast.AST) -> bool:
 
 
 def _is_plain_spec(spec: object) -> bool:
-    """Whether a call signature is made of tuples, lists, and dicts with plain keys; other types import modules."""
+    """Whether a call signature has only tuples, lists, and dicts with plain keys; other types import modules."""
     if not isinstance(spec, dict) or spec.get("type") not in _CONTAINERS:
         return False
     context = json.loads(spec.get("context") or "null")

@@ -1,7 +1,5 @@
-"""The kinds of transformation: each maps old embeddings into the new space, and says how far off it expects to be.
-
-All have the same interface, so whatever applies, stores or measures a transformation does not know which kind it is.
-This module does not know how they are fitted; `training` does that.
+"""The kinds of transformation. Each maps old embeddings into the new space and estimates its own error; all have one
+interface. `training` fits them.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ class Transformation(nn.Module):
     Attributes:
         d_old, d_new: widths of the old and the new embeddings.
         d_side: width of the side information; None without it.
-        normalize: the gallery's metric is cosine, so inputs and z have unit length.
+        normalize: inputs and z have unit length, because the metric is cosine.
     """
 
     def __init__(self, d_old: int, d_new: int, d_side: int | None = None, normalize: bool = False) -> None:
@@ -33,11 +31,11 @@ class Transformation(nn.Module):
 
         Args:
             old: (B, d_old) float32.
-            side: (B, d_side) float32 if the transformation was made with side information, else None.
+            side: (B, d_side) float32, or None without side information.
 
         Returns:
-            z (B, d_new) and s (B,), both float32 outside of autocast. s is the log of the expected squared error of
-            z, as the mean over its dimensions.
+            z (B, d_new) and s (B,), float32 outside of autocast. s is the log of the expected squared error of z,
+            averaged over dimensions.
         """
         raise NotImplementedError
 
@@ -45,8 +43,8 @@ class Transformation(nn.Module):
 class TransformationNetwork(Transformation):
     """FastFill's network (arXiv 2303.04766): two branches, a trunk, z, and s as a linear function of z.
 
-    With `normalize` s is computed before z is normalised, where its length still says something. With
-    `uncertainty_shapes_z` off, the gradient of s stops at its own head.
+    s is computed before z is normalised, because its length is informative. Without `uncertainty_shapes_z` the
+    gradient of s stops at its own head.
     """
 
     def __init__(
@@ -62,7 +60,6 @@ class TransformationNetwork(Transformation):
         self.uncertainty = nn.Linear(d_new, 1)
 
     def forward(self, old: Tensor, side: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `Transformation.forward`; s = log sigma^2."""
         if self.normalize:
             old = functional.normalize(old, dim=1)
             side = None if side is None else functional.normalize(side, dim=1)
@@ -75,9 +72,9 @@ class TransformationNetwork(Transformation):
 class LinearTransformation(Transformation):
     """An affine map, z = (x - mean_in) W + mean_new, and s as an affine function of x and z.
 
-    x is the old embedding, followed by the side information if there is some; each of unit length with `normalize`.
-    s is computed from z before that is normalised, and lies between the least and the largest value that was seen.
-    Nothing in it is learnt by gradients: `training.fitting.linear` computes all of it from sums over the pairs.
+    x is the old embedding, followed by the side information; each has unit length with `normalize`. s is computed
+    before z is normalised, and clamped to the range of the fit. `training.fitting.linear` computes everything from sums
+    over the pairs.
     """
 
     weight: Tensor
@@ -97,16 +94,15 @@ class LinearTransformation(Transformation):
             self.register_buffer(name, torch.zeros(shape))
 
     def map(self, x: Tensor) -> Tensor:
-        """z (B, d_new) before it is normalised."""
+        """z (B, d_new) before normalisation."""
         return (x - self.mean_in) @ self.weight + self.mean_new
 
     def expected_error(self, x: Tensor, z: Tensor) -> Tensor:
-        """s (B,) of x and of z before it is normalised."""
+        """s (B,) from x and the z of `map`."""
         s = x @ self.error_in + z @ self.error_new + self.error_bias
         return torch.clamp(s, self.error_range[0], self.error_range[1])
 
     def forward(self, old: Tensor, side: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `Transformation.forward`."""
         x = inputs(old, side, self.normalize)
         z = self.map(x)
         s = self.expected_error(x, z)
@@ -114,9 +110,9 @@ class LinearTransformation(Transformation):
 
 
 class ResidualTransformation(Transformation):
-    """A linear transformation, plus a small network whose last layer is 0 at first; s is the linear one's.
+    """A linear transformation plus a small network, which starts at 0; s is that of the linear one.
 
-    The network sees standardised inputs, and its output is in units of the linear one's error.
+    The network's inputs are standardised, and its output is in units of the linear transformation's error.
     """
 
     deviation: Tensor
@@ -137,8 +133,7 @@ class ResidualTransformation(Transformation):
         self.network = nn.Sequential(*_hidden(d_in, inner_width), *_hidden(inner_width, inner_width), last)
 
     def forward(self, old: Tensor, side: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `Transformation.forward`."""
-        with torch.autocast(old.device.type, enabled=False):  # the network may be in bfloat16, the map is exact
+        with torch.autocast(old.device.type, enabled=False):  # only the network may use bfloat16
             x = inputs(old, side, self.normalize)
             z = self.linear.map(x)
             s = self.linear.expected_error(x, z)
@@ -148,7 +143,7 @@ class ResidualTransformation(Transformation):
 
 
 def inputs(old: Tensor, side: Tensor | None, normalize: bool) -> Tensor:
-    """x (B, d_old + d_side), what a linear map is applied to: both side by side, of unit length with `normalize`."""
+    """x (B, d_old + d_side): old embedding and side information, each of unit length with `normalize`."""
     parts = [old] if side is None else [old, side]
     return torch.cat([functional.normalize(part, dim=1) if normalize else part for part in parts], dim=1)
 
@@ -156,7 +151,7 @@ def inputs(old: Tensor, side: Tensor | None, normalize: bool) -> Tensor:
 def make(
     kind: TransformationKind, d_old: int, d_new: int, inner_width: int, d_side: int | None, normalize: bool
 ) -> Transformation:
-    """A transformation of a kind, not fitted."""
+    """An unfitted transformation."""
     if kind == "linear":
         return LinearTransformation(d_old, d_new, d_side, normalize)
     if kind == "residual":

@@ -1,20 +1,18 @@
-"""The offset: a transformed vector is served as far from every query as its embedding is to be expected.
+"""The offset: places a transformed vector as far from every query as its embedding is expected to be.
 
-For an unbiased z the expected squared distance to the unknown embedding x is E|q - x|^2 = |q - z|^2 + E|x - z|^2:
-larger than to its mean by the variance, which differs between images. z alone is therefore too near to every
-query, most of all where it is least certain, and crowds out what is embedded. Both are mended by moving z along a
-direction u in which embeddings hardly vary, so that it comes no nearer to any query:
+For an unbiased z the expected squared distance to the unknown embedding x is E|q - x|^2 = |q - z|^2 + E|x - z|^2. So z
+is too near to every query by its variance, which differs between images, and uncertain images crowd out embedded ones.
+The offset moves z along a direction u in which embeddings hardly vary, away from all queries:
 
     z' = z + sqrt(strength * r2 * c / mean(c)) * u
 
     r2   mean of |x - z|^2 over held-out pairs
-    c    how uncertain an image is: `confidence` is 1 - max softmax(W z + b), of the new encoder's classifier;
-         `uncertainty` is exp(s), less what the surest tenth has
+    c    uncertainty of an image: `confidence` is 1 - max softmax(W z + b) of the new encoder's classifier;
+         `uncertainty` is exp(s) minus its tenth percentile, at least 0
     u    the eigenvector of the covariance of new embeddings with the least eigenvalue
 
-An embedded image has no offset, so a backfill ends where it always did. With the metric `cosine` z' is normalised;
-an inner product does not see such an offset, so `ip` has none. This is ours, not the paper's; what it is worth is
-measured in benchmarks/quality/recipes.py. This module knows neither files nor how z was fitted.
+With the metric `cosine` z' is normalised. With `ip` the offset has no effect, so there is none. The offset is ours, not
+the paper's; benchmarks/quality/recipes.py measures it.
 """
 
 from __future__ import annotations
@@ -56,30 +54,17 @@ class LinearClassifier:
 
 @dataclass(frozen=True, slots=True)
 class Offset:
-    """A fitted offset.
+    """A fitted offset."""
 
-    Attributes:
-        kind: which c.
-        factor: what c is multiplied by to give a squared length.
-        floor: of exp(s); 0 for `confidence`.
-        direction: u, (d_new,) float32, of length 1.
-        normalize: whether vectors have length 1.
-        classifier: for `confidence`.
-    """
-
-    kind: OffsetKind
-    factor: float
-    floor: float
-    direction: Float32
-    normalize: bool
-    classifier: LinearClassifier | None
+    kind: OffsetKind  # which c
+    factor: float  # squared length of the offset per unit of c
+    floor: float  # subtracted from exp(s); 0 for `confidence`
+    direction: Float32  # u, (d_new,) float32, of length 1
+    normalize: bool  # whether vectors have length 1
+    classifier: LinearClassifier | None  # classifier of `confidence`
 
     def apply(self, z: Float32, s: Float32) -> Float32:
-        """z' (N, d_new) float32, of z (N, d_new) and s (N,).
-
-        Raises:
-            DataError: an offset is not finite.
-        """
+        """z' (N, d_new) float32, of z (N, d_new) and s (N,); raises DataError if it is not finite."""
         squared = self.factor * _uncertain(self.kind, z, s, self.floor, self.classifier)
         if not np.isfinite(squared).all():
             raise DataError("an offset is not finite", found=f"{int((~np.isfinite(squared)).sum())} images")
@@ -90,7 +75,7 @@ class Offset:
         return result
 
     def to_bytes(self) -> bytes:
-        """As safetensors; the numbers are its metadata."""
+        """The bytes of a safetensors file, with the numbers in its metadata."""
         tensors = {"direction": self.direction}
         if self.classifier is not None:
             tensors["weight"] = self.classifier.weight
@@ -100,7 +85,6 @@ class Offset:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """The inverse of `to_bytes`."""
         numbers = tensor_metadata(data, "offset")
         tensors = load(data)
         weight = tensors.get("weight")
@@ -133,7 +117,13 @@ def fit_offset(
         ConfigError: the metric is `ip`, or `confidence` has no classifier.
     """
     if metric == "ip":
-        raise ConfigError("an inner product does not see an offset", expected="none", found=kind, where="fit.offset")
+        raise ConfigError(
+            "fit.offset has no effect with metric `ip`: it is orthogonal to the queries",
+            expected="none",
+            found=kind,
+            where="fit.offset",
+            remedy="set fit.offset to none, or use the metric l2 or cosine",
+        )
     if kind == "confidence" and classifier is None:
         raise ConfigError(
             "this offset needs a classifier, or labels to fit one on", found=kind, where="fit.offset",
@@ -147,7 +137,7 @@ def fit_offset(
 
 
 def least_varying(new: Float32) -> Float32:
-    """The direction in which M embeddings (M, d) vary least, (d,) float32, of length 1."""
+    """The direction of length 1 in which embeddings (M, d) vary least, (d,) float32."""
     _, vectors = np.linalg.eigh(np.cov(new, rowvar=False, dtype=np.float64).reshape(new.shape[1], -1))
     direction = vectors[:, 0] * np.sign(vectors[np.abs(vectors[:, 0]).argmax(), 0])
     result: Float32 = direction.astype(np.float32)
@@ -160,6 +150,6 @@ def _uncertain(
     if kind == "uncertainty":
         result: Float32 = np.maximum(np.exp(s) - np.float32(floor), 0)
         return result
-    assert classifier is not None, "checked where the offset is fitted"
+    assert classifier is not None, "checked by `fit_offset`"
     confident: Float32 = 1 - classifier.probabilities(z).max(axis=1)
     return confident

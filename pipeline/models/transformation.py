@@ -1,8 +1,6 @@
-"""The transformation: h maps an old embedding into the new space and s says how uncertain that is.
+"""The files of a run's transformation: weights, further parts, and the marker that names them. `training` fits it.
 
-Guarantee: what `load_transformation` returns is the network that `save_transformation` was given, bit
-for bit, and what `apply` returns is finite. It does not know how the network was fitted; `training`
-does that.
+It maps an old embedding to z in the new space, with s, the log of its expected error.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from pipeline.run import Run
 from pipeline.schema import FORMAT_VERSION
 from pipeline.storage import documents, interface, objects
 
-_WEIGHTS = "model-{}.safetensors"  # by the sha256: of two fits at once, neither replaces what the other's marker names
+_WEIGHTS = "model-{}.safetensors"  # by sha256, so that two fits at once do not replace each other's files
 _MARKER = "transformation.json"
 APPLY_BATCH = 8192  # rows per forward pass; `apply` gives the same bits for the same number
 
@@ -35,14 +33,15 @@ HeldOutFigures = dict[str, float | dict[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class TransformationInfo:
-    """What a fitted transformation is and how good it is on pairs it has not seen.
+    """The description of a fitted transformation.
 
-    `kind` is `fit.transformation`; an earlier version had one kind, and wrote none.
-    `pairs_to_pass_old` is with how many training pairs the linear map is to be expected to be as good as the old model;
-    None if the map is as good already, or if more pairs are not expected to be enough.
-    `held_out` holds `alignment` (mean squared error per dimension), `spearman` (rank correlation of s
-    with that error), `num_pairs`, and for each of `transformed`, `old_old` and `new_new` the retrieval
-    figures in per cent: `top1`, `top5`, `map`, or `agreement10` where there are no labels.
+    Attributes:
+        kind: as `fit.transformation`; version 0.1 had one kind, and did not write it.
+        pairs_to_pass_old: estimated number of training pairs with which the linear map is as good as the old model;
+            None if it is as good already, or if more pairs will not be enough.
+        held_out: figures on held-out pairs: `alignment` (mean squared error per dimension), `spearman` (rank
+            correlation of s with that error), `num_pairs`, and for each of `transformed`, `old_old` and `new_new` the
+            retrieval figures in per cent: `top1`, `top5`, `map`, or `agreement10` without labels.
     """
 
     d_old: int
@@ -62,25 +61,33 @@ class TransformationInfo:
     pairs_to_pass_old: int | None = None
 
     def network(self) -> Transformation:
-        """A transformation of this kind and shape, not fitted."""
+        """An unfitted transformation of this kind and shape."""
         return networks.make(self.kind, self.d_old, self.d_new, self.inner_width, self.d_side, self.normalize)
 
 
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The sha256 of the transformation's files, from its marker."""
+
+    weights_sha256: str | None = None
+    parts: dict[str, str] = field(default_factory=dict)
+
+
 def has_transformation(run: Run) -> bool:
-    """Whether the run has a whole transformation."""
+    """Whether the run has a complete transformation."""
     return objects.exists(objects.join(run.transformation, _MARKER))
 
 
 def save_transformation(
     run: Run, network: Transformation, info: TransformationInfo, parts: Mapping[str, bytes] | None = None
 ) -> None:
-    """Write the weights, then the marker that names their digest; the transformation exists from then on.
+    """Write the weights and parts, then the marker that names them; from then on the transformation exists.
 
     Args:
         run: the run.
-        network: fitted.
+        network: the fitted transformation.
         info: its description.
-        parts: what else belongs to it, by file name: the offset, the selection, what policies know of pairs.
+        parts: further files by name: offset, calibration, selection, policy inputs.
 
     Raises:
         SnapshotConflict: the run has a transformation already.
@@ -94,33 +101,27 @@ def save_transformation(
     objects.put(objects.join(run.transformation, _WEIGHTS.format(sha256)), weights)
     digests = {name: _put_part(run, name, data) for name, data in (parts or {}).items()}
     document = asdict(info) | {"weights_sha256": sha256, "parts": digests}
-    try:  # equal bytes are the same transformation, whoever wrote them: no attempt id
+    try:  # no attempt id: equal bytes are the same transformation
         objects.put_if_absent(marker, documents.encode(document))
     except interface.AlreadyExists:
         raise _conflict(marker) from None
 
 
 def read_part(run: Run, name: str) -> bytes | None:
-    """A part that the transformation was saved with, or None where it has none of this name.
+    """A part of the transformation; None if it has no part of this name.
 
     Raises:
         DataError: there is no transformation, or the part is missing or damaged.
     """
     where, tree = _read_marker(run)
     sha256 = documents.build(_Files, tree, where, _again(run)).parts.get(name)
-    return (
-        None
-        if sha256 is None
-        else _read_whole(run, _part_uri(run, name, sha256), sha256, f"the transformation's {name}")
-    )
+    if sha256 is None:
+        return None
+    return _read_whole(run, _part_uri(run, name, sha256), sha256, f"the transformation's {name}")
 
 
 def read_info(run: Run) -> TransformationInfo:
-    """The description of the run's transformation.
-
-    Raises:
-        DataError: there is none, or it cannot be read.
-    """
+    """The description of the run's transformation; raises DataError if there is none, or it is damaged."""
     where, tree = _read_marker(run)
     return documents.build(TransformationInfo, tree, where, _again(run))
 
@@ -146,7 +147,7 @@ def load_transformation(run: Run, device: torch.device) -> tuple[Transformation,
 
 
 def verify(run: Run) -> list[tuple[str, DataError]]:
-    """The files of the run's transformation that are damaged or missing, and what is wrong with each."""
+    """The damaged or missing files of the run's transformation, with the error of each."""
     where = objects.join(run.transformation, _MARKER)
     try:
         where, tree = _read_marker(run)
@@ -173,20 +174,20 @@ def apply(
     Args:
         network: on `device`, in eval mode.
         old: (N, d_old) float32.
-        side: (N, d_side) float32 where the network wants it, else None.
-        device: where the network is.
+        side: (N, d_side) float32, or None without side information.
+        device: device of the network.
         batch_size: rows per forward pass.
 
     Returns:
         z (N, d_new) float32 and s (N,) float32; row i belongs to `old[i]`.
 
     Raises:
-        DataError: the inputs have another shape than the network was fitted on, or the result is not finite.
+        DataError: an input has a wrong shape, or the result is not finite.
     """
     _check_shape("old", old, (len(old), network.d_old))
     if (side is None) != (network.d_side is None):
         raise DataError(
-            "side information does not fit the transformation",
+            "the side information does not fit the transformation",
             expected="none" if network.d_side is None else f"vectors of width {network.d_side}",
             found="none" if side is None else f"shape {side.shape}",
         )
@@ -218,7 +219,7 @@ def _part_uri(run: Run, name: str, sha256: str) -> str:
 
 
 def _read_whole(run: Run, path: str, sha256: str | None, what: str) -> bytes:
-    """A file of the transformation, its digest checked."""
+    """Read a file of the transformation and check its sha256."""
     try:
         data = objects.read_bytes(path)
     except FileNotFoundError:
@@ -236,14 +237,6 @@ def _again(run: Run) -> str:
 def _check_shape(name: str, values: Float32, expected: tuple[int, int | None]) -> None:
     if values.shape != expected:
         raise DataError(f"the {name} embeddings have another shape", expected=expected, found=values.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class _Files:
-    """The digests of the files that belong to a transformation, as its marker names them."""
-
-    weights_sha256: str | None = None
-    parts: dict[str, str] = field(default_factory=dict)
 
 
 def _read_marker(run: Run) -> tuple[str, documents.Tree]:

@@ -1,9 +1,8 @@
-"""Digests of what a Parquet file holds: made as it is written, compared as it is read.
+"""Digests of the content of a Parquet file: computed as it is written, compared as it is read.
 
-Page checksums cover the bytes of a page, and neither the headers of pages nor the footer, which say what these bytes
-mean. So the footer holds one digest per column and row group of the decoded values, and one of all these together with
-the names and the number of rows. Guarantee: a flipped bit anywhere in the file is found, or changes no value that is
-read. Files without digests (of older versions, of users) are read as they are. It does not open files.
+Parquet's own page checksums do not cover page headers and the footer. So the footer holds a digest of the decoded
+values of each column and row group, and one digest of these together with the names and the number of rows. Files
+without digests (from users or older versions) are read unchecked.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 KEY = b"fastfill.digests"
-"""The key of a file's metadata under which its digests are."""
+"""The key of the digests in a file's metadata."""
 
 _ARROW = b"ARROW:schema"
 _BYTES = 16  # of each column and row group
 
 
 class Mismatch(Exception):
-    """The content is not what was written."""
+    """The content differs from the digests."""
 
 
 class Digests:
@@ -40,27 +39,22 @@ class Digests:
         self._num_rows = 0
 
     def add(self, row_group: pa.Table) -> None:
-        """One more row group."""
         self._num_rows += row_group.num_rows
         for name, found in self._columns.items():
             found += _digest(row_group[name])
 
     def metadata(self) -> dict[str, str]:
-        """What the footer has to say, once all row groups are written."""
+        """The footer's metadata, after the last row group."""
         texts = {name: base64.b64encode(found).decode() for name, found in self._columns.items()}
         sha256 = _whole(self._fields, self._num_rows, self._metadata, texts)
         return {KEY.decode(): json.dumps({"columns": texts, "sha256": sha256})}
 
 
 class Content(pq.ParquetFile):  # type: ignore[misc]  # pyarrow has no types
-    """A Parquet file whose values are compared with its digests as they are read.
-
-    Raises:
-        Mismatch: in any method: what is there is not what was written.
-    """
+    """A Parquet file that compares values with its digests as it reads them. Any method may raise Mismatch."""
 
     digest: str
-    """Stands for all that the file holds; empty if it has no digests."""
+    """Digest of the whole content; empty if the file has no digests."""
 
     def __init__(self, source: object) -> None:
         super().__init__(source, page_checksum_verification=True)
@@ -71,22 +65,19 @@ class Content(pq.ParquetFile):  # type: ignore[misc]  # pyarrow has no types
             self._texts, self.digest = self._found(metadata)
 
     def read(self, columns: Sequence[str] | None = None, **options: object) -> pa.Table:
-        """All row groups."""
         return self._checked(super().read(columns=columns, **options), range(self.num_row_groups), columns)
 
     def read_row_group(self, i: int, columns: Sequence[str] | None = None, **options: object) -> pa.Table:
-        """One row group."""
         return self._checked(super().read_row_group(i, columns=columns, **options), [i], columns)
 
     def read_row_groups(
         self, row_groups: Sequence[int], columns: Sequence[str] | None = None, **options: object
     ) -> pa.Table:
-        """Some row groups."""
         table = super().read_row_groups(row_groups, columns=columns, **options)
         return self._checked(table, row_groups, columns)
 
     def _is_copy(self, metadata: dict[bytes, bytes]) -> bool:
-        """Whether another program has read one of our files, and written other rows with its metadata."""
+        """Whether another program has copied the metadata of one of our files to other rows."""
         return _ARROW in metadata and KEY in (self.schema_arrow.metadata or {})
 
     def _found(self, metadata: dict[bytes, bytes]) -> tuple[dict[str, str], str]:
@@ -117,13 +108,13 @@ class Content(pq.ParquetFile):  # type: ignore[misc]  # pyarrow has no types
 
 
 def digest_of(data: bytes) -> str:
-    """`Content.digest` of a file with these bytes."""
+    """`Content.digest` of the file with these bytes."""
     file = Content(pa.BufferReader(data))
     return file.digest
 
 
 def together(digests: Sequence[str]) -> str:
-    """One digest of several in this order."""
+    """One digest of several, in this order."""
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
@@ -139,7 +130,7 @@ def _digest(column: pa.ChunkedArray) -> bytes:
 
 
 def _label(kind: pa.DataType) -> str:
-    """A name of a type that Parquet gives back as it was; empty for other types, which get no digests."""
+    """A name of a type that Parquet stores unchanged; empty for other types, which get no digests."""
     types = pa.types
     if _is_list(kind):
         child = _label(kind.value_type)
@@ -157,7 +148,7 @@ _TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.ty
 
 
 def _feed(update: Callable[[Any], None], array: pa.Array) -> None:
-    """Give a digest all that an array says, whatever buffers it has: its type, its nulls, its values."""
+    """Update a digest with an array's type, nulls and values, whatever its buffers are."""
     kind, count = array.type, len(array)
     update(f"{_label(kind)} {count} {array.null_count};".encode())
     if array.null_count == count:

@@ -1,8 +1,7 @@
-"""JSON files of a run: how they are written, and how they are checked when they are read again.
+"""The codec of a run's JSON files: `encode` writes them, `decode` and `parse` read and check them.
 
-Every file that this version writes names its format and has a digest of its content. Guarantee: a file that was
-changed, cut off or taken from another place is a DataError with the name of the file and a remedy, never a
-traceback and never other values. Files of versions that wrote no digest are read without one.
+Each file has a format version and a digest of its content. A file that was changed, cut off or taken from elsewhere is
+a DataError. Files of older versions without a digest are read unchecked.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Tree = dict[str, Any]
 
-REMEDY = "restore the file from a copy of the run; `fastfill audit` lists all that is damaged"
-REDO = "move the file out of the run, and run the same command again: the file is made again"
-DELETE = "delete the file, and run the same command again: the file is made again"
+REMEDY = "restore the file from a copy of the run; `fastfill audit` lists all damaged files"
+REDO = "move the file out of the run and run the same command again; it makes the file again"
+DELETE = "delete the file and run the same command again; it makes the file again"
 
 _VERSION, _DIGEST, _CHECKED = "format_version", "sha256", "checked_by"
 
 
 def encode(content: DataclassInstance | Mapping[str, object]) -> bytes:
-    """The content as the bytes of its file; equal content gives equal bytes.
+    """The bytes of a file; equal content gives equal bytes.
 
-    The key `checked_by` says that the file has a digest, so a file that lost its digest is not taken for an old one.
+    The key `checked_by` says that the file has a digest, so a file that lost its digest is not read as an old one.
     """
     tree = dict(content) if isinstance(content, Mapping) else asdict(content)
     plain = json.loads(json.dumps(tree, allow_nan=False))
@@ -46,18 +45,18 @@ def encode(content: DataclassInstance | Mapping[str, object]) -> bytes:
 
 
 def digest(tree: Tree) -> str:
-    """The digest of a file's content, which is all but the digest itself."""
+    """The digest of a file's content: all keys but the digest itself."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def decode(data: bytes, where: str, remedy: str = REMEDY, must_be_checked: bool = False) -> Tree:
-    """The inverse of `encode`, as a tree.
+    """Read what `encode` wrote, as a tree.
 
     Args:
         data: the bytes of the file.
         where: its name, for messages.
         remedy: what to do if it is damaged.
-        must_be_checked: whether every version wrote a digest and the format into this kind of file.
+        must_be_checked: every version wrote a digest and the format into this kind of file, so it must have them.
 
     Raises:
         DataError: the file is not JSON, was changed after it was written, or has another format.
@@ -76,24 +75,26 @@ def decode(data: bytes, where: str, remedy: str = REMEDY, must_be_checked: bool 
     found = tree.pop(_DIGEST, None)
     if checked and found != digest(tree):
         expected = f"sha256 {digest(tree)}"
-        raise DataError("the file was changed", expected=expected, found=found, where=where, remedy=remedy)
+        raise DataError(
+            "the file was changed after it was written", expected=expected, found=found, where=where, remedy=remedy
+        )
     return {key: value for key, value in tree.items() if key not in (_VERSION, _CHECKED)}
 
 
 def parse(kind: type[T], data: bytes, where: str, remedy: str = REMEDY, must_be_checked: bool = False) -> T:
-    """The inverse of `encode`, as an object; every field without a default has to be there with its type.
+    """Read what `encode` wrote, as an object.
 
     Raises:
-        DataError: as `decode`; or a field is missing, or has another type.
+        DataError: as `decode`; or a field is missing or has another type.
     """
     return build(kind, decode(data, where, remedy, must_be_checked), where, remedy)
 
 
 def build(kind: type[T], tree: Tree, where: str, remedy: str = REMEDY) -> T:
-    """An object of a tree that was decoded.
+    """An object from a decoded tree.
 
     Raises:
-        DataError: a field is missing, or has another type.
+        DataError: a field is missing or has another type.
     """
     try:
         item = _adapter(kind).validate_json(json.dumps(tree), strict=True)  # type: ignore[arg-type]  # is hashable

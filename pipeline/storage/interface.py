@@ -1,4 +1,4 @@
-"""What a store of objects can do, and how it says no; the ground that `storage` and its stores stand on."""
+"""The interface of stores of objects, and their errors."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Protocol
 
 
 def is_full(error: OSError) -> bool:
-    """Whether an error says that the disk, or the user's share of it, is full."""
+    """Whether the error means that the disk or the user's quota is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 class AlreadyExists(Exception):
-    """`put_if_absent` lost: the name is taken."""
+    """`put_if_absent` failed: the object exists."""
 
 
 class Changed(Exception):
-    """`compare_and_swap` lost: the object is no longer the one that was read."""
+    """`compare_and_swap` failed: the object has changed since it was read."""
 
 
 class Unreadable(OSError):
-    """The store does not give this one object, and will not the next time either; `code` is its word for why."""
+    """The store will never return this object; `code` is its reason."""
 
     def __init__(self, code: str, text: str, uri: str) -> None:
         super().__init__(errno.EIO, text, uri)
@@ -33,7 +33,7 @@ class Unreadable(OSError):
 
 
 class Outside(OSError):
-    """A link leads out of the folder that images may be read from."""
+    """A link leads out of the folder from which images may be read."""
 
     def __init__(self, found: str, uri: str) -> None:
         super().__init__(errno.EPERM, found, uri)
@@ -41,7 +41,7 @@ class Outside(OSError):
 
 
 class TooLarge(Exception):
-    """A whole object is larger than its reader wants to have."""
+    """An object is larger than the reader's limit."""
 
     def __init__(self, size_bytes: int, etag: str) -> None:
         super().__init__(f"{size_bytes} bytes")
@@ -50,7 +50,7 @@ class TooLarge(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """Size in bytes, modification time in seconds since the epoch, and an etag that changes with the content."""
+    """Size in bytes, modification time (Unix seconds), and an etag that changes with the content."""
 
     size_bytes: int
     modified_seconds: float
@@ -58,63 +58,63 @@ class Stat:
 
 
 class Store(Protocol):
-    """Whole objects under names. Missing and forbidden ones are FileNotFoundError and PermissionError."""
+    """Named objects. Raises FileNotFoundError and PermissionError for missing and forbidden objects."""
 
     def exists(self, name: str) -> bool:
-        """Whether an object of that name is there."""
+        """Whether the object exists."""
 
     def stat(self, name: str) -> Stat:
         """Its size, time and etag."""
 
     def listing(self, prefix: str, deep: bool = True) -> Iterator[tuple[str, Stat]]:
-        """All objects below a folder, or only those right in it; in an order that stays the same."""
+        """All objects below a folder, or only those directly in it, in a stable order."""
 
     def leftovers(self, prefix: str) -> Iterator[tuple[str, Stat]]:
-        """What is below a folder beside whole objects: the traces of writers, some of which may have died."""
+        """Unfinished objects below a folder, of writers that are at work or have died."""
 
     def folders(self, prefix: str) -> list[str]:
-        """The folders right in a folder, sorted; none where it holds so many objects that this is a long search."""
+        """The folders directly in a folder, sorted; none if it has so many objects that the search would be long."""
 
     def read(self, name: str, offset: int | None, length: int | None) -> tuple[bytes, str]:
-        """A whole object or `length` bytes from `offset`, and the object's etag; fewer bytes at its end."""
+        """A whole object, or `length` bytes from `offset` (fewer at its end), and the object's etag."""
 
     def open(self, name: str) -> io.BufferedReader:
         """A seekable binary file."""
 
     def local_file(self, name: str) -> AbstractContextManager[Path]:
-        """A file on this machine with the object's bytes, for the length of a `with`."""
+        """A local file with the object's bytes, which lasts as long as the `with`."""
 
     def read_versioned(self, name: str) -> tuple[bytes, str] | None:
-        """Bytes, and the version for `compare_and_swap`; None where there is no such object."""
+        """Bytes, and the version for `compare_and_swap`; None if there is no object."""
 
     def put(self, name: str, data: bytes) -> None:
-        """Write or replace, whole or not at all."""
+        """Write or replace an object atomically."""
 
     def put_if_absent(self, name: str, data: bytes) -> None:
-        """Create, whole or not at all; raises AlreadyExists."""
+        """Create an object atomically; raises AlreadyExists."""
 
     def compare_and_swap(self, name: str, data: bytes, version: str | None) -> str:
-        """Replace what is still at `version` (None: missing); returns the new version, raises Changed."""
+        """Replace an object that is still at `version` (None: missing); returns the new version, raises Changed."""
 
     def delete(self, names: list[str]) -> None:
-        """Remove objects; those that are not there are no error."""
+        """Remove objects; missing ones are no error."""
 
     def delete_folder(self, prefix: str) -> None:
-        """Remove an object of that name, and all objects below it."""
+        """Remove the object and all objects below it."""
 
     def check(self, prefix: str) -> None:
-        """Prove that a run can live here; raises ConfigError or DataError."""
+        """Check that the store can hold a run; raises ConfigError or DataError."""
 
 
 Span = tuple[int, int]
-"""Bytes of an object, from the first to before the second."""
+"""A byte range: start, and stop (exclusive)."""
 
 
 class Reader(Protocol):
-    """Reads images, from many threads; says no as a `Store` does. Each read counts as `requests:image`."""
+    """Reads images, from many threads; raises as a `Store` does. Each read counts as `requests:image`."""
 
     def whole(self, name: str, most_bytes: int) -> tuple[bytes, str]:
-        """An object and its etag; raises TooLarge before its bytes are read."""
+        """An object and its etag; raises TooLarge before reading its bytes."""
 
     def spans(self, name: str, spans: list[Span]) -> Iterator[tuple[bytes, str]]:
-        """The bytes of each span, fewer where the object ends before, and the etag (empty if none came)."""
+        """The bytes of each span (fewer at the object's end) and the etag (empty if there were no bytes)."""

@@ -1,7 +1,7 @@
 """The local file system as a store of whole, durable objects.
 
-Below `storage`, beside `object_store`. Guarantee: an object appears whole or not at all, and is on disk
-before a call returns: written beside its name, synced, then linked or renamed. It does not know URIs.
+A file is written under a temporary name, synced, then linked or renamed. So an object appears atomically, and is on
+disk before a call returns.
 """
 
 from __future__ import annotations
@@ -31,17 +31,14 @@ class LocalStore:
     """Names are absolute paths; a version is the sha256 of the content."""
 
     def exists(self, name: str) -> bool:
-        """Whether an object of that name is there."""
         return Path(name).is_file()
 
     def stat(self, name: str) -> Stat:
-        """Size, time and etag; raises FileNotFoundError."""
         return _stat(os.stat(name))
 
     def listing(self, prefix: str, deep: bool = True) -> Iterator[tuple[str, Stat]]:
-        """All whole objects below a folder, or only those right in it."""
         for folder, folders, names in os.walk(prefix):
-            folders[:] = sorted(folders) if deep else []  # os.walk goes by what is left here
+            folders[:] = sorted(folders) if deep else []  # os.walk visits these next
             for name in sorted(names):
                 path = os.path.join(folder, name)
                 if not name.startswith(".") and os.path.isfile(path):
@@ -49,35 +46,30 @@ class LocalStore:
                         yield path, _stat(os.stat(path))
 
     def leftovers(self, prefix: str) -> Iterator[tuple[str, Stat]]:
-        """Temporary files: of writers at work, and of those that died."""
         for folder, _, names in os.walk(prefix):
             for path in (os.path.join(folder, name) for name in names if name.startswith(_TEMPORARY)):
                 with contextlib.suppress(FileNotFoundError):  # its writer is done
                     yield path, _stat(os.stat(path))
 
     def folders(self, prefix: str) -> list[str]:
-        """The folders right in a folder; links to folders are not followed, as in a listing."""
+        """The folders directly in a folder; as in a listing, links are not followed."""
         with os.scandir(prefix) as entries:
             return sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
 
     def read(self, name: str, offset: int | None, length: int | None) -> tuple[bytes, str]:
-        """Bytes, and the etag of the object."""
         with open(name, "rb") as file:
             if offset is not None:
                 file.seek(offset)
             return file.read(-1 if length is None else length), _stat(os.fstat(file.fileno())).etag
 
     def open(self, name: str) -> io.BufferedReader:
-        """A seekable file."""
         return _open_regular(name)
 
     @contextmanager
     def local_file(self, name: str) -> Iterator[Path]:
-        """The object as a file on this machine, which it is already."""
         yield Path(name)
 
     def read_versioned(self, name: str) -> tuple[bytes, str] | None:
-        """Bytes and version; None where there is no such object."""
         try:
             data, _ = self.read(name, None, None)
         except FileNotFoundError:
@@ -85,14 +77,12 @@ class LocalStore:
         return data, hashlib.sha256(data).hexdigest()
 
     def put(self, name: str, data: bytes) -> None:
-        """Write or replace."""
         path = Path(name)
         with _temporary(path, data) as temporary:
             os.rename(temporary, path)
         _sync_folder(path.parent)
 
     def put_if_absent(self, name: str, data: bytes) -> None:
-        """Link or fail."""
         path = Path(name)
         with _temporary(path, data) as temporary:
             try:
@@ -102,7 +92,6 @@ class LocalStore:
         _sync_folder(path.parent)
 
     def compare_and_swap(self, name: str, data: bytes, version: str | None) -> str:
-        """Rename under a lock."""
         path = Path(name)
         with _temporary(path, data) as temporary, _locked(path):
             current = self.read_versioned(name)
@@ -113,12 +102,11 @@ class LocalStore:
         return hashlib.sha256(data).hexdigest()
 
     def delete(self, names: list[str]) -> None:
-        """Remove objects; those that are not there are no error."""
         for name in names:
             Path(name).unlink(missing_ok=True)
 
     def delete_folder(self, prefix: str) -> None:
-        """Remove a folder and what is below it, or an object; of a link the link alone, never what it points to."""
+        """Remove an object or a folder with its content; of a link, only the link."""
         path = Path(prefix)
         if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)
@@ -128,7 +116,7 @@ class LocalStore:
         path.rmdir()
 
     def check(self, prefix: str) -> None:
-        """Whether objects can be created below a folder, which stays missing where it is; raises DataError."""
+        """Check that objects can be created below a folder, without creating it; raises DataError."""
         folder = Path(prefix).absolute()
         try:
             while not folder.exists():
@@ -140,35 +128,31 @@ class LocalStore:
             if is_full(error):
                 raise OSError(error.errno, error.strerror, prefix) from error
             raise DataError(
-                "the folder cannot be written", found=error.strerror, where=prefix, remedy="give another one"
+                "the folder cannot be written", found=error.strerror, where=prefix, remedy="give another folder"
             ) from error
 
 
 class LocalReader:
-    """Images from regular files: one open for all that is wanted of a file at once.
+    """Reads images from regular files; a file is opened once for all its spans.
 
-    A file below `root` must lie there in fact: a link that leads out of it is not followed. Files that are named
-    elsewhere are read where they are. Without a root every link is followed.
+    For a name below `root`, links that lead out of `root` are refused. Otherwise links are followed.
     """
 
     def __init__(self, root: str | None = None) -> None:
-        """Nothing is opened yet."""
         self._below = None if root is None else f"{root.rstrip('/')}/"
         self._really_below = None if root is None else f"{os.path.realpath(root).rstrip('/')}/"
 
     def whole(self, name: str, most_bytes: int) -> tuple[bytes, str]:
-        """A file."""
         COUNTS.add("requests:image")
         with self._open(name) as file:
             stat = _stat(os.fstat(file.fileno()))
             if stat.size_bytes > most_bytes:
                 raise TooLarge(stat.size_bytes, stat.etag)
-            data = file.read(stat.size_bytes)  # and no more: files of /proc say 0 and may have no end
+            data = file.read(stat.size_bytes)  # no more: files of /proc have size 0 and may be endless
         COUNTS.add("bytes:image", len(data))
         return data, stat.etag
 
     def spans(self, name: str, spans: list[Span]) -> Iterator[tuple[bytes, str]]:
-        """Spans of a file."""
         with self._open(name) as file:
             etag = _stat(os.fstat(file.fileno())).etag
             for start, stop in spans:
@@ -179,7 +163,7 @@ class LocalReader:
                 yield data, etag
 
     def _open(self, name: str) -> io.BufferedReader:
-        """A regular file that lies where its name says."""
+        """A regular file that is really below `root` if its name is."""
         file = _open_regular(name)
         if self._below is not None and name.startswith(self._below):
             found = _real_path(name, file.fileno())
@@ -190,10 +174,10 @@ class LocalReader:
 
 
 def _open_regular(name: str) -> io.BufferedReader:
-    """A file for reading; opening it never waits, as it would for the writer of a FIFO.
+    """Open a regular file for reading, without waiting for the writer of a FIFO.
 
     Raises:
-        Unreadable: it is a FIFO, a socket or a device, whose reading may never end.
+        Unreadable: it is a FIFO, a socket or a device, which may be endless.
     """
     try:
         file = open(name, "rb", opener=_opener)  # noqa: SIM115 - closed here if it is no file, else by the caller
@@ -217,7 +201,7 @@ def _kind(mode: int) -> str:
 
 
 def _real_path(name: str, descriptor: int) -> str:
-    """Where an opened file lies; without /proc where its name leads now."""
+    """The real path of an open file; without /proc, of its name."""
     try:
         return os.readlink(f"/proc/self/fd/{descriptor}")
     except OSError:
@@ -239,7 +223,7 @@ def _temporary(path: Path, data: bytes) -> Iterator[Path]:
             os.fsync(file.fileno())
         yield temporary
     except OSError as error:
-        if error.filename is None or str(error.filename) == str(temporary):  # the name means nothing to the user
+        if error.filename is None or str(error.filename) == str(temporary):  # the user does not know this name
             error.filename, error.filename2 = str(path), None
         raise
     finally:
@@ -254,11 +238,11 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _make_folder(path: Path) -> None:
-    """Make a folder and those above it; each that was missing is on disk before anything is put into it."""
+    """Make a folder and its parents; each new one is on disk before anything is put into it."""
     if path.is_dir():
         return
     _make_folder(path.parent)
-    path.mkdir(exist_ok=True)  # another process may have made it just now, and not have synced it yet
+    path.mkdir(exist_ok=True)  # another process may have just made it, and not synced it yet
     _sync_folder(path.parent)
 
 

@@ -1,9 +1,8 @@
-"""A store of objects over HTTP, from single requests that may fail, get lost or be answered twice.
+"""A `Store` over HTTP, made of single requests of a `Client` that may fail, be lost or arrive twice.
 
-Between `storage` and a client (`s3_client`). Guarantee: a request is repeated while it may still succeed,
-with jitter and growing pauses, for a bounded time, and each repetition is counted; a conditional write
-whose answer was lost is settled by reading back: what is there and equal is ours. So whoever writes under
-a condition, and must be told apart from others who write the same, puts an attempt id into the bytes.
+A failing request is repeated for a bounded time, with growing random pauses. If the answer to a conditional write was
+lost, the object is read back: equal bytes count as our write. A writer that must be told apart from others who write
+the same bytes therefore puts an attempt id into them.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ _READ_AHEAD = 2**16
 _PROBES = "probe"
 _COPY_BYTES = 2**24
 _DELETE_AT_ONCE = 1000
+_CONDITION_IGNORED = "this endpoint ignored `{}`: a PUT whose condition does not hold was accepted"
 _MOST_PUT_BYTES = 5 * 2**30  # of one PUT; more would take a multipart upload
 
 
@@ -47,7 +47,7 @@ class Blob:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Some of a listing, the token for the next page if there is one, and the folders where it is not deep."""
+    """A page of a listing, the token for the next page, and the folders of a listing that is not deep."""
 
     objects: list[tuple[str, Stat]]
     token: str | None
@@ -55,7 +55,7 @@ class Page:
 
 
 class Client(Protocol):
-    """One request per call; raises Again, Precondition, FileNotFoundError, PermissionError, EOFError (416)."""
+    """One request per call. Raises Again, Precondition, FileNotFoundError, PermissionError, EOFError (416)."""
 
     def head(self, name: str) -> Stat:
         """Size, time and etag."""
@@ -67,20 +67,19 @@ class Client(Protocol):
         """Write under a condition; returns the etag."""
 
     def listing(self, prefix: str, token: str | None, deep: bool = True) -> Page:
-        """One page of the objects whose names begin with `prefix`; else only those without a further "/"."""
+        """One page of the objects whose names begin with `prefix`; if not deep, those without a further "/"."""
 
     def delete(self, names: list[str]) -> None:
         """Remove up to 1,000 objects of one bucket; a missing object is no error."""
 
 
 class ObjectStore:
-    """A `Store` over a `Client`; names are those of the client, after `scheme`."""
+    """A `Store` over a `Client`, with the client's names; URIs begin with `scheme`."""
 
     def __init__(self, client: Client, retry: Retry, scheme: str = "s3://") -> None:
         self._client, self._retry, self._scheme = client, retry, scheme
 
     def exists(self, name: str) -> bool:
-        """HEAD."""
         try:
             self.stat(name)
         except FileNotFoundError:
@@ -88,22 +87,21 @@ class ObjectStore:
         return True
 
     def stat(self, name: str) -> Stat:
-        """HEAD."""
-        if name.endswith("/"):  # some stores answer for the folder
+        if name.endswith("/"):  # some stores answer this for a folder
             raise FileNotFoundError(errno.ENOENT, "not an object's name", self._scheme + name)
         return self._call("head", name, lambda: self._client.head(name))
 
     def listing(self, prefix: str, deep: bool = True) -> Iterator[tuple[str, Stat]]:
-        """All objects below a folder, or only those right in it, page by page, sorted by name."""
+        """All objects below a folder, or only those directly in it, sorted by name."""
         for page in self._pages(prefix, deep):
-            yield from (item for item in page.objects if not item[0].endswith("/"))  # those stand for folders
+            yield from (item for item in page.objects if not item[0].endswith("/"))  # these stand for folders
 
     def leftovers(self, prefix: str) -> Iterator[tuple[str, Stat]]:
-        """Probes: of checks at work, and of those that died."""
+        """Probe objects, of checks that are at work or have died."""
         return self.listing(f"{prefix.rstrip('/')}/{_PROBES}")
 
     def folders(self, prefix: str) -> list[str]:
-        """The folders right in a folder; none where a page of 1,000 names shows none, for it may be one of many."""
+        """The folders directly in a folder; none if a page of 1,000 names has none, as there may be many pages."""
         found: list[str] = []
         for page in self._pages(prefix, deep=False):
             if page.token is not None and not page.folders:
@@ -112,27 +110,25 @@ class ObjectStore:
         return found
 
     def read(self, name: str, offset: int | None, length: int | None) -> tuple[bytes, str]:
-        """GET."""
-        if length == 0:  # there is no such range, and a store would send the whole object
+        if length == 0:  # no such range exists: a store would send the whole object
             return b"", self.stat(name).etag
         start = 0 if offset is None and length is not None else offset
         blob = self._get(name, start, None if start is None or length is None else start + length)
         return blob.data, blob.etag
 
     def open(self, name: str) -> io.BufferedReader:
-        """A seekable file that reads ranges of the version it found first."""
+        """A seekable file that reads ranges of one version of the object."""
         return io.BufferedReader(_ObjectFile(self, name), _READ_AHEAD)
 
     @contextmanager
     def local_file(self, name: str) -> Iterator[Path]:
-        """A copy, removed at the end: what was opened or mapped until then stays readable."""
+        """A temporary copy; after the `with`, it stays readable if it was opened or mapped before."""
         with tempfile.TemporaryDirectory(prefix="fastfill-") as folder:
             path = Path(folder, name.rpartition("/")[2])
             self._copy(name, path)
             yield path
 
     def read_versioned(self, name: str) -> tuple[bytes, str] | None:
-        """GET."""
         try:
             blob = self._get(name, None, None)
         except FileNotFoundError:
@@ -140,11 +136,10 @@ class ObjectStore:
         return blob.data, blob.etag
 
     def put(self, name: str, data: bytes) -> None:
-        """PUT."""
         self._put(name, data)
 
     def put_if_absent(self, name: str, data: bytes) -> None:
-        """PUT with If-None-Match; equal bytes that are there are taken for an earlier try of ours."""
+        """PUT with If-None-Match; an existing object with equal bytes counts as our own earlier attempt."""
         try:
             self._put(name, data, if_absent=True)
         except Precondition:
@@ -153,7 +148,7 @@ class ObjectStore:
                 raise AlreadyExists(f"{self._scheme}{name}") from None
 
     def compare_and_swap(self, name: str, data: bytes, version: str | None) -> str:
-        """PUT with If-Match; equal bytes that are there are taken for an earlier try of ours."""
+        """PUT with If-Match; an existing object with equal bytes counts as our own earlier attempt."""
         try:
             return self._put(name, data, if_absent=version is None, if_match=version)
         except (Precondition, FileNotFoundError) as error:
@@ -171,12 +166,11 @@ class ObjectStore:
                 self._call("delete", some[0], functools.partial(self._client.delete, some))
 
     def delete_folder(self, prefix: str) -> None:
-        """DELETE what a listing finds."""
         below = (name for page in self._pages(prefix, deep=True) for name, _ in page.objects)
         self.delete([prefix, *below])
 
     def check(self, prefix: str) -> None:
-        """Write, conditionally write, swap, list and delete a probe object."""
+        """Write, write conditionally, swap, list and delete a probe object."""
         name = f"{prefix.rstrip('/')}/{_PROBES}/{uuid.uuid4().hex}"
         where = self._scheme + prefix
         try:
@@ -186,15 +180,15 @@ class ObjectStore:
             raise _no_bucket(error, where) from error
         except PermissionError as error:
             raise DataError(
-                "the store refuses these credentials the right to write here",
+                "the store does not let these credentials write here",
                 expected="read, write, list and delete below the run",
                 found=error.strerror,
                 where=where,
-                remedy="allow them that, or set others: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, a role",
+                remedy="grant these rights, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role",
             ) from error
         except OSError as error:
             raise DataError(
-                "the store does not do what a run needs",
+                "the store lacks an operation that a run needs",
                 expected="plain and conditional PUT, GET, HEAD, LIST and DELETE",
                 found=error.strerror,
                 where=where,
@@ -203,9 +197,9 @@ class ObjectStore:
             self._forget(name)
 
     def _check_conditions(self, name: str) -> None:
-        """Exactly the writes whose condition holds must be done, and be seen at once."""
+        """A write must succeed exactly if its condition holds, and be visible at once."""
         folder = name.rpartition("/")[0]
-        next(self._pages(folder, deep=True))  # first: a missing bucket is made by the first PUT on some stores
+        next(self._pages(folder, deep=True))  # first, because on some stores a PUT creates a missing bucket
         self._expect(True, "If-None-Match", name, lambda: self.put_if_absent(name, b"first"))
         self._expect(False, "If-None-Match", name, lambda: self.put_if_absent(name, b"second"))
         _, version = self.read_versioned(name) or (b"", None)
@@ -215,10 +209,10 @@ class ObjectStore:
         data, _ = self.read_versioned(name) or (b"", None)
         if data != b"third" or name not in listed:
             raise ConfigError(
-                "this store cannot hold a run: what was written is not seen at once",
+                "this store cannot hold a run: writes are not visible at once",
                 found=f"an older object or listing: {data!r}, {len(listed)} objects",
                 where=self._scheme + name,
-                remedy="use a store that is strongly consistent (AWS S3 is), or a local path",
+                remedy="use a strongly consistent store, such as AWS S3, or a local path",
             )
 
     def _expect(self, done: bool, condition: str, name: str, write: Callable[[], object]) -> None:
@@ -230,14 +224,16 @@ class ObjectStore:
         if found != done:
             raise ConfigError(
                 "this store cannot hold a run: it ignores conditional writes",
-                expected="a PUT is done where its condition holds, and else answered with 412",
-                found=f"{condition}: {'done' if found else 'refused'} where it must {'' if done else 'not '}be done",
+                expected="a PUT whose condition does not hold is answered with 412",
+                found=_CONDITION_IGNORED.format(condition)
+                if found
+                else f"a PUT with a valid `{condition}` was refused",
                 where=self._scheme + name,
-                remedy="use a store with conditional writes (AWS S3 has them), or a local path",
+                remedy="use a store with conditional writes, such as AWS S3, or a local path",
             )
 
     def _copy(self, name: str, path: Path) -> None:
-        """Piece by piece, of one version: no request is too long to be repeated."""
+        """Copy one version by ranges that are short enough to be repeated."""
         with path.open("wb") as file:
             blob = self._get(name, 0, _COPY_BYTES)
             file.write(blob.data)
@@ -246,7 +242,7 @@ class ObjectStore:
                 file.write(blob.data)
 
     def _forget(self, name: str) -> None:
-        with contextlib.suppress(OSError, Again):  # the probe did not get in, or stays as a few bytes of litter
+        with contextlib.suppress(OSError, Again):  # the probe was not written, or stays as a few bytes
             self._client.delete([name])
 
     def _pages(self, prefix: str, deep: bool) -> Iterator[Page]:
@@ -263,7 +259,7 @@ class ObjectStore:
             blob = self._call("get", name, lambda: self._client.get(name, start, stop, if_match))
         except Precondition:
             raise OSError(errno.ESTALE, "the object was replaced while it was read", self._scheme + name) from None
-        except EOFError:  # 416: the range begins at or behind the end
+        except EOFError:  # 416: the range begins at or after the end
             return Blob(b"", self.stat(name).etag)
         COUNTS.add("bytes:get", len(blob.data))
         return blob
@@ -271,11 +267,11 @@ class ObjectStore:
     def _put(self, name: str, data: bytes, if_absent: bool = False, if_match: str | None = None) -> str:
         if len(data) > _MOST_PUT_BYTES:
             raise DataError(
-                "an object is too large to be written at once",
+                "an object is too large for one PUT",
                 expected=f"at most {_MOST_PUT_BYTES:,} bytes",
                 found=f"{len(data):,} bytes",
                 where=self._scheme + name,
-                remedy="more shards or waves make smaller segments, a smaller batch smaller parts",
+                remedy="use more shards or waves for smaller segments, or smaller units for smaller parts",
             )
         COUNTS.add("bytes:put", len(data))
         return self._call("put", name, lambda: self._client.put(name, data, if_absent=if_absent, if_match=if_match))
@@ -283,12 +279,12 @@ class ObjectStore:
     def _call(self, kind: str, name: str, request: Callable[[], T]) -> T:
         try:
             return self._retry.call(kind, request, self._scheme + name)
-        except NoBucket as error:  # nothing can be found or made there, whatever a missing object means to the caller
+        except NoBucket as error:  # also if the caller expects missing objects
             raise _no_bucket(error, self._scheme + name) from error
 
 
 def _no_bucket(error: FileNotFoundError, where: str) -> DataError:
-    return DataError("the bucket is not there", found=error.strerror, where=where, remedy="create it first")
+    return DataError("the bucket does not exist", found=error.strerror, where=where, remedy="create it first")
 
 
 class _ObjectFile(io.RawIOBase):

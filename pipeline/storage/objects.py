@@ -1,9 +1,7 @@
-"""Every byte in and out, local paths and s3:// alike, and the two ways to publish.
+"""All reads and writes of a run's files, local or s3://, and the two ways to publish.
 
-The only module that the run's files go through; by the URI's scheme it turns to a local or an object
-store. Guarantee: what exists under a name is whole; a reader never sees half of it, and what is written is
-durable before the call returns; `put_if_absent` and `compare_and_swap` have exactly one winner. It does
-not know what the bytes mean.
+The URI's scheme chooses the store. Objects appear atomically, and are durable before a call returns. `put_if_absent`
+and `compare_and_swap` have exactly one winner.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ T = TypeVar("T")
 U = TypeVar("U")
 _SETTINGS = "FASTFILL_STORAGE"  # the settings, as JSON: worker processes inherit them
 SCHEMES = ("file", "s3")
-"""Of the URIs that can be read; a path without one is a file's."""
+"""Schemes of readable URIs; a path without a scheme is a local file."""
 
 _WILD = "*?["
 _PIECE_BYTES = 2**23
@@ -43,30 +41,30 @@ PARALLEL_READS = 16  # threads: footers and row groups are small and far away
 
 
 def configure(settings: StorageSettings) -> None:
-    """Use these settings from now on, here and in processes that inherit the environment."""
+    """Use these settings from now on, in this process and in those that inherit its environment."""
     os.environ[_SETTINGS] = settings.model_dump_json()
 
 
 def environment() -> dict[str, str]:
-    """What gives the settings to processes that do not inherit the environment; no credentials."""
+    """Environment variables with the settings, for processes that do not inherit them; no credentials."""
     return {_SETTINGS: os.environ[_SETTINGS]} if _SETTINGS in os.environ else {}
 
 
 def counts() -> Counter[str]:
-    """What this process has asked of object stores so far: see `object_store.COUNTS`."""
+    """Counts of this process's requests so far; see `retry.COUNTS`."""
     return COUNTS.snapshot()
 
 
 def retries(since: Counter[str]) -> int:
-    """How many requests this process has repeated since it had these `counts`."""
+    """How many requests this process has repeated since these `counts`."""
     return sum(count for name, count in (counts() - since).items() if name.startswith("retries:"))
 
 
 def check(uri: str) -> None:
-    """Prove that a run can live under a URI: it can be written, and conditional writes are honoured.
+    """Check that a run can live under a URI: it can be written, with conditions.
 
     Raises:
-        ConfigError: the store ignores conditional writes, or there is no such store.
+        ConfigError: the store ignores conditional writes, or the scheme is unknown.
         DataError: the bucket or folder is missing, or may not be written.
     """
     store, name = _locate(uri)
@@ -84,30 +82,30 @@ def is_local(uri: str) -> bool:
 
 
 def exists(uri: str) -> bool:
-    """Whether an object of that name is there."""
+    """Whether the object exists."""
     store, name = _locate(uri)
     return store.exists(name)
 
 
 def stat(uri: str) -> Stat:
-    """Raises FileNotFoundError where there is no such object."""
+    """Size, time and etag; raises FileNotFoundError."""
     store, name = _locate(uri)
     return store.stat(name)
 
 
 def list_stats(prefix: str, suffix: str = "") -> list[tuple[str, Stat]]:
-    """The URIs and stats of all whole objects below a folder, sorted; empty where the folder is missing."""
+    """The URIs and stats of all objects below a folder, sorted; empty if the folder is missing."""
     store, name = _locate(prefix)
     lead = prefix.removesuffix(name)
     return sorted((f"{lead}{found}", info) for found, info in store.listing(name) if found.endswith(suffix))
 
 
 def iter_stats(prefix: str, deep: bool = True) -> Iterator[tuple[str, Stat]]:
-    """As `list_stats`, one by one as the store lists them: for folders too large to hold.
+    """As `list_stats`, but one by one, for folders that are too large for memory.
 
     Args:
         prefix: the folder.
-        deep: False for the objects right in the folder, without those in folders below it.
+        deep: False for only the objects directly in the folder.
     """
     store, name = _locate(prefix)
     lead = prefix.removesuffix(name)
@@ -115,16 +113,16 @@ def iter_stats(prefix: str, deep: bool = True) -> Iterator[tuple[str, Stat]]:
 
 
 def list_leftovers(prefix: str) -> list[tuple[str, Stat]]:
-    """The URIs and stats of temporary files and probes below a folder: of writers at work, and of those that died."""
+    """The URIs and stats of unfinished objects below a folder, of writers that are at work or have died."""
     store, name = _locate(prefix)
     lead = prefix.removesuffix(name)
     return sorted((f"{lead}{found}", info) for found, info in store.leftovers(name))
 
 
 def folders(prefix: str) -> list[str]:
-    """The URIs of the folders right in a folder, sorted, to share a listing among workers.
+    """The URIs of the folders directly in a folder, sorted, to share a listing among workers.
 
-    None also where an object store's folder holds so many objects that finding them would be half the listing.
+    Also none if an object store's folder has so many objects that the search would be long.
     """
     store, name = _locate(prefix)
     lead = prefix.removesuffix(name)
@@ -132,12 +130,12 @@ def folders(prefix: str) -> list[str]:
 
 
 def list_files(prefix: str, suffix: str = "") -> list[str]:
-    """The URIs of all whole objects below a folder, sorted; empty where the folder is missing."""
+    """The URIs of all objects below a folder, sorted; empty if the folder is missing."""
     return [uri for uri, _ in list_stats(prefix, suffix)]
 
 
 def expand(pattern: str, suffix: str) -> list[str]:
-    """The files that a file name, a folder or a glob stands for, sorted."""
+    """The files of a file name, a folder or a glob, sorted."""
     if exists(pattern):
         return [pattern.removeprefix("file://")]
     if not any(mark in pattern for mark in _WILD):
@@ -151,17 +149,17 @@ def expand(pattern: str, suffix: str) -> list[str]:
 
 
 def read_bytes(uri: str, offset: int | None = None, length: int | None = None) -> bytes:
-    """A whole object, or `length` bytes from `offset`; fewer where it ends before.
+    """A whole object, or `length` bytes from `offset` (fewer at its end).
 
     Raises:
-        FileNotFoundError, PermissionError: as the store says.
+        FileNotFoundError, PermissionError: the object is missing or forbidden.
         TransientError: the store kept failing.
     """
     return read_with_etag(uri, offset, length)[0]
 
 
 def read_with_etag(uri: str, offset: int | None = None, length: int | None = None) -> tuple[bytes, str]:
-    """As `read_bytes`, and the object's etag at that moment."""
+    """As `read_bytes`, with the object's etag."""
     store, name = _locate(uri)
     return store.read(name, offset, length)
 
@@ -174,9 +172,9 @@ def open_input(uri: str) -> BufferedReader:
 
 @contextlib.contextmanager
 def local_file(uri: str) -> Iterator[Path]:
-    """A path on this machine that holds the object, for libraries that want a file name.
+    """A local path of the object, for libraries that need a file name.
 
-    It may be gone after the `with`: what was mapped or opened by then stays readable.
+    It may be gone after the `with`, but stays readable if it was opened or mapped before.
     """
     store, name = _locate(uri)
     with store.local_file(name) as path:
@@ -184,24 +182,24 @@ def local_file(uri: str) -> Iterator[Path]:
 
 
 def split(uri: str) -> tuple[str, str]:
-    """The scheme of a URI, `file` for a path, and the object's name in its store."""
+    """The scheme of a URI (`file` for a path), and the object's name in its store."""
     scheme, separator, name = uri.partition("://")
     return (scheme, name) if separator else ("file", uri)
 
 
 def image_reader(scheme: str, fetch: FetchSettings, root: str | None = None) -> Reader:
-    """What reads images from the store of a scheme, in many small requests.
+    """A reader of images for the stores of a scheme.
 
     Args:
         scheme: one of SCHEMES.
-        fetch: how.
-        root: a folder of this machine whose links must not lead out of it; None: links are followed anywhere.
+        fetch: how images are read.
+        root: a local folder whose links must not lead out of it; None: links are followed anywhere.
     """
     return _reader(scheme, os.environ.get(_SETTINGS, ""), os.getpid(), fetch, root, _account())
 
 
 def arrow_filesystem(uri: str) -> tuple[FileSystem, str]:
-    """The same store for libraries that take a pyarrow file system (Ray Train), and the path in it."""
+    """A URI as a pyarrow file system and a path in it, for Ray Train."""
     from pyarrow import fs
 
     if is_local(uri):
@@ -215,30 +213,29 @@ def sha256(uri: str) -> str:
     """The hex digest of an object's bytes."""
     digest = hashlib.sha256()
     with open_input(uri) as file:
-        while piece := file.read(_PIECE_BYTES):  # each of them may be a request
+        while piece := file.read(_PIECE_BYTES):  # each read may be a request
             digest.update(piece)
     return digest.hexdigest()
 
 
 def read_versioned(uri: str) -> tuple[bytes, str] | None:
-    """An object's bytes and the version to give to `compare_and_swap`; None where it is missing."""
+    """An object's bytes and its version for `compare_and_swap`; None if it is missing."""
     store, name = _locate(uri)
     return store.read_versioned(name)
 
 
 def put_if_absent(uri: str, data: bytes) -> None:
-    """Create an object, whole or not at all.
+    """Create an object atomically.
 
     Raises:
-        AlreadyExists: the name is taken; what is there is untouched. (An object store does not tell
-            equal bytes from an earlier try of the same call.)
+        AlreadyExists: the object exists, and is left as it is. An object store does not raise if the bytes are equal.
     """
     store, name = _locate(uri)
     store.put_if_absent(name, data)
 
 
 def put_once(uri: str, data: bytes) -> None:
-    """Create an object; where it is there already it stays as it is."""
+    """Create an object, or leave it as it is if it exists."""
     with contextlib.suppress(AlreadyExists):
         put_if_absent(uri, data)
 
@@ -246,23 +243,23 @@ def put_once(uri: str, data: bytes) -> None:
 def compare_and_swap(uri: str, data: bytes, version: str | None) -> str:
     """Replace an object that is still at `version` (None: still missing), and return the new version.
 
-    `data` holds an attempt id where others might write the same: see `object_store`.
+    If others might write equal bytes, put an attempt id into `data`: see `object_store`.
 
     Raises:
-        Changed: it is not; what is there is untouched.
+        Changed: the object has another version, and is left as it is.
     """
     store, name = _locate(uri)
     return store.compare_and_swap(name, data, version)
 
 
 def put(uri: str, data: bytes) -> None:
-    """Write or replace an object; for what is derived and may be made again (reports), never to publish."""
+    """Write or replace an object; for derived files such as reports, never to publish."""
     store, name = _locate(uri)
     store.put(name, data)
 
 
 def delete(uri: str) -> None:
-    """Remove an object, or a folder with all that is below it; nothing happens where there is none."""
+    """Remove an object, or a folder with its content; a missing one is no error."""
     store, name = _locate(uri)
     store.delete_folder(name)
 
@@ -274,7 +271,7 @@ def delete_files(uris: list[str]) -> None:
 
 
 def at_once(function: Callable[[T], U], items: Iterable[T]) -> list[U]:
-    """What a function that waits for the store gives for each item, in order; a few of them wait at the same time."""
+    """Apply a function that waits for the store to each item, in 16 threads; the results are in order."""
     with ThreadPoolExecutor(PARALLEL_READS, thread_name_prefix="storage") as pool:
         return list(pool.map(function, items))
 
@@ -286,27 +283,27 @@ def _locate(uri: str) -> tuple[Store, str]:
 
 
 def _account() -> tuple[str, ...]:
-    """Where the environment points the clients, which look it up but once, and as whom."""
+    """The environment variables that clients read only once: address, region and account."""
     names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_PROFILE", "AWS_ACCESS_KEY_ID")
     return tuple(os.environ.get(name, "") for name in names)
 
 
-@functools.lru_cache(maxsize=8)  # by the settings and the process too: it may be configured anew, and it may fork
+@functools.lru_cache(maxsize=8)  # the keys include settings and process, because both may change
 def _store(scheme: str, settings: str, process: int, account: tuple[str, ...]) -> Store:
     if scheme == "file":
         return LocalStore()
     if scheme == "s3":
-        from pipeline.storage.s3_client import S3Client  # here: local runs need not wait for its half a second
+        from pipeline.storage.s3_client import S3Client  # here: importing it takes half a second
 
         found = _settings()
-        if holds_user(found.endpoint or ""):  # of the environment: the config was checked
+        if holds_user(found.endpoint or ""):  # from the environment: the config is checked elsewhere
             raise ConfigError(
                 "the store's URL must not hold a user or password",
                 where="AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL",
                 remedy="give credentials through AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
             )
         return ObjectStore(S3Client(found), Retry(found.retry_seconds, found.max_pause_seconds))
-    raise ConfigError("there is no such store", expected="a local path or s3://", found=f"{scheme}://")
+    raise ConfigError("unknown scheme of a URI", expected="a local path or s3://", found=f"{scheme}://")
 
 
 @functools.lru_cache(maxsize=8)

@@ -13,14 +13,14 @@ from pipeline.errors import DataError
 from pipeline.storage.checksums import Content, Digests, Mismatch
 from pipeline.storage.objects import open_input
 
-_REMEDY = "`fastfill audit` lists all damaged files; restore this one from a copy, or make it again"
+_REMEDY = "restore the file from a copy, or make it again; `fastfill audit` lists all damaged files"
 
 
 def parquet_bytes(schema: pa.Schema, row_groups: Iterable[pa.Table], with_digests: bool = True) -> bytes:
-    """One Parquet file with one row group per table, empty ones included; the same rows give the same bytes.
+    """A Parquet file with one row group per table, also for empty tables; the same rows give the same bytes.
 
-    Its pages have checksums, and its content has digests: see `content`. Without them it is the file that earlier
-    versions wrote of these rows, whose digest a commit of such a version names.
+    The file has page checksums and digests: see `storage.checksums`. Without them it is byte for byte the file that
+    version 0.1 wrote, whose sha256 the commits of that version name.
     """
     sink, digests = io.BytesIO(), Digests(schema)
     options: dict[str, object] = {"use_dictionary": [field.name for field in schema if pa.types.is_string(field.type)]}
@@ -37,11 +37,11 @@ def parquet_bytes(schema: pa.Schema, row_groups: Iterable[pa.Table], with_digest
 
 @contextlib.contextmanager
 def open_parquet(uri: str) -> Iterator[Content]:
-    """A Parquet file for reading; what is read is compared with its checksums and digests, if it has them.
+    """Open a Parquet file for reading; each read is compared with the checksums and digests, if there are some.
 
     Raises:
-        DataError: it is missing, damaged, or not Parquet.
-        PermissionError: it may not be read.
+        DataError: the file is missing, damaged, or not Parquet.
+        PermissionError: the file may not be read.
     """
     try:
         with Content(open_input(uri)) as file:
@@ -52,12 +52,12 @@ def open_parquet(uri: str) -> Iterator[Content]:
         raise
     except Mismatch as error:
         raise DataError("a file was changed after it was written", found=error, where=uri, remedy=_REMEDY) from error
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # damaged footers and pages come as any of them
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # a damaged file raises any of these
         raise DataError("not a readable Parquet file", found=error, where=uri) from error
 
 
 def read_parquet(uri: str, columns: list[str] | None = None, row_groups: list[int] | None = None) -> pa.Table:
-    """A Parquet file, or some of its columns and row groups."""
+    """Read a Parquet file, or some of its columns and row groups."""
     with open_parquet(uri) as file:
         if row_groups is None:
             return file.read(columns=columns)

@@ -1,8 +1,7 @@
-"""How fast one process may ask one prefix of an object store, and when it must leave it alone for a moment.
+"""A limit on one process's requests to one prefix of an object store, with a pause when the store asks for one.
 
-Below `object_fetch`. Guarantee: over any time the requests let through are at most `per_second` times its
-length, and a burst of a tenth of a second's worth; after `slow_down` nobody goes before the pause is over.
-It knows only its own process: with n load tasks at once, a prefix sees up to n times as many requests.
+Requests are at most `per_second` times the elapsed time, plus a burst of 0.1 s. Each process has its own limit, so n
+load tasks send up to n times as many.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class RateLimit:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`clock` and `sleep` are others in tests."""
+        """Tests replace `clock` and `sleep`."""
         self._gap_seconds = 1.0 / per_second
         self._most_pause_seconds = most_pause_seconds
         self._clock, self._sleep = clock, sleep
@@ -37,22 +36,22 @@ class RateLimit:
         self._pause_seconds = 0.0
 
     def wait(self) -> None:
-        """Return when it is this request's turn."""
+        """Wait for this request's turn."""
         while True:
             with self._lock:
                 turn = max(self._next, self._clock() - BURST_SECONDS)
                 self._next = turn + self._gap_seconds
             while (left := turn - self._clock()) > 0:
                 self._sleep(left)
-            if self._clock() >= self._resume:  # else: told to slow down while this one was waiting
+            if self._clock() >= self._resume:  # else `slow_down` was called meanwhile
                 return
 
     def slow_down(self) -> None:
-        """The store has had enough (503): nobody goes for a while, longer each time this happens in a row."""
+        """Pause all requests, because the store is overloaded (503); repeated pauses get longer."""
         with self._lock:
             now = self._clock()
             if now < self._resume:
-                return  # one of many answers to the same burst
+                return  # another answer to the same burst
             calm = now - self._resume >= _CALM_SECONDS
             self._pause_seconds = _FIRST_PAUSE_SECONDS if calm else 2 * self._pause_seconds
             self._pause_seconds = min(self._pause_seconds, self._most_pause_seconds)

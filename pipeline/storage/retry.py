@@ -1,4 +1,4 @@
-"""Requests that may fail: what a failure means to the caller, how often a request is repeated, and what is counted."""
+"""Failed requests: the meaning of a store's errors, repeated requests, and counts of requests and retries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 OTHER = "other"
 RETRY_CAUSES = ("slow_down", "server", "timeout", "connection", "truncated", "conflict", "credentials", OTHER)
 _RETRIES = "retries:"
-_SIGNS = (  # in this order: RequestTimeout is no request, ConnectTimeoutError is a time-out
+_SIGNS = (  # in this order: ConnectTimeoutError is a time-out, not a connection
     ("slow_down", re.compile(r"slow.?down|throttl|toomanyrequests|serviceunavailable|^503$|^429$", re.I)),
     ("timeout", re.compile(r"time.?out|^408$", re.I)),
     ("truncated", re.compile(r"truncated|incomplete|baddigest|mismatch|checksum", re.I)),
@@ -33,23 +33,23 @@ _SIGNS = (  # in this order: RequestTimeout is no request, ConnectTimeoutError i
     ("server", re.compile(r"internal|dependency|^5\d\d$", re.I)),
 )
 
-# Codes that go away by themselves, though they come with a status of 4xx, or for one name of a DELETE of many.
+# Transient codes that come with a status of 4xx, or for one name of a DELETE of many.
 _TRANSIENT_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "SlowDown", "Throttling", "ThrottlingException"}
 _TRANSIENT_CODES |= {"InternalError", "ServiceUnavailable", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
 _TRANSIENT_CODES |= {"KMS.ThrottlingException", "KMS.InternalException", "KMS.DependencyTimeoutException"}
 _TRANSIENT_STATUSES = {408, 409, 425, 429}
 _REFUSED_CODES = {"AccessDenied", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"}  # some come with 400
-_NOT_IMPLEMENTED = 501  # the one status from 500 on that stays
+_NOT_IMPLEMENTED = 501  # the only permanent status from 500 on
 _PROXY_REFUSES = 407
 SLOW_DOWN = {"SlowDown", "Throttling", "ThrottlingException", "ServiceUnavailable", "TooManyRequests", "503", "429"}
-"""Causes of `Again` with which a store asks for fewer requests."""
+"""Causes of `Again` that ask for fewer requests."""
 
 _FIRST_PAUSE_SECONDS = 0.1
 _SAY_AFTER_SECONDS = 10.0
 
 
 class Again(Exception):
-    """The same request may succeed later; `cause` is a short name for counting."""
+    """The same request may succeed later; `cause` is its name in counts."""
 
     def __init__(self, cause: str, text: str = "") -> None:
         super().__init__(f"{cause}: {text}" if text else cause)
@@ -61,23 +61,22 @@ class Precondition(Exception):
 
 
 class NoBucket(FileNotFoundError):
-    """Not only the object is missing."""
+    """The bucket is missing, not only the object."""
 
 
 class RequestCounts:
-    """What a process asked of stores: requests, bytes, and retries by cause. Safe over threads."""
+    """Counts of a process's requests, bytes, and retries by cause. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
 
     def add(self, name: str, count: int = 1) -> None:
-        """Add to one of them."""
         with self._lock:
             self._counts[name] += count
 
     def snapshot(self) -> Counter[str]:
-        """All of them, as they are now; subtract two to see what happened between."""
+        """A copy of all counts; the difference of two copies is what happened in between."""
         with self._lock:
             return self._counts.copy()
 
@@ -85,13 +84,13 @@ class RequestCounts:
 COUNTS = RequestCounts()
 """`requests:<kind>`, `bytes:get`, `bytes:put` and `retries:<cause>` of this process.
 
-Images are counted by themselves: `requests:image`, `bytes:image`, and `bytes:needed`, those of them that were wanted.
+Images are counted separately: `requests:image`, `bytes:image`, and `bytes:needed` (bytes of the images themselves).
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """For how long a failing request is repeated, and how long the pauses become at most."""
+    """How long a failing request is repeated, and the longest pause between two attempts."""
 
     seconds: float = 300.0
     most_pause_seconds: float = 10.0
@@ -100,7 +99,7 @@ class Retry:
         """Repeat a request while it raises Again.
 
         Raises:
-            TransientError: it still did when the time was over.
+            TransientError: the request still failed after `seconds`.
         """
         start, said = time.monotonic(), False
         pause = _FIRST_PAUSE_SECONDS
@@ -117,17 +116,17 @@ class Retry:
                         expected=f"an answer within {self.seconds:g} seconds",
                         found=error,
                         where=where,
-                        remedy="what is durable is kept; run the same command again when the store is back",
+                        remedy="finished work is kept; run the same command again when the store is back",
                     ) from error
                 if waited >= _SAY_AFTER_SECONDS and not said:
                     said = True
-                    logger.warning("%s: %s; trying again for up to %g seconds", where, error, self.seconds)
-            time.sleep(random.uniform(0, pause))  # full jitter: many workers must not come back at once
+                    logger.warning("%s: %s; retrying for up to %g seconds", where, error, self.seconds)
+            time.sleep(random.uniform(0, pause))  # full jitter, so that workers do not retry at the same moment
             pause = min(2 * pause, self.most_pause_seconds)
 
 
 def problem(status: int, code: str, message: str, uri: str) -> Exception:
-    """`Again` where the same request may succeed later, else what is wrong with it; the caller raises it."""
+    """The exception to raise for an answer: `Again` if the same request may succeed later."""
     text = f"{code or status}: {message}"
     if status in (401, 403) or code in _REFUSED_CODES:
         return PermissionError(errno.EACCES, text, uri)
@@ -147,12 +146,12 @@ def problem(status: int, code: str, message: str, uri: str) -> Exception:
 
 
 def retry_cause(cause: str) -> str:
-    """The one of RETRY_CAUSES that an `object_store.Again` names: a code of the store, a status, or an exception."""
+    """The one of RETRY_CAUSES for the `cause` of an `Again`: a code of the store, a status, or an exception's name."""
     return next((name for name, sign in _SIGNS if sign.search(cause)), OTHER)
 
 
 def count_retries(counts: Mapping[str, int]) -> list[int]:
-    """How many requests were repeated, by RETRY_CAUSES; of the difference of two `storage.counts()`."""
+    """Retries by RETRY_CAUSES, from counts or from the difference of two counts."""
     found: Counter[str] = Counter()
     for name, count in counts.items():
         if name.startswith(_RETRIES):

@@ -1,10 +1,7 @@
-"""S3, one request per call: what s3fs's client answers, turned into what the caller does next.
+"""S3 through the client of s3fs, one request per call; its errors become ours.
 
-Below `object_store`, which retries and settles doubtful writes. Guarantee: a call makes one request, and
-raises `Again` where the same request may well succeed later, `Precondition` where its condition did not
-hold, FileNotFoundError and PermissionError for 404 and 403. It does not retry by itself, so that every
-retry is ours, and counted; but where a connection that was kept open turns out to be closed, aiohttp sends
-the request once more over a new one. So a PUT may arrive twice even if no answer was lost on the way.
+`object_store` repeats requests, not this module, so every retry is counted. One exception: if a kept-open connection
+turns out to be closed, aiohttp sends the request again over a new one. So a PUT may arrive twice.
 """
 
 from __future__ import annotations
@@ -29,10 +26,9 @@ from pipeline.storage.settings import StorageSettings
 
 T = TypeVar("T")
 
-_SLOWEST_BYTES_PER_SECOND = 2**18  # of an upload that is not given up
+_SLOWEST_BYTES_PER_SECOND = 2**18  # slower uploads time out
 
-# What the client raises by itself. A ConnectionError of botocore's is no HTTPClientError: the endpoint's name is not
-# found, its port is closed, or the connection was not made in time.
+# The client's own errors. botocore's ConnectionError (unknown host, closed port, time-out) is not an HTTPClientError.
 _TRANSIENT: tuple[type[Exception], ...] = (
     boto.HTTPClientError,
     boto.ConnectionError,
@@ -57,9 +53,9 @@ class S3Client:
     """Names are `bucket/key`; an object's version is its etag."""
 
     def __init__(self, settings: StorageSettings) -> None:
-        """Nothing is sent yet; credentials are found as the AWS SDKs find them.
+        """Nothing is sent yet; credentials are looked up as the AWS SDKs do.
 
-        Any number of threads may use one client; a process that was forked needs one of its own.
+        Threads may share a client; a forked process needs its own.
         """
         self._answer_seconds = settings.connect_timeout_seconds + settings.read_timeout_seconds
         names = {"endpoint_url": settings.endpoint_url, "region_name": settings.region}
@@ -75,8 +71,6 @@ class S3Client:
         )
 
     def head(self, name: str) -> Stat:
-        """HEAD."""
-
         async def call(s3: Any, **where: str) -> Stat:
             found = await s3.head_object(**where)
             return Stat(found["ContentLength"], found["LastModified"].timestamp(), found["ETag"])
@@ -84,7 +78,7 @@ class S3Client:
         return self._run(name, call)
 
     def get(self, name: str, start: int | None, stop: int | None, if_match: str | None) -> Blob:
-        """GET, maybe of the bytes from `start` to before `stop`, maybe only if it is still that version."""
+        """GET; optionally only bytes `start` to `stop` (exclusive), or only if the version is still `if_match`."""
         condition = {"IfMatch": if_match} if if_match is not None else {}
         if start is not None:
             condition["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
@@ -97,11 +91,11 @@ class S3Client:
         return self._run(name, call)
 
     def put(self, name: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
-        """PUT, maybe under a condition; returns the etag."""
+        """PUT, optionally under a condition; returns the etag."""
         condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": if_match} if if_match is not None else {}
 
         async def call(s3: Any, **where: str) -> str:
-            # The client's own time-out begins once the body is sent: it would wait for ever for "100 Continue".
+            # The client's own time-out starts after the body is sent, so it would wait forever for "100 Continue".
             async with asyncio.timeout(self._answer_seconds + len(data) / _SLOWEST_BYTES_PER_SECOND):
                 found = await s3.put_object(**where, Body=data, **condition)
             return str(found["ETag"])
@@ -109,7 +103,7 @@ class S3Client:
         return self._run(name, call)
 
     def listing(self, prefix: str, token: str | None, deep: bool = True) -> Page:
-        """One page of the objects whose names begin with `prefix`; else only those without a further "/"."""
+        """One page of the objects whose names begin with `prefix`; if not deep, those without a further "/"."""
         more = {"ContinuationToken": token} if token is not None else {}
         more |= {} if deep else {"Delimiter": "/"}
         bucket, _, key = prefix.partition("/")
@@ -138,14 +132,16 @@ class S3Client:
             self._run(names[0], call)
 
     def _run(self, name: str, call: Callable[..., Awaitable[T]]) -> T:
-        """Wait for `call(client, Bucket=, Key=)`, and turn its errors into ours."""
+        """Wait for `call(client, Bucket=, Key=)`, and translate its errors."""
         bucket, _, key = name.partition("/")
 
         async def connected() -> T:
             try:
                 s3 = await self._fs.set_session()
-            except ValueError as error:  # of the URL, before anything is sent
-                raise ConfigError("not the address of a store", found=error, where="storage.endpoint_url") from error
+            except ValueError as error:  # about the URL, before anything is sent
+                raise ConfigError(
+                    "storage.endpoint_url is not a valid address", found=error, where="storage.endpoint_url"
+                ) from error
             return await call(s3, Bucket=bucket, Key=key)
 
         def run() -> T:
@@ -160,16 +156,16 @@ def _translated(run: Callable[[], T], uri: str) -> T:
         return run()
     except ClientError as error:
         raise _by_status(error, uri) from error
-    except TimeoutError as error:  # fsspec's, in place of the client's
+    except TimeoutError as error:  # of fsspec, which replaces the client's
         cause = error.__cause__ or error
         raise Again(type(cause).__name__, str(cause)) from error
     except boto.ParamValidationError as error:
-        raise FileNotFoundError(errno.ENOENT, "not a name that a bucket and an object can have", uri) from error
+        raise FileNotFoundError(errno.ENOENT, "not a valid name of a bucket and an object", uri) from error
     except _NO_CREDENTIALS as error:
         raise PermissionError(errno.EACCES, f"no credentials: {error}", uri) from error
     except _TRANSIENT as error:
         if isinstance(getattr(error, "kwargs", {}).get("error"), aiohttp.ClientConnectorCertificateError):
-            raise OSError(errno.EPROTO, str(error), uri) from error  # it will not be trusted the next time either
+            raise OSError(errno.EPROTO, str(error), uri) from error  # a certificate stays untrusted
         raise Again(type(error).__name__, str(error)) from error
     except BotoCoreError as error:
         raise OSError(errno.EIO, str(error), uri) from error

@@ -1,9 +1,6 @@
-"""Reads images from S3 through obstore: many small requests, at the price of plain HTTP.
+"""Reads images from S3 through obstore, which is fast for many small requests (decision 0002).
 
-Below `storage`, for the image path only (docs/decisions/0002); the rest of a run's bytes go through
-`s3_client`. Guarantee: each request is paced by its prefix, repeated as `object_store.Retry` says and
-counted; obstore itself repeats nothing. Credentials are found as the AWS SDKs find them. It does not
-know what the bytes are.
+Each request is limited by its prefix, repeated by `retry.Retry` and counted. obstore itself repeats nothing.
 """
 
 from __future__ import annotations
@@ -34,32 +31,32 @@ _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>([\w.]+)</Code>")
 _MESSAGE = re.compile(r"<Message>(.*?)</Message>", re.DOTALL)
 _HTTP_KIND = re.compile(r"kind: (\w+)")
-# 403 or 400, and nothing to do with one object.
+# 403 or 400 that concern all objects.
 _BAD_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 _BAD_CREDENTIALS |= {"TokenRefreshRequired", "RequestTimeTooSkewed"}
 _BAD_CREDENTIALS |= {"IncompleteSignature", "InvalidSecurity", "MissingSecurityHeader", "NotSignedUp"}
 _OTHER_REGION = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
-_CREDENTIALS_FOR = timedelta(minutes=5)  # then they are asked for again; botocore renews them well before their end
+_CREDENTIALS_FOR = timedelta(minutes=5)  # then they are looked up again; botocore renews them before they expire
 
 
 class _Failed(Again):
-    """The store answered that it could not (5xx), and not that it has had enough."""
+    """The store failed (5xx), but did not ask for fewer requests."""
 
 
 class ObjectReader:
     """A `Reader` of S3; names are `bucket/key`."""
 
     def __init__(self, storage: StorageSettings, fetch: FetchSettings, plain: Store) -> None:
-        """Nothing is sent yet; `plain` reads what obstore has no name for."""
+        """Nothing is sent yet; `plain` reads objects whose names obstore does not support."""
         self._storage, self._fetch, self._plain = storage, fetch, plain
         self._retry = Retry(storage.retry_seconds, storage.max_pause_seconds)
         self._lock = threading.Lock()
         self._buckets: dict[str, S3Store] = {}
         self._paces: dict[str, RateLimit] = {}
-        self._given: dict[str, tuple[str, Span | None]] = {}  # bucket -> what it gave last
+        self._given: dict[str, tuple[str, Span | None]] = {}  # bucket -> last object read
 
     def whole(self, name: str, most_bytes: int) -> tuple[bytes, str]:
-        """GET; the answer's headers say how large the object is."""
+        """GET; the size is checked by the headers."""
         if not _has_name(name):
             stat = self._plain.stat(name)
             if stat.size_bytes > most_bytes:
@@ -68,20 +65,19 @@ class ObjectReader:
         return self._request(name, None, most_bytes)
 
     def spans(self, name: str, spans: list[Span]) -> Iterator[tuple[bytes, str]]:
-        """GET, one range after the other."""
         for start, stop in spans:
             yield self._span(name, (start, stop)) if _has_name(name) else self._plain.read(name, start, stop - start)
 
     def _span(self, name: str, span: Span) -> tuple[bytes, str]:
         try:
             return self._request(name, span, span[1] - span[0])
-        except EOFError:  # 416: it begins at or behind the end, and then nobody asks for the etag
+        except EOFError:  # 416: it begins at or after the end, where the etag is not used
             return b"", ""
 
     def _request(self, name: str, span: Span | None, most_bytes: int) -> tuple[bytes, str]:
         bucket, _, key = name.partition("/")
         if not key:
-            raise FileNotFoundError(errno.ENOENT, "a bucket is no object", f"s3://{name}")
+            raise FileNotFoundError(errno.ENOENT, "a bucket is not an object", f"s3://{name}")
         store, pace = self._bucket(bucket), self._pace(name)
 
         throttled = False
@@ -101,11 +97,11 @@ class ObjectReader:
             data, etag = self._retry.call("image", attempt, f"s3://{name}")
         except TransientError as error:
             last = error.__cause__
-            if throttled or not isinstance(last, _Failed) or not self._gives_others(bucket, key, span):
+            if throttled or not isinstance(last, _Failed) or not self._is_up(bucket, key, span):
                 raise
             COUNTS.add("requests:image")
             try:
-                data, etag = attempt()  # the store may have come back just now
+                data, etag = attempt()  # the store may have recovered just now
             except _Failed:
                 code = f"{last.cause} for {self._retry.seconds:g} seconds"
                 raise Unreadable(code, str(last), f"s3://{name}") from error
@@ -116,10 +112,10 @@ class ObjectReader:
         COUNTS.add("bytes:image", len(data))
         return data, etag
 
-    def _gives_others(self, bucket: str, key: str, span: Span | None) -> bool:
-        """Whether the bucket gives now what it gave last, if that is something else.
+    def _is_up(self, bucket: str, key: str, span: Span | None) -> bool:
+        """Whether the bucket's last object can be read again, and is not this one.
 
-        That others came since the first failure would not be enough: the store may have gone away right after.
+        If so the store is up and this object is bad; otherwise the store may be down.
         """
         with self._lock:
             other, other_span = self._given.get(bucket, (key, span))
@@ -131,7 +127,7 @@ class ObjectReader:
             _get(self._bucket(bucket), other, (0, 1), 1, f"s3://{bucket}/{other}")
         except (Again, OSError):
             return False
-        except EOFError:  # it is empty
+        except EOFError:  # an empty object
             return True
         return True
 
@@ -188,7 +184,7 @@ def _credentials(session: botocore.session.Session) -> Callable[[], S3Credential
 
 
 def _refused(found: str) -> DataError:
-    """Every image would be refused: no reason to reject one."""
+    """An error, not a reject, because it concerns every image."""
     return DataError(
         "the images' store refuses these credentials",
         expected="credentials that may read the images",
@@ -198,22 +194,22 @@ def _refused(found: str) -> DataError:
 
 
 def _no_bucket(uri: str) -> DataError:
-    """Nor are all other images there: none of them is missing, or was deleted, by itself."""
+    """An error, not a reject, because it concerns every image."""
     return DataError(
-        "the images' bucket is not there",
+        "the images' bucket does not exist",
         found="NoSuchBucket",
         where="/".join(uri.split("/")[:3]),
-        remedy="make it again with what it held, or give the manifest of where the images lie now",
+        remedy="restore the bucket, or give a manifest of where the images are now",
     )
 
 
 def _has_name(name: str) -> bool:
-    """Whether obstore can ask for a key as it is: it drops slashes at its ends, and refuses empty parts and dots."""
+    """Whether obstore supports the key: it drops slashes at the ends, and refuses empty parts and dots."""
     return not {"", ".", ".."} & set(name.split("/"))
 
 
 def _get(store: S3Store, key: str, span: Span | None, most_bytes: int, uri: str) -> tuple[bytes, str]:
-    """One request.
+    """Send one request.
 
     Raises:
         Again, EOFError (416), FileNotFoundError, PermissionError, TooLarge, Unreadable (other 4xx).
@@ -244,7 +240,7 @@ def _translated(error: BaseError, uri: str) -> Exception:
         return ConfigError(
             "the bucket lies in another region", where=uri, remedy="set storage.region or AWS_REGION to its region"
         )
-    if "External AWS credential provider" in text:  # not refused: where they are renewed does not answer
+    if "External AWS credential provider" in text:  # not refused: the service that renews them does not answer
         return Again("Credentials", _first_line(error))
     if code is not None and code[1] in _BAD_CREDENTIALS:
         return _refused(code[1])

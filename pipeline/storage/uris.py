@@ -1,4 +1,4 @@
-"""What a URI may say. Credentials come from the environment or the machine's role: run.json and reports store URIs."""
+"""Credentials in URIs, which are refused because run.json and reports store URIs."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ USER = r"(?i)^[a-z][a-z0-9+.-]*://[^/?#]*@"
 
 
 def holds_user(uri: str) -> bool:
-    """Whether a URI has a user, and perhaps a password, before its host: `https://USER:SECRET@host`."""
+    """Whether a URI has a user or a password before its host: `https://USER:SECRET@host`."""
     return re.match(USER, uri) is not None

@@ -161,7 +161,7 @@ def test_an_error_of_ours_inside_ray_data_reaches_the_user_as_a_few_lines(
 
 
 BAD = {
-    "duplicated id": ({"id": np.array([0, 1, 1, *range(3, 60)])}, "an id is there more than once", "1"),
+    "duplicated id": ({"id": np.array([0, 1, 1, *range(3, 60)])}, "an id occurs more than once", "1"),
     "wrong width": (
         {"old": pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(60 * 7, np.float32)), 7)},
         "wrong width",
@@ -205,7 +205,7 @@ def test_backfill_with_a_mended_column_after_a_refused_one_reads_the_gallery_aga
     for label in ("name", "digit"):
         result = fastfill("backfill", "--config", path, "--set", f"gallery.columns.label={label}")
         assert result.exit_code == 2, result.output
-        assert "an id is there more than once" in result.stderr
+        assert "an id occurs more than once" in result.stderr
     parts = sorted((Path(load_config(path).run) / "gallery").glob("part-*.parquet"))
     labels = [label for part in parts for label in pq.read_table(part, columns=["label"])["label"].to_pylist()]
     assert labels == [str(label) for label in digits(300)[1]]
@@ -220,7 +220,7 @@ def test_backfill_with_a_mended_column_after_a_refused_one_reads_the_gallery_aga
         ("encoders.new.dim=21", "the encoder's embedding has another width"),
         ("encoders.new.export=missing.pt2", "an input file cannot be read"),
         ("gallery.columns.label=nothing", "the manifest has no column for label"),
-        ("device=cuda:7", "the GPU is not there"),
+        ("device=cuda:7", "this machine has no such GPU"),
         ("index.factory=Nonsense", "index.factory"),
     ],
 )

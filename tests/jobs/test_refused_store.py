@@ -50,7 +50,7 @@ def run_uri(
 @pytest.mark.parametrize("run_uri", ["wrong secret", "no credentials", "missing", "read-only"], indirect=True)
 def test_open_run_in_a_refused_or_missing_bucket_is_a_data_error_with_the_uri(run_uri: str) -> None:
     config = load_config(CONFIG, (f"run={run_uri}", "data_root=/nowhere"))
-    with pytest.raises(DataError, match=r"refuses these credentials|bucket is not there") as caught:
+    with pytest.raises(DataError, match=r"these credentials|bucket does not exist") as caught:
         open_run(config, Bars(Console(quiet=True)))
     assert caught.value.exit_code == 2
     assert run_uri in str(caught.value)
@@ -69,8 +69,8 @@ def test_command_on_a_run_with_refused_credentials_exits_2_with_the_uri(run_uri:
 SAID = {
     "wrong secret": "access is refused",
     "no credentials": "access is refused",
-    "missing": "the bucket is not there",
-    "read-only": "the store refuses these credentials the right to write here",
+    "missing": "the bucket does not exist",
+    "read-only": "the store does not let these credentials write here",
     "no conditions": "this store cannot hold a run: it ignores conditional writes",
 }
 
@@ -131,7 +131,7 @@ def test_backfill_into_a_store_that_refuses_exits_2_before_any_work(
 def test_command_on_a_run_in_a_missing_bucket_names_the_bucket(run_uri: str, words: list[str], tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [*words, "--config", CONFIG, "--set", f"run={run_uri}"])
     assert result.exit_code == 2
-    assert errors_of(result)[0] == "error: the bucket is not there"
+    assert errors_of(result)[0] == "error: the bucket does not exist"
     assert "NoSuchBucket" in result.stderr
 
 
@@ -161,7 +161,7 @@ def test_manifest_into_a_missing_or_read_only_bucket_exits_2(
 def test_manifest_of_sources_in_a_missing_bucket_exits_2(run_uri: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["manifest", run_uri, "--to", str(tmp_path / "to"), "--no-ray"])
     assert result.exit_code == 2
-    assert "error: the bucket is not there" in errors_of(result)
+    assert "error: the bucket does not exist" in errors_of(result)
 
 
 @pytest.mark.parametrize("run_uri", ["missing", "read-only"], indirect=True)

@@ -272,7 +272,7 @@ def test_every_file_of_a_run_lies_below_it_under_its_own_name() -> None:
 
 @pytest.mark.parametrize("name", ["../../run", "a/b", "", ".", "a.b", "prod\n", "a b", "x" * 5 + "\0"])
 def test_tag_with_a_name_that_is_no_word_is_refused(name: str) -> None:
-    with pytest.raises(DataError, match="cannot be the name of a tag"):
+    with pytest.raises(DataError, match="not a valid name of a tag"):
         Run("/run").tag(name)
 
 

@@ -122,7 +122,7 @@ def test_preflight_of_settings_that_contradict_the_data_is_refused_with_both_val
 @pytest.mark.parametrize(
     ("sample", "changes", "said"),
     [
-        (None, {}, "no manifest file is there(.|\n)*sample.parquet"),
+        (None, {}, "there is no manifest file(.|\n)*sample.parquet"),
         ({"id": ["gallery-1", "gallery-2"]}, {}, "no column for label\n  expected: 'label'"),
         ({"id": ["gallery-1"] * 2, "label": [1, 2]}, {}, "a repeated id(.|\n)*found: gallery-1\n"),
         ({"id": [1, 2], "label": [1, 2]}, {}, "expected: strings, as in the gallery's column name\n  found: integers"),

@@ -138,7 +138,7 @@ def test_as_started_run_whose_order_was_made_with_a_group_bound_is_refused(tmp_p
     with pytest.raises(IncompatibleRun) as caught:
         begin(as_started(config(tmp_path)))
     lines = [line for line in str(caught.value).splitlines() if line.startswith("  - ")]
-    assert lines == ["  - plan.group_bound: the run has 0.5, which only fastfill 0.1 has"]
+    assert lines == ["  - plan.group_bound: the run has 0.5, which only fastfill 0.1 supports"]
 
 
 def test_as_started_of_a_run_of_this_version_takes_the_defaults_of_now(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_load_config_of_more_than_a_mebibyte_is_refused(tmp_path: Path) -> None:
 def test_required_section_that_is_missing_is_refused(section: str) -> None:
     content = tree()
     del content[section]
-    assert f"{section}: required, and not given" in refusal(content)
+    assert f"{section}: required, but not given" in refusal(content)
 
 
 @pytest.mark.parametrize(

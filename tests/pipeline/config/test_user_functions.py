@@ -35,7 +35,7 @@ def test_a_module_that_is_not_there_is_named_with_the_folder_and_the_remedy(fold
     with pytest.raises(ConfigError, match="the policy's function cannot be found") as caught:
         load_function("own_missing:rank", "the policy", "plan.policy: own_missing:rank")
     assert f"no module own_missing in the Python path or in {folder}" in str(caught.value)
-    assert "the folder that the command is started in" in str(caught.value)
+    assert "the folder where you start the command" in str(caught.value)
     assert "--working-dir ." in str(caught.value)
 
 

@@ -310,7 +310,7 @@ def test_fetch_from_a_missing_bucket_is_an_error_and_no_reject(bucket: str, kind
         "row": Place(f"{bucket}-gone/a.parquet#image", None, None, 0, etag),
     }
     here = put(f"{bucket}/a.png", b"x")
-    with pytest.raises(DataError, match="bucket is not there") as caught:
+    with pytest.raises(DataError, match="bucket does not exist") as caught:
         get([whole(here), gone[kind]])
     assert caught.value.details["where"] == f"{bucket}-gone"
 

@@ -106,7 +106,7 @@ def test_partitions_hold_every_row_once_in_order(
         ({"id": "id", "image": "id"}, {}, r"image column has a wrong type\n  expected: binary"),
         ({"id": "id", "uri": "old"}, {}, r"uri column has a wrong type\n  expected: string"),
         (COLUMNS, {"old_embedding": 4}, r"wrong width\n  expected: 4, the encoder's dim\n  found: 3"),
-        ({"id": "id"}, {}, "names neither images nor embeddings"),
+        ({"id": "id"}, {}, "names no column with images or embeddings"),
     ],
 )
 def test_columns_that_do_not_fit_are_refused_from_the_footer_with_their_file(
@@ -189,7 +189,7 @@ def test_one_bad_file_among_good_ones_is_named(tmp_path: Path) -> None:
 
 
 def test_a_manifest_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no manifest file is there(.|\n)*nowhere"):
+    with pytest.raises(DataError, match=r"there is no manifest file(.|\n)*nowhere"):
         scan(source((str(tmp_path / "nowhere"),)), {})
 
 
@@ -321,7 +321,7 @@ FIXED, VARIABLE = pa.list_(pa.float32(), DIM), pa.list_(pa.float32())
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"id": pa.array([*range(19), 4])}, r"an id is there more than once\n  expected: unique ids\n  found: 4\n"),
+        ({"id": pa.array([*range(19), 4])}, r"an id occurs more than once\n  expected: unique ids\n  found: 4\n"),
         ({"id": [*"abcdefghijklmnopqrs", "e"]}, r"more than once\n  expected: unique ids\n  found: e\n"),
         ({"id": pa.array([*range(13), None, *range(14, 20)])}, "an id is null\n.*a.parquet: row 13, column id"),
         (
@@ -567,5 +567,7 @@ def test_images_in_files_and_at_uris_are_one_manifest(tmp_path: Path) -> None:
 def test_a_file_with_neither_images_nor_uris_is_refused_by_its_name(tmp_path: Path) -> None:
     write(tmp_path / "in" / "a.parquet", pa.table({"id": [0], "uri": ["/a.png"]}))
     write(tmp_path / "in" / "b.parquet", pa.table({"id": [1], "where": ["/b.png"]}))
-    with pytest.raises(DataError, match=r"where its images are\n(.|\n)*a column image or uri(.|\n)*b\.parquet"):
+    with pytest.raises(
+        DataError, match=r"no column with images or uris\n(.|\n)*a column image or uri(.|\n)*b\.parquet"
+    ):
         scan(source(str(tmp_path / "in"), id="id", image="image", uri="uri"), {})

@@ -143,7 +143,7 @@ def test_scan_of_a_file_that_is_no_tar_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"compressed tar[^$]*gzip"):
         index(str(tmp_path), gzip.compress(pack([("a.png", b"x")])))
     for data in (b"", b"not a tar" * 200):
-        with pytest.raises(DataError, match=r"not a tar, or damaged[^$]*offset 0"):
+        with pytest.raises(DataError, match=r"not a tar, or a damaged one[^$]*offset 0"):
             index(str(tmp_path), data)
 
 

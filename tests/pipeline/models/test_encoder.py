@@ -243,7 +243,9 @@ def test_another_width_than_configured_is_a_config_error(archive: str) -> None:
 
 
 def test_another_image_shape_than_exported_is_a_config_error(archive: str) -> None:
-    with pytest.raises(ConfigError, match=r"does not take images of the configured shape\n  expected: \(B, 3, 9, 9\)"):
+    with pytest.raises(
+        ConfigError, match=r"does not accept images of the configured shape\n  expected: \(B, 3, 9, 9\)"
+    ):
         load_encoder(spec(export=archive, preprocess={"size": SIDE + 1}), CPU)
 
 

@@ -115,7 +115,7 @@ def test_check_of_a_shape_that_is_more_than_arithmetic_is_refused(tmp_path: Path
         sizes[0] = {"as_expr": {"expr_str": text, "hint": None}}
         return model
 
-    with pytest.raises(ValueError, match="expr_str could run code"):
+    with pytest.raises(ValueError, match="expr_str could execute code"):
         check(changed(archive, tmp_path / "bad.pt2", change))
 
 
@@ -157,7 +157,7 @@ def test_check_of_a_call_signature_that_imports_or_names_more_than_words_is_refu
         model["graph_module"]["module_call_graph"][0]["signature"]["in_spec"] = spec
         return model
 
-    with pytest.raises(ValueError, match="in_spec could run code"):
+    with pytest.raises(ValueError, match="in_spec could execute code"):
         check(changed(archive, tmp_path / "bad.pt2", change))
 
 
@@ -168,7 +168,7 @@ def test_check_of_an_input_whose_name_is_more_than_a_word_is_refused(tmp_path: P
         found: Model = json.loads(json.dumps(model).replace('"pixels"', '"pixels=print()"'))
         return found
 
-    with pytest.raises(ValueError, match="could run code: 'pixels=print"):
+    with pytest.raises(ValueError, match="could execute code: 'pixels=print"):
         check(changed(archive, tmp_path / "bad.pt2", change))
 
 

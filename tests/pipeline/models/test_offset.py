@@ -117,7 +117,7 @@ def test_the_direction_is_one_in_which_embeddings_do_not_vary() -> None:
 
 def test_invalid_offset_is_refused() -> None:
     new, z, s, _, classifier = embeddings()
-    with pytest.raises(ConfigError, match="inner product"):
+    with pytest.raises(ConfigError, match="no effect with metric `ip`"):
         fit_offset("uncertainty", 0.5, HeldOutPairs(z, s, new), classifier, "ip")
     with pytest.raises(ConfigError, match="classifier"):
         fit_offset("confidence", 0.5, HeldOutPairs(z, s, new), None, "l2")

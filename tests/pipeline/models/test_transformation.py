@@ -268,5 +268,5 @@ def test_resolve_device_gives_the_devices_by_name() -> None:
 
 
 def test_a_gpu_that_is_not_there_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match="the GPU is not there"):
+    with pytest.raises(ConfigError, match="this machine has no such GPU"):
         resolve_device(f"cuda:{torch.cuda.device_count()}")

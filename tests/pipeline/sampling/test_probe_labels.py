@@ -82,7 +82,7 @@ def test_read_sample_of_unusable_rows_is_refused_with_their_place(
 
 
 def test_a_sample_without_files_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no manifest file is there\n(.*\n)*  where: .*nowhere"):
+    with pytest.raises(DataError, match=r"there is no manifest file\n(.*\n)*  where: .*nowhere"):
         read_sample(source(str(tmp_path / "nowhere")))
 
 

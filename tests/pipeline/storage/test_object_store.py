@@ -253,14 +253,14 @@ class MayNotDelete(UnreliableStore):
 
 
 REFUSED = [
-    (NotFound(), DataError, "the bucket is not there"),
-    (NotImplemented501(), DataError, "does not do what a run needs"),
-    (UnreliableStore(honours_conditions=False), ConfigError, "If-None-Match: done where it must not"),
-    (IgnoresIfMatch(), ConfigError, "If-Match: done where it must not"),
-    (RefusesAll(), ConfigError, "If-Match: refused where it must be done"),
-    (LagsInListings(), ConfigError, "not seen at once"),
-    (LagsInReads(), ConfigError, "not seen at once"),
-    (MayNotDelete(), DataError, "refuses these credentials"),
+    (NotFound(), DataError, "the bucket does not exist"),
+    (NotImplemented501(), DataError, "lacks an operation that a run needs"),
+    (UnreliableStore(honours_conditions=False), ConfigError, "ignored `If-None-Match`"),
+    (IgnoresIfMatch(), ConfigError, "ignored `If-Match`"),
+    (RefusesAll(), ConfigError, "a PUT with a valid `If-Match` was refused"),
+    (LagsInListings(), ConfigError, "not visible at once"),
+    (LagsInReads(), ConfigError, "not visible at once"),
+    (MayNotDelete(), DataError, "not let these credentials write"),
 ]
 
 
@@ -503,7 +503,7 @@ def test_request_with_bad_credentials_or_bucket_is_refused_with_the_remedy(
         case, bucket
     )
     before = objects.counts()
-    with pytest.raises(DataError, match="not there" if case == "missing bucket" else "refuses these credentials"):
+    with pytest.raises(DataError, match="does not exist" if case == "missing bucket" else "these credentials"):
         objects.check(f"{uri}/run")
     assert not [name for name in counted(before) if name.startswith("retries")]
     if case in ("wrong secret", "wrong key", "no credentials"):
