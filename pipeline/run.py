@@ -32,10 +32,12 @@ class Run:
 
     @property
     def settings(self) -> str:
+        """run.json"""
         return self.path("run.json")
 
     @property
     def transformation(self) -> str:
+        """The folder of the transformation."""
         return self.path("transformation")
 
     @property
@@ -99,6 +101,7 @@ class Run:
 
     @property
     def reports(self) -> str:
+        """The folder of the report."""
         return self.path("reports")
 
 

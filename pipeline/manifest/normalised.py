@@ -50,6 +50,7 @@ class Manifest:
 
     @property
     def num_rows(self) -> int:
+        """Rows over all parts."""
         return sum(self.rows)
 
 

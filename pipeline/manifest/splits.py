@@ -95,10 +95,12 @@ class SplitResult:
 
     @property
     def num_rows(self) -> int:
+        """Rows over all chunks."""
         return sum(chunk.rows for chunk in self.chunks)
 
     @property
     def arrow_schema(self) -> pa.Schema:
+        """The Arrow schema of the chunks."""
         return pa.ipc.read_schema(pa.BufferReader(base64.b64decode(self.schema)))
 
 

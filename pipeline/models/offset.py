@@ -85,6 +85,7 @@ class Offset:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
+        """Read what `to_bytes` wrote."""
         numbers = tensor_metadata(data, "offset")
         tensors = load(data)
         weight = tensors.get("weight")

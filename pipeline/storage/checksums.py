@@ -39,6 +39,7 @@ class Digests:
         self._num_rows = 0
 
     def add(self, row_group: pa.Table) -> None:
+        """Add a row group."""
         self._num_rows += row_group.num_rows
         for name, found in self._columns.items():
             found += _digest(row_group[name])
@@ -65,14 +66,17 @@ class Content(pq.ParquetFile):  # type: ignore[misc]  # pyarrow has no types
             self._texts, self.digest = self._found(metadata)
 
     def read(self, columns: Sequence[str] | None = None, **options: object) -> pa.Table:
+        """All row groups."""
         return self._checked(super().read(columns=columns, **options), range(self.num_row_groups), columns)
 
     def read_row_group(self, i: int, columns: Sequence[str] | None = None, **options: object) -> pa.Table:
+        """One row group."""
         return self._checked(super().read_row_group(i, columns=columns, **options), [i], columns)
 
     def read_row_groups(
         self, row_groups: Sequence[int], columns: Sequence[str] | None = None, **options: object
     ) -> pa.Table:
+        """Some row groups."""
         table = super().read_row_groups(row_groups, columns=columns, **options)
         return self._checked(table, row_groups, columns)
 

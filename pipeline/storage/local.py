@@ -31,12 +31,15 @@ class LocalStore:
     """Names are absolute paths; a version is the sha256 of the content."""
 
     def exists(self, name: str) -> bool:
+        """Whether the object exists."""
         return Path(name).is_file()
 
     def stat(self, name: str) -> Stat:
+        """Size, time and etag."""
         return _stat(os.stat(name))
 
     def listing(self, prefix: str, deep: bool = True) -> Iterator[tuple[str, Stat]]:
+        """All objects below a folder, or only those directly in it."""
         for folder, folders, names in os.walk(prefix):
             folders[:] = sorted(folders) if deep else []  # os.walk visits these next
             for name in sorted(names):
@@ -46,6 +49,7 @@ class LocalStore:
                         yield path, _stat(os.stat(path))
 
     def leftovers(self, prefix: str) -> Iterator[tuple[str, Stat]]:
+        """Temporary files, of writers that are at work or have died."""
         for folder, _, names in os.walk(prefix):
             for path in (os.path.join(folder, name) for name in names if name.startswith(_TEMPORARY)):
                 with contextlib.suppress(FileNotFoundError):  # its writer is done
@@ -57,19 +61,23 @@ class LocalStore:
             return sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
 
     def read(self, name: str, offset: int | None, length: int | None) -> tuple[bytes, str]:
+        """Bytes and etag."""
         with open(name, "rb") as file:
             if offset is not None:
                 file.seek(offset)
             return file.read(-1 if length is None else length), _stat(os.fstat(file.fileno())).etag
 
     def open(self, name: str) -> io.BufferedReader:
+        """A seekable file."""
         return _open_regular(name)
 
     @contextmanager
     def local_file(self, name: str) -> Iterator[Path]:
+        """The object's own file."""
         yield Path(name)
 
     def read_versioned(self, name: str) -> tuple[bytes, str] | None:
+        """Bytes and version; None if there is no object."""
         try:
             data, _ = self.read(name, None, None)
         except FileNotFoundError:
@@ -77,12 +85,14 @@ class LocalStore:
         return data, hashlib.sha256(data).hexdigest()
 
     def put(self, name: str, data: bytes) -> None:
+        """Write or replace."""
         path = Path(name)
         with _temporary(path, data) as temporary:
             os.rename(temporary, path)
         _sync_folder(path.parent)
 
     def put_if_absent(self, name: str, data: bytes) -> None:
+        """Create, by a hard link."""
         path = Path(name)
         with _temporary(path, data) as temporary:
             try:
@@ -92,6 +102,7 @@ class LocalStore:
         _sync_folder(path.parent)
 
     def compare_and_swap(self, name: str, data: bytes, version: str | None) -> str:
+        """Replace, under a lock."""
         path = Path(name)
         with _temporary(path, data) as temporary, _locked(path):
             current = self.read_versioned(name)
@@ -102,6 +113,7 @@ class LocalStore:
         return hashlib.sha256(data).hexdigest()
 
     def delete(self, names: list[str]) -> None:
+        """Remove objects; missing ones are no error."""
         for name in names:
             Path(name).unlink(missing_ok=True)
 
@@ -143,6 +155,7 @@ class LocalReader:
         self._really_below = None if root is None else f"{os.path.realpath(root).rstrip('/')}/"
 
     def whole(self, name: str, most_bytes: int) -> tuple[bytes, str]:
+        """A file and its etag."""
         COUNTS.add("requests:image")
         with self._open(name) as file:
             stat = _stat(os.fstat(file.fileno()))
@@ -153,6 +166,7 @@ class LocalReader:
         return data, stat.etag
 
     def spans(self, name: str, spans: list[Span]) -> Iterator[tuple[bytes, str]]:
+        """The bytes of spans of a file."""
         with self._open(name) as file:
             etag = _stat(os.fstat(file.fileno())).etag
             for start, stop in spans:

@@ -80,6 +80,7 @@ class ObjectStore:
         self._client, self._retry, self._scheme = client, retry, scheme
 
     def exists(self, name: str) -> bool:
+        """HEAD."""
         try:
             self.stat(name)
         except FileNotFoundError:
@@ -87,6 +88,7 @@ class ObjectStore:
         return True
 
     def stat(self, name: str) -> Stat:
+        """HEAD."""
         if name.endswith("/"):  # some stores answer this for a folder
             raise FileNotFoundError(errno.ENOENT, "not an object's name", self._scheme + name)
         return self._call("head", name, lambda: self._client.head(name))
@@ -110,6 +112,7 @@ class ObjectStore:
         return found
 
     def read(self, name: str, offset: int | None, length: int | None) -> tuple[bytes, str]:
+        """GET."""
         if length == 0:  # no such range exists: a store would send the whole object
             return b"", self.stat(name).etag
         start = 0 if offset is None and length is not None else offset
@@ -129,6 +132,7 @@ class ObjectStore:
             yield path
 
     def read_versioned(self, name: str) -> tuple[bytes, str] | None:
+        """GET."""
         try:
             blob = self._get(name, None, None)
         except FileNotFoundError:
@@ -136,6 +140,7 @@ class ObjectStore:
         return blob.data, blob.etag
 
     def put(self, name: str, data: bytes) -> None:
+        """PUT."""
         self._put(name, data)
 
     def put_if_absent(self, name: str, data: bytes) -> None:
@@ -166,6 +171,7 @@ class ObjectStore:
                 self._call("delete", some[0], functools.partial(self._client.delete, some))
 
     def delete_folder(self, prefix: str) -> None:
+        """List, then DELETE."""
         below = (name for page in self._pages(prefix, deep=True) for name, _ in page.objects)
         self.delete([prefix, *below])
 

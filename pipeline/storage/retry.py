@@ -72,6 +72,7 @@ class RequestCounts:
         self._counts: Counter[str] = Counter()
 
     def add(self, name: str, count: int = 1) -> None:
+        """Add to a count."""
         with self._lock:
             self._counts[name] += count
 

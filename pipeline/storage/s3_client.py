@@ -71,6 +71,8 @@ class S3Client:
         )
 
     def head(self, name: str) -> Stat:
+        """HEAD."""
+
         async def call(s3: Any, **where: str) -> Stat:
             found = await s3.head_object(**where)
             return Stat(found["ContentLength"], found["LastModified"].timestamp(), found["ETag"])

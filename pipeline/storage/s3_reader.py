@@ -65,6 +65,7 @@ class ObjectReader:
         return self._request(name, None, most_bytes)
 
     def spans(self, name: str, spans: list[Span]) -> Iterator[tuple[bytes, str]]:
+        """GET, one request per range."""
         for start, stop in spans:
             yield self._span(name, (start, stop)) if _has_name(name) else self._plain.read(name, start, stop - start)
 
