@@ -209,7 +209,7 @@ def swap_removals(run: Run, wanted: Removals, version: str | None) -> str:
     """Store `wanted` if the file is still at `version`; returns the new version.
 
     Raises:
-        objects.Changed: it is not.
+        interface.Changed: it is not.
     """
     stored = replace(wanted, attempt_id=uuid.uuid4().hex)  # so that two writers never write the same bytes
     return objects.compare_and_swap(run.collected, documents.encode(stored), version)
