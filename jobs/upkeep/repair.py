@@ -30,6 +30,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """
     from pipeline.backfill.repair import Repair, repair
     from pipeline.config.identity import check_resumable, weight_fingerprints
+    from pipeline.index.train import train_for_run
     from pipeline.planning.plan import read_plan
     from pipeline.reporting.audit import audit
     from pipeline.run import Run
@@ -43,7 +44,13 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
             check_resumable(
                 config, weight_fingerprints(config), all_inputs=False
             )  # images are embedded by the same weights
-            done = repair(config, run, plan, report.problems)
+
+            def train() -> bytes:
+                return train_for_run(
+                    run, plan, config.index, config.gallery.metric, device=config.device, seed=config.seed
+                )
+
+            done = repair(run, plan, report.problems, train)
             _embed(config, run, plan, done)
             report = audit(config.run)
     if as_json:

@@ -19,9 +19,9 @@ import pyarrow as pa
 import ray
 
 from pipeline.backfill.estimate import Estimate, Rates, estimate
-from pipeline.config import tree as settings
+from pipeline.config.tree import Config, EncoderSettings, PreprocessSettings
 from pipeline.embedding.actor_pool import Pool, actor_pool
-from pipeline.embedding.decode import Limits, Pixels, decoder, image_limits
+from pipeline.embedding.decode import Limits, Pixels, decoder
 from pipeline.embedding.fetch import Place, Reject
 from pipeline.embedding.stream import StreamSettings, Work, embed_stream
 from pipeline.embedding.vector_log import VectorLog
@@ -42,6 +42,14 @@ _ALONE = 0.3  # share of the time for the steps alone
 
 
 @dataclass(frozen=True, slots=True)
+class _Setup:
+    encoder: EncoderSettings
+    stream: StreamSettings
+    unit_images: int
+    pool: Pool
+
+
+@dataclass(frozen=True, slots=True)
 class _Alone:
     fetch: float
     decode: float
@@ -49,9 +57,7 @@ class _Alone:
     device: str
 
 
-def profile(
-    config: settings.Config, run: Run, plan: Plan, seconds: float, on_time: Callable[[float, str], None]
-) -> Estimate:
+def profile(config: Config, run: Run, plan: Plan, seconds: float, on_time: Callable[[float, str], None]) -> Estimate:
     """Measure, estimate the whole backfill, and store the estimate with the plan.
 
     Args:
@@ -63,13 +69,14 @@ def profile(
         ConfigError: the cluster is too small for the stream, or the device for a batch.
     """
     pool = actor_pool(config.backfill, config.device)
+    setup = _Setup(config.encoders.new, StreamSettings.of(config), config.unit_images, pool)
     rows = _sample(run, plan, config.seed)
     on_time(0.0, "each step alone")
     measure = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus)(_measure_alone)
-    alone = ray.get(measure.remote(config, rows[: _UNITS // 8], seconds * _ALONE))
+    alone = ray.get(measure.remote(setup, rows[: _UNITS // 8], seconds * _ALONE))
     folder = run.path(_FOLDER, uuid.uuid4().hex)  # another command may measure at the same time
     try:
-        rates = _measure_stream(config, pool, folder, rows, alone, seconds, on_time)
+        rates = _measure_stream(setup, folder, rows, alone, seconds, on_time)
     finally:
         objects.delete(folder)
     room = actor_pool(config.backfill.model_copy(update={"max_actors": None}), config.device).first
@@ -89,21 +96,20 @@ def _sample(run: Run, plan: Plan, seed: int) -> list[pa.Table]:
     return [parquet.read_parquet(uri, UNITS.names, [row_group]) for uri, row_group in places]
 
 
-def _measure_alone(config: settings.Config, rows: list[pa.Table], seconds: float) -> _Alone:
+def _measure_alone(setup: _Setup, rows: list[pa.Table], seconds: float) -> _Alone:
     from pipeline.embedding.embedder import Embedder
     from pipeline.embedding.fetch import fetch
 
-    encoder, backfill = config.encoders.new, config.backfill
-    limits = image_limits(backfill, config.data_root, config.allow_outside)
-    embedder = Embedder(encoder, config.device, backfill.batch_size, backfill.threads_per_actor)
+    backfill, limits = setup.stream.backfill, setup.stream.limits
+    embedder = Embedder(setup.encoder, setup.stream.device, backfill.batch_size, backfill.threads_per_actor)
     spent = {"fetch": 0.0, "decode": 0.0}
     count, good = 0, list[Pixels]()
-    decode = _decoder(encoder.preprocess, limits, embedder.device)
+    decode = _decoder(setup.encoder.preprocess, limits, embedder.device)
     deadline = time.perf_counter() + seconds / 2
     for table in rows:
         places = [Place(**row) for row in table.drop_columns(["id"]).to_pylist()]
         start = time.perf_counter()
-        encoded = [data for data, _ in fetch(places, limits.max_bytes, config.fetch, limits.root)]
+        encoded = [data for data, _ in fetch(places, limits.max_bytes, setup.stream.fetch, limits.root)]
         spent["fetch"] += time.perf_counter() - start
         count += len(encoded)
         pixels, seconds_taken = decode([data for data in encoded if isinstance(data, bytes)])
@@ -118,7 +124,7 @@ def _measure_alone(config: settings.Config, rows: list[pa.Table], seconds: float
             found=f"{count} rejects",
             where=f"{rows[0]['uri'][0]} and others of the plan",
         )
-    sizes = batch_sizes(embedder.largest_batch(config.unit_images))
+    sizes = batch_sizes(embedder.largest_batch(setup.unit_images))
     forward = embedder.rates(np.stack(good), sizes, seconds / 2)
     return _Alone(count / spent["fetch"], count / spent["decode"], forward, str(embedder.device))
 
@@ -129,7 +135,7 @@ def batch_sizes(largest: int) -> list[int]:
 
 
 def _decoder(
-    preprocess: settings.PreprocessSettings, limits: Limits, device: torch.device
+    preprocess: PreprocessSettings, limits: Limits, device: torch.device
 ) -> Callable[[list[bytes]], tuple[list[Pixels], float]]:
     """The stream's decoder: gives the pixels of good images, and the seconds of a core or of the device."""
     if preprocess.decoder == "device":
@@ -158,8 +164,7 @@ def _decoder(
 
 
 def _measure_stream(
-    config: settings.Config,
-    pool: Pool,
+    setup: _Setup,
     folder: str,
     rows: list[pa.Table],
     alone: _Alone,
@@ -167,15 +172,15 @@ def _measure_stream(
     on_time: Callable[[float, str], None],
 ) -> Rates:
     """Send the sample through the real stream, in units small enough that many are done in the time."""
-    size = max(config.backfill.batch_size, 256)
+    size = max(setup.stream.backfill.batch_size, 256)
     pieces = [table.slice(start, size) for table in rows for start in range(0, table.num_rows, size)]
     units_uri = objects.join(folder, "units.parquet")
     objects.put(units_uri, parquet.parquet_bytes(UNITS, pieces))
     units = [Unit(1, number, units_uri, number, piece.num_rows) for number, piece in enumerate(pieces)]
-    log = VectorLog(objects.join(folder, "parts"), objects.join(folder, "rejects"), config.encoders.new.dim, 1)
+    log = VectorLog(objects.join(folder, "parts"), objects.join(folder, "rejects"), setup.encoder.dim, 1)
     begin = time.perf_counter()
     acks: list[tuple[float, UnitAck]] = []
-    with closing(_stream(Work(config.encoders.new, log, units), config)) as stream:
+    with closing(_stream(Work(setup.encoder, log, units), setup.stream)) as stream:
         for ack in stream:
             now = time.perf_counter()
             acks.append((now, ack))
@@ -188,7 +193,7 @@ def _measure_stream(
     }
     images = sum(ack.embedded + ack.rejected for _, ack in acks)
     first = acks[0][1]
-    cluster = ray.cluster_resources()
+    cluster, pool = ray.cluster_resources(), setup.pool
     return Rates(
         images=images,
         bytes_per_image=totals["bytes_needed"] / images,
@@ -205,7 +210,7 @@ def _measure_stream(
         nodes=sum(node["Alive"] for node in ray.nodes()),
         gpus_per_actor=pool.gpus,
         device=alone.device,
-        decodes_on_device=config.encoders.new.preprocess.decoder == "device",
+        decodes_on_device=setup.encoder.preprocess.decoder == "device",
     )
 
 
@@ -219,5 +224,5 @@ def _rate(acks: list[tuple[float, UnitAck]], actors: int) -> float:
     return Throughput(sum(images[skipped:]), acks[-1][0] - acks[skipped - 1][0]).per_second
 
 
-def _stream(work: Work, config: settings.Config) -> Generator[UnitAck, None, None]:
-    yield from (ack for _, ack in embed_stream([work], StreamSettings.of(config)))
+def _stream(work: Work, settings: StreamSettings) -> Generator[UnitAck, None, None]:
+    yield from (ack for _, ack in embed_stream([work], settings))

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from pipeline.config.tree import Config
 from pipeline.embedding import vector_log
 from pipeline.errors import DataError
 from pipeline.index import tags, writer
 from pipeline.index.commits import Commit, read_commit
 from pipeline.index.seal import Sealer, seal_again
 from pipeline.index.segment_files import SegmentRef, put_by_content
-from pipeline.index.train import train_for_run, write_codebook
+from pipeline.index.train import write_codebook
 from pipeline.planning import build
 from pipeline.planning import plan as plans
 from pipeline.planning.plan import Plan
@@ -56,10 +55,11 @@ class Repair:
     left: list[Left] = field(default_factory=list)  # files that are still damaged
 
 
-def repair(config: Config, run: Run, plan: Plan, problems: Iterable[Problem]) -> Repair:
+def repair(run: Run, plan: Plan, problems: Iterable[Problem], train: Callable[[], bytes]) -> Repair:
     """Repair the problems of an audit, as far as that needs no images.
 
-    No driver may run at the same time. If units are moved, a driver that runs loses the run.
+    No driver may run at the same time. If units are moved, a driver that runs loses the run. `train` gives the bytes of
+    the codebook.
     """
     done, listed = Repair(), list(problems)
     for problem in listed:
@@ -67,7 +67,7 @@ def repair(config: Config, run: Run, plan: Plan, problems: Iterable[Problem]) ->
             done.moved.append(_move_aside(run, problem.where))
     _cut_units_again(run, plan, done, [item for item in listed if item.kind == "units"])
     _move_units(run, plan, done, [item for item in listed if item.kind in _OF_THE_LOG])
-    _train_again(config, run, plan, done, [item for item in listed if item.kind == "codebook"])
+    _train_again(run, train, done, [item for item in listed if item.kind == "codebook"])
     _seal_again(run, plan, done, {item.where for item in listed if item.kind in ("segment", "sidecar")})
     handled = {"segment", "sidecar", "codebook", "units", *_DERIVED, *_OF_THE_LOG}
     done.left += [Left(item.where, f"{item.found}. {_RESTORE}") for item in listed if item.kind not in handled]
@@ -149,14 +149,13 @@ def _move_units(run: Run, plan: Plan, done: Repair, problems: list[Problem]) -> 
         done.left += [Left(item.where, f"{item.found}: {why}") for item in problems]
 
 
-def _train_again(config: Config, run: Run, plan: Plan, done: Repair, problems: list[Problem]) -> None:
+def _train_again(run: Run, train: Callable[[], bytes], done: Repair, problems: list[Problem]) -> None:
     """Train the codebook again, from the pairs and, with an offset, the transformed gallery."""
     if not problems:
         return
     where = problems[0].where
     try:
-        metric, device, seed = config.gallery.metric, config.device, config.seed
-        path, _ = write_codebook(run, train_for_run(run, plan, config.index, metric, device=device, seed=seed))
+        path, _ = write_codebook(run, train())
     except DataError as error:
         done.left.append(Left(where, f"the codebook cannot be trained again: {error}"))
         return

@@ -13,6 +13,7 @@ from pipeline.config.load import load_config
 from pipeline.config.tree import Config
 from pipeline.errors import DataError
 from pipeline.index import commits
+from pipeline.index.train import train_for_run
 from pipeline.planning.plan import Plan, read_plan
 from pipeline.reporting.audit import audit
 from pipeline.run import Run
@@ -45,7 +46,10 @@ def damage(path: Path, how: str, other: Path) -> None:
 
 
 def repaired(config: Config, run: Run, plan: Plan) -> Repair:
-    return repair(config, run, plan, audit(run.uri).problems)
+    def train() -> bytes:
+        return train_for_run(run, plan, config.index, config.gallery.metric, device=config.device, seed=config.seed)
+
+    return repair(run, plan, audit(run.uri).problems, train)
 
 
 @pytest.mark.parametrize("how", DAMAGES)
