@@ -1,4 +1,4 @@
-# make demo test test-slow test-faults test-ci-faults test-cluster test-scale bench check format clean: the same commands for people and for CI.
+# make demo test test-slow test-faults test-ci-faults test-cluster test-scale bench check format docs clean: the same commands for people and for CI.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +17,7 @@ MEMORY := tests/pipeline/evaluation/test_metrics.py::test_memory_stays_below_a_g
 KILLED_DRIVER := tests/faults/test_kill_matrix.py::test_a_kill_at_every_step_changes_nothing_that_is_published[driver]
 CI_FAULTS := tests/faults/test_drivers.py tests/faults/test_faulty_store.py '$(KILLED_DRIVER)'
 
-.PHONY: demo test test-slow test-faults test-ci-faults test-cluster test-scale bench check format clean
+.PHONY: demo test test-slow test-faults test-ci-faults test-cluster test-scale bench check format docs clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -57,6 +57,9 @@ check: $(VENV)/installed  ## format, lint, types
 format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/installed  ## docs/configuration.md, from the docstrings of the config
+	$(BIN)/python -m docs.make_configuration
 
 clean:
 	rm -rf runs .mypy_cache .pytest_cache .ruff_cache build *.egg-info
