@@ -7,8 +7,8 @@ nearer.
 
     expected key of a transformed hit = map(its key)
 
-The map matches quantiles: the share of query-to-transformed keys below `observed[i]` equals the share of
-query-to-embedded keys below `expected[i]`. Ranks within one kind do not change.
+The map matches ranks: `observed[i]` is the mean key of a query's r-th nearest transformed vector, `expected[i]` that of
+its r-th nearest embedded vector. Ranks within one kind do not change.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ MIN_PAIRS = 20
 
 _MOST_PAIRS = 5000
 _MOST_QUERIES = 2000
-_LEVELS = np.unique(np.concatenate([np.geomspace(1e-5, 0.02, 24), np.linspace(0.02, 1, 40)]))
-_LEAST_KEYS = 10  # below the lowest quantile; fewer are mostly noise
+_NUM_RANKS = 64
 _ANCHORS = {"l2": 0.0, "cosine": -1.0}  # the least possible key; ip has none
 _FAR = 2.0**600  # so far that the line to it has slope 1 to the last bit
 
@@ -120,8 +119,8 @@ def fit_calibration(z: Float32, new: Float32, metric: str, seed: int) -> Calibra
     drawn = np.random.default_rng(seed).permutation(len(z))[:_MOST_PAIRS]
     sides = [_unit(side[drawn]) if metric == "cosine" else side[drawn] for side in (z, new)]
     queries = sides[1][:_MOST_QUERIES]
-    levels = _LEVELS[_LEVELS * len(queries) * (len(drawn) - 1) >= _LEAST_KEYS]
-    observed, expected = (np.quantile(_keys(queries, side, metric), levels) for side in sides)
+    ranks = np.unique(np.geomspace(1, len(drawn) - 1, _NUM_RANKS).astype(np.int64)) - 1
+    observed, expected = (_mean_keys(queries, side, metric)[ranks] for side in sides)
     return _through(observed, expected, metric)
 
 
@@ -166,8 +165,8 @@ def _through(observed: Float64, expected: Float64, metric: str) -> Calibration |
     return Calibration(*zip(*knots, strict=True)) if len(knots) > 1 else None
 
 
-def _keys(queries: Float32, vectors: Float32, metric: str) -> Float32:
-    """The keys of each query to all vectors except its own row's, flattened."""
+def _mean_keys(queries: Float32, vectors: Float32, metric: str) -> Float64:
+    """(M - 1,) the mean key of each rank over the queries; query i leaves out row i."""
     keys = queries @ vectors.T
     if metric == "l2":
         keys *= -2
@@ -176,8 +175,10 @@ def _keys(queries: Float32, vectors: Float32, metric: str) -> Float32:
         np.maximum(keys, 0, out=keys)
     else:
         np.negative(keys, out=keys)
-    others: Float32 = keys[~np.eye(*keys.shape, dtype=np.bool_)]
-    return others
+    np.fill_diagonal(keys, np.inf)
+    keys.sort(axis=1)
+    found: Float64 = keys[:, :-1].mean(axis=0, dtype=np.float64)
+    return found
 
 
 def _unit(vectors: Float32) -> Float32:
