@@ -11,7 +11,7 @@ from jobs.shell.tables import say_outlook, show_distribution_shift
 
 if TYPE_CHECKING:
     from pipeline.models.transformation import TransformationInfo
-    from pipeline.planning.selection import Selection, TrialResult
+    from pipeline.planning.selection_result import Selection, TrialResult
     from pipeline.run import Run
 
 
@@ -30,7 +30,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from jobs.shell.progress_bars import Bars
     from jobs.steps.prepare import RunSteps, open_run
     from pipeline.models.transformation import has_transformation
-    from pipeline.planning.selection import read_selection
+    from pipeline.planning.selection_result import read_selection
 
     config = load(config_path, overrides)
     start_ray()
@@ -63,7 +63,7 @@ def show_selection(selection: Selection, most: int = 8) -> None:
     """Print the best trial of each recipe in at most 80 columns, the chosen one marked; then the choice in words."""
     from rich.table import Table
 
-    from pipeline.planning.selection import describe, recipe_name
+    from pipeline.planning.selection_result import describe, recipe_name
 
     counts = " and ".join(selection.metrics)
     what = "the probe set" if selection.measured_on == "probe" else "held-out pairs"

@@ -42,7 +42,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
     from jobs.shell.progress_bars import Bars
     from jobs.steps.prepare import RunSteps, open_run
     from pipeline.backfill.profile import profile
-    from pipeline.planning.selection import read_selection
+    from pipeline.planning.selection_result import read_selection
     from training.forecast import distribution_shift_of, expected_curve
 
     config = load(config_path, overrides)

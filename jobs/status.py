@@ -105,7 +105,7 @@ def _show_rejects(run: Run, plan: Plan | None) -> None:
     import pyarrow as pa
     from rich.table import Table
 
-    from pipeline.embedding.rejects import read_all, read_of_pairs
+    from pipeline.embedding.reject_rules import read_all, read_of_pairs
 
     found = pa.concat_tables([read_all(run, plan.log(run) if plan else None), read_of_pairs(run)])
     if not found.num_rows:

@@ -17,7 +17,7 @@ from pipeline.config.tree import Config
 from pipeline.errors import ConfigError, DataError, SnapshotConflict
 from pipeline.models.networks import Transformation
 from pipeline.models.transformation import TransformationInfo, has_transformation, read_info, save_transformation
-from pipeline.planning import selection
+from pipeline.planning import selection_result
 from pipeline.run import Run
 from pipeline.storage import objects, parquet
 from training.fitting.learner import Epoch, FitData, Job, can_classify, cut, with_linear
@@ -73,7 +73,7 @@ def fit(
     network, classifier = train(run, job, config.device, on_epoch)
     info, parts = describe(job, network, classifier, config.device)
     fix_settings(run, "fit", settings)
-    parts |= {} if chosen is None else {selection.PART: chosen.to_json().encode()}
+    parts |= {} if chosen is None else {selection_result.PART: chosen.to_json().encode()}
     _save(run, network, info, parts)
     return read_info(run)
 

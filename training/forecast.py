@@ -25,7 +25,7 @@ from pipeline.models.calibration import read_calibration
 from pipeline.planning.distribution_shift import DistributionShift, distribution_shift
 from pipeline.planning.expected_curve import CurveEnds, Expected, expect, expected_uri, read_expected
 from pipeline.planning.plan import Plan
-from pipeline.planning.selection import read_selection, resolve_policy
+from pipeline.planning.selection_result import read_selection, resolve_policy
 from pipeline.run import Run
 from pipeline.storage import documents, objects, parquet
 from training.simulation.folds import by_chance

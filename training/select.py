@@ -32,7 +32,7 @@ from pipeline.evaluation.gallery_arrays import codes_of
 from pipeline.evaluation.metrics import METRICS
 from pipeline.planning.distribution_shift import DistributionShift, distribution_shift
 from pipeline.planning.policies import POLICIES
-from pipeline.planning.selection import Selection
+from pipeline.planning.selection_result import Selection
 from pipeline.run import Run
 from pipeline.storage import documents, objects
 from training.fitting.held_out_metrics import retrieval

@@ -49,7 +49,7 @@ from pipeline.models.calibration import read_calibration
 from pipeline.models.transformation import apply, load_transformation
 from pipeline.planning.policies import load_policy
 from pipeline.planning.policy_inputs import load_policy_inputs
-from pipeline.planning.selection import read_selection, recipe_name, resolve_policy
+from pipeline.planning.selection_result import read_selection, recipe_name, resolve_policy
 from pipeline.planning.signals import Scored
 from pipeline.run import Run
 from pipeline.storage import objects, parquet

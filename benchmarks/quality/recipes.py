@@ -46,7 +46,7 @@ from pipeline.config.tree import Config
 from pipeline.evaluation.metrics import METRICS, EvaluateOptions, Metrics, evaluate
 from pipeline.evaluation.simulated_curve import share_of_gap
 from pipeline.planning.expected_curve import REACHED, fraction_for
-from pipeline.planning.selection import Selection
+from pipeline.planning.selection_result import Selection
 from pipeline.run import Run
 from training.fitting.learner import FitData
 from training.fitting.losses import needs_labels

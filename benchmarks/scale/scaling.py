@@ -35,7 +35,7 @@ from pipeline.embedding import vector_log
 from pipeline.embedding.decode import Limits, decode_image
 from pipeline.embedding.vector_log import EmbeddedUnit, VectorLog
 from pipeline.index import codebook as codebooks
-from pipeline.index import segment_files, train
+from pipeline.index import segment_files, train_codebook
 from pipeline.index.codebook import Codebook
 from pipeline.index.commits import Commit, SegmentCounts, check_commit
 from pipeline.index.segment import build_segment
@@ -172,7 +172,9 @@ def log_parts(folder: str) -> Figures:
 def index_files() -> Figures:
     """Segments, sidecars and a commit."""
     count = 20_000
-    data = train.train_codebook(vectors(8 * 4096), IndexSettings(factory=FACTORY), "l2", 10**9, device="cpu", seed=0)
+    data = train_codebook.train_codebook(
+        vectors(8 * 4096), IndexSettings(factory=FACTORY), "l2", 10**9, device="cpu", seed=0
+    )
     codebook = Codebook(data)
     codebooks.set_threads(1)
     ids, rows = np.arange(count, dtype=np.int64), vectors(count)

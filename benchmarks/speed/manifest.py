@@ -41,8 +41,8 @@ from pipeline.manifest.splits import Options
 from pipeline.storage import objects as storage
 from pipeline.storage import parquet
 from pipeline.storage.interface import Stat
-from pipeline.storage.object_store import Page
 from pipeline.storage.retry import COUNTS
+from pipeline.storage.retrying_store import Page
 from pipeline.storage.s3_client import S3Client
 from tests.support.seaweed import SeaweedFS
 

@@ -9,7 +9,7 @@ from jobs.shell.command import console
 if TYPE_CHECKING:
     from pipeline.models.transformation import TransformationInfo
     from pipeline.planning.distribution_shift import DistributionShift
-    from pipeline.planning.selection import Selection
+    from pipeline.planning.selection_result import Selection
 
 
 def show_curve(result: dict[str, Any]) -> None:  # Any: JSON, see `evaluation.curve`

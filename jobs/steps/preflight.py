@@ -129,7 +129,7 @@ def _check_from_gallery(config: Config, images: int, given: int, sample: Sample 
 def _check_training(fit: FitSettings, index: IndexSettings, images: int, training: int, dim: int) -> None:
     """Check workers and index against the number of training pairs, if none of these is rejected."""
     from pipeline.errors import ConfigError
-    from pipeline.index.train import check_trainable
+    from pipeline.index.train_codebook import check_trainable
     from training.fitting.pairs import NUM_STRIPES
 
     if fit.num_workers > NUM_STRIPES:
@@ -193,7 +193,7 @@ def _check_selected(config: Config, images: int, sample: Sample | None) -> None:
     """Check that `plan.policy: selected` refers to a selection, and that it has enough images to measure."""
     from pipeline.errors import ConfigError
     from pipeline.models.transformation import has_transformation
-    from pipeline.planning.selection import resolve_policy
+    from pipeline.planning.selection_result import resolve_policy
     from pipeline.run import Run
     from pipeline.sampling.probe_draw import size
     from training.select import LEAST_SHARE, too_few

@@ -121,7 +121,7 @@ def print_result(run_uri: str, as_json: bool) -> None:
 def _retry_before_plan(run: Run) -> None:
     """Forget the rejects of pairs that are not fitted yet, and of a gallery that is not planned yet."""
     from pipeline.embedding import vector_log
-    from pipeline.embedding.rejects import manifest_log
+    from pipeline.embedding.reject_rules import manifest_log
     from pipeline.planning.plan import read_plan
     from pipeline.run import GALLERY_PAIRS
     from training.fitting.pairs import has_pairs

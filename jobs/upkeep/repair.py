@@ -30,7 +30,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """
     from pipeline.backfill.repair import Repair, repair
     from pipeline.config.identity import check_resumable, weight_fingerprints
-    from pipeline.index.train import train_for_run
+    from pipeline.index.train_codebook import train_for_run
     from pipeline.planning.plan import read_plan
     from pipeline.reporting.audit import audit
     from pipeline.run import Run
@@ -67,7 +67,7 @@ def _embed(config: Config, run: Run, plan: Plan, done: Repair) -> None:
     from pipeline.embedding.precompute import embed_missing
     from pipeline.embedding.stream import StreamSettings, Work, embed_stream
     from pipeline.index.tags import list_commits
-    from pipeline.planning import first_wave
+    from pipeline.planning import log_pairs
     from pipeline.planning.plan import FROM_PAIRS
 
     published = max(list_commits(run), default=0)
@@ -83,7 +83,7 @@ def _embed(config: Config, run: Run, plan: Plan, done: Repair) -> None:
             count += ack.embedded + ack.rejected
             bars.images("embed again", count, total)
         embed_missing(run, done.folders, config.encoders, settings, bars.images)
-    first_wave.write(run, plan)
+    log_pairs.write(run, plan)
 
 
 def _show(done: Repair, problems: list[str]) -> None:

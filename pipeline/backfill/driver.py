@@ -18,10 +18,10 @@ from pipeline.embedding.stream import StreamSettings, Work, embed_stream
 from pipeline.index import commits, disk_reserve
 from pipeline.index.commits import Commit, SegmentCounts
 from pipeline.index.seal import Sealer
-from pipeline.index.train import make_codebook
+from pipeline.index.train_codebook import make_codebook
 from pipeline.index.writer import Writer
 from pipeline.models.calibration import read_calibration
-from pipeline.planning import first_wave
+from pipeline.planning import log_pairs
 from pipeline.planning.plan import Plan
 from pipeline.reporting import telemetry
 from pipeline.reporting.progress import Progress, Tracker
@@ -52,7 +52,7 @@ def backfill(
         GateRefused: a snapshot is not promoted; `prod` keeps serving the one before it.
     """
     log, before = plan.log(run), objects.counts()
-    from_pairs = first_wave.write(run, plan)  # images of the pairs are not embedded again
+    from_pairs = log_pairs.write(run, plan)  # images of the pairs are not embedded again
     tracker, counted = Tracker(plan, log, config.backfill.max_reject_fraction, config.backfill.reject_allowance), before
 
     def report(ended: bool = False) -> Progress:

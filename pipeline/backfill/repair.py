@@ -18,7 +18,7 @@ from pipeline.index import tags, writer
 from pipeline.index.commits import Commit, read_commit
 from pipeline.index.seal import Sealer, seal_again
 from pipeline.index.segment_files import SegmentRef, put_by_content
-from pipeline.index.train import write_codebook
+from pipeline.index.train_codebook import write_codebook
 from pipeline.planning import build
 from pipeline.planning import plan as plans
 from pipeline.planning.plan import Plan

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from pipeline.arrays import Float32, vectors_from_arrow
 from pipeline.config.tree import BackfillSettings, EncoderSettings, EncodersSettings, PreprocessSettings
-from pipeline.embedding import rejects, vector_log
+from pipeline.embedding import reject_rules, vector_log
 from pipeline.embedding.decode import decode_image
 from pipeline.embedding.fetch import Place, Reject, fetch
 from pipeline.embedding.stream import StreamSettings, Work, embed_stream
@@ -86,7 +86,7 @@ def embedding_log(encoders: EncodersSettings, run: Run, folder: str, role: str) 
     """The vector log of embeddings that were computed from a manifest's images; `role` is old or new."""
     encoder = getattr(encoders, role)
     dim = encoder.dim if encoder is not None else 1
-    return rejects.manifest_log(run, folder, role, dim)
+    return reject_rules.manifest_log(run, folder, role, dim)
 
 
 def read_embeddings(run: Run, folder: str, part: int, role: str, log: VectorLog) -> tuple[pa.Table, Float32]:
@@ -133,7 +133,7 @@ def check_readable(
 def _check_rejects(backfill: BackfillSettings, folder: str, rejected: int, images: int, log: VectorLog) -> None:
     """Stop on too many rejects. The probe set is exempt: its images count in their own waves."""
     if folder != PROBE_SET:
-        rejects.check_manifest(rejected, images, backfill, folder, log.rejects_uri)
+        reject_rules.check_manifest(rejected, images, backfill, folder, log.rejects_uri)
 
 
 @cache

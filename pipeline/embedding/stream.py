@@ -26,7 +26,7 @@ from pipeline.config.tree import BackfillSettings, Config, EncoderSettings
 from pipeline.embedding import decode, vector_log, worker_metrics
 from pipeline.embedding.actor_pool import LOAD_CPUS, WRITE_CPUS, actor_pool
 from pipeline.embedding.decode import Limits, LoadedUnit
-from pipeline.embedding.rejects import count_rejects
+from pipeline.embedding.reject_rules import count_rejects
 from pipeline.embedding.vector_log import EmbeddedUnit, VectorLog
 from pipeline.schema import Unit, UnitAck
 from pipeline.storage import objects

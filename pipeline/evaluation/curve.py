@@ -33,7 +33,7 @@ from pipeline.evaluation.simulated_curve import (
 )
 from pipeline.models.calibration import Calibration, read_calibration
 from pipeline.planning.plan import FROM_PAIRS
-from pipeline.planning.selection import resolve_policy
+from pipeline.planning.selection_result import resolve_policy
 from pipeline.run import Run
 from pipeline.storage import documents, objects
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline import parallel
 from pipeline.arrays import Bools, Float32, Int64, vectors_from_arrow
 from pipeline.embedding import vector_log
-from pipeline.embedding.rejects import gallery_log
+from pipeline.embedding.reject_rules import gallery_log
 from pipeline.errors import DataError
 from pipeline.hashing import splitmix64
 from pipeline.planning.plan import transformed_parts

@@ -18,7 +18,7 @@ from pipeline.errors import DataError, Removed
 from pipeline.evaluation.gallery_arrays import GalleryArrays, check_known, find_rows, load_gallery, query_rows
 from pipeline.evaluation.metrics import EvaluateOptions, evaluate
 from pipeline.evaluation.ranks import TOP_K
-from pipeline.index import retention
+from pipeline.index import leases
 from pipeline.index.codebook import Codebook
 from pipeline.index.commits import Commit, read_commit
 from pipeline.index.segment import Segment, decode_segment
@@ -52,7 +52,7 @@ def published_points(
     commits = read_commits(run)
     points: list[SnapshotPoint] = []
     for done, commit in enumerate(commits, start=1):
-        with contextlib.suppress(Removed), retention.hold(run, commit.number):
+        with contextlib.suppress(Removed), leases.hold(run, commit.number):
             points.append(_measure(snapshots, gallery, commit))
         if on_progress is not None:
             on_progress(done, len(commits))
@@ -77,7 +77,7 @@ def published_point(run: Run, commit: int | None = None) -> SnapshotPoint:
     gallery = load_gallery(run)
     check_known(gallery, run, labelled_only=True)
     snapshots = _Snapshots(run, gallery)
-    with retention.hold(run, commit):
+    with leases.hold(run, commit):
         point = _measure(snapshots, gallery, found)
         return point | {"num_queries": len(query_rows(gallery)), "recall10": _index_recall10(snapshots, gallery, found)}
 

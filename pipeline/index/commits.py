@@ -14,7 +14,7 @@ from typing import Self
 
 from pipeline.config.tree import Metric
 from pipeline.errors import DataError
-from pipeline.index.retention import read_removals, removed
+from pipeline.index.leases import read_removals, removed
 from pipeline.index.segment_files import SegmentRef
 from pipeline.models.calibration import Calibration
 from pipeline.run import Run

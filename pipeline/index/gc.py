@@ -36,10 +36,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from pipeline.errors import ConfigError, Removed, SnapshotConflict
-from pipeline.index import disk_reserve, retention, tags
+from pipeline.index import disk_reserve, tags
 from pipeline.index.commits import Commit, read_commit
 from pipeline.index.fenced import TRIES
-from pipeline.index.retention import Removals, find_leases, read_removals
+from pipeline.index.leases import (
+    Removals,
+    change_removals,
+    find_leases,
+    read_removals,
+    read_removals_versioned,
+    swap_removals,
+)
 from pipeline.index.tags import CANDIDATE, COMMIT_FILE, PROD
 from pipeline.planning.plan import dropped_files
 from pipeline.run import Run
@@ -186,17 +193,17 @@ class _Collector:
         raise SnapshotConflict("others keep changing this file", where=self.run.collected, remedy="run gc again later")
 
     def _agree_once(self) -> tuple[_View, Removals, dict[int, list[str]]]:
-        now, version = retention.read_removals_versioned(self.run)
+        now, version = read_removals_versioned(self.run)
         view = _look(self.run, now)
         kept = needed(view, self.rules, self.now_seconds, self._pins())
         doomed = sorted(view.commits.keys() - kept.keys())
         if self.dry_run or not (doomed or now.announced):
             return view, self._confirmed(now, view, doomed), kept
-        version = retention.swap_removals(self.run, replace(now, announced=tuple(doomed)), version)
+        version = swap_removals(self.run, replace(now, announced=tuple(doomed)), version)
         tags.fence(self.run, PROD)
         kept = needed(view, self.rules, self.now_seconds, self._pins())
         wanted = self._confirmed(now, view, sorted(set(doomed) - kept.keys()))
-        retention.swap_removals(self.run, wanted, version)
+        swap_removals(self.run, wanted, version)
         return view, wanted, kept
 
     def _confirmed(self, now: Removals, view: _View, doomed: list[int]) -> Removals:
@@ -226,7 +233,7 @@ class _Collector:
         if wanted.files:
             objects.delete_files([self.run.path(path) for path in wanted.files])
             gone = set(wanted.files)
-            retention.change_removals(
+            change_removals(
                 self.run, lambda now: replace(now, files=tuple(path for path in now.files if path not in gone))
             )
 

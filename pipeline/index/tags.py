@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from pipeline.errors import DataError, GateRefused, Refused, Removed, SnapshotConflict
-from pipeline.index import retention
+from pipeline.index import leases
 from pipeline.index.commits import Commit, read_commit
 from pipeline.index.fenced import TRIES, Check, anyone
-from pipeline.index.retention import read_removals
+from pipeline.index.leases import read_removals
 from pipeline.run import Run
 from pipeline.storage import documents, interface, objects
 
@@ -231,7 +231,7 @@ def change_tag(run: Run, name: str, decide: Callable[[Tag | None], Tag]) -> Tag:
             return wanted
         wanted = replace(wanted, attempt_id=uuid.uuid4().hex)
         if wanted.commit is not None:
-            retention.claim(run, wanted.commit, cancel=True)  # after the tag was read: see `fence`
+            leases.claim(run, wanted.commit, cancel=True)  # after the tag was read: see `fence`
         try:
             objects.compare_and_swap(run.tag(name), documents.encode(wanted), version)
             return wanted

@@ -25,7 +25,7 @@ from pipeline.arrays import Float32, Int64
 from pipeline.config.identity import Identity, check_settings_of, fix_settings, settings_digest, stage_settings
 from pipeline.config.method import PlanSettings
 from pipeline.config.tree import BackfillSettings, Config
-from pipeline.embedding import rejects
+from pipeline.embedding import reject_rules
 from pipeline.errors import DataError
 from pipeline.hashing import shard_of
 from pipeline.manifest import normalised
@@ -226,7 +226,7 @@ def _check_whole(run: Run, counts: list[int]) -> int:
     """Check that scored and rejected images are the whole manifest; returns the number of rejected ones."""
     gallery = normalised.read_manifest(run, "gallery")
     assert gallery is not None, "the gallery is normalised before it is scored"
-    rejected = rejects.count_before_plan(run)
+    rejected = reject_rules.count_before_plan(run)
     if sum(counts) + rejected != gallery.num_rows:
         raise DataError(
             "images of the gallery are missing from the plan",
@@ -258,7 +258,7 @@ def _keys(rows: pa.Table, seed: int) -> Digits:
 def _describe(
     run: Run, settings: LayoutSettings, counts: list[int], rejected: int, waves: list[Wave], cuts: Digits
 ) -> Plan:
-    from pipeline.planning.selection import resolve_policy
+    from pipeline.planning.selection_result import resolve_policy
 
     with parquet.open_parquet(run.transformed_part(0)) as file:
         dim = file.schema_arrow.field("vector").type.list_size

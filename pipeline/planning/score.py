@@ -30,7 +30,7 @@ from pipeline.models.transformation import APPLY_BATCH, apply, load_transformati
 from pipeline.planning import policies
 from pipeline.planning.policies import Policy
 from pipeline.planning.policy_inputs import load_policy_inputs
-from pipeline.planning.selection import resolve_policy
+from pipeline.planning.selection_result import resolve_policy
 from pipeline.planning.signals import Scored
 from pipeline.run import Run
 from pipeline.sampling.pair_sample import embedded_ids

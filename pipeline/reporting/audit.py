@@ -22,7 +22,7 @@ from pipeline.hashing import shard_of
 from pipeline.index import commits, tags
 from pipeline.index.codebook import Codebook
 from pipeline.index.commits import Commit
-from pipeline.index.retention import read_removals
+from pipeline.index.leases import read_removals
 from pipeline.index.segment import Segment, decode_segment
 from pipeline.index.segment_files import SegmentRef, check_digest
 from pipeline.index.tags import CANDIDATE

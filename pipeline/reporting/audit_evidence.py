@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.arrays import Float32, Int64, vectors_from_arrow
 from pipeline.embedding import vector_log
-from pipeline.embedding.rejects import gallery_log, manifest_log
+from pipeline.embedding.reject_rules import gallery_log, manifest_log
 from pipeline.embedding.vector_log import VectorLog
 from pipeline.errors import FastfillError, IncompatibleRun, TransientError
 from pipeline.index.segment_files import SegmentRef

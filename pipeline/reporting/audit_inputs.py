@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.arrays import Int64, vectors_from_arrow
 from pipeline.config.identity import STAGES, read_settings, read_stage_settings
 from pipeline.embedding import vector_log
-from pipeline.embedding.rejects import gallery_log, manifest_log
+from pipeline.embedding.reject_rules import gallery_log, manifest_log
 from pipeline.embedding.vector_log import VectorLog
 from pipeline.evaluation import quality
 from pipeline.evaluation.quality import read_promotion_status

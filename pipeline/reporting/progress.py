@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from pipeline.embedding import rejects, vector_log
+from pipeline.embedding import reject_rules, vector_log
 from pipeline.embedding.vector_log import VectorLog
 from pipeline.planning.plan import FROM_PAIRS, Plan
 from pipeline.reporting.throughput import SHORTEST_SECONDS, Throughput, throughput
@@ -198,7 +198,7 @@ class Tracker:
         wave = self._plan.wave(number)
         summary = f"too many images of wave {number} cannot be embedded; the wave is not published"
         fraction, where = self._max_reject_fraction, self._log.rejects_uri
-        rejects.check(self._rejected[number], wave.images, fraction, self._allowance, summary, where)
+        reject_rules.check(self._rejected[number], wave.images, fraction, self._allowance, summary, where)
 
 
 def recent_rate(plan: Plan, parts: dict[tuple[int, int], float]) -> float | None:

@@ -20,7 +20,7 @@ from jinja2 import Environment
 
 from pipeline.config.tree import Config
 from pipeline.embedding import vector_log
-from pipeline.embedding.rejects import read_all as read_rejects
+from pipeline.embedding.reject_rules import read_all as read_rejects
 from pipeline.errors import DataError
 from pipeline.evaluation import curve as curves
 from pipeline.evaluation import gallery_arrays, quality
@@ -29,7 +29,7 @@ from pipeline.evaluation.quality import read_promotion_status
 from pipeline.index import commits, tags
 from pipeline.planning.expected_curve import expected_uri, read_expected
 from pipeline.planning.plan import FROM_PAIRS, Plan, read_plan, transformed_parts
-from pipeline.planning.selection import describe, read_selection, recipe_name
+from pipeline.planning.selection_result import describe, read_selection, recipe_name
 from pipeline.readable import duration, moment
 from pipeline.reporting import plots
 from pipeline.reporting.progress import Progress, Tracker

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from pipeline.config.tree import TelemetrySettings
-from pipeline.embedding.rejects import REJECT_REASONS
+from pipeline.embedding.reject_rules import REJECT_REASONS
 from pipeline.reporting.progress import Progress
 from pipeline.schema import UnitAck
 from pipeline.storage import objects

@@ -16,7 +16,7 @@ from pipeline import parallel
 from pipeline.arrays import Float32, Int64, vectors_from_arrow
 from pipeline.config.tree import Config
 from pipeline.embedding import vector_log
-from pipeline.embedding.rejects import manifest_log
+from pipeline.embedding.reject_rules import manifest_log
 from pipeline.errors import DataError
 from pipeline.hashing import splitmix64
 from pipeline.manifest import normalised

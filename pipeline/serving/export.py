@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from pipeline.arrays import vector_type, vectors_to_arrow
 from pipeline.errors import DataError, Refused
-from pipeline.index import commits, retention, segment, tags
+from pipeline.index import commits, leases, segment, tags
 from pipeline.index.codebook import Codebook
 from pipeline.index.commits import Commit
 from pipeline.index.segment import Segment
@@ -74,7 +74,7 @@ def export(
     """
     run = Run(run_uri)
     found = commits.read_commit(run, tags.tagged(run, tag) if commit is None else commit)
-    with retention.hold(run, found.number):
+    with leases.hold(run, found.number):
         codebook = Codebook.open(run, found.codebook_path, found.codebook_sha256)
         writer = _Writer(run, out_uri, form, found, codebook, UserKeys(run))
         finished = writer.begin()

@@ -24,10 +24,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from pipeline.arrays import Float32, Int64
 from pipeline.errors import DataError, FastfillError, Removed
-from pipeline.index import commits, retention, segment, tags
+from pipeline.index import commits, leases, segment, tags
 from pipeline.index.codebook import Codebook
 from pipeline.index.commits import Commit
-from pipeline.index.retention import Lease
+from pipeline.index.leases import Lease
 from pipeline.index.segment import Segment
 from pipeline.index.segment_files import KINDS, SegmentKind, SegmentRef, check_digest
 from pipeline.index.tags import PROD
@@ -222,7 +222,7 @@ class Searcher:
 
     def _open_leased(self, number: int, before: _Snapshot | None) -> _Snapshot:
         commit = commits.read_commit(self._run, number)
-        lease = retention.take(self._run, number)
+        lease = leases.take(self._run, number)
         try:
             return self._open(commit, before, lease)
         except BaseException:
@@ -310,7 +310,7 @@ def _renew_after_fork() -> None:
 def _own_lease(run: Run, number: int) -> Lease | None:
     """A lease on a commit that is open already; None if it cannot be taken: open files stay readable."""
     try:
-        return retention.take(run, number)
+        return leases.take(run, number)
     except (FastfillError, OSError) as error:
         logger.warning("commit %d is served without a lease after a fork: %s", number, error)
         return None

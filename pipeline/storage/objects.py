@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, TypeVar
 from pipeline.errors import ConfigError
 from pipeline.storage.interface import AlreadyExists, Reader, Stat, Store
 from pipeline.storage.local import LocalReader, LocalStore
-from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.retry import COUNTS, Retry
+from pipeline.storage.retrying_store import ObjectStore
 from pipeline.storage.settings import FetchSettings, StorageSettings
 from pipeline.storage.uris import holds_user
 
@@ -243,7 +243,7 @@ def put_once(uri: str, data: bytes) -> None:
 def compare_and_swap(uri: str, data: bytes, version: str | None) -> str:
     """Replace an object that is still at `version` (None: still missing), and return the new version.
 
-    If others might write equal bytes, put an attempt id into `data`: see `object_store`.
+    If others might write equal bytes, put an attempt id into `data`: see `retrying_store`.
 
     Raises:
         Changed: the object has another version, and is left as it is.

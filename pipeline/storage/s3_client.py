@@ -1,6 +1,6 @@
 """S3 through the client of s3fs, one request per call; its errors become ours.
 
-`object_store` repeats requests, not this module, so every retry is counted. One exception: if a kept-open connection
+`retrying_store` repeats requests, not this module, so every retry is counted. One exception: if a kept-open connection
 turns out to be closed, aiohttp sends the request again over a new one. So a PUT may arrive twice.
 """
 
@@ -20,8 +20,8 @@ from fsspec.asyn import sync
 
 from pipeline.errors import ConfigError
 from pipeline.storage.interface import Stat
-from pipeline.storage.object_store import Blob, Page
 from pipeline.storage.retry import Again, problem
+from pipeline.storage.retrying_store import Blob, Page
 from pipeline.storage.settings import StorageSettings
 
 T = TypeVar("T")

@@ -20,8 +20,8 @@ from pipeline.planning import build, expected_curve, score
 from pipeline.run import Run
 from pipeline.storage import objects, retry
 from pipeline.storage.local import LocalStore
-from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.retry import Retry
+from pipeline.storage.retrying_store import ObjectStore
 from tests.crashes import small_run, stages
 from tests.crashes.memory_store import MemoryStore
 from tests.crashes.moments import Operation, States, watch

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pipeline.storage.object_store import Page
 from pipeline.storage.retry import Again
+from pipeline.storage.retrying_store import Page
 from tests.support.unreliable_store import UnreliableStore
 
 Write = tuple[str, bytes | None]

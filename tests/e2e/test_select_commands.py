@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from jobs.cli import main
 from pipeline.config.load import load_config
 from pipeline.planning.plan import read_plan
-from pipeline.planning.selection import read_selection, resolve_policy
+from pipeline.planning.selection_result import read_selection, resolve_policy
 from pipeline.run import Run
 from pipeline.storage import objects
 from tests.support.galleries import write_config

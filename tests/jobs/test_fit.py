@@ -9,7 +9,7 @@ import pytest
 from jobs.fit import show_selection
 from jobs.shell.tables import say_outlook
 from pipeline.models.transformation import TransformationInfo
-from pipeline.planning.selection import Selection, TrialResult, describe
+from pipeline.planning.selection_result import Selection, TrialResult, describe
 
 INFO = TransformationInfo(
     d_old=4, d_new=6, d_side=None, inner_width=8, normalize=False, loss="alignment", seed=0, epochs=0, num_train=900,

@@ -18,7 +18,7 @@ from jobs.cli import main
 from jobs.upkeep import gc
 from pipeline.index import disk_reserve, tags
 from pipeline.index.gc import Rules, collect_garbage
-from pipeline.index.retention import Removals
+from pipeline.index.leases import Removals
 from pipeline.reporting.audit import audit
 from pipeline.serving.searcher import Searcher
 from pipeline.storage import documents, objects

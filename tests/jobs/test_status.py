@@ -14,7 +14,7 @@ import pytest
 
 from jobs.status import show
 from pipeline.embedding import vector_log
-from pipeline.embedding.rejects import manifest_log
+from pipeline.embedding.reject_rules import manifest_log
 from pipeline.embedding.vector_log import EmbeddedUnit
 from pipeline.evaluation import quality
 from pipeline.evaluation.quality import Quality

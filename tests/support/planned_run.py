@@ -17,10 +17,10 @@ from pipeline.models import offset
 from pipeline.models.networks import TransformationNetwork
 from pipeline.models.offset import Offset
 from pipeline.models.transformation import TransformationInfo, save_transformation
-from pipeline.planning import policy_inputs, selection
+from pipeline.planning import policy_inputs, selection_result
 from pipeline.planning.plan import Plan, read_plan
 from pipeline.planning.policy_inputs import HeldOutPairs, PolicyInputs, build_policy_inputs
-from pipeline.planning.selection import Selection
+from pipeline.planning.selection_result import Selection
 from pipeline.run import Run
 from pipeline.sampling.probe_draw import draw
 from pipeline.storage import objects, parquet
@@ -84,7 +84,7 @@ def save(run: Run, images: Known, moved: Offset | None, selected: Selection | No
     info = TransformationInfo(*widths, None, 16, False, "alignment", 0, 1, HELD_OUT, HELD_OUT, True)
     parts = {policy_inputs.PART: _reference(images).to_bytes()}
     parts |= {} if moved is None else {offset.PART: moved.to_bytes()}
-    parts |= {} if selected is None else {selection.PART: selected.to_json().encode()}
+    parts |= {} if selected is None else {selection_result.PART: selected.to_json().encode()}
     save_transformation(run, network, info, parts)
     return network
 

@@ -21,7 +21,7 @@ from pipeline.config.tree import Config, GallerySettings, IndexSettings
 from pipeline.evaluation.simulated_curve import order_by_priority
 from pipeline.hashing import shard_of
 from pipeline.index import codebook as codebooks
-from pipeline.index import commits, segment, segment_files, tags, train
+from pipeline.index import commits, segment, segment_files, tags, train_codebook
 from pipeline.index.writer import Writer
 from pipeline.manifest.normalised import Manifest
 from pipeline.models import calibration as calibrations
@@ -289,8 +289,8 @@ def _publish(layout: _Layout) -> None:
     run, images, options = layout.run, layout.images, layout.options
     metric = GallerySettings.model_validate({"manifest": "x", "metric": options.metric, "columns": {}}).metric
     settings = IndexSettings(factory=options.factory, shards=options.shards)
-    data = train.train_codebook(images.embedded, settings, metric, len(images.ids), device="cpu", seed=0)
-    path, sha256 = train.write_codebook(run, data)
+    data = train_codebook.train_codebook(images.embedded, settings, metric, len(images.ids), device="cpu", seed=0)
+    path, sha256 = train_codebook.write_codebook(run, data)
     codebook = codebooks.Codebook.open(run, path, sha256)
     writer = Writer.acquire(run)
     cells = [(wave, shard) for wave in range(1, options.waves + 1) for shard in range(options.shards)]

@@ -15,8 +15,8 @@ from enum import StrEnum
 from typing import TypeVar
 
 from pipeline.storage.interface import Stat
-from pipeline.storage.object_store import Blob, Page
 from pipeline.storage.retry import Again, Precondition
+from pipeline.storage.retrying_store import Blob, Page
 
 T = TypeVar("T")
 
@@ -109,7 +109,7 @@ Watch = Callable[[str, bytes | None, bytes, Program | None], None]
 
 
 class UnreliableStore:
-    """An `object_store.Client`. Requests of threads that are no programs are done at once, and rightly.
+    """An `retrying_store.Client`. Requests of threads that are no programs are done at once, and rightly.
 
     Attributes:
         objects: name -> content.

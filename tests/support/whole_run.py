@@ -17,7 +17,7 @@ from pipeline.embedding import vector_log
 from pipeline.embedding.vector_log import VectorLog, content_digest, naming
 from pipeline.hashing import shard_of
 from pipeline.index import segment as index
-from pipeline.index import train
+from pipeline.index import train_codebook
 from pipeline.index.codebook import Codebook
 from pipeline.index.commits import Commit, SegmentCounts
 from pipeline.index.segment_files import Rows, SegmentKind, SegmentRef
@@ -67,9 +67,9 @@ class WholeRun:
         self.embedded: Float32 = self.transformed + rng.standard_normal((self.num, DIM)).astype(np.float32) / 4
         self.rejected = np.arange(self.num) % 50 == 1
         settings = IndexSettings(factory=self.factory)
-        data = train.train_codebook(self.embedded, settings, self.metric, self.num, device="cpu", seed=0)
+        data = train_codebook.train_codebook(self.embedded, settings, self.metric, self.num, device="cpu", seed=0)
         self.codebook = Codebook(data)
-        self.codebook_path, self.codebook_sha256 = train.write_codebook(self.run, data)
+        self.codebook_path, self.codebook_sha256 = train_codebook.write_codebook(self.run, data)
 
     def copy_to(self, folder: Path) -> WholeRun:
         """The same run elsewhere: cheaper than making it again."""

@@ -18,7 +18,7 @@ from pipeline.evaluation import probe_metrics, quality
 from pipeline.evaluation.gallery_arrays import labelled_sample
 from pipeline.evaluation.metrics import EvaluateOptions, evaluate
 from pipeline.evaluation.probe_set import gather, load
-from pipeline.planning.selection import Selection, TrialResult
+from pipeline.planning.selection_result import Selection, TrialResult
 from pipeline.sampling.probe_draw import draw
 from pipeline.storage import documents, objects
 from tests.support.planned_run import HELD_OUT, config_of, labels_of, pairs_of, planned, write_pairs

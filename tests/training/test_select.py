@@ -17,10 +17,10 @@ from pipeline.config.tree import Config
 from pipeline.errors import ConfigError, FastfillError
 from pipeline.models.offset import HeldOutPairs, LinearClassifier, fit_offset
 from pipeline.models.transformation import read_info
-from pipeline.planning import selection
+from pipeline.planning import selection_result
 from pipeline.planning.policies import load_policy
 from pipeline.planning.policy_inputs import load_policy_inputs
-from pipeline.planning.selection import Selection, TrialResult, read_selection, resolve_policy
+from pipeline.planning.selection_result import Selection, TrialResult, read_selection, resolve_policy
 from pipeline.run import Run
 from pipeline.storage import objects, parquet
 from tests.support.pairs import D_NEW, synthetic_fit_data
@@ -262,7 +262,7 @@ def test_resolve_policy_selected_without_a_selection_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[Selection | None] = [None, CHOSEN, None, CHOSEN]
-    monkeypatch.setattr(selection, "read_selection", lambda run: found.pop(0))
+    monkeypatch.setattr(selection_result, "read_selection", lambda run: found.pop(0))
     run = Run(str(tmp_path))
     with pytest.raises(ConfigError, match=r"has no selection to take the policy from(.|\n)*set plan\.policy to auto"):
         resolve_policy(run, "selected")
@@ -394,7 +394,7 @@ def test_select_without_time_takes_the_simplest_recipe_and_names_the_others(tmp_
     found = select(config, Run(config.run), data, silent)
     assert found.chosen.transformation == "linear"
     assert found.left_out == ("residual", "fastfill 0.1")
-    assert "Not tried for lack of time: residual, fastfill 0.1;" in selection.describe(found)
+    assert "Not tried for lack of time: residual, fastfill 0.1;" in selection_result.describe(found)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -471,7 +471,7 @@ def test_select_names_a_recipe_whose_fit_failed_and_takes_another(
     found = select(config, Run(config.run), data, silent)
     assert found.chosen.transformation == "linear"
     assert (found.left_out, found.failed) == ((), ("fastfill, alignment",))
-    assert selection.describe(found).endswith("Could not be fitted: fastfill, alignment.")
+    assert selection_result.describe(found).endswith("Could not be fitted: fastfill, alignment.")
     assert "could not be fitted on these pairs and is left out" in caplog.text
 
 

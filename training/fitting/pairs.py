@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
 from pipeline.config.method import ClassifierSettings, FitSettings
 from pipeline.config.tree import Config
-from pipeline.embedding import rejects
+from pipeline.embedding import reject_rules
 from pipeline.embedding.precompute import OnUnits, embed_missing, embedding_log, read_embeddings
 from pipeline.embedding.stream import StreamSettings
 from pipeline.embedding.vector_log import VectorLog
@@ -186,7 +186,7 @@ def _join_folder(config: Config, run: Run, folder: str) -> tuple[pa.Table, int]:
     logs = {role: embedding_log(config.encoders, run, folder, role) for role in ("old", "new")}
     table = pa.concat_tables([_join(run, folder, part, logs) for part in range(len(rows.rows))])
     rejected = rows.num_rows - table.num_rows
-    rejects.check_manifest(rejected, rows.num_rows, config.backfill, folder, run.path(folder))
+    reject_rules.check_manifest(rejected, rows.num_rows, config.backfill, folder, run.path(folder))
     return table, rejected
 
 

@@ -15,7 +15,7 @@ from pipeline.arrays import Float64
 from pipeline.config.method import FitSettings, LossMode, OffsetKind, TransformationKind
 from pipeline.planning.expected_curve import REACHED, fraction_for
 from pipeline.planning.policies import POLICIES
-from pipeline.planning.selection import CurveFigures, Selection, TrialResult, recipe_name
+from pipeline.planning.selection_result import CurveFigures, Selection, TrialResult, recipe_name
 
 _KINDS = get_args(TransformationKind)
 _LOSSES = get_args(LossMode)

@@ -12,7 +12,7 @@ from pipeline.config import tree
 from pipeline.index.seal import Sealer
 from pipeline.planning import plan
 from pipeline.run import Run
-from pipeline.storage import object_store
+from pipeline.storage import retrying_store
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCUMENT = (ROOT / "docs" / "scaling.md").read_text()
@@ -34,7 +34,7 @@ def test_the_constants_are_those_of_the_code() -> None:
     assert arithmetic.CONSTANTS["R"] == sum(tasks)
     mean = sum(number * size for number, size in zip(tasks, sizes, strict=True)) / 1e9
     assert arithmetic.CONSTANTS["R_log"] == pytest.approx(mean, abs=0.5)
-    assert object_store._MOST_PUT_BYTES < 2 / 21 * 1e9 / 8 * 520  # the Flat segment that the document warns of
+    assert retrying_store._MOST_PUT_BYTES < 2 / 21 * 1e9 / 8 * 520  # the Flat segment that the document warns of
 
 
 def test_a_formula_is_computed_as_it_is_shown() -> None:

@@ -13,7 +13,7 @@ from pipeline.config.load import load_config
 from pipeline.config.tree import Config
 from pipeline.errors import DataError
 from pipeline.index import commits
-from pipeline.index.train import train_for_run
+from pipeline.index.train_codebook import train_for_run
 from pipeline.planning.plan import Plan, read_plan
 from pipeline.reporting.audit import audit
 from pipeline.run import Run

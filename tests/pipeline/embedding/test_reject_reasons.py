@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.embedding.rejects import REJECT_REASONS, count_rejects
+from pipeline.embedding.reject_rules import REJECT_REASONS, count_rejects
 from pipeline.storage.retry import _TRANSIENT_CODES, RETRY_CAUSES, SLOW_DOWN, count_retries, retry_cause
 
 PIPELINE = Path(__file__).resolve().parents[3] / "pipeline"

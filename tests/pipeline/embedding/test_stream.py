@@ -16,7 +16,7 @@ from pipeline.arrays import Float32
 from pipeline.config.load import load_config
 from pipeline.config.tree import Config
 from pipeline.embedding import vector_log
-from pipeline.embedding.rejects import REJECT_REASONS
+from pipeline.embedding.reject_rules import REJECT_REASONS
 from pipeline.embedding.stream import StreamSettings, Work, embed_stream
 from pipeline.embedding.vector_log import VectorLog
 from pipeline.schema import UNITS, Unit, UnitAck

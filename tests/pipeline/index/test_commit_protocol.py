@@ -23,8 +23,8 @@ from pipeline.index.tags import Tag, auto_promote, list_commits, promote, read_t
 from pipeline.index.writer import Writer
 from pipeline.run import Run
 from pipeline.storage import documents, objects, retry
-from pipeline.storage.object_store import ObjectStore
 from pipeline.storage.retry import Retry
+from pipeline.storage.retrying_store import ObjectStore
 from tests.support.commit_drafts import OTHER, PROCESSOR, SALTS, SAME, draft
 from tests.support.unreliable_store import FakeTime, Fault, Program, UnreliableStore
 

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError, DataError, Refused, Removed
-from pipeline.index import commits, gc, retention, tags
+from pipeline.index import commits, gc, leases, tags
 from pipeline.index.commits import read_commit
 from pipeline.index.gc import Collection, Rules, collect_garbage
-from pipeline.index.retention import Removals, read_removals
+from pipeline.index.leases import Removals, read_removals
 from pipeline.index.tags import Tag, list_commits, read_tag, rollback
 from pipeline.index.writer import Writer
 from pipeline.reporting.audit import audit
@@ -142,7 +142,7 @@ def test_a_removed_commit_is_refused_by_everyone_and_told_from_a_lost_one(tmp_pa
         lambda: rollback(whole.run, to=3),
         lambda: read_commit(whole.run, 3),
         lambda: Searcher(whole.run.uri, commit=3),
-        lambda: retention.take(whole.run, 3),
+        lambda: leases.take(whole.run, 3),
     ):
         with pytest.raises(Removed, match="gc has removed this commit") as caught:
             ask()
@@ -195,7 +195,7 @@ def test_gc_keeps_unreferenced_files_for_the_grace_time(tmp_path: Path) -> None:
 
 def test_gc_removes_expired_leases_and_leftover_files(tmp_path: Path) -> None:
     whole = published_run(tmp_path)
-    live, expired = retention.Lease(whole.run, 2), retention.Lease(whole.run, 3)
+    live, expired = leases.Lease(whole.run, 2), leases.Lease(whole.run, 3)
     damaged = Path(whole.run.path("index", "leases", "x.json"))
     damaged.write_bytes(b"{")
     leftovers = [Path(whole.run.path(folder, f".tmp-{number}")) for number, folder in enumerate(("plan", "index"))]
@@ -205,7 +205,7 @@ def test_gc_removes_expired_leases_and_leftover_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a JSON file"):
         collect_garbage(whole.run.uri, NOW)  # it may be live
     for path in (Path(expired.uri), damaged):
-        os.utime(path, (time.time() - retention.LEASE_SECONDS - 60,) * 2)
+        os.utime(path, (time.time() - leases.LEASE_SECONDS - 60,) * 2)
     os.utime(leftovers[0], (time.time() - 3700,) * 2)
     os.utime(leftovers[1], (time.time() - 1000,) * 2)
 
@@ -223,7 +223,7 @@ def test_gc_removes_expired_leases_and_leftover_files(tmp_path: Path) -> None:
 
 def test_a_lease_lives_as_long_as_its_reader_and_no_longer(tmp_path: Path) -> None:
     run = template().copy_to(tmp_path).run
-    lease = retention.Lease(run, 1, seconds=0.3)
+    lease = leases.Lease(run, 1, seconds=0.3)
     threads = [thread for thread in threading.enumerate() if thread.name == "lease"]
     first = objects.stat(lease.uri).modified_seconds
     time.sleep(0.5)
@@ -231,22 +231,22 @@ def test_a_lease_lives_as_long_as_its_reader_and_no_longer(tmp_path: Path) -> No
     lease.release()
     time.sleep(0.2)
     assert not objects.exists(lease.uri)
-    forgotten = retention.Lease(run, 1, seconds=0.3)
+    forgotten = leases.Lease(run, 1, seconds=0.3)
     uri = forgotten.uri
     del forgotten
     last = objects.stat(uri).modified_seconds
     time.sleep(0.4)
     assert objects.stat(uri).modified_seconds == last
     assert not any(thread.is_alive() for thread in threads)
-    assert retention.find_leases(run, last + 1.0) == ({1}, {})
-    assert set(retention.find_leases(run, last + 3.0)[1]) == {uri}
+    assert leases.find_leases(run, last + 1.0) == ({1}, {})
+    assert set(leases.find_leases(run, last + 3.0)[1]) == {uri}
 
 
 def test_a_searcher_moves_its_lease_and_lets_go(tmp_path: Path) -> None:
     whole = published_run(tmp_path)
 
     def pinned() -> set[int]:
-        return retention.find_leases(whole.run, time.time())[0]
+        return leases.find_leases(whole.run, time.time())[0]
 
     with Searcher(whole.run.uri) as searcher:
         assert pinned() == {LAST}
@@ -284,7 +284,7 @@ def test_a_reader_without_a_lease_follows_the_tag_when_gc_is_faster(
             assert collect_garbage(whole.run.uri, NOW).commits == [0, 1, 2]
         return real(self, commit, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(retention.Lease, "__init__", forbidden)
+    monkeypatch.setattr(leases.Lease, "__init__", forbidden)
     monkeypatch.setattr(Searcher, "_open", slow)
     with Searcher(whole.run.uri) as searcher:
         assert searcher.commit.number == LAST
@@ -318,7 +318,7 @@ def test_gc_killed_at_any_operation_is_finished_by_the_next_one(
 
 def test_a_removal_that_a_dead_gc_announced_does_not_block(tmp_path: Path) -> None:
     whole = published_run(tmp_path)
-    retention.change_removals(whole.run, lambda now: replace(now, announced=(0, 2, 3)))
+    leases.change_removals(whole.run, lambda now: replace(now, announced=(0, 2, 3)))
     assert list_commits(whole.run) == list(range(LAST + 1))
     with Searcher(whole.run.uri, commit=2):
         assert read_removals(whole.run).announced == (0, 3)
@@ -374,7 +374,7 @@ def assert_files(run: Run) -> None:
     prod = read_tag(run, "prod")
     assert prod is not None
     assert {prod.commit, prod.previous}.isdisjoint(gone)
-    assert retention.find_leases(run, time.time())[0].isdisjoint(gone)
+    assert leases.find_leases(run, time.time())[0].isdisjoint(gone)
 
 
 def check_beside(order: Iterable[int], beside: Sequence[str]) -> None:
@@ -387,7 +387,7 @@ def check_beside(order: Iterable[int], beside: Sequence[str]) -> None:
             rollback(run, to=1)
 
         def read() -> object:
-            held.append(lease := retention.take(run, 2))
+            held.append(lease := leases.take(run, 2))
             return lease
 
         actions: dict[str, Callable[[], object]] = {

@@ -19,11 +19,11 @@ from pipeline.equality import same_vectors
 from pipeline.errors import ConfigError, DataError
 from pipeline.index import codebook as codebooks
 from pipeline.index import segment as index
-from pipeline.index import train
+from pipeline.index import train_codebook as train
 from pipeline.index.codebook import Codebook
 from pipeline.index.segment import Segment, as_stored, build_segment, decode_segment, gather_segments, search
 from pipeline.index.segment_files import Rows
-from pipeline.index.train import check_trainable, resolve_factory, train_codebook
+from pipeline.index.train_codebook import check_trainable, resolve_factory, train_codebook
 from pipeline.run import Run
 from pipeline.storage import objects
 

@@ -18,7 +18,7 @@ import pytest
 
 from pipeline.config.tree import Metric
 from pipeline.errors import DataError, IncompatibleRun, TransientError
-from pipeline.index import commits, retention, segment
+from pipeline.index import commits, leases, segment
 from pipeline.index import tags as snapshot
 from pipeline.index.commits import SegmentCounts
 from pipeline.index.segment_files import KINDS, Rows, SegmentRef
@@ -216,11 +216,11 @@ def test_audit_while_commits_are_published_finds_no_problem(
         whole.publish(last)
     later = iter([1])  # once, and after the audit has seen which commits there are
 
-    def read_removals(run: Run) -> retention.Removals:
+    def read_removals(run: Run) -> leases.Removals:
         for number in later:
             whole.publish(number)
             snapshot.promote(whole.run, number, blockers=[])
-        return retention.read_removals(run)
+        return leases.read_removals(run)
 
     monkeypatch.setattr("pipeline.reporting.audit.read_removals", read_removals)
     report = audit(whole.run.uri)
@@ -237,10 +237,10 @@ def test_audit_while_commits_are_published_finds_a_damaged_file(
     flip(path)
     later = iter(range(1, LAST + 1))
 
-    def read_removals(run: Run) -> retention.Removals:
+    def read_removals(run: Run) -> leases.Removals:
         if (number := next(later, None)) is not None:
             whole.publish(number)
-        return retention.read_removals(run)
+        return leases.read_removals(run)
 
     monkeypatch.setattr("pipeline.reporting.audit.read_removals", read_removals)
     assert [item.where for item in audit(whole.run.uri).problems] == [path]

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pipeline.backfill import driver
 from pipeline.config.load import load_config
 from pipeline.config.tree import TelemetrySettings
-from pipeline.embedding.rejects import REJECT_REASONS
+from pipeline.embedding.reject_rules import REJECT_REASONS
 from pipeline.index.commits import Commit
 from pipeline.index.commits import SegmentCounts as Vectors
 from pipeline.index.segment_files import SegmentRef

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.config.tree import Metric
 from pipeline.errors import DataError, Refused
-from pipeline.index import commits, retention, segment, tags
+from pipeline.index import commits, leases, segment, tags
 from pipeline.index.gc import Rules, collect_garbage
 from pipeline.index.segment import Segment
 from pipeline.index.tags import Tag
@@ -282,7 +282,7 @@ def test_gc_keeps_the_commit_of_a_running_export(tmp_path: Path) -> None:
         export(whole.run.uri, str(tmp_path / "other"), "parquet", commit=0)
     assert tags.rollback(whole.run) == Tag(1, pinned=True)
     assert audit(whole.run.uri).ok
-    assert retention.find_leases(whole.run, 0.0) == (set(), {})
+    assert leases.find_leases(whole.run, 0.0) == (set(), {})
 
 
 def test_export_of_a_missing_tag_commit_or_file_names_it(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.index import retention, tags
+from pipeline.index import leases, tags
 from pipeline.index.gc import Rules, collect_garbage
 from pipeline.index.tags import list_commits
 from pipeline.reporting.audit import audit
@@ -153,7 +153,7 @@ def test_a_reader_stays_on_the_last_good_commit_and_the_audit_names_the_file(hom
                 searcher.refresh()
             assert any(uri in str(caught.value) for uri in good), how
             np.testing.assert_array_equal(searcher.search(queries, whole.num).ids, expected[0])
-            assert retention.find_leases(whole.run, 0.0)[0] == {0}
+            assert leases.find_leases(whole.run, 0.0)[0] == {0}
             with pytest.raises(DataError):
                 Searcher(whole.run.uri)
             named = {item.where for item in audit(whole.run.uri).problems}

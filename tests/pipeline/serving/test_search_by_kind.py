@@ -13,7 +13,7 @@ from pipeline.config.tree import IndexSettings, Metric
 from pipeline.index.codebook import Codebook
 from pipeline.index.segment import Hits, Segment, build_segment, gather_segments, search, search_by_kind
 from pipeline.index.segment_files import KINDS, SegmentKind
-from pipeline.index.train import train_codebook
+from pipeline.index.train_codebook import train_codebook
 from pipeline.models.calibration import Calibration
 
 DIM, SHARDS, WAVES, K = 4, 8, 20, 80

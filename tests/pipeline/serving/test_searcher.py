@@ -20,7 +20,7 @@ import pytest
 from pipeline.config.tree import Metric
 from pipeline.errors import DataError
 from pipeline.index import commits, tags
-from pipeline.index.retention import Lease
+from pipeline.index.leases import Lease
 from pipeline.index.writer import Writer
 from pipeline.models.calibration import Calibration
 from pipeline.run import Run

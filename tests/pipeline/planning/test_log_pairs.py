@@ -17,7 +17,7 @@ from pipeline.errors import DataError
 from pipeline.evaluation.curve import curve
 from pipeline.index import commits, tags
 from pipeline.manifest import normalised
-from pipeline.planning import first_wave
+from pipeline.planning import log_pairs
 from pipeline.planning.plan import FROM_PAIRS, read_plan
 from pipeline.reporting.audit import audit
 from pipeline.reporting.status import read_status
@@ -115,7 +115,7 @@ def test_a_driver_that_dies_between_units_of_the_pairs_is_followed_to_the_same_b
         return write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(first_wave.vector_log, "write_unit", dying)
+        patch.setattr(log_pairs.vector_log, "write_unit", dying)
         with pytest.raises(KeyboardInterrupt):
             scene.go_on()
     assert len(parts(scene.run)) == units
@@ -142,18 +142,18 @@ def test_audit_finds_an_embedding_of_the_pairs_that_is_another_and_repair_copies
     assert report.checked["images_from_pairs"] == scene.plan.num_from_pairs
     assert ("log_part", part, "1 others") in [(item.kind, item.where, item.found) for item in report.problems]
     assert repair(scene.config, scene.run, scene.plan, report.problems).embed_again == [(FROM_PAIRS, 0)]
-    first_wave.write(scene.run, scene.plan)
+    log_pairs.write(scene.run, scene.plan)
     assert parts(scene.run) == before
     assert audit(scene.run.uri).problems == []
 
 
 def test_a_second_driver_writes_no_unit_again(tmp_path: Path) -> None:
     scene = begin(tmp_path, SAMPLED, given=False)
-    first = first_wave.write(scene.run, scene.plan)
+    first = log_pairs.write(scene.run, scene.plan)
     written = parts(scene.run)
     assert [ack.embedded for ack in first] == [unit.images for unit in scene.plan.units_of(scene.run, FROM_PAIRS)]
     assert all(ack.part_digest and not ack.rejected for ack in first)
-    assert first_wave.write(scene.run, scene.plan) == []
+    assert log_pairs.write(scene.run, scene.plan) == []
     assert parts(scene.run) == written
 
 
@@ -167,7 +167,7 @@ def test_a_lost_unit_of_the_pairs_is_found_and_copied_again(tmp_path: Path) -> N
     assert {problem.kind for problem in problems} >= {"log"}
     done = repair(scene.config, scene.run, scene.plan, problems)
     assert done.embed_again == [(FROM_PAIRS, 1)]
-    first_wave.write(scene.run, scene.plan)
+    log_pairs.write(scene.run, scene.plan)
     assert parts(scene.run) == before
     assert audit(scene.run.uri).problems == []
     assert scene.encoder.asked == asked
@@ -187,7 +187,7 @@ def test_pairs_whose_embeddings_are_lost_stop_the_backfill_until_they_are_repair
 
 def test_status_counts_the_pairs_as_durable_before_the_first_commit_and_as_published_with_it(tmp_path: Path) -> None:
     scene = begin(tmp_path, SAMPLED)
-    first_wave.write(scene.run, scene.plan)
+    log_pairs.write(scene.run, scene.plan)
     status = read_status(scene.run.uri)
     assert (status["from_pairs"], status["durable"], status["published"], status["wave"]) == (90, 90, 0, 0)
     scene.go_on()

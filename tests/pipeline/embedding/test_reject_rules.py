@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config.tree import BackfillSettings
-from pipeline.embedding.rejects import check_manifest, limit, read_all, read_of_pairs
+from pipeline.embedding.reject_rules import check_manifest, limit, read_all, read_of_pairs
 from pipeline.errors import DataError
 from pipeline.planning.plan import Plan, Wave
 from pipeline.run import Run

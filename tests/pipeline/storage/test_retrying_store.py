@@ -23,10 +23,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError, DataError, TransientError
-from pipeline.storage import object_store, objects, parquet, retry
+from pipeline.storage import objects, parquet, retry, retrying_store
 from pipeline.storage.interface import AlreadyExists, Changed
-from pipeline.storage.object_store import Blob, ObjectStore, Page
 from pipeline.storage.retry import Again, Precondition, Retry
+from pipeline.storage.retrying_store import Blob, ObjectStore, Page
 from pipeline.storage.settings import StorageSettings
 from tests.support.faulty_proxy import Fault as Break
 from tests.support.faulty_proxy import FaultyProxy
@@ -307,7 +307,7 @@ def test_deletes_go_a_thousand_at_a_time_and_bucket_by_bucket() -> None:
 
 
 def test_a_local_copy_is_made_in_pieces_of_one_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(object_store, "_COPY_BYTES", 10)
+    monkeypatch.setattr(retrying_store, "_COPY_BYTES", 10)
     for size in (0, 1, 9, 10, 11, 20, 25):
         client = UnreliableStore()
         client.objects[NAME] = data = os.urandom(size)
