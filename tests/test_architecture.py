@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -23,6 +24,8 @@ MAX_MODULE_LINES = 420
 MAX_FUNCTION_LINES = 60
 LONGER_MODULES: dict[str, int] = {}
 MAX_MODULES = 14  # of a package
+MAX_PARAMETERS = 6  # of a function, without `self` and `cls`
+MOST_CONFIG_PARAMETERS = 38  # functions that take the whole config; lower it when there are fewer
 SHORTER_MODULES = {"pipeline/backfill/driver.py": 150}  # what a newcomer reads first
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -251,6 +254,43 @@ def test_nothing_is_too_long_to_read() -> None:
             if isinstance(node, Function) and (node.end_lineno or 0) - node.lineno + 1 > MAX_FUNCTION_LINES:
                 too_long.append(f"{name}:{node.lineno}: {node.name} is over {MAX_FUNCTION_LINES} lines")
     assert too_long == []
+
+
+def parameters(function: Function) -> list[ast.arg]:
+    """All parameters of a function, without `self` and `cls`."""
+    given = function.args
+    extra = [item for item in (given.vararg, given.kwarg) if item is not None]
+    found = [*given.posonlyargs, *given.args, *given.kwonlyargs, *extra]
+    return [item for item in found if item.arg not in ("self", "cls")]
+
+
+def functions() -> Iterator[tuple[str, Function]]:
+    """All functions and methods, with their module and line."""
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, Function):
+                yield f"{name}:{node.lineno}: {node.name}", node
+
+
+def test_no_function_has_more_than_6_parameters() -> None:
+    """A command has one for each of its options."""
+    found = [
+        where
+        for where, function in functions()
+        if len(parameters(function)) > MAX_PARAMETERS
+        and not any("command(" in ast.unparse(mark) for mark in function.decorator_list)
+    ]
+    assert found == []
+
+
+def test_few_functions_take_the_whole_config() -> None:
+    """The others take their own sections of it."""
+    takers = [where for where, function in functions() if any(takes_config(item) for item in parameters(function))]
+    assert len(takers) <= MOST_CONFIG_PARAMETERS, takers
+
+
+def takes_config(parameter: ast.arg) -> bool:
+    return parameter.annotation is not None and bool(re.search(r"\bConfig\b", ast.unparse(parameter.annotation)))
 
 
 def test_there_are_no_catch_all_modules() -> None:

@@ -73,7 +73,11 @@ def expected_curve(config: Config, run: Run, plan: Plan) -> Outlook:
         return Outlook({}, (f"No estimate of the quality: it needs a probe set, and the run has none ({why}).",))
     rows = _queries(probe)
     first = plan.num_from_pairs / plan.num_gallery
-    names, curves = _shapes(config, run, rows is not None, first)
+    order = SimulatedOrder(resolve_policy(run, config.plan.policy), config.plan.group_boost, first)
+    shapes = _selected_shapes(run, order, config.plan.traffic, rows is not None)
+    if shapes is None:
+        shapes = curves_by_fold(held_out(config, run), order, config.gallery, config.seed, rows is not None)
+    names, curves = shapes
     sample, own = (0, ""), dict[str, Float64]()
     if rows is None:
         ends = _ends_by_agreement(probe, config.gallery.metric)
@@ -113,20 +117,17 @@ def distribution_shift_of(config: Config, run: Run, plan: Plan) -> DistributionS
     return distribution_shift(pairs.fold.pairs.old, probe.old, config.seed, (mine, gallery))
 
 
-def _shapes(config: Config, run: Run, labelled: bool, first: float) -> tuple[tuple[str, ...], Float64]:
-    """The metrics, and per fold of held-out pairs their curves under the run's order, (F, P, M).
-
-    The selection's curves are reused if it simulated this very order; `first` is the share embedded for the fit.
-    """
-    policy = resolve_policy(run, config.plan.policy)
-    boost, selection = config.plan.group_boost, read_selection(run)
-    plain = not boost and not config.plan.traffic and not first
-    as_selected = selection is not None and selection.chosen.policy == policy and selection.measured_on == "pairs"
-    if selection is not None and as_selected and plain and (labelled or "recall10" in selection.curves):
-        names = tuple(selection.curves)
-        return names, np.stack([np.array(selection.curves[name]) for name in names], axis=2)
-    order = SimulatedOrder(policy, boost, first)
-    return curves_by_fold(held_out(config, run), order, config.gallery, config.seed, labelled)
+def _selected_shapes(
+    run: Run, order: SimulatedOrder, traffic: bool, labelled: bool
+) -> tuple[tuple[str, ...], Float64] | None:
+    """The metrics and curves, (F, P, M), that the selection measured; None unless it simulated this very order."""
+    selection = read_selection(run)
+    if selection is None or selection.measured_on != "pairs" or selection.chosen.policy != order.policy:
+        return None
+    if order.group_boost or order.first or traffic or not (labelled or "recall10" in selection.curves):
+        return None
+    names = tuple(selection.curves)
+    return names, np.stack([np.array(selection.curves[name]) for name in names], axis=2)
 
 
 def curves_by_fold(

@@ -34,7 +34,7 @@ def check_settings(config: Config, dims: dict[str, int]) -> None:
     rows = {name: sum(part.num_rows for part in normalised.scan(item, dims)) for name, item in given.items()}
     images, sample = rows["gallery"], _check_sample(config.probe, config.gallery)
     check_widths(given, {name: normalised.widths(item) for name, item in given.items()})
-    sampled = _check_from_gallery(config, images, rows.get("pairs", 0), sample)
+    sampled = _check_from_gallery(config.pairs, images, rows.get("pairs", 0), sample)
     wave_sizes(config.plan.waves, images - sampled)
     training = num_training(rows.get("pairs", 0) + sampled, config.pairs.held_out_fraction)
     _check_training(config.fit, config.index, images, training, config.encoders.new.dim)
@@ -99,7 +99,7 @@ def check_images(config: Config, run: Run, folder: str, rows: Manifest) -> None:
     )
 
 
-def _check_from_gallery(config: Config, images: int, given: int, sample: Sample | None) -> int:
+def _check_from_gallery(pairs: PairsSettings, images: int, given: int, sample: Sample | None) -> int:
     """The number of pairs that will be drawn from the gallery.
 
     Raises:
@@ -110,7 +110,7 @@ def _check_from_gallery(config: Config, images: int, given: int, sample: Sample 
     from training.fitting.pairs import check_enough
 
     probed = 0 if sample is None else len(sample.rows)
-    wanted, most = config.pairs.num_from_gallery(images, probed), min(images // 2, images - probed)
+    wanted, most = pairs.num_from_gallery(images, probed), min(images // 2, images - probed)
     if wanted > most:
         raise ConfigError(
             "pairs.from_gallery is larger than the gallery allows",
@@ -118,10 +118,8 @@ def _check_from_gallery(config: Config, images: int, given: int, sample: Sample 
             found=wanted,
             where="pairs.from_gallery",
         )
-    names = [config.pairs.manifest] if isinstance(config.pairs.manifest, str) else config.pairs.manifest or ()
-    from_gallery = (
-        [f"{wanted} of the gallery's {images} images (pairs.from_gallery)"] if config.pairs.uses_gallery else []
-    )
+    names = [pairs.manifest] if isinstance(pairs.manifest, str) else pairs.manifest or ()
+    from_gallery = [f"{wanted} of the gallery's {images} images (pairs.from_gallery)"] if pairs.uses_gallery else []
     check_enough(given + wanted, ", ".join([*names, *from_gallery]))
     return wanted
 

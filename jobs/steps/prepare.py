@@ -74,9 +74,8 @@ class RunSteps:
         from pipeline.embedding.precompute import embed_missing
         from pipeline.embedding.stream import StreamSettings
         from pipeline.planning.plan import read_plan
-        from training.fitting.pairs import pair_folders
 
-        probe, pairs = self._probe(), pair_folders(self.config, self.run)
+        probe, pairs = self._probe(), self._pairs()
         folders = probe if read_plan(self.run) is not None else [*pairs, "gallery", *probe]
         embed_missing(self.run, folders, self.config.encoders, StreamSettings.of(self.config), self.bars.images)
 
@@ -84,9 +83,8 @@ class RunSteps:
         """Compute the embeddings of the pairs and the probe set, which a fit needs."""
         from pipeline.embedding.precompute import embed_missing
         from pipeline.embedding.stream import StreamSettings
-        from training.fitting.pairs import pair_folders
 
-        folders = [*self._probe(), *pair_folders(self.config, self.run)]
+        folders = [*self._probe(), *self._pairs()]
         embed_missing(self.run, folders, self.config.encoders, StreamSettings.of(self.config), self.bars.images)
 
     def _probe(self) -> list[str]:
@@ -95,7 +93,14 @@ class RunSteps:
         from pipeline.run import PROBE_SET
         from pipeline.sampling.probe_draw import draw
 
-        return [] if draw(self.config, self.run) is None or is_gathered(self.run) else [PROBE_SET]
+        drawn = draw(self.run, self.config.gallery, self.config.pairs, self.config.probe)
+        return [] if drawn is None or is_gathered(self.run) else [PROBE_SET]
+
+    def _pairs(self) -> list[str]:
+        """The folders of the pairs; the gallery's pairs are drawn if they are not yet."""
+        from training.fitting.pairs import pair_folders
+
+        return pair_folders(self.run, self.config.gallery, self.config.pairs, self.config.probe)
 
     def fit(self) -> TransformationInfo:
         """Embed the pairs and fit the transformation.

@@ -12,7 +12,8 @@ from jobs.shell.ray_session import start_ray
 
 if TYPE_CHECKING:
     from pipeline.backfill.repair import Repair
-    from pipeline.config.tree import Config
+    from pipeline.config.tree import EncodersSettings
+    from pipeline.embedding.stream import StreamSettings
     from pipeline.planning.plan import Plan
     from pipeline.run import Run
 
@@ -30,6 +31,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """
     from pipeline.backfill.repair import Repair, repair
     from pipeline.config.identity import check_resumable, weight_fingerprints
+    from pipeline.embedding.stream import StreamSettings
     from pipeline.index.train_codebook import train_for_run
     from pipeline.planning.plan import read_plan
     from pipeline.reporting.audit import audit
@@ -51,7 +53,7 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
                 )
 
             done = repair(run, plan, report.problems, train)
-            _embed(config, run, plan, done)
+            _embed(run, plan, done, config.encoders, StreamSettings.of(config))
             report = audit(config.run)
     if as_json:
         print_json({"ok": report.ok, **asdict(done), "problems": [asdict(item) for item in report.problems]})
@@ -60,12 +62,12 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     sys.exit(0 if report.ok else 1)
 
 
-def _embed(config: Config, run: Run, plan: Plan, done: Repair) -> None:
+def _embed(run: Run, plan: Plan, done: Repair, encoders: EncodersSettings, settings: StreamSettings) -> None:
     """Embed images of moved parts again: units of published waves, and images of manifests."""
     from jobs.shell.progress_bars import Bars
     from pipeline.backfill.repair import units_of
     from pipeline.embedding.precompute import embed_missing
-    from pipeline.embedding.stream import StreamSettings, Work, embed_stream
+    from pipeline.embedding.stream import Work, embed_stream
     from pipeline.index.tags import list_commits
     from pipeline.planning import log_pairs
     from pipeline.planning.plan import FROM_PAIRS
@@ -76,13 +78,12 @@ def _embed(config: Config, run: Run, plan: Plan, done: Repair) -> None:
     if not units and not done.folders and not copied:
         return
     start_ray()
-    settings = StreamSettings.of(config)
     with Bars(console()) as bars:
         total, count = sum(unit.images for unit in units), 0
-        for _, ack in embed_stream([Work(config.encoders.new, plan.log(run), units)], settings):
+        for _, ack in embed_stream([Work(encoders.new, plan.log(run), units)], settings):
             count += ack.embedded + ack.rejected
             bars.images("embed again", count, total)
-        embed_missing(run, done.folders, config.encoders, settings, bars.images)
+        embed_missing(run, done.folders, encoders, settings, bars.images)
     log_pairs.write(run, plan)
 
 

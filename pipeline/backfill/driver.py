@@ -73,7 +73,7 @@ def backfill(
         report()
         publisher.submit_all(tracker.whole_waves())
         units = tracker.pending(run) if publisher.stopped is None else []
-        for ack in _embed(config, Work(config.encoders.new, log, units)):
+        for ack in _embed(StreamSettings.of(config), Work(config.encoders.new, log, units)):
             tracker.add(ack)
             publisher.expect(ack)
             publisher.submit_all(tracker.whole_waves())
@@ -120,8 +120,8 @@ def open_publisher(config: Config, run: Run, plan: Plan, stop: Stop | None = Non
     return Publisher(writer, Sealer(run, plan, *codebook), promotion, empty, last)
 
 
-def _embed(config: Config, work: Work) -> Iterator[UnitAck]:
+def _embed(settings: StreamSettings, work: Work) -> Iterator[UnitAck]:
     with telemetry.RUNNING.track_inprogress():
-        for _, ack in embed_stream([work], StreamSettings.of(config)):
+        for _, ack in embed_stream([work], settings):
             telemetry.observe_unit(ack)
             yield ack

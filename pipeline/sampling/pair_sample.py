@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 
 from pipeline import parallel
 from pipeline.arrays import Float32, Int64, vectors_from_arrow
-from pipeline.config.tree import Config
+from pipeline.config.method import ProbeSettings
+from pipeline.config.tree import GallerySettings, PairsSettings
 from pipeline.embedding import vector_log
 from pipeline.embedding.reject_rules import manifest_log
 from pipeline.errors import DataError
@@ -30,7 +31,7 @@ _MOST_LABELS = 10_000  # with more labels the sample ignores them: at random eac
 _ORDER = [(name, "ascending") for name in ("uri", "offset", "row", "id")]  # neighbours are read together
 
 
-def draw(config: Config, run: Run) -> Manifest | None:
+def draw(run: Run, gallery: GallerySettings, pairs: PairsSettings, probe: ProbeSettings) -> Manifest | None:
     """Draw the images and write a normalised manifest of them; None if no pairs come from the gallery.
 
     Each label has its share, and no image is in the probe set, which is drawn first. A drawn sample is kept: if the
@@ -39,21 +40,21 @@ def draw(config: Config, run: Run) -> Manifest | None:
     Raises:
         DataError, IncompatibleRun: as `probe_draw.draw`.
     """
-    probe_draw.draw(config, run)
-    gallery, done = normalised.read_manifest(run, "gallery"), normalised.read_manifest(run, GALLERY_PAIRS)
-    assert gallery is not None, "the gallery is normalised before images are drawn from it"
+    probe_draw.draw(run, gallery, pairs, probe)
+    images, done = normalised.read_manifest(run, "gallery"), normalised.read_manifest(run, GALLERY_PAIRS)
+    assert images is not None, "the gallery is normalised before images are drawn from it"
     if done is None:
-        probe = normalised.ids_of(run, PROBE_SET)
-        count = min(config.pairs.num_from_gallery(gallery.num_rows, len(probe)), gallery.num_rows - len(probe))
+        probed = normalised.ids_of(run, PROBE_SET)
+        count = min(pairs.num_from_gallery(images.num_rows, len(probed)), images.num_rows - len(probed))
         if not count:
             return None
-        ids = _choose(run, gallery, count, probe)
-    elif normalised.is_drawn_from(done, gallery):
+        ids = _choose(run, images, count, probed)
+    elif normalised.is_drawn_from(done, images):
         return done
     else:
         ids = normalised.ids_of(run, GALLERY_PAIRS)
-    found = parallel.each(_rows_of, (run, ids), range(len(gallery.rows)), gallery.num_rows)
-    return normalised.write_drawn(run, GALLERY_PAIRS, gallery, pa.concat_tables(found).sort_by(_ORDER))
+    found = parallel.each(_rows_of, (run, ids), range(len(images.rows)), images.num_rows)
+    return normalised.write_drawn(run, GALLERY_PAIRS, images, pa.concat_tables(found).sort_by(_ORDER))
 
 
 def embedded_ids(run: Run) -> Int64:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from pipeline import parallel
 from pipeline.arrays import Int64
-from pipeline.config.tree import Config
+from pipeline.config.method import ProbeSettings
+from pipeline.config.tree import GallerySettings, PairsSettings
 from pipeline.errors import IncompatibleRun
 from pipeline.hashing import splitmix64
 from pipeline.manifest import normalised
@@ -33,7 +34,7 @@ def size(wanted: int, num_gallery: int) -> int:
     return min(wanted, max(_LEAST, num_gallery // _SHARE), num_gallery)
 
 
-def draw(config: Config, run: Run) -> Manifest | None:
+def draw(run: Run, gallery: GallerySettings, pairs: PairsSettings, probe: ProbeSettings) -> Manifest | None:
     """Draw the images and write a normalised manifest of them; None if `probe.images` is 0.
 
     They are the images of the user's sample with its labels, or else drawn at random. A drawn set is kept: if the
@@ -43,24 +44,24 @@ def draw(config: Config, run: Run) -> Manifest | None:
         DataError: the sample cannot be used, or names images that the gallery does not have.
         IncompatibleRun: the set was drawn with another sample, or with none.
     """
-    if not config.probe.images:
+    if not probe.images:
         return None
-    gallery, done = normalised.read_manifest(run, "gallery"), normalised.read_manifest(run, PROBE_SET)
-    assert gallery is not None, "the gallery is normalised before images are drawn from it"
-    sample = None if config.probe.manifest is None else read_sample(config.probe)
+    images, done = normalised.read_manifest(run, "gallery"), normalised.read_manifest(run, PROBE_SET)
+    assert images is not None, "the gallery is normalised before images are drawn from it"
+    sample = None if probe.manifest is None else read_sample(probe)
     digest = "" if sample is None else sample.digest
     if done is not None:
         _check_sample(run, done.sample, digest)
-        if normalised.is_drawn_from(done, gallery):
+        if normalised.is_drawn_from(done, images):
             return done
     if sample is None:
-        pairs = normalised.ids_of(run, GALLERY_PAIRS)  # empty if the set is drawn at the start of the run
-        room = gallery.num_rows - max(len(pairs), config.pairs.num_from_gallery(gallery.num_rows))
-        count = done.num_rows if done is not None else max(1, min(size(config.probe.images, gallery.num_rows), room))
-        rows = _by_chance(run, gallery, count, pairs)
+        drawn = normalised.ids_of(run, GALLERY_PAIRS)  # empty if the set is drawn at the start of the run
+        room = images.num_rows - max(len(drawn), pairs.num_from_gallery(images.num_rows))
+        count = done.num_rows if done is not None else max(1, min(size(probe.images, images.num_rows), room))
+        rows = _by_chance(run, images, count, drawn)
     else:
-        rows = find_rows(run, gallery, sample, config.gallery.columns.id)
-    return normalised.write_drawn(run, PROBE_SET, gallery, rows.sort_by("id"), digest)
+        rows = find_rows(run, images, sample, gallery.columns.id)
+    return normalised.write_drawn(run, PROBE_SET, images, rows.sort_by("id"), digest)
 
 
 def _check_sample(run: Run, drawn: str, given: str) -> None:

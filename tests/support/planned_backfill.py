@@ -31,11 +31,10 @@ from pipeline.planning.plan import Plan
 from pipeline.planning.policy_inputs import HeldOutPairs, build_policy_inputs
 from pipeline.reporting.progress import Progress
 from pipeline.run import GALLERY_PAIRS, Run
-from pipeline.sampling import pair_sample
-from pipeline.sampling.probe_draw import draw
 from pipeline.schema import UnitAck
 from pipeline.storage import objects, parquet
 from tests.support.in_process import plan_in_process
+from tests.support.sample import draw_pairs, draw_probe
 from tests.support.synthetic_run import Known, Options, known, make_run
 
 WAVES = 5
@@ -107,13 +106,13 @@ def begin(folder: Path, from_gallery: int = 0, given: bool = True) -> Scene:
     objects.put(run.part("pairs/train", 0), parquet.parquet_bytes(pairs.schema, [pairs]))
     _write_transformation(config, run, images)
     objects.delete(run.plan)
-    encoder, sample = Encoder(images), pair_sample.draw(config, run)
+    encoder, sample = Encoder(images), draw_pairs(config, run)
     if sample is not None and not given:
         log = embedding_log(config.encoders, run, GALLERY_PAIRS, "new")
         work = Work(config.encoders.new, log, normalised.units(run, GALLERY_PAIRS, sample))
         assert len(list(encoder.stream([work], StreamSettings.of(config)))) == len(work.units)
     plan = build.make_plan(config, run)
-    assert (draw(config, run) is not None) == given
+    assert (draw_probe(config, run) is not None) == given
     return Scene(config, run, plan, encoder)
 
 

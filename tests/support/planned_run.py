@@ -22,8 +22,8 @@ from pipeline.planning.plan import Plan, read_plan
 from pipeline.planning.policy_inputs import HeldOutPairs, PolicyInputs, build_policy_inputs
 from pipeline.planning.selection_result import Selection
 from pipeline.run import Run
-from pipeline.sampling.probe_draw import draw
 from pipeline.storage import objects, parquet
+from tests.support.sample import draw_probe
 from tests.support.synthetic_run import Known, Options, known, make_run
 from training.fitting.learner import PairArrays
 from training.fitting.pairs import Pairs
@@ -105,7 +105,7 @@ def planned(
     paired = replace(images, labels=[label or "none" for label in images.labels or [None] * len(images.ids)])
     write_pairs(run, paired, labelled_pairs)
     save(run, images, None, selected)
-    assert (draw(config, run) is None) == (probe == 0)
+    assert (draw_probe(config, run) is None) == (probe == 0)
     plan = read_plan(run)
     assert plan is not None
     return config, run, plan

@@ -1,4 +1,4 @@
-"""A labelled sample of a synthetic gallery, for tests of what is made of it."""
+"""A labelled sample of a synthetic gallery, and the images that a run draws, for tests of what is made of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import pyarrow.parquet as pq
 
 from pipeline.config.method import ProbeSettings
 from pipeline.config.tree import Config
+from pipeline.manifest.normalised import Manifest
+from pipeline.run import Run
+from pipeline.sampling import pair_sample, probe_draw
 
 
 def put_sample(
@@ -22,3 +25,13 @@ def put_sample(
     probe = ProbeSettings.model_validate({"images": images, "manifest": str(path), "columns": columns or {}})
     named = config.gallery.columns.model_copy(update={"id": "id"})
     return config.model_copy(update={"probe": probe, "gallery": config.gallery.model_copy(update={"columns": named})})
+
+
+def draw_probe(config: Config, run: Run) -> Manifest | None:
+    """The probe set of a config."""
+    return probe_draw.draw(run, config.gallery, config.pairs, config.probe)
+
+
+def draw_pairs(config: Config, run: Run) -> Manifest | None:
+    """The gallery's pairs of a config."""
+    return pair_sample.draw(run, config.gallery, config.pairs, config.probe)

@@ -19,10 +19,9 @@ from pipeline.evaluation.gallery_arrays import labelled_sample
 from pipeline.evaluation.metrics import EvaluateOptions, evaluate
 from pipeline.evaluation.probe_set import gather, load
 from pipeline.planning.selection_result import Selection, TrialResult
-from pipeline.sampling.probe_draw import draw
 from pipeline.storage import documents, objects
 from tests.support.planned_run import HELD_OUT, config_of, labels_of, pairs_of, planned, write_pairs
-from tests.support.sample import put_sample
+from tests.support.sample import draw_probe, put_sample
 from tests.support.synthetic_run import known
 from training.forecast import Labelled, Outlook, SimulatedOrder, _own, curves_by_fold, ends_of, expected_curve
 from training.simulation.folds import by_chance
@@ -224,7 +223,7 @@ def test_forecast_with_a_sample_of_a_partly_labelled_gallery_searches_the_sample
     pairs = [name if row < labelled else None for row, name in enumerate(names[:300])]
     config = put_sample(config, tmp_path, id=images.ids[:300], label=pairs)
     write_pairs(run, images, labelled=True)
-    assert draw(config, run) is not None
+    assert draw_probe(config, run) is not None
     found = expected_curve(config, run, plan)
     assert represented(found) == f"{labelled} of the gallery's images (the labelled images of probe.manifest)"
     z, new, truth = images.transformed[:labelled], images.embedded[:labelled], np.array(names[:labelled])

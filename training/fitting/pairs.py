@@ -20,8 +20,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.arrays import Float32, Int64, vectors_from_arrow, vectors_to_arrow
-from pipeline.config.method import ClassifierSettings, FitSettings
-from pipeline.config.tree import Config
+from pipeline.config.method import ClassifierSettings, FitSettings, ProbeSettings
+from pipeline.config.tree import BackfillSettings, Config, EncodersSettings, GallerySettings, PairsSettings
 from pipeline.embedding import reject_rules
 from pipeline.embedding.precompute import OnUnits, embed_missing, embedding_log, read_embeddings
 from pipeline.embedding.stream import StreamSettings
@@ -76,9 +76,9 @@ def build_pairs(config: Config, run: Run, on_units: OnUnits = lambda what, done,
     done = objects.read_versioned(_marker(run))
     if done is not None:
         return documents.parse(Pairs, done[0], _marker(run), documents.REDO)
-    folders = pair_folders(config, run)
+    folders = pair_folders(run, config.gallery, config.pairs, config.probe)
     embed_missing(run, folders, config.encoders, StreamSettings.of(config), on_units)
-    tables = [_join_folder(config, run, folder) for folder in folders]
+    tables = [_join_folder(run, folder, config.encoders, config.backfill) for folder in folders]
     table, rejected = _together([table for table, _ in tables]), sum(bad for _, bad in tables)
     check_enough(table.num_rows, f"{', '.join(map(run.path, folders))}; {rejected} images cannot be read")
     labels, num_classes, label_names = _codes(table["label"])
@@ -108,12 +108,12 @@ def build_pairs(config: Config, run: Run, on_units: OnUnits = lambda what, done,
     return pairs
 
 
-def pair_folders(config: Config, run: Run) -> list[str]:
+def pair_folders(run: Run, gallery: GallerySettings, pairs: PairsSettings, probe: ProbeSettings) -> list[str]:
     """The folders of the pairs' manifests; the gallery's pairs are drawn if they are not yet (`pair_sample.draw`)."""
-    given = [] if config.pairs.manifest is None else ["pairs"]
-    if not config.pairs.uses_gallery:
+    given = [] if pairs.manifest is None else ["pairs"]
+    if not pairs.uses_gallery:
         return given
-    return given if pair_sample.draw(config, run) is None else [*given, GALLERY_PAIRS]
+    return given if pair_sample.draw(run, gallery, pairs, probe) is None else [*given, GALLERY_PAIRS]
 
 
 def check_enough(num_pairs: int, where: str) -> None:
@@ -179,14 +179,14 @@ def num_training(num_pairs: int, held_out_fraction: float) -> int:
     return num_pairs - max(MIN_HELD_OUT, math.floor(num_pairs * held_out_fraction + 0.5))
 
 
-def _join_folder(config: Config, run: Run, folder: str) -> tuple[pa.Table, int]:
+def _join_folder(run: Run, folder: str, encoders: EncodersSettings, backfill: BackfillSettings) -> tuple[pa.Table, int]:
     """The pairs of a manifest, and how many of its images cannot be read; a DataError if these are too many."""
     rows = normalised.read_manifest(run, folder)
     assert rows is not None, f"the {folder} manifest is normalised before its images are embedded"
-    logs = {role: embedding_log(config.encoders, run, folder, role) for role in ("old", "new")}
+    logs = {role: embedding_log(encoders, run, folder, role) for role in ("old", "new")}
     table = pa.concat_tables([_join(run, folder, part, logs) for part in range(len(rows.rows))])
     rejected = rows.num_rows - table.num_rows
-    reject_rules.check_manifest(rejected, rows.num_rows, config.backfill, folder, run.path(folder))
+    reject_rules.check_manifest(rejected, rows.num_rows, backfill, folder, run.path(folder))
     return table, rejected
 
 

@@ -24,8 +24,8 @@ from pipeline.index import commits, tags
 from pipeline.models.calibration import fit_calibration
 from pipeline.planning.plan import read_plan
 from pipeline.run import Run
-from pipeline.sampling.probe_draw import draw
 from pipeline.storage import objects, parquet
+from tests.support.sample import draw_probe
 from tests.support.synthetic_run import Known, Options, known, make_run, storage_waves
 
 LAST = 4
@@ -35,7 +35,7 @@ def probed(folder: Path, images: Known, **options: Any) -> tuple[Config, Run]:
     """A run whose commits are all published and not judged yet; its probe set is drawn."""
     config, run = make_run(folder, images, Options(waves=LAST, new_in_manifest=True, **options))
     objects.delete_files([run.tag("prod")])
-    assert draw(config, run) is not None
+    assert draw_probe(config, run) is not None
     return config, run
 
 

@@ -23,9 +23,8 @@ from pipeline.index import commits
 from pipeline.models.calibration import fit_calibration
 from pipeline.planning.plan import read_plan
 from pipeline.run import Run
-from pipeline.sampling.probe_draw import draw
 from pipeline.storage import documents
-from tests.support.sample import put_sample
+from tests.support.sample import draw_probe, put_sample
 from tests.support.synthetic_run import Known, Options, known, make_run, storage_waves
 
 LAST = 4
@@ -45,7 +44,7 @@ def sample_of(images: Known, size: int = 200, labelled: int = 200) -> tuple[Int6
 
 def settled(config: Config, run: Run, stop: Iterable[str] = ()) -> Promotion:
     """Every commit of the run judged, as the driver does that publishes it."""
-    assert draw(config, run) is not None
+    assert draw_probe(config, run) is not None
     plan = read_plan(run)
     assert plan is not None
     gate = Promotion(config, run, plan, Stop([parse(text) for text in stop]))
@@ -192,7 +191,7 @@ def test_a_sample_stands_alone_where_one_image_of_the_gallery_has_no_label(tmp_p
         labels: list[Any] = [None if row == missing else label for row, label in enumerate(images.labels)]
         config, run = make_run(tmp_path / name, replace(images, labels=labels), OPTIONS)
         config = put_sample(config, tmp_path / name, id=images.ids[:200], label=images.labels[:200])
-        assert draw(config, run) is not None
+        assert draw_probe(config, run) is not None
         plan = read_plan(run)
         assert plan is not None
         found[name] = stands_alone(run, plan, probe_of(config, run))
@@ -222,7 +221,7 @@ def test_sample_without_two_labels_is_measured_by_recall10(tmp_path: Path, label
 
 def test_a_reference_from_before_there_were_samples_is_read(tmp_path: Path) -> None:
     config, run = make_run(tmp_path, known(300), OPTIONS)
-    assert draw(config, run) is not None
+    assert draw_probe(config, run) is not None
     plan, probe = read_plan(run), probe_of(config, run)
     assert plan is not None
     made = probe_metrics.baseline_of(config.encoders, config.gallery.metric, run, plan, probe)

@@ -21,10 +21,10 @@ from pipeline.evaluation.probe_set import ProbeSet, embedded, gather
 from pipeline.manifest import normalised
 from pipeline.planning.plan import read_plan
 from pipeline.run import Run
-from pipeline.sampling.probe_draw import draw, size
+from pipeline.sampling.probe_draw import size
 from pipeline.schema import embedded_schema, manifest_schema
 from pipeline.storage import objects, parquet
-from tests.support.sample import put_sample
+from tests.support.sample import draw_probe, put_sample
 from tests.support.synthetic_run import Known, Options, known, make_run
 
 
@@ -34,7 +34,7 @@ def drawn(folder: Path, images: Known, options: Options | None = None, wanted: i
     config = config.model_copy(update={"probe": config.probe.model_copy(update={"images": wanted})})
     plan = read_plan(run)
     assert plan is not None
-    assert draw(config, run) is not None
+    assert draw_probe(config, run) is not None
     found = gather(config.probe, config.encoders, run, plan)
     assert found is not None
     return run, found
@@ -113,7 +113,7 @@ def made_by_encoders(folder: Path, images: Known, **options: bool) -> tuple[Conf
 def test_old_embeddings_that_were_computed_are_found_in_its_own_log(tmp_path: Path) -> None:
     images = known(600)
     config, run = made_by_encoders(tmp_path, images, new_in_manifest=True)
-    assert draw(config, run) is not None
+    assert draw_probe(config, run) is not None
     ids = parquet.read_parquet(run.part("probe-set", 0), ["id"])["id"].to_numpy()
     assert embedded(config.probe, config.encoders, run) is None, "no old embedding is there yet"
     log(run, images, ids[5:])  # the old encoder could not read the others
@@ -130,7 +130,7 @@ def test_probe_set_finds_its_new_embeddings_without_a_plan(tmp_path: Path) -> No
     images = known(600)
     config, run = made_by_encoders(tmp_path, images)
     assert embedded(config.probe, config.encoders, run) is None, "nothing is drawn"
-    assert draw(config, run) is not None
+    assert draw_probe(config, run) is not None
     objects.delete(run.plan)
     ids = parquet.read_parquet(run.part("probe-set", 0), ["id"])["id"].to_numpy()
     log(run, images, ids[3:])
@@ -159,7 +159,7 @@ def test_side_information_of_the_gallery_comes_with_it(tmp_path: Path) -> None:
         side = np.stack([rows["id"].to_numpy(), -rows["id"].to_numpy()], axis=1).astype(np.float32)
         rows = rows.append_column("side", vectors_to_arrow(side))
         objects.put(run.part("gallery", part), parquet.parquet_bytes(manifest_schema(gallery.dims), [rows]))
-    assert draw(config, run) is not None
+    assert draw_probe(config, run) is not None
     found = embedded(config.probe, config.encoders, run)
     assert found is not None
     np.testing.assert_array_equal(vectors_from_arrow(found["side"])[:, 0], found["id"].to_numpy())
@@ -184,7 +184,7 @@ def test_probe_set_once_drawn_ignores_later_settings(tmp_path: Path) -> None:
     run, before = drawn(tmp_path, known(600), wanted=50)
     config, _ = make_run(tmp_path, known(600), Options(new_in_manifest=True, commits=False))
     files = {uri: objects.read_bytes(uri) for uri in objects.list_files(run.path("probe-set"))}
-    assert draw(config, run) is not None
+    assert draw_probe(config, run) is not None
     assert {uri: objects.read_bytes(uri) for uri in objects.list_files(run.path("probe-set"))} == files
     assert len(before.ids) == 50
 
@@ -196,7 +196,7 @@ def test_images_that_were_moved_are_found_where_they_are_now(tmp_path: Path) -> 
     assert gallery is not None
     moved = replace(gallery, root="/elsewhere")
     objects.put(run.path("gallery", "manifest.json"), manifest_json(moved))
-    again = draw(config, run)
+    again = draw_probe(config, run)
     assert again is not None
     assert (again.root, again.num_rows) == ("/elsewhere", 50)
     ids = parquet.read_parquet(run.part("probe-set", 0), ["id"])["id"].to_numpy()
@@ -232,7 +232,7 @@ def test_a_sample_s_images_are_the_set_with_the_sample_s_labels(tmp_path: Path, 
     labels = [f"own {row % 4}" if row % 5 else None for row in rows]
     ids = [f"image {image}" for image in images.ids[rows]] if strings else images.ids[rows]
     config = put_sample(config, tmp_path, id=ids, label=labels, images=30)  # fewer than are named
-    found = draw(config, run)
+    found = draw_probe(config, run)
     assert found is not None
     assert found.num_rows == 250
     plan = read_plan(run)
@@ -254,7 +254,7 @@ def test_a_sample_s_groups_go_before_the_gallery_s_where_their_column_is_named(t
     config, run = make_run(tmp_path, images, OPTIONS)
     groups = [None if image % 2 else "even" for image in images.ids]
     config = put_sample(config, tmp_path, id=images.ids, label=[1] * 60, country=groups, columns={"group": "country"})
-    assert draw(config, run) is not None
+    assert draw_probe(config, run) is not None
     rows = drawn_rows(run)
     assert rows["group"].to_pylist() == [None if image % 2 else "even" for image in rows["id"].to_pylist()]
     assert set(rows["label"].to_pylist()) == {"1"}
@@ -263,7 +263,7 @@ def test_a_sample_s_groups_go_before_the_gallery_s_where_their_column_is_named(t
 def test_probe_set_with_0_images_ignores_the_sample(tmp_path: Path) -> None:
     config, run = make_run(tmp_path, known(60), OPTIONS)
     config = put_sample(config, tmp_path, id=[-1], label=[None], images=0)
-    assert draw(config, run) is None
+    assert draw_probe(config, run) is None
     assert normalised.read_manifest(run, "probe-set") is None
 
 
@@ -276,9 +276,9 @@ def test_images_that_the_gallery_does_not_have_are_named_and_nothing_is_drawn(tm
     config = put_sample(config, tmp_path, id=named, label=["a"] * 10)
     shown = "image 10000, image 10001, image 10002" if strings else "10000, 10001, 10002"
     with pytest.raises(DataError, match=f"not in the gallery\n(.*\n)*  found: 4 of 10 ids are .*: {shown}, ...\n"):
-        draw(config, run)
+        draw_probe(config, run)
     assert objects.list_files(run.path("probe-set")) == []
-    draw(put_sample(config, tmp_path, id=named[:6], label=["a"] * 6), run)
+    draw_probe(put_sample(config, tmp_path, id=named[:6], label=["a"] * 6), run)
     assert drawn_rows(run).num_rows == 6
 
 
@@ -288,7 +288,7 @@ def test_ids_of_another_kind_than_the_gallery_s_are_refused(tmp_path: Path, stri
     config, run = make_run(tmp_path, images, replace(OPTIONS, keys=strings))
     ids = images.ids[:9] if strings else [f"image {image}" for image in images.ids[:9]]
     with pytest.raises(DataError, match=f"another type than the gallery's\n(.*\n)*  found: {found}"):
-        draw(put_sample(config, tmp_path, id=ids, label=["a"] * 9), run)
+        draw_probe(put_sample(config, tmp_path, id=ids, label=["a"] * 9), run)
 
 
 def test_a_gallery_without_ids_has_no_sample(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_a_gallery_without_ids_has_no_sample(tmp_path: Path) -> None:
     columns = config.gallery.columns.model_copy(update={"id": None})
     config = config.model_copy(update={"gallery": config.gallery.model_copy(update={"columns": columns})})
     with pytest.raises(DataError, match=r"a probe sample needs a gallery with ids(.|\n)*gallery.columns.id"):
-        draw(config, run)
+        draw_probe(config, run)
 
 
 def sampled(config: Config, folder: Path, images: Known, rows: Int64, **changes: str) -> Config:
@@ -308,16 +308,16 @@ def sampled(config: Config, folder: Path, images: Known, rows: Int64, **changes:
 def test_a_run_goes_on_with_the_sample_s_content_wherever_it_lies(tmp_path: Path) -> None:
     images, rows = known(60), np.arange(20)
     config, run = make_run(tmp_path / "run", images, OPTIONS)
-    first = draw(sampled(config, tmp_path / "here", images, rows), run)
+    first = draw_probe(sampled(config, tmp_path / "here", images, rows), run)
     files = {uri: objects.read_bytes(uri) for uri in objects.list_files(run.path("probe-set"))}
     assert first is not None
     assert first.sample
-    assert draw(sampled(config, tmp_path / "there", images, rows[::-1]), run) == first
+    assert draw_probe(sampled(config, tmp_path / "there", images, rows[::-1]), run) == first
     assert {uri: objects.read_bytes(uri) for uri in objects.list_files(run.path("probe-set"))} == files
     gallery = normalised.read_manifest(run, "gallery")
     assert gallery is not None
     objects.put(run.path("gallery", "manifest.json"), manifest_json(replace(gallery, root="/elsewhere")))
-    again = draw(sampled(config, tmp_path / "here", images, rows), run)
+    again = draw_probe(sampled(config, tmp_path / "here", images, rows), run)
     assert again == replace(first, root="/elsewhere")
     assert drawn_rows(run)["label"].to_pylist() == ["a"] * 20
 
@@ -325,7 +325,7 @@ def test_a_run_goes_on_with_the_sample_s_content_wherever_it_lies(tmp_path: Path
 def test_a_run_does_not_go_on_with_another_sample(tmp_path: Path) -> None:
     images, rows = known(60), np.arange(20)
     config, run = make_run(tmp_path, images, OPTIONS)
-    draw(sampled(config, tmp_path, images, rows), run)
+    draw_probe(sampled(config, tmp_path, images, rows), run)
     others = {
         "another sample": [
             sampled(config, tmp_path / "label", images, rows, **{str(images.ids[3]): "b"}),
@@ -336,18 +336,18 @@ def test_a_run_does_not_go_on_with_another_sample(tmp_path: Path) -> None:
     for found, configs in others.items():
         for other in configs:
             with pytest.raises(IncompatibleRun, match=rf"drawn already(.|\n)*found: {found}(.|\n)*--new-run"):
-                draw(other, run)
+                draw_probe(other, run)
 
 
 def test_a_sample_is_not_added_to_a_run_that_has_drawn_its_set(tmp_path: Path) -> None:
     images = known(60)
     config, run = make_run(tmp_path, images, OPTIONS)
-    before = draw(config, run)
+    before = draw_probe(config, run)
     assert before is not None
     old = {name: value for name, value in asdict(before).items() if name != "sample"}  # before there were samples
     objects.put(run.path("probe-set", "manifest.json"), json.dumps(old).encode())
-    assert draw(config, run) == before
+    assert draw_probe(config, run) == before
     with pytest.raises(IncompatibleRun, match=r"at random\n  found: a sample, of digest(.|\n)*--new-run"):
-        draw(sampled(config, tmp_path, images, np.arange(20)), run)
+        draw_probe(sampled(config, tmp_path, images, np.arange(20)), run)
     off = config.model_copy(update={"probe": config.probe.model_copy(update={"images": 0})})
-    assert draw(off, run) is None
+    assert draw_probe(off, run) is None

@@ -17,9 +17,9 @@ from pipeline.config.tree import Config, PairsSettings
 from pipeline.errors import DataError
 from pipeline.manifest import normalised
 from pipeline.run import GALLERY_PAIRS, PROBE_SET, Run
-from pipeline.sampling.pair_sample import draw, embedded_ids, read_new
+from pipeline.sampling.pair_sample import embedded_ids, read_new
 from pipeline.storage import objects, parquet
-from tests.support.sample import put_sample
+from tests.support.sample import draw_pairs, put_sample
 from tests.support.synthetic_run import Known, Options, known, make_run
 
 PINNED = [55, 130, 139, 145, 183]
@@ -62,8 +62,8 @@ def test_draw_takes_the_same_images_however_the_gallery_is_ordered(tmp_path: Pat
     order = np.random.default_rng(0).permutation(300)
     assert images.labels is not None
     other = replace(images, ids=images.ids[order], labels=[images.labels[row] for row in order])
-    draw(*(one := scene(tmp_path / "one", images)))
-    draw(*(two := scene(tmp_path / "two", other)))
+    draw_pairs(*(one := scene(tmp_path / "one", images)))
+    draw_pairs(*(two := scene(tmp_path / "two", other)))
     assert len(ids(one[1])) == 60
     assert ids(one[1]) == ids(two[1])
     assert ids(one[1])[:5] == PINNED
@@ -72,7 +72,7 @@ def test_draw_takes_the_same_images_however_the_gallery_is_ordered(tmp_path: Pat
 def test_draw_gives_each_label_its_share_to_one_image_and_no_image_of_the_probe_set(tmp_path: Path) -> None:
     images = known(600, num_labels=7)
     config, run = scene(tmp_path, images, 150, 100)
-    assert draw(config, run) is not None
+    assert draw_pairs(config, run) is not None
     probe = set(ids(run, PROBE_SET))
     assert len(probe) == 100
     assert not probe & set(ids(run))
@@ -91,7 +91,7 @@ def test_draw_of_a_gallery_with_few_labels_or_too_many_is_of_the_size_that_is_wa
     images = known(300)
     names = [None if labels == "none" or (labels == "some" and row % 3) else f"{row}" for row in range(300)]
     config, run = scene(tmp_path, replace(images, labels=names), 60, 0)  # type: ignore[arg-type] # as `Known` may be
-    drawn = draw(config, run)
+    drawn = draw_pairs(config, run)
     assert drawn is not None
     assert drawn.num_rows == len(set(ids(run))) == 60
     assert set(ids(run)) < set(images.ids.tolist())
@@ -99,9 +99,9 @@ def test_draw_of_a_gallery_with_few_labels_or_too_many_is_of_the_size_that_is_wa
 
 def test_draw_on_resume_keeps_the_sample_and_finds_it_in_the_parts_that_were_written_again(tmp_path: Path) -> None:
     config, run = scene(tmp_path, known(300))
-    first = draw(config, run)
+    first = draw_pairs(config, run)
     written = objects.stat(run.part(GALLERY_PAIRS, 0))
-    assert draw(config, run) == first
+    assert draw_pairs(config, run) == first
     assert objects.stat(run.part(GALLERY_PAIRS, 0)) == written
     before = ids(run)
     gallery = normalised.read_manifest(run, "gallery")
@@ -113,7 +113,7 @@ def test_draw_on_resume_keeps_the_sample_and_finds_it_in_the_parts_that_were_wri
         place = rows.schema.get_field_index("uri")
         rows = rows.set_column(place, "uri", pa.array(["/moved"] * rows.num_rows))
         objects.put(run.part("gallery", part), parquet.parquet_bytes(rows.schema, [rows]))
-    found = draw(config.model_copy(update={"seed": 9}), run)
+    found = draw_pairs(config.model_copy(update={"seed": 9}), run)
     assert found is not None
     assert found.root == "/moved"
     assert ids(run) == before
@@ -122,11 +122,11 @@ def test_draw_on_resume_keeps_the_sample_and_finds_it_in_the_parts_that_were_wri
 
 def test_a_probe_set_that_is_asked_for_later_has_no_image_of_the_sample(tmp_path: Path) -> None:
     config, run = scene(tmp_path, known(300), 60, 0)
-    draw(config, run)
+    draw_pairs(config, run)
     assert normalised.read_manifest(run, PROBE_SET) is None
     before = ids(run)
     probe = config.probe.model_copy(update={"images": 100})
-    assert draw(config.model_copy(update={"probe": probe}), run) is not None
+    assert draw_pairs(config.model_copy(update={"probe": probe}), run) is not None
     assert ids(run) == before
     assert len(ids(run, PROBE_SET)) == 100
     assert not set(ids(run, PROBE_SET)) & set(before)
@@ -134,7 +134,7 @@ def test_a_probe_set_that_is_asked_for_later_has_no_image_of_the_sample(tmp_path
 
 def test_a_small_gallery_is_shared_out_between_the_sample_and_the_probe_set(tmp_path: Path) -> None:
     config, run = scene(tmp_path, known(100), 50, 1000)
-    draw(config, run)
+    draw_pairs(config, run)
     assert (len(ids(run)), len(ids(run, PROBE_SET))) == (50, 50)
 
 
@@ -143,14 +143,14 @@ def test_pair_sample_has_no_image_of_the_users_probe_sample(tmp_path: Path) -> N
     config, run = scene(tmp_path / "run", images, 60)
     chosen = images.ids[:200]
     config = put_sample(config, tmp_path, id=chosen, label=["a"] * len(chosen))
-    draw(config, run)
+    draw_pairs(config, run)
     assert len(ids(run)) == 60
     assert not set(ids(run)) & set(chosen.tolist())
 
 
 def test_without_pairs_of_the_gallery_nothing_is_drawn_or_known(tmp_path: Path) -> None:
     config, run = scene(tmp_path, known(300), 0)
-    assert draw(config, run) is None
+    assert draw_pairs(config, run) is None
     assert normalised.read_manifest(run, GALLERY_PAIRS) is None
     assert len(embedded_ids(run)) == 0
 
@@ -164,7 +164,7 @@ def known_rows(images: Known, wanted: Int64) -> Int64:
 def test_new_embeddings_that_came_with_the_gallery_are_those_of_the_images(tmp_path: Path) -> None:
     images = known(300)
     config, run = scene(tmp_path, images)
-    draw(config, run)
+    draw_pairs(config, run)
     wanted = np.random.default_rng(0).permutation(embedded_ids(run))[:30]
     vectors, etags = read_new(run, wanted)
     np.testing.assert_array_equal(vectors, images.embedded[known_rows(images, wanted)])
@@ -173,7 +173,7 @@ def test_new_embeddings_that_came_with_the_gallery_are_those_of_the_images(tmp_p
 
 def test_an_image_without_an_embedding_is_named(tmp_path: Path) -> None:
     config, run = scene(tmp_path, known(300))
-    draw(config, run)
+    draw_pairs(config, run)
     with pytest.raises(
         DataError,
         match=r"the embedding of an image(.|\n)*is missing(.|\n)*1 are missing, such as 12345678",
