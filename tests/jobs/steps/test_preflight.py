@@ -14,7 +14,6 @@ import pytest
 
 from jobs.steps.preflight import check_settings, check_widths
 from pipeline.config.load import load_config
-from pipeline.config.tree import sources
 from pipeline.errors import ConfigError, DataError, FastfillError
 from tests.support.galleries import NEW_DIM, OLD_DIM, write_config
 
@@ -159,7 +158,7 @@ def test_too_few_pairs_are_refused(check: Check, data: Path, tmp_path: Path) -> 
 
 
 def test_check_widths_compares_the_columns_whose_width_is_known_in_both_manifests(tmp_path: Path) -> None:
-    given = sources(load_config(write_config(tmp_path)))
+    given = load_config(write_config(tmp_path)).sources
     check_widths(given, {"gallery": {"old_embedding": 4}, "pairs": {}})
     check_widths(given, {"gallery": {"old_embedding": 4, "side": 3}})
     check_widths(given, {"gallery": {}, "pairs": {"old_embedding": 4, "side": 3}})
