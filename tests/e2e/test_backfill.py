@@ -163,7 +163,7 @@ def test_a_report_that_was_lost_or_never_written_is_made_by_the_next_backfill(fi
         objects.delete_files(lost)
         result = fastfill("backfill", "--config", path)
         assert result.exit_code == 0
-        assert "its report: it is missing" in result.stderr
+        assert "its report is missing" in result.stderr
         assert objects.exists(page)
         assert objects.exists(figures)
     assert json.loads(objects.read_bytes(curve)) == json.loads(before)

@@ -215,7 +215,7 @@ def test_backfill_with_a_mended_column_after_a_refused_one_reads_the_gallery_aga
     ("setting", "message"),
     [
         ("plan.wave=3", "plan.wave: unknown key; did you mean 'waves'?"),
-        ("plan.waves=[0.5, 0.4]", "the fractions must add up to 1, these add up to 0.9"),
+        ("plan.waves=[0.5, 0.4]", "the fractions must add up to 1, but add up to 0.9"),
         ("plan.policy=tests.nowhere:policy", "the policy's function cannot be found"),
         ("encoders.new.dim=21", "the encoder's embedding has another width"),
         ("encoders.new.export=missing.pt2", "an input file cannot be read"),

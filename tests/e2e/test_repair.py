@@ -42,7 +42,7 @@ def test_repair_brings_back_a_segment_that_backfill_says_is_missing(name: str, t
     assert "fastfill repair" in refused.stderr
     audited = fastfill("audit", "--config", path)
     assert audited.exit_code == 1
-    assert audited.stderr.splitlines()[-1].startswith("`fastfill repair` makes again what is damaged")
+    assert audited.stderr.splitlines()[-1].startswith("Stop the backfill, then run `fastfill repair`")
     found = json_of(fastfill("repair", "--config", path, "--json"))
     assert (found["ok"], found["rebuilt"], found["left"], found["problems"]) == (True, [str(segment)], [], [])
     assert segment.read_bytes() == before
@@ -64,7 +64,7 @@ def test_backfill_of_a_finished_run_names_an_older_commit_that_lacks_a_file_and_
     assert result.exit_code == 0, "prod does not serve the file"
     assert f"lack files: {', '.join(map(str, naming))};" in result.stderr
     assert "`fastfill repair` rebuilds what it can" in result.stderr
-    assert result.stderr.splitlines()[-1].endswith("`fastfill audit` proves the files.")
+    assert result.stderr.splitlines()[-1].endswith("`fastfill audit` also checks their contents.")
 
 
 @pytest.mark.parametrize("name", HALF)

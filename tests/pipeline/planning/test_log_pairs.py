@@ -35,6 +35,10 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     backfill_in_process(monkeypatch)
 
 
+def no_training() -> bytes:
+    raise AssertionError("the codebook is whole")
+
+
 def sample(scene: Scene) -> set[int]:
     return set(embedded_ids(scene.run).tolist())
 
@@ -141,7 +145,7 @@ def test_audit_finds_an_embedding_of_the_pairs_that_is_another_and_repair_copies
     report = audit(scene.run.uri)
     assert report.checked["images_from_pairs"] == scene.plan.num_from_pairs
     assert ("log_part", part, "1 others") in [(item.kind, item.where, item.found) for item in report.problems]
-    assert repair(scene.config, scene.run, scene.plan, report.problems).embed_again == [(FROM_PAIRS, 0)]
+    assert repair(scene.run, scene.plan, report.problems, no_training).embed_again == [(FROM_PAIRS, 0)]
     log_pairs.write(scene.run, scene.plan)
     assert parts(scene.run) == before
     assert audit(scene.run.uri).problems == []
@@ -165,7 +169,7 @@ def test_a_lost_unit_of_the_pairs_is_found_and_copied_again(tmp_path: Path) -> N
     objects.delete_files([lost])
     problems = audit(scene.run.uri).problems
     assert {problem.kind for problem in problems} >= {"log"}
-    done = repair(scene.config, scene.run, scene.plan, problems)
+    done = repair(scene.run, scene.plan, problems, no_training)
     assert done.embed_again == [(FROM_PAIRS, 1)]
     log_pairs.write(scene.run, scene.plan)
     assert parts(scene.run) == before
@@ -182,7 +186,7 @@ def test_pairs_whose_embeddings_are_lost_stop_the_backfill_until_they_are_repair
     assert tags.list_commits(scene.run) == []
     problems = audit(scene.run.uri).problems
     assert [(problem.kind, problem.where) for problem in problems] == [("log_part", lost)]
-    assert repair(scene.config, scene.run, scene.plan, problems).folders == [GALLERY_PAIRS]
+    assert repair(scene.run, scene.plan, problems, no_training).folders == [GALLERY_PAIRS]
 
 
 def test_status_counts_the_pairs_as_durable_before_the_first_commit_and_as_published_with_it(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_the_driver_counts_each_of_its_own_retries_once(endpoint: str, monkeypat
     monkeypatch.setattr(driver, "Tracker", lambda *_: tracker)
     acks = [(0, unit(count, wave=wave)) for wave, count in ((1, 1), (2, 2))]
     monkeypatch.setattr(driver, "embed_stream", lambda *_: iter(acks))
-    monkeypatch.setattr(driver.first_wave, "write", lambda *_: [])
+    monkeypatch.setattr(driver.log_pairs, "write", lambda *_: [])
     before = retries(scrape(endpoint))
     COUNTS.add("retries:InternalError")  # before it began
     found = driver.backfill(MagicMock(), MagicMock(), MagicMock(), lambda _: None)
