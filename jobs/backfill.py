@@ -10,15 +10,20 @@ from jobs.shell.ray_session import start_ray
 from jobs.steps.finished_run import check_finished_run
 from jobs.steps.run_all import print_result, run_all
 
-_STOP_WHEN = """Stop as soon as the condition holds; finished work is kept. Conditions: top1, top5 or recall10 on the
-probe set, in per cent (top1>=80) or as a share of the full new model's (top1>=0.99*full); fraction>=0.3 of the
-gallery; hours>=2 or money>=150 since the start of this command. Repeat the option for several conditions: the first
-one met stops the run. To continue, run the command without it."""
+_STOP_WHEN = """Stop as soon as the condition holds; finished work is kept. top1>=80 (or top5, recall10) is the quality
+on the probe set, in per cent. top1>=0.99*full is a share of what the full new model is expected to reach.
+fraction>=0.3 is the share of the gallery that is re-embedded. hours>=2 is the time since this command began.
+money>=150 is what it has cost since then. Repeat the option for several conditions: the first one met stops the run.
+To continue, run the command without it."""
 
 
 @command("backfill")
 @click.option("--retry-rejects", is_flag=True, help="Retry rejected images of waves not yet published.")
-@click.option("--new-run", is_flag=True, help="Start a new run, named RUN-2, RUN-3, ..., and keep the old one.")
+@click.option(
+    "--new-run",
+    is_flag=True,
+    help="Start a new run beside the old one, under the path in `run` with -2, -3, ... added.",
+)
 @click.option("--stop-when", multiple=True, metavar="EXPRESSION", help=_STOP_WHEN)
 def main(
     config_path: str,
@@ -34,8 +39,8 @@ def main(
     at any time, also after a failure.
 
     Each snapshot is measured on the probe set before it is promoted to prod. If the gate refuses a snapshot, the
-    backfill stops with exit code 3 and prod does not move. The exit code is also 3 if the last snapshot of this
-    command was not promoted.
+    backfill stops with exit code 3 and prod does not move. The exit code is also 3 if the
+    command ends with a snapshot that the gate refused.
     """
     from jobs.shell.progress_bars import Bars
     from pipeline.backfill import stop

@@ -103,7 +103,7 @@ def check_ours(root: Path) -> None:
     if links or strangers:
         found = [f"{path} is a symbolic link" for path in links] + [f"no demo wrote {path}" for path in strangers]
         raise ConfigError(
-            "the demo would delete or overwrite files that no demo wrote",
+            "this folder has files that are not the demo's",
             expected="a new or empty folder, or the folder of an earlier demo, unchanged",
             found="; ".join(found),
             where=root,

@@ -14,15 +14,15 @@ from jobs.shell.tables import show_curve
     "--curve",
     "whole_curve",
     is_flag=True,
-    help="Measure the whole curve for several orders, and every published snapshot.",
+    help="Measure the curve under several orders, and also each published snapshot.",
 )
-@click.option("--commit", type=int, help="Measure this snapshot; the default is the one that prod serves.")
+@click.option("--commit", type=int, help="Number of the snapshot to measure; the default is the one that prod serves.")
 def main(config_path: str, overrides: tuple[str, ...], as_json: bool, whole_curve: bool, commit: int | None) -> None:
     """Measure the quality of a snapshot, or the whole curve.
 
-    The gallery's images are the queries; a query's own image is removed from its results. The gallery needs labels, and
-    new embeddings of all labelled images. So run it after the backfill has finished, or name a column of existing new
-    embeddings (`gallery.columns.new_embedding`) to preview the curve.
+    The gallery's images are the queries; a query's own image is removed from its results. Needs labels, and the new
+    embedding of each labelled image. So run this command after the backfill has finished, or name a column of existing
+    new embeddings (`gallery.columns.new_embedding`) to preview the curve.
     """
     from pipeline.evaluation.curve import curve
     from pipeline.evaluation.snapshot_metrics import published_point

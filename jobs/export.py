@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.argument("out")
 @click.option("--format", "form", required=True, type=click.Choice(["faiss", "parquet"]), help="Format of the files.")
 @click.option("--tag", default="prod", show_default=True, help="Write the snapshot of this tag.")
-@click.option("--commit", type=int, help="Write this commit instead of a tag's.")
+@click.option("--commit", type=int, help="Number of the snapshot to write; overrides --tag.")
 def main(
     config_path: str,
     overrides: tuple[str, ...],
@@ -36,10 +36,10 @@ def main(
     row numbers instead, and shard-*.ids.parquet beside it maps `id` (row number) to `key` (your id).
 
     parquet: the columns are `id`, `key` (your id, if it is a string), `vector` and `kind` (transformed or embedded).
-    If the index is lossy, the vectors are decoded from it; the file's metadata says so.
+    If the index compresses vectors, you get the decompressed ones, and the file's metadata notes it.
 
     export.json is written last, with the checksum of every file. Run the same command again to continue an interrupted
-    export. OUT must have no other files (exit code 3).
+    export. If OUT has files of anything else, the command is refused (exit code 3).
     """
     from pipeline.config.identity import read_settings
     from pipeline.run import Run

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def main(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Fit the transformation from old to new embeddings.
 
-    It is measured on held-out pairs. If the pairs are images, both embeddings are computed first, once.
+    It is measured on held-out pairs. If the pairs are images, their old and new embeddings are
+    computed first and stored.
 
     With `fit.transformation: auto`, the default, the simplest transformation is tried first, and others while time is
     left (`select.minutes`). A less simple one is chosen only if it is better by more than one standard error. The

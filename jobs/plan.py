@@ -32,8 +32,8 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, seconds: f
 
     The transformation is fitted first if it is not yet. Then the gallery is transformed, scored and cut into waves.
 
-    A sample of the images is read, decoded and embedded here, to estimate images, bytes, time, machine hours and
-    money, and to recommend settings. The sample embedded for the estimate is thrown away; nothing is published.
+    A sample of the images is read, decoded and embedded by this command, to estimate images, bytes, time, machine
+    hours and money, and to recommend settings. These embeddings are not kept. Nothing is published.
 
     With a probe set, the expected quality during the backfill is estimated too.
     """

@@ -9,15 +9,15 @@ from jobs.shell.open_run import load
 
 
 @command("promote")
-@click.option("--commit", type=int, help="Snapshot to serve; the default is the latest one.")
+@click.option("--commit", type=int, help="Number of the snapshot to serve; the default is the latest one.")
 @click.option("--force", is_flag=True, help="Serve it even if the gate refuses it.")
 def main(config_path: str, overrides: tuple[str, ...], as_json: bool, commit: int | None, force: bool) -> None:
-    """Make prod serve a snapshot, and unpin it.
+    """Make prod serve a snapshot, and unpin prod.
 
     A rollback pins prod. After `promote`, a running backfill promotes its next snapshots again.
 
     \b
-    It is refused with exit code 3 if
+    The command is refused (exit code 3) if
     - the gate refuses the snapshot by its figures on the probe set,
     - the snapshot has not been measured on the probe set yet, or
     - it still serves transformed vectors, and these are worse than the old

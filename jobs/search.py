@@ -24,7 +24,7 @@ _TABLES = (".npy", ".parquet")
 
 @command("search")
 @click.argument("queries", nargs=-1, required=True)
-@click.option("--column", metavar="NAME", help="Column of a Parquet file with the queries: embeddings, or image bytes.")
+@click.option("--column", metavar="NAME", help="The Parquet column that holds the queries (embeddings or image bytes).")
 @click.option(
     "-k",
     default=10,
@@ -33,7 +33,7 @@ _TABLES = (".npy", ".parquet")
     help="Neighbours per query; fewer if the gallery is smaller.",
 )
 @click.option("--tag", default="prod", show_default=True, help="Search the snapshot of this tag.")
-@click.option("--commit", type=int, help="Search this commit instead of a tag's.")
+@click.option("--commit", type=int, help="Number of the snapshot to search; overrides --tag.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use only this many queries, from the start of the file.")
 def main(
     config_path: str,
@@ -48,8 +48,8 @@ def main(
 ) -> None:
     """Search for the nearest gallery images of QUERIES.
 
-    QUERIES are image files, or one file: a .npy file of new-model embeddings, or a Parquet file with a --column of
-    embeddings or of image bytes. Images are embedded on this machine by the new encoder.
+    QUERIES are either image files, or one .npy or Parquet file. A .npy file holds embeddings of the new model. In a
+    Parquet file, --column names embeddings or image bytes. Images are embedded on this machine by the new encoder.
     """
     from pipeline.serving.searcher import Searcher
 

@@ -176,8 +176,9 @@ def too_few(count: int, what: str, settings: SelectSettings) -> ConfigError:
         expected=f"at least {settings.folds * LEAST_SHARE} {what}, {LEAST_SHARE} for each of {settings.folds} folds",
         found=count,
         where="select.measured_on, probe.images, probe.manifest",
-        remedy="start a new run (`--set run=...`) with more images in probe.manifest, or lower select.folds; without "
-        "probe.manifest, probe.images are drawn, but at most a tenth of the gallery, or 200",
+        remedy="start a new run (`--set run=...`) with more images in probe.manifest, or lower select.folds. "
+        "Without probe.manifest, probe.images are drawn at random: at most a tenth of the gallery or 200, whichever is "
+        "larger",
     )
 
 

@@ -114,7 +114,7 @@ def _check_from_gallery(pairs: PairsSettings, images: int, given: int, sample: S
     if wanted > most:
         raise ConfigError(
             "pairs.from_gallery is larger than the gallery allows",
-            expected=f"at most {most}: half of its {images} images, and none of the probe set's sample",
+            expected=f"at most {most}: no more than half the gallery, and without the images in probe.manifest",
             found=wanted,
             where="pairs.from_gallery",
         )
@@ -178,7 +178,10 @@ def _check_policy(config: Config) -> None:
         if wanted and not there:
             found = f"plan.policy {plan.policy}, traffic {plan.traffic}, group_boost {plan.group_boost:g}"
             raise ConfigError(
-                "the order in `plan` needs an input that is missing", expected=where, found=found, where="plan"
+                "plan.policy or its options need a column or classifier that is not configured",
+                expected=where,
+                found=found,
+                where="plan",
             )
 
 

@@ -19,7 +19,7 @@ from pipeline.readable import counted
     show_default=True,
     type=Seconds(min=0),
     metavar="SECONDS",
-    help="Keep unreferenced snapshots and files for at least this many seconds.",
+    help="For at least this many seconds, keep snapshots and files that none of the rules above keeps.",
 )
 @click.option("--dry-run", is_flag=True, help="Remove nothing; print what would be removed.")
 def main(config_path: str, overrides: tuple[str, ...], as_json: bool, keep: int, grace: float, dry_run: bool) -> None:
@@ -27,16 +27,19 @@ def main(config_path: str, overrides: tuple[str, ...], as_json: bool, keep: int,
 
     \b
     These snapshots are kept:
-    - every snapshot that a tag points to, and the one before prod's (rollback)
+    - every snapshot that a tag points to, and the snapshot that prod served
+      before, for `rollback`
     - the newest snapshots (--keep)
+    - snapshots that were the newest less than --grace seconds ago
     - snapshots that a reader has a lease on
     - all snapshots, as long as none is promoted
 
     The vector log, the plan and the transformed gallery are never removed. Index files without a snapshot are kept
     until the last wave is published: a running backfill may be about to use them.
 
-    It is safe to run during a backfill, a promotion or a rollback, and while the index is being searched. Afterwards,
-    `rollback` and `search` refuse removed snapshots, and `evaluate --curve` leaves them out. Curves in the report stay.
+    It is safe to run during a backfill, a promotion or a rollback, and while the index is being searched. After gc
+    has run, `rollback` and `search` refuse removed snapshots, and `evaluate --curve` leaves them out. Curves in the
+    report stay.
     """
     from dataclasses import asdict
 

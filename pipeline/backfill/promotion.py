@@ -159,7 +159,8 @@ class Promotion:
                     f"--stop-when {item.text!r} needs an estimate of the new model's {item.figure}, and there is none",
                     expected=f"snapshot 0, and {quality.MIN_QUERIES} probe images that share a label with another one",
                     where=f"probe.images: {self.config.probe.images}",
-                    remedy="take recall10, or a number instead of `full`; or start a run with more probe.images",
+                    remedy="use recall10, or write a number instead of `full`, or start a new run with a larger "
+                    "probe.images",
                 )
         return known
 

@@ -83,8 +83,11 @@ def parse(text: str) -> Condition:
     condition = Condition(text.strip(), cast(Figure, match[1]), float(match[2]), match[3] is not None)
     most = {"fraction": 1.0, "top1": 100.0, "top5": 100.0, "recall10": 100.0}.get(condition.figure)
     most = 1.0 if condition.of_full else most
-    if condition.limit <= 0 or (most is not None and condition.limit > most):
-        raise ConfigError("--stop-when can never be met, or is met from the start", expected=ALLOWED, found=text)
+    if condition.limit <= 0:
+        raise ConfigError("--stop-when is met from the start: the limit must be above 0", expected=ALLOWED, found=text)
+    if most is not None and condition.limit > most:
+        summary = f"--stop-when can never be met: the limit must be at most {most:g}"
+        raise ConfigError(summary, expected=ALLOWED, found=text)
     return condition
 
 

@@ -135,12 +135,17 @@ def _override(tree: dict[str, object], item: str) -> None:
         raise ConfigError("--set takes key=value", expected="a.b=value", found=item)
     node: dict[str, object] = tree
     *parents, last = key.split(".")
-    for name in parents:
+    for depth, name in enumerate(parents):
         child = node.setdefault(name, {})
         if child is None:
             child = node[name] = {}
         if not isinstance(child, dict):
-            raise ConfigError("--set names a key below a value", found=child, where=f"{item}: {name}")
+            below, parent = key.split(".")[depth + 1], ".".join(parents[: depth + 1])
+            raise ConfigError(
+                f"--set {key}: `{parent}` is a value, not a section, so it has no key `{below}`",
+                found=child,
+                where=item,
+            )
         node[name] = child = dict(child)  # a copy, because a YAML alias (*name) is one object under several keys
         node = child
     node[last] = _parse(text, "the value of --set is not valid YAML", key)

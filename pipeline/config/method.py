@@ -231,7 +231,7 @@ class ProbeSettings(Section):
     """The probe set: images of the gallery on which every snapshot is measured. It is drawn once, at the start."""
 
     images: Annotated[int, Field(ge=0)] = 1000
-    """Number of images, at most a tenth of the gallery or 200; 0: no probe set."""
+    """Number of images, at most a tenth of the gallery or 200, whichever is larger; 0: no probe set."""
     manifest: str | tuple[str, ...] | None = None
     """Parquet files that name the probe set by ids, with labels that override the gallery's; `images` has no effect."""
     columns: SampleColumnNames = SampleColumnNames()

@@ -93,9 +93,9 @@ def _wait_for_room(bundles: list[dict[str, float]], seconds: float) -> None:
     finally:
         remove_placement_group(group)
     raise TransientError(
-        f"the cluster is too small for the embedding stream, and no nodes came within {seconds:g} s",
+        f"the cluster is too small for the embedding stream, and not enough nodes joined within {seconds:g} s",
         **details,
-        remedy="see `ray status`; raise backfill.wait_seconds, ask for less, or add nodes",
+        remedy="see `ray status`; raise backfill.wait_seconds, lower backfill.min_actors, or add nodes",
     )
 
 

@@ -112,7 +112,7 @@ class Embedder:
     def _too_small(self, batch: Pixels) -> ConfigError:
         return ConfigError(
             "a batch does not fit into the device's memory",
-            expected=f"room for {len(batch)} images of {batch.shape[1:]} and the encoder",
+            expected=f"memory for the encoder and a batch of {len(batch)} images",
             found=f"out of memory on {self._device}",
             where="device",
             remedy="let fewer actors share the GPU (backfill.gpus_per_actor), or use a device with more memory",

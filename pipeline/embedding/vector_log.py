@@ -307,7 +307,7 @@ def _open_part(uri: str) -> Iterator[Content]:
             found=f"{error.summary}: {error.details['found']}",
             where=uri,
             remedy="`fastfill audit` lists all damaged files. If the wave is not published yet, move this file out of "
-            "the run and repeat this command: the unit is embedded again",
+            "the run and repeat this command: the unit is embedded again. If it is published, run `fastfill repair`",
         ) from error
 
 

@@ -20,7 +20,8 @@ from pipeline.run import Run
 from pipeline.storage import objects
 
 FACTORIES = (
-    "auto, Flat, or IVF<lists>[_HNSW<m>], then Flat, SQ<bits> or PQ<bytes>, maybe after OPQ<m>_<d>, PCA<d> or RR<d>"
+    "auto, Flat, or IVF with Flat, SQ or PQ, perhaps after OPQ, PCA or RR; examples: auto; Flat; IVF1024,SQ8; "
+    "OPQ32_128,IVF4096_HNSW32,PQ32"
 )
 
 READ_FLAGS = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE  # a table per segment would not fit into memory

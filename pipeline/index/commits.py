@@ -201,10 +201,16 @@ def _check_segment(segment: SegmentRef, commit: Commit, where: str) -> None:
     else:
         kind, least, most = "transformed", 0, 0
     deleted = segment.deleted < 0 or (segment.deleted > 0 and kind == "transformed")
+    if least:
+        expected = "a transformed segment in which all images are rejected"
+    elif most:
+        expected = "an embedded segment"
+    else:
+        expected = f"{'an embedded' if kind == 'embedded' else 'a transformed'} segment without rejects"
     if segment.kind != kind or segment.vectors < 0 or deleted or not least <= segment.rejected <= most:
         raise DataError(
             f"segment (shard {segment.shard}, wave {segment.wave}) does not belong in commit {commit.number}",
-            expected=f"{kind}, of which {least}..{most} rejected",
+            expected=expected,
             found=f"{segment.kind}, {segment.rejected} of {segment.vectors} rejected, {segment.deleted} deleted",
             where=where,
         )

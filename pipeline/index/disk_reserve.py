@@ -57,10 +57,10 @@ def with_room(run: Run, write: Callable[[], T]) -> T:
         keep(run)
         raise FastfillError(
             "the disk is full",
-            expected="a little room: gc writes a list of removals before it removes anything",
+            expected="about 1 MB free: gc must write a small list first",
             found=error.strerror,
             where=error.filename,
-            remedy="delete a file there that is not the run's (1 MB is enough), then run gc again",
+            remedy="delete a file there that is not the run's, then run gc again",
         ) from error
 
 

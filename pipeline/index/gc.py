@@ -15,8 +15,8 @@ Why nothing is lost if, at the same time:
 - A driver publishes. The next commit shares files with the latest one alone, which a tag keeps. Other sealed files are
   named by no commit yet and may have any age, since a restarted driver reuses them. So files that no commit ever named
   are kept until the last wave is published; after that nobody seals.
-- Another gc runs. Each change of the removals has one winner; a confirmation is never withdrawn. - Nothing was
-promoted yet. The missing tag cannot be rewritten, so no commit is removed.
+- Another gc runs. Each change of the removals has one winner; a confirmation is never withdrawn.
+- Nothing was promoted yet. The missing tag cannot be rewritten, so no commit is removed.
 
 On a full disk gc first deletes what needs no agreement and no write: files of confirmed removals, temporary files,
 expired leases, files that nobody will name. Only then it announces; if that does not fit, it deletes its reserve.
@@ -72,7 +72,11 @@ class Rules:
 
     def __post_init__(self) -> None:
         if self.keep < 1 or not self.grace_seconds >= 0:
-            raise ConfigError("--keep or --grace is out of range", expected="keep >= 1, grace >= 0 seconds", found=self)
+            raise ConfigError(
+                "--keep or --grace is out of range",
+                expected="keep >= 1, grace >= 0 seconds",
+                found=f"keep {self.keep}, grace {self.grace_seconds:g} seconds",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +93,7 @@ class Collection:
 
 
 def collect_garbage(run_uri: str, rules: Rules | None = None, dry_run: bool = False) -> Collection:
-    """Remove unreferenced commits and files; safe at any time, beside anything, and to repeat.
+    """Remove commits and files that no rule keeps; safe at any time, beside anything, and to repeat.
 
     With `dry_run` nothing changes, and the result is what would be removed now.
 

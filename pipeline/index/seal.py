@@ -157,9 +157,9 @@ def _run(function: Callable[..., T], tasks: Sequence[tuple[str, tuple[object, ..
 
 def _killed(where: str, error: Exception) -> TransientError:
     return TransientError(
-        "the task that seals a segment is killed every time",
+        f"the task that seals a segment was killed on all {_RETRIES + 1} attempts, probably for lack of memory",
         expected="a segment",
-        found=f"{_RETRIES + 1} attempts, the last of which ended with {type(error).__name__}: {error}",
+        found=f"the last attempt ended with {type(error).__name__}: {error}",
         where=where,
         remedy="give the nodes more memory, or find the cause in Ray's logs (`ray logs`); then repeat this command: it "
         "continues with this wave. If a shard does not fit into memory, start a new run with more index.shards",
@@ -187,14 +187,15 @@ def _seal_embedded(
     lost = rows.ids[~is_embedded & ~np.isin(rows.ids, rejected)]
     others = len(embedded_ids) - int(is_embedded.sum())
     if len(lost) or others:
+        units = _units_of(sealer, wave, lost)
+        move = f"Move the parts of units {units} out of the run and repeat this command: they are embedded again"
         raise DataError(
-            f"wave {wave} of the vector log is not exactly the planned wave",
+            f"the stored vectors of wave {wave} differ from the plan: {len(lost)} images are missing, {others} are "
+            "extra or double",
             expected=f"{len(rows.ids)} images, each embedded once or rejected",
-            found=f"{len(lost)} images with neither an embedding nor a reject{_units_of(sealer, wave, lost)}, and "
-            f"{others} embeddings that belong to another wave or are duplicates",
+            found=f"missing images in units {units}" if units else "no missing images",
             where=f"{log.parts_uri}, wave {wave}, {_text(shards)}",
-            remedy="`fastfill audit` lists damaged files. Move the part of the wrong unit out of the run and repeat "
-            "this command: the unit is embedded again",
+            remedy="`fastfill audit` lists damaged files" + (f". {move}" if units else ""),
         )
     vectors = rows.vectors.copy()
     vectors[is_embedded] = embedded_vectors  # both sides are sorted by id
@@ -235,7 +236,7 @@ def _write(
 def _units_of(sealer: Sealer, wave: int, ids: Int64) -> str:
     units = [unit for unit in sealer.plan.units(sealer.run) if len(ids) and unit.wave == wave]
     found = [unit for unit in units if np.isin(_ids_of(unit), ids).any()]
-    return f" (of unit {', '.join(str(unit.unit) for unit in found[:5])})" if found else ""
+    return ", ".join(str(unit.unit) for unit in found[:5])
 
 
 def _ids_of(unit: Unit) -> Int64:

@@ -178,7 +178,7 @@ def rollback(run: Run, to: int | None = None) -> Tag:
     """Point `prod` back to the previous commit (or to `to`), and pin it there until the next `promote`.
 
     Raises:
-        Refused: there is no commit to go back to, `to` is not an earlier one, or gc has removed it.
+        Refused: prod has no previous commit, `to` is not an earlier one, or gc has removed it.
         DataError: the commit is missing or not whole.
         SnapshotConflict: others kept moving the tag at the same time.
     """
@@ -188,7 +188,7 @@ def rollback(run: Run, to: int | None = None) -> Tag:
         if now is None or now.commit is None or number is None or number >= now.commit:
             before = [item for item in list_commits(run) if now and now.commit and item < now.commit]
             raise Refused(
-                "there is no earlier commit to roll back to" if number is None else f"cannot roll back to {number}",
+                "prod has no previous commit to go back to" if number is None else f"cannot roll back to {number}",
                 expected=f"one of the commits {', '.join(map(str, before))}" if before else "a commit before prod's",
                 found=number,
                 where=run.tag(PROD),

@@ -119,7 +119,8 @@ def fit_offset(
     """
     if metric == "ip":
         raise ConfigError(
-            "fit.offset has no effect with metric `ip`: it is orthogonal to the queries",
+            "fit.offset has no effect with metric `ip`: the offset vector is orthogonal to every query, so inner "
+            "products do not change",
             expected="none",
             found=kind,
             where="fit.offset",

@@ -233,7 +233,8 @@ def _check_whole(run: Run, counts: list[int]) -> int:
             expected=f"{gallery.num_rows} images, as the manifest has",
             found=f"{sum(counts)} with an old embedding, {rejected} rejected",
             where=run.path("gallery"),
-            remedy="delete this folder's `old` and `old-rejects`, then repeat this command",
+            remedy=f"delete {run.path('gallery', 'old')} and {run.path('gallery', 'old-rejects')}, then repeat this "
+            "command",
         )
     return rejected
 

@@ -51,12 +51,6 @@ _PROBE_COLUMNS = [
     ("group_gap", "gap of groups"),
     ("slot_share", "transformed images found (1 = as expected)"),
 ]
-_ORDERS = {
-    "learned": "learned order",
-    "uncertainty": "most uncertain first",
-    "random": "random order",
-    "oracle": "best possible order",
-}
 _COLUMNS = [("top1", "top-1"), ("top5", "top-5"), ("map", "mAP")]
 
 
@@ -180,14 +174,14 @@ def headline(data: ReportData) -> list[Tree]:
     curve, orders = data.curve, data.curve["orders"]
     start = next(iter(orders.values()))["points"][0]
     rows: list[Tree] = [
-        {"title": "old model", "note": "before the migration", "figures": curve["old_old"]},
-        {"title": "start", "note": "all vectors transformed, no image re-embedded", "figures": start},
+        {"title": "old / old", "note": "before the migration", "figures": curve["old_old"]},
+        {"title": "start: all transformed", "note": "no image re-embedded", "figures": start},
     ]
     for name in sorted(orders, key=lambda name: (name == "oracle", name == data.policy, name != "random")):
-        notes = {"random": "for comparison", "oracle": "knows the true error"}
+        notes = {"random": "for comparison", "oracle": "best possible: knows the true error"}
         rows.append(
             {
-                "title": f"average over the migration, {_ORDERS.get(name, name)}",
+                "title": f"average, {name} order",
                 "note": "this run" if name == data.policy else notes.get(name, ""),
                 "figures": orders[name]["area"],
                 "spread": orders[name].get("area_std"),
@@ -196,7 +190,7 @@ def headline(data: ReportData) -> list[Tree]:
                 "colour": plots.css_variable(plots.colour_of(name, data.policy)),
             }
         )
-    return [*rows, {"title": "new model", "note": "all images re-embedded", "figures": curve["new_new"]}]
+    return [*rows, {"title": "new / new", "note": "all images re-embedded", "figures": curve["new_new"]}]
 
 
 def _charts(data: ReportData) -> dict[str, str]:

@@ -230,7 +230,7 @@ class ObjectStore:
         if found != done:
             raise ConfigError(
                 "this store cannot hold a run: it ignores conditional writes",
-                expected="a PUT whose condition does not hold is answered with 412",
+                expected="the store answers 412 to a conditional PUT when the object exists or has changed",
                 found=_CONDITION_IGNORED.format(condition)
                 if found
                 else f"a PUT with a valid `{condition}` was refused",

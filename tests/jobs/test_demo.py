@@ -19,7 +19,7 @@ from pipeline.storage import objects
 def refused(folder: Path) -> str:
     result = CliRunner().invoke(main, ["demo", "--folder", str(folder)])
     assert result.exit_code == 2
-    assert result.stderr.startswith("error: the demo would delete or overwrite files that no demo wrote\n")
+    assert result.stderr.startswith("error: this folder has files that are not the demo's\n")
     return result.stderr
 
 

@@ -188,7 +188,11 @@ def test_a_gallery_without_a_manifest_of_pairs_passes(check: Check, changes: dic
     ("changes", "kind", "said"),
     [
         ({"pairs": {"from_gallery": 31}}, DataError, "at least 32\n  found: 31(.|\n)*31 of the gallery's 300 images"),
-        ({"pairs": {"from_gallery": 151}}, ConfigError, "at most 150: half of its 300 images(.|\n)*pairs.from_gallery"),
+        (
+            {"pairs": {"from_gallery": 151}},
+            ConfigError,
+            "at most 150: no more than half the gallery(.|\n)*pairs.from_gallery",
+        ),
         (
             {"fit": {"transformation": "fastfill", "loss": "fastfill"}, "gallery__columns": NO_LABELS},
             ConfigError,

@@ -119,6 +119,6 @@ def test_a_cluster_without_nodes_is_asked_for_them_and_waited_for(
 
 def test_a_cluster_that_gets_no_nodes_in_time_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Autoscaler(monkeypatch, brings={})
-    with pytest.raises(TransientError, match=r"no nodes came within 0\.05 s"):
+    with pytest.raises(TransientError, match=r"not enough nodes joined within 0\.05 s"):
         actor_pool(BackfillSettings(wait_seconds=0.05), "auto")
     assert cluster.removed == 1

@@ -73,9 +73,8 @@ def test_a_finished_run_shows_every_figure_of_its_headline_table(finished: Repor
     assert page.open == []
     assert "finished" in page.words
     rows = headline(finished)
-    average = "average over the migration"
-    orders = [f"{average}, {name}" for name in ("random order", "most uncertain first", "best possible order")]
-    titles = ["old model", "start", *orders, "new model"]
+    orders = [f"average, {name} order" for name in ("random", "uncertainty", "oracle")]
+    titles = ["old / old", "start: all transformed", *orders, "new / new"]
     assert [row["title"] for row in rows] == titles
     for row in rows:
         assert row["title"] in page.words
@@ -285,5 +284,5 @@ def test_a_policy_of_the_users_own_is_the_line_that_stands_out(tmp_path: Path, i
     config, run = make_run(tmp_path, images, Options(policy="my:policy"))
     rows = headline(gather_report(config, run))
     chosen = [row for row in rows if row.get("chosen")]
-    assert [row["title"] for row in chosen] == ["average over the migration, my:policy"]
+    assert [row["title"] for row in chosen] == ["average, my:policy order"]
     assert chosen[0]["colour"] == "var(--chosen)"
