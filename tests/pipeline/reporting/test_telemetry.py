@@ -144,7 +144,7 @@ def test_the_driver_counts_each_of_its_own_retries_once(endpoint: str, monkeypat
     monkeypatch.setattr(driver.log_pairs, "write", lambda *_: [])
     before = retries(scrape(endpoint))
     COUNTS.add("retries:InternalError")  # before it began
-    found = driver.backfill(MagicMock(), MagicMock(), MagicMock(), lambda _: None)
+    found = driver.backfill(MagicMock(data_root="/data"), MagicMock(), MagicMock(), lambda _: None)
     assert found.reading.retries == 3 + 3 * 3  # of the units, and of commits 0 to 2
     assert retries(scrape(endpoint)) - before == 3 + 3 * 3
 
