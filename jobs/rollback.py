@@ -13,9 +13,9 @@ from jobs.shell.open_run import load
     "--to", type=int, help="Number of the snapshot to go back to; the default is the one that prod served before."
 )
 def main(config_path: str, overrides: tuple[str, ...], as_json: bool, to: int | None) -> None:
-    """Move prod back to an earlier snapshot and pin it: no backfill moves prod until `fastfill promote`.
+    """Move prod back to an earlier snapshot, and pin it there.
 
-    A running backfill continues to publish snapshots.
+    No backfill moves prod until `fastfill promote`. A running backfill continues to publish snapshots.
     """
     from pipeline.config.identity import read_settings
     from pipeline.index import tags

@@ -232,5 +232,5 @@ def test_the_users_probe_sample_leaves_enough_images_for_pairs(check: Check, tmp
     pq.write_table(pa.table({"id": [f"gallery-{row}" for row in range(280)], "label": [1] * 280}), path)
     with pytest.raises(DataError, match=r"at least 32\n  found: 20"):
         check(pairs={}, probe__manifest=str(path), fit__batch_size=16)
-    with pytest.raises(ConfigError, match=r"at most 20: (.|\n)*the probe set's sample\n  found: 40"):
+    with pytest.raises(ConfigError, match=r"at most 20: (.|\n)*the images in probe.manifest\n  found: 40"):
         check(pairs={"from_gallery": 40}, probe__manifest=str(path), fit__batch_size=16)

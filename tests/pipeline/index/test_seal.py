@@ -213,6 +213,6 @@ def test_a_log_that_lacks_images_names_their_unit_and_what_to_do(tmp_path: Path)
     shard = int(whole.shards[whole.rejected & (whole.waves == 1)][0])
     with pytest.raises(
         DataError,
-        match=r"[12] images with neither .* \(of unit 1\)(.|\n)*fastfill audit(.|\n)*embedded again",
+        match=r"[12] images are missing, (.|\n)*in units 1\n(.|\n)*audit(.|\n)*of units 1 out of (.|\n)*embedded again",
     ):
         seal._seal_embedded(sealer, 1, range(shard, shard + 1))
