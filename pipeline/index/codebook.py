@@ -1,7 +1,7 @@
 """The codebook: the frozen coarse quantizer and codec that all segments of a run share.
 
-`train_codebook` makes it; it never changes afterwards. It holds the codec. With `segment` and `train_codebook` it is the
-only importer of faiss for the index.
+`train_codebook` makes it; it never changes afterwards. It holds the codec. Only this module, `segment` and
+`train_codebook` import faiss for the index.
 """
 
 from __future__ import annotations

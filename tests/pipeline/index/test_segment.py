@@ -321,7 +321,7 @@ def test_bad_rows_are_refused(ids: list[int], vectors: Float32, message: str) ->
 def test_a_factory_that_makes_no_segments_is_refused(factory: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(factory)) as caught:
         resolve_factory(factory, 1000, dim=DIM)
-    assert "IVF<lists>" in str(caught.value)
+    assert "examples: auto; Flat; IVF1024,SQ8" in str(caught.value)
 
 
 def test_too_few_training_vectors_are_refused() -> None:
