@@ -222,9 +222,10 @@ def test_gc_removes_expired_leases_and_leftover_files(tmp_path: Path) -> None:
 
 
 def test_a_lease_lives_as_long_as_its_reader_and_no_longer(tmp_path: Path) -> None:
-    run = template().copy_to(tmp_path).run
+    run, others = template().copy_to(tmp_path).run, set(threading.enumerate())
     lease = leases.Lease(run, 1, seconds=0.3)
-    threads = [thread for thread in threading.enumerate() if thread.name == "lease"]
+    threads = [thread for thread in threading.enumerate() if thread.name == "lease" and thread not in others]
+    assert threads
     first = objects.stat(lease.uri).modified_seconds
     deadline = time.monotonic() + 20
     while objects.stat(lease.uri).modified_seconds < first + 0.3:  # renewed, though nobody asked
@@ -239,6 +240,8 @@ def test_a_lease_lives_as_long_as_its_reader_and_no_longer(tmp_path: Path) -> No
     last = objects.stat(uri).modified_seconds
     time.sleep(0.4)
     assert objects.stat(uri).modified_seconds == last
+    for thread in threads:
+        thread.join(timeout=10)
     assert not any(thread.is_alive() for thread in threads)
     assert leases.find_leases(run, last + 1.0) == ({1}, {})
     assert set(leases.find_leases(run, last + 3.0)[1]) == {uri}
