@@ -45,7 +45,7 @@ def test_a_submitted_cifar100_backfill_that_was_stopped_once_gives_the_bytes_of_
     wait_for_pairs(run, jobs, "cifar100-1")
     jobs.job("stop", "cifar100-1")
     assert jobs.wait("cifar100-1", STOP_SECONDS) == "stopped"
-    assert "what is durable is kept" in jobs.job("logs", "cifar100-1")
+    assert "finished work is kept" in jobs.job("logs", "cifar100-1")
     assert not objects.exists(run.plan), "it was stopped too late to leave anything to do"
 
     jobs.submit("cifar100-2", CONFIG, *submitted)

@@ -56,7 +56,7 @@ def test_a_stopped_job_ends_soon_and_the_next_one_goes_on(scene: Scene, calm: Fa
     jobs.job("stop", "stopped-1")
     assert jobs.wait("stopped-1", STOP_SECONDS) == "stopped"
     assert time.monotonic() - start < STOP_SECONDS
-    assert "what is durable is kept" in jobs.job("logs", "stopped-1")
+    assert "finished work is kept" in jobs.job("logs", "stopped-1")
     there = scene.published(name)
     assert 2 <= max(there) < WAVES, "it was not stopped in the middle"
     calm.delays.clear()

@@ -58,7 +58,7 @@ def test_images_that_are_somewhere_else_are_refused_at_once_with_their_places(ga
     assert result.exit_code == 2, result.output
     assert "none of 8 images, spread over the gallery, can be read" in result.stderr
     assert f"{elsewhere}/images/000.png: fetch: missing" in result.stderr
-    assert f"relative ones start at {elsewhere}" in result.stderr
+    assert f"relative ones are below {elsewhere}" in result.stderr
     assert not (folder / "run" / "run.json").exists()
 
 
@@ -96,7 +96,7 @@ def test_unreadable_images_are_counted_and_shown_and_the_others_are_served(galle
     assert (status["gallery"], status["durable"], status["rejected"], status["published"]) == (300, 290, 10, 290)
     assert (status["eta_seconds"], status["wave"]) == (0, 3)
     shown = " ".join(fastfill("status", "--config", path).stderr.replace("│", " ").split())
-    assert "10, 10 of them by the old encoder: they have no vector, and are not served" in shown
+    assert "10, 10 of them for the old encoder: these have no vector and are not served" in shown
     report = json.loads(objects.read_bytes(run.path("reports", "report.json")))
     assert (report["progress"]["gallery"], report["progress"]["rejected"]) == (300, 10)
     assert [(row["stage"], row["images"]) for row in report["rejects"]] == [("old encoder: decode", 10)]
