@@ -21,9 +21,7 @@ def test_fit_of_linear_keeps_a_calibration_that_stretches_shrunk_vectors(tmp_pat
     fit(config, run, synthetic_fit_data(tmp_path))
     found = read_calibration(run)
     assert found is not None
-    far = (
-        -9
-    )  # the middle of all ranks, which grow by about 8 % a knot: ridge shrinks z towards the mean, so it is too small
+    far = -9  # the middle of all ranks, which grow by about 8 % a knot: ridge shrinks z, so its key is too small
     assert found.expected[far] > found.observed[far]
     keys = np.linspace(found.observed[0], found.observed[-1], 50).astype(np.float32)
     assert (np.diff(found.apply(keys)) >= 0).all()
