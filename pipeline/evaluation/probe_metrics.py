@@ -16,6 +16,7 @@ from pipeline.config.method import ProbeSettings
 from pipeline.config.tree import EncodersSettings, Metric
 from pipeline.embedding.precompute import embedding_log
 from pipeline.embedding.vector_log import VectorLog
+from pipeline.evaluation.knn_by_kind import CalibratedRows, nearest_by_kind
 from pipeline.evaluation.probe_search import Found, Neighbours, in_old_gallery, in_snapshot
 from pipeline.evaluation.probe_set import ProbeSet, gather, stands_alone
 from pipeline.evaluation.quality import (
@@ -33,7 +34,7 @@ from pipeline.evaluation.quality import (
 from pipeline.evaluation.ranks import TOP_K
 from pipeline.index.commits import Commit
 from pipeline.index.segment_files import SegmentRef
-from pipeline.models.calibration import CalibratedRows, Calibration, nearest_by_kind
+from pipeline.models.calibration import Calibration
 from pipeline.planning.plan import Plan
 from pipeline.run import Run
 

@@ -10,10 +10,11 @@ import numpy as np
 from pipeline.arrays import Bools, Float32, Float64, Int32, Int64, Labels
 from pipeline.evaluation import ranks
 from pipeline.evaluation.curve_points import curve_steps, score_points, slot_share, transformed_slots
+from pipeline.evaluation.knn_by_kind import CalibratedRows, nearest_by_kind
 from pipeline.evaluation.metrics import METRICS, Metrics, mean_metrics, nearest_rows, no_scores, recall, to_metrics
 from pipeline.evaluation.ranks import OnProgress
 from pipeline.hashing import splitmix64
-from pipeline.models.calibration import CalibratedRows, Calibration, nearest_by_kind
+from pipeline.models.calibration import Calibration
 
 
 @dataclass(frozen=True, slots=True)

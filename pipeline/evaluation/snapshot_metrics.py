@@ -16,6 +16,7 @@ from pipeline.arrays import Bools, Float32, Int64
 from pipeline.equality import ROUNDING
 from pipeline.errors import DataError, Removed
 from pipeline.evaluation.gallery_arrays import GalleryArrays, check_known, find_rows, load_gallery, query_rows
+from pipeline.evaluation.knn_by_kind import CalibratedRows, nearest_by_kind
 from pipeline.evaluation.metrics import EvaluateOptions, evaluate
 from pipeline.evaluation.ranks import TOP_K
 from pipeline.index import leases
@@ -25,7 +26,6 @@ from pipeline.index.segment import Segment, decode_segment
 from pipeline.index.segment_files import SegmentKind, SegmentRef
 from pipeline.index.tags import PROD, list_commits, read_commits, read_tag
 from pipeline.knn import paired_keys
-from pipeline.models.calibration import CalibratedRows, nearest_by_kind
 from pipeline.run import Run
 from pipeline.serving.searcher import Searcher
 

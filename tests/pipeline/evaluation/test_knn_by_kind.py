@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from pipeline.arrays import Float32
+from pipeline.evaluation.knn_by_kind import CalibratedRows, nearest_by_kind
 from pipeline.knn import nearest
-from pipeline.models.calibration import CalibratedRows, Calibration, nearest_by_kind
+from pipeline.models.calibration import Calibration
 
 NUM = 80
 
