@@ -17,6 +17,9 @@ Labels = NDArray[np.generic]
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 
+NO_LABEL = -1
+"""Stands for no label where labels are numbers."""
+
 
 def vector_type(dim: int) -> pa.DataType:
     """The Arrow type of a float32 vector of `dim` numbers."""

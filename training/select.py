@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from pipeline.arrays import NO_LABEL
 from pipeline.config.method import LossMode, SelectSettings
 from pipeline.config.tree import Config
 from pipeline.errors import ConfigError, FastfillError
@@ -37,7 +38,7 @@ from pipeline.run import Run
 from pipeline.storage import documents, objects
 from training.fitting.held_out_metrics import retrieval
 from training.fitting.learner import FitData, PairArrays, can_classify, make_arrays
-from training.fitting.losses import NO_LABEL, needs_labels
+from training.fitting.losses import needs_labels
 from training.simulation.folds import (
     FOLDER,
     Fits,

@@ -14,14 +14,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from pipeline.arrays import Float32, Int64, tensor_metadata
+from pipeline.arrays import NO_LABEL, Float32, Int64, tensor_metadata
 from pipeline.errors import DataError
 from pipeline.knn import cluster, nearest
 from pipeline.models.transformation import read_part
 from pipeline.run import Run
 
 PART = "reference.safetensors"
-NO_LABEL = -1
 
 _MOST_PAIRS = 16_384
 _MOST_QUERIES = 4096

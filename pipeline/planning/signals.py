@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.arrays import Float32, Int64
+from pipeline.arrays import NO_LABEL, Float32, Int64
 from pipeline.equality import find_same
 from pipeline.knn import nearest
 from pipeline.models.offset import LinearClassifier
-from pipeline.planning.policy_inputs import NO_LABEL, PolicyInputs, keys
+from pipeline.planning.policy_inputs import PolicyInputs, keys
 
 SignalColumns = dict[str, Float32]
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.arrays import Float32, Int64
+from pipeline.arrays import NO_LABEL, Float32, Int64
 from pipeline.evaluation.metrics import EvaluateOptions, evaluate, nearest_rows, recall
 from pipeline.models.device import resolve_device
 from pipeline.models.networks import Transformation
@@ -16,7 +16,6 @@ from pipeline.models.transformation import APPLY_BATCH, HeldOutFigures, Transfor
 from training.fitting.learner import Job, PairArrays
 from training.fitting.learning_curve import LearningCurve
 from training.fitting.linear_fit import LinearFit, inputs_of
-from training.fitting.losses import NO_LABEL
 
 _logger = logging.getLogger(__name__)
 _MEASURED_PAIRS = 10_000

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
-from pipeline.arrays import Float32, Int64, vectors_from_arrow
+from pipeline.arrays import NO_LABEL, Float32, Int64, vectors_from_arrow
 from pipeline.config.method import FitSettings
 from pipeline.errors import DataError
 from pipeline.models import offset
 from pipeline.models.networks import LinearTransformation, Transformation, TransformationNetwork, make
 from training.fitting.linear_fit import LinearFit, OnePass, fit_linear
 from training.fitting.losses import (
-    NO_LABEL,
     FittedClassifier,
     Loss,
     combined,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
+from pipeline.arrays import NO_LABEL
 from pipeline.config.method import FitSettings, LossMode
 
-NO_LABEL = -1
 _CLASSIFIER_EPOCHS = 20
 _CLASSIFIER_LR = 1e-2
 

@@ -161,10 +161,10 @@ def fit_data(fit: FitSettings, run: Run, pairs: Pairs) -> FitData:
 
 
 def split(ids: Int64, labels: NDArray[np.int32], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which pairs are held out, (N,) bool: every (1 / fraction)-th in the order of label, then hash.
+    """The mask of the held-out pairs, (N,) bool.
 
-    So the fraction holds over all pairs, and within each label up to one pair. At least two are held out: retrieval
-    needs a neighbour.
+    Pairs are sorted by label, then by hash, and every (1 / fraction)-th is held out. Each label keeps the fraction to
+    within one pair. At least two pairs are held out, because retrieval needs a neighbour.
     """
     fraction = max(fraction, MIN_HELD_OUT / len(ids))
     order = np.lexsort((splitmix64(ids, seed + 1), labels))

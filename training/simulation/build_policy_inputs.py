@@ -8,10 +8,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.arrays import Float32, Int64
+from pipeline.arrays import NO_LABEL, Float32, Int64
 from pipeline.evaluation.metrics import EvaluateOptions, evaluate
 from pipeline.planning.policy_inputs import HeldOutPairs, PolicyInputs, build_policy_inputs
-from training.fitting.losses import NO_LABEL
 from training.simulation.folds import Fold
 from training.simulation.staleness_cost import fit_learned, staleness_cost
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from pipeline.arrays import Float32, Int64
+from pipeline.arrays import NO_LABEL, Float32, Int64
 from pipeline.config.tree import Config, GallerySettings
 from pipeline.hashing import splitmix64
 from pipeline.models import offset as offsets
@@ -21,7 +21,7 @@ from pipeline.models.calibration import Calibration, read_calibration
 from pipeline.models.offset import Offset
 from pipeline.models.transformation import APPLY_BATCH, apply, load_transformation, read_part
 from pipeline.planning.policies import POLICIES, load_policy
-from pipeline.planning.policy_inputs import NO_LABEL, PolicyInputs, load_policy_inputs
+from pipeline.planning.policy_inputs import PolicyInputs, load_policy_inputs
 from pipeline.planning.signals import Scored
 from pipeline.run import Run
 from pipeline.storage import parquet

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.arrays import Float32, Float64, Int64
+from pipeline.arrays import NO_LABEL, Float32, Float64, Int64
 from pipeline.evaluation.metrics import METRICS
 from pipeline.evaluation.simulated_curve import (
     CurveInputs,
@@ -26,7 +26,6 @@ from pipeline.models import offset as offsets
 from pipeline.models.calibration import Calibration, fit_calibration
 from pipeline.planning.policies import load_policy
 from pipeline.planning.policy_inputs import PolicyInputs
-from training.fitting.losses import NO_LABEL
 from training.simulation.build_policy_inputs import policy_inputs_of_fold
 from training.simulation.folds import Fold
 from training.simulation.staleness_cost import fit_learned, staleness_cost

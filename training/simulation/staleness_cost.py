@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from pipeline.arrays import Float32, Float64, Int64
-from pipeline.planning.policy_inputs import NO_LABEL, PolicyInputs, keys
+from pipeline.arrays import NO_LABEL, Float32, Float64, Int64
+from pipeline.planning.policy_inputs import PolicyInputs, keys
 from pipeline.planning.signals import Scored, signals
 
 _MOST_QUERIES = 8192
