@@ -13,7 +13,6 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-T = TypeVar("T")
 
 _THREADS = 4
 _PATIENCE_SECONDS = 15.0  # starting Ray takes four
@@ -25,7 +24,9 @@ SMALL_IMAGES = 250_000
 """Up to here a pass over the gallery takes seconds in one process."""
 
 
-def each(function: Callable[..., T], shared: tuple[object, ...], pieces: Sequence[object], images: int) -> Iterator[T]:
+def each(
+    function: Callable[..., Result], shared: tuple[object, ...], pieces: Sequence[object], images: int
+) -> Iterator[Result]:
     """The results for each piece, in order; in this process if the pieces hold few images.
 
     Args:
@@ -40,7 +41,7 @@ def each(function: Callable[..., T], shared: tuple[object, ...], pieces: Sequenc
         yield from on_ray(function, shared, pieces)
 
 
-def on_ray(function: Callable[..., T], shared: tuple[object, ...], pieces: Iterable[object]) -> Iterator[T]:
+def on_ray(function: Callable[..., Result], shared: tuple[object, ...], pieces: Iterable[object]) -> Iterator[Result]:
     """As `each`, always as Ray tasks."""
     import ray  # here: small galleries do without it
 

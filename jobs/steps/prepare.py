@@ -71,20 +71,19 @@ class RunSteps:
 
         If the run is planned already, only the probe set can lack some.
         """
-        from pipeline.embedding.precompute import embed_missing
-        from pipeline.embedding.stream import StreamSettings
         from pipeline.planning.plan import read_plan
 
         probe, pairs = self._probe(), self._pairs()
-        folders = probe if read_plan(self.run) is not None else [*pairs, "gallery", *probe]
-        embed_missing(self.run, folders, self.config.encoders, StreamSettings.of(self.config), self.bars.images)
+        self._embed_missing(probe if read_plan(self.run) is not None else [*pairs, "gallery", *probe])
 
     def embed_for_fit(self) -> None:
         """Compute the embeddings of the pairs and the probe set, which a fit needs."""
+        self._embed_missing([*self._probe(), *self._pairs()])
+
+    def _embed_missing(self, folders: list[str]) -> None:
         from pipeline.embedding.precompute import embed_missing
         from pipeline.embedding.stream import StreamSettings
 
-        folders = [*self._probe(), *self._pairs()]
         embed_missing(self.run, folders, self.config.encoders, StreamSettings.of(self.config), self.bars.images)
 
     def _probe(self) -> list[str]:
@@ -153,15 +152,12 @@ class RunSteps:
 
     def plan(self) -> Plan:
         """Compute the gallery's old embeddings, score the gallery and cut it into waves."""
-        from pipeline.embedding.precompute import embed_missing
-        from pipeline.embedding.stream import StreamSettings
         from pipeline.planning.build import make_plan
         from pipeline.planning.plan import read_plan
 
         done = read_plan(self.run)
         if done is not None:
             return done
-        settings = StreamSettings.of(self.config)
-        embed_missing(self.run, ["gallery"], self.config.encoders, settings, self.bars.images)
+        self._embed_missing(["gallery"])
         with self.bars.step("plan") as step:
             return make_plan(self.config, self.run, on_step=step.say)
