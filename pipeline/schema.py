@@ -120,5 +120,5 @@ class UnitAck:
     fetch_seconds: float = 0.0  # the part of `load_seconds` that waited for bytes
     actor: str = ""  # a unique name of the embedding actor
     retry_counts: Sequence[int] = ()  # retries by `storage.retry.RETRY_CAUSES`
-    reject_counts: Sequence[int] = ()  # rejects by `embedding.rejects.REJECT_REASONS`
+    reject_counts: Sequence[int] = ()  # rejects by `embedding.reject_rules.REJECT_REASONS`
     part_digest: str = ""  # digest of the part's content; empty in parts of older versions

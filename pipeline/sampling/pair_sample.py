@@ -1,7 +1,7 @@
 """Draw pairs from the gallery: a sample of its images that both encoders embed before the fit.
 
     gallery/part-*, probe-set -> draw -> gallery-pairs/part-00000 -> the embedding stream -> gallery-pairs/old, new
-    -> `training.fitting.pairs`; and as wave 0 of the plan -> the vector log (`planning.first_wave`)
+    -> `training.fitting.pairs`; and as wave 0 of the plan -> the vector log (`planning.log_pairs`)
 
 The sample depends on the ids, labels and number of images alone, and never changes.
 """
